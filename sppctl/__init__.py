@@ -1,0 +1,74 @@
+"""sppctl: prune, retrain, merge and evaluate sparse language models that stay sparse.
+
+Importing the package is cheap (no torch) and makes SPP known to PEFT as soon as PEFT is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Pattern", "SppConfig", "SppModel", "prune_linear"]
+
+if TYPE_CHECKING:
+    from sppctl.adapters.spp import SppConfig, SppModel
+    from sppctl.pattern import Pattern
+    from sppctl.pruning import prune_linear
+
+_HOMES = {
+    "Pattern": "sppctl.pattern",
+    "SppConfig": "sppctl.adapters.spp",
+    "SppModel": "sppctl.adapters.spp",
+    "prune_linear": "sppctl.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sppctl' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _register_with_peft() -> None:
+    """Registers SPP at once if PEFT is loaded, else when it is first imported: ``import sppctl`` stays cheap."""
+    import importlib.abc
+    import importlib.util
+    import sys
+
+    if "peft" in sys.modules:
+        import sppctl.adapters.spp  # noqa: F401
+
+        return
+
+    class _AfterPeft(importlib.abc.MetaPathFinder):
+        """Finds peft like everyone else, and loads the registration right after it."""
+
+        searching = False
+
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+            if fullname != "peft" or self.searching:
+                return None
+            self.searching = True
+            try:
+                spec = importlib.util.find_spec(fullname)
+            finally:
+                self.searching = False
+            if spec is None or spec.loader is None:
+                return spec
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                execute(module)
+                import sppctl.adapters.spp  # noqa: F401
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            return spec
+
+    sys.meta_path.insert(0, _AfterPeft())
+
+
+_register_with_peft()

@@ -1,0 +1,1 @@
+"""Sparsity-preserving adapters, each a stock PEFT method."""

@@ -1,0 +1,311 @@
+"""The command line: parse, call, print. torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sppctl import __version__, console
+from sppctl.config import Config, flatten, load_config, schema, to_dict, to_yaml
+from sppctl.errors import StageError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune, retrain, merge and evaluate sparse language models that stay sparse.",
+    epilog="CONFIG is a YAML file or the name of a shipped one (default: quickstart). KEY=VALUE overrides any key: "
+    "sppctl run prune.pattern=4:8 train.epochs=1. Command line over YAML over defaults.",
+)
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file or shipped name, and overrides."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Redo the stage even if it exists.")]
+Model = Annotated[str | None, typer.Option(help="Dense model: hub id, directory or package:NAME (model.path).")]
+Method = Annotated[str | None, typer.Option(help="Pruning method (prune.method).")]
+PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 4:8 or a ratio of zeros (prune.pattern).")]
+Output = Annotated[str | None, typer.Option(help="Run directory (run.dir).")]
+Tasks = Annotated[str | None, typer.Option(help="zeroshot, mmlu, ppl, or lm-eval names, with commas.")]
+Limit = Annotated[int | None, typer.Option(help="First N examples of each task (eval.limit).")]
+
+
+def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
+    """The configuration that positional arguments and options mean together."""
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(names) > 1:
+        raise UserError(f"expected one CONFIG, found {', '.join(names)}; overrides are written KEY=VALUE")
+    keys = {
+        "model": "model.path",
+        "method": "prune.method",
+        "pattern": "prune.pattern",
+        "output": "run.dir",
+        "limit": "eval.limit",
+    }
+    overrides += [f"{keys[name]}={value}" for name, value in sugar.items() if name in keys and value is not None]
+    tasks = sugar.get("tasks")
+    if tasks is not None:
+        chosen = [task.strip() for task in tasks.split(",") if task.strip()]
+        overrides.append(f"eval.tasks=[{', '.join(task for task in chosen if task != 'ppl')}]")
+        if "ppl" not in chosen:
+            overrides.append("eval.perplexity=[]")
+    return load_config(names[0] if names else None, overrides)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"sppctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+@app.command()
+def run(
+    arguments: Arguments = None,
+    model: Model = None,
+    method: Method = None,
+    pattern: PatternOption = None,
+    output: Output = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune, train, merge, evaluate and report; stages that are up to date are skipped."""
+    config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit)
+    from sppctl import pipeline
+
+    _print_report([pipeline.run_all(pipeline.Run(config, force=force))], json)
+
+
+@app.command()
+def prune(
+    arguments: Arguments = None,
+    model: Model = None,
+    method: Method = None,
+    pattern: PatternOption = None,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make RUN/pruned from the dense model."""
+    config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output)
+    from sppctl import pipeline
+
+    work = pipeline.Run(config, force=force)
+    pipeline.preflight(work, ("prune",))
+    with work.lock():
+        _print_stage(pipeline.prune(work), json)
+
+
+@app.command()
+def train(
+    arguments: Arguments = None,
+    output: Output = None,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted training.")] = True,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make RUN/adapter: tune SPP adapters on RUN/pruned."""
+    config = _resolve(arguments, output=output)
+    from sppctl import pipeline
+
+    work = pipeline.Run(config, force=force, resume=resume)
+    pipeline.preflight(work, ("train",))
+    with work.lock():
+        _print_stage(pipeline.train(work), json)
+
+
+@app.command()
+def merge(
+    arguments: Arguments = None, output: Output = None, force: Force = False, json: Json = False, debug: Debug = False
+) -> None:
+    """Make RUN/merged from RUN/pruned and RUN/adapter, and prove that the pattern is unchanged."""
+    config = _resolve(arguments, output=output)
+    from sppctl import pipeline
+
+    work = pipeline.Run(config, force=force)
+    with work.lock():
+        _print_stage(pipeline.merge(work), json)
+
+
+@app.command(name="eval")
+def evaluate(
+    arguments: Arguments = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint to measure; default: the newest of the run directory.")
+    ] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    output: Output = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity and benchmark accuracy of any checkpoint."""
+    config = _resolve(arguments, output=output, tasks=tasks, limit=limit)
+    from sppctl import pipeline
+
+    work = pipeline.Run(config, force=force)
+    label, directory = pipeline.checkpoint_to_measure(work, model)
+    pipeline.preflight_evaluation(work, directory)
+    with work.lock():
+        console.note(f"eval: {label}, {directory}")
+        results = pipeline.evaluate(work, {label: directory})
+    if json:
+        console.show_json(results[label])
+    else:
+        _print_results(label, results[label])
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")], json: Json = False, debug: Debug = False
+) -> None:
+    """Collect runs into one table: base, pruned, merged."""
+    from sppctl import pipeline
+
+    _print_report(pipeline.report(run_dirs), json)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
+    expect: Annotated[
+        str | None, typer.Option(help="Pattern that every sparse matrix must keep to, or exit 1.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Certify the sparsity of any safetensors checkpoint."""
+    from sppctl.pattern import Pattern
+
+    try:
+        expected = Pattern.parse(expect) if expect is not None else None
+    except ValueError as error:
+        raise UserError(f"--expect: {error}") from error
+    from sppctl.lm.checkpoint import locate_weights
+    from sppctl.stages import inspect as stage
+
+    matrices, summary = stage.measure(locate_weights(checkpoint), expected)
+    wrong = stage.violations(matrices, expected) if expected is not None else []
+    if json:
+        console.show_json(
+            {"summary": summary, "violations": wrong, "matrices": [asdict(matrix) for matrix in matrices]}
+        )
+    else:
+        rows = [
+            (m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", " ".join(m.patterns) or "-") for m in matrices
+        ]
+        console.show_table(checkpoint, ("matrix", "shape", "sparsity", "N:M that hold"), rows)
+        print(stage.sentence(summary))
+    if wrong:
+        more = f"\n... and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise StageError(f"{checkpoint} is not {expected}: {len(wrong)} violations\n" + "\n".join(wrong[:3]) + more)
+
+
+@app.command()
+def config(
+    arguments: Arguments = None,
+    show_schema: Annotated[bool, typer.Option("--schema", help="Every key with type, default and meaning.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the configuration that a run would use."""
+    if show_schema:
+        entries = schema()
+        if json:
+            console.show_json(entries)
+            return
+        for entry in entries:
+            print(f"{entry['key']} ({entry['type']}; default {entry['default']})\n    {entry['meaning']}")
+        return
+    resolved = _resolve(arguments)
+    if json:
+        console.show_json(to_dict(resolved))
+    else:
+        print(to_yaml(resolved), end="")
+
+
+def _print_stage(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        console.show_json(record)
+        return
+    metrics = {key: value for key, value in flatten(record["metrics"]).items() if not isinstance(value, list)}
+    console.show_table(record["stage"], ("", ""), [(key, _figure(value)) for key, value in metrics.items()])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _print_results(label: str, content: dict[str, Any]) -> None:
+    from sppctl.stages.evaluate import rows_of
+
+    rows = []
+    for name, value, norm in rows_of(content):
+        if name.startswith("ppl "):
+            rows.append((name, f"{value:.3f}", ""))
+        else:
+            rows.append((name, "-" if value is None else f"{value:.2%}", "" if norm is None else f"{norm:.2%}"))
+    console.show_table(f"{label}: {content['checkpoint']}", ("measure", "acc / perplexity", "acc_norm"), rows)
+
+
+def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        console.show_json(runs)
+        return
+    from sppctl.stages import report as stage
+
+    for found in runs:
+        header, rows = stage.table(found)
+        console.show_table(found["run"], header, rows)
+        for fact in stage.facts(found):
+            print(fact)
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code, a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not debug:
+        warnings.simplefilter("ignore")  # deprecations of the libraries below, of no use to those who run sppctl
+    try:
+        app()
+    except (UserError, StageError) as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            console.note(f"error: {line}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.note("interrupted; the same command continues or starts the stage again")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        reason = str(error).strip().splitlines()
+        console.note(f"error: {type(error).__name__}: {reason[0] if reason else ''} (--debug shows where)")
+        sys.exit(1)

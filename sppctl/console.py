@@ -1,0 +1,89 @@
+"""What a person sees: progress on stderr, results on stdout, errors in one line.
+
+rich is imported only when something is drawn, so that ``--help`` stays instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PLAIN_SECONDS = 15  # between two lines of progress where stderr is no terminal
+
+
+def note(message: str) -> None:
+    """One line for the person who waits."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line that should not be missed."""
+    note(f"warning: {message}")
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line now and then. Use as a context manager."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done = label, total, 0
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[words]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, words="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, words: str = "", steps: int = 1) -> None:
+        """Some steps are done; ``words`` say what a person wants to know about the last one."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, words=words)
+            return
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS or self.done >= self.total:
+            self._last = now
+            elapsed = now - self._started
+            left = f"{elapsed / self.done * (self.total - self.done):.0f} s left" if self.done < self.total else "done"
+            note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if words else ''}{words}")
+
+
+def show_json(value: Any) -> None:
+    """Prints a result for programs."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a result for people; the first column is left-aligned, the others right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    # no terminal (a log, a pipe): never break a table for a width that nobody has
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)

@@ -1,0 +1,278 @@
+"""Walking a decoder block by block, with only one block's weights in memory.
+
+The model is built on the meta device; embeddings and the like are loaded once, a block's weights when it is its turn.
+Nothing here knows a model family: the arguments each block receives are recorded from the model's own forward, so
+whatever an architecture passes (rotary embeddings, sliding-window masks, a different mask per block) is replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sppctl.errors import StageError, UserError
+from sppctl.lm.checkpoint import load_config, quiet_libraries, stored_name
+from sppctl.lm.safe_files import TensorFiles
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one block: everything but the hidden states, the first argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_by_name: bool
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
+        """Splits a call into its hidden states and the rest."""
+        if args:
+            return cls(args[1:], kwargs, False), args[0]
+        rest = dict(kwargs)
+        hidden = rest.pop("hidden_states")
+        return cls((), rest, True), hidden
+
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Runs the block on other hidden states; (batch, tokens, width) in and out."""
+        if self.hidden_by_name:
+            return _hidden_of(block(hidden_states=hidden, **self.kwargs))
+        return _hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+class Skeleton:
+    """A causal language model without weights: its decoder blocks and their linear layers."""
+
+    def __init__(self, config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> None:
+        """Builds the model of a transformers configuration on the meta device.
+
+        Raises:
+            UserError: it is no causal language model, or has no list of decoder blocks.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with init_empty_weights(), quiet_libraries():
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.path: no causal language model can be built from its config ({reason})") from error
+        self.config = config
+        self.model = model.eval()
+        self.base_prefix: str = model.base_model_prefix
+        self.blocks_name, self.blocks = self._find_blocks()
+
+    def _find_blocks(self) -> tuple[str, nn.ModuleList]:
+        depth = self.config.get_text_config().num_hidden_layers
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth and name.startswith(self.base_prefix):
+                return name, module
+        kind = type(self.model).__name__
+        raise UserError(f"model.path: {kind} has no list of {depth} decoder blocks; sppctl prunes decoders")
+
+    def targets(self, names: list[str] | str, key: str = "prune.targets") -> dict[str, nn.Linear]:
+        """The linear layers of the blocks that ``names`` mean, by their full names, in the model's order.
+
+        Args:
+            names: ends of module names (``q_proj``, ``mlp.down_proj``), patterns with ``*``, or ``"all-linear"``.
+            key: the configuration key, for errors.
+
+        Raises:
+            UserError: a name that matches nothing.
+        """
+        linears = {
+            f"{self.blocks_name}.{name}": module
+            for name, module in self.blocks.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        if names == "all-linear":
+            return linears
+        found: set[str] = set()
+        for wanted in names:
+            matches = {name for name in linears if name.endswith(f".{wanted}") or fnmatch(name, wanted)}
+            if not matches:
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+                raise UserError(f"{key}: {wanted!r} matches no linear layer; this model has {kinds} (or all-linear)")
+            found |= matches
+        return {name: linears[name] for name in linears if name in found}
+
+
+class BlockStack(Skeleton):
+    """The decoder of a checkpoint whose blocks are loaded one at a time."""
+
+    def __init__(self, directory: Path, device: torch.device, trust_remote_code: bool = False) -> None:
+        """Builds the model without weights and opens the files that hold them.
+
+        Raises:
+            UserError: damaged files, no causal language model, or no decoder blocks.
+        """
+        self.files = TensorFiles(directory)
+        self.device = device
+        config = load_config(directory, trust_remote_code)
+        dtype = _stored_dtype(self.files, config)
+        if dtype == torch.float16 and device.type == "cpu":
+            dtype = torch.float32  # CPUs lack most float16 kernels; every float16 is exact in float32
+        super().__init__(config, dtype, trust_remote_code)
+        self._blocks_return_tuples = False
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def weight_name(self, module_name: str) -> str:
+        """The name under which the checkpoint stores a linear layer's weight."""
+        return stored_name(self.files, f"{module_name}.weight", self.base_prefix)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def load_embeddings(self) -> None:
+        """Loads everything the blocks need before them: embeddings, norms, position tables; not the output head."""
+        base = getattr(self.model, self.base_prefix)
+        inside = self.blocks_name + "."
+        prefix = self.base_prefix
+        for name, _ in base.named_parameters():
+            if not f"{prefix}.{name}".startswith(inside):
+                self._load(f"{prefix}.{name}")
+        for buffer_name, buffer in base.named_buffers():
+            owner, _, leaf = buffer_name.rpartition(".")
+            base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Loads the weights of one block; release it afterwards."""
+        block = self.blocks[index]
+        for name, _ in list(block.named_parameters()):
+            self._load(f"{self.blocks_name}.{index}.{name}")
+        return block
+
+    def release_block(self, index: int) -> None:
+        """Frees the weights of one block."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def _load(self, parameter: str) -> None:
+        owner, _, leaf = parameter.rpartition(".")
+        module = self.model.get_submodule(owner)
+        stored = stored_name(self.files, parameter, self.base_prefix)
+        tensor = self.files.read(stored)
+        expected = module._parameters[leaf]
+        assert expected is not None
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"{self.files.directory}: {stored} has shape {tuple(tensor.shape)}, "
+                f"config.json implies {tuple(expected.shape)}; the files do not belong together"
+            )
+        if not torch.isfinite(tensor).all():
+            raise StageError(f"{self.files.directory}: {stored} holds NaN or infinite values; the checkpoint is broken")
+        # the dtype the model itself would use: some keep single modules in float32
+        module._parameters[leaf] = nn.Parameter(tensor.to(self.device, expected.dtype), requires_grad=False)
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def record(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """The first block's hidden states for a batch (batch, tokens), and how every block is called for its shape.
+
+        No block is run: each hands its input on, in the form in which this family's blocks return it.
+        """
+        calls: list[BlockCall] = []
+        inputs: list[Tensor] = []
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            call, hidden = BlockCall.of(args, kwargs)
+            calls.append(call)
+            inputs.append(hidden)
+            return (hidden,) if self._blocks_return_tuples else hidden
+
+        for block in self.blocks:
+            block.forward = hand_on
+        try:
+            self._forward(input_ids)
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return inputs[0], calls
+
+    @torch.no_grad()
+    def check_replay(self, input_ids: Tensor, on_block: Callable[[int], None]) -> None:
+        """Runs the real model on one batch, block weights coming and going, and replays every block beside it.
+
+        Args:
+            input_ids: (batch, tokens).
+            on_block: called with the index of each block that passed.
+
+        Raises:
+            StageError: a replayed block differs from the model's own in any bit, or a weight is not finite.
+        """
+        self._learn_return_type(input_ids[:, :1])
+        _, calls = self.record(input_ids)
+
+        def compare(index: int, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            _, hidden = BlockCall.of(args, kwargs)
+            # .forward, not the module itself: a call would run these hooks again
+            if not torch.equal(calls[index](block.forward, hidden), _hidden_of(output)):
+                raise StageError(
+                    f"replaying block {index} of {type(self.model).__name__} does not give the model's own hidden "
+                    "states, so it would be pruned on wrong inputs; please report this architecture"
+                )
+            self.release_block(index)
+            on_block(index)
+
+        handles = []
+        for index, block in enumerate(self.blocks):
+            load = partial(self._load_before, index)
+            handles.append(block.register_forward_pre_hook(load))
+            handles.append(block.register_forward_hook(partial(compare, index), with_kwargs=True))
+        try:
+            self._forward(input_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _load_before(self, index: int, *_: Any) -> None:
+        self.load_block(index)
+
+    def _learn_return_type(self, input_ids: Tensor) -> None:
+        """Runs the first block alone: some families return a tensor, some a tuple."""
+
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            self._blocks_return_tuples = not isinstance(output, Tensor)
+            raise _FirstBlockDoneError
+
+        self.load_block(0)
+        handle = self.blocks[0].register_forward_hook(stop)
+        try:
+            self._forward(input_ids)
+        except _FirstBlockDoneError:
+            pass
+        finally:
+            handle.remove()
+            self.release_block(0)
+
+    def _forward(self, input_ids: Tensor) -> None:
+        getattr(self.model, self.base_prefix)(input_ids=input_ids, use_cache=False)
+
+
+def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
+    floating = [spec.dtype for spec in map(files.spec, files) if spec.dtype.is_floating_point]
+    if not floating:
+        raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")
+    configured = getattr(config, "dtype", None)
+    return configured if configured in floating else max(set(floating), key=floating.count)
+
+
+class _FirstBlockDoneError(Exception):
+    """Leaves the model's forward after the first block."""
+
+
+def _hidden_of(output: Any) -> Tensor:
+    hidden = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(hidden, Tensor)
+    return hidden

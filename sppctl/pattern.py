@@ -1,0 +1,77 @@
+"""Sparsity patterns: a ratio of zeros, or N:M with N weights KEPT in every M consecutive input features."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern.
+
+    Exactly one of the two forms is set.
+
+    Attributes:
+        ratio: share of weights set to zero, ``0 < ratio < 1`` (unstructured), or None.
+        keep: N of N:M, the weights kept in each group, or None.
+        group: M of N:M, the consecutive input features that form a group, or None.
+    """
+
+    ratio: float | None = None
+    keep: int | None = None
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> Pattern:
+        """Reads ``"2:4"``, ``0.5`` or ``"0.5"``.
+
+        Raises:
+            ValueError: the value is neither a ratio between 0 and 1 nor N:M with 0 < N < M.
+        """
+        if isinstance(value, Pattern):
+            return value
+        if isinstance(value, str):
+            found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value)
+            if found:
+                keep, group = int(found[1]), int(found[2])
+                if not 0 < keep < group:
+                    raise ValueError(f"pattern {value!r}: N:M keeps N of every M weights, so 0 < N < M (2:4, 4:8)")
+                return cls(keep=keep, group=group)
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)") from None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)")
+        if not 0 < value < 1:
+            raise ValueError(f"pattern {value!r}: a ratio is the share of zeros, between 0 and 1 (0.5 = half of them)")
+        return cls(ratio=float(value))
+
+    @property
+    def is_structured(self) -> bool:
+        """True for N:M."""
+        return self.group is not None
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros this pattern asks for."""
+        if self.keep is not None and self.group is not None:
+            return 1 - self.keep / self.group
+        assert self.ratio is not None
+        return self.ratio
+
+    def num_pruned(self, count: int) -> int:
+        """How many of ``count`` weights that are compared with each other become zero."""
+        return int(count * self.sparsity + 1e-9)
+
+    def check_in_features(self, in_features: int, where: str) -> None:
+        """Raises ValueError if N:M groups do not fit into ``in_features``; ``where`` names the layer."""
+        if self.group is not None and in_features % self.group:
+            raise ValueError(
+                f"pattern {self}: {where} has {in_features} input features, not a multiple of {self.group}; "
+                "choose another pattern or leave the layer out of prune.targets"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}" if self.is_structured else f"{self.ratio:g}"

@@ -1,0 +1,463 @@
+"""The run directory and the order of the stages: what is up to date, what has to be done, and atomic publication.
+
+A stage works in ``RUN/.NAME.partial`` and renames it to ``RUN/NAME`` when it is complete, so a directory that exists is
+whole. ``stage.json`` in it says what it was made from; the same again is skipped, anything else is refused until
+``--force``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sppctl import __version__, console
+from sppctl.config import Config, flatten, result_keys, to_yaml
+from sppctl.errors import StageError, UserError
+
+STAGES = ("prune", "train", "merge", "eval", "report")
+DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
+RECORD = "stage.json"
+
+
+@dataclass
+class Run:
+    """One run directory under one configuration."""
+
+    config: Config
+    force: bool = False
+    resume: bool = True
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of this run lies."""
+        return Path(self.config.run.dir)
+
+    def path(self, stage: str) -> Path:
+        """The published directory of a stage."""
+        return self.directory / DIRECTORIES[stage]
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The stage.json of a published stage."""
+        path = self.path(stage) / RECORD
+        if not path.is_file():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); --force redoes the stage") from error
+        return record
+
+    # --- the dense model ----------------------------------------------------------------------------------------------
+
+    def located(self) -> Path:
+        """The directory that model.path means (in it, perhaps, a GGUF file)."""
+        from sppctl.lm import checkpoint
+
+        model = self.config.model
+        assert model.path is not None
+        return checkpoint.locate(model.path, model.gguf_file, model.revision)
+
+    def base(self) -> Path:
+        """The dense checkpoint as safetensors; a GGUF file is converted into the run directory once."""
+        source = self.located()
+        model = self.config.model
+        if model.gguf_file is None:
+            return source
+        import torch
+
+        from sppctl.lm import checkpoint
+
+        target = self.directory / "base"
+        identity = {"file": model.gguf_file, "size": (source / model.gguf_file).stat().st_size, "dtype": model.dtype}
+        if target.is_dir():
+            before = json.loads((target / RECORD).read_text())
+            if before["inputs"] == identity:
+                return target
+        console.note(f"base: unpacking {model.gguf_file} into {target}")
+        started = time.perf_counter()
+        partial = self._fresh_partial("base")
+        dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+        checkpoint.convert_gguf(source, model.gguf_file, dtype, partial)
+        self._publish(
+            "base", partial, {"stage": "base", "inputs": identity, "wall_time_s": time.perf_counter() - started}
+        )
+        return target
+
+    def skeleton(self) -> Any:
+        """The model without weights, for checks; nothing is converted or written."""
+        from sppctl.lm import blocks, checkpoint
+        from sppctl.lm.safe_files import TensorFiles
+
+        directory, model = self.located(), self.config.model
+        if model.gguf_file is None:
+            TensorFiles(directory)
+            config = checkpoint.load_config(directory, model.trust_remote_code)
+        else:
+            config = checkpoint.load_gguf_config(directory, model.gguf_file)
+        return blocks.Skeleton(config, trust_remote_code=model.trust_remote_code)
+
+    # --- publication --------------------------------------------------------------------------------------------------
+
+    def partial(self, name: str) -> Path:
+        """Where a stage works until it is complete."""
+        return self.directory / f".{name}.partial"
+
+    def _fresh_partial(self, name: str) -> Path:
+        path = self.partial(name)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def _publish(self, name: str, partial: Path, record: dict[str, Any]) -> None:
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        target, old = self.directory / name, self.directory / f".{name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def perform(
+        self,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: dict[str, Any],
+        work: Callable[[Path], dict[str, Any]],
+        *,
+        resumable: bool = False,
+    ) -> dict[str, Any]:
+        """Does a stage unless it is up to date, and publishes it.
+
+        Args:
+            stage: prune, train or merge.
+            settings: the configuration it depends on.
+            inputs: fingerprints of what it reads.
+            work: fills a directory and returns metrics.
+            resumable: what an interrupted attempt left behind is handed to ``work`` again.
+
+        Returns:
+            The content of stage.json.
+
+        Raises:
+            UserError: the stage exists with other settings or inputs, and force is off.
+        """
+        name = DIRECTORIES[stage]
+        identity = _identity(settings, inputs)
+        before = self.record(stage)
+        if before is not None and not self.force:
+            if before["fingerprint"] == identity:
+                console.note(f"{stage}: up to date ({self.path(stage)})")
+                return before
+            raise UserError(
+                f"{self.path(stage)} was made with {_differences(before, settings, inputs)}; "
+                f"--force redoes it, another run.dir keeps it"
+            )
+        partial = self.partial(name)
+        note = partial / "attempt.json"
+        if resumable and self.resume and not self.force and note.is_file() and json.loads(note.read_text()) == identity:
+            console.note(f"{stage}: continuing an interrupted attempt")
+        else:
+            partial = self._fresh_partial(name)
+            note.write_text(json.dumps(identity))
+        started = time.perf_counter()
+        try:
+            metrics = work(partial)
+        except (UserError, StageError):
+            if not (resumable and any(partial.glob("*/checkpoint-*"))):
+                shutil.rmtree(partial)
+            raise
+        note.unlink()
+        record = {
+            "stage": stage,
+            "fingerprint": identity,
+            "settings": settings,
+            "inputs": inputs,
+            "seed": self.config.run.seed,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "wall_time_s": round(time.perf_counter() - started, 2),
+            "peak_memory_mb": _peak_memory_mb(),
+            "hardware": _hardware(),
+            "versions": _versions(),
+            "command": " ".join(["sppctl", *sys.argv[1:]]),
+            "metrics": metrics,
+        }
+        if stage != "train":
+            from sppctl.lm import checkpoint
+
+            record["output"] = checkpoint.fingerprint(partial)
+        self._publish(name, partial, record)
+        console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
+        return record
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps two commands from working in one run directory at the same time, and notes the configuration."""
+        self.check_directory()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock, resolved = self.directory / ".lock", self.directory / "resolved.yaml"
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self.directory}: another sppctl command is working here; wait for it") from error
+            resolved.write_text(to_yaml(self.config))
+            try:
+                yield
+            finally:
+                if {path.name for path in self.directory.iterdir()} <= {lock.name, resolved.name}:
+                    shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing
+
+    def check_directory(self) -> None:
+        """Raises UserError if the run directory cannot be written."""
+        path = self.directory
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run.dir: {path} is a file, not a directory; name another (--output)")
+        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"run.dir: {path} cannot be made, {parent} is not a writable directory")
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def preflight(run: Run, stages: tuple[str, ...]) -> None:
+    """Everything that can be checked before anything is computed or written, for all stages that will run.
+
+    Raises:
+        UserError: every problem, one per line.
+    """
+    run.check_directory()
+    from sppctl.lm import checkpoint
+
+    checkpoint.pick_device(run.config.model.device)
+    skeleton = run.skeleton()
+    problems = []
+    for stage in stages:
+        check = _checks().get(stage)
+        if check is None or (stage in DIRECTORIES and not run.force and run.record(stage) is not None):
+            continue
+        try:
+            check(run.config, skeleton)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _checks() -> dict[str, Callable[..., None]]:
+    from sppctl.stages import evaluate, prune, train
+
+    return {"prune": prune.preflight, "train": train.preflight, "eval": evaluate.preflight}
+
+
+def prune(run: Run) -> dict[str, Any]:
+    """base -> pruned."""
+    from sppctl.lm import checkpoint
+    from sppctl.stages import prune as stage
+
+    base = run.base()
+    settings = _prune_settings(run.config)
+    inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
+    return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out))
+
+
+def train(run: Run) -> dict[str, Any]:
+    """pruned -> adapter."""
+    from sppctl.stages import train as stage
+
+    pruned = _need(run, "prune")
+    settings = _settings(run.config, "train")
+    inputs = {"pruned": pruned["output"]} | _file_hash("data", run.config.train.data.dataset)
+    layers = [layer["name"] for layer in pruned["metrics"]["layers"]]
+    return run.perform(
+        "train",
+        settings,
+        inputs,
+        lambda out: stage.execute(run.config, run.path("prune"), layers, out, resume=run.resume),
+        resumable=True,
+    )
+
+
+def merge(run: Run) -> dict[str, Any]:
+    """pruned + adapter -> merged."""
+    from sppctl.lm import checkpoint
+    from sppctl.stages import merge as stage
+
+    pruned, trained = _need(run, "prune"), _need(run, "train")
+    if trained["inputs"]["pruned"] != pruned["output"]:
+        raise UserError(
+            f"{run.path('train')} was trained on other weights than {run.path('prune')} holds now; "
+            "train again (sppctl train --force)"
+        )
+    settings = {"merge": result_keys(run.config.merge)}
+    inputs = {"pruned": pruned["output"], "adapter": checkpoint.fingerprint(run.path("train"))}
+    return run.perform(
+        "merge", settings, inputs, lambda out: stage.execute(run.config, run.path("prune"), run.path("train"), out)
+    )
+
+
+def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Measures checkpoints by label; what has been measured before is not measured again."""
+    from sppctl.lm import checkpoint
+    from sppctl.stages import evaluate as stage
+
+    found = {}
+    for label, directory in checkpoints.items():
+        results = run.directory / "eval" / f"{label}.json"
+        fingerprint = checkpoint.fingerprint(directory)
+        if run.force:
+            wanted = stage.measures(run.config, stage.window_of(run.config, directory))
+        else:
+            wanted = stage.missing(run.config, directory, results, fingerprint)
+        if not wanted and results.is_file():
+            console.note(f"eval {label}: up to date ({results})")
+            found[label] = stage.read_results(results)
+        else:
+            found[label] = stage.execute(run.config, label, directory, results, fingerprint, wanted)
+    return found
+
+
+def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
+    """Collects runs and writes report.md and report.json into each."""
+    from sppctl.stages import report as stage
+
+    runs = []
+    for path in run_dirs:
+        collected = stage.collect(path)
+        if not collected["stages"] and not collected["checkpoints"]:
+            raise UserError(f"{path} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
+        (path / "report.md").write_text(stage.markdown([collected]))
+        (path / "report.json").write_text(json.dumps(collected, indent=2) + "\n")
+        runs.append(collected)
+    return runs
+
+
+def run_all(run: Run) -> dict[str, Any]:
+    """The whole pipeline; returns the collected record of the run."""
+    started = time.perf_counter()
+    preflight(run, STAGES)
+    with run.lock():
+        base = run.base()
+        prune(run)
+        train(run)
+        merge(run)
+        evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
+    collected = report([run.directory])[0]
+    console.note(f"run: done in {time.perf_counter() - started:.0f} s ({run.directory})")
+    return collected
+
+
+def checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path]:
+    """Label and directory of what ``sppctl eval`` measures.
+
+    Args:
+        run: the run.
+        model: any checkpoint; None: the newest artefact of the run, else its base model.
+    """
+    from sppctl.lm import checkpoint
+
+    if model is not None:
+        directory = checkpoint.locate(model)
+        known = {(run.directory / name).resolve(): name for name in ("base", "pruned", "merged")}
+        slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
+        return known.get(directory.resolve(), slug), directory
+    for label, stage in (("merged", "merge"), ("pruned", "prune")):
+        if run.record(stage) is not None:
+            return label, run.path(stage)
+    return "base", run.base()
+
+
+def preflight_evaluation(run: Run, directory: Path) -> None:
+    """What evaluating one checkpoint needs, before its weights are loaded."""
+    from sppctl.lm import blocks, checkpoint
+    from sppctl.stages import evaluate as stage
+
+    run.check_directory()
+    checkpoint.pick_device(run.config.model.device)
+    trust = run.config.model.trust_remote_code
+    stage.preflight(run.config, blocks.Skeleton(checkpoint.load_config(directory, trust), trust_remote_code=trust))
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def _settings(config: Config, section: str) -> dict[str, Any]:
+    return {"seed": config.run.seed, section: result_keys(getattr(config, section))}
+
+
+def _prune_settings(config: Config) -> dict[str, Any]:
+    return {"model": result_keys(config.model)} | _settings(config, "prune")
+
+
+def _need(run: Run, stage: str) -> dict[str, Any]:
+    """The record of a stage that must be there, and must be what the configuration describes."""
+    record = run.record(stage)
+    if record is None:
+        raise UserError(f"{run.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
+    settings = _prune_settings(run.config) if stage == "prune" else _settings(run.config, stage)
+    if record["settings"] != settings:
+        raise UserError(
+            f"{run.path(stage)} was made with {_differences(record, settings, record['inputs'])}; "
+            f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
+        )
+    return record
+
+
+def _identity(settings: dict[str, Any], inputs: dict[str, Any]) -> str:
+    text = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, Any]) -> str:
+    old, new = flatten(before["settings"]), flatten(settings)
+    changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    changed += [
+        f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
+    ]
+    return "; ".join(changed) or "an older version of sppctl"
+
+
+def _file_hash(key: str, dataset: str) -> dict[str, str]:
+    """Identifies local data by content; data known by name needs no more than its name."""
+    path = Path(dataset)
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest()[:16]} if path.is_file() else {}
+
+
+def _peak_memory_mb() -> dict[str, float]:
+    """Of this process since it started, and of the GPU."""
+    import torch
+
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
+    if torch.cuda.is_available():
+        peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} visible)"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    names = ("torch", "transformers", "peft", "accelerate", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"sppctl": __version__, "python": platform.python_version()} | versions

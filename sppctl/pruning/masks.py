@@ -1,0 +1,78 @@
+"""From scores to masks with exact counts. In every mask True means kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sppctl.pattern import Pattern
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
+    """Keeps all but the ``num_pruned`` smallest scores of each row.
+
+    Args:
+        scores: (rows, columns), compared along the last dimension.
+        num_pruned: how many of each row are pruned, exactly; of equal scores the first ones are.
+
+    Returns:
+        Boolean mask (rows, columns), True = kept.
+    """
+    if num_pruned == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    step = max(1, CHUNK_ELEMENTS // scores.shape[-1])
+    for start in range(0, scores.shape[0], step):
+        part = scores[start : start + step]
+        threshold = part.kthvalue(num_pruned, dim=-1, keepdim=True).values
+        smaller, equal = part < threshold, part == threshold
+        wanted = num_pruned - smaller.sum(-1, keepdim=True)
+        mask[start : start + step] = ~(smaller | (equal & (equal.cumsum(-1) <= wanted)))
+    return mask
+
+
+def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
+    """Keeps the ``keep`` largest of every ``group`` consecutive scores of a row (N:M = keep:group).
+
+    A score's rank is counted against the others of its group, for all groups at once; of equal scores the later is
+    kept.
+
+    Args:
+        scores: (rows, columns), columns a multiple of ``group``.
+        keep: N, the number kept.
+        group: M.
+
+    Returns:
+        Boolean mask (rows, columns), True = kept.
+    """
+    grouped = scores.view(scores.shape[0], -1, group)
+    rank = torch.zeros(grouped.shape, dtype=torch.int16, device=scores.device)
+    for other in range(group):
+        rival = grouped[..., other : other + 1]
+        rank += rival < grouped
+        rank[..., other + 1 :] += rival == grouped[..., other + 1 :]
+    return (rank >= group - keep).view(scores.shape)
+
+
+def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The mask of a pattern where scores are compared within each output row.
+
+    Args:
+        scores: (out_features, in_features).
+        pattern: N:M (N kept), or a ratio: ``floor(in_features * ratio)`` pruned in every row.
+
+    Returns:
+        Boolean mask (out_features, in_features), True = kept.
+    """
+    if pattern.keep is not None and pattern.group is not None:
+        return keep_largest_in_groups(scores, pattern.keep, pattern.group)
+    return keep_largest(scores, pattern.num_pruned(scores.shape[1]))
+
+
+def mask_by_matrix(scores: Tensor, pattern: Pattern) -> Tensor:
+    """As :func:`mask_by_row`, but a ratio compares all weights of the matrix with each other."""
+    if pattern.is_structured:
+        return mask_by_row(scores, pattern)
+    return keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel())).view(scores.shape)

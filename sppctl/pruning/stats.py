@@ -1,0 +1,81 @@
+"""What a pruner has to know about a layer's inputs, gathered batch by batch in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_DAMP = 1.0  # of the mean diagonal; beyond it the Hessian says nothing any more
+
+
+class InputNorms:
+    """Sum of squares of every input feature: (in_features,)."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.num_tokens = 0
+        self.squares = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        """Adds inputs (tokens, in_features) of any float dtype."""
+        self.num_tokens += inputs.shape[0]
+        self.squares += inputs.float().square().sum(dim=0)
+
+    def norms(self) -> Tensor:
+        """Root mean square of every input feature, (in_features,): proportional to ||x||_2."""
+        return (self.squares / max(1, self.num_tokens)).sqrt()
+
+
+class Hessian:
+    """Second moment X^T X of the inputs: (in_features, in_features); the layer-wise Hessian of SparseGPT."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.num_tokens = 0
+        self.moment = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._factors: dict[float, tuple[Tensor, Tensor, float]] = {}
+
+    def update(self, inputs: Tensor) -> None:
+        """Adds inputs (tokens, in_features) of any float dtype."""
+        self.num_tokens += inputs.shape[0]
+        inputs = inputs.float()
+        self.moment.addmm_(inputs.t(), inputs)
+        self._factors.clear()
+
+    def inverse_factor(self, damp: float) -> tuple[Tensor, Tensor, float]:
+        """Upper Cholesky factor of the inverse of the damped Hessian; computed once for layers that share inputs.
+
+        Damping grows tenfold, up to ``MAX_DAMP``, as long as the factorisation fails.
+
+        Args:
+            damp: share of the mean diagonal added to the diagonal.
+
+        Returns:
+            The factor U (in_features, in_features) with H^-1 = U^T U, the features that never fired (in_features,)
+            boolean, and the damping that was needed.
+
+        Raises:
+            ValueError: even ``MAX_DAMP`` does not make it positive definite (not finite inputs, for example).
+        """
+        if damp not in self._factors:
+            self._factors[damp] = self._factorise(damp)
+        return self._factors[damp]
+
+    def _factorise(self, damp: float) -> tuple[Tensor, Tensor, float]:
+        dead = self.moment.diagonal() == 0
+        hessian = self.moment * (2 / max(1, self.num_tokens))
+        hessian.diagonal()[dead] = 1
+        mean = hessian.diagonal().mean()
+        used = damp
+        while True:
+            damped = hessian.clone()
+            damped.diagonal().add_(used * mean)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper, dead, used
+            if used >= MAX_DAMP:
+                raise ValueError(
+                    f"the Hessian of the inputs is not positive definite even with a damping of {used:g}; "
+                    "more calibration text may help, or --method wanda"
+                )
+            used = min(used * 10, MAX_DAMP)

@@ -1,0 +1,205 @@
+"""Any checkpoint -> perplexity and benchmark accuracy, with plain transformers and lm-eval.
+
+Each checkpoint has one JSON file of results. A result is found again by what was measured, with which settings, on
+which weights; asking twice costs nothing, and other measures are added beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sppctl import __version__, console
+from sppctl.config import Config
+from sppctl.errors import UserError
+from sppctl.lm import checkpoint, data, harness, perplexity
+from sppctl.lm.blocks import Skeleton
+from sppctl.stages import inspect
+
+DEFAULT_WINDOW = 2048
+CPU_BATCH, GPU_BATCH = 4, 16
+
+
+def preflight(config: Config, skeleton: Skeleton) -> None:
+    """Checks that texts can be had and tasks are known.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    problems = []
+    limit = checkpoint.max_window(skeleton.config)
+    if config.eval.seq_len is not None and limit is not None and config.eval.seq_len > limit:
+        problems.append(f"eval.seq_len: {config.eval.seq_len} exceeds the model's {limit} positions")
+    for name in config.eval.perplexity:
+        try:
+            data.load_text(name, "test", "eval.perplexity")
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        harness.check_tasks(config.eval.tasks)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def measures(config: Config, window: int) -> list[dict[str, Any]]:
+    """What the configuration asks for: one entry per text and task group, with all settings that change its value."""
+    wanted: list[dict[str, Any]] = []
+    for name in config.eval.perplexity:
+        wanted.append({"kind": "perplexity", "text": name, "seq_len": window, "max_tokens": config.eval.max_tokens})
+    for name in config.eval.tasks:
+        few = harness.group_of(name).num_fewshot
+        settings = {"kind": "tasks", "tasks": name, "num_fewshot": few, "limit": config.eval.limit}
+        wanted.append(settings | {"seed": config.run.seed})
+    return wanted
+
+
+def window_of(config: Config, directory: Path) -> int:
+    """Tokens in a perplexity window: as configured, else min(2048, the model's limit)."""
+    limit = checkpoint.max_window(checkpoint.load_config(directory, config.model.trust_remote_code))
+    return config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results file of a checkpoint; empty if there is none."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def missing(config: Config, directory: Path, results: Path, fingerprint: str) -> list[dict[str, Any]]:
+    """The measures that a results file does not hold yet for these weights."""
+    wanted = measures(config, window_of(config, directory))
+    before = read_results(results)
+    if before.get("fingerprint") != fingerprint:
+        return wanted
+    done = [result["settings"] for result in before["results"]]
+    return [settings for settings in wanted if settings not in done]
+
+
+def execute(
+    config: Config, label: str, directory: Path, results: Path, fingerprint: str, wanted: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Measures one checkpoint and adds to its results file after every measure.
+
+    Args:
+        config: the configuration.
+        label: base, pruned, merged, or a name of the checkpoint's own.
+        directory: the checkpoint.
+        results: its JSON file.
+        fingerprint: of its weights.
+        wanted: entries of :func:`measures`.
+
+    Returns:
+        The content of the results file.
+    """
+    content = read_results(results)
+    if content.get("fingerprint") != fingerprint:
+        _, sparsity = inspect.measure(directory, config.prune.pattern)
+        content = {
+            "label": label,
+            "checkpoint": str(directory),
+            "fingerprint": fingerprint,
+            "sparsity": sparsity,
+            "results": [],
+        }
+    device = checkpoint.pick_device(config.model.device)
+    trust = config.model.trust_remote_code
+    model = checkpoint.load_model(directory, device, trust_remote_code=trust)
+    tokenizer = checkpoint.load_tokenizer(directory, trust)
+    for settings in wanted:
+        started = time.perf_counter()
+        if settings["kind"] == "perplexity":
+            metrics = _perplexity(config, model, tokenizer, settings, label)
+        else:
+            console.note(f"{label}: {settings['tasks']}{_limit_words(settings['limit'])}")
+            metrics = harness.evaluate(
+                model,
+                tokenizer,
+                settings["tasks"],
+                batch_size=_batch_size(config, device),
+                limit=settings["limit"],
+                seed=settings["seed"],
+            )
+        entry = {"settings": settings, "metrics": metrics, "seconds": round(time.perf_counter() - started, 2)}
+        entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
+        content["results"] = [old for old in content["results"] if old["settings"] != settings] + [entry]
+        _write(results, content)
+    return content
+
+
+def _perplexity(config: Config, model: Any, tokenizer: Any, settings: dict[str, Any], label: str) -> dict[str, Any]:
+    text = data.load_text(settings["text"], "test", "eval.perplexity")
+    windows = perplexity.text_windows(
+        tokenizer, text.joiner.join(text.documents), settings["seq_len"], settings["max_tokens"], settings["text"]
+    )
+    batch_size = _batch_size(config, model.device)
+    losses = []
+    with console.Progress(f"{label}: perplexity of {settings['text']}", len(windows)) as bar:
+        for batch in perplexity.window_losses(model, windows, batch_size):
+            losses.append(batch)
+            bar.advance(f"{perplexity.summarise(torch.cat(losses), windows.shape[1]).value:.2f}", steps=len(batch))
+    result = perplexity.summarise(torch.cat(losses), windows.shape[1])
+    return asdict(result) | {"documents_hash": data.content_hash(text.documents)}
+
+
+def _batch_size(config: Config, device: torch.device) -> int:
+    if config.eval.batch_size != "auto":
+        return config.eval.batch_size
+    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
+
+
+def _limit_words(limit: int | None) -> str:
+    return f" (first {limit} of each task)" if limit is not None else ""
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    names = ("torch", "transformers", "lm_eval", "datasets")
+    return {"sppctl": __version__} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def result_name(settings: dict[str, Any]) -> str:
+    """How a measure is called in tables, with what limits it."""
+    if settings["kind"] == "perplexity":
+        cut = f", first {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
+        return f"ppl {settings['text']} @{settings['seq_len']}{cut}"
+    shots = f" {settings['num_fewshot']}-shot" if settings["num_fewshot"] is not None else ""
+    cut = f", limit {settings['limit']}" if settings["limit"] is not None else ""
+    return f"{settings['tasks']}{shots}{cut}"
+
+
+def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """The results of a checkpoint as rows: name, value (perplexity or acc), acc_norm where there is one."""
+    rows: list[tuple[str, float | None, float | None]] = []
+    for result in content["results"]:
+        name, metrics = result_name(result["settings"]), result["metrics"]
+        if result["settings"]["kind"] == "perplexity":
+            rows.append((name, metrics["value"], None))
+            continue
+        limit = result["settings"]["limit"]
+        cut = f", limit {limit}" if limit is not None else ""
+        tasks = metrics["tasks"] if len(metrics["tasks"]) <= 10 else {}
+        if len(tasks) > 1 or not tasks:
+            rows.append((f"{name} mean", metrics["mean"].get("acc"), metrics["mean"].get("acc_norm")))
+        for task, values in tasks.items():
+            label = f"  {task}{cut}" if len(tasks) > 1 else name
+            first = next((value for key, value in values.items() if not key.endswith("stderr")), None)
+            rows.append((label, values.get("acc", first), values.get("acc_norm")))
+    return rows

@@ -1,0 +1,142 @@
+"""Any safetensors checkpoint -> which sparsity it really has, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.pattern import Pattern
+
+CERTIFIED = tuple(Pattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8", "1:8", "8:16", "4:16"))
+DENSE_BELOW = 0.01  # a matrix with fewer zeros than this was not pruned; quantised checkpoints have a few by chance
+
+
+@dataclass(frozen=True)
+class MatrixSparsity:
+    """One two-dimensional weight.
+
+    Attributes:
+        name: of the tensor.
+        shape: as stored.
+        zeros: how many weights are zero.
+        sparsity: share of zeros.
+        patterns: the N:M patterns that hold along the last dimension: at most N non-zero in every M.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    sparsity: float
+    patterns: tuple[str, ...]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it was pruned."""
+        return self.sparsity >= DENSE_BELOW
+
+
+def holds(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether every M consecutive weights of a row have at most N that are not zero."""
+    assert pattern.keep is not None
+    assert pattern.group is not None
+    if weight.shape[-1] % pattern.group:
+        return False
+    kept = (weight != 0).view(*weight.shape[:-1], -1, pattern.group).sum(-1)
+    return bool((kept <= pattern.keep).all())
+
+
+def matrices(files: TensorFiles, also: Pattern | None = None) -> Iterator[MatrixSparsity]:
+    """Measures every matrix of a checkpoint, one in memory at a time; embeddings and the output head included."""
+    patterns = list(CERTIFIED)
+    if also is not None and also.is_structured and also not in patterns:
+        patterns.append(also)
+    for name in files:
+        spec = files.spec(name)
+        if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
+            continue
+        weight = files.read(name)
+        if weight.dtype.itemsize == 1:
+            weight = weight.to(torch.bfloat16)
+        zeros = int((weight == 0).sum())
+        sparsity = zeros / weight.numel()
+        found = [p for p in patterns if sparsity >= p.sparsity - 1e-9 and holds(weight, p)]
+        yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(map(str, found)))
+
+
+def summarise(files: TensorFiles, measured: list[MatrixSparsity]) -> dict[str, Any]:
+    """Totals over a checkpoint.
+
+    Returns:
+        ``matrices``, ``sparse_matrices``, ``weights`` and ``zeros`` of the sparse ones, ``sparsity`` (their share),
+        ``total_sparsity`` (over every tensor), ``patterns`` that all sparse matrices share, ``parameters``, ``bytes``.
+    """
+    sparse = [matrix for matrix in measured if matrix.is_sparse]
+    weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in sparse)
+    zeros = sum(matrix.zeros for matrix in sparse)
+    parameters = sum(torch.Size(files.spec(name).shape).numel() for name in files)
+    shared = set.intersection(*(set(matrix.patterns) for matrix in sparse)) if sparse else set()
+    return {
+        "matrices": len(measured),
+        "sparse_matrices": len(sparse),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights if weights else 0.0,
+        "total_sparsity": sum(matrix.zeros for matrix in measured) / parameters if parameters else 0.0,
+        "patterns": [str(p) for p in _tightest([Pattern.parse(text) for text in shared])],
+        "parameters": parameters,
+        "bytes": files.num_bytes,
+    }
+
+
+def _tightest(patterns: list[Pattern]) -> list[Pattern]:
+    """Without those that a sparser or finer one of the list implies (2:4 implies 4:8)."""
+
+    def implies(a: Pattern, b: Pattern) -> bool:
+        a_keep, a_group, b_keep, b_group = a.keep or 0, a.group or 1, b.keep or 0, b.group or 1
+        return a != b and b_group % a_group == 0 and a_keep * (b_group // a_group) <= b_keep
+
+    # both directions hold for no two different patterns, so nothing drops out together
+    return sorted((p for p in patterns if not any(implies(q, p) for q in patterns)), key=str)
+
+
+def violations(measured: list[MatrixSparsity], expected: Pattern) -> list[str]:
+    """One line for each sparse matrix that does not keep to a pattern; dense matrices are not expected to.
+
+    A ratio is met by a matrix with at least that share of zeros, up to one weight per row.
+    """
+    sparse = [matrix for matrix in measured if matrix.is_sparse]
+    if not sparse:
+        return ["no matrix is sparse at all"]
+    found = []
+    for matrix in sparse:
+        if expected.is_structured:
+            if str(expected) not in matrix.patterns:
+                found.append(f"{matrix.name}: not {expected} (sparsity {matrix.sparsity:.4f})")
+        elif matrix.zeros < expected.num_pruned(matrix.shape[1]) * matrix.shape[0]:
+            found.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
+    return found
+
+
+def measure(directory: Path, also: Pattern | None = None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
+    """Every matrix of a checkpoint directory, and the totals."""
+    files = TensorFiles(directory)
+    measured = list(matrices(files, also))
+    return measured, summarise(files, measured)
+
+
+def sentence(summary: dict[str, Any]) -> str:
+    """The totals in words."""
+    size = f"{summary['parameters']:,} parameters, {summary['bytes'] / 1e6:.1f} MB"
+    if not summary["sparse_matrices"]:
+        return f"dense: none of {summary['matrices']} matrices is sparse; {size}"
+    pattern = f"pattern {', '.join(summary['patterns'])}" if summary["patterns"] else "no common N:M pattern"
+    return (
+        f"{summary['sparse_matrices']} of {summary['matrices']} matrices are sparse: {summary['sparsity']:.4%} zeros "
+        f"in them, {pattern}; {summary['total_sparsity']:.2%} of all {size}"
+    )

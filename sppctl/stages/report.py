@@ -1,0 +1,110 @@
+"""Records of one or more runs -> one table: base, pruned and merged side by side, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sppctl.stages.evaluate import read_results, rows_of
+
+ORDER = ("base", "pruned", "merged")
+STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
+
+
+def collect(run_dir: Path) -> dict[str, Any]:
+    """Everything a run has recorded.
+
+    Returns:
+        ``{"run", "stages": {stage: stage.json}, "checkpoints": {label: results}}``, in the order of the pipeline.
+    """
+    stages = {}
+    for directory, stage in STAGES.items():
+        record = run_dir / directory / "stage.json"
+        if record.is_file():
+            stages[stage] = json.loads(record.read_text())
+    found = {path.stem: read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
+    labels = [label for label in ORDER if label in found] + [label for label in found if label not in ORDER]
+    return {"run": str(run_dir), "stages": stages, "checkpoints": {label: found[label] for label in labels}}
+
+
+def table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row per measure, one column per checkpoint."""
+    checkpoints = run["checkpoints"]
+    rows = [
+        ["sparsity of pruned matrices", *(_percent(found["sparsity"]["sparsity"]) for found in checkpoints.values())],
+        ["pattern", *(_pattern(found["sparsity"]) for found in checkpoints.values())],
+        ["sparse matrices", *(str(found["sparsity"]["sparse_matrices"]) for found in checkpoints.values())],
+        ["size, MB", *(f"{found['sparsity']['bytes'] / 1e6:.1f}" for found in checkpoints.values())],
+    ]
+    values = {
+        label: {name: (value, norm) for name, value, norm in rows_of(found)} for label, found in checkpoints.items()
+    }
+    names = list(dict.fromkeys(name for measured in values.values() for name in measured))
+    for name in names:
+        cells = [measured.get(name) for measured in values.values()]
+        rows.append([name, *(_cell(name, cell) for cell in cells)])
+    return ["", *checkpoints], rows
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share else "dense"
+
+
+def _pattern(sparsity: dict[str, Any]) -> str:
+    if sparsity["patterns"]:
+        return ", ".join(sparsity["patterns"])
+    return "unstructured" if sparsity["sparse_matrices"] else "dense"
+
+
+def _cell(name: str, cell: tuple[float | None, float | None] | None) -> str:
+    if cell is None or cell[0] is None:
+        return "-"
+    value, norm = cell[0], cell[1]
+    if name.startswith("ppl "):
+        return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
+    return f"{value:.2%}" + (f" (norm {norm:.2%})" if norm is not None else "")
+
+
+def facts(run: dict[str, Any]) -> list[str]:
+    """What was done, one line per stage."""
+    lines = []
+    stages = run["stages"]
+    if "prune" in stages:
+        metrics = stages["prune"]["metrics"]
+        error = metrics["mean_relative_output_error"]
+        words = f", mean relative output error {error:.3f}" if error is not None else ""
+        lines.append(
+            f"prune: {metrics['method']} {metrics['pattern']}, {metrics['matrices']} matrices{words}, "
+            f"{stages['prune']['wall_time_s']:.0f} s"
+        )
+    if "train" in stages:
+        metrics = stages["train"]["metrics"]
+        validation = metrics["validation_loss"]
+        words = f", validation loss {validation:.3f}" if validation is not None else ""
+        lines.append(
+            f"train: {metrics['method']}, {metrics['trainable_parameters']:,} parameters "
+            f"({metrics['trainable_share']:.2%}), {metrics['steps']} steps, {metrics['tokens']:,} tokens{words}, "
+            f"{stages['train']['wall_time_s']:.0f} s"
+        )
+    if "merge" in stages:
+        metrics = stages["merge"]["metrics"]
+        lines.append(
+            f"merge: {metrics['matrices']} matrices, all {metrics['zeros']:,} zeros kept, "
+            f"{metrics['moved_share']:.1%} of the kept weights moved, {stages['merge']['wall_time_s']:.0f} s"
+        )
+    return lines
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """The report as Markdown."""
+    parts = []
+    for run in runs:
+        header, rows = table(run)
+        lines = [f"# {run['run']}", ""]
+        if len(header) > 1:
+            lines += [f"| {' | '.join(header)} |", f"|{' --- |' + ' ---: |' * (len(header) - 1)}"]
+            lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        lines += [f"- {fact}" for fact in facts(run)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)

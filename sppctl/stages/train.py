@@ -1,0 +1,274 @@
+"""pruned -> adapter: instruction tuning of an SPP adapter with transformers' Trainer on the PEFT model."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sppctl import console
+from sppctl.adapters.spp import SppConfig
+from sppctl.config import Config, TrainConfig
+from sppctl.errors import StageError, UserError
+from sppctl.lm import checkpoint, data
+from sppctl.lm.blocks import Skeleton
+
+CHECKPOINTS = "checkpoints"
+
+
+def preflight(config: Config, skeleton: Skeleton) -> None:
+    """Checks targets, rank, batch arithmetic and that the data is there with the right columns.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    train = config.train
+    problems = []
+    try:
+        _accumulation(train)
+        names = config.prune.targets if train.targets == "pruned" else train.targets
+        for name, linear in skeleton.targets(names, "train.targets").items():
+            if train.rank > linear.out_features:
+                problems.append(f"train.rank: {train.rank} exceeds the {linear.out_features} output features of {name}")
+                break
+    except UserError as error:
+        problems.append(str(error))
+    limit = checkpoint.max_window(skeleton.config)
+    if limit is not None and train.data.seq_len > limit:
+        problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
+    try:
+        load_rows(config)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def load_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and validation rows as configured."""
+    section = config.train.data
+    return data.load_instructions(
+        section.dataset, section.split, val_size=section.val_size, max_rows=section.max_rows, seed=config.run.seed
+    )
+
+
+def _accumulation(train: TrainConfig) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    step = train.micro_batch_size * processes
+    if train.batch_size % step:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} is not a multiple of micro_batch_size x processes "
+            f"({train.micro_batch_size} x {processes}); change one of them"
+        )
+    return train.batch_size // step
+
+
+def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resume: bool) -> dict[str, Any]:
+    """Trains an adapter on the checkpoint ``pruned`` and saves it, as PEFT does, into ``out``.
+
+    Args:
+        config: the configuration.
+        pruned: the pruned checkpoint, only read.
+        layers: full names of the pruned linear layers.
+        out: directory that may hold checkpoints of an interrupted training.
+        resume: continue from the newest of them.
+
+    Returns:
+        Metrics: steps, losses, tokens, truncation, trainable parameters, history.
+
+    Raises:
+        UserError: no usable data.
+        StageError: the loss stopped being finite.
+    """
+    train = config.train
+    set_seed(config.run.seed)
+    device = checkpoint.pick_device(config.model.device)
+    tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{pruned}: its tokenizer has no end-of-text token, which every response needs")
+    train_set, val_set = (_tokenize(rows, tokenizer, train) for rows in load_rows(config))
+    cut = sum(example.truncated for example in train_set)
+    if cut:
+        share = cut / len(train_set)
+        console.note(
+            f"{cut} of {len(train_set)} examples ({share:.1%}) are longer than {train.data.seq_len} tokens and were cut"
+        )
+    if all(label == data.IGNORED for example in train_set for label in example.labels):
+        raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
+    model = checkpoint.load_model(pruned, torch.device("cpu"), trust_remote_code=config.model.trust_remote_code)
+    model.config.use_cache = False
+    peft_model = get_peft_model(model, _adapter_config(config, model, layers))
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    console.note(
+        f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(train_set)} examples"
+    )
+    checkpoints = out / CHECKPOINTS
+    newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    if newest:
+        console.note(f"resuming from {newest}")
+    trainer = Trainer(
+        model=peft_model,
+        args=_arguments(config, checkpoints, device, model.dtype, bool(val_set)),
+        train_dataset=train_set,
+        eval_dataset=val_set or None,
+        data_collator=Collator(
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        ),
+        callbacks=[Watch(train.log_steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=newest)
+    seconds = time.perf_counter() - started
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    validation = trainer.evaluate()["eval_loss"] if val_set else None
+    peft_model.save_pretrained(str(out))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    tokens = trainer.state.num_input_tokens_seen
+    return {
+        "method": train.method,
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / total,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_loss": result.training_loss,
+        "validation_loss": validation,
+        "examples": len(train_set),
+        "validation_examples": len(val_set),
+        "truncated_examples": cut,
+        "tokens": tokens,
+        "tokens_per_second": None if newest else tokens / seconds,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "history": history,
+    }
+
+
+def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, train: TrainConfig) -> list[data.Example]:
+    seq_len, on_inputs = train.data.seq_len, train.data.train_on_inputs
+    return [data.tokenize_instruction(tokenizer, row, seq_len=seq_len, train_on_inputs=on_inputs) for row in rows]
+
+
+def _adapter_config(config: Config, model: Any, layers: list[str]) -> SppConfig:
+    train = config.train
+    names = layers
+    if train.targets != "pruned":
+        names = list(Skeleton(model.config).targets(list(train.targets), "train.targets"))
+    return SppConfig(
+        r=train.rank, scale=train.scale, dropout=train.dropout, target_modules=names, task_type="CAUSAL_LM"
+    )
+
+
+def _arguments(
+    config: Config, checkpoints: Path, device: torch.device, dtype: torch.dtype, validate: bool
+) -> TrainingArguments:
+    train = config.train
+    autocast = dtype == torch.float32 and train.bf16 is not False and (train.bf16 is True or _has_bf16(device))
+    checkpointing: dict[str, Any] = {}
+    if train.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=train.micro_batch_size,
+        per_device_eval_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=_accumulation(train),
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=autocast,
+        logging_steps=train.log_steps,
+        logging_first_step=True,
+        save_steps=train.save_steps,
+        save_total_limit=train.keep_checkpoints,
+        eval_strategy="steps" if validate and train.eval_steps else "no",
+        eval_steps=train.eval_steps,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.run.seed,
+        data_seed=config.run.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        **checkpointing,
+    )
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # CPUs without bfloat16 instructions emulate it, far slower than float32
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads a batch of examples on the right to its longest, rounded up to a multiple of 8."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[data.Example]) -> dict[str, Tensor]:
+        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64."""
+        width = math.ceil(max(len(example.input_ids) for example in examples) / 8) * 8
+        input_ids = torch.full((len(examples), width), self.pad_token_id)
+        attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
+        labels = torch.full((len(examples), width), data.IGNORED)
+        for row, example in enumerate(examples):
+            length = len(example.input_ids)
+            input_ids[row, :length] = torch.tensor(example.input_ids)
+            attention_mask[row, :length] = 1
+            labels[row, :length] = torch.tensor(example.labels)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows loss, learning rate, tokens per second and the time left; stops at a loss that is not finite."""
+
+    def __init__(self, log_steps: int) -> None:
+        self.log_steps = log_steps
+        self.bar: console.Progress | None = None
+        self.words = ""
+        self.started, self.tokens_before = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the bar."""
+        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.bar = console.Progress("training", state.max_steps).__enter__()
+        self.bar.done = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        assert self.bar is not None
+        self.bar.advance(self.words)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Takes the figures that the Trainer reports."""
+        logs = logs or {}
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise StageError(f"the training loss is {logs['loss']} at step {state.global_step}; lower train.lr")
+            speed = (state.num_input_tokens_seen - self.tokens_before) / (time.perf_counter() - self.started)
+            self.words = f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {speed:.0f} tokens/s"
+        if "eval_loss" in logs:
+            self.words = f"validation loss {logs['eval_loss']:.3f}"
+            if self.bar is None or self.bar.done < self.bar.total:
+                console.note(f"step {state.global_step}: {self.words}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the bar away."""
+        assert self.bar is not None
+        self.bar.__exit__()

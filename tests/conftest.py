@@ -1,0 +1,143 @@
+"""Tiny random models of several families, a byte-level tokenizer, and small texts: everything offline, in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 260
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
+    # one block with a sliding window, one without: each block has its own mask
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, sliding_window=16, query_pre_attn_scalar=8),
+    "opt": lambda: transformers.OPTConfig(
+        **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=32
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+}
+ALPACA = [
+    {
+        "instruction": f"Add {i} and {i + 1}.",
+        "input": "" if i % 2 else f"Numbers {i}",
+        "output": f"The sum is {2 * i + 1}.",
+    }
+    for i in range(24)
+]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that token counts can be worked out by hand."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_checkpoint("llama", dtype=...) -> directory of a tiny random checkpoint; the same one for the same call."""
+    made: dict[tuple[str, torch.dtype, str], Path] = {}
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
+        key = (family, dtype, max_shard_size)
+        if key not in made:
+            directory = tmp_path_factory.mktemp(family) / family
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype)
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            byte_tokenizer().save_pretrained(directory)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_checkpoint: Callable[..., Path]) -> Path:
+    """A tiny random Llama checkpoint; never write into it."""
+    return make_checkpoint("llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain text, some 4,000 tokens of the byte tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text("\n\n".join(f"Sentence number {i} says that {i * 7} follows {i * 7 - 1}." for i in range(90)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def alpaca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 instruction rows in Alpaca's columns."""
+    path = tmp_path_factory.mktemp("alpaca") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    return path
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
+    """A configuration that runs the whole pipeline on the tiny Llama in some seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""
+run: {{dir: {tmp_path / "run"}, seed: 1}}
+model: {{path: {llama}, device: cpu}}
+prune:
+  method: wanda
+  pattern: 2:4
+  calibration: {{dataset: {text_file}, samples: 4, seq_len: 64}}
+train:
+  rank: 4
+  data: {{dataset: {alpaca_file}, seq_len: 128, val_size: 4}}
+  epochs: 1
+  batch_size: 4
+  micro_batch_size: 2
+  lr: 1e-2
+eval:
+  perplexity: [{text_file}]
+  seq_len: 64
+  max_tokens: 512
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with golden files and the data mirror beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("no shared/ folder beside the checkout")
+    return SHARED
