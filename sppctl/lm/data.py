@@ -190,7 +190,7 @@ def calibration_windows(
     """Windows of calibration text, without padding.
 
     As published: a random document longer than a window, a random offset in it. Where a source has too few such
-    documents, the documents are joined in random order and cut into windows instead, none used twice.
+    documents, documents are joined in random order and cut into windows, of which some are chosen, none twice.
 
     Args:
         tokenizer: of the model.
@@ -231,7 +231,9 @@ def calibration_windows(
             f"{key}: {text.name} has {len(joined)} tokens, {samples} windows of {seq_len} need {needed}; "
             f"{needed - len(joined)} are missing: use fewer samples, a shorter seq_len or more text"
         )
-    return torch.tensor(joined[:needed]).view(samples, seq_len), "concatenate"
+    count = len(joined) // seq_len
+    every = torch.tensor(joined[: count * seq_len]).view(count, seq_len)
+    return every[sorted(chooser.sample(range(count), samples))], "concatenate"
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------

@@ -107,6 +107,10 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     if all(label == data.IGNORED for example in train_set for label in example.labels):
         raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
     model = checkpoint.load_model(pruned, torch.device("cpu"), trust_remote_code=config.model.trust_remote_code)
+    if model.dtype == torch.float16:
+        # float16 gradients overflow without loss scaling; merging still writes float16
+        model = model.to(torch.bfloat16 if _has_bf16(device) else torch.float32)
+        console.note(f"the model is stored as float16 and trained as {str(model.dtype).removeprefix('torch.')}")
     model.config.use_cache = False
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
     trainable, total = peft_model.get_nb_trainable_parameters()
@@ -192,6 +196,7 @@ def _arguments(
         bf16=autocast,
         logging_steps=train.log_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not averaged away
         save_steps=train.save_steps,
         save_total_limit=train.keep_checkpoints,
         eval_strategy="steps" if validate and train.eval_steps else "no",

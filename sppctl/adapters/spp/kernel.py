@@ -35,7 +35,7 @@ def row_groups(out_features: int, r: int, device: torch.device | str | None = No
 
 
 def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W * (1 + s alpha[g] beta), computed in float32 and rounded once.
+    """W * (1 + s alpha[g] beta), computed in float32 and rounded once; no gradient flows through it.
 
     Args:
         weight: (m, n) pruned weight, any float dtype.
@@ -55,6 +55,7 @@ def delta_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtyp
     return _rowwise(weight, alpha, beta, scale, dtype, offset=0.0)
 
 
+@torch.no_grad()
 def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype, offset: float) -> Tensor:
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     start = torch.full((), offset, dtype=torch.float32, device=weight.device)

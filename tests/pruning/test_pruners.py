@@ -1,0 +1,184 @@
+"""Pruners against the published references' outputs, a brute-force solver in float64, and hand calculations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sppctl.pattern import Pattern
+from sppctl.pruning import prune_linear
+from sppctl.pruning.sparsegpt import prune_sparsegpt
+from sppctl.pruning.stats import MAX_DAMP, Hessian
+
+GOLDEN = {
+    "unstructured_0.5": 0.5,
+    "unstructured_0.75": 0.75,
+    "keep_2_of_4": "2:4",
+    "keep_1_of_4": "1:4",
+    "keep_4_of_8": "4:8",
+    "keep_2_of_8": "2:8",
+}
+
+
+@pytest.fixture(scope="module")
+def golden(shared_data: Path) -> dict[str, Tensor]:
+    return load_file(shared_data / "golden" / "pruners.safetensors")
+
+
+def output_error(pruned: Tensor, weight: Tensor, inputs: Tensor) -> float:
+    return (inputs @ (pruned - weight).t()).square().sum().item()
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", GOLDEN)
+def test_wanda_equals_the_reference(golden: dict[str, Tensor], name: str) -> None:
+    pruned = prune_linear(golden["weight"], golden["inputs"], method="wanda", pattern=GOLDEN[name])
+    assert torch.equal(pruned, golden[f"wanda.{name}"])
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", GOLDEN)
+def test_magnitude_equals_the_reference_but_for_its_surplus_weight(golden: dict[str, Tensor], name: str) -> None:
+    pruned, expected = (
+        prune_linear(golden["weight"], method="magnitude", pattern=GOLDEN[name]),
+        golden[f"magnitude.{name}"],
+    )
+    differing = ((pruned != 0) != (expected != 0)).sum().item()
+    surplus = 1 if name.startswith("unstructured") else 0
+    assert differing == surplus
+    assert (pruned != 0).sum() - (expected != 0).sum() == surplus
+    assert torch.equal(pruned[expected != 0], expected[expected != 0])
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", GOLDEN)
+def test_sparsegpt_equals_the_reference_but_for_its_surplus_weight(golden: dict[str, Tensor], name: str) -> None:
+    weight, inputs = golden["weight"], golden["inputs"].reshape(-1, 64)
+    pruned, expected = (
+        prune_linear(weight, inputs, method="sparsegpt", pattern=GOLDEN[name]),
+        golden[f"sparsegpt.{name}"],
+    )
+    surplus = 1 if name.startswith("unstructured") else 0
+    assert ((pruned != 0) != (expected != 0)).sum().item() == surplus
+    assert output_error(pruned, weight, inputs) <= 1.005 * output_error(expected, weight, inputs)
+    if not surplus:
+        torch.testing.assert_close(pruned, expected, rtol=1e-4, atol=1e-5)
+
+
+def brute_force_obs(weight: Tensor, inputs: Tensor, mask: Tensor, damp: float) -> Tensor:
+    """Optimal brain surgeon for a given mask, column by column, inverting the remaining Hessian anew each time."""
+    solved = weight.double().clone()
+    hessian = 2 / len(inputs) * inputs.double().t() @ inputs.double()
+    hessian += damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    for column in range(solved.shape[1]):
+        inverse = torch.linalg.inv(hessian[column:, column:])
+        for row in range(solved.shape[0]):
+            if not mask[row, column]:
+                solved[row, column:] -= solved[row, column] / inverse[0, 0] * inverse[0]
+    return solved
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", 0.5, 0.75])
+@pytest.mark.parametrize("block_size", [4, 8, 128])
+def test_sparsegpt_equals_brute_force(pattern: str | float, block_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 16, generator=generator)
+    inputs = torch.randn(200, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    pruned = prune_linear(weight, inputs, method="sparsegpt", pattern=pattern, block_size=block_size)
+    expected = brute_force_obs(weight, inputs, pruned != 0, 0.01)
+    torch.testing.assert_close(pruned.double(), expected * (pruned != 0), rtol=2e-3, atol=2e-3)
+    assert expected[pruned == 0].abs().max() < 1e-9  # the surgeon zeroes just those
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:8", 0.5])
+def test_sparsegpt_beats_wanda_beats_magnitude(pattern: str | float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(32, 64, generator=generator)
+    inputs = torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    inputs *= torch.logspace(-1, 1, 64)
+    errors = [
+        output_error(prune_linear(weight, inputs, method=method, pattern=pattern), weight, inputs)
+        for method in ("sparsegpt", "wanda", "magnitude")
+    ]
+    assert errors == sorted(errors)
+
+
+def test_wanda_by_hand() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-4.0, 3.0, -2.0, 1.0]])
+    inputs = torch.tensor([[10.0, 1.0, 1.0, 2.0]])  # scores 10 2 3 8 and 40 3 2 2
+    expected = torch.tensor([[1.0, 0.0, 0.0, 4.0], [-4.0, 3.0, 0.0, 0.0]])
+    assert torch.equal(prune_linear(weight, inputs, method="wanda", pattern="2:4"), expected)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", 0.5])
+def test_counts_are_exact_in_every_dtype(method: str, dtype: torch.dtype, pattern: str | float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(24, 48, generator=generator).to(dtype)
+    inputs = torch.randn(100, 48, generator=generator).to(dtype)
+    before = weight.clone()
+    pruned = prune_linear(weight, inputs, method=method, pattern=pattern)
+    assert torch.equal(weight, before)
+    assert pruned.dtype == dtype
+    assert (pruned == 0).sum().item() == 24 * 24
+    if Pattern.parse(pattern).is_structured:
+        keep, group = map(int, str(pattern).split(":"))
+        assert ((pruned != 0).view(24, -1, group).sum(-1) == keep).all()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_an_input_that_never_fires_is_pruned_first(method: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, inputs = torch.randn(8, 16, generator=generator), torch.randn(64, 16, generator=generator)
+    inputs[:, 3] = 0
+    pruned = prune_linear(weight, inputs, method=method, pattern=0.25)
+    assert (pruned[:, 3] == 0).all()
+    assert torch.isfinite(pruned).all()
+
+
+def test_damping_rises_until_the_factorisation_succeeds_and_is_reported() -> None:
+    hessian = Hessian(4, "cpu")
+    hessian.moment = torch.tensor([[1.0, 1.04, 0, 0], [1.04, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])  # indefinite
+    hessian.num_tokens = 2
+    _, damp = prune_sparsegpt(torch.randn(3, 4), hessian, Pattern.parse("2:4"), damp=0.001)
+    assert damp == pytest.approx(0.1)
+
+
+def test_a_hopeless_hessian_is_an_error_not_the_identity() -> None:
+    hessian = Hessian(2, "cpu")
+    hessian.moment = torch.tensor([[1.0, 9.0], [9.0, 1.0]])
+    hessian.num_tokens = 2
+    with pytest.raises(ValueError, match=f"damping of {MAX_DAMP:g}"):
+        hessian.inverse_factor(0.01)
+
+
+def test_layers_that_share_inputs_share_the_factorisation() -> None:
+    hessian = Hessian(8, "cpu")
+    hessian.update(torch.randn(64, 8, generator=torch.Generator().manual_seed(7)))
+    assert hessian.inverse_factor(0.01)[0] is hessian.inverse_factor(0.01)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "wnada"}, "wnada"),
+        ({"inputs": None}, "needs the layer's inputs"),
+        ({"inputs": torch.zeros(0, 8)}, "needs the layer's inputs"),
+        ({"inputs": torch.ones(4, 7)}, "7 features, the weight takes 8"),
+        ({"inputs": torch.full((4, 8), float("nan"))}, "not finite"),
+        ({"weight": torch.full((4, 8), float("inf"))}, "not finite"),
+        ({"weight": torch.ones(8)}, "expected \\(out_features, in_features\\)"),
+        ({"pattern": "2:5"}, "not a multiple of 5"),
+        ({"pattern": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_bad_arguments(change: dict[str, object], message: str) -> None:
+    arguments = {"weight": torch.ones(4, 8), "inputs": torch.ones(4, 8), "method": "wanda", "pattern": "2:4"} | change
+    weight, inputs = arguments.pop("weight"), arguments.pop("inputs")
+    with pytest.raises(ValueError, match=message):
+        prune_linear(weight, inputs, **arguments)

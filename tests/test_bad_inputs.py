@@ -1,0 +1,608 @@
+"""Whatever is wrong with the input: a message that names it and the way out, the right exit code, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sppctl import cli
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Workplace:
+    """A folder to run commands in, with all inputs; nothing else may appear in it.
+
+    Attributes:
+        root: the current directory of the commands.
+        model: a copy of the tiny Llama, to be damaged.
+        run: function that runs ``sppctl ...``.
+    """
+
+    root: Path
+    config: Path
+    model: Path
+    run: Callable[..., Outcome]
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.root / name
+        path.write_text(text)
+        return path
+
+    def files(self) -> dict[str, bytes]:
+        """Every file and folder with its content."""
+        found = {}
+        for path in sorted(self.root.rglob("*")):
+            found[str(path.relative_to(self.root))] = path.read_bytes() if path.is_file() else b""
+        return found
+
+
+@pytest.fixture
+def work(
+    tmp_path: Path,
+    config_file: Path,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Workplace:
+    (tmp_path / "tmp").mkdir()
+    shutil.copytree(llama, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sppctl", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return Workplace(tmp_path, config_file, tmp_path / "model", run)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def remove(*names: str) -> Callable[[Workplace], None]:
+    def damage(work: Workplace) -> None:
+        for name in names:
+            (work.root / name).unlink()
+
+    return damage
+
+
+def write(name: str, text: str) -> Callable[[Workplace], None]:
+    def damage(work: Workplace) -> None:
+        work.write(name, text)
+
+    return damage
+
+
+def truncate(work: Workplace) -> None:
+    weights = work.model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def lose_a_shard(work: Workplace) -> None:
+    shutil.rmtree(work.model)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_shape(intermediate_size=48)))
+    model.save_pretrained(work.model, max_shard_size="50KB")
+    next(iter(sorted(work.model.glob("model-*.safetensors")))).unlink()
+
+
+def pickle_weights(work: Workplace) -> None:
+    (work.model / "model.safetensors").unlink()
+    torch.save({}, work.model / "pytorch_model.bin")
+
+
+def put_nan(work: Workplace) -> None:
+    edit_weight(work.model, lambda weight: weight[3, 5].fill_(float("nan")))
+
+
+def claim_another_shape(work: Workplace) -> None:
+    config = json.loads((work.model / "config.json").read_text())
+    (work.model / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+
+
+def edit_weight(directory: Path, change: Callable[[torch.Tensor], object], name: str = WEIGHT) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def prune_all_but_one_group(work: Workplace) -> None:
+    """2:4 in every layer, then one zero too few."""
+
+    def prune(weight: torch.Tensor) -> None:
+        weight.view(-1, 4)[:, :2] = 0
+
+    for name in load_file(work.model / "model.safetensors"):
+        if "_proj" in name:
+            edit_weight(work.model, prune, name)
+    edit_weight(work.model, lambda weight: weight[0, 0].fill_(1.0))
+
+
+def narrow_model(work: Workplace) -> None:
+    """38 is neither a multiple of 4 nor of 5 nor of 7."""
+    shutil.rmtree(work.model)
+    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_shape(intermediate_size=38))).save_pretrained(
+        work.model
+    )
+
+
+def _shape(intermediate_size: int) -> dict[str, int]:
+    return {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrong command.
+
+    Attributes:
+        name: of the test.
+        command: after ``sppctl``; ``{config}`` is a configuration that works, ``{root}`` the current directory.
+        words: that stderr must hold: what is wrong, and what to do.
+        damage: makes the inputs wrong.
+        code: 2: wrong usage or input; 1: only running could tell.
+    """
+
+    name: str
+    command: str
+    words: tuple[str, ...]
+    damage: Callable[[Workplace], None] = lambda work: None
+    code: int = 2
+
+
+ROWS = '{"instruction": "a", "input": "", "output": "b"}\n'
+USAGE = [
+    Case("unknown key", "run {config} prune.patern=2:4", ("prune.patern: unknown key", "did you mean prune.pattern?")),
+    Case("wrong type", "run {config} train.rank=big", ("train.rank", "expected a whole number", "'big'")),
+    Case(
+        "several problems at once",
+        "run {config} train.rank=big prune.metod=wanda",
+        ("command line: train.rank", "command line: prune.metod"),
+    ),
+    Case("bad YAML", "run bad.yaml", ("bad.yaml", "not valid YAML", "line 1"), write("bad.yaml", "prune: {pattern: [")),
+    Case("tab in YAML", "run bad.yaml", ("bad.yaml", "not valid YAML", "line 2"), write("bad.yaml", "prune:\n\tx: 1")),
+    Case("binary CONFIG", "run model/model.safetensors", ("model.safetensors", "cannot be read")),
+    Case("ratio 1.5", "prune {config} --pattern 1.5", ("prune.pattern", "1.5", "between 0 and 1")),
+    Case("pattern 4:2", "prune {config} --pattern 4:2", ("prune.pattern", "'4:2'", "0 < N < M", "2:4")),
+    Case("unknown method", "prune {config} --method wnda", ("prune.method", "'wnda'", "did you mean wanda?")),
+    Case("two CONFIGs", "run {config} other.yaml", ("expected one CONFIG", "other.yaml", "KEY=VALUE")),
+    Case("CONFIG missing", "run nowhere.yaml", ("nowhere.yaml does not exist", "quickstart")),
+    Case("CONFIG is a directory", "run model", ("config model is a directory", "name the YAML file in it")),
+    Case("no model", "run empty.yaml", ("model.path: not set", "--model"), write("empty.yaml", "run: {seed: 1}")),
+    Case(
+        "batch size not a multiple of the micro batch",
+        "train {config} train.batch_size=10 train.micro_batch_size=4",
+        ("micro_batch_size", "batch_size", "10", "4"),
+    ),
+    Case("limit 0", "eval {config} --limit 0", ("eval.limit", "0 must be at least 1")),
+    Case("infinite learning rate", "train {config} train.lr=.inf", ("train.lr", "inf")),
+    Case("unknown command", "prun {config}", ("No such command 'prun'",)),
+    Case("unknown option", "prune {config} --patern 2:4", ("No such option: --patern",)),
+    Case("device that does not exist", "prune {config} model.device=cuda:99", ("model.device", "cuda:99", "try auto")),
+    Case("device of no kind", "prune {config} model.device=gpu", ("model.device", "gpu", "try auto")),
+    Case("run.dir is a file", "run {config} --output note.txt", ("run.dir", "note.txt"), write("note.txt", "x")),
+    Case("run.dir below a file", "run {config} --output note.txt/run", ("run.dir", "note.txt"), write("note.txt", "x")),
+    Case("run.dir is someone's folder", "run {config} --output model", ("run.dir", "model")),
+]
+MODELS = [
+    Case("model path missing", "run {config} --model ./nowhere", ("model.path", "./nowhere", "does not exist")),
+    Case("model path is a file", "run {config} --model model/config.json", ("model.path", "is a file")),
+    Case(
+        "model path is a GGUF file",
+        "run {config} --model model/a.gguf",
+        ("model.path", "a.gguf", "model.gguf_file"),
+        write("model/a.gguf", "GGUF"),
+    ),
+    Case("no config.json", "run {config} --model model", ("model.path", "no config.json"), remove("model/config.json")),
+    Case(
+        "only a GGUF file",
+        "run {config} --model model",
+        ("no config.json", "model.gguf_file", "a.gguf"),
+        lambda work: (remove("model/config.json")(work), write("model/a.gguf", "GGUF")(work))[0],
+    ),
+    Case(
+        "damaged config.json",
+        "run {config} --model model",
+        ("model", "config.json cannot be used"),
+        write("model/config.json", "{"),
+    ),
+    Case(
+        "unknown architecture",
+        "run {config} --model model",
+        ("config.json cannot be used", "nonesuch"),
+        write("model/config.json", '{"model_type": "nonesuch"}'),
+    ),
+    Case("package not installed", "run {config} --model package:nonesuch_pkg", ("nonesuch_pkg", "pip install")),
+    Case(
+        "hub id offline", "run {config} --model nobody/nothing-here", ("model.path", "nobody/nothing-here", "network")
+    ),
+    Case(
+        "GGUF file missing",
+        "run {config} --model model model.gguf_file=b.gguf",
+        ("model.gguf_file", "b.gguf is not in", "a.gguf"),
+        write("model/a.gguf", "GGUF"),
+    ),
+    Case(
+        "damaged GGUF file",
+        "run {config} --model model model.gguf_file=a.gguf",
+        ("model.gguf_file", "a.gguf cannot be read"),
+        write("model/a.gguf", "GGUF"),
+    ),
+    Case("truncated weights", "run {config} --model model", ("model.safetensors is truncated", "again"), truncate),
+    Case(
+        "weights that are no safetensors",
+        "run {config} --model model",
+        ("model.safetensors is not a readable safetensors file", "again"),
+        write("model/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+    ),
+    Case("missing shard", "run {config} --model model", ("shard model-00001-of-", "is missing"), lose_a_shard),
+    Case(
+        "only pickle", "run {config} --model model", ("pytorch_model.bin", "convert it to safetensors"), pickle_weights
+    ),
+    Case("no weights", "run {config} --model model", ("holds no safetensors"), remove("model/model.safetensors")),
+    Case(
+        "no tokenizer",
+        "run {config} --model model",
+        ("model has no usable tokenizer",),
+        remove("model/tokenizer.json", "model/tokenizer_config.json"),
+    ),
+    Case("NaN weights", "prune {config} --model model", (WEIGHT, "NaN"), put_nan, code=1),
+    Case(
+        "NaN weights, magnitude",
+        "prune {config} --model model --method magnitude",
+        (WEIGHT.removesuffix(".weight"), "NaN"),
+        put_nan,
+        code=1,
+    ),
+    Case("NaN weights, new folders", "prune {config} --model model --output a/b/c", (WEIGHT, "NaN"), put_nan, code=1),
+    Case(
+        "weights of another shape",
+        "prune {config} --model model",
+        ("mlp.", "shape (48, 32)", "(64, 32)", "do not belong together"),
+        claim_another_shape,
+    ),
+    Case(
+        "3:7 does not fit",
+        "prune {config} --pattern 3:7",
+        ("prune.pattern", "3:7", "32 input features, not a multiple of 7", "prune.targets"),
+    ),
+    Case(
+        "2:5 does not fit one layer",
+        "prune {config} --model model --pattern 2:4",
+        ("prune.pattern", "down_proj", "38 input features, not a multiple of 4", "leave the layer out"),
+        narrow_model,
+    ),
+    Case(
+        "target that matches nothing",
+        "prune {config} prune.targets=[q_proj,query]",
+        ("prune.targets", "'query' matches no linear layer", "q_proj", "down_proj"),
+    ),
+    Case(
+        "training target that matches nothing",
+        "run {config} train.targets=[query]",
+        ("train.targets", "'query' matches no linear layer", "q_proj"),
+    ),
+    Case("rank above out_features", "run {config} train.rank=33", ("train.rank", "33", "output features")),
+]
+TEXTS = [
+    Case(
+        "calibration file missing",
+        "prune {config} prune.calibration.dataset=lost.txt",
+        ("prune.calibration.dataset", "lost.txt is no file", "wikitext2"),
+    ),
+    Case(
+        "empty calibration file",
+        "prune {config} prune.calibration.dataset=empty.txt",
+        ("prune.calibration.dataset", "empty.txt holds no text"),
+        write("empty.txt", " \n"),
+    ),
+    Case(
+        "calibration rows without text",
+        "prune {config} prune.calibration.dataset=rows.jsonl",
+        ("rows.jsonl", "column text", "its columns: question"),
+        write("rows.jsonl", '{"question": "a"}\n'),
+    ),
+    Case(
+        "calibration that is no text",
+        "prune {config} prune.calibration.dataset=model/model.safetensors",
+        ("prune.calibration.dataset", "model.safetensors is not UTF-8 text"),
+    ),
+    Case(
+        "too little calibration text",
+        "prune {config} prune.calibration.dataset=short.txt",
+        ("prune.calibration", "short.txt has ", "4 windows of 64 need 256", "fewer samples"),
+        write("short.txt", "Too little."),
+    ),
+    Case(
+        "windows beyond the model's positions",
+        "run {config} prune.calibration.seq_len=129 train.data.seq_len=130 eval.seq_len=131",
+        (
+            "prune.calibration.seq_len: 129 exceeds the model's 128 positions",
+            "train.data.seq_len: 130 exceeds",
+            "eval.seq_len: 131 exceeds",
+        ),
+    ),
+    Case(
+        "training data missing",
+        "run {config} train.data.dataset=lost.jsonl",
+        ("train.data.dataset", "lost.jsonl is no"),
+    ),
+    Case(
+        "training data without the columns",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "lacks instruction and output", "its columns: question, answer"),
+        write("rows.jsonl", '{"question": "a", "answer": "b"}\n'),
+    ),
+    Case(
+        "a later row without output",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "rows.jsonl", "row 7", "output"),
+        write("rows.jsonl", 6 * ROWS + '{"instruction": "a"}\n'),
+    ),
+    Case(
+        "a row that holds null",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "rows.jsonl", "row 7", "output"),
+        write("rows.jsonl", 6 * ROWS + '{"instruction": "a", "output": null}\n'),
+    ),
+    Case(
+        "empty training data",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "rows.jsonl holds no rows"),
+        write("rows.jsonl", "\n"),
+    ),
+    Case(
+        "broken jsonl",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "rows.jsonl", "cannot be read as JSON", "line 3"),
+        write("rows.jsonl", 2 * ROWS + '{"instruction": "a", \n'),
+    ),
+    Case(
+        "rows that are no objects",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "one JSON object per row"),
+        write("rows.jsonl", '"text"\n'),
+    ),
+    Case("val_size above the rows", "run {config} train.data.val_size=100", ("train.data.val_size: 100", "24 rows")),
+    Case(
+        "unknown task",
+        "eval {config} --tasks boolqq",
+        ("eval.tasks", "boolqq is neither zeroshot", "did you mean boolq"),
+    ),
+    Case(
+        "evaluation text missing",
+        "run {config} eval.perplexity=[lost.txt]",
+        ("eval.perplexity", "lost.txt is no file", "wikitext2"),
+    ),
+    Case(
+        "evaluation text shorter than a window",
+        "run {config} eval.perplexity=[short.txt]",
+        ("eval.perplexity", "short.txt has ", "one window of 64", "shorter eval.seq_len"),
+        write("short.txt", "Too little."),
+    ),
+    Case("nothing to evaluate", "eval {config} --tasks ,", ("eval.perplexity", "eval.tasks")),
+]
+CHECKPOINTS = [
+    Case("merge before anything", "merge {config}", ("pruned does not exist", "sppctl prune")),
+    Case("train before prune", "train {config}", ("pruned does not exist", "sppctl prune")),
+    Case("inspect nothing", "inspect ./nowhere", ("./nowhere does not exist",)),
+    Case("inspect truncated weights", "inspect model", ("model.safetensors is truncated", "again"), truncate),
+    Case("inspect with a bad pattern", "inspect model --expect 4:2", ("--expect", "'4:2'", "0 < N < M")),
+    Case(
+        "a dense model is not 2:4",
+        "inspect model --expect 2:4",
+        ("model is not 2:4", "no matrix is sparse at all"),
+        code=1,
+    ),
+    Case(
+        "one weight too many",
+        "inspect model --expect 2:4",
+        ("model is not 2:4", "1 violation", f"{WEIGHT}: not 2:4"),
+        prune_all_but_one_group,
+        code=1,
+    ),
+    Case("report on no run", "report model", ("model holds no run", "run.dir")),
+    Case("report on nothing", "report nowhere", ("nowhere holds no run",)),
+    Case("evaluate nothing", "eval {config} --model ./nowhere", ("./nowhere", "does not exist")),
+]
+
+
+@pytest.mark.parametrize("case", USAGE + MODELS + TEXTS + CHECKPOINTS, ids=lambda case: case.name)
+def test_a_wrong_command_says_so_and_leaves_nothing(case: Case, work: Workplace) -> None:
+    case.damage(work)
+    before = work.files()
+    outcome = work.run(*shlex.split(case.command.format(config=work.config, root=work.root)))
+    said = " ".join(outcome.err.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    for word in case.words:
+        assert word in said
+    assert "Traceback" not in outcome.err
+    assert "(--debug shows where)" not in outcome.err, "an exception that nobody expected"
+    assert outcome.code == case.code
+    assert work.files().keys() == before.keys(), "something was left behind"
+    assert work.files() == before, "an input was changed"
+
+
+# --- in a run that is finished ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
+    """A folder with tiny.yaml and a run of it up to the adapter, and with the adapter of a model of other shapes."""
+    root = tmp_path_factory.mktemp("finished")
+    wide = root / "wide"
+    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_shape(intermediate_size=64))).save_pretrained(wide)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(llama / name, wide / name)
+    (root / "tiny.yaml").write_text(
+        f"""
+model: {{path: {llama}, device: cpu}}
+prune: {{method: magnitude, pattern: 2:4}}
+train:
+  rank: 4
+  data: {{dataset: {alpaca_file}, seq_len: 32}}
+  max_steps: 1
+  batch_size: 1
+  micro_batch_size: 1
+eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 128}}
+"""
+    )
+    from sppctl import pipeline
+    from sppctl.config import load_config
+
+    for name, model in (("run", llama), ("wide-run", wide)):
+        run = pipeline.Run(load_config(str(root / "tiny.yaml"), [f"run.dir={root / name}", f"model.path={model}"]))
+        with run.lock():
+            pipeline.prune(run)
+            pipeline.train(run)
+    return root
+
+
+def keep(work: Workplace) -> None:
+    pass
+
+
+def take_the_other_adapter(work: Workplace) -> None:
+    shutil.rmtree(work.root / "run/adapter")
+    shutil.copytree(work.root / "wide-run/adapter", work.root / "run/adapter")
+
+
+def take_the_other_adapter_s_files(work: Workplace) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(work.root / "wide-run/adapter" / name, work.root / "run/adapter" / name)
+
+
+def make_it_a_lora(work: Workplace) -> None:
+    path = work.root / "run/adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LORA"}))
+
+
+def put_nan_into_the_adapter(work: Workplace) -> None:
+    path = work.root / "run/adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if name.endswith("spp_beta")).fill_(float("nan"))
+    save_file(tensors, path)
+
+
+IN_A_RUN = [
+    Case(
+        "merge before train",
+        "merge tiny.yaml",
+        ("adapter does not exist", "sppctl train"),
+        lambda work: _no_adapter(work),
+    ),
+    Case(
+        "another run's adapter",
+        "merge tiny.yaml",
+        ("trained on other weights", "sppctl train --force"),
+        take_the_other_adapter,
+    ),
+    Case(
+        "another model's adapter",
+        "merge tiny.yaml",
+        ("mlp.", "(64, 32)", "(48, 32)", "another model's adapter?"),
+        take_the_other_adapter_s_files,
+    ),
+    Case("adapter of another kind", "merge tiny.yaml", ("adapter of type LORA", "sppctl merges SPP"), make_it_a_lora),
+    Case(
+        "adapter without weights",
+        "merge tiny.yaml",
+        ("adapter holds no safetensors weights",),
+        remove("run/adapter/adapter_model.safetensors"),
+    ),
+    Case(
+        "NaN in the adapter",
+        "merge tiny.yaml",
+        ("not finite", "the adapter is broken"),
+        put_nan_into_the_adapter,
+        code=1,
+    ),
+    Case(
+        "prune again, otherwise",
+        "prune tiny.yaml --pattern 4:8",
+        ("prune.pattern = 2:4, now 4:8", "--force", "run.dir"),
+        keep,
+    ),
+    Case(
+        "train after another prune",
+        "train tiny.yaml prune.pattern=4:8",
+        ("prune.pattern = 2:4, now 4:8", "sppctl prune --force"),
+        keep,
+    ),
+    Case(
+        "train again, otherwise",
+        "train tiny.yaml train.lr=1e-2",
+        ("train.lr = 0.004, now 0.01", "--force", "run.dir"),
+        keep,
+    ),
+    Case(
+        "run again, otherwise",
+        "run tiny.yaml prune.method=wanda prune.calibration.seq_len=32",
+        ("prune.method = magnitude, now wanda", "--force"),
+        keep,
+    ),
+    Case(
+        "damaged record",
+        "train tiny.yaml",
+        ("pruned/stage.json is damaged", "--force"),
+        write("run/pruned/stage.json", "{"),
+    ),
+    Case(
+        "report on a damaged record",
+        "report run",
+        ("pruned/stage.json", "damaged"),
+        write("run/pruned/stage.json", "{"),
+    ),
+    Case("report on a good and a bad run", "report run model", ("model holds no run",), keep),
+]
+
+
+def _no_adapter(work: Workplace) -> None:
+    shutil.rmtree(work.root / "run/adapter")
+
+
+@pytest.mark.parametrize("case", IN_A_RUN, ids=lambda case: case.name)
+def test_a_wrong_command_leaves_a_run_as_it_was(case: Case, work: Workplace, finished: Path) -> None:
+    shutil.copytree(finished, work.root, dirs_exist_ok=True)
+    config = work.root / "tiny.yaml"
+    config.write_text(config.read_text() + "run: {dir: run}\n")
+    test_a_wrong_command_says_so_and_leaves_nothing(case, work)
