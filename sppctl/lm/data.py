@@ -54,6 +54,7 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         return datasets.load_dataset(repository, config, split=split, **options)
     except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +82,10 @@ def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: i
     from lm_eval.models.huggingface import HFLM
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     group = group_of(name)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # results belong on stdout, lm-eval's remarks do not
+        with _only_progress():
             found = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(group.tasks),
@@ -92,7 +96,7 @@ def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: i
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
-                bootstrap_iters=0,
+                bootstrap_iters=100,  # for the few metrics whose standard error has no formula
                 log_samples=False,
             )
     except Exception as error:  # whatever datasets, jinja or a task's own code raise
@@ -100,6 +104,25 @@ def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: i
         raise StageError(f"lm-eval could not run {name}: {reason}") from error
     assert found is not None
     return _summary(found, group)
+
+
+@contextlib.contextmanager
+def _only_progress() -> Iterator[None]:
+    """Keeps stdout for results, and stderr clean where it is no terminal: lm-eval and its `git` write freely."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        if sys.stderr.isatty():
+            yield
+            return
+        sys.stderr.flush()
+        saved = os.dup(2)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def _summary(found: Any, group: TaskGroup) -> dict[str, Any]:

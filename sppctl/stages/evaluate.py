@@ -180,7 +180,7 @@ def result_name(settings: dict[str, Any]) -> str:
     if settings["kind"] == "perplexity":
         cut = f", first {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
         return f"ppl {settings['text']} @{settings['seq_len']}{cut}"
-    shots = f" {settings['num_fewshot']}-shot" if settings["num_fewshot"] is not None else ""
+    shots = f" {settings['num_fewshot']}-shot" if settings["num_fewshot"] else ""
     cut = f", limit {settings['limit']}" if settings["limit"] is not None else ""
     return f"{settings['tasks']}{shots}{cut}"
 
