@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sppctl import __version__, console
-from sppctl.config import Config, flatten, load_config, schema, to_dict, to_yaml
+from sppctl.config import Config, flatten, load_config, quoted, schema, to_dict, to_yaml
 from sppctl.errors import StageError, UserError
 
 app = typer.Typer(
@@ -54,7 +54,8 @@ def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
         "output": "run.dir",
         "limit": "eval.limit",
     }
-    overrides += [f"{keys[name]}={value}" for name, value in sugar.items() if name in keys and value is not None]
+    given = {keys[name]: value for name, value in sugar.items() if name in keys and value is not None}
+    overrides += [f"{key}={quoted(value)}" for key, value in given.items()]
     tasks = sugar.get("tasks")
     if tasks is not None:
         chosen = [task.strip() for task in tasks.split(",") if task.strip()]
@@ -166,15 +167,11 @@ def evaluate(
     from sppctl import pipeline
 
     work = pipeline.Run(config, force=force)
-    label, directory = pipeline.checkpoint_to_measure(work, model)
-    pipeline.preflight_evaluation(work, directory)
-    with work.lock():
-        console.note(f"eval: {label}, {directory}")
-        results = pipeline.evaluate(work, {label: directory})
+    label, results = pipeline.evaluate_one(work, model)
     if json:
-        console.show_json(results[label])
+        console.show_json(results)
     else:
-        _print_results(label, results[label])
+        _print_results(label, results)
 
 
 @app.command()
@@ -300,9 +297,10 @@ def main() -> None:
         for line in str(error).splitlines():
             console.note(f"error: {line}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.note("interrupted; the same command continues or starts the stage again")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer turns Ctrl-C into this
+            console.note("interrupted; the same command continues or starts the stage again")
+        raise
     except Exception as error:
         if debug:
             raise

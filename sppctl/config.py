@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import re
 import types
 import typing
@@ -195,6 +197,18 @@ _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _Yaml12Loader.construct_y
 _Yaml12Loader.add_constructor("tag:yaml.org,2002:float", _Yaml12Loader.construct_yaml_float)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would take for something else."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Yaml12Loader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Yaml12Loader.yaml_implicit_resolvers}
+    }
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Reads YAML 1.2; ``source`` names the text in errors.
 
@@ -263,6 +277,11 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def quoted(value: Any) -> str:
+    """A value as YAML that cannot be taken for anything else (``--output 2024`` is a name); JSON is such YAML."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _apply_overrides(tree: dict[Any, Any], overrides: Sequence[str], sources: dict[str, str], out: list[str]) -> None:
     keys = [override.partition("=")[0].strip() for override in overrides]
     if "model.path" in keys and isinstance(tree.get("model"), dict):
@@ -298,7 +317,8 @@ class _Context:
     problems: list[str]
 
     def report(self, key: str, problem: str) -> None:
-        self.problems.append(f"{self.sources.get(key, self.file)}: {key}: {problem}")
+        near = (given for given in self.sources if f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}."))
+        self.problems.append(f"{self.sources.get(next(near, key), self.file)}: {key}: {problem}")
 
 
 def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
@@ -334,19 +354,20 @@ def _is_section(hint: Any) -> bool:
 def _nearest(key: str) -> str:
     every = list(config_keys())
     section, _, leaf = key.rpartition(".")
-    same_leaf = [name for name in every if name.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(key, every, n=1, cutoff=0.6) or same_leaf[:1]
+    inside = [name for name in every if section and name.startswith(f"{section}.")]
+    leaves = {name.rpartition(".")[2]: name for name in reversed(inside or every)}
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
     if not close:
-        inside = [name for name in every if section and name.startswith(f"{section}.")]
         return f"; the keys of {section} are {', '.join(inside)}" if inside else "; see `sppctl config --schema`"
-    return f"; did you mean {close[0]}?"
+    return f"; did you mean {leaves[close[0]]}?"
 
 
 def _convert(value: Any, hint: Any) -> Any:
     """The value as the type hint wants it, or ValueError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        for option in arguments:
+        # choices first: `pruned` is one of them, not a list of one name
+        for option in sorted(arguments, key=lambda option: getattr(option, "__origin__", None) is not Literal):
             try:
                 return _convert(value, option)
             except ValueError:
@@ -386,6 +407,8 @@ def _convert(value: Any, hint: Any) -> Any:
 def _check_bounds(value: Any, bounds: Mapping[str, float | None]) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
+    if math.isinf(value):
+        raise ValueError(f"{value} is not a finite number")
     tests = {
         "low": (value >= (bounds["low"] or 0), "at least"),
         "above": (value > (bounds["above"] or 0), "more than"),
@@ -458,7 +481,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that both 1.1 and 1.2 readers take alike."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def result_keys(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Run:
     @property
     def directory(self) -> Path:
         """Where everything of this run lies."""
-        return Path(self.config.run.dir)
+        return Path(self.config.run.dir).expanduser()
 
     def path(self, stage: str) -> Path:
         """The published directory of a stage."""
@@ -97,18 +98,27 @@ class Run:
         )
         return target
 
-    def skeleton(self) -> Any:
-        """The model without weights, for checks; nothing is converted or written."""
+    def skeleton(self, directory: Path | None = None) -> tuple[Any, Any]:
+        """The model without weights, and its tokenizer, for checks; nothing is converted or written.
+
+        Args:
+            directory: the checkpoint; None: the configured model.
+        """
         from sppctl.lm import blocks, checkpoint
         from sppctl.lm.safe_files import TensorFiles
 
-        directory, model = self.located(), self.config.model
-        if model.gguf_file is None:
-            TensorFiles(directory)
-            config = checkpoint.load_config(directory, model.trust_remote_code)
+        model = self.config.model
+        trust, gguf_file = model.trust_remote_code, model.gguf_file
+        unpacked = self.directory / "base"
+        if directory is None and gguf_file is not None and not unpacked.is_dir():
+            source = self.located()
+            config = checkpoint.load_gguf_config(source, gguf_file)
+            tokenizer = checkpoint.load_tokenizer(source, trust, gguf_file)
         else:
-            config = checkpoint.load_gguf_config(directory, model.gguf_file)
-        return blocks.Skeleton(config, trust_remote_code=model.trust_remote_code)
+            source = directory or (unpacked if gguf_file is not None else self.located())
+            TensorFiles(source)
+            config, tokenizer = checkpoint.load_config(source, trust), checkpoint.load_tokenizer(source, trust)
+        return blocks.Skeleton(config, trust_remote_code=trust), tokenizer
 
     # --- publication --------------------------------------------------------------------------------------------------
 
@@ -207,6 +217,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keeps two commands from working in one run directory at the same time, and notes the configuration."""
         self.check_directory()
+        made = [parent for parent in self.directory.absolute().parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         lock, resolved = self.directory / ".lock", self.directory / "resolved.yaml"
         with lock.open("w") as file:
@@ -214,12 +225,17 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"{self.directory}: another sppctl command is working here; wait for it") from error
-            resolved.write_text(to_yaml(self.config))
+            if not resolved.exists():
+                resolved.write_text(to_yaml(self.config))
             try:
                 yield
+                resolved.write_text(to_yaml(self.config))  # a refused command changes nothing here
             finally:
                 if {path.name for path in self.directory.iterdir()} <= {lock.name, resolved.name}:
                     shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing
+                    with contextlib.suppress(OSError):  # somebody else put something there
+                        for parent in made:
+                            parent.rmdir()
 
     def check_directory(self) -> None:
         """Raises UserError if the run directory cannot be written."""
@@ -234,8 +250,13 @@ class Run:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def preflight(run: Run, stages: tuple[str, ...]) -> None:
+def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None) -> None:
     """Everything that can be checked before anything is computed or written, for all stages that will run.
+
+    Args:
+        run: the run.
+        stages: that will run.
+        directory: a checkpoint to check them on; None: the configured model, which need not be unpacked yet.
 
     Raises:
         UserError: every problem, one per line.
@@ -244,10 +265,10 @@ def preflight(run: Run, stages: tuple[str, ...]) -> None:
     from sppctl.lm import checkpoint
 
     checkpoint.pick_device(run.config.model.device)
-    skeleton = run.skeleton()
+    skeleton, tokenizer = run.skeleton(directory)
     problems = []
     for stage in stages:
-        check = _checks().get(stage)
+        check = _checks(tokenizer).get(stage)
         if check is None or (stage in DIRECTORIES and not run.force and run.record(stage) is not None):
             continue
         try:
@@ -258,10 +279,14 @@ def preflight(run: Run, stages: tuple[str, ...]) -> None:
         raise UserError("\n".join(problems))
 
 
-def _checks() -> dict[str, Callable[..., None]]:
+def _checks(tokenizer: Any) -> dict[str, Callable[..., None]]:
     from sppctl.stages import evaluate, prune, train
 
-    return {"prune": prune.preflight, "train": train.preflight, "eval": evaluate.preflight}
+    return {
+        "prune": prune.preflight,
+        "train": train.preflight,
+        "eval": partial(evaluate.preflight, tokenizer=tokenizer),
+    }
 
 
 def prune(run: Run) -> dict[str, Any]:
@@ -340,9 +365,10 @@ def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
         collected = stage.collect(path)
         if not collected["stages"] and not collected["checkpoints"]:
             raise UserError(f"{path} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
+        runs.append(collected)
+    for path, collected in zip(run_dirs, runs, strict=True):
         (path / "report.md").write_text(stage.markdown([collected]))
         (path / "report.json").write_text(json.dumps(collected, indent=2) + "\n")
-        runs.append(collected)
     return runs
 
 
@@ -361,13 +387,29 @@ def run_all(run: Run) -> dict[str, Any]:
     return collected
 
 
-def checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path]:
-    """Label and directory of what ``sppctl eval`` measures.
+def evaluate_one(run: Run, model: str | None) -> tuple[str, dict[str, Any]]:
+    """Measures one checkpoint; what ``sppctl eval`` does.
 
     Args:
         run: the run.
         model: any checkpoint; None: the newest artefact of the run, else its base model.
+
+    Returns:
+        Its label and the content of its results file.
     """
+    run.check_directory()
+    if not (run.config.eval.perplexity or run.config.eval.tasks):
+        raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; name a text or a task")
+    label, directory = _checkpoint_to_measure(run, model)
+    preflight(run, ("eval",), directory)
+    with run.lock():
+        directory = directory or run.base()
+        console.note(f"eval: {label}, {directory}")
+        return label, evaluate(run, {label: directory})[label]
+
+
+def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | None]:
+    """Label and directory; no directory for the base model, which may have to be unpacked first."""
     from sppctl.lm import checkpoint
 
     if model is not None:
@@ -378,18 +420,7 @@ def checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path]:
     for label, stage in (("merged", "merge"), ("pruned", "prune")):
         if run.record(stage) is not None:
             return label, run.path(stage)
-    return "base", run.base()
-
-
-def preflight_evaluation(run: Run, directory: Path) -> None:
-    """What evaluating one checkpoint needs, before its weights are loaded."""
-    from sppctl.lm import blocks, checkpoint
-    from sppctl.stages import evaluate as stage
-
-    run.check_directory()
-    checkpoint.pick_device(run.config.model.device)
-    trust = run.config.model.trust_remote_code
-    stage.preflight(run.config, blocks.Skeleton(checkpoint.load_config(directory, trust), trust_remote_code=trust))
+    return "base", None
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

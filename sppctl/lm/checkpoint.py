@@ -199,8 +199,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"model.device: {name} is not usable here ({str(error).splitlines()[0]}); try auto") from error
     return device
 
@@ -219,7 +219,7 @@ def load_model(directory: Path, device: torch.device, dtype: str = "auto", trust
     return model.to(device).eval()
 
 
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises:
@@ -229,7 +229,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         with quiet_libraries():
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            options = {"gguf_file": gguf_file} if gguf_file else {}
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
 

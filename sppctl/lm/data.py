@@ -161,14 +161,20 @@ def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     Raises:
         UserError: neither.
     """
+    where = ""
     try:
         content = path.read_text(encoding="utf-8")
         if content.lstrip().startswith("["):
             rows = json.loads(content)
         else:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            rows = []
+            for number, line in enumerate(content.split("\n"), start=1):  # splitlines would cut at U+2028 in a text
+                where = f", line {number},"
+                if line.strip():
+                    rows.append(json.loads(line))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {path} cannot be read as JSON or JSON lines: {error}") from error
+        reason = getattr(error, "msg", error)
+        raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{key}: {path} must hold one JSON object per row")
     return rows
@@ -297,13 +303,21 @@ def load_instructions(
         if missing:
             columns = ", ".join(map(str, rows[0]))
             raise UserError(f"{key}: {dataset} lacks {' and '.join(sorted(missing))}; its columns: {columns}")
+        for number, row in enumerate(rows, start=1):
+            wrong = [column for column in ("instruction", "output") if not isinstance(row.get(column), str)]
+            wrong += [] if isinstance(row.get("input") or "", str) else ["input"]
+            if wrong:
+                raise UserError(f"{key}: {dataset}: row {number} has no text in {' and '.join(wrong)}")
         random.Random(seed).shuffle(rows)
         train, held_out = rows[val_size:], rows[:val_size]
     if max_rows is not None:
         random.Random(seed).shuffle(train)
         train = train[:max_rows]
     if not train:
-        raise UserError(f"train.data.val_size: {val_size} leaves nothing of {dataset} to train on")
+        raise UserError(
+            f"train.data.val_size: {val_size} leaves nothing of the {len(held_out)} rows of {dataset} to train on; "
+            "hold out fewer"
+        )
     return train, held_out
 
 

@@ -26,7 +26,7 @@ DEFAULT_WINDOW = 2048
 CPU_BATCH, GPU_BATCH = 4, 16
 
 
-def preflight(config: Config, skeleton: Skeleton) -> None:
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     """Checks that texts can be had and tasks are known.
 
     Raises:
@@ -38,7 +38,10 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         problems.append(f"eval.seq_len: {config.eval.seq_len} exceeds the model's {limit} positions")
     for name in config.eval.perplexity:
         try:
-            data.load_text(name, "test", "eval.perplexity")
+            text = data.load_text(name, "test", "eval.perplexity")
+            window = config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+            start = text.joiner.join(text.documents)[: 64 * window]
+            perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
         except UserError as error:
             problems.append(str(error))
     try:
@@ -71,7 +74,10 @@ def read_results(path: Path) -> dict[str, Any]:
     """The results file of a checkpoint; empty if there is none."""
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text())
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run sppctl eval again") from error
     return content
 
 

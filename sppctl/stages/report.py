@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sppctl.errors import UserError
 from sppctl.stages.evaluate import read_results, rows_of
 
 ORDER = ("base", "pruned", "merged")
@@ -22,7 +23,10 @@ def collect(run_dir: Path) -> dict[str, Any]:
     for directory, stage in STAGES.items():
         record = run_dir / directory / "stage.json"
         if record.is_file():
-            stages[stage] = json.loads(record.read_text())
+            try:
+                stages[stage] = json.loads(record.read_text())
+            except ValueError as error:
+                raise UserError(f"{record} is damaged ({error}); sppctl {stage} --force redoes it") from error
     found = {path.stem: read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
     labels = [label for label in ORDER if label in found] + [label for label in found if label not in ORDER]
     return {"run": str(run_dir), "stages": stages, "checkpoints": {label: found[label] for label in labels}}

@@ -1,0 +1,489 @@
+"""The commands as a person or a script meets them: help, configuration, output, the pipeline and its shortcuts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sppctl import __version__, cli, pipeline
+from sppctl.config import config_keys, flatten, load_config, to_dict
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
+WEIGHTS = ("pruned/model.safetensors", "adapter/adapter_model.safetensors", "merged/model.safetensors")
+RECORD = {
+    "stage",
+    "fingerprint",
+    "settings",
+    "inputs",
+    "seed",
+    "created",
+    "wall_time_s",
+    "peak_memory_mb",
+    "hardware",
+    "versions",
+    "command",
+    "metrics",
+}
+RESULTS = {"label", "checkpoint", "fingerprint", "sparsity", "results"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("prune", ...) runs ``sppctl prune ...`` in this process."""
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sppctl", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
+    """A folder with tiny.yaml and a finished run of it in run/; tests work in copies."""
+    root = tmp_path_factory.mktemp("finished")
+    (root / "tiny.yaml").write_text(
+        f"""
+run: {{dir: run}}
+model: {{path: {llama}, device: cpu}}
+prune: {{method: wanda, pattern: 2:4, calibration: {{dataset: {text_file}, samples: 2, seq_len: 64}}}}
+train:
+  rank: 4
+  data: {{dataset: {alpaca_file}, seq_len: 96, val_size: 2}}
+  max_steps: 2
+  batch_size: 2
+  micro_batch_size: 1
+  lr: 1e-2
+eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 256}}
+"""
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        pipeline.run_all(pipeline.Run(load_config("tiny.yaml")))
+    return root
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory: a copy of the finished run and its configuration."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def times(run_dir: Path) -> list[int]:
+    return [(run_dir / name).stat().st_mtime_ns for name in WEIGHTS]
+
+
+# --- help and version -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_is_there_without_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from sppctl.cli import main
+sys.argv = ["sppctl", *{arguments!r}]
+try:
+    main()
+except SystemExit as error:
+    assert not error.code, error.code
+heavy = {{"torch", "transformers", "peft", "datasets", "lm_eval"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: sppctl" in done.stdout
+
+
+def test_every_documented_command_is_there() -> None:
+    assert {"run", "prune", "train", "merge", "eval", "report", "inspect", "config"} <= set(COMMANDS)
+
+
+def test_the_configuration_is_shown_without_torch() -> None:
+    code = """
+import sys
+from sppctl.cli import main
+sys.argv = ["sppctl", "config"]
+try:
+    main()
+except SystemExit as error:
+    assert not error.code, error.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_sppctl_knows_its_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "sppctl", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"sppctl {__version__}\n")
+
+
+def test_no_command_shows_the_help(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 2
+    assert "Usage: " in outcome.out + outcome.err
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_config_prints_yaml_that_can_be_run(run: Run, config_file: Path, tmp_path: Path) -> None:
+    outcome = run("config", str(config_file), "prune.pattern=4:8")
+    assert outcome.code == 0
+    written = tmp_path / "written.yaml"
+    written.write_text(outcome.out)
+    assert load_config(str(written)) == load_config(str(config_file), ["prune.pattern=4:8"])
+
+
+def test_config_json_is_the_resolved_configuration(run: Run, config_file: Path) -> None:
+    outcome = run("config", str(config_file), "--json")
+    assert outcome.json == to_dict(load_config(str(config_file)))
+    assert outcome.json["prune"]["pattern"] == "2:4"
+    assert outcome.json["train"]["lr"] == 0.01
+
+
+def test_config_without_a_name_is_quickstart(run: Run) -> None:
+    assert run("config", "--json").json == to_dict(load_config("quickstart"))
+
+
+def test_schema_lists_every_key(run: Run) -> None:
+    assert [entry["key"] for entry in run("config", "--schema", "--json").json] == list(config_keys())
+    text = run("config", "--schema").out
+    assert all(f"{key} (" in text for key in config_keys())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_overrides_may_stand_before_and_after_the_configuration(run: Run, config_file: Path, first: bool) -> None:
+    overrides = ["train.rank=2", "run.seed=7"]
+    words = [*overrides, str(config_file)] if first else [str(config_file), *overrides]
+    found = run("config", *words, "--json").json
+    assert (found["train"]["rank"], found["run"]["seed"]) == (2, 7)
+    assert found["train"]["data"]["val_size"] == 4
+
+
+def test_overrides_on_both_sides_and_options_between(run: Run, config_file: Path) -> None:
+    found = run("config", "train.rank=2", "--json", str(config_file), "run.seed=7").json
+    assert (found["train"]["rank"], found["run"]["seed"]) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides"),
+    [
+        ({"model": "a/b"}, ["model.path=a/b"]),
+        ({"method": "magnitude"}, ["prune.method=magnitude"]),
+        ({"pattern": "4:8"}, ["prune.pattern=4:8"]),
+        ({"pattern": "0.6"}, ["prune.pattern=0.6"]),
+        ({"output": "elsewhere"}, ["run.dir=elsewhere"]),
+        ({"output": "2024"}, ["run.dir='2024'"]),
+        ({"output": "runs/a: b"}, ["run.dir='runs/a: b'"]),
+        ({"limit": 5}, ["eval.limit=5"]),
+        ({"tasks": "ppl"}, ["eval.tasks=[]"]),
+        ({"tasks": "zeroshot, mmlu"}, ["eval.tasks=[zeroshot, mmlu]", "eval.perplexity=[]"]),
+        ({"tasks": "boolq,ppl"}, ["eval.tasks=[boolq]"]),
+    ],
+    ids=str,
+)
+def test_options_are_short_for_overrides(config_file: Path, options: dict[str, Any], overrides: list[str]) -> None:
+    assert cli._resolve([str(config_file)], **options) == load_config(str(config_file), overrides)
+
+
+def test_another_model_on_the_command_line_needs_no_gguf_file_of_the_default(llama: Path) -> None:
+    model = cli._resolve(None, model=str(llama)).model
+    assert (model.path, model.gguf_file) == (str(llama), None)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        run("config", "nowhere.yaml", "--debug")
+
+
+def test_an_error_nobody_expected_is_one_line(run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr(pipeline, "preflight", fail)
+    outcome = run("prune", str(config_file))
+    assert (outcome.code, outcome.err) == (1, "error: ZeroDivisionError: a (--debug shows where)\n")
+
+
+def test_an_interruption_says_how_to_go_on(run: Run, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "preflight", interrupt)
+    outcome = run("prune", str(config_file))
+    assert outcome.code == 130
+    assert "the same command continues" in outcome.err
+
+
+def test_two_commands_do_not_share_a_run_directory(run: Run, here: Path) -> None:
+    hold = "import fcntl, sys; file = open('run/.lock'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        outcome = run("merge", "tiny.yaml")
+        holder.communicate(b"\n")
+    assert outcome.code == 2
+    assert "run: another sppctl command is working here; wait for it" in outcome.err
+    assert run("merge", "tiny.yaml").code == 0
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+def test_run_makes_every_artefact_from_one_file(run: Run, config_file: Path, tmp_path: Path) -> None:
+    outcome = run("run", str(config_file))
+    assert outcome.code == 0
+    directory = tmp_path / "run"
+    for name in (*WEIGHTS, "resolved.yaml", "report.md", "report.json"):
+        assert (directory / name).is_file(), name
+    for name in ("pruned", "adapter", "merged"):
+        record = json.loads((directory / name / "stage.json").read_text())
+        assert record.keys() >= RECORD
+    assert {path.name for path in (directory / "eval").iterdir()} == {"base.json", "pruned.json", "merged.json"}
+    assert not [path.name for path in directory.iterdir() if "partial" in path.name or ".old" in path.name]
+    assert load_config(str(directory / "resolved.yaml")) == load_config(str(config_file))
+    assert "2:4" in outcome.out
+    assert "prune: done" in outcome.err
+    assert "prune: done" not in outcome.out
+
+
+def test_a_second_run_does_nothing(run: Run, here: Path) -> None:
+    before = times(here / "run")
+    outcome = run("run", "tiny.yaml")
+    assert outcome.code == 0
+    for what in ("prune", "train", "merge", "eval base", "eval pruned", "eval merged"):
+        assert f"{what}: up to date" in outcome.err
+    assert "done, loss" not in outcome.err
+    assert times(here / "run") == before
+
+
+@pytest.mark.parametrize("override", ["model.device=auto", "train.micro_batch_size=2", "train.log_steps=1"])
+def test_a_key_without_effect_on_results_redoes_nothing(run: Run, here: Path, override: str) -> None:
+    before = times(here / "run")
+    outcome = run("run", "tiny.yaml", override)
+    assert outcome.code == 0
+    assert outcome.err.count("up to date") == 6
+    assert times(here / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("prune.pattern=4:8", "run/pruned was made with prune.pattern = 2:4, now 4:8"),
+        ("train.lr=1e-3", "run/adapter was made with train.lr = 0.01, now 0.001"),
+        ("merge.dtype=bfloat16", "run/merged was made with merge.dtype = auto, now bfloat16"),
+        ("run.seed=5", "run/pruned was made with seed = 0, now 5"),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference(run: Run, here: Path, override: str, words: str) -> None:
+    before, resolved = times(here / "run"), (here / "run/resolved.yaml").read_text()
+    outcome = run("run", "tiny.yaml", override)
+    assert outcome.code == 2
+    assert f"error: {words}; --force redoes it, another run.dir keeps it" in outcome.err
+    assert times(here / "run") == before
+    assert (here / "run/resolved.yaml").read_text() == resolved, "it describes what lies there"
+
+
+def test_force_redoes_every_stage(run: Run, here: Path) -> None:
+    before = times(here / "run")
+    outcome = run("run", "tiny.yaml", "prune.pattern=4:8", "--force")
+    assert outcome.code == 0
+    assert "up to date" not in outcome.err
+    assert all(new != old for new, old in zip(times(here / "run"), before, strict=True))
+    assert (
+        load_config("run/resolved.yaml").prune.pattern == load_config("tiny.yaml", ["prune.pattern=4:8"]).prune.pattern
+    )
+    assert "| 4:8 | 4:8 |" in (here / "run/report.md").read_text()
+
+
+def test_force_of_one_stage_leaves_the_others(run: Run, here: Path) -> None:
+    pruned, adapter, merged = times(here / "run")
+    assert run("merge", "tiny.yaml", "--force").code == 0
+    assert times(here / "run")[:2] == [pruned, adapter]
+    assert times(here / "run")[2] != merged
+
+
+def test_stages_one_by_one_make_what_run_makes(run: Run, here: Path) -> None:
+    for command in ("prune", "train", "merge"):
+        assert run(command, "tiny.yaml", "--output", "steps").code == 0
+    for name in WEIGHTS:
+        assert (here / "steps" / name).read_bytes() == (here / "run" / name).read_bytes(), name
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_prune_json_is_the_record_of_the_stage(run: Run, here: Path) -> None:
+    record = run("prune", "tiny.yaml", "--json").json
+    assert record == json.loads((here / "run/pruned/stage.json").read_text())
+    assert record.keys() >= RECORD | {"output"}
+    assert record["metrics"]["sparsity"] == 0.5
+    assert record["metrics"]["matrices"] == len(record["metrics"]["layers"]) == 14
+    assert record["settings"]["prune"]["pattern"] == "2:4"
+
+
+def test_train_and_merge_json_are_the_records(run: Run, here: Path) -> None:
+    trained, merged = run("train", "tiny.yaml", "--json").json, run("merge", "tiny.yaml", "--json").json
+    assert trained["metrics"]["steps"] == 2
+    assert merged["metrics"]["pattern_unchanged"] is True
+    assert merged["metrics"]["matrices"] == 14
+
+
+def test_inspect_certifies_every_checkpoint_of_the_run(run: Run, here: Path) -> None:
+    for name in ("pruned", "merged"):
+        outcome = run("inspect", f"run/{name}", "--expect", "2:4")
+        assert outcome.code == 0
+        assert "14 of 16 matrices are sparse: 50.0000% zeros in them, pattern 2:4" in outcome.out
+
+
+def test_inspect_json_holds_summary_violations_and_matrices(run: Run, here: Path) -> None:
+    found = run("inspect", "run/merged", "--expect", "2:4", "--json").json
+    assert found.keys() == {"summary", "violations", "matrices"}
+    assert found["violations"] == []
+    assert found["summary"]["sparsity"] == 0.5
+    assert found["summary"]["patterns"] == ["2:4"]
+    assert len(found["matrices"]) == found["summary"]["matrices"] == 16
+    assert found["matrices"][0].keys() == {"name", "shape", "zeros", "sparsity", "patterns"}
+
+
+def test_inspect_json_is_whole_where_the_expectation_fails(run: Run, here: Path) -> None:
+    outcome = run("inspect", "run/merged", "--expect", "1:4", "--json")
+    assert outcome.code == 1
+    assert len(outcome.json["violations"]) == 14
+    assert "model.layers.0.mlp.down_proj.weight: not 1:4 (sparsity 0.5000)" in outcome.err
+    assert "and 11 more" in outcome.err
+
+
+def test_inspect_says_of_a_dense_model_that_it_is_dense(run: Run, llama: Path) -> None:
+    outcome = run("inspect", str(llama))
+    assert outcome.code == 0
+    assert "dense: none of 16 matrices is sparse" in outcome.out
+
+
+def test_report_is_a_table_of_base_pruned_and_merged(run: Run, here: Path, text_file: Path) -> None:
+    (here / "run/report.md").unlink()
+    outcome = run("report", "run")
+    assert outcome.code == 0
+    text = (here / "run/report.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "# run"
+    assert "|  | base | pruned | merged |" in lines
+    assert "| sparsity of pruned matrices | dense | 50.00% | 50.00% |" in lines
+    assert "| pattern | dense | 2:4 | 2:4 |" in lines
+    assert f"| ppl {text_file} @64, first 256 tokens | " in text
+    assert "- prune: wanda 2:4, 14 matrices, mean relative output error 0." in text
+    assert "- train: spp, 2,368 parameters (" in text
+    assert "- merge: 14 matrices, all 7,680 zeros kept, " in text
+    assert "all 7,680 zeros kept" in outcome.out
+
+
+def test_report_json_collects_several_runs(run: Run, here: Path) -> None:
+    shutil.copytree("run", "again")
+    runs = run("report", "run", "again", "--json").json
+    assert [found["run"] for found in runs] == ["run", "again"]
+    for found in runs:
+        assert found.keys() >= {"run", "stages", "checkpoints"}
+        assert list(found["stages"]) == ["prune", "train", "merge"]
+        assert list(found["checkpoints"]) == ["base", "pruned", "merged"]
+        assert all(content.keys() >= RESULTS for content in found["checkpoints"].values())
+    assert json.loads((here / "again/report.json").read_text()) == runs[1]
+
+
+def test_run_json_is_the_report(run: Run, here: Path) -> None:
+    assert run("run", "tiny.yaml", "--json").json == [json.loads((here / "run/report.json").read_text())]
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_measures_the_newest_artefact_and_says_which(run: Run, here: Path) -> None:
+    assert "eval: merged, run/merged" in run("eval", "tiny.yaml").err
+    shutil.rmtree("run/merged")
+    assert "eval: pruned, run/pruned" in run("eval", "tiny.yaml").err
+    shutil.rmtree("run/pruned")
+    assert "eval: base, " in run("eval", "tiny.yaml").err
+
+
+def test_eval_adds_to_the_results_of_a_checkpoint(run: Run, here: Path, text_file: Path) -> None:
+    (here / "other.txt").write_text("Another text, long enough for a window of it. " * 4)
+    before = json.loads((here / "run/eval/merged.json").read_text())["results"]
+    content = run("eval", "tiny.yaml", "eval.perplexity=[other.txt]", "--json").json
+    assert content.keys() >= RESULTS
+    assert content == json.loads((here / "run/eval/merged.json").read_text())
+    assert content["label"] == "merged"
+    assert [result["settings"]["text"] for result in content["results"]] == [str(text_file), "other.txt"]
+    assert content["results"][:1] == before
+
+
+def test_eval_measures_nothing_twice(run: Run, here: Path) -> None:
+    before = (here / "run/eval/merged.json").read_bytes()
+    outcome = run("eval", "tiny.yaml")
+    assert "eval merged: up to date (run/eval/merged.json)" in outcome.err
+    assert (here / "run/eval/merged.json").read_bytes() == before
+    assert "ppl " in outcome.out
+
+
+def test_eval_of_other_weights_starts_anew(run: Run, here: Path) -> None:
+    assert run("train", "tiny.yaml", "train.lr=1e-3", "--force").code == 0
+    assert run("merge", "tiny.yaml", "train.lr=1e-3", "--force").code == 0
+    before = json.loads((here / "run/eval/merged.json").read_text())
+    after = run("eval", "tiny.yaml", "--json").json
+    assert after["fingerprint"] != before["fingerprint"]
+    assert len(after["results"]) == 1
+
+
+def test_eval_knows_the_checkpoints_of_the_run(run: Run, here: Path) -> None:
+    assert run("eval", "tiny.yaml", "--model", "run/pruned", "--json").json["label"] == "pruned"
+
+
+def test_eval_of_any_other_checkpoint_has_a_file_of_its_own(run: Run, here: Path) -> None:
+    shutil.copytree("run/merged", "elsewhere")
+    content = run("eval", "tiny.yaml", "--model", "elsewhere", "--json").json
+    assert content["label"] == "elsewhere"
+    assert (here / "run/eval/elsewhere.json").is_file()
+    merged = json.loads((here / "run/eval/merged.json").read_text())
+    assert content["results"][0]["metrics"] == merged["results"][0]["metrics"]
+
+
+def test_flat_results_have_settings_metrics_and_versions(here: Path) -> None:
+    (result,) = json.loads((here / "run/eval/merged.json").read_text())["results"]
+    assert result.keys() >= {"settings", "metrics", "seconds", "dtype", "device", "versions"}
+    assert flatten(result)["settings.seq_len"] == 64
+    assert result["metrics"]["tokens"] == 4 * 63
