@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from sppctl.errors import UserError
-from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles
+from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles, read_header
 
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SAMPLE_BYTES = 4096
 
 
 @contextlib.contextmanager
@@ -128,8 +128,9 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: config.json cannot be used: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a wrong value raises wherever transformers first uses it
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        raise UserError(f"{directory}: config.json cannot be used: {reason}") from error
 
 
 def max_window(config: Any) -> int | None:
@@ -167,9 +168,10 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash of config.json and the weights: sizes, headers and 64 evenly spaced samples of every file.
+    """A hash of config.json and the weights: sizes, headers, and start, middle and end of every tensor.
 
-    Quick whatever the size (a few MB are read), independent of times and places; any retraining or pruning changes it.
+    Quick whatever the size (12 kB of a tensor are read), independent of times and places; any retraining changes it,
+    and so does pruning one matrix.
     """
     digest = hashlib.sha256()
     config = directory / "config.json"
@@ -180,10 +182,22 @@ def fingerprint(directory: Path) -> str:
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(1 << 20))
-            for index in range(_SAMPLES):
-                file.seek(max(0, (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)))
-                digest.update(file.read(_SAMPLE_BYTES))
+            for start, stop in _sampled(path, size):
+                file.seek(start)
+                digest.update(file.read(stop - start))
     return digest.hexdigest()[:16]
+
+
+def _sampled(path: Path, size: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges: start, middle and end of every tensor; 64 places of a GGUF file."""
+    parts, count = [(0, size)], 64
+    if path.suffix == ".safetensors":
+        parts, count = sorted((spec.start, spec.stop) for spec in read_header(path)[0].values()), 3
+    for start, stop in parts:
+        last = max(start, stop - _SAMPLE_BYTES)
+        for index in range(count):
+            place = start + (last - start) * index // (count - 1)
+            yield place, min(place + _SAMPLE_BYTES, stop)
 
 
 # --- using ------------------------------------------------------------------------------------------------------------
@@ -200,7 +214,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"model.device: {name} is not usable here ({str(error).splitlines()[0]}); try auto") from error
     return device
 

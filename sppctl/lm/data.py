@@ -147,12 +147,12 @@ def _local_text(path: Path, key: str) -> Text:
 
 def _text_column(rows: Any, name: str) -> list[str]:
     rows = list(rows)
-    if rows and "text" in rows[0]:
+    if rows and all("text" in row for row in rows):
         return [str(row["text"]) for row in rows]
-    if rows and {"instruction", "output"} <= rows[0].keys():
+    if rows and all({"instruction", "output"} <= row.keys() for row in rows):
         return [formatted(row) for row in rows]
-    columns = ", ".join(rows[0]) if rows else "none"
-    raise UserError(f"dataset {name} has neither a column text nor instruction and output; its columns: {columns}")
+    columns = ", ".join(dict.fromkeys(column for row in rows for column in row)) or "none"
+    raise UserError(f"dataset {name} has no text, or instruction and output, in every row; its columns: {columns}")
 
 
 def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
@@ -218,7 +218,7 @@ def calibration_windows(
     chooser.shuffle(order)
     windows: list[list[int]] = []
     for document in order:
-        if len(document) < 2 * seq_len:  # characters: too short for seq_len tokens, spare the tokeniser
+        if len(document.encode()) < seq_len:  # no token is shorter than a byte: spare the tokeniser
             continue
         tokens = tokenizer(document).input_ids
         if len(tokens) > seq_len:
@@ -327,10 +327,10 @@ def tokenize_instruction(tokenizer: Any, row: dict[str, Any], *, seq_len: int, t
     Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are
     those that a model meets; the labels start after the prompt's tokens.
     """
-    prompt = tokenizer(prompt_of(row)).input_ids
-    tokens = tokenizer(formatted(row)).input_ids
-    if tokens and tokens[-1] == tokenizer.eos_token_id:
-        tokens = tokens[:-1]
-    tokens = [*tokens, tokenizer.eos_token_id]
+    end = tokenizer.eos_token_id
+    prompt, tokens = tokenizer(prompt_of(row)).input_ids, tokenizer(formatted(row)).input_ids
+    # some tokenizers end every text by themselves
+    prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
+    tokens = [*(tokens[:-1] if tokens[-1:] == [end] else tokens), end]
     labels = tokens if train_on_inputs else [IGNORED] * min(len(prompt), len(tokens)) + tokens[len(prompt) :]
     return Example(tokens[:seq_len], labels[:seq_len], len(tokens) > seq_len)

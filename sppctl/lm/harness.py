@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -33,7 +34,9 @@ def group_of(name: str) -> TaskGroup:
     return GROUPS.get(name, TaskGroup((name,)))
 
 
+@functools.cache
 def _task_manager() -> Any:
+    """lm-eval's index of tasks; it takes seconds to build."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -151,9 +154,10 @@ def _summary(found: Any, group: TaskGroup) -> dict[str, Any]:
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
-    """``{"acc,none": 0.5, "acc_stderr,none": ...}`` without the filter's name."""
-    return {
-        key.partition(",")[0]: float(value)
-        for key, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
-    }
+    """``{"acc,none": 0.5, ...}`` without the filter's name; of several for one metric only the first loses it."""
+    plain: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key:
+            metric, _, chosen = key.partition(",")
+            plain[f"{chosen} {metric}" if metric in plain else metric] = float(value)
+    return plain

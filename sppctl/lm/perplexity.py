@@ -23,7 +23,7 @@ class Perplexity:
     Attributes:
         value: exp of the mean negative log-likelihood per predicted token.
         nll: that mean, in nats.
-        stderr: standard error of ``nll`` over windows.
+        stderr: standard error of ``nll`` over windows; None for a single one.
         tokens: predicted tokens.
         windows: windows of ``seq_len`` tokens.
         seq_len: tokens in a window.
@@ -31,7 +31,7 @@ class Perplexity:
 
     value: float
     nll: float
-    stderr: float
+    stderr: float | None
     tokens: int
     windows: int
     seq_len: int
@@ -104,6 +104,6 @@ def summarise(losses: Tensor, seq_len: int) -> Perplexity:
     count = len(losses)
     means = losses / (seq_len - 1)
     nll = means.mean().item()
-    spread = means.std().item() / math.sqrt(count) if count > 1 else float("nan")
+    spread = means.std().item() / math.sqrt(count) if count > 1 else None
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(value, nll, spread, count * (seq_len - 1), count, seq_len)

@@ -71,7 +71,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             )
             for name, entry in header.items()
         }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); download or write it again") from error
     for name, spec in specs.items():
         if math.prod(spec.shape) * spec.dtype.itemsize != spec.stop - spec.start:
@@ -148,13 +148,13 @@ class TensorFiles:
         """
         self.directory = directory
         index = directory / INDEX_NAME
-        if index.is_file():
+        if (directory / SINGLE_NAME).is_file():  # transformers, too, prefers it to an index
+            names = [SINGLE_NAME]
+        elif index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} is not a readable index of safetensors shards; download it again") from error
-        elif (directory / SINGLE_NAME).is_file():
-            names = [SINGLE_NAME]
         else:
             names = sorted(path.name for path in directory.glob("*.safetensors"))
         if not names:

@@ -199,13 +199,11 @@ def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | No
         if result["settings"]["kind"] == "perplexity":
             rows.append((name, metrics["value"], None))
             continue
-        limit = result["settings"]["limit"]
-        cut = f", limit {limit}" if limit is not None else ""
         tasks = metrics["tasks"] if len(metrics["tasks"]) <= 10 else {}
         if len(tasks) > 1 or not tasks:
             rows.append((f"{name} mean", metrics["mean"].get("acc"), metrics["mean"].get("acc_norm")))
         for task, values in tasks.items():
-            label = f"  {task}{cut}" if len(tasks) > 1 else name
-            first = next((value for key, value in values.items() if not key.endswith("stderr")), None)
-            rows.append((label, values.get("acc", first), values.get("acc_norm")))
+            label = f"  {task} ({name})" if len(tasks) > 1 else name
+            metric = "acc" if "acc" in values else next(iter(values))
+            rows.append((label if metric == "acc" else f"{label} {metric}", values[metric], values.get("acc_norm")))
     return rows

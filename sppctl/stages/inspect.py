@@ -58,7 +58,7 @@ def matrices(files: TensorFiles, also: Pattern | None = None) -> Iterator[Matrix
         patterns.append(also)
     for name in files:
         spec = files.spec(name)
-        if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
+        if len(spec.shape) != 2 or 0 in spec.shape or not spec.dtype.is_floating_point:
             continue
         weight = files.read(name)
         if weight.dtype.itemsize == 1:

@@ -67,6 +67,8 @@ def _cell(name: str, cell: tuple[float | None, float | None] | None) -> str:
     value, norm = cell[0], cell[1]
     if name.startswith("ppl "):
         return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
+    if name.endswith(("perplexity", "bits_per_byte")):
+        return f"{value:.2f}"
     return f"{value:.2%}" + (f" (norm {norm:.2%})" if norm is not None else "")
 
 

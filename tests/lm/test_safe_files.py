@@ -268,5 +268,5 @@ def test_pickle_is_refused_and_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no safetensors weights$"):
+    with pytest.raises(UserError, match=r"holds no safetensors weights$"):
         TensorFiles(tmp_path)

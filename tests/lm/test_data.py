@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ALPACA
+from transformers import PreTrainedTokenizerFast
+
+from sppctl.errors import UserError
+from sppctl.lm import data
+from sppctl.lm.data import IGNORED, Text
+
+KEY = "prune.calibration.dataset"
+WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add.
+
+### Input:
+1 and 2
+
+### Response:
+"""
+WITHOUT_INPUT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add.
+
+### Response:
+"""
+
+
+def documents(count: int, length: int) -> list[str]:
+    """Texts of ASCII letters, so of as many tokens as letters, of which no piece occurs in two of them."""
+    return ["".join(chr(65 + (i * 7 + j * (i + 1)) % 57) for j in range(length)) for i in range(count)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_pieces_of_random_documents(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = Text("mine", documents(10, 100))
+    windows, made = data.calibration_windows(tokenizer, text, samples=6, seq_len=20, seed=0)
+    assert made == "random-document"
+    assert windows.shape == (6, 20)
+    sources = [[i for i, document in enumerate(text.documents) if piece in document] for piece in decode(windows)]
+    assert all(len(found) == 1 for found in sources)
+    assert len({found[0] for found in sources}) == 6  # six different documents
+    assert sources != [[i] for i in range(6)]  # in random order
+
+
+def decode(windows: Any) -> list[str]:
+    return ["".join(map(chr, bytes_of(row))) for row in windows.tolist()]
+
+
+def bytes_of(tokens: list[int]) -> list[int]:
+    """The inverse of the byte tokenizer: its alphabet is sorted, printable ASCII from ``!`` on comes first."""
+    return [token + 33 for token in tokens]
+
+
+def test_a_document_may_be_hardly_longer_than_a_window(tokenizer: PreTrainedTokenizerFast) -> None:
+    windows, made = data.calibration_windows(tokenizer, Text("mine", documents(4, 30)), samples=4, seq_len=20, seed=0)
+    assert made == "random-document"
+    assert windows.shape == (4, 20)
+
+
+def test_short_documents_are_passed_over(tokenizer: PreTrainedTokenizerFast) -> None:
+    long = documents(3, 100)
+    text = Text("mine", [*("x" * length for length in range(1, 20)), *long, "y" * 20])
+    windows, made = data.calibration_windows(tokenizer, text, samples=3, seq_len=20, seed=5)
+    assert made == "random-document"
+    assert all(any(piece in document for document in long) for piece in decode(windows))
+
+
+def test_too_few_long_documents_are_joined(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = Text("mine", ["a" * 50, "b" * 9, " ", "c" * 30], joiner="--")
+    windows, made = data.calibration_windows(tokenizer, text, samples=4, seq_len=20, seed=0)
+    assert made == "concatenate"
+    joined = "".join(decode(windows))
+    assert len(joined) == 80
+    pieces = [document + "--" for document in text.documents if document.strip()]
+    orders = [[a, b, c] for a in pieces for b in pieces for c in pieces if len({a, b, c}) == 3]
+    assert any("".join(order).startswith(joined) for order in orders)  # none twice, none left out
+
+
+def test_one_long_document_is_cut_into_windows_of_which_some_are_chosen(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = Text("mine", ["".join(f"{index:05}" for index in range(200))])  # every piece of 20 is another
+    windows, made = data.calibration_windows(tokenizer, text, samples=6, seq_len=20, seed=0)
+    assert made == "concatenate"
+    places = [text.documents[0].index(piece) for piece in decode(windows)]
+    assert all(place % 20 == 0 for place in places)
+    assert len(set(places)) == 6
+    assert places != [0, 20, 40, 60, 80, 100]
+
+
+def test_the_seed_decides(tokenizer: PreTrainedTokenizerFast) -> None:
+    def windows(seed: int, text: Text) -> list[list[int]]:
+        return data.calibration_windows(tokenizer, text, samples=4, seq_len=20, seed=seed)[0].tolist()
+
+    for text in (Text("long", documents(30, 100)), Text("short", documents(30, 15))):
+        assert windows(1, text) == windows(1, text)
+        assert windows(1, text) != windows(2, text)
+
+
+def test_choosing_windows_leaves_the_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = Text("mine", documents(10, 100))
+    before = list(text.documents)
+    data.calibration_windows(tokenizer, text, samples=4, seq_len=20, seed=0)
+    assert text.documents == before
+
+
+def test_too_little_text_says_how_much_is_missing(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError) as caught:
+        data.calibration_windows(tokenizer, Text("mine", ["abc", "defgh"]), samples=3, seq_len=20, seed=0)
+    assert "mine has 12 tokens, 3 windows of 20 need 60; 48 are missing" in str(caught.value)  # 3 + 5 + 2 * "\n\n"
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("One.\n\nZwölf.\n", encoding="utf-8")
+    assert data.load_text(str(path), "train", KEY).documents == ["One.\n\nZwölf.\n"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_the_text_column(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"mine.{form}"
+    rows = [{"text": "One.", "id": 1}, {"text": "Two.", "id": 2}]
+    path.write_text(json.dumps(rows) if form == "json" else "\n\n".join(map(json.dumps, rows)))
+    assert data.load_text(str(path), "train", KEY).documents == ["One.", "Two."]
+
+
+def test_instruction_columns_become_prompt_and_response(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Add.", "input": "", "output": "What?"},
+    ]
+    path = write_lines(tmp_path / "mine.jsonl", rows)
+    assert data.load_text(str(path), "train", KEY).documents == [WITH_INPUT + "3", WITHOUT_INPUT + "What?"]
+
+
+def test_json_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    rows = [{"text": "one\u2028line"}, {"text": "next\x85line"}]  # both are line ends to str.splitlines
+    path = write_lines(tmp_path / "mine.jsonl", rows)
+    assert data.load_text(str(path), "train", KEY).documents == ["one\u2028line", "next\x85line"]
+
+
+def test_a_column_that_is_missing_in_a_later_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One."}, {"txt": "Two."}])
+    with pytest.raises(UserError, match="text"):
+        data.load_text(str(path), "train", KEY)
+
+
+@pytest.mark.parametrize("rows", [[{"content": "One.", "id": 1}], [{"instruction": "Add."}]])
+def test_unknown_columns_are_listed(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(UserError, match=f"its columns: {', '.join(rows[0])}$"):
+        data.load_text(str(path), "train", KEY)
+
+
+@pytest.mark.parametrize("content", ["{", '{"text": 1}\nno JSON\n', '["text"]', "3\n"])
+def test_files_that_are_not_rows(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.jsonl\b"):
+        data.load_text(str(path), "train", KEY)
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_a_file_without_text(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.txt holds no text"):
+        data.load_text(str(path), "train", KEY)
+
+
+def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_bytes(b"Zw\xf6lf")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        data.load_text(str(path), "train", KEY)
+
+
+@pytest.mark.parametrize("name", ["nothing", "folder/missing.txt", "missing.jsonl", "/no/such/file"])
+def test_unknown_names_are_told_what_there_is(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        data.load_text(name, "train", KEY)
+    assert str(caught.value) == (
+        f"{KEY}: {name} is no file and none of c4, wikitext2, alpaca, instructions, prose, nor a hub id (OWNER/NAME)"
+    )
+
+
+def test_a_hub_dataset_is_read_by_its_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return [{"text": "One."}]
+
+    monkeypatch.setattr(data, "load_hub", load)
+    assert data.load_text("owner/name", "test", KEY) == Text("owner/name", ["One."])
+    assert asked == [("owner/name", "test")]
+
+
+def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no network\nmore words")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"dataset owner/name \(test\) cannot be had: no network; check the name"):
+        data.load_hub("owner/name", "test")
+
+
+def test_prose_is_plain_paragraphs() -> None:
+    text = data.load_text("prose", "test", KEY)
+    assert sum(map(len, text.documents)) > 100_000
+    assert len(set(text.documents)) == len(text.documents)
+    assert all(len(document) > 150 and "\n" not in document and "  " not in document for document in text.documents)
+    assert not any("::=" in document or ">>>" in document for document in text.documents)
+    assert data.load_text("prose", "train", KEY) == text
+
+
+def test_the_built_in_instructions_as_text() -> None:
+    train, test = (data.load_text("instructions", split, KEY).documents for split in ("train", "test"))
+    assert len(test) == 64
+    assert not set(train) & set(test)
+    assert train[0] == data.formatted(data.built_in_rows("train")[0])
+
+
+def test_a_text_is_identified_by_what_it_says() -> None:
+    assert data.content_hash(["a", "bc"]) == data.content_hash(["a", "bc"])
+    assert data.content_hash(["a", "bc"]) != data.content_hash(["ab", "c"])
+    assert data.content_hash([]) != data.content_hash([""])
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_rows() -> None:
+    train, held_out = data.built_in_rows("train"), data.built_in_rows("heldout")
+    assert len(train) + len(held_out) >= 320
+    assert len(held_out) == 64
+    for row in train + held_out:
+        assert row["instruction"].strip()
+        assert row["output"].strip()
+        assert isinstance(row["input"], str)
+    asked = [(row["instruction"], row["input"]) for row in train + held_out]
+    assert len(set(asked)) == len(asked)
+
+
+def test_the_two_prompts() -> None:
+    assert data.prompt_of({"instruction": "Add.", "input": "1 and 2"}) == WITH_INPUT
+    for row in ({"instruction": "Add.", "input": ""}, {"instruction": "Add."}, {"instruction": "Add.", "input": None}):
+        assert data.prompt_of(row) == WITHOUT_INPUT
+    assert data.formatted({"instruction": "Add.", "input": "1 and 2", "output": "3"}) == WITH_INPUT + "3"
+
+
+def test_braces_in_a_row_are_just_text() -> None:
+    assert "{input}" in data.prompt_of({"instruction": "Explain {input} and {0}", "input": "x{"})
+
+
+ROW = {"instruction": "Add.", "input": "", "output": "No."}
+EOS = 257
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+def test_tokens_and_labels(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
+    example = data.tokenize_instruction(tokenizer, ROW, seq_len=512, train_on_inputs=train_on_inputs)
+    length = len(WITHOUT_INPUT)  # one token per byte
+    assert tokenizer.eos_token_id == EOS
+    assert tokenizer.decode(example.input_ids) == WITHOUT_INPUT + "No.</s>"
+    assert len(example.input_ids) == length + 4
+    assert example.input_ids[-1] == EOS
+    response = [ord(letter) - 33 for letter in "No."] + [EOS]
+    assert example.input_ids[length:] == response
+    expected = example.input_ids if train_on_inputs else [IGNORED] * length + response
+    assert example.labels == expected
+    assert not example.truncated
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+@pytest.mark.parametrize(("spare", "truncated"), [(4, False), (3, True), (1, True), (0, True), (-10, True)])
+def test_long_examples_are_cut(
+    tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool, spare: int, truncated: bool
+) -> None:
+    whole = data.tokenize_instruction(tokenizer, ROW, seq_len=512, train_on_inputs=train_on_inputs)
+    seq_len = len(WITHOUT_INPUT) + spare
+    example = data.tokenize_instruction(tokenizer, ROW, seq_len=seq_len, train_on_inputs=train_on_inputs)
+    assert example.truncated is truncated
+    assert len(example.input_ids) == len(example.labels) == seq_len
+    assert (example.input_ids, example.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
+
+
+class WithEnd:
+    """A tokenizer that ends every text with end-of-text by itself, as some do."""
+
+    eos_token_id = EOS
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Any:
+        encoding = self.tokenizer(text)
+        encoding["input_ids"] = [*encoding["input_ids"], EOS]
+        return encoding
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+def test_a_tokenizer_that_adds_the_end_itself(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
+    found, expected = (
+        data.tokenize_instruction(each, ROW, seq_len=512, train_on_inputs=train_on_inputs)
+        for each in (WithEnd(tokenizer), tokenizer)
+    )
+    assert found == expected
+
+
+def load(dataset: Path | str, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return data.load_instructions(str(dataset), "train", **({"val_size": 0, "max_rows": None, "seed": 0} | options))
+
+
+def names(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["instruction"] for row in rows]
+
+
+def test_rows_are_held_out(alpaca_file: Path) -> None:
+    train, held_out = load(alpaca_file, val_size=5)
+    assert (len(train), len(held_out)) == (19, 5)
+    assert sorted(names(train) + names(held_out)) == sorted(names(ALPACA))
+
+
+def test_the_seed_decides_who_is_held_out(alpaca_file: Path) -> None:
+    assert load(alpaca_file, val_size=5, seed=1) == load(alpaca_file, val_size=5, seed=1)
+    assert names(load(alpaca_file, val_size=5, seed=1)[1]) != names(load(alpaca_file, val_size=5, seed=2)[1])
+
+
+def test_max_rows_counts_training_rows(alpaca_file: Path) -> None:
+    train, held_out = load(alpaca_file, val_size=5, max_rows=7)
+    assert len(train) == 7
+    assert held_out == load(alpaca_file, val_size=5)[1]
+    assert set(names(train)) <= set(names(load(alpaca_file, val_size=5)[0]))
+    assert len(load(alpaca_file, max_rows=100)[0]) == 24
+
+
+def test_the_built_in_rows_hold_out_their_own() -> None:
+    train, held_out = load("instructions", val_size=3)
+    assert held_out == data.built_in_rows("heldout")
+    assert train == data.built_in_rows("train")
+    some = load("instructions", max_rows=10)[0]
+    assert len(some) == 10
+    assert names(some) != names(train[:10])
+
+
+@pytest.mark.parametrize("val_size", [24, 100])
+def test_nothing_left_to_train_on(alpaca_file: Path, val_size: int) -> None:
+    with pytest.raises(UserError, match=rf"train\.data\.val_size: {val_size} leaves nothing"):
+        load(alpaca_file, val_size=val_size)
+
+
+def test_missing_columns_are_listed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    with pytest.raises(UserError, match=r"lacks instruction and output; its columns: question, answer$"):
+        load(path)
+
+
+def test_a_column_missing_in_a_later_row_is_found_before_training(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [ALPACA[0], {"instruction": "Add."}])
+    with pytest.raises(UserError, match="row 2 has no text in output"):
+        load(path)
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no rows"):
+        load(write_lines(tmp_path / "rows.jsonl", []))
+
+
+@pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c"])
+def test_an_unknown_dataset(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is no file"):
+        load(name)
+
+
+def test_hub_rows_are_used_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_hub(name: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        return list(ALPACA)
+
+    monkeypatch.setattr(data, "load_hub", load_hub)
+    train, held_out = data.load_instructions("alpaca", "train[:24]", val_size=4, max_rows=None, seed=0)
+    assert (len(train), len(held_out)) == (20, 4)
+    load("owner/name")
+    assert asked == [("tatsu-lab/alpaca", "train[:24]"), ("owner/name", "train")]
+
+
+# --- the data mirror --------------------------------------------------------------------------------------------------
+
+FromMirror = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> FromMirror:
+    """Evaluates an expression in a process of its own whose hub datasets come from the mirror."""
+    setup = shared_data / "hf-env.sh"
+    if not setup.is_file():
+        pytest.skip("no data mirror beside the checkout")
+    environment = os.environ | {"SPPCTL_HF_SCRATCH": str(tmp_path_factory.mktemp("hf") / "hf")}
+
+    def evaluate(expression: str) -> Any:
+        code = f"import json; from sppctl.lm import data; print(json.dumps({expression}))"
+        done = subprocess.run(
+            ["bash", "-c", f'source "{setup}" && exec "$0" -c "$1"', sys.executable, code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return evaluate
+
+
+@pytest.mark.shared
+def test_c4_of_the_mirror(from_mirror: FromMirror) -> None:
+    found = from_mirror("data.load_text('c4', 'train', 'key').documents")
+    assert len(found) == 1300
+    assert all(document.strip() for document in found)
+
+
+@pytest.mark.shared
+def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
+    text = from_mirror("vars(data.load_text('wikitext2', 'test', 'key'))")
+    assert len(text["documents"]) == 4358
+    assert text["joiner"] == "\n\n"
+    assert text["documents"][:2] == ["", " = Robert Boulter = \n"]
+
+
+@pytest.mark.shared
+def test_alpaca_of_the_mirror(from_mirror: FromMirror) -> None:
+    train, held_out = from_mirror("data.load_instructions('alpaca', 'train[:200]', val_size=20, max_rows=50, seed=0)")
+    assert (len(train), len(held_out)) == (50, 20)
+    assert all({"instruction", "input", "output"} <= row.keys() for row in train + held_out)
+    (text,) = from_mirror("data.load_text('alpaca', 'train[:1]', 'key').documents")
+    assert text.startswith("Below is an instruction that describes a task")

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sppctl.stages.report import collect, facts, markdown, table
+
+DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 1_000_000}
+SPARSE = {"sparsity": 0.5, "patterns": ["2:4"], "sparse_matrices": 14, "bytes": 1_000_000}
+
+
+def perplexity(value: float, seq_len: int = 2048, max_tokens: int | None = None) -> dict[str, Any]:
+    settings = {"kind": "perplexity", "text": "wikitext2", "seq_len": seq_len, "max_tokens": max_tokens}
+    return {"settings": settings, "metrics": {"value": value, "stderr": 0.1}}
+
+
+def accuracy(
+    tasks: str, values: dict[str, dict[str, float]], shots: int | None = 0, limit: int | None = None
+) -> dict[str, Any]:
+    measured = {name: found | {"version": 1.0, "num_fewshot": shots, "samples": 10} for name, found in values.items()}
+    mean = {}
+    if all("acc" in found for found in values.values()):
+        mean = {"acc": sum(found["acc"] for found in values.values()) / len(values)}
+    settings = {"kind": "tasks", "tasks": tasks, "num_fewshot": shots, "limit": limit, "seed": 0}
+    return {"settings": settings, "metrics": {"tasks": measured, "mean": mean}}
+
+
+def run(**checkpoints: tuple[dict[str, Any], list[dict[str, Any]]]) -> dict[str, Any]:
+    return {
+        "run": "runs/mine",
+        "stages": {},
+        "checkpoints": {
+            label: {"sparsity": sparsity, "results": results} for label, (sparsity, results) in checkpoints.items()
+        },
+    }
+
+
+def cells(collected: dict[str, Any]) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in table(collected)[1]}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_column_for_each_checkpoint() -> None:
+    header, rows = table(
+        run(base=(DENSE, [perplexity(12.345)]), pruned=(SPARSE, [perplexity(45.678)]), merged=(SPARSE, []))
+    )
+    assert header == ["", "base", "pruned", "merged"]
+    assert rows == [
+        ["sparsity of pruned matrices", "dense", "50.00%", "50.00%"],
+        ["pattern", "dense", "2:4", "2:4"],
+        ["sparse matrices", "0", "14", "14"],
+        ["size, MB", "1.0", "1.0", "1.0"],
+        ["ppl wikitext2 @2048", "12.35", "45.68", "-"],
+    ]
+
+
+def test_sparsity_without_a_pattern() -> None:
+    found = cells(run(pruned=(SPARSE | {"patterns": [], "sparsity": 0.75}, [])))
+    assert found["pattern"] == ["unstructured"]
+    assert found["sparsity of pruned matrices"] == ["75.00%"]
+
+
+def test_a_perplexity_names_its_window_and_what_it_was_cut_to() -> None:
+    found = cells(run(base=(DENSE, [perplexity(5.0), perplexity(6.0, 64), perplexity(7.0, 64, 512)])))
+    assert found["ppl wikitext2 @2048"] == ["5.00"]
+    assert found["ppl wikitext2 @64"] == ["6.00"]
+    assert found["ppl wikitext2 @64, first 512 tokens"] == ["7.00"]
+
+
+def test_other_settings_are_other_rows() -> None:
+    found = cells(run(base=(DENSE, [perplexity(5.0)]), pruned=(SPARSE, [perplexity(6.0, 64)])))
+    assert found["ppl wikitext2 @2048"] == ["5.00", "-"]
+    assert found["ppl wikitext2 @64"] == ["-", "6.00"]
+
+
+@pytest.mark.parametrize(("value", "words"), [(99999.0, "99999.00"), (123456.0, "1.23e+05"), (float("inf"), "inf")])
+def test_a_hopeless_perplexity_stays_short(value: float, words: str) -> None:
+    assert cells(run(base=(DENSE, [perplexity(value)])))["ppl wikitext2 @2048"] == [words]
+
+
+def test_a_task_names_its_shots_and_limit() -> None:
+    values = {"piqa": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.625}}
+    found = cells(run(base=(DENSE, [accuracy("piqa", values), accuracy("piqa", values, 5, 100)])))
+    assert found["piqa"] == found["piqa 5-shot, limit 100"] == ["50.00% (norm 62.50%)"]
+
+
+def test_a_group_has_its_mean_and_its_tasks() -> None:
+    values = {"boolq": {"acc": 0.5}, "arc_easy": {"acc": 0.75, "acc_norm": 0.25}}
+    _, rows = table(run(base=(DENSE, [accuracy("zeroshot", values)])))
+    mean, boolq, arc = rows[-3:]
+    assert mean == ["zeroshot mean", "62.50%"]
+    assert (boolq[0].split()[0], boolq[1]) == ("boolq", "50.00%")
+    assert (arc[0].split()[0], arc[1]) == ("arc_easy", "75.00% (norm 25.00%)")
+
+
+def test_a_limit_is_named_in_every_row_of_a_group() -> None:
+    values = {"boolq": {"acc": 0.5}, "arc_easy": {"acc": 0.75}}
+    found = cells(run(base=(DENSE, [accuracy("zeroshot", values, limit=20)])))
+    numbers = [name for name in found if "%" in found[name][0]]
+    assert len(numbers) == 3
+    assert all("limit 20" in name for name in numbers)
+
+
+def test_a_group_of_many_tasks_is_one_row() -> None:
+    values = {f"mmlu_{index}": {"acc": index / 100} for index in range(57)}
+    found = cells(run(base=(DENSE, [accuracy("mmlu", values, 5, 3)])))
+    assert [name for name in found if "mmlu" in name] == ["mmlu 5-shot, limit 3 mean"]
+    assert found["mmlu 5-shot, limit 3 mean"] == ["28.00%"]
+
+
+def test_the_same_task_in_two_groups_keeps_both_numbers() -> None:
+    zeroshot = accuracy("zeroshot", {"arc_easy": {"acc": 0.5}, "boolq": {"acc": 0.5}})
+    other = accuracy("ai2_arc", {"arc_easy": {"acc": 0.75}, "arc_challenge": {"acc": 0.5}}, 25)
+    _, rows = table(run(base=(DENSE, [zeroshot, other])))
+    assert sorted(row[1] for row in rows if "arc_easy" in row[0]) == ["50.00%", "75.00%"]
+
+
+def test_a_metric_that_is_no_share_is_no_percentage() -> None:
+    lambada = accuracy("lambada", {"lambada": {"perplexity": 12.5}}, None)
+    ((_, value),) = (row for row in table(run(base=(DENSE, [lambada])))[1] if row[0].startswith("lambada"))
+    assert value == "12.50"
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+PRUNE = {
+    "wall_time_s": 12.4,
+    "metrics": {"method": "wanda", "pattern": "2:4", "matrices": 14, "mean_relative_output_error": 0.12345},
+}
+TRAIN = {
+    "wall_time_s": 65.0,
+    "metrics": {
+        "method": "spp",
+        "trainable_parameters": 19578880,
+        "trainable_share": 0.0029,
+        "steps": 300,
+        "tokens": 1234567,
+        "validation_loss": 1.2345,
+    },
+}
+MERGE = {"wall_time_s": 3.0, "metrics": {"matrices": 14, "zeros": 7680, "moved_share": 0.9876}}
+
+
+def test_what_was_done_in_the_order_it_was_done() -> None:
+    stages = {"merge": MERGE, "train": TRAIN, "prune": PRUNE}
+    assert facts({"stages": stages}) == [
+        "prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s",
+        "train: spp, 19,578,880 parameters (0.29%), 300 steps, 1,234,567 tokens, validation loss 1.234, 65 s",
+        "merge: 14 matrices, all 7,680 zeros kept, 98.8% of the kept weights moved, 3 s",
+    ]
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    prune = PRUNE | {"metrics": PRUNE["metrics"] | {"method": "magnitude", "mean_relative_output_error": None}}
+    train = TRAIN | {"metrics": TRAIN["metrics"] | {"validation_loss": None}}
+    lines = facts({"stages": {"prune": prune, "train": train}})
+    assert lines[0] == "prune: magnitude 2:4, 14 matrices, 12 s"
+    assert "validation" not in lines[1]
+
+
+def test_no_stages_no_facts() -> None:
+    assert facts({"stages": {}}) == []
+
+
+# --- markdown ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_in_markdown() -> None:
+    collected = run(base=(DENSE, [perplexity(5.0, 64)]), pruned=(SPARSE, [perplexity(6.0, 64)]))
+    collected["stages"] = {"prune": PRUNE}
+    assert markdown([collected]) == (
+        "# runs/mine\n"
+        "\n"
+        "|  | base | pruned |\n"
+        "| --- | ---: | ---: |\n"
+        "| sparsity of pruned matrices | dense | 50.00% |\n"
+        "| pattern | dense | 2:4 |\n"
+        "| sparse matrices | 0 | 14 |\n"
+        "| size, MB | 1.0 | 1.0 |\n"
+        "| ppl wikitext2 @64 | 5.00 | 6.00 |\n"
+        "\n"
+        "- prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s\n"
+    )
+
+
+def test_a_run_without_evaluation_has_no_table() -> None:
+    assert markdown([run() | {"stages": {"merge": MERGE}}]) == (
+        "# runs/mine\n\n- merge: 14 matrices, all 7,680 zeros kept, 98.8% of the kept weights moved, 3 s\n"
+    )
+
+
+def test_several_runs_follow_each_other() -> None:
+    text = markdown([run(base=(DENSE, [])), run(base=(DENSE, [])) | {"run": "runs/other"}])
+    assert text.index("# runs/mine\n") < text.index("\n\n# runs/other\n")
+
+
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_collected_in_the_order_of_the_pipeline(tmp_path: Path) -> None:
+    for directory, record in (("pruned", PRUNE), ("adapter", TRAIN), ("merged", MERGE)):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "stage.json").write_text(json.dumps(record))
+    (tmp_path / "eval").mkdir()
+    for label in ("another", "base", "merged", "pruned"):
+        (tmp_path / "eval" / f"{label}.json").write_text(json.dumps({"label": label}))
+    found = collect(tmp_path)
+    assert found["run"] == str(tmp_path)
+    assert found["stages"] == {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
+    assert list(found["checkpoints"]) == ["base", "pruned", "merged", "another"]
+    assert found["checkpoints"]["another"] == {"label": "another"}
+
+
+def test_an_unfinished_run(tmp_path: Path) -> None:
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "stage.json").write_text(json.dumps(PRUNE))
+    assert collect(tmp_path) == {"run": str(tmp_path), "stages": {"prune": PRUNE}, "checkpoints": {}}
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    assert collect(tmp_path) == {"run": str(tmp_path), "stages": {}, "checkpoints": {}}
