@@ -8,4 +8,4 @@ ensure_environment "[test]"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # one thread for each worker: tiny models gain nothing from more, and two workers share the cores
-OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-2}" "$@"
+OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-2}" --dist loadfile "$@"

@@ -152,7 +152,7 @@ def _text_column(rows: Any, name: str) -> list[str]:
     if rows and all({"instruction", "output"} <= row.keys() for row in rows):
         return [formatted(row) for row in rows]
     columns = ", ".join(dict.fromkeys(column for row in rows for column in row)) or "none"
-    raise UserError(f"dataset {name} has no text, or instruction and output, in every row; its columns: {columns}")
+    raise UserError(f"{name} lacks a column text (or instruction and output) in some row; its columns: {columns}")
 
 
 def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
