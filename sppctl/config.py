@@ -5,6 +5,7 @@ Precedence: command line over YAML over the defaults below. Every problem is rep
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -41,8 +42,8 @@ def _key(
     """A configuration key: default, meaning, bounds, and whether another value gives another result."""
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"meaning": meaning, "bounds": bounds, "affects_result": affects_result}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -79,11 +80,28 @@ class CalibrationConfig:
 class PruneConfig:
     """How weights are chosen for removal."""
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = _key("wanda", "pruning method")
+    method: Literal["magnitude", "wanda", "sparsegpt", "dsnot"] = _key("wanda", "pruning method")
     pattern: Pattern = _key(Pattern(keep=2, group=4), "N:M (N weights KEPT in every M) or a ratio of zeros (0.5)")
     targets: list[str] | AllLinear = _key(list(PROJECTIONS), "names of linear layers, or all-linear")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    batch_size: int = _key(1, "calibration windows run through a block at a time", low=1)
+    skip: list[str] = _key([], "names or patterns to leave dense, such as '*.0.*' or down_proj")
+    overrides: dict[str, Pattern] = _key(
+        {}, "another pattern for names or patterns: {down_proj: 0.4}; the last one wins"
+    )
+    allocation: Literal["uniform", "owl"] | list[float] = _key(
+        "uniform", "how a ratio is shared out: the same for all blocks, by outliers (OWL), or a ratio per block"
+    )
+    owl_lambda: float = _key(0.08, "OWL: a block's ratio lies within the wanted one +- this", above=0, below=1)
+    mask_from: str | None = _key(None, "checkpoint whose zeros are the mask: sparsegpt repairs, dsnot starts from it")
+    order: Literal["block", "module"] = _key(
+        "block", "block: as published, two passes per block; module: one pass, layers pruned as their inputs arrive"
+    )
+    reconstruct_epochs: int = _key(0, "passes of tuning each pruned block on the dense block's output; 0: none", low=0)
+    reconstruct_lr: float = _key(1e-4, "learning rate of that tuning (Adam)", above=0)
+    batch_size: int | Auto = _key("auto", "calibration windows run through a block at a time", low=1)
+    memory: Literal["auto", "device", "ram", "disk"] = _key(
+        "auto", "where hidden states wait between blocks; auto: the first of these that fits", affects_result=False
+    )
     damp: float = _key(0.01, "SparseGPT: damping as a share of the mean Hessian diagonal", above=0)
     block_size: int = _key(128, "SparseGPT: columns solved before the rest of the matrix is updated", low=1)
 
@@ -388,6 +406,10 @@ def _convert(value: Any, hint: Any) -> Any:
         if not isinstance(items, list) or (isinstance(value, str) and value == "all-linear"):
             raise ValueError(f"expected {_type_name(hint)}, found {_shown(value)}")
         return [_convert(item.strip() if isinstance(item, str) else item, arguments[0]) for item in items]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"expected {_type_name(hint)}, found {_shown(value)}")
+        return {str(name): _convert(item, arguments[1]) for name, item in value.items()}
     if hint is Pattern:
         return Pattern.parse(value)
     if hint is types.NoneType:
@@ -433,6 +455,8 @@ def _impossible(config: Config) -> Iterator[str]:
             f"train.micro_batch_size: {config.train.micro_batch_size} does not divide "
             f"train.batch_size {config.train.batch_size}"
         )
+    if config.prune.order == "module" and config.prune.reconstruct_epochs:
+        yield "prune.reconstruct_epochs: needs the dense block's output, which prune.order module never computes"
     for key, names in (("prune.targets", config.prune.targets), ("train.targets", config.train.targets)):
         if names == []:
             yield f"{key}: an empty list; name at least one layer"
@@ -458,11 +482,15 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 def schema() -> list[dict[str, Any]]:
     """One entry per key: key, type, default, meaning."""
-    defaults = flatten(to_dict(Config()))
-    return [
-        {"key": key, "type": _type_name(hint), "default": defaults[key], "meaning": f.metadata["meaning"]}
-        for key, f, hint in _leaves(Config)
-    ]
+    entries = []
+    for key, f, hint in _leaves(Config):
+        default: Any = Config()
+        for part in key.split("."):
+            default = getattr(default, part)
+        entries.append(
+            {"key": key, "type": _type_name(hint), "default": _plain(default), "meaning": f.metadata["meaning"]}
+        )
+    return entries
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -472,11 +500,15 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if _is_section(type(value)):
             result[f.name] = to_dict(value)
-        elif isinstance(value, Pattern):
-            result[f.name] = str(value) if value.is_structured else value.ratio
         else:
-            result[f.name] = value
+            result[f.name] = _plain(value)
     return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Pattern):
+        return str(value) if value.is_structured else value.ratio
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def to_yaml(config: Config) -> str:
@@ -500,7 +532,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections to dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -514,7 +546,9 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin is list:
-        return "a list of names"
+        return "a list of names" if arguments == (str,) else "a list of numbers"
+    if origin is dict:
+        return "a section of names with a pattern each"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     return names.get(hint, "N:M or a ratio" if hint is Pattern else str(hint))
 

@@ -297,7 +297,7 @@ def prune(run: Run) -> dict[str, Any]:
     base = run.base()
     settings = _prune_settings(run.config)
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
-    return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out))
+    return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out), resumable=True)
 
 
 def train(run: Run) -> dict[str, Any]:

@@ -38,6 +38,21 @@ FAMILIES = {
         **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=32
     ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=16),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL | {"num_key_value_heads": 2}),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **GROUPED, sliding_window=16, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SMALL | {"num_key_value_heads": 2}),
+    # stored (in, out)
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=256, eos_token_id=257
+    ),
+    # experts fused into 3-D parameters, one matrix each in the checkpoint
+    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
+    ),
 }
 ALPACA = [
     {

@@ -19,18 +19,19 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 MAY_IMPORT = {
     "__init__": {"adapters", "pruning", "pattern"},  # the public names, imported when they are asked for
     "__main__": {"cli"},
-    "cli": {"pipeline", "stages", "lm", "config", "pattern", "console", "errors"},
-    "pipeline": {"stages", "lm", "config", "pattern", "console", "errors"},
-    "stages": {"lm", "adapters", "pruning", "config", "pattern", "console", "errors"},
+    "cli": {"pipeline", "stages", "lm", "config", "pattern", "console", "errors", "distributed"},
+    "pipeline": {"stages", "lm", "config", "pattern", "console", "errors", "distributed"},
+    "stages": {"lm", "adapters", "pruning", "config", "pattern", "console", "errors", "distributed"},
     "lm": {"pruning", "pattern", "errors"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
     "config": {"pattern", "errors"},
-    "console": set(),
+    "console": {"distributed"},
+    "distributed": set(),
     "errors": set(),
     "pattern": set(),
 }
-LIGHT = ["__init__", "__main__", "cli", "config", "console", "errors", "pattern", "pipeline"]
+LIGHT = ["__init__", "__main__", "cli", "config", "console", "distributed", "errors", "pattern", "pipeline"]
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sppctl.errors import StageError, UserError
-from sppctl.lm.checkpoint import load_config, quiet_libraries, stored_name
+from sppctl.lm.checkpoint import load_config, quiet_libraries
 from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts
 
 
 @dataclass(frozen=True)
@@ -77,31 +77,15 @@ class Skeleton:
         kind = type(self.model).__name__
         raise UserError(f"model.path: {kind} has no list of {depth} decoder blocks; sppctl prunes decoders")
 
-    def targets(self, names: list[str] | str, key: str = "prune.targets") -> dict[str, nn.Linear]:
-        """The linear layers of the blocks that ``names`` mean, by their full names, in the model's order.
-
-        Args:
-            names: ends of module names (``q_proj``, ``mlp.down_proj``), patterns with ``*``, or ``"all-linear"``.
-            key: the configuration key, for errors.
+    def targets(
+        self, names: list[str] | str, skip: list[str] | None = None, key: str = "prune.targets"
+    ) -> dict[str, Target]:
+        """The matrices of the blocks that ``names`` mean and ``skip`` does not, by full name, in the model's order.
 
         Raises:
             UserError: a name that matches nothing.
         """
-        linears = {
-            f"{self.blocks_name}.{name}": module
-            for name, module in self.blocks.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        if names == "all-linear":
-            return linears
-        found: set[str] = set()
-        for wanted in names:
-            matches = {name for name in linears if name.endswith(f".{wanted}") or fnmatch(name, wanted)}
-            if not matches:
-                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-                raise UserError(f"{key}: {wanted!r} matches no linear layer; this model has {kinds} (or all-linear)")
-            found |= matches
-        return {name: linears[name] for name in linears if name in found}
+        return select(find_targets(self.blocks, self.blocks_name), names, skip or [], key)
 
 
 class BlockStack(Skeleton):
@@ -120,14 +104,12 @@ class BlockStack(Skeleton):
         if dtype == torch.float16 and device.type == "cpu":
             dtype = torch.float32  # CPUs lack most float16 kernels; every float16 is exact in float32
         super().__init__(config, dtype, trust_remote_code)
+        self.dtype = dtype
+        self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-    def weight_name(self, module_name: str) -> str:
-        """The name under which the checkpoint stores a linear layer's weight."""
-        return stored_name(self.files, f"{module_name}.weight", self.base_prefix)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -143,12 +125,43 @@ class BlockStack(Skeleton):
             owner, _, leaf = buffer_name.rpartition(".")
             base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
-    def load_block(self, index: int) -> nn.Module:
-        """Loads the weights of one block; release it afterwards."""
+    def load_block(self, index: int, files: TensorFiles | None = None) -> nn.Module:
+        """Loads the weights of one block, from the checkpoint or other ``files`` like it; release it afterwards."""
         block = self.blocks[index]
         for name, _ in list(block.named_parameters()):
-            self._load(f"{self.blocks_name}.{index}.{name}")
+            self._load(f"{self.blocks_name}.{index}.{name}", files)
         return block
+
+    def write(self, target: Target, files: TensorFiles) -> None:
+        """Writes the parameter that holds a target to ``files``, a copy of the checkpoint."""
+        parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
+        assert parameter is not None
+        for part in self._parts(f"{target.owner}.{target.parameter}", parameter.shape):
+            files.write(part.name, part.of(parameter.data))
+
+    def matrix(self, target: Target, files: TensorFiles) -> Tensor:
+        """A target's matrix (out_features, in_features) as other ``files`` of the same model store it."""
+        shape = self.model.get_submodule(target.owner)._parameters[target.parameter].shape  # type: ignore[union-attr]
+        for part in stored_parts(files, f"{target.owner}.{target.parameter}", tuple(shape), self.base_prefix):
+            if part.expert is None:
+                tensor = files.read(part.name)
+                if target.expert is not None:
+                    return tensor[target.expert, target.first_row : target.first_row + target.out_features]
+                return tensor.t() if target.transposed else tensor
+            if (part.expert, part.first_row) == (target.expert, target.first_row):
+                return files.read(part.name)
+        raise AssertionError(f"{target.name} has no part")
+
+    def homes(self, target: Target) -> set[str]:
+        """The files that hold a target's parameter."""
+        parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
+        assert parameter is not None
+        return {
+            self.files.home[part.name] for part in self._parts(f"{target.owner}.{target.parameter}", parameter.shape)
+        }
+
+    def _parts(self, parameter: str, shape: torch.Size) -> list[Part]:
+        return stored_parts(self.files, parameter, tuple(shape), self.base_prefix)
 
     def release_block(self, index: int) -> None:
         """Frees the weights of one block."""
@@ -157,22 +170,24 @@ class BlockStack(Skeleton):
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _load(self, parameter: str) -> None:
+    def _load(self, parameter: str, files: TensorFiles | None = None) -> None:
         owner, _, leaf = parameter.rpartition(".")
         module = self.model.get_submodule(owner)
-        stored = stored_name(self.files, parameter, self.base_prefix)
-        tensor = self.files.read(stored)
         expected = module._parameters[leaf]
         assert expected is not None
-        if tensor.shape != expected.shape:
-            raise UserError(
-                f"{self.files.directory}: {stored} has shape {tuple(tensor.shape)}, "
-                f"config.json implies {tuple(expected.shape)}; the files do not belong together"
-            )
-        if not torch.isfinite(tensor).all():
-            raise StageError(f"{self.files.directory}: {stored} holds NaN or infinite values; the checkpoint is broken")
         # the dtype the model itself would use: some keep single modules in float32
-        module._parameters[leaf] = nn.Parameter(tensor.to(self.device, expected.dtype), requires_grad=False)
+        loaded = torch.empty(expected.shape, dtype=expected.dtype, device=self.device)
+        for part in self._parts(parameter, expected.shape):
+            tensor, place = (files or self.files).read(part.name), part.of(loaded)
+            if tensor.shape != place.shape:
+                raise UserError(
+                    f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
+                    f"config.json implies {tuple(place.shape)}; the files do not belong together"
+                )
+            if not torch.isfinite(tensor).all():
+                raise StageError(f"{self.files.directory}: {part.name} holds NaN or infinite values; it is broken")
+            place.copy_(tensor)
+        module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
 
     # --- calls --------------------------------------------------------------------------------------------------------
 

@@ -305,22 +305,6 @@ def _record_dtype(out: Path, files: TensorFiles, dtype: str) -> None:
         index.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
-    """The name under which a checkpoint stores a model's parameter.
-
-    A checkpoint of the headless model lacks the base prefix (``h.0...`` for ``transformer.h.0...``), one of a model
-    with another head has it where ours may not.
-
-    Raises:
-        UserError: no tensor of that name.
-    """
-    short = parameter.removeprefix(f"{base_prefix}.")
-    for name in (parameter, short, f"{base_prefix}.{short}"):
-        if name in files:
-            return name
-    raise UserError(f"{files.directory} holds no tensor {parameter}, which its config.json implies; wrong files?")
-
-
 def load_gguf_config(directory: Path, gguf_file: str) -> Any:
     """The transformers configuration that a GGUF file describes.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,60 +11,100 @@ from sppctl.pattern import Pattern
 from sppctl.pruning.masks import keep_largest, keep_largest_in_groups
 from sppctl.pruning.stats import Hessian
 
+TILE = 16  # columns solved one by one before the rest of their block is updated by one product
+
 
 def prune_sparsegpt(
-    weight: Tensor, statistics: Hessian, pattern: Pattern, *, damp: float = 0.01, block_size: int = 128
-) -> tuple[Tensor, float]:
-    """Solves the layer column by column (Algorithm 1 of the paper).
+    weights: list[Tensor],
+    statistics: Hessian,
+    patterns: list[Pattern],
+    masks: list[Tensor] | None = None,
+    *,
+    damp: float = 0.01,
+    block_size: int = 128,
+) -> tuple[list[Tensor], float]:
+    """Solves layers that share their inputs, column by column (Algorithm 1 of the paper), their rows together.
 
-    The mask is chosen per block of ``block_size`` columns over all rows (ratio) or per group of M (N:M), by
-    w^2 / [U_jj]^2 on the weights as updated so far; the error of each column is spread over the columns to its right.
+    Each layer's mask is chosen by itself, per block of ``block_size`` columns over all its rows (ratio) or per group of
+    M (N:M), by w^2 / [U_jj]^2 on the weights as updated so far; the error of each column is spread over the columns to
+    its right.
 
     Args:
-        weight: (out_features, in_features), any float dtype; computed in float32.
-        statistics: second moment of the layer's inputs.
-        pattern: N:M with N kept, or the ratio of zeros in every block of columns.
+        weights: (out_features, in_features) of each layer, any float dtype; computed in float32.
+        statistics: second moment of their common inputs.
+        patterns: of each layer: N:M with N kept, or the ratio of zeros in every block of columns.
+        masks: of each layer, True = kept; None chooses them.
         damp: share of the mean Hessian diagonal added to the diagonal.
-        block_size: columns updated lazily together; rounded up to a multiple of M.
+        block_size: columns updated lazily together; rounded up to a multiple of every M.
 
     Returns:
-        The pruned weight (same shape and dtype), and the damping that the factorisation needed.
+        The pruned weights (same shapes and dtypes), and the damping that the factorisation needed.
 
     Raises:
         ValueError: the Hessian cannot be factorised.
     """
     factor, dead, damp = statistics.inverse_factor(damp)
-    work = weight.float().clone()
+    work = torch.cat([weight.float() for weight in weights])
     work[:, dead] = 0
-    if pattern.group is not None:
-        block_size = -(-block_size // pattern.group) * pattern.group
-    num_columns = work.shape[1]
-    kept = torch.empty_like(work, dtype=torch.bool)
-    for start in range(0, num_columns, block_size):
-        stop = min(start + block_size, num_columns)
-        block, upper = work[:, start:stop], factor[start:stop, start:stop]
-        mask, errors = _solve_block(block, upper, pattern)
-        kept[:, start:stop] = mask
-        work[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    # a mask, not the value: rounding an update may make a kept weight zero, never a pruned one non-zero
-    return work.masked_fill_(~kept, 0).to(weight.dtype), damp
+    group = math.lcm(*(pattern.group or 1 for pattern in patterns))
+    block_size = -(-block_size // group) * group
+    tile = -(-TILE // group) * group
+    ends = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
+    layers = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+    kept = torch.empty_like(work, dtype=torch.bool) if masks is None else torch.cat(masks)
+    for start in range(0, work.shape[1], block_size):
+        columns = slice(start, min(start + block_size, work.shape[1]))
+        solver = _Block(work[:, columns], factor[columns, columns], kept[:, columns], layers, patterns, masks is None)
+        errors = solver.solve(tile)
+        work[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
+    # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
+    work.masked_fill_(~kept, 0)
+    return [work[rows].to(weight.dtype) for rows, weight in zip(layers, weights, strict=True)], damp
 
 
-def _solve_block(block: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Prunes a block of columns in place; returns its mask and its scaled errors, both (rows, columns)."""
-    diagonal = upper.diagonal()
-    errors = torch.empty_like(block)
-    mask = torch.empty_like(block, dtype=torch.bool)
-    if not pattern.is_structured:
-        scores = (block / diagonal).square()
-        mask = keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel())).view(scores.shape)
-    for column in range(block.shape[1]):
-        if pattern.keep is not None and pattern.group is not None and column % pattern.group == 0:
-            group = slice(column, column + pattern.group)
-            scores = (block[:, group] / diagonal[group]).square()
-            mask[:, group] = keep_largest_in_groups(scores, pattern.keep, pattern.group)
-        error = block[:, column] / diagonal[column]
-        error.masked_fill_(mask[:, column], 0)
-        block[:, column:].addr_(error, upper[column, column:], alpha=-1)
-        errors[:, column] = error
-    return mask, errors
+class _Block:
+    """Some columns of all layers, solved in place."""
+
+    def __init__(
+        self,
+        work: Tensor,
+        upper: Tensor,
+        kept: Tensor,
+        layers: list[slice],
+        patterns: list[Pattern],
+        choose: bool,
+    ) -> None:
+        self.work, self.upper, self.kept = work, upper, kept
+        self.diagonal = upper.diagonal()
+        self.layers = list(zip(layers, patterns, strict=True)) if choose else []
+
+    def solve(self, tile: int) -> Tensor:
+        """Prunes the columns; returns their scaled errors (rows, columns)."""
+        for rows, pattern in self.layers:
+            if not pattern.is_structured:
+                scores = (self.work[rows] / self.diagonal).square()
+                mask = keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel()))
+                self.kept[rows] = mask.view(scores.shape)
+        errors = torch.empty_like(self.work)
+        for start in range(0, self.work.shape[1], tile):
+            stop = min(start + tile, self.work.shape[1])
+            self._solve_tile(slice(start, stop), errors)
+            rest = slice(stop, self.work.shape[1])
+            self.work[:, rest].addmm_(errors[:, start:stop], self.upper[start:stop, rest], alpha=-1)
+        return errors
+
+    def _solve_tile(self, columns: slice, errors: Tensor) -> None:
+        # a column-major copy: every column is contiguous
+        tile = self.work[:, columns].t().contiguous()
+        for column in range(columns.start, columns.stop):
+            place = column - columns.start
+            for rows, pattern in self.layers:
+                if pattern.keep is not None and pattern.group is not None and column % pattern.group == 0:
+                    group = slice(place, place + pattern.group)
+                    scores = (tile[group, rows].t() / self.diagonal[column : column + pattern.group]).square()
+                    mask = keep_largest_in_groups(scores.contiguous(), pattern.keep, pattern.group)
+                    self.kept[rows, column : column + pattern.group] = mask
+            error = (tile[place] / self.diagonal[column]).masked_fill_(self.kept[:, column], 0)
+            tile[place:].addr_(self.upper[column, column : columns.stop], error, alpha=-1)
+            errors[:, column] = error
+        self.work[:, columns] = tile.t()

@@ -20,9 +20,38 @@ class InputNorms:
         self.num_tokens += inputs.shape[0]
         self.squares += inputs.float().square().sum(dim=0)
 
+    def totals(self) -> list[Tensor]:
+        """The sums that several processes add up, each over its own inputs, before anything is derived from them."""
+        return [self.squares]
+
     def norms(self) -> Tensor:
         """Root mean square of every input feature, (in_features,): proportional to ||x||_2."""
         return (self.squares / max(1, self.num_tokens)).sqrt()
+
+
+class InputMoments(InputNorms):
+    """Mean and variance of every input feature besides its norm: what DSnoT needs."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        super().__init__(in_features, device)
+        self.sums = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        """Adds inputs (tokens, in_features) of any float dtype."""
+        super().update(inputs)
+        self.sums += inputs.float().sum(dim=0)
+
+    def totals(self) -> list[Tensor]:
+        """As in InputNorms."""
+        return [self.squares, self.sums]
+
+    def mean(self) -> Tensor:
+        """Mean of every input feature, (in_features,)."""
+        return self.sums / max(1, self.num_tokens)
+
+    def variance(self) -> Tensor:
+        """Variance of every input feature, (in_features,)."""
+        return (self.squares / max(1, self.num_tokens) - self.mean().square()).clamp_min(0)
 
 
 class Hessian:
@@ -39,6 +68,14 @@ class Hessian:
         inputs = inputs.float()
         self.moment.addmm_(inputs.t(), inputs)
         self._factors.clear()
+
+    def totals(self) -> list[Tensor]:
+        """As in InputNorms."""
+        return [self.moment]
+
+    def norms(self) -> Tensor:
+        """Root mean square of every input feature, (in_features,)."""
+        return (self.moment.diagonal() / max(1, self.num_tokens)).sqrt()
 
     def inverse_factor(self, damp: float) -> tuple[Tensor, Tensor, float]:
         """Upper Cholesky factor of the inverse of the damped Hessian; computed once for layers that share inputs.

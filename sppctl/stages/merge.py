@@ -18,6 +18,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import stored_name
 
 PEFT_PREFIX = "base_model.model."
 
@@ -126,7 +127,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
     stored = {}
     for module, parts in adapter.modules.items():
         try:
-            name = checkpoint.stored_name(source, f"{module}.weight", prefix)
+            name = stored_name(source, f"{module}.weight", prefix)
         except UserError as error:
             raise UserError(f"the adapter adapts {module}, which {pruned} does not have: another model's?") from error
         rows, columns = source.spec(name).shape

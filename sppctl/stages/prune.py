@@ -1,64 +1,27 @@
-"""base -> pruned: block by block, statistics of the dense block, all its layers pruned, the pruned block replayed."""
+"""base -> pruned: which matrices, by which pattern, on which text; the loop over blocks is in walk.py."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sppctl import console
+from sppctl import console, distributed
 from sppctl.config import Config, PruneConfig
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint, data
-from sppctl.lm.blocks import BlockCall, BlockStack, Skeleton
+from sppctl.lm.activations import BLOCK_WIDTHS, Activations, free_memory
+from sppctl.lm.blocks import BlockStack, Skeleton
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.pruning import PRUNERS, check_weight
+from sppctl.lm.targets import Target, matches
+from sppctl.pattern import Pattern
+from sppctl.pruning import PRUNERS, InputNorms, allocate
+from sppctl.stages.walk import Journal, Plan, dense_pass, prune_blocks
 
-ERROR_ROWS = 256  # inputs of a layer kept to measure how far its output moves
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What pruning did to one layer.
-
-    Attributes:
-        name: of the module.
-        shape: (out_features, in_features).
-        sparsity: share of zeros now.
-        relative_output_error: ||X (W - W_pruned)^T|| / ||X W^T|| on the first calibration inputs; None without inputs.
-        relative_weight_error: ||W - W_pruned|| / ||W||.
-        damp: damping that the Hessian needed; None without one.
-        seconds: for scores, mask and update.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: float
-    relative_output_error: float | None
-    relative_weight_error: float
-    damp: float | None
-    seconds: float
-
-
-class LayerInputs:
-    """Statistics of what one layer (or several that share their input) is given, and a few rows of it."""
-
-    def __init__(self, statistics: Any) -> None:
-        self.statistics = statistics
-        self.sample: Tensor | None = None
-
-    def update(self, inputs: Tensor) -> None:
-        """Adds inputs (..., in_features)."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        self.statistics.update(rows)
-        if self.sample is None:
-            self.sample = rows[:ERROR_ROWS].float().clone()
+# what an unfinished attempt leaves in its directory for the next one; gone when the stage is published
+JOURNAL, COPIED, ALLOCATION, ACTIVATIONS = "journal.jsonl", "copied", "allocation.json", "activations.bin"
 
 
 def preflight(config: Config, skeleton: Skeleton) -> None:
@@ -70,11 +33,21 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
     prune = config.prune
     problems = []
     try:
-        for name, linear in skeleton.targets(prune.targets).items():
-            prune.pattern.check_in_features(linear.in_features, name)
+        targets = skeleton.targets(prune.targets, prune.skip)
+        for name, pattern in _patterns(prune, targets, skeleton).items():
+            pattern.check_in_features(targets[name].in_features, name)
+    except UserError as error:
+        problems.append(str(error))
     except ValueError as error:
-        problems.append(f"prune.pattern: {error}" if not isinstance(error, UserError) else str(error))
-    if PRUNERS[prune.method].statistics is not None:
+        problems.append(f"prune.pattern: {error}")
+    if prune.allocation != "uniform" and prune.pattern.is_structured:
+        problems.append(f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}")
+    if prune.mask_from is not None:
+        try:
+            TensorFiles(checkpoint.locate(prune.mask_from))
+        except UserError as error:
+            problems.append(f"prune.mask_from: {str(error).removeprefix('model.path: ')}")
+    if _needs_inputs(prune):
         limit = checkpoint.max_window(skeleton.config)
         if limit is not None and prune.calibration.seq_len > limit:
             problems.append(
@@ -88,12 +61,35 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         raise UserError("\n".join(problems))
 
 
+def _needs_inputs(prune: PruneConfig) -> bool:
+    return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
+
+
+def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
+    """The pattern of every target: its override, else its block's ratio where a list gives one, else the common one."""
+    blocks = [f"{skeleton.blocks_name}.{index}." for index in range(len(skeleton.blocks))]
+    patterns = dict.fromkeys(targets, prune.pattern)
+    if isinstance(prune.allocation, list):
+        if len(prune.allocation) != len(blocks):
+            raise UserError(
+                f"prune.allocation: {len(prune.allocation)} ratios for {len(blocks)} blocks; give one for each"
+            )
+        for prefix, ratio in zip(blocks, prune.allocation, strict=True):
+            patterns |= {name: Pattern.parse(ratio) for name in targets if name.startswith(prefix)}
+    for wanted, pattern in prune.overrides.items():
+        found = [name for name in targets if matches(name, wanted)]
+        if not found:
+            raise UserError(f"prune.overrides: {wanted!r} matches none of the {len(targets)} targets")
+        patterns |= dict.fromkeys(found, pattern)
+    return patterns
+
+
 def _calibration_text(prune: PruneConfig) -> data.Text:
     return data.load_text(prune.calibration.dataset, "train", "prune.calibration.dataset")
 
 
 def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
-    """Prunes the checkpoint ``base`` into the directory ``out``.
+    """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
 
     Returns:
         Metrics: total sparsity, number of matrices, calibration, one record per layer.
@@ -104,36 +100,149 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     """
     prune = config.prune
     device = checkpoint.pick_device(config.model.device)
+    distributed.connect(device)
     stack = BlockStack(base, device, config.model.trust_remote_code)
-    targets = stack.targets(prune.targets)
+    targets = stack.targets(prune.targets, prune.skip)
     windows: Tensor | None = None
     metrics: dict[str, Any] = {}
-    if PRUNERS[prune.method].statistics is not None:
+    if _needs_inputs(prune):
         windows, metrics = _calibrate(config, base)
+        windows = windows[distributed.rank() :: distributed.world_size()]
+        if not len(windows):
+            raise UserError(
+                f"prune.calibration.samples: {prune.calibration.samples} are fewer than the "
+                f"{distributed.world_size()} processes"
+            )
         stack.load_embeddings()
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
-    files = checkpoint.copy_for_rewriting(base, out, config.model.dtype)
-    records = []
+    files = _copy(config, base, out)
+    plan = _plan(config, stack, targets, windows, out)
+    activations = None if windows is None else _embed(stack, windows, prune, out)
+    journal = Journal(out / JOURNAL)
+    if journal.blocks:
+        console.note(f"prune: {len(journal.blocks)} of {len(stack)} blocks are done")
+    blocks = []
     with console.Progress(f"pruning {prune.method} {prune.pattern}", len(targets)) as bar:
-        for record in prune_blocks(stack, list(targets), windows, prune, files):
-            records.append(record)
-            error = record.relative_output_error
-            bar.advance(record.name if error is None else f"{record.name} error {error:.3f}")
-    for file in files.files.values():
-        file.sync()
-    weights = sum(record.shape[0] * record.shape[1] for record in records)
-    zeros = sum(record.sparsity * record.shape[0] * record.shape[1] for record in records)
-    errors = [record.relative_output_error for record in records if record.relative_output_error is not None]
-    return metrics | {
+        for entry in prune_blocks(stack, plan, activations, files, journal):
+            blocks.append(entry)
+            for layer in entry["layers"]:
+                error = layer["relative_output_error"]
+                bar.advance(layer["name"] if error is None else f"{layer['name']} error {error:.3f}")
+    if distributed.is_main():
+        for name in (JOURNAL, COPIED, ALLOCATION, f"{ACTIVATIONS}.0"):
+            (out / name).unlink(missing_ok=True)
+    return metrics | _summary(prune, blocks, activations)
+
+
+def _summary(prune: PruneConfig, blocks: list[dict[str, Any]], activations: Activations | None) -> dict[str, Any]:
+    layers = [layer for block in blocks for layer in block["layers"]]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    zeros = sum(layer["sparsity"] * layer["shape"][0] * layer["shape"][1] for layer in layers)
+    errors = [layer["relative_output_error"] for layer in layers if layer["relative_output_error"] is not None]
+    fallbacks = [f"{layer['name']} by {layer['fallback']}" for layer in layers if layer["fallback"]]
+    if fallbacks:
+        console.warn(
+            f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back: {fallbacks[0]}, ..."
+        )
+    tuned = {block["block"]: block["reconstruction"] for block in blocks if block["reconstruction"]}
+    return {
         "method": prune.method,
         "pattern": str(prune.pattern),
-        "matrices": len(records),
+        "order": prune.order if activations else None,
+        "activations": activations.place if activations else None,
+        "processes": distributed.world_size(),
+        "matrices": len(layers),
+        "fallbacks": len(fallbacks),
         "pruned_weights": weights,
         "sparsity": zeros / weights,
         "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
-        "layers": [asdict(record) for record in records],
+        "reconstruction": tuned or None,
+        "layers": layers,
     }
+
+
+def _copy(config: Config, base: Path, out: Path) -> TensorFiles:
+    """A copy of the checkpoint in ``out``; a copy that was interrupted is made again."""
+    if distributed.is_main() and not (out / COPIED).exists():
+        (out / JOURNAL).unlink(missing_ok=True)
+        files = checkpoint.copy_for_rewriting(base, out, config.model.dtype)
+        for file in files.files.values():
+            file.sync()
+        (out / COPIED).touch()
+    distributed.barrier()
+    return TensorFiles(out)
+
+
+def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:
+    batch_size: int | str = prune.batch_size
+    if prune.order == "module":
+        batch_size = len(windows)  # the pass stops at each layer until all windows are there
+        needed = windows.numel() * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
+        if needed > free_memory(stack.device):
+            raise StageError(
+                f"prune.order: module holds all windows inside a block, some {needed / 2**30:.1f} GiB; "
+                "use order block, or fewer or shorter windows"
+            )
+    return Activations(stack, windows, batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
+
+
+def _plan(config: Config, stack: BlockStack, targets: dict[str, Target], windows: Tensor | None, out: Path) -> Plan:
+    prune = config.prune
+    patterns = _patterns(prune, targets, stack)
+    if prune.allocation == "owl":
+        assert windows is not None
+        patterns = _owl(config, stack, targets, patterns, windows, out)
+    masks = None if prune.mask_from is None else TensorFiles(checkpoint.locate(prune.mask_from))
+    return Plan(
+        method=prune.method,
+        targets=targets,
+        patterns=patterns,
+        options={"damp": prune.damp, "block_size": prune.block_size},
+        order=prune.order,
+        masks=masks,
+        reconstruct_epochs=prune.reconstruct_epochs,
+        reconstruct_lr=prune.reconstruct_lr,
+    )
+
+
+def _owl(
+    config: Config,
+    stack: BlockStack,
+    targets: dict[str, Target],
+    patterns: dict[str, Pattern],
+    windows: Tensor,
+    out: Path,
+) -> dict[str, Pattern]:
+    """Ratios by the share of outliers in each dense block: one more pass over the windows; overrides stay."""
+    prune = config.prune
+    assert prune.pattern.ratio is not None
+    overridden = {name for name in targets if any(matches(name, wanted) for wanted in prune.overrides)}
+    free = {name: target for name, target in targets.items() if name not in overridden}
+    saved = out / ALLOCATION
+    if saved.exists():
+        ratios = json.loads(saved.read_text())
+    else:
+        activations = Activations(
+            stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}"
+        )
+        shares, sizes = [], []
+        with console.Progress("weighing outliers (OWL)", len(stack)) as bar:
+            for scores in dense_pass(stack, Plan("wanda", free, patterns), activations, InputNorms):
+                shares.append(allocate.outlier_share(scores))
+                sizes.append(sum(score.numel() for score in scores))
+                bar.advance(f"{shares[-1]:.4f}")
+        try:
+            ratios = allocate.owl(shares, sizes, prune.pattern.ratio, prune.owl_lambda)
+        except ValueError as error:
+            raise StageError(f"prune.allocation: {error}") from error
+        if distributed.is_main():
+            saved.write_text(json.dumps(ratios))
+        distributed.barrier()
+    for index, ratio in enumerate(ratios):
+        prefix = f"{stack.blocks_name}.{index}."
+        patterns |= {name: Pattern(ratio=ratio) for name in free if name.startswith(prefix)}
+    return patterns
 
 
 def _calibrate(config: Config, base: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -148,133 +257,3 @@ def _calibrate(config: Config, base: Path) -> tuple[Tensor, dict[str, Any]]:
     shape = {"samples": len(windows), "seq_len": windows.shape[1]}
     source = {"dataset": text.name, "windows": made, "documents_hash": data.content_hash(text.documents)}
     return windows, {"calibration": source | shape}
-
-
-@torch.no_grad()
-def prune_blocks(
-    stack: BlockStack, targets: list[str], windows: Tensor | None, prune: PruneConfig, out: TensorFiles
-) -> Iterator[LayerRecord]:
-    """Prunes every block in turn and writes its layers to ``out``.
-
-    Args:
-        stack: the checkpoint to prune; its embeddings are loaded if there are windows.
-        targets: full names of the linear layers.
-        windows: (samples, seq_len) calibration tokens; None for methods that need no inputs.
-        prune: the configuration.
-        out: files that already hold a copy of the checkpoint.
-
-    Yields:
-        One record per layer.
-    """
-    batches = [] if windows is None else _embed(stack, windows, prune.batch_size)
-    for index in range(len(stack)):
-        prefix = f"{stack.blocks_name}.{index}."
-        names = [name for name in targets if name.startswith(prefix)]
-        block = stack.load_block(index) if windows is not None else None
-        inputs: dict[str, LayerInputs] = {}
-        if block is not None and names:
-            layers = {name: block.get_submodule(name.removeprefix(prefix)) for name in names}
-            inputs = _gather(block, index, layers, batches, prune.method)
-        for name in names:
-            stored = stack.weight_name(name)
-            weight = stack.files.read(stored).to(stack.device)
-            pruned, record = _prune_layer(name, weight, inputs.get(name), prune)
-            out.write(stored, pruned)
-            if block is not None:
-                linear = block.get_submodule(name.removeprefix(prefix))
-                assert isinstance(linear.weight, Tensor)
-                linear.weight.copy_(pruned)
-            yield record
-        if block is not None:
-            for batch in batches:
-                batch.run(block, index)
-            stack.release_block(index)
-
-
-def _embed(stack: BlockStack, windows: Tensor, batch_size: int) -> list[_Batch]:
-    calls: dict[torch.Size, list[BlockCall]] = {}
-    batches = []
-    for input_ids in windows.split(batch_size):
-        hidden, recorded = stack.record(input_ids.to(stack.device))
-        # windows are never padded, so what a block is told besides its input depends on the shape alone
-        batches.append(_Batch(hidden, calls.setdefault(input_ids.shape, recorded)))
-    return batches
-
-
-class _Batch:
-    """Hidden states (batch, tokens, width) of some windows, kept in ordinary memory, and how blocks are called."""
-
-    def __init__(self, hidden: Tensor, calls: list[BlockCall]) -> None:
-        self.device = hidden.device
-        self.hidden = hidden.cpu()
-        self.calls = calls
-
-    def run(self, block: nn.Module, index: int, keep: bool = True) -> None:
-        """Runs a block on the hidden states; ``keep`` makes its output the next block's input."""
-        output = self.calls[index](block, self.hidden.to(self.device))
-        if keep:
-            self.hidden = output.cpu()
-
-
-def _gather(
-    block: nn.Module, index: int, layers: dict[str, nn.Module], batches: list[_Batch], method: str
-) -> dict[str, LayerInputs]:
-    """Runs the dense block on every batch and collects what each layer is given; shared inputs are counted once."""
-    make = PRUNERS[method].statistics
-    assert make is not None
-    gathered: dict[str, LayerInputs] = {}
-    leaders: dict[str, str] = {}
-    seen: list[tuple[Tensor, str]] = []
-
-    def collect(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0]
-        if name not in leaders:
-            # q, k and v receive the very same tensor; holding on to it keeps its identity from being reused
-            leaders[name] = next((leader for tensor, leader in seen if tensor is inputs), name)
-            seen.append((inputs, leaders[name]))
-            if leaders[name] == name:
-                gathered[name] = LayerInputs(make(inputs.shape[-1], inputs.device))
-        if leaders[name] == name:
-            gathered[name].update(inputs)
-
-    handles = [layer.register_forward_pre_hook(partial(collect, name)) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            batch.run(block, index, keep=False)
-            seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    unused = [name for name in layers if name not in leaders]
-    if unused:
-        raise StageError(f"{unused[0]} received no calibration input; leave it out of prune.targets or use magnitude")
-    return {name: gathered[leader] for name, leader in leaders.items()}
-
-
-def _prune_layer(
-    name: str, weight: Tensor, inputs: LayerInputs | None, prune: PruneConfig
-) -> tuple[Tensor, LayerRecord]:
-    started = time.perf_counter()
-    options = {"damp": prune.damp, "block_size": prune.block_size} if prune.method == "sparsegpt" else {}
-    try:
-        check_weight(weight, prune.pattern, name)
-        statistics = inputs.statistics if inputs else None
-        result = PRUNERS[prune.method].prune(weight, statistics, prune.pattern, **options)
-    except ValueError as error:
-        raise StageError(f"{name}: {error}") from error
-    seconds = time.perf_counter() - started
-    zeros = int((result.weight == 0).sum())
-    difference = weight.float() - result.weight.float()
-    output_error = None
-    if inputs is not None and inputs.sample is not None:
-        change, output = inputs.sample @ difference.t(), inputs.sample @ weight.float().t()
-        output_error = (change.norm() / output.norm().clamp_min(1e-30)).item()
-    return result.weight, LayerRecord(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        sparsity=zeros / weight.numel(),
-        relative_output_error=output_error,
-        relative_weight_error=(difference.norm() / weight.float().norm().clamp_min(1e-30)).item(),
-        damp=result.damp,
-        seconds=round(seconds, 4),
-    )

@@ -38,10 +38,15 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
     try:
         _accumulation(train)
         names = config.prune.targets if train.targets == "pruned" else train.targets
-        for name, linear in skeleton.targets(names, "train.targets").items():
-            if train.rank > linear.out_features:
-                problems.append(f"train.rank: {train.rank} exceeds the {linear.out_features} output features of {name}")
-                break
+        targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
+        if not targets:
+            problems.append("train.targets: SPP adapts nn.Linear layers, and none of these is one")
+        narrow = [target for target in targets if train.rank > target.out_features]
+        if narrow:
+            target = narrow[0]
+            problems.append(
+                f"train.rank: {train.rank} exceeds the {target.out_features} output features of {target.name}"
+            )
     except UserError as error:
         problems.append(str(error))
     limit = checkpoint.max_window(skeleton.config)
@@ -165,9 +170,11 @@ def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, train: TrainConfig) ->
 
 def _adapter_config(config: Config, model: Any, layers: list[str]) -> SppConfig:
     train = config.train
-    names = layers
-    if train.targets != "pruned":
-        names = list(Skeleton(model.config).targets(list(train.targets), "train.targets"))
+    wanted = layers if train.targets == "pruned" else list(train.targets)
+    targets = Skeleton(model.config).targets(wanted, key="train.targets").values()
+    names = [target.name for target in targets if target.is_linear]
+    if len(names) < len(targets):
+        console.warn(f"{len(targets) - len(names)} matrices are no nn.Linear (experts, Conv1D) and stay as they are")
     return SppConfig(
         r=train.rank, scale=train.scale, dropout=train.dropout, target_modules=names, task_type="CAUSAL_LM"
     )

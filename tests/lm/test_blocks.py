@@ -170,7 +170,8 @@ def test_embeddings_are_all_but_blocks_and_head(make_checkpoint: Callable[..., P
     stack = open_stack(make_checkpoint(family))
     assert not blocks_in_memory(stack)
     base = getattr(stack.model, stack.base_prefix)
-    outside = {name for name, _ in base.named_parameters() if "layers." not in name}
+    inside = stack.blocks_name.removeprefix(f"{stack.base_prefix}.") + "."
+    outside = {name for name, _ in base.named_parameters() if not name.startswith(inside)}
     assert outside == {name for name, p in base.named_parameters() if not p.is_meta}
     assert not any(buffer.is_meta for buffer in base.buffers())
 
@@ -178,11 +179,13 @@ def test_embeddings_are_all_but_blocks_and_head(make_checkpoint: Callable[..., P
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_come_from_the_file_and_go(make_checkpoint: Callable[..., Path], family: str) -> None:
     directory = make_checkpoint(family)
-    stored = load_file(directory / "model.safetensors")
+    own = AutoModelForCausalLM.from_pretrained(directory)
     stack = BlockStack(directory, CPU)
     block = stack.load_block(1)
     assert blocks_in_memory(stack) == [1]
-    assert all(torch.equal(p, stored[f"{stack.blocks_name}.1.{name}"]) for name, p in block.named_parameters())
+    expected = dict(own.get_submodule(f"{stack.blocks_name}.1").named_parameters())
+    assert {name for name, _ in block.named_parameters()} == expected.keys()
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in block.named_parameters())
     stack.release_block(1)
     assert blocks_in_memory(stack) == []
 
@@ -193,7 +196,7 @@ def test_only_one_block_is_in_memory_at_a_time(llama: Path, monkeypatch: pytest.
     most: list[int] = []
     load = BlockStack._load
 
-    def count(self: BlockStack, parameter: str) -> None:
+    def count(self: BlockStack, parameter: str, files: object = None) -> None:
         load(self, parameter)
         most.append(len(blocks_in_memory(self)))
 
@@ -244,7 +247,17 @@ def test_a_target_is_a_whole_part_of_a_name(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("llama", 14), ("qwen3", 14), ("gemma2", 14), ("opt", 12), ("gpt_neox", 8)]
+    ("family", "count"),
+    [
+        ("llama", 14),
+        ("qwen3", 14),
+        ("gemma2", 14),
+        ("opt", 12),
+        ("gpt_neox", 8),
+        ("gpt2", 8),
+        ("phi3", 8),
+        ("qwen3_moe", 32),
+    ],
 )
 def test_all_linear_means_those_of_the_blocks(make_checkpoint: Callable[..., Path], family: str, count: int) -> None:
     stack = BlockStack(make_checkpoint(family), CPU)
@@ -256,20 +269,20 @@ def test_all_linear_means_those_of_the_blocks(make_checkpoint: Callable[..., Pat
 def test_an_unknown_target_is_told_what_there_is(make_checkpoint: Callable[..., Path]) -> None:
     stack = BlockStack(make_checkpoint("opt"), CPU)
     with pytest.raises(UserError) as caught:
-        stack.targets([*PROJECTIONS[:3], "gate_proj"], "train.targets")
+        stack.targets([*PROJECTIONS[:3], "gate_proj"], key="train.targets")
     assert str(caught.value) == (
         "train.targets: 'gate_proj' matches no linear layer; "
         "this model has fc1, fc2, k_proj, out_proj, q_proj, v_proj (or all-linear)"
     )
 
 
-def test_weight_name_is_the_stored_one(llama: Path, tmp_path: Path) -> None:
+def test_a_headless_checkpoint_is_walked(llama: Path, tmp_path: Path) -> None:
     def headless(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     stack = open_stack(rewritten(llama, tmp_path / "headless", headless))
-    assert stack.weight_name("model.layers.0.mlp.up_proj") == "layers.0.mlp.up_proj.weight"
+    assert stack.homes(stack.targets(["up_proj"])["model.layers.0.mlp.up_proj"]) == {"model.safetensors"}
     passed: list[int] = []
     stack.check_replay(ids(1), passed.append)
     assert passed == [0, 1]

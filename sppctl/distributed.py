@@ -1,0 +1,57 @@
+"""The processes of one job: who am I, sums over all, one does what only one may do. Without torchrun all is trivial."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return rank() == 0
+
+
+def connect(device: torch.device) -> None:
+    """Joins the other processes: gloo on the CPU, NCCL on GPUs; at most once."""
+    import torch.distributed as dist
+
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def barrier() -> None:
+    """Waits for the others."""
+    import torch.distributed as dist
+
+    if world_size() > 1 and dist.is_initialized():
+        dist.barrier()
+
+
+def add_up(*tensors: torch.Tensor) -> None:
+    """Replaces each tensor by its sum over the processes."""
+    import torch.distributed as dist
+
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def send(tensor: torch.Tensor, source: int) -> None:
+    """Overwrites a tensor with that of process ``source``."""
+    import torch.distributed as dist
+
+    if world_size() > 1:
+        dist.broadcast(tensor, source)

@@ -1,0 +1,105 @@
+"""Hidden states of the calibration windows between two blocks: on the device, in memory, or in a mapped file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from sppctl.lm.blocks import BlockCall, BlockStack
+
+CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
+GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each
+RAM_SHARE = 0.5  # of the available memory
+BLOCK_WIDTHS = 40  # activations alive inside a block, in hidden states: attention, gate, up and their products
+
+
+def windows_at_a_time(stack: BlockStack, samples: int, seq_len: int) -> int:
+    """How many windows fit through a block together."""
+    if stack.device.type != "cuda":
+        return max(1, min(samples, CPU_TOKENS // seq_len))
+    free = free_memory(stack.device)
+    one = seq_len * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
+    return max(1, min(samples, int(free * GPU_SHARE / one)))
+
+
+class Activations:
+    """The hidden states (samples, tokens, width) of all windows, in micro-batches, advanced block by block."""
+
+    def __init__(self, stack: BlockStack, windows: Tensor, batch_size: int | str, memory: str, path: Path) -> None:
+        """Embeds the windows.
+
+        Args:
+            stack: whose embeddings are loaded.
+            windows: (samples, seq_len) tokens.
+            batch_size: windows at a time, or ``auto``.
+            memory: where to keep the hidden states: ``device``, ``ram``, ``disk``, or ``auto``: the first that fits.
+            path: of the mapped file.
+        """
+        self.stack = stack
+        samples, seq_len = windows.shape
+        size = batch_size if isinstance(batch_size, int) else windows_at_a_time(stack, samples, seq_len)
+        self.place = _place(stack, samples * seq_len, memory)
+        self._hidden = self._allocate((samples, seq_len, stack.width), path)
+        self._slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+        self._calls: dict[int, list[BlockCall]] = {}
+        for rows in self._slices:
+            hidden, calls = stack.record(windows[rows].to(stack.device))
+            # windows are never padded, so what a block is told besides its input depends on the shape alone
+            self._calls.setdefault(len(hidden), calls)
+            self._hidden[rows] = hidden.to(self._hidden.device)
+
+    def _allocate(self, shape: tuple[int, int, int], path: Path) -> Tensor:
+        if self.place == "disk":
+            count = math.prod(shape)
+            return torch.from_file(str(path), shared=True, size=count, dtype=self.stack.dtype).view(shape)
+        device = self.stack.device if self.place == "device" else torch.device("cpu")
+        return torch.empty(shape, dtype=self.stack.dtype, device=device)
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in a micro-batch."""
+        return self._slices[0].stop
+
+    def run(self, index: int, keep: bool) -> None:
+        """Runs the loaded block ``index`` on every micro-batch; ``keep`` makes its output the next block's input."""
+        for rows in self._slices:
+            output = self.call(index, rows)(self.stack.blocks[index], self.inputs(rows))
+            if keep:
+                self.store(rows, output)
+
+    def store(self, rows: slice, hidden: Tensor) -> None:
+        """Makes some windows' hidden states the next block's input."""
+        self._hidden[rows] = hidden.to(self._hidden.device)
+
+    def inputs(self, rows: slice) -> Tensor:
+        """The hidden states of some windows, on the device."""
+        return self._hidden[rows].to(self.stack.device)
+
+    @property
+    def batches(self) -> list[slice]:
+        """The windows of each micro-batch."""
+        return self._slices
+
+    def call(self, index: int, rows: slice) -> BlockCall:
+        """How block ``index`` is called for some windows."""
+        return self._calls[rows.stop - rows.start][index]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _place(stack: BlockStack, tokens: int, memory: str) -> str:
+    if memory != "auto":
+        return "ram" if memory == "device" and stack.device.type == "cpu" else memory
+    needed = tokens * stack.width * stack.dtype.itemsize
+    if stack.device.type == "cuda" and needed < GPU_SHARE * free_memory(stack.device):
+        return "device"
+    return "ram" if needed < RAM_SHARE * free_memory(torch.device("cpu")) else "disk"

@@ -1,0 +1,190 @@
+"""The matrices of a model that can be pruned, and where the model and its checkpoint keep them.
+
+Three forms occur: ``nn.Linear`` (out, in); ``Conv1D`` of the GPT-2 family, stored (in, out); and the experts of a
+mixture, which current transformers fuse into 3-D parameters while most checkpoints keep one matrix for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sppctl.errors import UserError
+from sppctl.lm.safe_files import TensorFiles
+
+# what checkpoints may call a part of the path that the model calls otherwise
+RENAMED = (("", ""), (".mlp.", ".block_sparse_moe."))
+# the matrices that a fused expert parameter consists of, in their order, under the names checkpoints give them
+EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix, seen as (out_features, in_features) however it is stored.
+
+    Attributes:
+        name: full name; an expert's matrix is called as if it were a linear layer of its own
+            (``model.layers.0.mlp.experts.3.gate_proj``).
+        owner: full name of the module that holds the parameter.
+        parameter: the parameter's name in it.
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        expert: index into a fused 3-D parameter, or None.
+        first_row: where the matrix starts within its expert's rows.
+        transposed: stored as (in, out).
+    """
+
+    name: str
+    owner: str
+    parameter: str
+    out_features: int
+    in_features: int
+    expert: int | None = None
+    first_row: int = 0
+    transposed: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a plain ``nn.Linear``."""
+        return self.expert is None and not self.transposed
+
+    def view(self, model: nn.Module) -> Tensor:
+        """The matrix (out_features, in_features) as a view into the model's parameter."""
+        parameter = model.get_submodule(self.owner)._parameters[self.parameter]
+        assert parameter is not None
+        if self.expert is not None:
+            return parameter.data[self.expert, self.first_row : self.first_row + self.out_features]
+        return parameter.data.t() if self.transposed else parameter.data
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds a mixture's experts as (experts, 2 x intermediate, hidden) and (experts, hidden, ...)."""
+    gate_up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
+    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3 or not hasattr(module, "act_fn"):
+        return False
+    return gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
+
+
+def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
+    """Every matrix of the blocks that can be pruned, by name, in the model's order; routers and norms are none."""
+    found: dict[str, Target] = {}
+    for relative, module in blocks.named_modules():
+        name = f"{blocks_name}.{relative}"
+        if isinstance(module, nn.Linear):
+            found[name] = Target(name, name, "weight", module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+            found[name] = Target(name, name, "weight", out_features, in_features, transposed=True)
+        elif is_fused_experts(module):
+            for target in _experts(name, module):
+                found[target.name] = target
+    return found
+
+
+def _experts(owner: str, module: nn.Module) -> Iterator[Target]:
+    gate_up, down = module._parameters["gate_up_proj"], module._parameters["down_proj"]
+    assert gate_up is not None
+    assert down is not None
+    hidden, intermediate = down.shape[1:]
+    for expert in range(len(down)):
+        for part, row in (("gate_proj", 0), ("up_proj", intermediate)):
+            yield Target(f"{owner}.{expert}.{part}", owner, "gate_up_proj", intermediate, hidden, expert, row)
+        yield Target(f"{owner}.{expert}.down_proj", owner, "down_proj", hidden, intermediate, expert)
+
+
+def matches(name: str, wanted: str) -> bool:
+    """Whether a full name is meant by the end of a name (``q_proj``, ``mlp.down_proj``) or a pattern with ``*``."""
+    return name.endswith(f".{wanted}") or fnmatch(name, wanted)
+
+
+def select(every: dict[str, Target], names: list[str] | str, skip: list[str], key: str) -> dict[str, Target]:
+    """The targets that a configuration means.
+
+    Args:
+        every: from :func:`find_targets`.
+        names: ends of names or patterns, or ``"all-linear"``.
+        skip: ends of names or patterns to leave out.
+        key: the configuration key of ``names``, for errors.
+
+    Raises:
+        UserError: a name that matches nothing, or nothing left.
+    """
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in every}))
+    wanted = [] if isinstance(names, str) else names
+    for pattern, where in [*((n, key) for n in wanted), *((n, "prune.skip") for n in skip)]:
+        if not any(matches(name, pattern) for name in every):
+            raise UserError(f"{where}: {pattern!r} matches no linear layer; this model has {kinds} (or all-linear)")
+    chosen = {
+        name: target
+        for name, target in every.items()
+        if (names == "all-linear" or any(matches(name, pattern) for pattern in wanted))
+        and not any(matches(name, pattern) for pattern in skip)
+    }
+    if not chosen:
+        raise UserError(f"{key}: nothing is left to prune; prune.skip leaves out everything that {names} names")
+    return chosen
+
+
+# --- names in checkpoints ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor: a whole parameter, or its part ``parameter[expert, first_row : first_row + rows]``."""
+
+    name: str
+    expert: int | None = None
+    first_row: int = 0
+    rows: int = 0
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The part of the parameter that this tensor holds, as a view."""
+        return parameter if self.expert is None else parameter[self.expert, self.first_row : self.first_row + self.rows]
+
+
+def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
+    """The name under which a checkpoint stores a model's parameter.
+
+    A checkpoint of the headless model lacks the base prefix (``h.0...`` for ``transformer.h.0...``), one of a model
+    with another head has it where ours may not.
+
+    Raises:
+        UserError: no tensor of that name.
+    """
+    for name in _spellings(parameter, base_prefix):
+        if name in files:
+            return name
+    raise UserError(f"{files.directory} holds no tensor {parameter}, which its config.json implies; wrong files?")
+
+
+def stored_parts(files: TensorFiles, parameter: str, shape: tuple[int, ...], base_prefix: str) -> list[Part]:
+    """The tensors that make up a parameter: itself, or one for each matrix of each expert.
+
+    Raises:
+        UserError: the checkpoint does not have them.
+    """
+    owner, _, leaf = parameter.rpartition(".")
+    if len(shape) == 3 and leaf in EXPERT_PARTS and not any(n in files for n in _spellings(parameter, base_prefix)):
+        for names in EXPERT_PARTS[leaf]:
+            rows = shape[1] // len(names)
+            parts = [
+                Part(f"{spelled}.{expert}.{part}.weight", expert, index * rows, rows)
+                for spelled in _spellings(owner, base_prefix)
+                if f"{spelled}.0.{names[0]}.weight" in files
+                for expert in range(shape[0])
+                for index, part in enumerate(names)
+            ]
+            if parts:
+                return [Part(stored_name(files, p.name, base_prefix), p.expert, p.first_row, p.rows) for p in parts]
+    return [Part(stored_name(files, parameter, base_prefix))]
+
+
+def _spellings(name: str, base_prefix: str) -> Iterator[str]:
+    for ours, theirs in RENAMED:
+        renamed = name.replace(ours, theirs) if ours else name
+        short = renamed.removeprefix(f"{base_prefix}.")
+        yield from dict.fromkeys((renamed, short, f"{base_prefix}.{short}"))

@@ -1,0 +1,94 @@
+"""DSnoT: a training-free update of a mask (Zhang et al., ICLR 2024, arXiv 2310.08915).
+
+With mu the mean input, a row's expected output moves by eps = -sum of W_j mu_j over its pruned weights. Each cycle
+regrows one pruned weight of every row and prunes a kept one in exchange, where that brings eps nearer to zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sppctl.pattern import Pattern
+from sppctl.pruning.stats import InputMoments
+
+MAX_CYCLES = 50
+THRESHOLD = 0.1
+CHUNK_ELEMENTS = 1 << 22
+
+
+def expected_change(weight: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
+    """How far each row's expected output moves by pruning: (out_features,) float32.
+
+    Args:
+        weight: (out_features, in_features) dense weight.
+        mask: the same shape, True = kept.
+        mean: (in_features,) mean of the inputs.
+    """
+    return -(weight.float() * ~mask) @ mean
+
+
+def update_mask(
+    weight: Tensor,
+    mask: Tensor,
+    statistics: InputMoments,
+    pattern: Pattern,
+    *,
+    max_cycles: int = MAX_CYCLES,
+    threshold: float = THRESHOLD,
+) -> Tensor:
+    """Swaps kept and pruned weights row by row; the sparsity of every row and a valid N:M never change.
+
+    The weight to regrow is the pruned one with the largest contribution against the sign of eps, divided by its input's
+    variance; the one to prune is the kept one with the smallest Wanda score (in the same group of M for N:M) among
+    those that leave \\|eps\\| smaller than it was. So \\|eps\\| falls with every swap.
+
+    Args:
+        weight: (out_features, in_features) dense weight.
+        mask: the mask to start from, True = kept, of any method.
+        statistics: mean, variance and norm of the layer's inputs.
+        pattern: decides within which weights a swap may happen.
+        max_cycles: swaps of a row at most.
+        threshold: a row whose \\|eps\\| is not above this is left alone.
+
+    Returns:
+        A new boolean mask of the same shape.
+    """
+    updated = mask.clone()
+    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        updated[rows] = _update_rows(weight[rows].float(), mask[rows], statistics, pattern, max_cycles, threshold)
+    return updated
+
+
+def _update_rows(
+    weight: Tensor, mask: Tensor, statistics: InputMoments, pattern: Pattern, max_cycles: int, threshold: float
+) -> Tensor:
+    mask = mask.clone()
+    contribution = weight * statistics.mean()
+    gain = contribution / statistics.variance().clamp_min(1e-12)
+    score = weight.abs() * statistics.norms()
+    change = expected_change(weight, mask, statistics.mean())
+    blocked = torch.zeros_like(mask)  # regrowing these helps no more
+    row = torch.arange(len(weight), device=weight.device)
+    width = pattern.group or weight.shape[1]
+    members = torch.arange(width, device=weight.device)
+    for _ in range(max_cycles):
+        candidates = (-change.sign().unsqueeze(1) * gain).masked_fill(mask | blocked, -torch.inf)
+        best, grown = candidates.max(dim=1)
+        active = (change.abs() > threshold) & (best > 0)
+        if not active.any():
+            break
+        group = (grown // width * width).unsqueeze(1) + members
+        left = (change + contribution[row, grown]).unsqueeze(1) - contribution.gather(1, group)
+        allowed = mask.gather(1, group) & (left.abs() < change.abs().unsqueeze(1))
+        cheapest, place = score.gather(1, group).masked_fill(~allowed, torch.inf).min(dim=1)
+        swaps = active & torch.isfinite(cheapest)
+        blocked[row[active & ~swaps], grown[active & ~swaps]] = True
+        chosen, dropped = row[swaps], group[row, place][swaps]
+        mask[chosen, grown[swaps]] = True
+        mask[chosen, dropped] = False
+        blocked[chosen, dropped] = True  # a weight that was given up is not taken back
+        change = torch.where(swaps, left[row, place], change)
+    return mask
