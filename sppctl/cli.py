@@ -178,7 +178,7 @@ def evaluate(
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")], json: Json = False, debug: Debug = False
 ) -> None:
-    """Collect runs into one table: base, pruned, merged."""
+    """Collect runs into one table: base, pruned, merged; draw what pruning did by depth."""
     from sppctl import pipeline
 
     _print_report(pipeline.report(run_dirs), json)

@@ -357,7 +357,8 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
 
 
 def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
-    """Collects runs and writes report.md and report.json into each."""
+    """Collects runs and writes report.md, report.json and the figure of what was pruned into each."""
+    from sppctl.stages import plots
     from sppctl.stages import report as stage
 
     runs = []
@@ -367,6 +368,9 @@ def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
             raise UserError(f"{path} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
         runs.append(collected)
     for path, collected in zip(run_dirs, runs, strict=True):
+        layers = stage.pruned_layers(collected)
+        if layers:
+            plots.write(layers, path / plots.FIGURE)
         (path / "report.md").write_text(stage.markdown([collected]))
         (path / "report.json").write_text(json.dumps(collected, indent=2) + "\n")
     return runs

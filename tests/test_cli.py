@@ -271,7 +271,7 @@ def test_run_makes_every_artefact_from_one_file(run: Run, config_file: Path, tmp
     outcome = run("run", str(config_file))
     assert outcome.code == 0
     directory = tmp_path / "run"
-    for name in (*WEIGHTS, "resolved.yaml", "report.md", "report.json"):
+    for name in (*WEIGHTS, "resolved.yaml", "report.md", "report.json", "pruning.svg"):
         assert (directory / name).is_file(), name
     for name in ("pruned", "adapter", "merged"):
         record = json.loads((directory / name / "stage.json").read_text())
@@ -398,9 +398,12 @@ def test_inspect_says_of_a_dense_model_that_it_is_dense(run: Run, llama: Path) -
 
 
 def test_report_is_a_table_of_base_pruned_and_merged(run: Run, here: Path, text_file: Path) -> None:
-    (here / "run/report.md").unlink()
+    figure = (here / "run/pruning.svg").read_bytes()
+    for name in ("report.md", "pruning.svg"):
+        (here / "run" / name).unlink()
     outcome = run("report", "run")
     assert outcome.code == 0
+    assert (here / "run/pruning.svg").read_bytes() == figure
     text = (here / "run/report.md").read_text()
     lines = text.splitlines()
     assert lines[0] == "# run"
@@ -411,6 +414,11 @@ def test_report_is_a_table_of_base_pruned_and_merged(run: Run, here: Path, text_
     assert "- prune: wanda 2:4, 14 matrices, mean relative output error 0." in text
     assert "- train: spp, 2,368 parameters (" in text
     assert "- merge: 14 matrices, all 7,680 zeros kept, " in text
+    assert (
+        "| module type | matrices | mean sparsity | mean relative output error | worst | worst layer | seconds |"
+        in lines
+    )
+    assert "![relative output error and sparsity by block](pruning.svg)" in lines
     assert "all 7,680 zeros kept" in outcome.out
 
 

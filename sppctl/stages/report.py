@@ -1,4 +1,7 @@
-"""Records of one or more runs -> one table: base, pruned and merged side by side, as Markdown and JSON."""
+"""Records of one or more runs -> one table: base, pruned and merged side by side, as Markdown and JSON.
+
+The Markdown also says what pruning did to each type of module, and shows the figure that ``plots`` draws.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
+from sppctl.stages import plots
 from sppctl.stages.evaluate import read_results, rows_of
 
 ORDER = ("base", "pruned", "merged")
@@ -72,6 +76,38 @@ def _cell(name: str, cell: tuple[float | None, float | None] | None) -> str:
     return f"{value:.2%}" + (f" (norm {norm:.2%})" if norm is not None else "")
 
 
+def pruned_layers(run: dict[str, Any]) -> list[plots.Layer]:
+    """The records of all layers that were pruned; none without pruning."""
+    layers: list[plots.Layer] = run["stages"].get("prune", {}).get("metrics", {}).get("layers", [])
+    return layers
+
+
+def type_table(layers: list[plots.Layer]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what pruning did, one row per module type, the experts of all blocks counted in one."""
+    key = plots.error_measure(layers)
+    error = key.replace("_", " ")
+    damped = any(layer["damp"] is not None for layer in layers)
+    header = ["module type", "matrices", "mean sparsity", f"mean {error}", "worst", "worst layer"]
+    header += ["damping"] * damped + ["seconds"]
+    rows = []
+    for name, points in plots.by_type(layers).items():
+        own = [layer for block in points.values() for layer in block]
+        worst = max(own, key=lambda layer: float(layer[key]))
+        sparsity, mean = (sum(layer[what] for layer in own) / len(own) for what in ("sparsity", key))
+        cells = [f"`{name}`", str(len(own)), f"{sparsity:.2%}"]
+        cells += [f"{mean:.3f}", f"{worst[key]:.3f}", f"`{worst['name']}`"]
+        cells += [_range([layer["damp"] for layer in own if layer["damp"] is not None])] * damped
+        rows.append([*cells, f"{sum(layer['seconds'] for layer in own):.1f}"])
+    return header, rows
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
 def facts(run: dict[str, Any]) -> list[str]:
     """What was done, one line per stage."""
     lines = []
@@ -103,14 +139,23 @@ def facts(run: dict[str, Any]) -> list[str]:
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:
-    """The report as Markdown."""
+    """The report as Markdown; it refers to the figure where layers were pruned."""
     parts = []
     for run in runs:
         header, rows = table(run)
         lines = [f"# {run['run']}", ""]
         if len(header) > 1:
-            lines += [f"| {' | '.join(header)} |", f"|{' --- |' + ' ---: |' * (len(header) - 1)}"]
-            lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+            lines += [*_grid(header, rows), ""]
         lines += [f"- {fact}" for fact in facts(run)]
+        layers = pruned_layers(run)
+        if layers:
+            lines += ["", "## Pruning", "", *_grid(*type_table(layers))]
+            lines += ["", f"![{plots.error_measure(layers).replace('_', ' ')} and sparsity by block]({plots.FIGURE})"]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _grid(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown: names to the left, numbers to the right."""
+    sides = ["---" if name in ("", "module type", "worst layer") else "---:" for name in header]
+    return [f"| {' | '.join(cells)} |" for cells in (header, sides, *rows)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sppctl.stages.report import collect, facts, markdown, table
+from sppctl.stages.report import collect, facts, markdown, pruned_layers, table, type_table
 
 DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 1_000_000}
 SPARSE = {"sparsity": 0.5, "patterns": ["2:4"], "sparse_matrices": 14, "bytes": 1_000_000}
@@ -167,6 +167,68 @@ def test_no_stages_no_facts() -> None:
     assert facts({"stages": {}}) == []
 
 
+# --- what pruning did to each module type -----------------------------------------------------------------------------
+
+
+def layer(name: str, error: float | None = 0.25, damp: float | None = None, sparsity: float = 0.5) -> dict[str, Any]:
+    return {
+        "name": f"model.layers.{name}",
+        "shape": [8, 8],
+        "sparsity": sparsity,
+        "relative_output_error": error,
+        "relative_weight_error": 0.5,
+        "damp": damp,
+        "seconds": 0.25,
+    }
+
+
+def test_one_row_for_each_module_type() -> None:
+    layers = [
+        layer("0.self_attn.q_proj", 0.125, sparsity=0.25),
+        layer("0.mlp.down_proj", 0.25),
+        layer("1.self_attn.q_proj", 0.375, sparsity=0.75),
+        layer("1.mlp.down_proj", 0.125),
+    ]
+    header, rows = type_table(layers)
+    measures = ["mean relative output error", "worst", "worst layer"]
+    assert header == ["module type", "matrices", "mean sparsity", *measures, "seconds"]
+    assert rows == [
+        ["`q_proj`", "2", "50.00%", "0.250", "0.375", "`model.layers.1.self_attn.q_proj`", "0.5"],
+        ["`down_proj`", "2", "50.00%", "0.188", "0.250", "`model.layers.0.mlp.down_proj`", "0.5"],
+    ]
+
+
+def test_damping_is_a_range_where_there_was_any() -> None:
+    layers = [
+        layer("0.mlp.up_proj", damp=0.01),
+        layer("0.mlp.down_proj", damp=0.01),
+        layer("0.mlp.gate_proj"),
+        layer("1.mlp.down_proj", damp=0.1),
+    ]
+    header, rows = type_table(layers)
+    assert [row[header.index("damping")] for row in rows] == ["0.01", "0.01 to 0.1", "-"]
+
+
+def test_without_inputs_it_is_the_error_of_the_weights() -> None:
+    header, rows = type_table([layer("0.mlp.up_proj", None)])
+    assert "mean relative weight error" in header
+    assert not any("output" in name for name in header)
+    assert rows[0][3:5] == ["0.500", "0.500"]
+
+
+def test_every_expert_is_counted_and_the_worst_is_named() -> None:
+    layers = [layer(f"{block}.mlp.experts.{i}.gate_proj", block / 10 + i / 100) for block in (0, 1) for i in range(4)]
+    _, ((name, matrices, _, mean, worst, where, _),) = type_table(layers)
+    assert (name, matrices, mean, worst) == ("`gate_proj`", "8", "0.065", "0.130")
+    assert where == "`model.layers.1.mlp.experts.3.gate_proj`"
+
+
+def test_layers_of_a_run() -> None:
+    layers = [layer("0.mlp.up_proj")]
+    assert pruned_layers({"stages": {"prune": {"metrics": {"layers": layers}}}}) == layers
+    assert pruned_layers({"stages": {"prune": PRUNE}}) == pruned_layers({"stages": {}}) == []
+
+
 # --- markdown ---------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +247,23 @@ def test_a_report_in_markdown() -> None:
         "| ppl wikitext2 @64 | 5.00 | 6.00 |\n"
         "\n"
         "- prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s\n"
+    )
+
+
+def test_pruned_layers_are_a_table_and_a_figure() -> None:
+    prune = PRUNE | {"metrics": PRUNE["metrics"] | {"layers": [layer("0.mlp.up_proj")]}}
+    assert markdown([run() | {"stages": {"prune": prune}}]) == (
+        "# runs/mine\n"
+        "\n"
+        "- prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s\n"
+        "\n"
+        "## Pruning\n"
+        "\n"
+        "| module type | matrices | mean sparsity | mean relative output error | worst | worst layer | seconds |\n"
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: |\n"
+        "| `up_proj` | 1 | 50.00% | 0.250 | 0.250 | `model.layers.0.mlp.up_proj` | 0.2 |\n"
+        "\n"
+        "![relative output error and sparsity by block](pruning.svg)\n"
     )
 
 

@@ -1,0 +1,180 @@
+"""Records of pruned layers -> one figure: error and sparsity by depth, a line per module type.
+
+The figure is for paper as much as for a screen: the colours of Okabe and Ito (Color Universal Design, 2008), which
+colour-blind people can tell apart, a marker of its own for every line, text that stays text. The same records give the
+same bytes. matplotlib is imported only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+FIGURE = "pruning.svg"
+COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)  # the eighth, yellow, is too pale
+MARKERS = "os^DvPX<p>h*d8"
+LINES = ("-", "--", ":")  # solid for the first of each colour
+SAME = 0.1  # percentage points of sparsity; types that are closer than this are drawn as one line
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.color": "#d9d9d9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.1,
+    "lines.markeredgecolor": "white",
+    "lines.markeredgewidth": 0.4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sppctl",  # otherwise the identifiers inside the file are random
+}
+
+Layer = dict[str, Any]  # one entry of metrics["layers"] of pruned/stage.json, a LayerRecord
+Points = dict[int, list[Layer]]  # block index -> its layers of one module type
+
+
+def error_measure(layers: list[Layer]) -> str:
+    """The key of the error that all layers have: that of their weights, where pruning needed no inputs."""
+    if any(layer["relative_output_error"] is None for layer in layers):
+        return "relative_weight_error"
+    return "relative_output_error"
+
+
+def by_type(layers: list[Layer]) -> dict[str, Points]:
+    """Sorts layers by module type and block, in the order of the model.
+
+    ``model.layers.3.mlp.experts.5.gate_proj`` is a ``gate_proj`` of block 3, as are those of the other experts. Where
+    one name stands for different modules, as much of the path is added as tells them apart: ``attn.c_proj`` and
+    ``mlp.c_proj``, ``shared_expert.gate_proj`` beside ``experts.gate_proj``.
+    """
+    paths = [_path(layer["name"]) for layer in layers]
+    names = _short_names(list(dict.fromkeys(path for _, path in paths)))
+    found: dict[str, Points] = {name: defaultdict(list) for name in names.values()}
+    for layer, (block, path) in zip(layers, paths, strict=True):
+        found[names[path]][block].append(layer)
+    return found
+
+
+def _path(name: str) -> tuple[int, tuple[str, ...]]:
+    """Block index, and the path below the block without the numbers of experts."""
+    parts = name.split(".")
+    at = next(index for index, part in enumerate(parts) if part.isdigit())
+    return int(parts[at]), tuple(part for part in parts[at + 1 :] if not part.isdigit())
+
+
+def _short_names(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    names = {}
+    for path in paths:
+        rivals = [other for other in paths if other[-1] == path[-1]]
+        length = 1
+        while len({rival[-length:] for rival in rivals}) < len(rivals):
+            length += 1
+        names[path] = ".".join(path[-length:])
+    return names
+
+
+def write(layers: list[Layer], path: Path) -> None:
+    """Draws the layers of one run into the SVG file ``path``, which is complete as soon as it exists."""
+    partial = path.with_name(f".{path.name}.partial")
+    _save(layers, partial, format="svg", metadata={"Date": None})
+    os.replace(partial, path)
+
+
+def _save(layers: list[Layer], path: Path, **options: Any) -> None:
+    from matplotlib import style
+
+    with style.context(["default", STYLE]):  # "default": nobody's matplotlibrc changes the figure
+        draw(layers).savefig(path, **options)
+
+
+def draw(layers: list[Layer]) -> Figure:
+    """The figure: error by depth above, sparsity by depth below. Experts of one block are averaged."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    error = error_measure(layers)
+    types = by_type(layers)
+    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    errors = {name: _means(points, error) for name, points in types.items()}
+    lines = _lines(above, errors)
+    whole = "output" if error == "relative_output_error" else "weight"
+    above.set_ylabel(f"relative {whole} error\n(share of the {whole} norm)")
+    drawn = [value for values in errors.values() for value in values.values()]
+    if min(drawn) < max(drawn) / 2:  # errors of weights lie close together, and from zero nothing could be told apart
+        above.set_ylim(bottom=0)
+    sparsity = {name: _means(points, "sparsity", 100) for name, points in types.items()}
+    _sparsity_lines(below, sparsity)
+    below.set_ylabel("sparsity\n(% zeros)")
+    below.set_xlabel("block index (0 = nearest to the input)")
+    below.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    labels = [_label(name, points) for name, points in types.items()]
+    figure.legend(lines, labels, loc="outside right upper", handlelength=2.6)
+    figure.align_ylabels()
+    return figure
+
+
+def _means(points: Points, key: str, scale: float = 1.0) -> dict[int, float]:
+    """Block index -> mean over its layers of this type."""
+    return {block: scale * sum(one[key] for one in layers) / len(layers) for block, layers in sorted(points.items())}
+
+
+def _label(name: str, points: Points) -> str:
+    most = max(len(layers) for layers in points.values())
+    return name if most == 1 else f"{name}\n(mean of {most})"
+
+
+def _lines(axes: Axes, series: dict[str, dict[int, float]]) -> list[Line2D]:
+    """A line per module type; in deep models markers take turns, so that lines beneath others still show."""
+    blocks = len({block for values in series.values() for block in values})
+    step = -(-blocks // 32)
+    lines = []
+    for index, values in enumerate(series.values()):
+        marker = MARKERS[index % len(MARKERS)]
+        lines += axes.plot(
+            list(values),
+            list(values.values()),
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=LINES[index // len(COLOURS) % len(LINES)],
+            marker=marker,
+            markersize=4.5 if marker in "osD" else 6,  # equally big to the eye
+            clip_on=False,  # a marker at the edge stays whole
+            markevery=(index % step if len(values) > step else 0, step),
+        )
+    return lines
+
+
+def _sparsity_lines(axes: Axes, series: dict[str, dict[int, float]]) -> None:
+    """As above, but one line where the module types of every block are equally sparse: the usual case."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for values in series.values():
+        for block, value in values.items():
+            found[block].append(value)
+    everything = [value for values in found.values() for value in values]
+    if len(series) > 1 and all(max(values) - min(values) < SAME for values in found.values()):
+        means = {block: sum(values) / len(values) for block, values in sorted(found.items())}
+        axes.plot(list(means), list(means.values()), color="black", marker="." if len(means) == 1 else "")
+        axes.text(0.01, 0.95, "all module types", transform=axes.transAxes, va="top")
+    else:
+        _lines(axes, series)
+    margin = max(5.0, 0.15 * (max(everything) - min(everything)))
+    axes.set_ylim(min(everything) - margin, max(everything) + margin)

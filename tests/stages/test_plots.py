@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+from matplotlib.figure import Figure
+
+from sppctl import pipeline
+from sppctl.stages import plots
+
+PROJECTIONS = [
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+]
+
+
+def layer(name: str, error: float | None = 0.25, sparsity: float = 0.5) -> plots.Layer:
+    return {
+        "name": name,
+        "shape": [8, 8],
+        "sparsity": sparsity,
+        "relative_output_error": error,
+        "relative_weight_error": 0.5,
+        "damp": None,
+        "seconds": 0.1,
+    }
+
+
+def llama(blocks: int = 3, **options: Any) -> list[plots.Layer]:
+    return [layer(f"model.layers.{block}.{name}", **options) for block in range(blocks) for name in PROJECTIONS]
+
+
+def moe() -> list[plots.Layer]:
+    """Two blocks of four experts; the errors of block 0 average 0.25, those of block 1 average 0.5."""
+    errors = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.4, 0.6, 0.8))
+    return [
+        layer(f"model.layers.{block}.mlp.experts.{index}.gate_proj", error, 0.5 + index / 10)
+        for block, of_block in enumerate(errors)
+        for index, error in enumerate(of_block)
+    ]
+
+
+def texts(path: Path) -> list[str]:
+    return ["".join(node.itertext()) for node in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+# --- module types -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "types"),
+    [
+        (["model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj"], ["up_proj"]),
+        (["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+        (["model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.13.up_proj"], ["up_proj"]),
+        (
+            ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.0.up_proj", "model.layers.1.mlp.shared.up_proj"],
+            ["mlp.up_proj", "experts.up_proj", "shared.up_proj"],
+        ),
+        (["model.layers.0.fc", "model.layers.0.mlp.fc"], ["fc", "mlp.fc"]),
+    ],
+)
+def test_a_module_type_is_as_short_as_it_is_clear(names: list[str], types: list[str]) -> None:
+    assert list(plots.by_type([layer(name) for name in names])) == types
+
+
+def test_layers_are_sorted_by_type_and_block() -> None:
+    layers = [*llama(2), layer("model.layers.10.mlp.up_proj")]
+    found = plots.by_type(layers)
+    assert list(found) == [name.rpartition(".")[2] for name in PROJECTIONS]
+    assert {block: [one["name"] for one in own] for block, own in found["up_proj"].items()} == {
+        block: [f"model.layers.{block}.mlp.up_proj"] for block in (0, 1, 10)
+    }
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_errors_for_each_module_type() -> None:
+    layers = llama(2)
+    layers[-1]["relative_output_error"] = 0.75
+    errors, _ = plots.draw(layers).axes
+    assert len(errors.lines) == 7
+    assert errors.lines[-1].get_xydata().tolist() == [[0, 0.25], [1, 0.75]]  # type: ignore[union-attr]
+    assert errors.get_ylim()[0] == 0
+
+
+def test_errors_close_together_are_not_drawn_from_zero() -> None:
+    layers = llama(2)
+    layers[-1]["relative_output_error"] = 0.375
+    assert plots.draw(layers).axes[0].get_ylim()[0] > 0.2
+
+
+def test_experts_of_a_block_are_averaged() -> None:
+    figure = plots.draw(moe())
+    errors, sparsity = figure.axes
+    assert legend(figure) == ["gate_proj\n(mean of 4)"]
+    assert list(errors.lines[0].get_xdata()) == [0, 1]
+    assert list(errors.lines[0].get_ydata()) == pytest.approx([0.25, 0.5])
+    assert list(sparsity.lines[0].get_ydata()) == pytest.approx([65, 65])
+
+
+def test_equal_sparsity_is_one_line() -> None:
+    _, sparsity = plots.draw(llama()).axes
+    (line,) = sparsity.lines
+    assert list(line.get_ydata()) == [50, 50, 50]
+    assert [text.get_text() for text in sparsity.texts] == ["all module types"]
+
+
+def test_different_sparsity_is_a_line_for_each_module_type() -> None:
+    layers = llama()
+    layers[0]["sparsity"] = 0.75
+    _, sparsity = plots.draw(layers).axes
+    assert len(sparsity.lines) == 7
+    assert list(sparsity.lines[0].get_ydata()) == [75, 50, 50]
+    assert not sparsity.texts
+    low, high = sparsity.get_ylim()
+    assert low < 50 < 75 < high
+
+
+def test_no_two_lines_look_alike() -> None:
+    layers = [layer(f"model.layers.0.part_{index}") for index in range(28)]
+    lines = plots.draw(layers).axes[0].lines
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines]
+    assert len(set(looks)) == 28
+    assert len({color for color, _, _ in looks[:7]}) == len({marker for _, marker, _ in looks[:7]}) == 7
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 32, 33, 80])
+def test_any_depth_can_be_drawn(blocks: int, tmp_path: Path) -> None:
+    plots.write(llama(blocks), tmp_path / "figure.svg")
+    assert "block index (0 = nearest to the input)" in texts(tmp_path / "figure.svg")
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_names_every_module_type_and_what_the_axes_mean(tmp_path: Path) -> None:
+    plots.write(llama(), tmp_path / "pruning.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["pruning.svg"]
+    found = texts(tmp_path / "pruning.svg")
+    for words in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert words in found
+    for words in ("relative output error", "(share of the output norm)", "sparsity", "(% zeros)"):
+        assert words in found
+
+
+def test_without_inputs_the_error_of_the_weights_is_drawn_and_named(tmp_path: Path) -> None:
+    layers = llama(error=None)
+    plots.write(layers, tmp_path / "pruning.svg")
+    found = texts(tmp_path / "pruning.svg")
+    assert "relative weight error" in found
+    assert "(share of the weight norm)" in found
+    assert "relative output error" not in found
+    assert list(plots.draw(layers).axes[0].lines[0].get_ydata()) == [0.5, 0.5, 0.5]
+
+
+def test_the_same_records_give_the_same_bytes_under_any_matplotlibrc(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    plots.write(llama(), first)
+    with mpl.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        plots.write(llama(), second)
+        assert mpl.rcParams["font.size"] == 20
+    assert first.read_bytes() == second.read_bytes()
+    assert b"dc:date" not in first.read_bytes()
+
+
+def test_a_failure_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pruning.svg"
+    plots.write(llama(), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Figure, "savefig", lambda self, partial, **_: partial.write_bytes(b"<svg") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plots.write(moe(), path)
+    assert path.read_bytes() == before
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def record(directory: Path, layers: list[plots.Layer] | None) -> None:
+    (directory / "pruned").mkdir()
+    metrics = {"method": "wanda", "pattern": "2:4", "matrices": 7, "mean_relative_output_error": 0.25}
+    metrics |= {} if layers is None else {"layers": layers}
+    (directory / "pruned/stage.json").write_text(json.dumps({"wall_time_s": 1.0, "metrics": metrics}))
+
+
+def test_a_report_draws_what_was_pruned(tmp_path: Path) -> None:
+    record(tmp_path, llama())
+    (found,) = pipeline.report([tmp_path])
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "report.md", "report.json", "pruning.svg"}
+    assert "](pruning.svg)" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text()) == found
+    assert found.keys() == {"run", "stages", "checkpoints"}
+
+
+@pytest.mark.parametrize("layers", [None, []])
+def test_no_layers_no_figure(layers: list[plots.Layer] | None, tmp_path: Path) -> None:
+    record(tmp_path, layers)
+    pipeline.report([tmp_path])
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "report.md", "report.json"}
+    assert "pruning.svg" not in (tmp_path / "report.md").read_text()
+
+
+def test_matplotlib_is_imported_only_to_draw() -> None:
+    code = "import sys, sppctl.cli, sppctl.pipeline, sppctl.stages.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
