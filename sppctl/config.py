@@ -71,9 +71,19 @@ class ModelConfig:
 class CalibrationConfig:
     """Text that shows the pruner which inputs matter."""
 
-    dataset: str = _key("instructions", "instructions (built in), c4, wikitext2, alpaca, a hub id or a local text file")
+    dataset: str = _key(
+        "instructions",
+        "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), "
+        "or a local .txt, .jsonl, .json or .parquet file",
+    )
+    column: str | None = _key(None, "column that holds the text; null or auto: text, or instruction and output")
     samples: int = _key(128, "number of windows", low=1)
     seq_len: int = _key(2048, "tokens in a window", low=2)
+    windows: Literal["auto", "random-document", "concatenate"] = _key(
+        "auto",
+        "random-document: a random piece of each of `samples` long documents (as published); concatenate: pieces of "
+        "all documents joined; auto: the first, or the second where there are too few long documents",
+    )
 
 
 @dataclass(frozen=True)

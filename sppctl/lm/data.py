@@ -1,23 +1,25 @@
-"""Text: calibration windows, evaluation texts, and instruction examples."""
+"""Text: documents to calibrate with and to measure on, and instruction examples."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import random
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sppctl.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 IGNORED = -100  # the label that the loss leaves out
+ROW_FILES = (".jsonl", ".json", ".parquet")
+PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # all that is not gzip of one file
+INSTRUCTION_COLUMNS = ("instruction", "input", "output")
 C4_FIRST_SHARD = "en/c4-train.00000-of-01024.json.gz"  # the whole of C4 would be a download of 300 GB
 
 # the two prompts of Stanford Alpaca, as every Alpaca-trained model expects them
@@ -46,19 +48,23 @@ class Text:
 
 
 def load_hub(repository: str, split: str, config: str | None = None, **options: Any) -> Any:
-    """A split of a hub dataset, from the network or the cache.
+    """A split of a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, from the network or the cache.
 
     Raises:
         UserError: it cannot be had.
     """
     import datasets
 
+    if config is None and ":" in repository:
+        repository, _, config = repository.partition(":")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
         return datasets.load_dataset(repository, config, split=split, **options)
     except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # datasets tells on the second line which configurations there are
+        reason = " ".join(lines[:2]) + "; write NAME:CONFIG" if "Config name is missing" in lines[0] else lines[0]
         raise UserError(
             f"dataset {repository} ({split}) cannot be had: {reason}; check the name and the network, "
             "download it first on a machine that has one, or give a local file"
@@ -107,24 +113,35 @@ def _prose(_: str) -> Text:
 _TEXTS = {"c4": _c4, "wikitext2": _wikitext2, "alpaca": _alpaca, "instructions": _instructions, "prose": _prose}
 
 
-def load_text(name: str, split: str, key: str) -> Text:
+def load_text(name: str, split: str, key: str, column: str | None = None) -> Text:
     """The documents behind a name.
 
     Args:
-        name: a known name, a local file (.txt: one text; .jsonl / .json: the ``text`` or instruction columns), or a
-            hub id with a ``text`` column.
+        name: a known name; a local file, plain or .gz (.jsonl, .json, .parquet: the ``text`` or instruction columns;
+            anything else: one text); or a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, with such columns.
         split: ``train`` or ``test``, where the source has splits.
         key: the configuration key, for errors.
+        column: that holds the documents of a file of rows or a hub dataset; None: as above.
 
     Raises:
-        UserError: no such source, or nothing in it.
+        UserError: no such source, no such column, or nothing in it.
     """
+    if column is not None and (name in _TEXTS or (Path(name).is_file() and _form(Path(name)) not in ROW_FILES)):
+        raise UserError(f"{key}: {name} has no columns to choose from; leave out column {column}")
     if name in _TEXTS:
         text = _TEXTS[name](split)
     elif Path(name).is_file():
-        text = _local_text(Path(name), key)
+        text = _local_text(Path(name), key, column)
+    elif Path(name).is_dir():
+        files = sorted(path.name for path in Path(name).iterdir() if path.is_file())
+        inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
+        raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
     elif _is_hub_id(name):
-        text = Text(name, _text_column(load_hub(name, split), name))
+        rows = load_hub(name, split)
+        columns = getattr(rows, "column_names", None)
+        if columns:  # spare decoding what is not read
+            rows = rows.select_columns(_readable(columns, column))
+        text = Text(name, _documents(list(rows), column, name, key, columns))
     else:
         raise UserError(f"{key}: {name} is no file and none of {', '.join(_TEXTS)}, nor a hub id (OWNER/NAME)")
     if not any(document.strip() for document in text.documents):
@@ -132,38 +149,86 @@ def load_text(name: str, split: str, key: str) -> Text:
     return text
 
 
+def _form(path: Path) -> str:
+    """The suffix that says how to read a file, whether compressed or not."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and Path(name).suffix not in (".json", ".jsonl", ".txt")
+    is_file = _form(Path(name)) in (".txt", *ROW_FILES) or name.endswith(".gz")
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 
 
-def _local_text(path: Path, key: str) -> Text:
-    if path.suffix in (".jsonl", ".json"):
-        return Text(path.name, _text_column(read_rows(path, key), str(path)))
+def _local_text(path: Path, key: str, column: str | None) -> Text:
+    if _form(path) in PACKED_FILES:
+        raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
+    if _form(path) == ".parquet":
+        rows, columns = _parquet_rows(path, key, column)
+        return Text(path.name, _documents(rows, column, str(path), key, columns))
+    if _form(path) in ROW_FILES:
+        return Text(path.name, _documents(read_rows(path, key), column, str(path), key))
     try:
-        return Text(path.name, [path.read_text(encoding="utf-8")])
+        return Text(path.name, [_content(path)])
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {path} is not UTF-8 text ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{key}: {path} cannot be read: {error}") from error
 
 
-def _text_column(rows: Any, name: str) -> list[str]:
-    rows = list(rows)
-    if rows and all("text" in row for row in rows):
-        return [str(row["text"]) for row in rows]
-    if rows and all({"instruction", "output"} <= row.keys() for row in rows):
+def _content(path: Path) -> str:
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    return path.read_text(encoding="utf-8")
+
+
+def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, of the columns that may be needed, and the names of all columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns = list(pyarrow.parquet.read_schema(path).names)
+        table = pyarrow.parquet.read_table(path, columns=_readable(columns, column), partitioning=None)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{key}: {path} cannot be read as parquet: {error}") from error
+    return table.to_pylist(), columns
+
+
+def _readable(columns: Sequence[str], column: str | None) -> list[str]:
+    """The columns that a document can be made of; all of them if there is none, so that rows stay rows."""
+    wanted = ("text", *INSTRUCTION_COLUMNS) if column is None else (column,)
+    return [name for name in columns if name in wanted] or list(columns)
+
+
+def _documents(
+    rows: list[dict[str, Any]], column: str | None, name: str, key: str, columns: Sequence[str] | None = None
+) -> list[str]:
+    """One document per row; ``columns``: all that the source has, if the rows were read without some of them."""
+    wanted = column or "text"
+    if all(wanted in row for row in rows):
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row[wanted], str | None):
+                raise UserError(f"{key}: {name}: row {number} has no text in {wanted}")
+        return [row[wanted] or "" for row in rows]
+    if column is None and all({"instruction", "output"} <= row.keys() for row in rows):
+        _check_instructions(rows, name, key)
         return [formatted(row) for row in rows]
-    columns = ", ".join(dict.fromkeys(column for row in rows for column in row)) or "none"
-    raise UserError(f"{name} lacks a column text (or instruction and output) in some row; its columns: {columns}")
+    found = ", ".join(columns or dict.fromkeys(column for row in rows for column in row)) or "none"
+    wished = f"a column {column}" if column else "a column text (or instruction and output)"
+    hint = "; prune.calibration.column names another" if key.startswith("prune.calibration") else ""
+    raise UserError(f"{key}: {name} lacks {wished} in some row{hint}; its columns: {found}")
 
 
 def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
-    """The objects of a JSON list or of JSON lines.
+    """The objects of a JSON list or of JSON lines, plain or .gz.
 
     Raises:
         UserError: neither.
     """
     where = ""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = _content(path)
         if content.lstrip().startswith("["):
             rows = json.loads(content)
         else:
@@ -172,12 +237,20 @@ def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
                 where = f", line {number},"
                 if line.strip():
                     rows.append(json.loads(line))
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = getattr(error, "msg", error)
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{key}: {path} must hold one JSON object per row")
     return rows
+
+
+def _check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        wrong = [column for column in ("instruction", "output") if not isinstance(row.get(column), str)]
+        wrong += [] if isinstance(row.get("input") or "", str) else ["input"]
+        if wrong:
+            raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
 
 
 def content_hash(documents: Sequence[str]) -> str:
@@ -186,61 +259,6 @@ def content_hash(documents: Sequence[str]) -> str:
     for document in documents:
         digest.update(document.encode() + b"\0")
     return digest.hexdigest()[:16]
-
-
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-def calibration_windows(
-    tokenizer: Any, text: Text, *, samples: int, seq_len: int, seed: int, key: str = "prune.calibration"
-) -> tuple[Tensor, str]:
-    """Windows of calibration text, without padding.
-
-    As published: a random document longer than a window, a random offset in it. Where a source has too few such
-    documents, documents are joined in random order and cut into windows, of which some are chosen, none twice.
-
-    Args:
-        tokenizer: of the model.
-        text: the source.
-        samples: number of windows.
-        seq_len: tokens in a window.
-        seed: of the choice.
-        key: for errors.
-
-    Returns:
-        (samples, seq_len) int64, and ``random-document`` or ``concatenate``, the way they were made.
-
-    Raises:
-        UserError: too little text.
-    """
-    order = list(text.documents)
-    chooser = random.Random(seed)
-    chooser.shuffle(order)
-    windows: list[list[int]] = []
-    for document in order:
-        if len(document.encode()) < seq_len:  # no token is shorter than a byte: spare the tokeniser
-            continue
-        tokens = tokenizer(document).input_ids
-        if len(tokens) > seq_len:
-            offset = chooser.randint(0, len(tokens) - seq_len - 1)
-            windows.append(tokens[offset : offset + seq_len])
-        if len(windows) == samples:
-            return torch.tensor(windows), "random-document"
-    needed = samples * seq_len
-    joined: list[int] = []
-    for document in order:
-        if len(joined) >= needed:
-            break
-        if document.strip():
-            joined += tokenizer(document + text.joiner).input_ids
-    if len(joined) < needed:
-        raise UserError(
-            f"{key}: {text.name} has {len(joined)} tokens, {samples} windows of {seq_len} need {needed}; "
-            f"{needed - len(joined)} are missing: use fewer samples, a shorter seq_len or more text"
-        )
-    count = len(joined) // seq_len
-    every = torch.tensor(joined[: count * seq_len]).view(count, seq_len)
-    return every[sorted(chooser.sample(range(count), samples))], "concatenate"
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -303,11 +321,7 @@ def load_instructions(
         if missing:
             columns = ", ".join(map(str, rows[0]))
             raise UserError(f"{key}: {dataset} lacks {' and '.join(sorted(missing))}; its columns: {columns}")
-        for number, row in enumerate(rows, start=1):
-            wrong = [column for column in ("instruction", "output") if not isinstance(row.get(column), str)]
-            wrong += [] if isinstance(row.get("input") or "", str) else ["input"]
-            if wrong:
-                raise UserError(f"{key}: {dataset}: row {number} has no text in {' and '.join(wrong)}")
+        _check_instructions(rows, dataset, key)
         random.Random(seed).shuffle(rows)
         train, held_out = rows[val_size:], rows[:val_size]
     if max_rows is not None:

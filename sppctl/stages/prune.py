@@ -11,7 +11,7 @@ from torch import Tensor
 from sppctl import console, distributed
 from sppctl.config import Config, PruneConfig
 from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint, data
+from sppctl.lm import calibration, checkpoint, data
 from sppctl.lm.activations import BLOCK_WIDTHS, Activations, free_memory
 from sppctl.lm.blocks import BlockStack, Skeleton
 from sppctl.lm.safe_files import TensorFiles
@@ -85,7 +85,9 @@ def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton
 
 
 def _calibration_text(prune: PruneConfig) -> data.Text:
-    return data.load_text(prune.calibration.dataset, "train", "prune.calibration.dataset")
+    settings = prune.calibration
+    column = None if settings.column == "auto" else settings.column
+    return data.load_text(settings.dataset, "train", "prune.calibration.dataset", column)
 
 
 def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
@@ -246,14 +248,16 @@ def _owl(
 
 
 def _calibrate(config: Config, base: Path) -> tuple[Tensor, dict[str, Any]]:
-    text = _calibration_text(config.prune)
-    windows, made = data.calibration_windows(
+    text, settings = _calibration_text(config.prune), config.prune.calibration
+    windows = calibration.calibration_windows(
         checkpoint.load_tokenizer(base, config.model.trust_remote_code),
         text,
-        samples=config.prune.calibration.samples,
-        seq_len=config.prune.calibration.seq_len,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
         seed=config.run.seed,
+        windows=settings.windows,
     )
-    shape = {"samples": len(windows), "seq_len": windows.shape[1]}
-    source = {"dataset": text.name, "windows": made, "documents_hash": data.content_hash(text.documents)}
-    return windows, {"calibration": source | shape}
+    tokens = windows.tokens
+    source = {"dataset": text.name, "windows": windows.made, "documents_hash": data.content_hash(text.documents)}
+    shape = {"samples": len(tokens), "seq_len": tokens.shape[1], "windows_hash": windows.hash}
+    return tokens, {"calibration": source | shape}

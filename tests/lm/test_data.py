@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import ALPACA
 from transformers import PreTrainedTokenizerFast
@@ -38,94 +40,9 @@ Add.
 """
 
 
-def documents(count: int, length: int) -> list[str]:
-    """Texts of ASCII letters, so of as many tokens as letters, of which no piece occurs in two of them."""
-    return ["".join(chr(65 + (i * 7 + j * (i + 1)) % 57) for j in range(length)) for i in range(count)]
-
-
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-def test_windows_are_pieces_of_random_documents(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = Text("mine", documents(10, 100))
-    windows, made = data.calibration_windows(tokenizer, text, samples=6, seq_len=20, seed=0)
-    assert made == "random-document"
-    assert windows.shape == (6, 20)
-    sources = [[i for i, document in enumerate(text.documents) if piece in document] for piece in decode(windows)]
-    assert all(len(found) == 1 for found in sources)
-    assert len({found[0] for found in sources}) == 6  # six different documents
-    assert sources != [[i] for i in range(6)]  # in random order
-
-
-def decode(windows: Any) -> list[str]:
-    return ["".join(map(chr, bytes_of(row))) for row in windows.tolist()]
-
-
-def bytes_of(tokens: list[int]) -> list[int]:
-    """The inverse of the byte tokenizer: its alphabet is sorted, printable ASCII from ``!`` on comes first."""
-    return [token + 33 for token in tokens]
-
-
-def test_a_document_may_be_hardly_longer_than_a_window(tokenizer: PreTrainedTokenizerFast) -> None:
-    windows, made = data.calibration_windows(tokenizer, Text("mine", documents(4, 30)), samples=4, seq_len=20, seed=0)
-    assert made == "random-document"
-    assert windows.shape == (4, 20)
-
-
-def test_short_documents_are_passed_over(tokenizer: PreTrainedTokenizerFast) -> None:
-    long = documents(3, 100)
-    text = Text("mine", [*("x" * length for length in range(1, 20)), *long, "y" * 20])
-    windows, made = data.calibration_windows(tokenizer, text, samples=3, seq_len=20, seed=5)
-    assert made == "random-document"
-    assert all(any(piece in document for document in long) for piece in decode(windows))
-
-
-def test_too_few_long_documents_are_joined(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = Text("mine", ["a" * 50, "b" * 9, " ", "c" * 30], joiner="--")
-    windows, made = data.calibration_windows(tokenizer, text, samples=4, seq_len=20, seed=0)
-    assert made == "concatenate"
-    joined = "".join(decode(windows))
-    assert len(joined) == 80
-    pieces = [document + "--" for document in text.documents if document.strip()]
-    orders = [[a, b, c] for a in pieces for b in pieces for c in pieces if len({a, b, c}) == 3]
-    assert any("".join(order).startswith(joined) for order in orders)  # none twice, none left out
-
-
-def test_one_long_document_is_cut_into_windows_of_which_some_are_chosen(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = Text("mine", ["".join(f"{index:05}" for index in range(200))])  # every piece of 20 is another
-    windows, made = data.calibration_windows(tokenizer, text, samples=6, seq_len=20, seed=0)
-    assert made == "concatenate"
-    places = [text.documents[0].index(piece) for piece in decode(windows)]
-    assert all(place % 20 == 0 for place in places)
-    assert len(set(places)) == 6
-    assert places != [0, 20, 40, 60, 80, 100]
-
-
-def test_the_seed_decides(tokenizer: PreTrainedTokenizerFast) -> None:
-    def windows(seed: int, text: Text) -> list[list[int]]:
-        return data.calibration_windows(tokenizer, text, samples=4, seq_len=20, seed=seed)[0].tolist()
-
-    for text in (Text("long", documents(30, 100)), Text("short", documents(30, 15))):
-        assert windows(1, text) == windows(1, text)
-        assert windows(1, text) != windows(2, text)
-
-
-def test_choosing_windows_leaves_the_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = Text("mine", documents(10, 100))
-    before = list(text.documents)
-    data.calibration_windows(tokenizer, text, samples=4, seq_len=20, seed=0)
-    assert text.documents == before
-
-
-def test_too_little_text_says_how_much_is_missing(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError) as caught:
-        data.calibration_windows(tokenizer, Text("mine", ["abc", "defgh"]), samples=3, seq_len=20, seed=0)
-    assert "mine has 12 tokens, 3 windows of 20 need 60; 48 are missing" in str(caught.value)  # 3 + 5 + 2 * "\n\n"
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -189,6 +106,83 @@ def test_a_file_without_text(tmp_path: Path, content: str) -> None:
         data.load_text(str(path), "train", KEY)
 
 
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "mine.parquet"
+    datasets.Dataset.from_list([{"text": "One.", "id": 1}, {"text": "Two.", "id": 2}]).to_parquet(path)
+    assert data.load_text(str(path), "train", KEY) == Text("mine.parquet", ["One.", "Two."])
+    with pytest.raises(UserError, match=r"lacks a column content .*its columns: text, id$"):
+        data.load_text(str(path), "train", KEY, "content")
+    with pytest.raises(UserError, match="row 1 has no text in id"):
+        data.load_text(str(path), "train", KEY, "id")
+    datasets.Dataset.from_list(ALPACA).to_parquet(path)
+    assert data.load_text(str(path), "train", KEY).documents == [data.formatted(row) for row in ALPACA]
+
+
+def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "mine.parquet").write_text("text")
+    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.parquet cannot be read as parquet: "):
+        data.load_text(str(tmp_path / "mine.parquet"), "train", KEY)
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "json"])
+def test_gzipped_files(tmp_path: Path, form: str) -> None:
+    contents = {"txt": "One.", "jsonl": '{"text": "One."}\n', "json": '[{"text": "One."}]'}
+    path = tmp_path / f"mine.{form}.gz"
+    path.write_bytes(gzip.compress(contents[form].encode()))
+    assert data.load_text(str(path), "train", KEY) == Text(f"mine.{form}.gz", ["One."])
+    for damaged in (path.read_bytes()[:-9], b"no gzip", path.read_bytes()[:10] + b"\xff" * 20):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.{form}\.gz\b.* cannot be read"):
+            data.load_text(str(path), "train", KEY)
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl.zst", "mine.zip", "mine.tar.gz"])
+def test_files_packed_in_other_ways(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(UserError, match=rf"^{KEY}: .*{name} is packed in a way that is not read"):
+        data.load_text(str(tmp_path / name), "train", KEY)
+
+
+def test_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"^{KEY}: owner/name is a directory; name one file in it \(.*parquet\)$"):
+        data.load_text("owner/name", "train", KEY)
+    (tmp_path / "owner" / "name" / "mine.txt").write_text("One.")
+    with pytest.raises(UserError, match=r"; it holds mine\.txt$"):
+        data.load_text(str(tmp_path / "owner" / "name"), "train", KEY)
+
+
+def test_a_column_by_name(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One.", "story": "1"}, {"text": "Two.", "story": "2"}])
+    assert data.load_text(str(path), "train", KEY, "story").documents == ["1", "2"]
+    with pytest.raises(UserError, match=rf"^{KEY}: .* lacks a column title .*its columns: text, story$"):
+        data.load_text(str(path), "train", KEY, "title")
+
+
+@pytest.mark.parametrize("name", ["instructions", "mine.txt"])
+def test_a_column_of_what_has_none(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("One.")
+    with pytest.raises(UserError, match=rf"^{KEY}: {name} has no columns to choose from; leave out column text$"):
+        data.load_text(name, "train", KEY, "text")
+
+
+@pytest.mark.parametrize("value", [3, ["One."], {"a": "One."}])
+def test_rows_that_hold_no_text(tmp_path: Path, value: Any) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One."}, {"text": None}, {"text": value}])
+    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.jsonl: row 3 has no text in text$"):
+        data.load_text(str(path), "train", KEY)
+    path = write_lines(tmp_path / "mine.jsonl", [{"instruction": "Add.", "output": value}])
+    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.jsonl: row 1 has no text in output$"):
+        data.load_text(str(path), "train", KEY)
+
+
+def test_rows_without_a_text_are_empty(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One."}, {"text": None}])
+    assert data.load_text(str(path), "train", KEY).documents == ["One.", ""]
+
+
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_bytes(b"Zw\xf6lf")
@@ -217,9 +211,27 @@ def test_a_hub_dataset_is_read_by_its_text_column(monkeypatch: pytest.MonkeyPatc
     assert asked == [("owner/name", "test")]
 
 
-def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+def test_a_hub_dataset_is_read_without_its_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"text": "One.", "story": "1", "id": 1}, {"text": None, "story": "2", "id": 2}])
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((*args, options)) or rows)
+    assert data.load_text("owner/name", "train", KEY).documents == ["One.", ""]
+    assert data.load_text("owner/name:20231101.en", "train", KEY, "story").documents == ["1", "2"]
+    assert asked == [("owner/name", None, {"split": "train"}), ("owner/name", "20231101.en", {"split": "train"})]
+    with pytest.raises(UserError, match=rf"^{KEY}: owner/name lacks a column txt .*its columns: text, story, id$"):
+        data.load_text("owner/name", "train", KEY, "txt")
 
+
+def test_the_configurations_of_a_hub_dataset_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"cannot be had: .*available configs: \['a', 'b'\]; write NAME:CONFIG"):
+        data.load_hub("owner/name", "train")
+
+
+def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ConnectionError("no network\nmore words")
 

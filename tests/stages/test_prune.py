@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from sppctl.config import Config, load_config
 from sppctl.errors import StageError
+from sppctl.lm.calibration import Windows
 from sppctl.lm.data import Text
 from sppctl.pruning import prune_linear
 from sppctl.stages import prune
@@ -61,7 +62,8 @@ def test_layers_see_the_inputs_of_blocks_pruned_before_them(
     """Against a literal walk: hooks on a plain model, block by block, one window at a time."""
     windows = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(prune, "_calibration_text", lambda _: Text("fixed", ["-"]))
-    monkeypatch.setattr(prune.data, "calibration_windows", lambda *_, **__: (windows, "fixed"))
+    fixed = Windows(windows, "fixed")
+    monkeypatch.setattr(prune.calibration, "calibration_windows", lambda *_, **__: fixed)
     after, _ = pruned(configure(f"prune.method={method}"), llama, tmp_path / "out")
 
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
@@ -90,12 +92,31 @@ def test_layers_see_the_inputs_of_blocks_pruned_before_them(
 def test_magnitude_needs_no_calibration(
     configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prune.data, "calibration_windows", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr(prune.calibration, "calibration_windows", lambda *_, **__: pytest.fail("calibrated"))
     _, metrics = pruned(configure("prune.method=magnitude", "prune.pattern=0.7"), llama, tmp_path / "out")
     assert {layer["relative_output_error"] for layer in metrics["layers"]} == {None}
     for layer in metrics["layers"]:
         count = layer["shape"][0] * layer["shape"][1]
         assert layer["sparsity"] == int(count * 0.7) / count
+
+
+def test_the_record_says_which_windows(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> None:
+    records = [
+        pruned(configure(*options), llama, tmp_path / str(number))[1]["calibration"]
+        for number, options in enumerate([[], [], ["run.seed=9"], ["prune.calibration.windows=concatenate"]])
+    ]
+    assert records[0] == records[1]  # the second time from the cache
+    assert records[0].keys() == {"dataset", "windows", "documents_hash", "windows_hash", "samples", "seq_len"}
+    assert records[0]["windows_hash"] != records[2]["windows_hash"]
+    assert records[3]["windows"] == "concatenate"
+
+
+def test_calibration_text_of_a_column(configure: Callable[..., Config], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "One.", "story": "1"}\n')
+    for column, document in (("story", "1"), ("auto", "One."), ("null", "One.")):
+        config = configure(f"prune.calibration.dataset={path}", f"prune.calibration.column={column}")
+        assert prune._calibration_text(config.prune).documents == [document]
 
 
 def test_only_targets_are_pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> None:
