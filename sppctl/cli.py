@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sppctl import __version__, console
+from sppctl import __version__, console, distributed
 from sppctl.config import Config, flatten, load_config, quoted, schema, to_dict, to_yaml
 from sppctl.errors import StageError, UserError
 
@@ -65,6 +66,16 @@ def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
     return load_config(names[0] if names else None, overrides)
 
 
+def _launch(config: Config) -> None:
+    """Starts the configured number of processes of this very command, unless it is one of several already."""
+    if config.launch.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(config.launch.num_processes), "-m", "sppctl"]
+        # the launcher's own report of a failed process would hide the one line that says why
+        done = subprocess.run([*launcher, *sys.argv[1:]], env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"})  # noqa: S603
+        raise typer.Exit(done.returncode)
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"sppctl {__version__}")
@@ -109,8 +120,10 @@ def prune(
 ) -> None:
     """Make RUN/pruned from the dense model."""
     config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output)
+    _launch(config)
     from sppctl import pipeline
 
+    pipeline.join_processes(config)
     work = pipeline.Run(config, force=force)
     pipeline.preflight(work, ("prune",))
     with work.lock():
@@ -244,6 +257,8 @@ def config(
 
 
 def _print_stage(record: dict[str, Any], as_json: bool) -> None:
+    if not distributed.is_main():
+        return
     if as_json:
         console.show_json(record)
         return

@@ -56,6 +56,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How many processes share the work; under torchrun, accelerate or srun theirs are used instead."""
+
+    num_processes: int = _key(1, "processes that sppctl prune starts on this machine", low=1, affects_result=False)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The dense model to start from."""
 
@@ -178,6 +185,7 @@ class Config:
     """Everything a run needs."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

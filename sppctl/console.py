@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sppctl import distributed
+
 PLAIN_SECONDS = 15  # between two lines of progress where stderr is no terminal
 
 
 def note(message: str) -> None:
-    """One line for the person who waits."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for the person who waits; of several processes only the first talks."""
+    if distributed.is_main():
+        print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -34,7 +37,7 @@ class Progress:
         self._started = self._last = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and distributed.is_main():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

@@ -25,13 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, console
+from sppctl import __version__, console, distributed
 from sppctl.config import Config, flatten, result_keys, to_yaml
 from sppctl.errors import StageError, UserError
 
 STAGES = ("prune", "train", "merge", "eval", "report")
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RECORD = "stage.json"
+ATTEMPT = "attempt.json"  # in an unfinished stage: what it is an attempt at
 
 
 @dataclass
@@ -78,11 +79,23 @@ class Run:
         model = self.config.model
         if model.gguf_file is None:
             return source
+        distributed.barrier()
+        target = self.directory / "base"
+        if not distributed.is_main():
+            distributed.barrier()  # until the first process has unpacked it
+            return target
+        try:
+            return self._unpack(source, target)
+        finally:
+            distributed.barrier()
+
+    def _unpack(self, source: Path, target: Path) -> Path:
         import torch
 
         from sppctl.lm import checkpoint
 
-        target = self.directory / "base"
+        model = self.config.model
+        assert model.gguf_file is not None
         identity = {"file": model.gguf_file, "size": (source / model.gguf_file).stat().st_size, "dtype": model.dtype}
         if target.is_dir():
             before = json.loads((target / RECORD).read_text())
@@ -176,21 +189,19 @@ class Run:
                 f"{self.path(stage)} was made with {_differences(before, settings, inputs)}; "
                 f"--force redoes it, another run.dir keeps it"
             )
+        distributed.barrier()  # every process has made the same choice before one of them changes what it rests on
         partial = self.partial(name)
-        note = partial / "attempt.json"
-        if resumable and self.resume and not self.force and note.is_file() and json.loads(note.read_text()) == identity:
-            console.note(f"{stage}: continuing an interrupted attempt")
-        else:
-            partial = self._fresh_partial(name)
-            note.write_text(json.dumps(identity))
+        if distributed.is_main():
+            self._prepare(partial, stage, identity, resumable)
+        distributed.barrier()
         started = time.perf_counter()
         try:
             metrics = work(partial)
         except (UserError, StageError):
-            if not (resumable and any(partial.glob("*/checkpoint-*"))):
+            if distributed.is_main() and not (resumable and any(partial.glob("*/checkpoint-*"))):
                 shutil.rmtree(partial)
             raise
-        note.unlink()
+        distributed.barrier()
         record = {
             "stage": stage,
             "fingerprint": identity,
@@ -205,17 +216,32 @@ class Run:
             "command": " ".join(["sppctl", *sys.argv[1:]]),
             "metrics": metrics,
         }
-        if stage != "train":
-            from sppctl.lm import checkpoint
+        if distributed.is_main():
+            (partial / ATTEMPT).unlink()
+            if stage != "train":
+                from sppctl.lm import checkpoint
 
-            record["output"] = checkpoint.fingerprint(partial)
-        self._publish(name, partial, record)
+                record["output"] = checkpoint.fingerprint(partial)
+            self._publish(name, partial, record)
+        distributed.barrier()
         console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
         return record
+
+    def _prepare(self, partial: Path, stage: str, identity: str, resumable: bool) -> None:
+        """An empty directory to work in, or what an interrupted attempt at the same thing left."""
+        note = partial / ATTEMPT
+        if resumable and self.resume and not self.force and note.is_file() and json.loads(note.read_text()) == identity:
+            console.note(f"{stage}: continuing an interrupted attempt")
+            return
+        self._fresh_partial(DIRECTORIES[stage])
+        note.write_text(json.dumps(identity))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps two commands from working in one run directory at the same time, and notes the configuration."""
+        if not distributed.is_main():
+            yield
+            return
         self.check_directory()
         made = [parent for parent in self.directory.absolute().parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -245,6 +271,14 @@ class Run:
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"run.dir: {path} cannot be made, {parent} is not a writable directory")
+
+
+def join_processes(config: Config) -> None:
+    """Under torchrun, meets the other processes; otherwise nothing."""
+    if distributed.world_size() > 1:
+        from sppctl.lm import checkpoint
+
+        distributed.connect(checkpoint.pick_device(config.model.device))
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

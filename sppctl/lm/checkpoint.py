@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -204,13 +205,15 @@ def _sampled(path: Path, size: int) -> Iterator[tuple[int, int]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: the GPU if there is one.
+    """``auto``: the GPU if there is one; among several processes each takes its own.
 
     Raises:
         UserError: no such device.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
