@@ -541,6 +541,8 @@ def result_keys(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if _is_section(type(value)):
             plain[f.name] = result_keys(value)
+            if not plain[f.name]:
+                del plain[f.name]
         elif not f.metadata.get("affects_result", True):
             del plain[f.name]
     return plain

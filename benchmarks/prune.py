@@ -1,0 +1,150 @@
+"""Time and memory of pruning, as ratios to running the decoder blocks forward on the same windows in the same process.
+
+    python benchmarks/prune.py CHECKPOINT [--samples 64 --seq-len 512 --repeats 3]
+
+The baseline is the walker's own dense forward: every block loaded and run once on all windows, no output head. Each
+figure is a median. Shares say where SparseGPT's own time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from sppctl.lm import checkpoint
+from sppctl.lm.activations import Activations
+from sppctl.lm.blocks import BlockStack
+from sppctl.pattern import Pattern
+from sppctl.pruning import sparsegpt
+from sppctl.pruning.stats import Hessian
+from sppctl.stages.walk import Journal, Plan, prune_blocks
+
+CASES = (
+    ("magnitude", "block"),
+    ("wanda", "block"),
+    ("wanda", "module"),
+    ("sparsegpt", "block"),
+    ("sparsegpt", "module"),
+    ("dsnot", "block"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = checkpoint.pick_device(arguments.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    windows = torch.randint(0, 250, (arguments.samples, arguments.seq_len), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(arguments.checkpoint, windows, Pattern.parse(arguments.pattern), device, Path(scratch))
+        bench.forward()
+        rounds: dict[str, list[float]] = {}
+        shares: dict[str, list[dict[str, float]]] = {}
+        for _ in range(arguments.repeats):
+            # the baseline and every case in turn, so that a machine's moods hit all alike
+            baseline = timed(bench.forward, device)
+            rounds.setdefault("forward", []).append(baseline)
+            for method, order in CASES:
+                with parts() as spent:
+                    seconds = timed(lambda m=method, o=order: bench.prune(m, o), device)
+                rounds.setdefault(f"{method} {order}", []).append(seconds / baseline)
+                shares.setdefault(f"{method} {order}", []).append({k: v / seconds for k, v in spent.items()})
+    seconds = statistics.median(rounds.pop("forward"))
+    print(f"forward of {len(bench.stack)} blocks on {windows.numel()} tokens: {seconds:.2f} s")
+    print(
+        "| method, order | forwards | share: Hessian | factorisation | columns |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for case, ratios in rounds.items():
+        spent = {key: statistics.median(one.get(key, 0.0) for one in shares[case]) for key in ("H", "F", "C")}
+        words = " | ".join(f"{spent[key]:.0%}" if spent[key] else "-" for key in ("H", "F", "C"))
+        print(f"| {case} | {statistics.median(ratios):.2f} | {words} |")
+    print(f"peak memory of the process: {psutil.Process().memory_info().rss / 2**20:.0f} MiB now")
+
+
+class Bench:
+    """A checkpoint, windows, and a copy to prune into."""
+
+    def __init__(
+        self, directory: Path, windows: torch.Tensor, pattern: Pattern, device: torch.device, out: Path
+    ) -> None:
+        self.stack = BlockStack(directory, device)
+        self.stack.load_embeddings()
+        self.windows, self.pattern, self.out = windows, pattern, out
+        (out / "copy").mkdir()
+        self.files = checkpoint.copy_for_rewriting(directory, out / "copy")
+
+    def embedded(self, batch_size: int | str = "auto") -> Activations:
+        return Activations(self.stack, self.windows, batch_size, "auto", self.out / "activations.bin")
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        activations = self.embedded()
+        for index in range(len(self.stack)):
+            self.stack.load_block(index)
+            activations.run(index, keep=True)
+            self.stack.release_block(index)
+
+    def prune(self, method: str, order: str) -> None:
+        targets = self.stack.targets("all-linear")
+        plan = Plan(method, targets, dict.fromkeys(targets, self.pattern), {"damp": 0.01, "block_size": 128}, order)
+        journal = Journal(self.out / "journal.jsonl")
+        journal.path.unlink(missing_ok=True)
+        journal.blocks.clear()
+        activations = None
+        if method != "magnitude":
+            activations = self.embedded(len(self.windows) if order == "module" else "auto")
+        for _ in prune_blocks(self.stack, plan, activations, self.files, journal):
+            pass
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def parts() -> Iterator[dict[str, float]]:
+    """Seconds in the Hessian's sums (H), its factorisation (F) and the column loop with its masks (C)."""
+    spent = {"H": 0.0, "F": 0.0, "C": 0.0}
+    originals = (Hessian.update, Hessian._factorise, sparsegpt._Block.solve)
+
+    def watched(key: str, function: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[key] += time.perf_counter() - started
+
+        return run
+
+    Hessian.update = watched("H", originals[0])  # type: ignore[method-assign, assignment]
+    Hessian._factorise = watched("F", originals[1])  # type: ignore[method-assign, assignment]
+    sparsegpt._Block.solve = watched("C", originals[2])  # type: ignore[method-assign, assignment]
+    try:
+        yield spent
+    finally:
+        Hessian.update, Hessian._factorise, sparsegpt._Block.solve = originals  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()
