@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,15 @@ DENSE_BELOW = 0.05  # a matrix with fewer zeros was not pruned; embeddings and q
 
 @dataclass(frozen=True)
 class MatrixSparsity:
-    """One two-dimensional weight.
+    """One weight matrix, or the fused ones of a mixture's experts.
 
     Attributes:
         name: of the tensor.
         shape: as stored.
         zeros: how many weights are zero.
         sparsity: share of zeros.
-        patterns: the N:M patterns that hold along the last dimension: at most N non-zero in every M.
+        patterns: the N:M patterns that hold along the input features: at most N non-zero in every M. They are the last
+            dimension, or, where nothing holds along it, the first (``Conv1D`` is stored transposed).
     """
 
     name: str
@@ -47,7 +49,7 @@ def holds(weight: Tensor, pattern: Pattern) -> bool:
     assert pattern.group is not None
     if weight.shape[-1] % pattern.group:
         return False
-    kept = (weight != 0).view(*weight.shape[:-1], -1, pattern.group).sum(-1)
+    kept = (weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1)
     return bool((kept <= pattern.keep).all())
 
 
@@ -58,14 +60,18 @@ def matrices(files: TensorFiles, also: Pattern | None = None) -> Iterator[Matrix
         patterns.append(also)
     for name in files:
         spec = files.spec(name)
-        if len(spec.shape) != 2 or 0 in spec.shape or not spec.dtype.is_floating_point:
+        if len(spec.shape) not in (2, 3) or 0 in spec.shape or not spec.dtype.is_floating_point:
             continue
         weight = files.read(name)
         if weight.dtype.itemsize == 1:
             weight = weight.to(torch.bfloat16)
         zeros = int((weight == 0).sum())
         sparsity = zeros / weight.numel()
-        found = [p for p in patterns if sparsity >= p.sparsity - 1e-9 and holds(weight, p)]
+        likely = [p for p in patterns if sparsity >= p.sparsity - 1e-9]
+        found = [p for p in likely if holds(weight, p)]
+        if not found and weight.dim() == 2:
+            # Conv1D of the GPT-2 family is stored (in, out)
+            found = [p for p in likely if holds(weight.t(), p)]
         yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(map(str, found)))
 
 
@@ -77,7 +83,7 @@ def summarise(files: TensorFiles, measured: list[MatrixSparsity]) -> dict[str, A
         ``total_sparsity`` (over every tensor), ``patterns`` that all sparse matrices share, ``parameters``, ``bytes``.
     """
     sparse = [matrix for matrix in measured if matrix.is_sparse]
-    weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in sparse)
+    weights = sum(math.prod(matrix.shape) for matrix in sparse)
     zeros = sum(matrix.zeros for matrix in sparse)
     parameters = sum(torch.Size(files.spec(name).shape).numel() for name in files)
     shared = set.intersection(*(set(matrix.patterns) for matrix in sparse)) if sparse else set()
@@ -118,7 +124,7 @@ def violations(measured: list[MatrixSparsity], expected: Pattern) -> list[str]:
         if expected.is_structured:
             if str(expected) not in matrix.patterns:
                 found.append(f"{matrix.name}: not {expected} (sparsity {matrix.sparsity:.4f})")
-        elif matrix.zeros < expected.num_pruned(matrix.shape[1]) * matrix.shape[0]:
+        elif matrix.zeros < expected.num_pruned(matrix.shape[-1]) * math.prod(matrix.shape[:-1]):
             found.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
     return found
 

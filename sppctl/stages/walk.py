@@ -99,7 +99,7 @@ class LayerInputs:
             return
         self.statistics.update(rows)
         if self.sample is None:
-            self.sample = rows[:ERROR_ROWS].float().clone()
+            self.sample = rows[:ERROR_ROWS].clone()
 
     def reduce(self) -> None:
         """Adds up the statistics of all processes."""
@@ -492,19 +492,24 @@ def _record(
     seconds: float,
     fallback: str | None,
 ) -> LayerRecord:
-    old, difference = before.float(), before.float() - after.float()
+    # in the weights' dtype: a record of three digits is not worth float32 products of whole matrices
+    difference = before - after
     output_error = None
     if inputs is not None and inputs.sample is not None:
-        change, output = inputs.sample @ difference.t(), inputs.sample @ old.t()
-        output_error = (change.norm() / output.norm().clamp_min(1e-30)).item()
+        output_error = _ratio(inputs.sample @ difference.t(), inputs.sample @ before.t())
     return LayerRecord(
         name=name,
         shape=(before.shape[0], before.shape[1]),
         pattern=str(pattern),
         sparsity=int((after == 0).sum()) / after.numel(),
         relative_output_error=output_error,
-        relative_weight_error=(difference.norm() / old.norm().clamp_min(1e-30)).item(),
+        relative_weight_error=_ratio(difference, before),
         damp=damp,
         seconds=round(seconds, 4),
         fallback=fallback,
     )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in (part, whole)]
+    return (norms[0] / norms[1].clamp_min(1e-30)).item()

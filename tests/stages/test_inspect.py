@@ -140,7 +140,7 @@ def test_only_matrices_of_floating_point_are_measured(tmp_path: Path) -> None:
         packed=torch.zeros(4, 8, dtype=torch.int32),
         w=torch.ones(4, 8),
     )
-    assert list(found) == ["w"]
+    assert list(found) == ["experts", "w"]
 
 
 def test_a_pattern_of_ones_own_is_looked_for(tmp_path: Path) -> None:
