@@ -8,6 +8,7 @@ from torch import Tensor
 from sppctl.pattern import Pattern
 
 CHUNK_ELEMENTS = 1 << 24
+CPU_CHUNK = 1 << 18
 
 
 def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
@@ -47,13 +48,20 @@ def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     Returns:
         Boolean mask (rows, columns), True = kept.
     """
-    grouped = scores.view(scores.shape[0], -1, group)
-    rank = torch.zeros(grouped.shape, dtype=torch.int16, device=scores.device)
-    for other in range(group):
-        rival = grouped[..., other : other + 1]
-        rank += rival < grouped
-        rank[..., other + 1 :] += rival == grouped[..., other + 1 :]
-    return (rank >= group - keep).view(scores.shape)
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    # as planes of equal place in the group: contiguous to compare, and few enough at a time for a CPU's cache
+    step = max(1, (CPU_CHUNK if scores.device.type == "cpu" else CHUNK_ELEMENTS) // scores.shape[1])
+    for start in range(0, scores.shape[0], step):
+        part = scores[start : start + step]
+        planes = part.reshape(-1, group).t().contiguous()
+        rank = torch.zeros(planes.shape, dtype=torch.uint8, device=scores.device)
+        for place in range(group):
+            for later in range(place + 1, group):
+                below = planes[later] < planes[place]
+                rank[place] += below
+                rank[later] += below.logical_not_()
+        mask[start : start + step] = (rank >= group - keep).t().reshape(part.shape)
+    return mask
 
 
 def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:

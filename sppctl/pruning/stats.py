@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MAX_DAMP = 1.0  # of the mean diagonal; beyond it the Hessian says nothing any more
+
+
+@contextlib.contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Lets a CPU multiply float32 matrices that hold bfloat16 values on its bfloat16 units.
+
+    Nothing is lost: the inputs are representable, sums and result stay float32. Measured about twice as fast.
+    """
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not wanted or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class InputNorms:
@@ -65,8 +87,10 @@ class Hessian:
     def update(self, inputs: Tensor) -> None:
         """Adds inputs (tokens, in_features) of any float dtype."""
         self.num_tokens += inputs.shape[0]
+        exact = inputs.dtype == torch.bfloat16
         inputs = inputs.float()
-        self.moment.addmm_(inputs.t(), inputs)
+        with _bfloat16_products(exact and inputs.device.type == "cpu"):
+            self.moment.addmm_(inputs.t(), inputs)
         self._factors.clear()
 
     def totals(self) -> list[Tensor]:
