@@ -331,6 +331,8 @@ def prune(run: Run) -> dict[str, Any]:
     base = run.base()
     settings = _prune_settings(run.config)
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
+    if run.config.prune.mask_from is not None:
+        inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
     return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out), resumable=True)
 
 

@@ -161,6 +161,14 @@ def narrow_model(work: Workplace) -> None:
     )
 
 
+def half_of_another_model(work: Workplace) -> None:
+    """Half of every matrix is zero, but k_proj has 32 output features where the configured model has 16."""
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_shape(intermediate_size=48)))
+    for parameter in model.model.layers.parameters():
+        parameter.data.view(-1, 2)[:, 0] = 0
+    model.save_pretrained(work.model)
+
+
 def _shape(intermediate_size: int) -> dict[str, int]:
     return {
         "vocab_size": 260,
@@ -327,6 +335,132 @@ MODELS = [
     ),
     Case("rank above out_features", "run {config} train.rank=33", ("train.rank", "33", "output features")),
 ]
+PRUNING = [
+    Case(
+        "skip that matches nothing",
+        "prune {config} prune.skip=[lm_head]",
+        ("prune.skip: 'lm_head' matches no linear layer", "q_proj", "down_proj"),
+    ),
+    Case(
+        "skip that leaves nothing",
+        "prune {config} prune.skip=[model.layers.*]",
+        ("prune.targets: nothing is left to prune", "prune.skip"),
+    ),
+    Case("skip that is no list", "prune {config} prune.skip=3", ("prune.skip", "expected a list of names", "3")),
+    Case(
+        "overrides that match nothing",
+        "prune {config} 'prune.overrides={{fc1: 0.4}}'",
+        ("prune.overrides: 'fc1' matches none of the 14 targets",),
+    ),
+    Case(
+        "overrides of a layer that is skipped",
+        "prune {config} prune.skip=[down_proj] 'prune.overrides={{down_proj: 0.4}}'",
+        ("prune.overrides: 'down_proj' matches none of the 12 targets",),
+    ),
+    Case(
+        "overrides with a pattern that is none",
+        "prune {config} 'prune.overrides={{down_proj: 4:2}}'",
+        ("command line: prune.overrides", "'4:2'", "0 < N < M"),
+    ),
+    Case(
+        "overrides without a pattern",
+        "prune {config} prune.overrides=[down_proj]",
+        ("prune.overrides", "expected a section of names with a pattern each", "['down_proj']"),
+    ),
+    Case(
+        "overrides 2:5 do not divide",
+        "prune {config} 'prune.overrides={{down_proj: 2:5}}'",
+        ("prune.overrides: pattern 2:5", "down_proj has 48 input features, not a multiple of 5"),
+    ),
+    Case(
+        "OWL with N:M",
+        "prune {config} prune.allocation=owl",
+        ("prune.allocation: shares out a ratio, but prune.pattern is 2:4",),
+    ),
+    Case(
+        "a ratio per block with N:M",
+        "prune {config} prune.allocation=[0.5,0.6]",
+        ("prune.allocation: shares out a ratio, but prune.pattern is 2:4",),
+    ),
+    Case(
+        "ratios for another number of blocks",
+        "prune {config} prune.pattern=0.5 prune.allocation=[0.5,0.5,0.5]",
+        ("prune.allocation: 3 ratios for 2 blocks", "give one for each"),
+    ),
+    Case(
+        "a block's ratio 1.5",
+        "prune {config} prune.pattern=0.5 prune.allocation=[0.5,1.5]",
+        ("prune.allocation: pattern 1.5", "between 0 and 1"),
+    ),
+    Case(
+        "unknown allocation",
+        "prune {config} prune.pattern=0.5 prune.allocation=owll",
+        ("prune.allocation", "expected uniform | owl or a list of numbers", "'owll'"),
+    ),
+    Case(
+        "OWL beyond 0 and 1",
+        "prune {config} prune.pattern=0.5 prune.allocation=owl prune.owl_lambda=0.99",
+        ("prune.allocation: OWL with a spread of 0.99 round 0.5", "lower the spread"),
+        code=1,
+    ),
+    Case(
+        "mask_from missing",
+        "prune {config} --method sparsegpt prune.mask_from=./nowhere",
+        ("prune.mask_from: ./nowhere does not exist",),
+    ),
+    Case(
+        "mask_from a file",
+        "prune {config} --method sparsegpt prune.mask_from=model/config.json",
+        ("prune.mask_from", "model/config.json is a file"),
+    ),
+    Case(
+        "mask_from without weights",
+        "prune {config} --method sparsegpt prune.mask_from=model",
+        ("prune.mask_from", "model holds no safetensors"),
+        remove("model/model.safetensors"),
+    ),
+    Case(
+        "mask_from a dense checkpoint",
+        "prune {config} --method sparsegpt prune.mask_from=model",
+        ("model.layers.0.self_attn.q_proj", "the mask of prune.mask_from is not 2:4"),
+        code=1,
+    ),
+    Case(
+        "mask_from a dense checkpoint, ratio",
+        "prune {config} --method sparsegpt prune.pattern=0.5 prune.mask_from=model",
+        ("model.layers.0.self_attn.q_proj", "the mask of prune.mask_from is not 0.5"),
+        code=1,
+    ),
+    Case(
+        "mask_from a model of other shapes",
+        "prune {config} --method sparsegpt prune.pattern=0.5 prune.mask_from=model",
+        ("model.layers.0.self_attn.k_proj: the mask of prune.mask_from", "(32, 32)", "(16, 32)"),
+        half_of_another_model,
+        code=1,
+    ),
+    Case(
+        "tuning blocks that are never run dense",
+        "prune {config} prune.order=module prune.reconstruct_epochs=1",
+        ("prune.reconstruct_epochs", "prune.order module"),
+    ),
+    Case("unknown order", "prune {config} prune.order=modul", ("prune.order", "'modul'", "did you mean module?")),
+    Case(
+        "unknown place for hidden states",
+        "prune {config} prune.memory=tape",
+        ("prune.memory", "'tape' is not one of auto, device, ram, disk"),
+    ),
+    Case("no process", "prune {config} launch.num_processes=0", ("launch.num_processes", "0 must be at least 1")),
+    Case(
+        "epochs below 0",
+        "prune {config} prune.reconstruct_epochs=-1",
+        ("prune.reconstruct_epochs", "-1 must be at least 0"),
+    ),
+    Case(
+        "no calibration windows at a time",
+        "prune {config} prune.batch_size=0",
+        ("prune.batch_size", "0 must be at least 1"),
+    ),
+]
 TEXTS = [
     Case(
         "calibration file missing",
@@ -355,6 +489,29 @@ TEXTS = [
         "prune {config} prune.calibration.dataset=short.txt",
         ("prune.calibration", "short.txt has ", "4 windows of 64 need 256", "fewer samples"),
         write("short.txt", "Too little."),
+    ),
+    Case(
+        "random documents that are too short",
+        "prune {config} prune.calibration.dataset=rows.jsonl prune.calibration.windows=random-document",
+        ("prune.calibration.windows", "rows.jsonl has 1 documents longer than 64", "needs 4", "concatenate or auto"),
+        write("rows.jsonl", f'{{"text": "{80 * "long "}"}}\n' + 20 * '{"text": "Short."}\n'),
+    ),
+    Case(
+        "unknown kind of windows",
+        "prune {config} prune.calibration.windows=random",
+        ("prune.calibration.windows", "'random' is not one of auto, random-document, concatenate"),
+    ),
+    Case(
+        "calibration column missing",
+        "prune {config} prune.calibration.dataset=rows.jsonl prune.calibration.column=body",
+        ("prune.calibration.dataset", "rows.jsonl lacks a column body", "its columns: text, title"),
+        write("rows.jsonl", '{"text": "a", "title": "b"}\n'),
+    ),
+    Case(
+        "a column of plain text",
+        "prune {config} prune.calibration.dataset=plain.txt prune.calibration.column=body",
+        ("prune.calibration", "plain.txt has no columns", "leave out column body"),
+        write("plain.txt", "Text."),
     ),
     Case(
         "windows beyond the model's positions",
@@ -464,7 +621,7 @@ def check(case: Case, work: Workplace) -> None:
     assert work.files() == before, "an input was changed"
 
 
-@pytest.mark.parametrize("case", USAGE + MODELS + TEXTS + CHECKPOINTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", USAGE + MODELS + PRUNING + TEXTS + CHECKPOINTS, ids=lambda case: case.name)
 def test_a_wrong_command_says_so_and_leaves_nothing(case: Case, work: Workplace) -> None:
     check(case, work)
 

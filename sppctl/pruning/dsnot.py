@@ -41,14 +41,15 @@ def update_mask(
 
     The weight to regrow is the pruned one with the largest contribution against the sign of eps, divided by its input's
     variance; the one to prune is the kept one with the smallest Wanda score (in the same group of M for N:M) among
-    those that leave \\|eps\\| smaller than it was. So \\|eps\\| falls with every swap.
+    those that leave \\|eps\\| smaller than it was. So \\|eps\\| falls with every swap. A weight that was given up, or
+    tried in vain, is not regrown; an attempt in vain counts as a cycle.
 
     Args:
         weight: (out_features, in_features) dense weight.
         mask: the mask to start from, True = kept, of any method.
         statistics: mean, variance and norm of the layer's inputs.
         pattern: decides within which weights a swap may happen.
-        max_cycles: swaps of a row at most.
+        max_cycles: swaps, or attempts in vain, of a row at most.
         threshold: a row whose \\|eps\\| is not above this is left alone.
 
     Returns:

@@ -35,11 +35,13 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
     try:
         targets = skeleton.targets(prune.targets, prune.skip)
         for name, pattern in _patterns(prune, targets, skeleton).items():
-            pattern.check_in_features(targets[name].in_features, name)
+            try:
+                pattern.check_in_features(targets[name].in_features, name)
+            except ValueError as error:
+                key = "prune.pattern" if pattern == prune.pattern else "prune.overrides"
+                raise UserError(f"{key}: {error}") from error
     except UserError as error:
         problems.append(str(error))
-    except ValueError as error:
-        problems.append(f"prune.pattern: {error}")
     if prune.allocation != "uniform" and prune.pattern.is_structured:
         problems.append(f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}")
     if prune.mask_from is not None:
@@ -75,7 +77,11 @@ def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton
                 f"prune.allocation: {len(prune.allocation)} ratios for {len(blocks)} blocks; give one for each"
             )
         for prefix, ratio in zip(blocks, prune.allocation, strict=True):
-            patterns |= {name: Pattern.parse(ratio) for name in targets if name.startswith(prefix)}
+            try:
+                pattern = Pattern.parse(ratio)
+            except ValueError as error:
+                raise UserError(f"prune.allocation: {error}") from error
+            patterns |= {name: pattern for name in targets if name.startswith(prefix)}
     for wanted, pattern in prune.overrides.items():
         found = [name for name in targets if matches(name, wanted)]
         if not found:
@@ -221,27 +227,33 @@ def _owl(
     assert prune.pattern.ratio is not None
     overridden = {name for name in targets if any(matches(name, wanted) for wanted in prune.overrides)}
     free = {name: target for name, target in targets.items() if name not in overridden}
+    if not free:
+        return patterns
     saved = out / ALLOCATION
     if saved.exists():
-        ratios = json.loads(saved.read_text())
+        ratios = dict(json.loads(saved.read_text()))
     else:
         activations = Activations(
             stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}"
         )
-        shares, sizes = [], []
+        blocks, shares, sizes = [], [], []  # of the blocks that have something to prune
         with console.Progress("weighing outliers (OWL)", len(stack)) as bar:
-            for scores in dense_pass(stack, Plan("wanda", free, patterns), activations, InputNorms):
-                shares.append(allocate.outlier_share(scores))
-                sizes.append(sum(score.numel() for score in scores))
-                bar.advance(f"{shares[-1]:.4f}")
+            passed = dense_pass(stack, Plan("wanda", free, patterns), activations, InputNorms)
+            for index, scores in enumerate(passed):
+                if scores:
+                    blocks.append(index)
+                    shares.append(allocate.outlier_share(scores))
+                    sizes.append(sum(score.numel() for score in scores))
+                bar.advance(f"{shares[-1]:.4f}" if scores else "")
         try:
-            ratios = allocate.owl(shares, sizes, prune.pattern.ratio, prune.owl_lambda)
+            found = allocate.owl(shares, sizes, prune.pattern.ratio, prune.owl_lambda)
         except ValueError as error:
             raise StageError(f"prune.allocation: {error}") from error
+        ratios = dict(zip(blocks, found, strict=True))
         if distributed.is_main():
-            saved.write_text(json.dumps(ratios))
+            saved.write_text(json.dumps(list(ratios.items())))
         distributed.barrier()
-    for index, ratio in enumerate(ratios):
+    for index, ratio in ratios.items():
         prefix = f"{stack.blocks_name}.{index}."
         patterns |= {name: Pattern(ratio=ratio) for name in free if name.startswith(prefix)}
     return patterns

@@ -473,11 +473,20 @@ class _BlockWork:
             return None
         masks = []
         for name, pattern in zip(names, patterns, strict=True):
-            mask = (self.stack.matrix(self.targets[name], self.plan.masks) != 0).to(self.stack.device)
+            target = self.targets[name]
+            mask = (self.stack.matrix(target, self.plan.masks) != 0).to(self.stack.device)
+            shape = (target.out_features, target.in_features)
+            if mask.shape != shape:
+                raise StageError(
+                    f"{name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
+                    "it has to be a pruned copy of the same model"
+                )
+            if pattern.num_pruned(mask.numel()) and bool(mask.all()):
+                raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}: nothing is pruned there")
             if pattern.keep is not None and pattern.group is not None:
                 kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
                 if bool((kept > pattern.keep).any()):
-                    raise ValueError(f"the mask of prune.mask_from is not {pattern}")
+                    raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}")
             masks.append(mask)
         return masks
 
