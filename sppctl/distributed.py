@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -55,3 +57,14 @@ def send(tensor: torch.Tensor, source: int) -> None:
 
     if world_size() > 1:
         dist.broadcast(tensor, source)
+
+
+def tell(value: T, source: int) -> T:
+    """The small value that process ``source`` has."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, source)
+    return values[0]

@@ -7,6 +7,7 @@ whatever an architecture passes (rotary embeddings, sliding-window masks, a diff
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +153,11 @@ class BlockStack(Skeleton):
                 return files.read(part.name)
         raise AssertionError(f"{target.name} has no part")
 
+    def stored_dtype(self, target: Target, files: TensorFiles) -> torch.dtype:
+        """The dtype in which ``files``, a copy of the checkpoint, hold a target."""
+        shape = self.model.get_submodule(target.owner)._parameters[target.parameter].shape  # type: ignore[union-attr]
+        return files.spec(self._parts(f"{target.owner}.{target.parameter}", shape)[0].name).dtype
+
     def homes(self, target: Target) -> set[str]:
         """The files that hold a target's parameter."""
         parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
@@ -169,6 +175,7 @@ class BlockStack(Skeleton):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        _return_memory()
 
     def _load(self, parameter: str, files: TensorFiles | None = None) -> None:
         owner, _, leaf = parameter.rpartition(".")
@@ -273,6 +280,13 @@ class BlockStack(Skeleton):
 
     def _forward(self, input_ids: Tensor) -> None:
         getattr(self.model, self.base_prefix)(input_ids=input_ids, use_cache=False)
+
+
+def _return_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps it in pieces, which grow into gigabytes block by block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function, nor need it
+    if trim is not None:
+        trim(0)
 
 
 def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:

@@ -44,6 +44,8 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         problems.append(str(error))
     if prune.allocation != "uniform" and prune.pattern.is_structured:
         problems.append(f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}")
+    if prune.reconstruct_epochs and distributed.world_size() > 1:
+        problems.append("prune.reconstruct_epochs: tunes in one process; set launch.num_processes=1")
     if prune.mask_from is not None:
         try:
             TensorFiles(checkpoint.locate(prune.mask_from))
@@ -115,12 +117,11 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if _needs_inputs(prune):
         windows, metrics = _calibrate(config, base)
-        windows = windows[distributed.rank() :: distributed.world_size()]
-        if not len(windows):
+        if len(windows) < distributed.world_size():  # all processes see it, so all end with it
             raise UserError(
-                f"prune.calibration.samples: {prune.calibration.samples} are fewer than the "
-                f"{distributed.world_size()} processes"
+                f"prune.calibration.samples: {len(windows)} are fewer than the {distributed.world_size()} processes"
             )
+        windows = windows[distributed.rank() :: distributed.world_size()]
         stack.load_embeddings()
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
@@ -138,8 +139,8 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
                 error = layer["relative_output_error"]
                 bar.advance(layer["name"] if error is None else f"{layer['name']} error {error:.3f}")
     if distributed.is_main():
-        for name in (JOURNAL, COPIED, ALLOCATION, f"{ACTIVATIONS}.0"):
-            (out / name).unlink(missing_ok=True)
+        for path in [*(out / name for name in (JOURNAL, COPIED, ALLOCATION)), *out.glob(f"{ACTIVATIONS}.*")]:
+            path.unlink(missing_ok=True)
     return metrics | _summary(prune, blocks, activations)
 
 
@@ -251,7 +252,9 @@ def _owl(
             raise StageError(f"prune.allocation: {error}") from error
         ratios = dict(zip(blocks, found, strict=True))
         if distributed.is_main():
-            saved.write_text(json.dumps(list(ratios.items())))
+            whole = saved.with_suffix(".new")
+            whole.write_text(json.dumps(list(ratios.items())))
+            whole.replace(saved)  # there, or not there, never half
         distributed.barrier()
     for index, ratio in ratios.items():
         prefix = f"{stack.blocks_name}.{index}."

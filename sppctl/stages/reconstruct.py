@@ -43,7 +43,8 @@ def reconstruct(
     parameters = {f"{t.owner.removeprefix(prefix)}.{t.parameter}": t for t in targets.values()}
     stored = {name: block.get_parameter(name) for name in parameters}
     masks = {name: parameter.data != 0 for name, parameter in stored.items()}
-    masters = {name: parameter.data.float().requires_grad_() for name, parameter in stored.items()}
+    pruned = {name: parameter.data.clone() for name, parameter in stored.items()}
+    masters = {name: weight.float().clone().requires_grad_() for name, weight in pruned.items()}
     before = _error(stack, index, activations, dense)
     optimizer = torch.optim.Adam(masters.values(), lr=lr)
     with torch.enable_grad():
@@ -60,7 +61,6 @@ def reconstruct(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    pruned = {name: parameter.data.clone() for name, parameter in stored.items()}
     for name, parameter in stored.items():
         parameter.data.copy_(masters[name].detach() * masks[name])
     after = _error(stack, index, activations, dense)

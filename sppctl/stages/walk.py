@@ -155,7 +155,9 @@ def prune_blocks(
     for index in range(len(stack)):
         if index < len(journal.blocks):
             if activations is not None:
-                stack.load_block(index, out)
+                stack.load_block(index)
+                for target in plan.in_block(f"{stack.blocks_name}.{index}.").values():
+                    target.view(stack.model).copy_(stack.matrix(target, out))
                 activations.run(index, keep=True)
                 stack.release_block(index)
             yield journal.blocks[index]
@@ -165,7 +167,7 @@ def prune_blocks(
         targets = plan.in_block(prefix)
         if targets or activations is not None:
             stack.load_block(index)
-            work = _BlockWork(stack, index, targets, plan, activations, groups)
+            work = _BlockWork(stack, index, targets, plan, activations, groups, out)
             records = work.prune()
             entry["layers"] = [asdict(record) for record in records]
             entry["reconstruction"] = work.reconstruction
@@ -207,8 +209,9 @@ class _SharedInputs:
         self._known: dict[frozenset[str], list[list[str]]] = {}
 
     def learn(self, relative: list[str], leaders: dict[str, str]) -> None:
+        """Notes the groups; the first of each is the layer that is run first."""
         groups: dict[str, list[str]] = {}
-        for name in relative:
+        for name in sorted(relative, key=lambda name: leaders[name] != name):
             groups.setdefault(leaders[name], []).append(name)
         self._known[frozenset(relative)] = list(groups.values())
 
@@ -227,9 +230,10 @@ class _BlockWork:
         plan: Plan,
         activations: Activations | None,
         shared: _SharedInputs,
+        out: TensorFiles | None = None,
     ) -> None:
         self.stack, self.index, self.targets, self.plan = stack, index, targets, plan
-        self.activations, self.shared = activations, shared
+        self.activations, self.shared, self.out = activations, shared, out
         self.prefix = f"{stack.blocks_name}.{index}."
         self.plain = {name: target for name, target in targets.items() if target.expert is None}
         self.experts: dict[str, list[Target]] = {}
@@ -265,6 +269,9 @@ class _BlockWork:
                 epochs=self.plan.reconstruct_epochs,
                 lr=self.plan.reconstruct_lr,
             )
+            for target in self.targets.values():
+                weight = target.view(self.stack.model)
+                weight.copy_(self._as_written(target, weight))
         return records
 
     def gather(self, make: Callable[..., Any], keep: bool = False, dense: list[Tensor] | None = None) -> None:
@@ -415,7 +422,8 @@ class _BlockWork:
         records = []
         for target in targets:
             inputs = self.inputs.get(target.name)
-            if inputs is not None and inputs.statistics.num_tokens < MIN_EXPERT_TOKENS:
+            needed = PRUNERS[self.plan.method].statistics is not None
+            if needed and inputs is not None and inputs.statistics.num_tokens < MIN_EXPERT_TOKENS:
                 seen = inputs.statistics.num_tokens
                 if target.name.endswith("down_proj"):
                     words = f"magnitude: saw {seen} tokens"
@@ -441,6 +449,7 @@ class _BlockWork:
         owner = self._turn % distributed.world_size()
         self._turn += 1
         damp: float | None = None
+        problem: str | None = None
         if owner == distributed.rank():
             options = {key: self.plan.options[key] for key in pruner.options if key in self.plan.options}
             try:
@@ -449,17 +458,26 @@ class _BlockWork:
                 masks = self._masks(names, patterns)
                 statistics = inputs.statistics if inputs else None
                 pruned = pruner.prune(weights, statistics, patterns, masks, **options)
+                for name, weight, result in zip(names, weights, pruned, strict=True):
+                    weight.copy_(self._as_written(self.targets[name], result.weight))
+                    damp = result.damp
+            except StageError as error:
+                problem = str(error)
             except ValueError as error:
-                raise StageError(f"{names[0]}: {error}") from error
-            for weight, result in zip(weights, pruned, strict=True):
-                weight.copy_(result.weight)
-                damp = result.damp
+                problem = f"{names[0]}: {error}"
+        damp, problem = distributed.tell((damp, problem), owner)
+        if problem is not None:  # known to all, so that the first process can say it and none waits for another
+            raise StageError(problem)
         self._share(weights, owner)
         seconds = (time.perf_counter() - started) / len(names)
         return [
             _record(name, old, new, pattern, inputs, damp, seconds, fallback)
             for name, old, new, pattern in zip(names, before, weights, patterns, strict=True)
         ]
+
+    def _as_written(self, target: Target, weight: Tensor) -> Tensor:
+        """A weight in the dtype of the files: what follows is then the same whether this run goes on or another."""
+        return weight if self.out is None else weight.to(self.stack.stored_dtype(target, self.out))
 
     def _share(self, weights: list[Tensor], owner: int) -> None:
         if distributed.world_size() > 1:

@@ -1,4 +1,4 @@
-"""Pruning a checkpoint: exact counts, untouched bytes, statistics of the right inputs, five families."""
+"""Pruning a checkpoint: statistics of the right inputs, what is recorded and written; the walk is in test_walk.py."""
 
 from __future__ import annotations
 
@@ -33,26 +33,6 @@ def pruned(config: Config, base: Path, out: Path) -> tuple[dict[str, Tensor], di
     out.mkdir()
     metrics = prune.execute(config, base, out)
     return load_file(out / "model.safetensors"), metrics
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "gpt_neox"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_every_family_and_method(
-    family: str, method: str, configure: Callable[..., Config], make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = make_checkpoint(family)
-    config = configure(f"prune.method={method}", "prune.targets=all-linear", "prune.batch_size=3")
-    after, metrics = pruned(config, base, tmp_path / "out")
-    before = load_file(base / "model.safetensors")
-    touched = {f"{layer['name']}.weight" for layer in metrics["layers"]}
-    assert metrics["sparsity"] == 0.5
-    for name, weight in before.items():
-        if name in touched or f"{name}" in {t.removeprefix("gpt_neox.") for t in touched}:
-            assert ((after[name] != 0).view(weight.shape[0], -1, 4).sum(-1) == 2).all(), name
-        else:
-            assert torch.equal(after[name], weight), name
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.isfinite(model(torch.arange(10).view(1, -1)).logits).all()
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -1,0 +1,61 @@
+"""Time and peak memory of `sppctl prune` against model size, windows and processes, one subprocess each.
+
+    python benchmarks/prune_scaling.py [--method wanda]
+
+Random LLaMA-shaped bfloat16 checkpoints of two sizes, made in a temporary folder. Peak memory is that of the largest
+process; seconds are of the stage itself, from its record, without starting Python and importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SIZES = {
+    "hidden 576, 8 blocks": ("--hidden", "576", "--intermediate", "1536", "--heads", "9", "--layers", "8"),
+    "hidden 1152, 8 blocks": ("--hidden", "1152", "--intermediate", "3072", "--heads", "9", "--layers", "8"),
+    "hidden 1152, 16 blocks": ("--hidden", "1152", "--intermediate", "3072", "--heads", "9", "--layers", "16"),
+}
+RUNS = ((8, 1), (32, 1), (128, 1), (32, 2))  # windows of 256 tokens, processes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="wanda")
+    method = parser.parse_args().method
+    print(f"{method} 2:4, windows of 256 tokens, {os.cpu_count()} cores")
+    print(
+        "| model | weights, MB | windows | processes | seconds | peak MiB |\n| --- | ---: | ---: | ---: | ---: | ---: |"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, shape) in enumerate(SIZES.items()):
+            model = Path(scratch) / f"model{number}"
+            script = Path(__file__).with_name("big_checkpoint.py")
+            subprocess.run([sys.executable, str(script), str(model), *shape], check=True, stdout=subprocess.DEVNULL)
+            size = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e6
+            for windows, processes in RUNS:
+                seconds, peak = measured(
+                    model, Path(scratch) / f"run{number}-{windows}-{processes}", method, windows, processes
+                )
+                print(f"| {name} | {size:.0f} | {windows} | {processes} | {seconds:.1f} | {peak:.0f} |", flush=True)
+
+
+def measured(model: Path, run: Path, method: str, windows: int, processes: int) -> tuple[float, float]:
+    """Seconds of the stage and peak resident memory of the largest process, MiB."""
+    command = [sys.executable, "-m", "sppctl", "prune", "--model", str(model), "--output", str(run), "--method", method]
+    command += [f"prune.calibration.samples={windows}", "prune.calibration.seq_len=256"]
+    command += [f"launch.num_processes={processes}"]
+    # a child of its own, so that the peak is of this run alone
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    return json.loads((run / "pruned" / "stage.json").read_text())["wall_time_s"], float(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

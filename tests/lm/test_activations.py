@@ -1,0 +1,197 @@
+"""Hidden states between blocks: where they wait, in which micro-batches, and that they are the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCAB
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sppctl.lm import activations as module
+from sppctl.lm.activations import Activations, windows_at_a_time
+from sppctl.lm.blocks import BlockStack
+
+CPU = torch.device("cpu")
+
+
+def windows(samples: int = 5, length: int = 24) -> Tensor:
+    return torch.randint(0, VOCAB - 4, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def opened() -> Callable[[Path], BlockStack]:
+    def open_stack(directory: Path) -> BlockStack:
+        stack = BlockStack(directory, CPU)
+        stack.load_embeddings()
+        stack.check_replay(windows(1), lambda _: None)
+        return stack
+
+    return open_stack
+
+
+@pytest.fixture
+def stack(opened: Callable[[Path], BlockStack], llama: Path) -> BlockStack:
+    return opened(llama)
+
+
+@torch.no_grad()
+def hidden_states(directory: Path, tokens: Tensor) -> list[Tensor]:
+    """Of a plain forward: the input of each block."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    return list(model(tokens, output_hidden_states=True, use_cache=False).hidden_states)
+
+
+def everything(kept: Activations) -> Tensor:
+    return torch.cat([kept.inputs(rows) for rows in kept.batches])
+
+
+# --- the model's own --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["ram", "disk", "device", "auto"])
+@pytest.mark.parametrize("size", [1, 2, 5, "auto"])
+@torch.no_grad()
+def test_advancing_gives_a_plain_forwards_hidden_states(
+    size: int | str, memory: str, stack: BlockStack, llama: Path, tmp_path: Path
+) -> None:
+    expected = hidden_states(llama, windows())
+    kept = Activations(stack, windows(), size, memory, tmp_path / "hidden")
+    torch.testing.assert_close(everything(kept), expected[0])
+    stack.load_block(0)
+    kept.run(0, keep=True)
+    torch.testing.assert_close(everything(kept), expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_bit_for_bit_in_one_batch(
+    family: str, opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_checkpoint(family)
+    expected = hidden_states(directory, windows())
+    stack = opened(directory)
+    kept = Activations(stack, windows(), 5, "ram", tmp_path / "hidden")
+    assert torch.equal(everything(kept), expected[0])
+    stack.load_block(0)
+    kept.run(0, keep=True)
+    assert torch.equal(everything(kept), expected[1])
+
+
+@torch.no_grad()
+def test_running_without_keeping_changes_nothing(stack: BlockStack, tmp_path: Path) -> None:
+    kept = Activations(stack, windows(), 2, "ram", tmp_path / "hidden")
+    before = everything(kept)
+    block, calls = stack.load_block(0), []
+    handle = block.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    kept.run(0, keep=False)
+    handle.remove()
+    assert calls == [2, 2, 1]
+    assert torch.equal(everything(kept), before)
+
+
+@torch.no_grad()
+def test_a_hook_sees_every_window_once(stack: BlockStack, tmp_path: Path) -> None:
+    kept = Activations(stack, windows(), 2, "ram", tmp_path / "hidden")
+    seen: list[Tensor] = []
+    stack.load_block(0).self_attn.register_forward_hook(lambda *_: seen.append(_[2][0]))
+    kept.run(0, keep=True)
+    assert torch.cat(seen).shape == (5, 24, stack.width)
+
+
+def test_storing_replaces_some_windows(stack: BlockStack, tmp_path: Path) -> None:
+    kept = Activations(stack, windows(), 2, "disk", tmp_path / "hidden")
+    before = everything(kept)
+    kept.store(slice(2, 4), torch.ones(2, 24, stack.width))
+    after = everything(kept)
+    assert (after[2:4] == 1).all()
+    assert torch.equal(after[[0, 1, 4]], before[[0, 1, 4]])
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "batches"),
+    [
+        (1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+        (2, [(0, 2), (2, 4), (4, 5)]),
+        (3, [(0, 3), (3, 5)]),
+        (5, [(0, 5)]),
+        (9, [(0, 5)]),
+    ],
+)
+def test_the_last_micro_batch_may_be_smaller(
+    size: int, batches: list[tuple[int, int]], stack: BlockStack, tmp_path: Path
+) -> None:
+    kept = Activations(stack, windows(), size, "ram", tmp_path / "hidden")
+    assert [(rows.start, rows.stop) for rows in kept.batches] == batches
+    assert kept.batch_size == min(size, 5)
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "expected"), [(5, 24, 5), (500, 24, 170), (8, 2048, 2), (8, 4096, 1), (8, 9000, 1)]
+)
+def test_windows_at_a_time_on_a_cpu(samples: int, length: int, expected: int, stack: BlockStack) -> None:
+    assert windows_at_a_time(stack, samples, length) == expected
+
+
+@torch.no_grad()
+def test_a_smaller_last_batch_is_called_in_its_own_shape(
+    opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_checkpoint("gemma2")
+    stack = opened(directory)
+    kept = Activations(stack, windows(3), 2, "ram", tmp_path / "hidden")
+    for rows in kept.batches:
+        mask = kept.call(0, rows).kwargs["attention_mask"]
+        assert mask is None or mask.shape[0] in (1, rows.stop - rows.start)
+    stack.load_block(0)
+    kept.run(0, keep=True)
+    torch.testing.assert_close(everything(kept), hidden_states(directory, windows(3))[1], rtol=1e-4, atol=1e-5)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memory", "place"), [("ram", "ram"), ("disk", "disk"), ("device", "ram"), ("auto", "ram")])
+def test_places_on_a_cpu(memory: str, place: str, stack: BlockStack, tmp_path: Path) -> None:
+    kept = Activations(stack, windows(), 2, memory, tmp_path / "hidden")
+    assert kept.place == place
+    assert (tmp_path / "hidden").exists() == (place == "disk")
+
+
+def test_the_mapped_file_holds_the_hidden_states(stack: BlockStack, tmp_path: Path) -> None:
+    path = tmp_path / "hidden"
+    kept = Activations(stack, windows(), 2, "disk", path)
+    assert path.stat().st_size == 5 * 24 * stack.width * 4
+    stored = torch.from_file(str(path), shared=False, size=5 * 24 * stack.width).view(5, 24, -1)
+    assert torch.equal(stored, everything(kept))
+
+
+def test_a_mapped_file_of_an_earlier_attempt_is_overwritten(stack: BlockStack, tmp_path: Path) -> None:
+    path = tmp_path / "hidden"
+    path.write_bytes(b"\xff" * 1000)
+    on_disk, in_memory = (Activations(stack, windows(), 2, place, path) for place in ("disk", "ram"))
+    assert torch.equal(everything(on_disk), everything(in_memory))
+
+
+def test_what_does_not_fit_into_memory_goes_to_the_disk(
+    stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 5 * 24 * stack.width * 4
+    for free, place in ((2 * needed + 2, "ram"), (2 * needed - 2, "disk")):
+        monkeypatch.setattr(module, "free_memory", lambda _, free=free: free)
+        assert Activations(stack, windows(), 2, "auto", tmp_path / "hidden").place == place
+
+
+@pytest.mark.parametrize("memory", ["ram", "disk"])
+def test_hidden_states_keep_the_models_dtype(
+    memory: str, opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    stack = opened(make_checkpoint("llama", dtype=torch.bfloat16))
+    kept = Activations(stack, windows(), 2, memory, tmp_path / "hidden")
+    assert everything(kept).dtype == torch.bfloat16

@@ -1,0 +1,331 @@
+"""Which matrices there are, what a configuration means by a name, and where models and checkpoints keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from sppctl.errors import UserError
+from sppctl.lm.blocks import BlockStack, Skeleton
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import (
+    Part,
+    Target,
+    find_targets,
+    is_fused_experts,
+    matches,
+    select,
+    stored_name,
+    stored_parts,
+)
+
+CPU = torch.device("cpu")
+KINDS = {
+    "llama": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+    "opt": "fc1 fc2 k_proj out_proj q_proj v_proj",
+    "gpt_neox": "dense dense_4h_to_h dense_h_to_4h query_key_value",
+    "phi3": "down_proj gate_up_proj o_proj qkv_proj",
+    "gpt2": "c_attn c_fc c_proj",
+    "mixtral": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+}
+
+
+class Experts(nn.Module):
+    """Three experts, as transformers fuses them."""
+
+    def __init__(self, hidden: int = 6, intermediate: int = 4) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.arange(3 * 2 * intermediate * hidden).view(3, -1, hidden).float())
+        self.down_proj = nn.Parameter(torch.arange(3 * hidden * intermediate).view(3, hidden, -1).float())
+        self.act_fn = nn.SiLU()
+
+
+def block() -> nn.Module:
+    made = nn.Module()
+    made.norm = nn.LayerNorm(6)
+    made.lin = nn.Linear(6, 4)
+    made.conv = Conv1D(8, 6)
+    made.experts = Experts()
+    return made
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    made = nn.Module()
+    made.h = nn.ModuleList([block(), block()])
+    return made
+
+
+@pytest.fixture
+def found(model: nn.Module) -> dict[str, Target]:
+    return find_targets(model.h, "h")
+
+
+def files_with(directory: Path, *names: str) -> TensorFiles:
+    directory.mkdir(exist_ok=True)
+    save_file({name: torch.zeros(1) for name in names}, directory / "model.safetensors")
+    return TensorFiles(directory)
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_is_found_in_the_models_order(found: dict[str, Target]) -> None:
+    experts = [f"experts.{expert}.{part}" for expert in range(3) for part in ("gate_proj", "up_proj", "down_proj")]
+    assert list(found) == [f"h.{index}.{name}" for index in (0, 1) for name in ("lin", "conv", *experts)]
+    assert all(target.name == name for name, target in found.items())
+
+
+def test_what_is_known_of_each_form(found: dict[str, Target]) -> None:
+    assert found["h.0.lin"] == Target("h.0.lin", "h.0.lin", "weight", 4, 6)
+    assert found["h.0.conv"] == Target("h.0.conv", "h.0.conv", "weight", 8, 6, transposed=True)
+    owner, parts = "h.1.experts", ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (found[f"{owner}.2.{part}"] for part in parts)
+    assert gate == Target(f"{owner}.2.gate_proj", owner, "gate_up_proj", 4, 6, expert=2)
+    assert up == Target(f"{owner}.2.up_proj", owner, "gate_up_proj", 4, 6, expert=2, first_row=4)
+    assert down == Target(f"{owner}.2.down_proj", owner, "down_proj", 6, 4, expert=2)
+
+
+def test_only_a_linear_layer_is_one(found: dict[str, Target]) -> None:
+    assert {name for name, target in found.items() if target.is_linear} == {"h.0.lin", "h.1.lin"}
+
+
+@pytest.mark.parametrize("change", ["no_down", "flat", "no_activation", "transposed"])
+def test_other_modules_are_no_experts(change: str) -> None:
+    experts = Experts()
+    assert is_fused_experts(experts)
+    if change == "no_down":
+        del experts.down_proj
+    elif change == "flat":
+        experts.down_proj = nn.Parameter(torch.zeros(6, 4))
+    elif change == "no_activation":
+        del experts.act_fn
+    else:
+        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.data.transpose(1, 2))
+    assert not is_fused_experts(experts)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_layers_of_a_family(family: str) -> None:
+    targets = Skeleton(FAMILIES[family]()).targets("all-linear")
+    assert sorted({name.rpartition(".")[2] for name in targets}) == KINDS[family].split()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routers_are_left_alone(family: str) -> None:
+    targets = Skeleton(FAMILIES[family]()).targets("all-linear")
+    assert len(targets) == 2 * (4 + 4 * 3)
+    assert not any(name.endswith(".gate") for name in targets)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_out_by_in_and_writes_into_the_model(model: nn.Module, found: dict[str, Target]) -> None:
+    for target in found.values():
+        view = target.view(model)
+        assert view.shape == (target.out_features, target.in_features)
+        view.fill_(7)
+    for module in model.h:
+        for parameter in (module.lin.weight, module.conv.weight, module.experts.gate_up_proj, module.experts.down_proj):
+            assert (parameter == 7).all()
+
+
+def test_a_view_of_a_transposed_matrix(model: nn.Module, found: dict[str, Target]) -> None:
+    inputs = torch.randn(5, 6)
+    conv = model.h[0].conv
+    torch.testing.assert_close(conv(inputs), inputs @ found["h.0.conv"].view(model).t() + conv.bias)
+
+
+def test_a_view_of_an_expert(model: nn.Module, found: dict[str, Target]) -> None:
+    experts = model.h[0].experts
+    gate, up = experts.gate_up_proj[1].chunk(2)
+    assert torch.equal(found["h.0.experts.1.gate_proj"].view(model), gate)
+    assert torch.equal(found["h.0.experts.1.up_proj"].view(model), up)
+    assert torch.equal(found["h.0.experts.1.down_proj"].view(model), experts.down_proj[1])
+
+
+# --- names in a configuration -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "meant"),
+    [
+        ("q_proj", True),
+        ("self_attn.q_proj", True),
+        ("model.layers.0.self_attn.q_proj", True),
+        ("*.0.*", True),
+        ("*q_proj", True),
+        ("model.layers.[0-3].*", True),
+        ("proj", False),
+        ("attn.q_proj", False),
+        ("*.1.*", False),
+        ("q_proj*x", False),
+        ("layers.0.*", False),
+    ],
+)
+def test_ends_of_names_and_patterns(wanted: str, meant: bool) -> None:
+    assert matches("model.layers.0.self_attn.q_proj", wanted) == meant
+
+
+def test_an_expert_is_called_like_a_layer_of_its_own(found: dict[str, Target]) -> None:
+    assert list(select(found, ["1.up_proj"], [], "t")) == ["h.0.experts.1.up_proj", "h.1.experts.1.up_proj"]
+    assert len(select(found, ["up_proj"], [], "t")) == 6
+    assert len(select(found, ["*.experts.*"], ["down_proj"], "t")) == 12
+
+
+def test_all_linear_and_what_is_left_out(found: dict[str, Target]) -> None:
+    assert select(found, "all-linear", [], "t") == found
+    assert list(select(found, "all-linear", ["*.experts.*", "h.0.*"], "t")) == ["h.1.lin", "h.1.conv"]
+
+
+def test_the_order_is_the_models_not_the_lists(found: dict[str, Target]) -> None:
+    assert list(select(found, ["conv", "lin"], ["h.1.*"], "t")) == ["h.0.lin", "h.0.conv"]
+
+
+def test_a_name_that_matches_nothing(found: dict[str, Target]) -> None:
+    kinds = "conv, down_proj, gate_proj, lin, up_proj"
+    with pytest.raises(UserError) as caught:
+        select(found, ["lin", "fc1"], [], "train.targets")
+    assert str(caught.value) == (
+        f"train.targets: 'fc1' matches no linear layer; this model has {kinds} (or all-linear)"
+    )
+    with pytest.raises(UserError, match=r"^prune\.skip: 'fc1' matches no linear layer"):
+        select(found, "all-linear", ["fc1"], "prune.targets")
+
+
+def test_nothing_is_left(found: dict[str, Target]) -> None:
+    with pytest.raises(UserError, match=r"^prune\.targets: nothing is left to prune"):
+        select(found, ["lin"], ["lin"], "prune.targets")
+
+
+# --- names in checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [
+        ("model.layers.0.q.weight", "model.layers.0.q.weight"),
+        ("model.layers.0.q.weight", "layers.0.q.weight"),
+        ("layers.0.q.weight", "model.layers.0.q.weight"),
+        ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("model.layers.0.mlp.gate.weight", "layers.0.block_sparse_moe.gate.weight"),
+    ],
+)
+def test_spellings_of_a_name(asked: str, stored: str, tmp_path: Path) -> None:
+    assert stored_name(files_with(tmp_path, stored, "other"), asked, "model") == stored
+
+
+def test_the_models_own_spelling_comes_first(tmp_path: Path) -> None:
+    files = files_with(tmp_path, "layers.0.w", "model.layers.0.w")
+    assert stored_name(files, "model.layers.0.w", "model") == "model.layers.0.w"
+
+
+def test_a_name_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no tensor model\.layers\.1\.w, which its config\.json implies"):
+        stored_name(files_with(tmp_path, "model.layers.0.w"), "model.layers.1.w", "model")
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.0.mlp.experts", "layers.0.mlp.experts"])
+def test_parts_of_fused_experts(prefix: str, tmp_path: Path) -> None:
+    names = [f"{prefix}.{expert}.{part}.weight" for expert in (0, 1) for part in ("gate_proj", "up_proj", "down_proj")]
+    files = files_with(tmp_path, *names)
+    parts = stored_parts(files, "model.layers.0.mlp.experts.gate_up_proj", (2, 8, 6), "model")
+    assert parts == [
+        Part(f"{prefix}.{expert}.{part}.weight", expert, row, 4)
+        for expert in (0, 1)
+        for part, row in (("gate_proj", 0), ("up_proj", 4))
+    ]
+    parts = stored_parts(files, "model.layers.0.mlp.experts.down_proj", (2, 6, 4), "model")
+    assert parts == [Part(f"{prefix}.{expert}.down_proj.weight", expert, 0, 6) for expert in (0, 1)]
+
+
+def test_parts_of_mixtrals_spelling(tmp_path: Path) -> None:
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    names = [f"{prefix}.{expert}.{part}.weight" for expert in (0, 1) for part in ("w1", "w2", "w3")]
+    files = files_with(tmp_path, *names)
+    parts = stored_parts(files, "model.layers.0.mlp.experts.gate_up_proj", (2, 8, 6), "model")
+    assert [(part.name.removeprefix(prefix), part.first_row) for part in parts] == [
+        (".0.w1.weight", 0),
+        (".0.w3.weight", 4),
+        (".1.w1.weight", 0),
+        (".1.w3.weight", 4),
+    ]
+    (down, _) = stored_parts(files, "model.layers.0.mlp.experts.down_proj", (2, 6, 4), "model")
+    assert down == Part(f"{prefix}.0.w2.weight", 0, 0, 6)
+
+
+def test_fused_experts_may_be_stored_fused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert stored_parts(files_with(tmp_path, name), name, (2, 8, 6), "model") == [Part(name)]
+
+
+def test_a_linear_layer_called_as_experts_are_has_one_part(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.gate_up_proj.weight"
+    assert stored_parts(files_with(tmp_path, name), name, (8, 6), "model") == [Part(name)]
+
+
+def test_an_expert_that_is_missing(tmp_path: Path) -> None:
+    prefix = "model.layers.0.mlp.experts"
+    files = files_with(tmp_path, f"{prefix}.0.down_proj.weight", f"{prefix}.2.down_proj.weight")
+    with pytest.raises(UserError, match=rf"holds no tensor {prefix}\.1\.down_proj\.weight"):
+        stored_parts(files, f"{prefix}.down_proj", (3, 6, 4), "model")
+
+
+def test_the_place_of_a_part() -> None:
+    parameter = torch.arange(2 * 4 * 3).view(2, 4, 3)
+    assert torch.equal(Part("w", 1, 2, 2).of(parameter), parameter[1, 2:4])
+    assert Part("w").of(parameter) is parameter
+
+
+# --- matrices in other files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_neox"])
+def test_a_matrix_from_files_is_what_the_model_holds(family: str, make_checkpoint: Callable[..., Path]) -> None:
+    directory = make_checkpoint(family)
+    stack = BlockStack(directory, CPU)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for target in stack.targets("all-linear").values():
+        assert torch.equal(stack.matrix(target, stack.files), target.view(model)), target.name
+
+
+def test_a_matrix_of_fused_files(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    directory = make_checkpoint("qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    save_file({name: p.data.contiguous() for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    stack, fused = BlockStack(directory, CPU), TensorFiles(tmp_path)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in fused
+    for target in stack.targets("all-linear").values():
+        assert torch.equal(stack.matrix(target, fused), target.view(model)), target.name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+def test_what_is_written_is_read_again(family: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint(family)
+    before = load_file(source / "model.safetensors")
+    save_file(before, tmp_path / "model.safetensors", {"format": "pt"})
+    stack, copy = BlockStack(source, CPU), TensorFiles(tmp_path)
+    targets = {name: target for name, target in stack.targets("all-linear").items() if ".1." in name}
+    written: dict[str, Tensor] = {}
+    stack.load_block(1)
+    stack.load_block(0)
+    for name, target in targets.items():
+        view = target.view(stack.model)
+        written[name] = torch.randn_like(view)
+        view.copy_(written[name])
+    for target in targets.values():
+        stack.write(target, copy)
+    for name, target in targets.items():
+        assert torch.equal(stack.matrix(target, copy), written[name]), name
+        assert stack.homes(target) == {"model.safetensors"}
+    after = load_file(tmp_path / "model.safetensors")
+    assert sum(not torch.equal(after[name], before[name]) for name in before) == len(targets)
