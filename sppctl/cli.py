@@ -120,12 +120,12 @@ def prune(
 ) -> None:
     """Make RUN/pruned from the dense model."""
     config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output)
-    _launch(config)
     from sppctl import pipeline
 
     pipeline.join_processes(config)
     work = pipeline.Run(config, force=force)
     pipeline.preflight(work, ("prune",))
+    _launch(config)
     with work.lock():
         _print_stage(pipeline.prune(work), json)
 

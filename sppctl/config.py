@@ -101,7 +101,7 @@ class PruneConfig:
     pattern: Pattern = _key(Pattern(keep=2, group=4), "N:M (N weights KEPT in every M) or a ratio of zeros (0.5)")
     targets: list[str] | AllLinear = _key(list(PROJECTIONS), "names of linear layers, or all-linear")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    skip: list[str] = _key([], "names or patterns to leave dense, such as '*.0.*' or down_proj")
+    skip: list[str] = _key([], "names or patterns to leave dense, such as '*.layers.0.*' or down_proj")
     overrides: dict[str, Pattern] = _key(
         {}, "another pattern for names or patterns: {down_proj: 0.4}; the last one wins"
     )

@@ -75,6 +75,8 @@ def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
     for relative, module in blocks.named_modules():
         name = f"{blocks_name}.{relative}"
         if isinstance(module, nn.Linear):
+            if module.out_features == 1:
+                continue  # the gate of a shared expert decides how much it counts, like a router
             found[name] = Target(name, name, "weight", module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             in_features, out_features = module.weight.shape

@@ -152,7 +152,7 @@ def _summary(prune: PruneConfig, blocks: list[dict[str, Any]], activations: Acti
     fallbacks = [f"{layer['name']} by {layer['fallback']}" for layer in layers if layer["fallback"]]
     if fallbacks:
         console.warn(
-            f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back: {fallbacks[0]}, ..."
+            f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back; the first: {fallbacks[0]}"
         )
     tuned = {block["block"]: block["reconstruction"] for block in blocks if block["reconstruction"]}
     return {
