@@ -151,9 +151,8 @@ def _summary(prune: PruneConfig, blocks: list[dict[str, Any]], activations: Acti
     errors = [layer["relative_output_error"] for layer in layers if layer["relative_output_error"] is not None]
     fallbacks = [f"{layer['name']} by {layer['fallback']}" for layer in layers if layer["fallback"]]
     if fallbacks:
-        console.warn(
-            f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back; the first: {fallbacks[0]}"
-        )
+        first = fallbacks[0] + (", ..." if len(fallbacks) > 1 else "")
+        console.warn(f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back: {first}")
     tuned = {block["block"]: block["reconstruction"] for block in blocks if block["reconstruction"]}
     return {
         "method": prune.method,
