@@ -26,7 +26,8 @@ from sppctl.lm.blocks import BlockStack
 from sppctl.pattern import Pattern
 from sppctl.pruning import sparsegpt
 from sppctl.pruning.stats import Hessian
-from sppctl.stages.walk import Journal, Plan, prune_blocks
+from sppctl.stages.layers import Plan
+from sppctl.stages.walk import Journal, prune_blocks
 
 CASES = (
     ("magnitude", "block"),

@@ -18,7 +18,8 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target, matches
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, allocate
-from sppctl.stages.walk import Journal, Plan, dense_pass, prune_blocks
+from sppctl.stages.layers import Plan
+from sppctl.stages.walk import Journal, dense_pass, prune_blocks
 
 # what an unfinished attempt leaves in its directory for the next one; gone when the stage is published
 JOURNAL, COPIED, ALLOCATION, ACTIVATIONS = "journal.jsonl", "copied", "allocation.json", "activations.bin"

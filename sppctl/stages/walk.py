@@ -1,113 +1,23 @@
-"""The loop over blocks: what each layer is given, how layers are pruned, what is written, and what follows."""
+"""The loop over blocks: load, prune, write, note as finished, run again to feed the next."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sppctl import distributed
-from sppctl.errors import StageError
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target
-from sppctl.pattern import Pattern
-from sppctl.pruning import PRUNERS, InputNorms, check_weight
-from sppctl.stages.reconstruct import reconstruct
-
-ERROR_ROWS = 256  # inputs of a layer kept to measure how far its output moves
-MIN_EXPERT_TOKENS = 32  # an expert that saw fewer is pruned by a fall-back
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What pruning did to one matrix.
-
-    Attributes:
-        name: of the layer.
-        shape: (out_features, in_features).
-        pattern: that was asked for.
-        sparsity: share of zeros now.
-        relative_output_error: ||X (W - W_pruned)^T|| / ||X W^T|| on the first calibration inputs; None without inputs.
-        relative_weight_error: ||W - W_pruned|| / ||W||.
-        damp: damping that the Hessian needed; None without one.
-        seconds: for scores, mask and update, shared by layers that were solved together.
-        fallback: what an expert that saw too few tokens was pruned by; None: as all others.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    sparsity: float
-    relative_output_error: float | None
-    relative_weight_error: float
-    damp: float | None
-    seconds: float
-    fallback: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How every matrix is to be pruned.
-
-    Attributes:
-        method: a key of ``PRUNERS``.
-        targets: the matrices, by name.
-        patterns: of each.
-        options: of the method.
-        order: ``block`` (all statistics of the dense block, then prune, then run it again) or ``module`` (each layer is
-            pruned when its input arrives).
-        masks: a checkpoint whose zeros are the masks.
-        reconstruct_epochs: passes of tuning a pruned block's kept weights on the dense block's output; 0: none.
-        reconstruct_lr: their learning rate.
-    """
-
-    method: str
-    targets: dict[str, Target]
-    patterns: dict[str, Pattern]
-    options: dict[str, Any] = field(default_factory=dict)
-    order: str = "block"
-    masks: TensorFiles | None = None
-    reconstruct_epochs: int = 0
-    reconstruct_lr: float = 1e-4
-
-    def in_block(self, prefix: str) -> dict[str, Target]:
-        """The targets whose names start with ``prefix``."""
-        return {name: target for name, target in self.targets.items() if name.startswith(prefix)}
-
-
-class LayerInputs:
-    """Statistics of what a layer (or several that share their input) is given, and a few rows of it."""
-
-    def __init__(self, make: Callable[..., Any], in_features: int, device: torch.device) -> None:
-        self.statistics = make(in_features, device)
-        self.sample: Tensor | None = None
-
-    def update(self, inputs: Tensor) -> None:
-        """Adds inputs (..., in_features)."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if not len(rows):
-            return
-        self.statistics.update(rows)
-        if self.sample is None:
-            self.sample = rows[:ERROR_ROWS].clone()
-
-    def reduce(self) -> None:
-        """Adds up the statistics of all processes."""
-        if distributed.world_size() > 1:
-            device = self.statistics.totals()[0].device
-            count = torch.tensor(float(self.statistics.num_tokens), device=device, dtype=torch.float64)
-            distributed.add_up(count, *self.statistics.totals())
-            self.statistics.num_tokens = int(count.item())
+from sppctl.stages.block_work import BlockWork
+from sppctl.stages.layers import Plan, SharedInputs
 
 
 class Journal:
@@ -151,7 +61,7 @@ def prune_blocks(
     Yields:
         Per block: ``{"block", "layers": [LayerRecord as dict], "reconstruction": errors before and after or None}``.
     """
-    groups = _SharedInputs()
+    groups = SharedInputs()
     for index in range(len(stack)):
         if index < len(journal.blocks):
             if activations is not None:
@@ -167,7 +77,7 @@ def prune_blocks(
         targets = plan.in_block(prefix)
         if targets or activations is not None:
             stack.load_block(index)
-            work = _BlockWork(stack, index, targets, plan, activations, groups, out)
+            work = BlockWork(stack, index, targets, plan, activations, groups, out)
             records = work.prune()
             entry["layers"] = [asdict(record) for record in records]
             entry["reconstruction"] = work.reconstruction
@@ -189,354 +99,14 @@ def dense_pass(
     stack: BlockStack, plan: Plan, activations: Activations, make: Callable[..., Any]
 ) -> Iterator[list[Tensor]]:
     """Runs the dense model once and yields, per block, the Wanda scores of its targets (out_features, in_features)."""
-    shared = _SharedInputs()
+    shared = SharedInputs()
     for index in range(len(stack)):
         targets = plan.in_block(f"{stack.blocks_name}.{index}.")
         stack.load_block(index)
-        work = _BlockWork(stack, index, targets, plan, activations, shared)
+        work = BlockWork(stack, index, targets, plan, activations, shared)
         work.gather(make, keep=True)
         yield [
             target.view(stack.model).float().abs() * work.inputs[name].statistics.norms()
             for name, target in targets.items()
         ]
         stack.release_block(index)
-
-
-class _SharedInputs:
-    """Which layers of a block receive the very same tensor; learned once for blocks of the same make."""
-
-    def __init__(self) -> None:
-        self._known: dict[frozenset[str], list[list[str]]] = {}
-
-    def learn(self, relative: list[str], leaders: dict[str, str]) -> None:
-        """Notes the groups; the first of each is the layer that is run first."""
-        groups: dict[str, list[str]] = {}
-        for name in sorted(relative, key=lambda name: leaders[name] != name):
-            groups.setdefault(leaders[name], []).append(name)
-        self._known[frozenset(relative)] = list(groups.values())
-
-    def of(self, relative: list[str]) -> list[list[str]] | None:
-        return self._known.get(frozenset(relative))
-
-
-class _BlockWork:
-    """One loaded block: gathering inputs, pruning, tuning."""
-
-    def __init__(
-        self,
-        stack: BlockStack,
-        index: int,
-        targets: dict[str, Target],
-        plan: Plan,
-        activations: Activations | None,
-        shared: _SharedInputs,
-        out: TensorFiles | None = None,
-    ) -> None:
-        self.stack, self.index, self.targets, self.plan = stack, index, targets, plan
-        self.activations, self.shared, self.out = activations, shared, out
-        self.prefix = f"{stack.blocks_name}.{index}."
-        self.plain = {name: target for name, target in targets.items() if target.expert is None}
-        self.experts: dict[str, list[Target]] = {}
-        for target in targets.values():
-            if target.expert is not None:
-                self.experts.setdefault(target.owner, []).append(target)
-        self.inputs: dict[str, LayerInputs] = {}
-        self.leaders: dict[str, str] = {}
-        self.everything: dict[str, LayerInputs] = {}
-        self.reconstruction: dict[str, float] | None = None
-        self._seen: list[tuple[Tensor, str]] = []
-        self._turn = 0
-
-    # --- orders -------------------------------------------------------------------------------------------------------
-
-    def prune(self) -> list[LayerRecord]:
-        """Prunes all targets of the block in place."""
-        if self.activations is None:
-            return self._prune_all()
-        if self.plan.order == "module":
-            return self._prune_on_the_way(self.activations)
-        dense: list[Tensor] | None = [] if self.plan.reconstruct_epochs else None
-        self.gather(PRUNERS[self.plan.method].statistics or InputNorms, dense=dense)
-        records = self._prune_all()
-        self.inputs.clear()
-        if dense is not None and self.targets:
-            self.reconstruction = reconstruct(
-                self.stack,
-                self.index,
-                self.targets,
-                self.activations,
-                dense,
-                epochs=self.plan.reconstruct_epochs,
-                lr=self.plan.reconstruct_lr,
-            )
-            for target in self.targets.values():
-                weight = target.view(self.stack.model)
-                weight.copy_(self._as_written(target, weight))
-        return records
-
-    def gather(self, make: Callable[..., Any], keep: bool = False, dense: list[Tensor] | None = None) -> None:
-        """Runs the dense block on all windows and collects what each target is given.
-
-        Args:
-            make: class of the statistics.
-            keep: the dense output becomes the next block's input.
-            dense: takes the block's outputs, on the CPU.
-        """
-        assert self.activations is not None
-        for owner, targets in self.experts.items():
-            self._prepare_experts(owner, targets, make)
-        handles = [
-            self._module(t.owner).register_forward_pre_hook(partial(self._collect, name, make))
-            for name, t in self.plain.items()
-        ]
-        for owner in self.experts:
-            hook = partial(self._collect_experts, owner)
-            handles.append(self._module(owner).register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            for rows in self.activations.batches:
-                call = self.activations.call(self.index, rows)
-                output = call(self.stack.blocks[self.index], self.activations.inputs(rows))
-                self._seen.clear()
-                if keep:
-                    self.activations.store(rows, output)
-                if dense is not None:
-                    dense.append(output.cpu())
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in self.plain:
-            if name not in self.leaders:
-                raise StageError(f"{name} received no calibration input; leave it out (prune.skip) or use magnitude")
-            self.inputs[name] = self.inputs[self.leaders[name]]
-        self.shared.learn(self._relative(self.plain), {self._short(n): self._short(m) for n, m in self.leaders.items()})
-        for inputs in {id(found): found for found in [*self.inputs.values(), *self.everything.values()]}.values():
-            inputs.reduce()
-
-    def _prune_on_the_way(self, activations: Activations) -> list[LayerRecord]:
-        """One forward: the first layer of a group that is reached prunes the whole group, and the pass goes on."""
-        if self.shared.of(self._relative(self.plain)) is None:
-            self.gather(InputNorms)  # once for blocks of a make: which layers share inputs is seen only by running one
-            self.inputs.clear()
-            self.leaders.clear()
-        groups = self.shared.of(self._relative(self.plain)) or []
-        records: list[LayerRecord] = []
-        make = PRUNERS[self.plan.method].statistics or InputNorms
-
-        def arrive(group: list[str], module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = LayerInputs(make, args[0].shape[-1], args[0].device)
-            inputs.update(args[0])
-            inputs.reduce()
-            records.extend(self._prune_group(group, inputs))
-
-        def arrive_experts(owner: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # gate and up first: down is given what the pruned ones make of the tokens
-            for parts in (("gate_proj", "up_proj"), ("down_proj",)):
-                targets = [t for t in self.experts[owner] if t.name.endswith(parts)]
-                if targets:
-                    self._prepare_experts(owner, targets, make)
-                    self._collect_experts(owner, module, args, kwargs)
-                    for inputs in {id(i): i for i in [*self.inputs.values(), *self.everything.values()]}.values():
-                        inputs.reduce()
-                    records.extend(self._prune_experts(targets))
-                    self.inputs.clear()
-
-        handles = []
-        for group in groups:
-            names = [self.prefix + short for short in group]
-            first = self._module(self.targets[names[0]].owner)
-            handles.append(first.register_forward_pre_hook(partial(arrive, names)))
-        for owner in self.experts:
-            hook = partial(arrive_experts, owner)
-            handles.append(self._module(owner).register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            activations.run(self.index, keep=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return records
-
-    # --- inputs -------------------------------------------------------------------------------------------------------
-
-    def _module(self, name: str) -> nn.Module:
-        return self.stack.model.get_submodule(name)
-
-    def _short(self, name: str) -> str:
-        return name.removeprefix(self.prefix)
-
-    def _relative(self, names: dict[str, Target]) -> list[str]:
-        return [self._short(name) for name in names]
-
-    def _collect(self, name: str, make: Callable[..., Any], _: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0]
-        if name not in self.leaders:
-            # q, k and v receive the very same tensor; holding on to it keeps its identity from being reused
-            self.leaders[name] = next((leader for tensor, leader in self._seen if tensor is inputs), name)
-            self._seen.append((inputs, self.leaders[name]))
-            if self.leaders[name] == name:
-                self.inputs[name] = LayerInputs(make, inputs.shape[-1], inputs.device)
-        if self.leaders[name] == name:
-            self.inputs[name].update(inputs)
-
-    def _prepare_experts(self, owner: str, targets: list[Target], make: Callable[..., Any]) -> None:
-        device = self.stack.device
-        self.everything[owner] = LayerInputs(make, self.stack.width, device)
-        for target in targets:
-            partner = target.name.replace(".up_proj", ".gate_proj")  # they share their input
-            shared = self.inputs.get(partner)
-            self.inputs[target.name] = shared or LayerInputs(make, target.in_features, device)
-
-    def _collect_experts(self, owner: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index")
-        hidden, chosen = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        self.everything[owner].update(hidden)
-        gate_up = module._parameters["gate_up_proj"]
-        assert gate_up is not None
-        for expert in range(len(gate_up)):
-            tokens = hidden[(chosen == expert).any(dim=-1)]
-            every = {
-                id(i): i for part in ("gate_proj", "up_proj") if (i := self.inputs.get(f"{owner}.{expert}.{part}"))
-            }
-            for inputs in every.values():
-                inputs.update(tokens)
-            down = self.inputs.get(f"{owner}.{expert}.down_proj")
-            if down is not None and len(tokens):
-                gate, up = nn.functional.linear(tokens, gate_up[expert]).chunk(2, dim=-1)
-                down.update(module.act_fn(gate) * up)  # type: ignore[operator]
-
-    # --- pruning ------------------------------------------------------------------------------------------------------
-
-    def _prune_all(self) -> list[LayerRecord]:
-        groups = self.shared.of(self._relative(self.plain)) if self.inputs else None
-        records = []
-        for group in groups or [[short] for short in self._relative(self.plain)]:
-            names = [self.prefix + short for short in group]
-            records += self._prune_group(names, self.inputs.get(names[0]))
-        for targets in self.experts.values():
-            records += self._prune_experts(targets)
-        order = {name: place for place, name in enumerate(self.targets)}
-        return sorted(records, key=lambda record: order[record.name])
-
-    def _prune_experts(self, targets: list[Target]) -> list[LayerRecord]:
-        pending: dict[int, list[str]] = {}
-        records = []
-        for target in targets:
-            inputs = self.inputs.get(target.name)
-            needed = PRUNERS[self.plan.method].statistics is not None
-            if needed and inputs is not None and inputs.statistics.num_tokens < MIN_EXPERT_TOKENS:
-                seen = inputs.statistics.num_tokens
-                if target.name.endswith("down_proj"):
-                    words = f"magnitude: saw {seen} tokens"
-                    records += self._prune_group([target.name], None, fallback=words, method="magnitude")
-                else:
-                    words = f"inputs of all experts: saw {seen} tokens"
-                    records += self._prune_group([target.name], self.everything[target.owner], fallback=words)
-            else:
-                pending.setdefault(id(inputs) if inputs else id(target), []).append(target.name)
-        for names in pending.values():
-            records += self._prune_group(names, self.inputs.get(names[0]))
-        return records
-
-    def _prune_group(
-        self, names: list[str], inputs: LayerInputs | None, fallback: str | None = None, method: str | None = None
-    ) -> list[LayerRecord]:
-        """Prunes layers that share their inputs, in place; one process does it and sends the others the result."""
-        started = time.perf_counter()
-        pruner = PRUNERS[method or self.plan.method]
-        weights = [self.targets[name].view(self.stack.model) for name in names]
-        patterns = [self.plan.patterns[name] for name in names]
-        before = [weight.clone() for weight in weights]
-        owner = self._turn % distributed.world_size()
-        self._turn += 1
-        damp: float | None = None
-        problem: str | None = None
-        if owner == distributed.rank():
-            options = {key: self.plan.options[key] for key in pruner.options if key in self.plan.options}
-            try:
-                for name, weight, pattern in zip(names, weights, patterns, strict=True):
-                    check_weight(weight, pattern, name)
-                masks = self._masks(names, patterns)
-                statistics = inputs.statistics if inputs else None
-                pruned = pruner.prune(weights, statistics, patterns, masks, **options)
-                for name, weight, result in zip(names, weights, pruned, strict=True):
-                    weight.copy_(self._as_written(self.targets[name], result.weight))
-                    damp = result.damp
-            except StageError as error:
-                problem = str(error)
-            except ValueError as error:
-                problem = f"{names[0]}: {error}"
-        damp, problem = distributed.tell((damp, problem), owner)
-        if problem is not None:  # known to all, so that the first process can say it and none waits for another
-            raise StageError(problem)
-        self._share(weights, owner)
-        seconds = (time.perf_counter() - started) / len(names)
-        return [
-            _record(name, old, new, pattern, inputs, damp, seconds, fallback)
-            for name, old, new, pattern in zip(names, before, weights, patterns, strict=True)
-        ]
-
-    def _as_written(self, target: Target, weight: Tensor) -> Tensor:
-        """A weight in the dtype of the files: what follows is then the same whether this run goes on or another."""
-        return weight if self.out is None else weight.to(self.stack.stored_dtype(target, self.out))
-
-    def _share(self, weights: list[Tensor], owner: int) -> None:
-        if distributed.world_size() > 1:
-            for weight in weights:
-                whole = weight.contiguous()
-                distributed.send(whole, owner)
-                weight.copy_(whole)
-
-    def _masks(self, names: list[str], patterns: list[Pattern]) -> list[Tensor] | None:
-        if self.plan.masks is None:
-            return None
-        masks = []
-        for name, pattern in zip(names, patterns, strict=True):
-            target = self.targets[name]
-            mask = (self.stack.matrix(target, self.plan.masks) != 0).to(self.stack.device)
-            shape = (target.out_features, target.in_features)
-            if mask.shape != shape:
-                raise StageError(
-                    f"{name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
-                    "it has to be a pruned copy of the same model"
-                )
-            if pattern.num_pruned(mask.numel()) and bool(mask.all()):
-                raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}: nothing is pruned there")
-            if pattern.keep is not None and pattern.group is not None:
-                kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
-                if bool((kept > pattern.keep).any()):
-                    raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}")
-            masks.append(mask)
-        return masks
-
-
-def _record(
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    pattern: Pattern,
-    inputs: LayerInputs | None,
-    damp: float | None,
-    seconds: float,
-    fallback: str | None,
-) -> LayerRecord:
-    # in the weights' dtype: a record of three digits is not worth float32 products of whole matrices
-    difference = before - after
-    output_error = None
-    if inputs is not None and inputs.sample is not None:
-        output_error = _ratio(inputs.sample @ difference.t(), inputs.sample @ before.t())
-    return LayerRecord(
-        name=name,
-        shape=(before.shape[0], before.shape[1]),
-        pattern=str(pattern),
-        sparsity=int((after == 0).sum()) / after.numel(),
-        relative_output_error=output_error,
-        relative_weight_error=_ratio(difference, before),
-        damp=damp,
-        seconds=round(seconds, 4),
-        fallback=fallback,
-    )
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in (part, whole)]
-    return (norms[0] / norms[1].clamp_min(1e-30)).item()

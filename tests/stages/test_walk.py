@@ -28,7 +28,7 @@ from sppctl.lm.data import Text
 from sppctl.pattern import Pattern
 from sppctl.pruning import Hessian, allocate, prune_linear
 from sppctl.pruning.sparsegpt import prune_sparsegpt
-from sppctl.stages import prune, walk
+from sppctl.stages import block_work, prune, walk
 
 MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -420,13 +420,13 @@ def test_an_experts_statistics_are_those_of_its_tokens(
     base = make_checkpoint("qwen3_moe")
     windows = fix_windows(monkeypatch, random_windows(4, 24))
     found: list[dict[str, tuple[int, Tensor]]] = []
-    prune_all = walk._BlockWork._prune_all
+    prune_all = block_work.BlockWork._prune_all
 
     def spy(self: Any) -> Any:
         found.append({n: (i.statistics.num_tokens, i.statistics.squares.clone()) for n, i in self.inputs.items()})
         return prune_all(self)
 
-    monkeypatch.setattr(walk._BlockWork, "_prune_all", spy)
+    monkeypatch.setattr(block_work.BlockWork, "_prune_all", spy)
     pruned(configure("prune.targets=all-linear", "prune.batch_size=3"), base, tmp_path / "out")
 
     before = weights_of(base)
@@ -457,7 +457,7 @@ def test_an_expert_that_saw_too_few_tokens(
     limit = max(counts)  # all but the busiest expert saw too few
     # on the way, pruned attention would send tokens elsewhere than the dense one that was counted
     layers = "mlp." if order == "module" else ""
-    monkeypatch.setattr(walk, "MIN_EXPERT_TOKENS", limit)
+    monkeypatch.setattr(block_work, "MIN_EXPERT_TOKENS", limit)
     config = configure(f"prune.method={method}", f"prune.order={order}", f"prune.targets=['*layers.0.{layers}*']")
     after, metrics = pruned(config, base, tmp_path / "out")
 
@@ -489,7 +489,7 @@ def test_a_starved_experts_gate_is_pruned_by_what_all_experts_saw(
 ) -> None:
     base = make_checkpoint("qwen3_moe")
     windows = fix_windows(monkeypatch, random_windows(2, 32))
-    monkeypatch.setattr(walk, "MIN_EXPERT_TOKENS", 1000)
+    monkeypatch.setattr(block_work, "MIN_EXPERT_TOKENS", 1000)
     after, _ = pruned(configure("prune.targets=[experts.0.gate_proj, experts.0.up_proj]"), base, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     inputs: list[Tensor] = []
@@ -508,7 +508,7 @@ def test_a_method_without_inputs_needs_no_fall_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(walk, "MIN_EXPERT_TOKENS", 1000)
+    monkeypatch.setattr(block_work, "MIN_EXPERT_TOKENS", 1000)
     config = configure("prune.method=magnitude", "prune.targets=all-linear", "prune.reconstruct_epochs=1")
     _, metrics = pruned(config, make_checkpoint("qwen3_moe"), tmp_path / "out")
     assert metrics["fallbacks"] == 0
@@ -989,12 +989,12 @@ def test_the_walk_solves_q_k_and_v_together(
     configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups: list[list[str]] = []
-    prune_group = walk._BlockWork._prune_group
+    prune_group = block_work.BlockWork._prune_group
 
     def spy(self: Any, names: list[str], *args: Any, **kwargs: Any) -> Any:
         groups.append([name.rpartition(".")[2] for name in names])
         return prune_group(self, names, *args, **kwargs)
 
-    monkeypatch.setattr(walk._BlockWork, "_prune_group", spy)
+    monkeypatch.setattr(block_work.BlockWork, "_prune_group", spy)
     pruned(configure("prune.method=sparsegpt"), llama, tmp_path / "out")
     assert groups == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
