@@ -16,6 +16,7 @@ import typer
 from sppctl import __version__, console, distributed
 from sppctl.config import Config, flatten, load_config, quoted, schema, to_dict, to_yaml
 from sppctl.errors import StageError, UserError
+from sppctl.run_directory import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -104,7 +105,7 @@ def run(
     config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit)
     from sppctl import pipeline
 
-    _print_report([pipeline.run_all(pipeline.Run(config, force=force))], json)
+    _print_report([pipeline.run_all(Run(config, force=force))], json)
 
 
 @app.command()
@@ -123,7 +124,7 @@ def prune(
     from sppctl import pipeline
 
     pipeline.join_processes(config)
-    work = pipeline.Run(config, force=force)
+    work = Run(config, force=force)
     pipeline.preflight(work, ("prune",))
     _launch(config)
     with work.lock():
@@ -143,7 +144,7 @@ def train(
     config = _resolve(arguments, output=output)
     from sppctl import pipeline
 
-    work = pipeline.Run(config, force=force, resume=resume)
+    work = Run(config, force=force, resume=resume)
     pipeline.preflight(work, ("train",))
     with work.lock():
         _print_stage(pipeline.train(work), json)
@@ -157,7 +158,7 @@ def merge(
     config = _resolve(arguments, output=output)
     from sppctl import pipeline
 
-    work = pipeline.Run(config, force=force)
+    work = Run(config, force=force)
     with work.lock():
         _print_stage(pipeline.merge(work), json)
 
@@ -179,7 +180,7 @@ def evaluate(
     config = _resolve(arguments, output=output, tasks=tasks, limit=limit)
     from sppctl import pipeline
 
-    work = pipeline.Run(config, force=force)
+    work = Run(config, force=force)
     label, results = pipeline.evaluate_one(work, model)
     if json:
         console.show_json(results)

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from sppctl.errors import UserError
 from sppctl.pattern import Pattern
+from sppctl.yaml12 import dump_yaml, parse_yaml
 
 AllLinear = Literal["all-linear"]
 Auto = Literal["auto"]
@@ -191,70 +189,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-
-
-# --- YAML 1.2 ---------------------------------------------------------------------------------------------------------
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.1, which PyYAML follows, takes 2:4 for the number 124, 4e-3 for text and `no` for false; 1.2 does not."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node)
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", self.construct_scalar(node).lower()))
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                where = f"line {key_node.start_mark.line + 1}"
-                raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r} stands twice, again in {where}")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _expression, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-):
-    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_expression})$"), _first)
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _Yaml12Loader.construct_yaml_int)
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:float", _Yaml12Loader.construct_yaml_float)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would take for something else."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {
-        first: [
-            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-            *_Yaml12Loader.yaml_implicit_resolvers.get(first, []),
-        ]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Yaml12Loader.yaml_implicit_resolvers}
-    }
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Reads YAML 1.2; ``source`` names the text in errors.
-
-    Raises:
-        UserError: not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -531,7 +465,7 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that both 1.1 and 1.2 readers take alike."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=120)
+    return dump_yaml(to_dict(config))
 
 
 def result_keys(config: Any) -> dict[str, Any]:

@@ -19,19 +19,33 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 MAY_IMPORT = {
     "__init__": {"adapters", "pruning", "pattern"},  # the public names, imported when they are asked for
     "__main__": {"cli"},
-    "cli": {"pipeline", "stages", "lm", "config", "pattern", "console", "errors", "distributed"},
-    "pipeline": {"stages", "lm", "config", "pattern", "console", "errors", "distributed"},
+    "cli": {"pipeline", "run_directory", "stages", "lm", "config", "pattern", "console", "errors", "distributed"},
+    "pipeline": {"run_directory", "stages", "lm", "config", "pattern", "console", "errors", "distributed"},
     "stages": {"lm", "adapters", "pruning", "config", "pattern", "console", "errors", "distributed"},
     "lm": {"pruning", "pattern", "errors"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
-    "config": {"pattern", "errors"},
+    "run_directory": {"lm", "config", "console", "errors", "distributed"},
+    "config": {"pattern", "errors", "yaml12"},
+    "yaml12": {"errors"},
     "console": {"distributed"},
     "distributed": set(),
     "errors": set(),
     "pattern": set(),
 }
-LIGHT = ["__init__", "__main__", "cli", "config", "console", "distributed", "errors", "pattern", "pipeline"]
+LIGHT = [
+    "__init__",
+    "__main__",
+    "cli",
+    "config",
+    "console",
+    "distributed",
+    "errors",
+    "pattern",
+    "pipeline",
+    "run_directory",
+    "yaml12",
+]
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
 
 

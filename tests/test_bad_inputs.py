@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from sppctl import cli, pipeline
 from sppctl.config import load_config
+from sppctl.run_directory import Run
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -654,7 +655,7 @@ eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 128}}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for name, model in (("run", llama), ("wide-run", wide)):
-            work = pipeline.Run(load_config("tiny.yaml", [f"run.dir={name}", f"model.path={model}"]))
+            work = Run(load_config("tiny.yaml", [f"run.dir={name}", f"model.path={model}"]))
             with work.lock():
                 pipeline.prune(work)
                 pipeline.train(work)

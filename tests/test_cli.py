@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sppctl import __version__, cli, pipeline
+from sppctl import __version__, cli, pipeline, run_directory
 from sppctl.config import config_keys, flatten, load_config, to_dict
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
@@ -90,7 +90,7 @@ eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 256}}
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        pipeline.run_all(pipeline.Run(load_config("tiny.yaml")))
+        pipeline.run_all(run_directory.Run(load_config("tiny.yaml")))
     return root
 
 

@@ -14,6 +14,7 @@ from sppctl import pipeline
 from sppctl.config import Config, load_config
 from sppctl.lm import data, perplexity
 from sppctl.lm.safe_files import TensorFiles
+from sppctl.run_directory import Run
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,7 @@ BUDGET = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     directory = tmp_path_factory.mktemp("real") / "run"
     config = load_config(None, [*BUDGET, f"run.dir={directory}"])
-    pipeline.run_all(pipeline.Run(config))
+    pipeline.run_all(Run(config))
     return config, directory
 
 
@@ -81,6 +82,6 @@ def test_merged_is_base_plus_adapter(finished: tuple[Config, Path]) -> None:
 def test_a_second_run_does_nothing(finished: tuple[Config, Path], capsys: pytest.CaptureFixture[str]) -> None:
     config, directory = finished
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")}
-    pipeline.run_all(pipeline.Run(config))
+    pipeline.run_all(Run(config))
     assert capsys.readouterr().err.count("up to date") == 6
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.safetensors")} == before

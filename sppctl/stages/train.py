@@ -102,21 +102,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{pruned}: its tokenizer has no end-of-text token, which every response needs")
-    train_set, val_set = (_tokenize(rows, tokenizer, train) for rows in load_rows(config))
-    cut = sum(example.truncated for example in train_set)
-    if cut:
-        share = cut / len(train_set)
-        console.note(
-            f"{cut} of {len(train_set)} examples ({share:.1%}) are longer than {train.data.seq_len} tokens and were cut"
-        )
-    if all(label == data.IGNORED for example in train_set for label in example.labels):
-        raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
-    model = checkpoint.load_model(pruned, torch.device("cpu"), trust_remote_code=config.model.trust_remote_code)
-    if model.dtype == torch.float16:
-        # float16 gradients overflow without loss scaling; merging still writes float16
-        model = model.to(torch.bfloat16 if _has_bf16(device) else torch.float32)
-        console.note(f"the model is stored as float16 and trained as {str(model.dtype).removeprefix('torch.')}")
-    model.config.use_cache = False
+    train_set, val_set = _examples(config, tokenizer)
+    model = _load(config, pruned, device)
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
     trainable, total = peft_model.get_nb_trainable_parameters()
     console.note(
@@ -155,12 +142,38 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         "validation_loss": validation,
         "examples": len(train_set),
         "validation_examples": len(val_set),
-        "truncated_examples": cut,
+        "truncated_examples": sum(example.truncated for example in train_set),
         "tokens": tokens,
         "tokens_per_second": None if newest else tokens / seconds,
         "dtype": str(model.dtype).removeprefix("torch."),
         "history": history,
     }
+
+
+def _examples(config: Config, tokenizer: Any) -> tuple[list[data.Example], list[data.Example]]:
+    """Tokenised training and validation rows; what had to be cut is said."""
+    train = config.train
+    train_set, val_set = (_tokenize(rows, tokenizer, train) for rows in load_rows(config))
+    cut = sum(example.truncated for example in train_set)
+    if cut:
+        share = cut / len(train_set)
+        console.note(
+            f"{cut} of {len(train_set)} examples ({share:.1%}) are longer than {train.data.seq_len} tokens and were cut"
+        )
+    if all(label == data.IGNORED for example in train_set for label in example.labels):
+        raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
+    return train_set, val_set
+
+
+def _load(config: Config, pruned: Path, device: torch.device) -> Any:
+    """The pruned model on the CPU, in a dtype that can be trained."""
+    model = checkpoint.load_model(pruned, torch.device("cpu"), trust_remote_code=config.model.trust_remote_code)
+    if model.dtype == torch.float16:
+        # float16 gradients overflow without loss scaling; merging still writes float16
+        model = model.to(torch.bfloat16 if _has_bf16(device) else torch.float32)
+        console.note(f"the model is stored as float16 and trained as {str(model.dtype).removeprefix('torch.')}")
+    model.config.use_cache = False
+    return model
 
 
 def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, train: TrainConfig) -> list[data.Example]:

@@ -1,0 +1,314 @@
+"""The run directory: what is up to date, what is an unfinished attempt, and atomic publication.
+
+A stage works in ``RUN/.NAME.partial`` and renames it to ``RUN/NAME`` when it is complete, so a directory that exists is
+whole. ``stage.json`` in it says what it was made from; the same again is skipped, anything else is refused until
+``--force``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sppctl import __version__, console, distributed
+from sppctl.config import Config, flatten, to_yaml
+from sppctl.errors import StageError, UserError
+
+DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
+RECORD = "stage.json"
+ATTEMPT = "attempt.json"  # in an unfinished stage: what it is an attempt at
+
+
+@dataclass
+class Run:
+    """One run directory under one configuration."""
+
+    config: Config
+    force: bool = False
+    resume: bool = True
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of this run lies."""
+        return Path(self.config.run.dir).expanduser()
+
+    def path(self, stage: str) -> Path:
+        """The published directory of a stage."""
+        return self.directory / DIRECTORIES[stage]
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The stage.json of a published stage."""
+        path = self.path(stage) / RECORD
+        if not path.is_file():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); --force redoes the stage") from error
+        return record
+
+    # --- the dense model ----------------------------------------------------------------------------------------------
+
+    def located(self) -> Path:
+        """The directory that model.path means (in it, perhaps, a GGUF file)."""
+        from sppctl.lm import checkpoint
+
+        model = self.config.model
+        assert model.path is not None
+        return checkpoint.locate(model.path, model.gguf_file, model.revision)
+
+    def base(self) -> Path:
+        """The dense checkpoint as safetensors; a GGUF file is converted into the run directory once."""
+        source = self.located()
+        model = self.config.model
+        if model.gguf_file is None:
+            return source
+        distributed.barrier()
+        target = self.directory / "base"
+        if not distributed.is_main():
+            distributed.barrier()  # until the first process has unpacked it
+            return target
+        try:
+            return self._unpack(source, target)
+        finally:
+            distributed.barrier()
+
+    def _unpack(self, source: Path, target: Path) -> Path:
+        import torch
+
+        from sppctl.lm import checkpoint
+
+        model = self.config.model
+        assert model.gguf_file is not None
+        identity = {"file": model.gguf_file, "size": (source / model.gguf_file).stat().st_size, "dtype": model.dtype}
+        if target.is_dir():
+            before = json.loads((target / RECORD).read_text())
+            if before["inputs"] == identity:
+                return target
+        console.note(f"base: unpacking {model.gguf_file} into {target}")
+        started = time.perf_counter()
+        partial = self._fresh_partial("base")
+        dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+        checkpoint.convert_gguf(source, model.gguf_file, dtype, partial)
+        self._publish(
+            "base", partial, {"stage": "base", "inputs": identity, "wall_time_s": time.perf_counter() - started}
+        )
+        return target
+
+    def skeleton(self, directory: Path | None = None) -> tuple[Any, Any]:
+        """The model without weights, and its tokenizer, for checks; nothing is converted or written.
+
+        Args:
+            directory: the checkpoint; None: the configured model.
+        """
+        from sppctl.lm import blocks, checkpoint
+        from sppctl.lm.safe_files import TensorFiles
+
+        model = self.config.model
+        trust, gguf_file = model.trust_remote_code, model.gguf_file
+        unpacked = self.directory / "base"
+        if directory is None and gguf_file is not None and not unpacked.is_dir():
+            source = self.located()
+            config = checkpoint.load_gguf_config(source, gguf_file)
+            tokenizer = checkpoint.load_tokenizer(source, trust, gguf_file)
+        else:
+            source = directory or (unpacked if gguf_file is not None else self.located())
+            TensorFiles(source)
+            config, tokenizer = checkpoint.load_config(source, trust), checkpoint.load_tokenizer(source, trust)
+        return blocks.Skeleton(config, trust_remote_code=trust), tokenizer
+
+    # --- publication --------------------------------------------------------------------------------------------------
+
+    def partial(self, name: str) -> Path:
+        """Where a stage works until it is complete."""
+        return self.directory / f".{name}.partial"
+
+    def _fresh_partial(self, name: str) -> Path:
+        path = self.partial(name)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def _publish(self, name: str, partial: Path, record: dict[str, Any]) -> None:
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        target, old = self.directory / name, self.directory / f".{name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def perform(
+        self,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: dict[str, Any],
+        work: Callable[[Path], dict[str, Any]],
+        *,
+        resumable: bool = False,
+    ) -> dict[str, Any]:
+        """Does a stage unless it is up to date, and publishes it.
+
+        Args:
+            stage: prune, train or merge.
+            settings: the configuration it depends on.
+            inputs: fingerprints of what it reads.
+            work: fills a directory and returns metrics.
+            resumable: what an interrupted attempt left behind is handed to ``work`` again.
+
+        Returns:
+            The content of stage.json.
+
+        Raises:
+            UserError: the stage exists with other settings or inputs, and force is off.
+        """
+        name = DIRECTORIES[stage]
+        identity = _identity(settings, inputs)
+        before = self.record(stage)
+        if before is not None and not self.force:
+            if before["fingerprint"] == identity:
+                console.note(f"{stage}: up to date ({self.path(stage)})")
+                return before
+            raise UserError(
+                f"{self.path(stage)} was made with {differences(before, settings, inputs)}; "
+                f"--force redoes it, another run.dir keeps it"
+            )
+        distributed.barrier()  # every process has made the same choice before one of them changes what it rests on
+        partial = self.partial(name)
+        if distributed.is_main():
+            self._prepare(partial, stage, identity, resumable)
+        distributed.barrier()
+        started = time.perf_counter()
+        try:
+            metrics = work(partial)
+        except (UserError, StageError):
+            if distributed.is_main() and not (resumable and any(partial.glob("*/checkpoint-*"))):
+                shutil.rmtree(partial)
+            raise
+        distributed.barrier()
+        record = {
+            "stage": stage,
+            "fingerprint": identity,
+            "settings": settings,
+            "inputs": inputs,
+            "seed": self.config.run.seed,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "wall_time_s": round(time.perf_counter() - started, 2),
+            "peak_memory_mb": _peak_memory_mb(),
+            "hardware": _hardware(),
+            "versions": _versions(),
+            "command": " ".join(["sppctl", *sys.argv[1:]]),
+            "metrics": metrics,
+        }
+        if distributed.is_main():
+            (partial / ATTEMPT).unlink()
+            if stage != "train":
+                from sppctl.lm import checkpoint
+
+                record["output"] = checkpoint.fingerprint(partial)
+            self._publish(name, partial, record)
+        distributed.barrier()
+        console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
+        return record
+
+    def _prepare(self, partial: Path, stage: str, identity: str, resumable: bool) -> None:
+        """An empty directory to work in, or what an interrupted attempt at the same thing left."""
+        note = partial / ATTEMPT
+        if resumable and self.resume and not self.force and note.is_file() and json.loads(note.read_text()) == identity:
+            console.note(f"{stage}: continuing an interrupted attempt")
+            return
+        self._fresh_partial(DIRECTORIES[stage])
+        note.write_text(json.dumps(identity))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps two commands from working in one run directory at the same time, and notes the configuration."""
+        if not distributed.is_main():
+            yield
+            return
+        self.check_directory()
+        made = [parent for parent in self.directory.absolute().parents if not parent.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock, resolved = self.directory / ".lock", self.directory / "resolved.yaml"
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self.directory}: another sppctl command is working here; wait for it") from error
+            if not resolved.exists():
+                resolved.write_text(to_yaml(self.config))
+            try:
+                yield
+                resolved.write_text(to_yaml(self.config))  # a refused command changes nothing here
+            finally:
+                if {path.name for path in self.directory.iterdir()} <= {lock.name, resolved.name}:
+                    shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing
+                    with contextlib.suppress(OSError):  # somebody else put something there
+                        for parent in made:
+                            parent.rmdir()
+
+    def check_directory(self) -> None:
+        """Raises UserError if the run directory cannot be written."""
+        path = self.directory
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run.dir: {path} is a file, not a directory; name another (--output)")
+        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"run.dir: {path} cannot be made, {parent} is not a writable directory")
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def _identity(settings: dict[str, Any], inputs: dict[str, Any]) -> str:
+    text = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, Any]) -> str:
+    """The keys in which a record differs from what is wanted now, with both values."""
+    old, new = flatten(before["settings"]), flatten(settings)
+    changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    changed += [
+        f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
+    ]
+    return "; ".join(changed) or "an older version of sppctl"
+
+
+def _peak_memory_mb() -> dict[str, float]:
+    """Of this process since it started, and of the GPU."""
+    import torch
+
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
+    if torch.cuda.is_available():
+        peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} visible)"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    names = ("torch", "transformers", "peft", "accelerate", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"sppctl": __version__, "python": platform.python_version()} | versions
