@@ -23,11 +23,12 @@ pytestmark = [
     ),
 ]
 BUDGET = [
-    "prune.calibration.samples=16",
+    "prune.calibration.samples=8",
     "prune.calibration.seq_len=128",
     "train.max_steps=8",
     "train.batch_size=4",
     "train.micro_batch_size=4",
+    "eval.perplexity=[instructions]",
     "eval.max_tokens=2048",
     "eval.seq_len=256",
 ]
