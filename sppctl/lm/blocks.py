@@ -135,15 +135,13 @@ class BlockStack(Skeleton):
 
     def write(self, target: Target, files: TensorFiles) -> None:
         """Writes the parameter that holds a target to ``files``, a copy of the checkpoint."""
-        parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
-        assert parameter is not None
-        for part in self._parts(f"{target.owner}.{target.parameter}", parameter.shape):
+        parameter = self._parameter(target)
+        for part in self._parts_of(target):
             files.write(part.name, part.of(parameter.data))
 
     def matrix(self, target: Target, files: TensorFiles) -> Tensor:
         """A target's matrix (out_features, in_features) as other ``files`` of the same model store it."""
-        shape = self.model.get_submodule(target.owner)._parameters[target.parameter].shape  # type: ignore[union-attr]
-        for part in stored_parts(files, f"{target.owner}.{target.parameter}", tuple(shape), self.base_prefix):
+        for part in self._parts_of(target, files):
             if part.expert is None:
                 tensor = files.read(part.name)
                 if target.expert is not None:
@@ -155,16 +153,21 @@ class BlockStack(Skeleton):
 
     def stored_dtype(self, target: Target, files: TensorFiles) -> torch.dtype:
         """The dtype in which ``files``, a copy of the checkpoint, hold a target."""
-        shape = self.model.get_submodule(target.owner)._parameters[target.parameter].shape  # type: ignore[union-attr]
-        return files.spec(self._parts(f"{target.owner}.{target.parameter}", shape)[0].name).dtype
+        return files.spec(self._parts_of(target)[0].name).dtype
 
     def homes(self, target: Target) -> set[str]:
         """The files that hold a target's parameter."""
+        return {self.files.home[part.name] for part in self._parts_of(target)}
+
+    def _parameter(self, target: Target) -> nn.Parameter:
         parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
         assert parameter is not None
-        return {
-            self.files.home[part.name] for part in self._parts(f"{target.owner}.{target.parameter}", parameter.shape)
-        }
+        return parameter
+
+    def _parts_of(self, target: Target, files: TensorFiles | None = None) -> list[Part]:
+        """The tensors that make up a target's parameter, in the checkpoint or other ``files`` of the same model."""
+        name, shape = f"{target.owner}.{target.parameter}", self._parameter(target).shape
+        return stored_parts(files or self.files, name, tuple(shape), self.base_prefix)
 
     def _parts(self, parameter: str, shape: torch.Size) -> list[Part]:
         return stored_parts(self.files, parameter, tuple(shape), self.base_prefix)
