@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from sppctl import __version__, console, distributed
-from sppctl.config import Config, flatten, load_config, quoted, schema, to_dict, to_yaml
+from sppctl.config import flatten, load_config, quoted, schema, to_dict, to_yaml
 from sppctl.errors import StageError, UserError
 from sppctl.run_directory import Run
+from sppctl.settings import Config
 
 app = typer.Typer(
     add_completion=False,

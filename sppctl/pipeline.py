@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sppctl import console, distributed
-from sppctl.config import Config, result_keys
+from sppctl.config import result_keys
 from sppctl.errors import UserError
 from sppctl.run_directory import DIRECTORIES, Run, differences
+from sppctl.settings import Config
 
 STAGES = ("prune", "train", "merge", "eval", "report")
 

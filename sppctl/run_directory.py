@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from sppctl import __version__, console, distributed
-from sppctl.config import Config, flatten, to_yaml
+from sppctl.config import flatten, to_yaml
 from sppctl.errors import StageError, UserError
+from sppctl.settings import Config
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RECORD = "stage.json"

@@ -19,14 +19,26 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 MAY_IMPORT = {
     "__init__": {"adapters", "pruning", "pattern"},  # the public names, imported when they are asked for
     "__main__": {"cli"},
-    "cli": {"pipeline", "run_directory", "stages", "lm", "config", "pattern", "console", "errors", "distributed"},
-    "pipeline": {"run_directory", "stages", "lm", "config", "pattern", "console", "errors", "distributed"},
-    "stages": {"lm", "adapters", "pruning", "config", "pattern", "console", "errors", "distributed"},
+    "cli": {
+        "pipeline",
+        "run_directory",
+        "stages",
+        "lm",
+        "config",
+        "settings",
+        "pattern",
+        "console",
+        "errors",
+        "distributed",
+    },
+    "pipeline": {"run_directory", "stages", "lm", "config", "settings", "pattern", "console", "errors", "distributed"},
+    "stages": {"lm", "adapters", "pruning", "config", "settings", "pattern", "console", "errors", "distributed"},
     "lm": {"pruning", "pattern", "errors"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
-    "run_directory": {"lm", "config", "console", "errors", "distributed"},
-    "config": {"pattern", "errors", "yaml12"},
+    "run_directory": {"lm", "config", "settings", "console", "errors", "distributed"},
+    "config": {"settings", "pattern", "errors", "yaml12"},
+    "settings": {"pattern"},
     "yaml12": {"errors"},
     "console": {"distributed"},
     "distributed": set(),
@@ -38,6 +50,7 @@ LIGHT = [
     "__main__",
     "cli",
     "config",
+    "settings",
     "console",
     "distributed",
     "errors",
@@ -161,7 +174,9 @@ def test_only_lm_knows_datasets_and_lm_eval(module: str) -> None:
     assert not outside_imports(module) & {"datasets", "lm_eval", "huggingface_hub"}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ("config", "pattern", "errors", "console")])
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if room_of(m) in ("config", "settings", "pattern", "errors", "console")]
+)
 def test_schema_and_pattern_need_no_torch_at_all(module: str) -> None:
     assert not outside_imports(module) & {"torch", "transformers"}
 

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from sppctl.config import (
-    Config,
     config_keys,
     find_config,
     flatten,
@@ -26,6 +25,7 @@ from sppctl.config import (
 )
 from sppctl.errors import UserError
 from sppctl.pattern import Pattern
+from sppctl.settings import Config
 
 Load = Callable[..., Config]
 

@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sppctl import pipeline
-from sppctl.config import Config, load_config
+from sppctl.config import load_config
 from sppctl.lm import data, perplexity
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.run_directory import Run
+from sppctl.settings import Config
 
 pytestmark = [
     pytest.mark.slow,

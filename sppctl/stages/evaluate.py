@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from sppctl import __version__, console
-from sppctl.config import Config
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity
 from sppctl.lm.blocks import Skeleton
+from sppctl.settings import Config
 from sppctl.stages import inspect
 
 DEFAULT_WINDOW = 2048

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sppctl import console
 from sppctl.adapters.spp.kernel import effective_weight
-from sppctl.config import Config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import stored_name
+from sppctl.settings import Config
 
 PEFT_PREFIX = "base_model.model."
 

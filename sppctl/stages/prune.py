@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from sppctl import console, distributed
-from sppctl.config import Config, PruneConfig
 from sppctl.errors import StageError, UserError
 from sppctl.lm import calibration, checkpoint, data
 from sppctl.lm.activations import BLOCK_WIDTHS, Activations, free_memory
@@ -18,6 +17,7 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target, matches
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, allocate
+from sppctl.settings import Config, PruneConfig
 from sppctl.stages.layers import Plan
 from sppctl.stages.walk import Journal, dense_pass, prune_blocks
 

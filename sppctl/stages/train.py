@@ -19,10 +19,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sppctl import console
 from sppctl.adapters.spp import SppConfig
-from sppctl.config import Config, TrainConfig
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint, data
 from sppctl.lm.blocks import Skeleton
+from sppctl.settings import Config, TrainConfig
 
 CHECKPOINTS = "checkpoints"
 

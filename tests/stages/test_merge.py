@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sppctl import SppConfig
-from sppctl.config import Config, load_config
+from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
+from sppctl.settings import Config
 from sppctl.stages import merge, prune
 
 

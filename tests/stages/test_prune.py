@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sppctl.config import Config, load_config
+from sppctl.config import load_config
 from sppctl.errors import StageError
 from sppctl.lm.calibration import Windows
 from sppctl.lm.data import Text
 from sppctl.pruning import prune_linear
+from sppctl.settings import Config
 from sppctl.stages import prune
 
 

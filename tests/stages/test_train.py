@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sppctl.config import Config, load_config
+from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm.data import IGNORED, Example
+from sppctl.settings import Config
 from sppctl.stages import prune, train
 
 

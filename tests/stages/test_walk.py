@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sppctl import cli
-from sppctl.config import Config, load_config
+from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
@@ -28,6 +28,7 @@ from sppctl.lm.data import Text
 from sppctl.pattern import Pattern
 from sppctl.pruning import Hessian, allocate, prune_linear
 from sppctl.pruning.sparsegpt import prune_sparsegpt
+from sppctl.settings import Config
 from sppctl.stages import block_work, prune, walk
 
 MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
