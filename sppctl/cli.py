@@ -70,7 +70,7 @@ def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
 
 def _launch(config: Config) -> None:
     """Starts the configured number of processes of this very command, unless it is one of several already."""
-    if config.launch.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+    if config.launch.num_processes not in ("auto", 1) and "WORLD_SIZE" not in os.environ:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(config.launch.num_processes), "-m", "sppctl"]
         # the launcher's own report of a failed process would hide the one line that says why

@@ -331,9 +331,9 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin is list:
-        return "a list of names" if arguments == (str,) else "a list of numbers"
+        return "a list of numbers" if arguments == (float,) else "a list of names"
     if origin is dict:
-        return "a section of names with a pattern each"
+        return f"a section of names with {_type_name(arguments[1])} each"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     return names.get(hint, "N:M or a ratio" if hint is Pattern else str(hint))
 

@@ -51,6 +51,14 @@ def add_up(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def largest(tensor: torch.Tensor) -> None:
+    """Replaces a tensor by its maximum over the processes."""
+    import torch.distributed as dist
+
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
 def send(tensor: torch.Tensor, source: int) -> None:
     """Overwrites a tensor with that of process ``source``."""
     import torch.distributed as dist

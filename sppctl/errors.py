@@ -1,4 +1,4 @@
-"""The two ways in which a command can end badly, with their exit codes."""
+"""The ways in which a command can end badly, with their exit codes."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,9 @@ class StageError(RuntimeError):
     """Something that only running could tell (a failed stage, a broken expectation): exit code 1."""
 
     exit_code = 1
+
+
+class Stopped(StageError):  # noqa: N818
+    """A signal asked for the end and the work was saved: exit code 143, as of a process ended by SIGTERM."""
+
+    exit_code = 143

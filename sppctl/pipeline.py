@@ -15,7 +15,7 @@ from sppctl import console, distributed
 from sppctl.config import result_keys
 from sppctl.errors import UserError
 from sppctl.run_directory import DIRECTORIES, Run, differences
-from sppctl.settings import Config
+from sppctl.settings import Config, names_of
 
 STAGES = ("prune", "train", "merge", "eval", "report")
 
@@ -89,7 +89,9 @@ def train(run: Run) -> dict[str, Any]:
 
     pruned = _need(run, "prune")
     settings = _settings(run.config, "train")
-    inputs = {"pruned": pruned["output"]} | _file_hash("data", run.config.train.data.dataset)
+    inputs = {"pruned": pruned["output"]}
+    for dataset in names_of(run.config.train.data.dataset):
+        inputs |= _file_hash(f"data {dataset}", dataset)
     layers = [layer["name"] for layer in pruned["metrics"]["layers"]]
     return run.perform(
         "train",

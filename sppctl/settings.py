@@ -44,7 +44,20 @@ class RunConfig:
 class LaunchConfig:
     """How many processes share the work; under torchrun, accelerate or srun theirs are used instead."""
 
-    num_processes: int = _key(1, "processes that sppctl prune starts on this machine", low=1, affects_result=False)
+    num_processes: int | Auto = _key(
+        "auto", "processes to start on this machine; auto: one per GPU", low=1, affects_result=False
+    )
+    num_machines: int = _key(
+        1, "machines that take part; each starts sppctl under torchrun or srun", low=1, affects_result=False
+    )
+    strategy: Literal["ddp", "fsdp", "zero3"] = _key(
+        "ddp",
+        "training on several processes: ddp, a whole model each; fsdp or zero3 (DeepSpeed), its weights shared out",
+        affects_result=False,
+    )
+    mixed_precision: Literal["auto", "bf16", "no"] = _key(
+        "auto", "training: autocast a float32 model to bfloat16; auto: where the hardware has it"
+    )
 
 
 @dataclass(frozen=True)
@@ -112,22 +125,65 @@ class PruneConfig:
 class TrainDataConfig:
     """Instruction data: rows with instruction, input and output."""
 
-    dataset: str = _key("instructions", "instructions (built in), alpaca, a hub id, or a local json / jsonl file")
+    dataset: str | dict[str, float] = _key(
+        "instructions",
+        "instructions (built in), alpaca, alpaca-gpt4, a hub id, a local json, jsonl or parquet file; or several of "
+        "these with a weight each: {alpaca: 3, own.jsonl: 1}",
+    )
     split: str = _key("train", "split expression of a hub dataset, such as train[:1000]")
+    prompt: str = _key(
+        "alpaca",
+        "alpaca; chat (the tokenizer's own chat template); or a text with {instruction} and {input} that ends where "
+        "the response starts",
+    )
     seq_len: int = _key(512, "longest example in tokens; longer ones are cut, counted and reported", low=8)
     val_size: int = _key(0, "rows held out for the validation loss (instructions: its own 64 are used)", low=0)
     max_rows: int | None = _key(None, "use only the first rows, after shuffling", low=1)
     train_on_inputs: bool = _key(True, "loss on the prompt too (as published), or on the response alone")
+    group_by_length: bool = _key(False, "batches of examples of similar length: less padding, another order")
+    packing: bool = _key(
+        False,
+        "the examples of a batch in one row without padding, each attending to itself only",
+        affects_result=False,
+    )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Learning from the dense model's own predictions."""
+
+    teacher: str | None = _key(None, "base (the run's dense model) or any checkpoint; null: no distillation")
+    weight: float = _key(0.5, "w: the loss is (1 - w) cross-entropy + w T^2 KL(teacher || student)", above=0, high=1)
+    temperature: float = _key(1.0, "T: divides the logits of both in the KL divergence", above=0)
+
+
+@dataclass(frozen=True)
+class RefreshConfig:
+    """Exchanging pruned and kept weights while training, at constant sparsity."""
+
+    steps: int | None = _key(None, "optimizer steps between two refreshes of the mask; null: the mask is fixed", low=1)
+    until: float = _key(0.5, "share of the training after which the mask stays", above=0, high=1)
+    cycles: int = _key(50, "exchanges per row at most in one refresh", low=1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Sparsity-preserving fine-tuning."""
 
-    method: Literal["spp"] = _key("spp", "adapter method")
-    rank: int = _key(16, "r: rows of alpha", low=1)
-    scale: float = _key(2.0, "s: weight of the adapter branch", above=0)
-    dropout: float = _key(0.05, "dropout on the input of the adapter branch", low=0, below=1)
+    method: Literal["spp", "lora", "hira", "masked_lora", "masked_full", "ste"] = _key(
+        "spp",
+        "spp; lora (merging needs merge.mask); hira, masked_lora: low rank, zeros stay; masked_full: every kept "
+        "weight (Eq. 3); ste: all weights under masks chosen again and again (Eq. 2)",
+    )
+    rank: int = _key(16, "r: rows of alpha (spp), rank of B A (lora, hira, masked_lora)", low=1)
+    scale: float = _key(2.0, "s: weight of the adapter branch (spp, lora, masked_lora)", above=0)
+    dropout: float = _key(0.05, "dropout on the input of the adapter branch (not masked_full, ste)", low=0, below=1)
+    beta: bool = _key(True, "spp: train beta too; false is the paper's ablation W' = W * alpha")
+    init: Literal["zero_beta", "random", "ones"] = _key(
+        "zero_beta", "spp: how alpha and beta start; zero_beta starts at the pruned model"
+    )
+    mask_steps: int = _key(50, "ste: optimizer steps between two selections of the mask", low=1)
+    mask_decay: float = _key(2e-4, "ste: SR-STE's pull of pruned weights towards zero", low=0)
     targets: list[str] | Literal["pruned"] = _key("pruned", "names of linear layers; pruned: those that were pruned")
     data: TrainDataConfig = field(default_factory=TrainDataConfig)
     epochs: float = _key(3.0, "passes over the data", above=0)
@@ -139,11 +195,18 @@ class TrainConfig:
     weight_decay: float = _key(0.001, "AdamW's decoupled weight decay", low=0)
     max_grad_norm: float = _key(1.0, "gradients are scaled down to this norm; 0: never", low=0)
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass", affects_result=False)
-    bf16: bool | Auto = _key("auto", "autocast a float32 model to bfloat16; auto: where the hardware has it")
     save_steps: int = _key(200, "optimizer steps between checkpoints", low=1, affects_result=False)
     keep_checkpoints: int = _key(2, "newest checkpoints kept while training", low=1, affects_result=False)
     eval_steps: int | None = _key(None, "steps between validation losses; null: at the end only", low=1)
+    perplexity_steps: int | None = _key(
+        None, "steps between perplexities on the first text of eval.perplexity", low=1, affects_result=False
+    )
     log_steps: int = _key(10, "steps between two lines of progress", low=1, affects_result=False)
+    report_to: list[Literal["tensorboard", "wandb"]] = _key(
+        ["tensorboard"], "where figures go besides the record: tensorboard, wandb", affects_result=False
+    )
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
 
 
 @dataclass(frozen=True)
@@ -151,6 +214,11 @@ class MergeConfig:
     """How adapter and pruned weights become one checkpoint."""
 
     dtype: DType = _key("auto", "dtype of the adapted matrices; auto: as in the pruned checkpoint")
+    mask: Literal["keep", "reapply", "dense"] = _key(
+        "keep",
+        "keep: refuse a merge that would fill zeros; reapply: prune the merged weights by the old mask again (the "
+        "paper's LoRA*); dense: give up the sparsity",
+    )
 
 
 @dataclass(frozen=True)
@@ -176,3 +244,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def names_of(dataset: str | dict[str, float]) -> list[str]:
+    """The data sets that ``train.data.dataset`` names."""
+    return [dataset] if isinstance(dataset, str) else list(dataset)

@@ -366,7 +366,7 @@ PRUNING = [
     Case(
         "overrides without a pattern",
         "prune {config} prune.overrides=[down_proj]",
-        ("prune.overrides", "expected a section of names with a pattern each", "['down_proj']"),
+        ("prune.overrides", "expected a section of names with N:M or a ratio each", "['down_proj']"),
     ),
     Case(
         "overrides 2:5 do not divide",

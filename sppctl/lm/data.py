@@ -283,11 +283,12 @@ def formatted(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised instruction: tokens, labels (IGNORED where the loss is not counted), and whether it was cut."""
+    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number."""
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    number: int
 
 
 def load_instructions(
@@ -335,7 +336,9 @@ def load_instructions(
     return train, held_out
 
 
-def tokenize_instruction(tokenizer: Any, row: dict[str, Any], *, seq_len: int, train_on_inputs: bool) -> Example:
+def tokenize_instruction(
+    tokenizer: Any, row: dict[str, Any], number: int, *, seq_len: int, train_on_inputs: bool
+) -> Example:
     """Prompt, response and end-of-text as tokens.
 
     Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are
@@ -347,4 +350,4 @@ def tokenize_instruction(tokenizer: Any, row: dict[str, Any], *, seq_len: int, t
     prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
     tokens = [*(tokens[:-1] if tokens[-1:] == [end] else tokens), end]
     labels = tokens if train_on_inputs else [IGNORED] * min(len(prompt), len(tokens)) + tokens[len(prompt) :]
-    return Example(tokens[:seq_len], labels[:seq_len], len(tokens) > seq_len)
+    return Example(tokens[:seq_len], labels[:seq_len], len(tokens) > seq_len, number)

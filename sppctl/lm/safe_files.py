@@ -37,6 +37,16 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
+def sync_tree(directory: Path) -> None:
+    """Waits until all files below a directory, and the names of them, are on the disk."""
+    for path in [directory, *directory.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a safetensors file: dtype, shape, and where its bytes lie (counted from the file's start)."""

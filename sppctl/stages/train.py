@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from peft import PeftConfig, get_peft_model
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sppctl import console
-from sppctl.adapters.spp import SppConfig
-from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint, data
+from sppctl.errors import Stopped, UserError
+from sppctl.lm import checkpoint, data, perplexity
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config, TrainConfig
+from sppctl.stages import evaluate, methods
+from sppctl.stages.trainer import SparseTrainer
+from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 
 def preflight(config: Config, skeleton: Skeleton) -> None:
@@ -113,7 +115,9 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     if newest:
         console.note(f"resuming from {newest}")
-    trainer = Trainer(
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
+    callbacks = [Watch(), *_perplexity_callback(config, tokenizer)]
+    trainer = SparseTrainer(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model.dtype, bool(val_set)),
         train_dataset=train_set,
@@ -121,13 +125,21 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         data_collator=Collator(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         ),
-        callbacks=[Watch(train.log_steps)],
+        callbacks=callbacks,
+        finite=FiniteLoss(),
     )
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=newest)
+    with StopSignals() as signals:
+        trainer.add_callback(signals)
+        result = trainer.train(resume_from_checkpoint=newest)
+    if signals.caught and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(
+            f"stopped by {signal.Signals(signals.caught).name} after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}; a checkpoint is written, the same command continues (under Slurm: requeue)"
+        )
     seconds = time.perf_counter() - started
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity"} & e.keys()]
     validation = trainer.evaluate()["eval_loss"] if val_set else None
     peft_model.save_pretrained(str(out))
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -165,6 +177,19 @@ def _examples(config: Config, tokenizer: Any) -> tuple[list[data.Example], list[
     return train_set, val_set
 
 
+def _perplexity_callback(config: Config, tokenizer: Any) -> list[PerplexityEvery]:
+    """The perplexity every so many steps, on the first text of the evaluation, if it is wanted."""
+    train = config.train
+    if train.perplexity_steps is None:
+        return []
+    name = config.eval.perplexity[0]
+    text = data.load_text(name, "test", "eval.perplexity")
+    window = config.eval.seq_len or evaluate.DEFAULT_WINDOW
+    whole = text.joiner.join(text.documents)
+    windows = perplexity.text_windows(tokenizer, whole, window, config.eval.max_tokens, name)
+    return [PerplexityEvery(train.perplexity_steps, name, windows)]
+
+
 def _load(config: Config, pruned: Path, device: torch.device) -> Any:
     """The pruned model on the CPU, in a dtype that can be trained."""
     model = checkpoint.load_model(pruned, torch.device("cpu"), trust_remote_code=config.model.trust_remote_code)
@@ -178,26 +203,28 @@ def _load(config: Config, pruned: Path, device: torch.device) -> Any:
 
 def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, train: TrainConfig) -> list[data.Example]:
     seq_len, on_inputs = train.data.seq_len, train.data.train_on_inputs
-    return [data.tokenize_instruction(tokenizer, row, seq_len=seq_len, train_on_inputs=on_inputs) for row in rows]
+    return [
+        data.tokenize_instruction(tokenizer, row, number, seq_len=seq_len, train_on_inputs=on_inputs)
+        for number, row in enumerate(rows)
+    ]
 
 
-def _adapter_config(config: Config, model: Any, layers: list[str]) -> SppConfig:
+def _adapter_config(config: Config, model: Any, layers: list[str]) -> PeftConfig:
     train = config.train
     wanted = layers if train.targets == "pruned" else list(train.targets)
     targets = Skeleton(model.config).targets(wanted, key="train.targets").values()
     names = [target.name for target in targets if target.is_linear]
     if len(names) < len(targets):
         console.warn(f"{len(targets) - len(names)} matrices are no nn.Linear (experts, Conv1D) and stay as they are")
-    return SppConfig(
-        r=train.rank, scale=train.scale, dropout=train.dropout, target_modules=names, task_type="CAUSAL_LM"
-    )
+    return methods.adapter_config(train, names)
 
 
 def _arguments(
     config: Config, checkpoints: Path, device: torch.device, dtype: torch.dtype, validate: bool
 ) -> TrainingArguments:
     train = config.train
-    autocast = dtype == torch.float32 and train.bf16 is not False and (train.bf16 is True or _has_bf16(device))
+    wanted = config.launch.mixed_precision
+    autocast = dtype == torch.float32 and (wanted == "bf16" or (wanted == "auto" and _has_bf16(device)))
     checkpointing: dict[str, Any] = {}
     if train.gradient_checkpointing:
         checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -223,7 +250,7 @@ def _arguments(
         eval_steps=train.eval_steps,
         include_num_input_tokens_seen="non_padding",
         remove_unused_columns=False,
-        report_to="none",
+        report_to=list(train.report_to),
         disable_tqdm=True,
         seed=config.run.seed,
         data_seed=config.run.seed,
@@ -246,8 +273,8 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, examples: list[data.Example]) -> dict[str, Tensor]:
-        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64."""
+    def __call__(self, examples: list[data.Example]) -> dict[str, Any]:
+        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers."""
         width = math.ceil(max(len(example.input_ids) for example in examples) / 8) * 8
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -257,43 +284,5 @@ class Collator:
             input_ids[row, :length] = torch.tensor(example.input_ids)
             attention_mask[row, :length] = 1
             labels[row, :length] = torch.tensor(example.labels)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows loss, learning rate, tokens per second and the time left; stops at a loss that is not finite."""
-
-    def __init__(self, log_steps: int) -> None:
-        self.log_steps = log_steps
-        self.bar: console.Progress | None = None
-        self.words = ""
-        self.started, self.tokens_before = 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the bar."""
-        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
-        self.bar = console.Progress("training", state.max_steps).__enter__()
-        self.bar.done = state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar."""
-        assert self.bar is not None
-        self.bar.advance(self.words)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Takes the figures that the Trainer reports."""
-        logs = logs or {}
-        if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise StageError(f"the training loss is {logs['loss']} at step {state.global_step}; lower train.lr")
-            speed = (state.num_input_tokens_seen - self.tokens_before) / (time.perf_counter() - self.started)
-            self.words = f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {speed:.0f} tokens/s"
-        if "eval_loss" in logs:
-            self.words = f"validation loss {logs['eval_loss']:.3f}"
-            if self.bar is None or self.bar.done < self.bar.total:
-                console.note(f"step {state.global_step}: {self.words}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the bar away."""
-        assert self.bar is not None
-        self.bar.__exit__()
+        numbers = [example.number for example in examples]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}

@@ -51,6 +51,7 @@ def test_the_loss_falls_and_the_record_says_so(
     assert (pruned[0] / "model.safetensors").read_bytes() == before
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "README.md",
+        "logs",
         "adapter_config.json",
         "adapter_model.safetensors",
     }
@@ -171,7 +172,7 @@ def test_other_targets(configure: Callable[..., Config], pruned: tuple[Path, lis
 
 def test_the_collator_pads_on_the_right_to_a_multiple_of_eight() -> None:
     batch = train.Collator(pad_token_id=9)(
-        [Example([1, 2, 3], [IGNORED, 2, 3], False), Example([4] * 5, [4] * 5, False)]
+        [Example([1, 2, 3], [IGNORED, 2, 3], False, 0), Example([4] * 5, [4] * 5, False, 1)]
     )
     assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 4, 4, 4, 4, 9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]

@@ -1,0 +1,131 @@
+"""Watching a training: progress, a loss that is not finite, and the signals that ask it to stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from sppctl import console, distributed
+from sppctl.errors import StageError
+from sppctl.lm.perplexity import summarise, window_losses
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows loss, learning rate, gradient norm, tokens per second and the time left."""
+
+    def __init__(self) -> None:
+        self.bar: console.Progress | None = None
+        self.words = ""
+        self.started, self.tokens_before = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the bar."""
+        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.bar = console.Progress("training", state.max_steps).__enter__()
+        self.bar.done = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        assert self.bar is not None
+        self.bar.advance(self.words)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Takes the figures that the Trainer reports."""
+        logs = logs or {}
+        if "loss" in logs:
+            speed = (state.num_input_tokens_seen - self.tokens_before) / (time.perf_counter() - self.started)
+            norm = f", gradient norm {float(logs['grad_norm']):.2g}" if "grad_norm" in logs else ""
+            self.words = f"loss {logs['loss']:.3f}{norm}, lr {logs['learning_rate']:.1e}, {speed:.0f} tokens/s"
+        if "eval_loss" in logs:
+            self.words = f"validation loss {logs['eval_loss']:.3f}"
+            if self.bar is None or self.bar.done < self.bar.total:
+                console.note(f"step {state.global_step}: {self.words}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the bar away."""
+        assert self.bar is not None
+        self.bar.__exit__()
+
+
+class PerplexityEvery(TrainerCallback):  # type: ignore[misc]
+    """The perplexity of a text every so many optimizer steps, written to the log."""
+
+    def __init__(self, steps: int, name: str, windows: Tensor) -> None:
+        self.steps, self.name, self.windows = steps, name, windows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures on all processes alike: under FSDP each forward needs all of them."""
+        if state.global_step % self.steps:
+            return
+        training = model.training
+        model.eval()
+        losses = torch.cat(list(window_losses(model.get_base_model(), self.windows, args.per_device_eval_batch_size)))
+        model.train(training)
+        measured = summarise(losses, self.windows.shape[1])
+        state.log_history.append({"step": state.global_step, "perplexity": measured.value, "text": self.name})
+        console.note(f"step {state.global_step}: perplexity of {self.name} {measured.value:.2f}")
+
+
+class FiniteLoss(TrainerCallback):  # type: ignore[misc]
+    """Stops at a loss that is not finite, naming the step and the examples; looks once per optimizer step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, list[int]]] = []
+
+    def add(self, loss: Tensor, examples: list[int]) -> None:
+        """Takes the loss of a micro-batch, still on its device, and the numbers of its examples."""
+        self.seen.append((loss.detach(), examples))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at all micro-batches of the step before the optimizer spoils the weights.
+
+        Raises:
+            StageError: one of the losses is not finite.
+        """
+        losses = torch.stack([loss for loss, _ in self.seen]).tolist() if self.seen else []
+        for value, (_, examples) in zip(losses, self.seen, strict=True):
+            if not math.isfinite(value):
+                which = f"training examples {', '.join(map(str, examples))}" if examples else "a packed batch"
+                raise StageError(
+                    f"the training loss is {value} at step {state.global_step + 1}, in {which}; lower train.lr, or "
+                    "look at these examples"
+                )
+        self.seen.clear()
+
+
+class StopSignals(TrainerCallback):  # type: ignore[misc]
+    """SIGTERM or SIGUSR1 (preemption by Slurm): a checkpoint after the running step, then the end of the training."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of several processes all stop at the same step, whichever was told."""
+        flag = torch.tensor(self.caught or 0, device=args.device)
+        distributed.largest(flag)
+        self.caught = int(flag) or None
+        if self.caught and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
