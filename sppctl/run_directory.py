@@ -30,6 +30,7 @@ from sppctl.settings import Config
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RECORD = "stage.json"
+CHECKPOINTS = "checkpoints"  # in an unfinished training: what it can continue from
 ATTEMPT = "attempt.json"  # in an unfinished stage: what it is an attempt at
 
 
@@ -151,6 +152,9 @@ class Run:
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+        # needed for as long as the result was not published
+        (target / ATTEMPT).unlink(missing_ok=True)
+        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
 
     def perform(
         self,
@@ -196,7 +200,7 @@ class Run:
         try:
             metrics = work(partial)
         except (UserError, StageError):
-            if distributed.is_main() and not (resumable and any(partial.glob("*/checkpoint-*"))):
+            if distributed.is_main() and not (resumable and any(partial.glob(f"{CHECKPOINTS}/checkpoint-*"))):
                 shutil.rmtree(partial)
             raise
         distributed.barrier()
@@ -215,7 +219,6 @@ class Run:
             "metrics": metrics,
         }
         if distributed.is_main():
-            (partial / ATTEMPT).unlink()
             if stage != "train":
                 from sppctl.lm import checkpoint
 

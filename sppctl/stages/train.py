@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -21,12 +21,13 @@ from sppctl import console
 from sppctl.errors import Stopped, UserError
 from sppctl.lm import checkpoint, data, perplexity
 from sppctl.lm.blocks import Skeleton
+from sppctl.run_directory import CHECKPOINTS
 from sppctl.settings import Config, TrainConfig
 from sppctl.stages import evaluate, methods
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
-CHECKPOINTS, LOGS = "checkpoints", "logs"
+LOGS = "logs"
 
 
 def preflight(config: Config, skeleton: Skeleton) -> None:
@@ -58,6 +59,11 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         load_rows(config)
     except UserError as error:
         problems.append(str(error))
+    for name in train.report_to:
+        if importlib.util.find_spec(name) is None:
+            problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
+    if train.perplexity_steps is not None and not config.eval.perplexity:
+        problems.append("train.perplexity_steps: eval.perplexity names no text to measure")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -132,7 +138,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     started = time.perf_counter()
     with StopSignals() as signals:
         trainer.add_callback(signals)
-        result = trainer.train(resume_from_checkpoint=newest)
+        trainer.train(resume_from_checkpoint=newest)
     if signals.caught and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(
             f"stopped by {signal.Signals(signals.caught).name} after step {trainer.state.global_step} of "
@@ -142,7 +148,6 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity"} & e.keys()]
     validation = trainer.evaluate()["eval_loss"] if val_set else None
     peft_model.save_pretrained(str(out))
-    shutil.rmtree(checkpoints, ignore_errors=True)
     tokens = trainer.state.num_input_tokens_seen
     return {
         "method": train.method,
@@ -150,7 +155,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         "trainable_share": trainable / total,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": result.training_loss,
+        "train_loss": _mean_loss(history),
         "validation_loss": validation,
         "examples": len(train_set),
         "validation_examples": len(val_set),
@@ -160,6 +165,15 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         "dtype": str(model.dtype).removeprefix("torch."),
         "history": history,
     }
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float | None:
+    """Mean training loss over all steps; each entry is the mean since the one before. Right after resuming, too."""
+    total, last = 0.0, 0
+    for entry in (entry for entry in history if "loss" in entry):
+        total += entry["loss"] * (entry["step"] - last)
+        last = entry["step"]
+    return total / last if last else None
 
 
 def _examples(config: Config, tokenizer: Any) -> tuple[list[data.Example], list[data.Example]]:

@@ -52,9 +52,27 @@ def test_the_loss_falls_and_the_record_says_so(
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "README.md",
         "logs",
+        "checkpoints",  # until the stage is published
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_figures_go_to_tensorboard_and_perplexity_to_the_record(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configure("train.log_steps=1", "train.perplexity_steps=2", "eval.seq_len=64", "eval.max_tokens=256")
+    history = trained(config, pruned, tmp_path / "adapter")["history"]
+    events = EventAccumulator(str(tmp_path / "adapter" / "logs"))
+    events.Reload()
+    logged = [entry for entry in history if "loss" in entry]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([e["loss"] for e in logged])
+    assert all(event.value > 0 for event in events.Scalars("train/grad_norm"))
+    measured = [entry for entry in history if "perplexity" in entry]
+    assert [entry["step"] for entry in measured] == [2, 4]
+    assert measured[1]["perplexity"] < measured[0]["perplexity"]
 
 
 def test_learning_rate_warms_up_and_decays_linearly(

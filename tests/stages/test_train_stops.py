@@ -1,0 +1,292 @@
+"""Training that is killed, told to stop, or runs out of disk: the same command continues to the same adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# each ends the process as kill -9 does, at the named point of a training of 10 steps with a checkpoint every 3
+DEATHS = {
+    "before the first checkpoint": """
+def then_die(self, args, state, control, **kwargs):
+    if state.global_step == 2:
+        die()
+watch.Watch.on_step_end = then_die
+""",
+    "between two checkpoints": """
+def then_die(self, args, state, control, **kwargs):
+    if state.global_step == 5:
+        die()
+watch.Watch.on_step_end = then_die
+""",
+    "half a checkpoint": """
+original = trainer.SparseTrainer._save_rng_state
+def half(self, directory):
+    original(self, directory)
+    if self.state.global_step == 6:
+        path = os.path.join(directory, "optimizer.pt")
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+trainer.SparseTrainer._save_rng_state = half
+""",
+    "a checkpoint without its name": """
+def then_die(directory):
+    if directory.joinpath("checkpoint-6").is_dir():
+        die()
+trainer.sync_tree = then_die
+""",
+    "two checkpoints, one too many": """
+def then_die(output_dir, **kwargs):
+    if os.path.isdir(os.path.join(output_dir, "checkpoint-9")):
+        die()
+trainer.rotate_checkpoints = then_die
+""",
+    "trained, not published": """
+def then_die(*args):
+    die()
+run_directory.Run._publish = then_die
+""",
+}
+FROM = {
+    "before the first checkpoint": None,
+    "between two checkpoints": 3,
+    "half a checkpoint": 3,
+    "a checkpoint without its name": 3,
+    "two checkpoints, one too many": 9,
+    "trained, not published": 10,
+}
+START = """
+import os, signal, sys
+from sppctl import cli, run_directory
+from sppctl.stages import train, trainer, watch
+def die(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+"""
+OPTIONS = [
+    "train.epochs=2",
+    "train.save_steps=3",
+    "train.keep_checkpoints=1",
+    "train.dropout=0.1",
+    "train.log_steps=1",
+    "train.report_to=[]",
+]
+
+
+def environment() -> dict[str, str]:
+    """Of a fresh process that is not one of several."""
+    apart = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in apart} | {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended (minus the number of the signal that killed it), and what it said on stderr."""
+
+    returncode: int
+    stderr: str
+
+
+def sppctl(arguments: list[str], patch: str = "") -> Ended:
+    """The command line in a process of its own, changed by ``patch``; forked, which spares it all imports."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                sys.argv = ["sppctl", *arguments]
+                exec(f"{START}{patch}\ncli.main()", {"__name__": "patched"})
+                code = 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        return Ended(os.waitstatus_to_exitcode(status), said.read())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> list[str]:
+    """Arguments of a training whose pruned checkpoint is there, and whose uninterrupted adapter is in RUN/whole."""
+    folder = tmp_path_factory.mktemp("stops")
+    config = folder / "tiny.yaml"
+    config.write_text(
+        f"""
+run: {{dir: {folder / "run"}, seed: 1}}
+model: {{path: {llama}, device: cpu}}
+prune: {{calibration: {{dataset: {text_file}, samples: 4, seq_len: 64}}}}
+train:
+  rank: 4
+  data: {{dataset: {alpaca_file}, seq_len: 128, val_size: 4}}
+  batch_size: 4
+  micro_batch_size: 2
+  lr: 1e-2
+"""
+    )
+    arguments = [str(config), *OPTIONS]
+    for stage in ("prune", "train"):
+        done = sppctl([stage, *arguments])
+        assert done.returncode == 0, done.stderr
+    (folder / "run" / "adapter").rename(folder / "whole")
+    return arguments
+
+
+@pytest.fixture
+def training(prepared: list[str], tmp_path: Path) -> list[str]:
+    """``sppctl train`` in a run directory of its own, with nothing but the pruned checkpoint in it."""
+    source = Path(prepared[0]).parent / "run"
+    shutil.copytree(source / "pruned", tmp_path / "run" / "pruned")
+    return ["train", *prepared, f"run.dir={tmp_path / 'run'}"]
+
+
+def assert_same_adapter(prepared: list[str], adapter: Path) -> None:
+    whole = Path(prepared[0]).parent / "whole"
+    expected, found = (load_file(path / "adapter_model.safetensors") for path in (whole, adapter))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    histories = [json.loads((path / "stage.json").read_text())["metrics"]["history"] for path in (whole, adapter)]
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10
+    assert {path.name for path in adapter.iterdir()} == {path.name for path in whole.iterdir()}
+    assert not (adapter / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", DEATHS, ids=lambda name: name.replace(" ", "-"))
+def test_a_killed_training_continues_to_the_same_adapter(
+    death: str, prepared: list[str], training: list[str], tmp_path: Path
+) -> None:
+    assert sppctl(training, DEATHS[death]).returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "adapter").exists()
+    done = sppctl(training)
+    assert done.returncode == 0, done.stderr
+    resumed = f"checkpoint-{FROM[death]}" if FROM[death] else None
+    assert ("resuming from" in done.stderr) == (resumed is not None)
+    assert resumed is None or f"{resumed}\n" in done.stderr
+    assert_same_adapter(prepared, tmp_path / "run" / "adapter")
+    assert not list((tmp_path / "run").glob(".adapter*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_the_next_step_and_the_same_command_continues(
+    number: signal.Signals, prepared: list[str], training: list[str], tmp_path: Path
+) -> None:
+    # the signal arrives within step 5, as it does when Slurm sends it
+    patch = f"""
+original = trainer.SparseTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.state.global_step == 4:
+        die({int(number)})
+    return original(self, *args, **kwargs)
+trainer.SparseTrainer.training_step = step
+"""
+    stopped = sppctl(training, patch)
+    assert stopped.returncode == 143, stopped.stderr
+    assert f"stopped by {number.name} after step 5 of 10" in stopped.stderr
+    checkpoints = tmp_path / "run" / ".adapter.partial" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-5", "saving"}
+    done = sppctl(training)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-5\n" in done.stderr
+    assert_same_adapter(prepared, tmp_path / "run" / "adapter")
+
+
+def test_a_signal_from_outside_reaches_the_training(prepared: list[str], training: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sppctl", *training, "train.epochs=400"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    checkpoints = tmp_path / "run" / ".adapter.partial" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "the same command continues" in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before_intact(
+    prepared: list[str], training: list[str], tmp_path: Path
+) -> None:
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no file system of one's own can be mounted here (unshare -Urm)")
+    source = Path(prepared[0]).parent / "run" / "pruned"
+    # all within one shell: the mounted file system ends with it
+    patch = """
+original = trainer.SparseTrainer._save_optimizer_and_scheduler
+def save(self, directory):
+    if self.state.global_step == 6:
+        with open("RUN/ballast", "wb") as file:
+            try:
+                while True:
+                    file.write(bytes(1000))
+                    file.flush()
+            except OSError:
+                pass
+    return original(self, directory)
+trainer.SparseTrainer._save_optimizer_and_scheduler = save
+""".replace("RUN", str(tmp_path / "run"))
+    (tmp_path / "full.py").write_text(f"{START}{patch}\ncli.main()")
+    (tmp_path / "free.py").write_text(f"{START}\ncli.main()")
+    run, python = tmp_path / "run", sys.executable
+    words = " ".join(f"'{word}'" for word in training)
+    script = f"""
+mount -t tmpfs -o size=4m tmpfs {run} && cp -r {source} {run}/pruned
+{python} {tmp_path}/full.py {words} 2> {tmp_path}/full.txt; echo $? > {tmp_path}/full.code
+ls {run}/.adapter.partial/checkpoints > {tmp_path}/left.txt
+rm {run}/ballast
+{python} {tmp_path}/free.py {words} 2> {tmp_path}/free.txt; echo $? > {tmp_path}/free.code
+cp -r {run}/adapter {tmp_path}/adapter
+"""
+    subprocess.run(["unshare", "-Urm", "sh", "-c", script], env=environment(), check=False)
+    said = (tmp_path / "full.txt").read_text()
+    assert (tmp_path / "full.code").read_text() == "1\n", said
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "checkpoint of step 6 cannot be written" in error
+    assert "checkpoint-3 is intact" in error
+    assert (tmp_path / "left.txt").read_text() == "checkpoint-3\n"
+    assert (tmp_path / "free.code").read_text() == "0\n", (tmp_path / "free.txt").read_text()
+    assert_same_adapter(prepared, tmp_path / "adapter")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_examples(training: list[str], tmp_path: Path) -> None:
+    patch = """
+original = trainer.Trainer.compute_loss
+def loss(self, model, inputs, *args, **kwargs):
+    result = original(self, model, inputs, *args, **kwargs)
+    return result * float("nan") if model.training and self.state.global_step == 3 else result
+trainer.Trainer.compute_loss = loss
+"""
+    done = sppctl([*training, "train.save_steps=2"], patch)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "loss is nan at step 4, in training examples" in error
+    kept = tmp_path / "run" / ".adapter.partial" / "checkpoints"
+    assert "checkpoint-2" in {path.name for path in kept.iterdir()}
