@@ -114,9 +114,9 @@ def test_pieces_of_any_size_give_the_same(
     rows: int,
 ) -> None:
     model = load_sharp(make_checkpoint(family))
-    expected = measure(model, tokenizer, text).value
+    expected = measure(model, tokenizer, text).nll
     monkeypatch.setattr(perplexity, "LOGIT_ROWS", rows)
-    assert measure(model, tokenizer, text).value == pytest.approx(expected, rel=1e-6)
+    assert measure(model, tokenizer, text).nll == pytest.approx(expected, rel=1e-6)
 
 
 def test_logits_are_never_made_for_more_rows_than_set(
