@@ -99,6 +99,7 @@ def train(run: Run) -> dict[str, Any]:
         inputs,
         lambda out: stage.execute(run.config, run.path("prune"), layers, out, resume=run.resume),
         resumable=True,
+        scratch=stage.CHECKPOINTS,
     )
 
 

@@ -30,7 +30,6 @@ from sppctl.settings import Config
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RECORD = "stage.json"
-CHECKPOINTS = "checkpoints"  # in an unfinished training: what it can continue from
 ATTEMPT = "attempt.json"  # in an unfinished stage: what it is an attempt at
 
 
@@ -144,7 +143,7 @@ class Run:
         path.mkdir(parents=True)
         return path
 
-    def _publish(self, name: str, partial: Path, record: dict[str, Any]) -> None:
+    def _publish(self, name: str, partial: Path, record: dict[str, Any], scratch: str | None = None) -> None:
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         target, old = self.directory / name, self.directory / f".{name}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -154,7 +153,8 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
         # needed for as long as the result was not published
         (target / ATTEMPT).unlink(missing_ok=True)
-        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(target / scratch, ignore_errors=True)
 
     def perform(
         self,
@@ -164,6 +164,7 @@ class Run:
         work: Callable[[Path], dict[str, Any]],
         *,
         resumable: bool = False,
+        scratch: str | None = None,
     ) -> dict[str, Any]:
         """Does a stage unless it is up to date, and publishes it.
 
@@ -173,6 +174,7 @@ class Run:
             inputs: fingerprints of what it reads.
             work: fills a directory and returns metrics.
             resumable: what an interrupted attempt left behind is handed to ``work`` again.
+            scratch: folder in the directory that ``work`` can continue from; it goes when the stage is published.
 
         Returns:
             The content of stage.json.
@@ -200,7 +202,7 @@ class Run:
         try:
             metrics = work(partial)
         except (UserError, StageError):
-            if distributed.is_main() and not (resumable and any(partial.glob(f"{CHECKPOINTS}/checkpoint-*"))):
+            if distributed.is_main() and not (resumable and scratch and any(partial.glob(f"{scratch}/checkpoint-*"))):
                 shutil.rmtree(partial)
             raise
         distributed.barrier()
@@ -223,7 +225,7 @@ class Run:
                 from sppctl.lm import checkpoint
 
                 record["output"] = checkpoint.fingerprint(partial)
-            self._publish(name, partial, record)
+            self._publish(name, partial, record, scratch)
         distributed.barrier()
         console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
         return record

@@ -21,13 +21,12 @@ from sppctl import console
 from sppctl.errors import Stopped, UserError
 from sppctl.lm import checkpoint, data, perplexity
 from sppctl.lm.blocks import Skeleton
-from sppctl.run_directory import CHECKPOINTS
 from sppctl.settings import Config, TrainConfig
 from sppctl.stages import evaluate, methods
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
-LOGS = "logs"
+CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 
 def preflight(config: Config, skeleton: Skeleton) -> None:
