@@ -198,7 +198,8 @@ def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropou
 
     spp and masked_lora: the effective weight, d m n, and at most ``KERNEL_CHUNK`` of its elements in float32; in the
     backward pass such a slice of dy^T x instead, in d and in float32; with dropout the dropped input (T, n) and its
-    mask. hira: its matrix's gradient in float32, twice. masked_full and ste: the gradient in d. lora: none to speak of.
+    mask. hira: its matrix's gradient in float32, twice. masked_full and ste: the effective weight in d. lora: none to
+    speak of.
     """
     sizes = []
     for target in adapted.values():

@@ -165,6 +165,8 @@ def _memory(
     kernel = footprint.kernel_buffers(targets, batch, train.method, train.dropout)
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
     adapter = FLOAT * sum(num_trainable(method_of(train), train.rank, target) for target in targets.values())
+    # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks, a byte for each weight
+    masks = adapter // FLOAT if train.method == "ste" else 0
     weights = num_parameters(skeleton) * d
     # the teacher's weights, and its and the student's distributions over the vocabulary
     teacher = weights + 2 * kept.logits if train.distill.teacher is not None else 0
@@ -175,6 +177,7 @@ def _memory(
         for strategy in STRATEGIES if gpus > 1 else ("ddp",):
             for checkpointing in (False, True):
                 sharded = _shares(weights, weights - blocks, block, adapter, gpus, strategy)
+                sharded["training_state"] += masks
                 peak = kept.peak(checkpointing, kernel, widest) + teacher
                 total = sum(sharded.values()) + peak
                 entry: dict[str, Any] = {"gpus": gpus, "strategy": strategy, "gradient_checkpointing": checkpointing}
@@ -185,6 +188,7 @@ def _memory(
         "adapter": adapter,
         "gradients": adapter,
         "optimizer": 2 * adapter,
+        "masks": masks,
         "teacher": teacher,
         "tokens_on_device": batch.tokens,
         "activations": {"without": kept.kept(False), "with": kept.kept(True), "logits": kept.logits},

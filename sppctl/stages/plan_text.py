@@ -53,8 +53,7 @@ def _methods(trainable: dict[str, Any]) -> Table:
 
 def _training(memory: dict[str, Any]) -> Table:
     rows = [(name, gib(memory[name]), gib(memory[name])) for name in ("weights", "adapter", "gradients", "optimizer")]
-    if memory["teacher"]:
-        rows.append(("teacher", gib(memory["teacher"]), gib(memory["teacher"])))
+    rows += [(name, gib(memory[name]), gib(memory[name])) for name in ("masks", "teacher") if memory[name]]
     kept = memory["activations"]
     rows.append(
         ("activations of the blocks", gib(kept["without"] - kept["logits"]), gib(kept["with"] - kept["logits"]))

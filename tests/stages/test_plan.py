@@ -157,6 +157,8 @@ def test_memory_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
     assert shared["weights"] == 32_160 + 4 * (2 * 260 * 32 + 32) + 2 * 4 * (7_680 + 64)
     assert shared["training_state"] == 9_472
     assert plain["fits_gb"] == [24, 40, 80]
+    ste = planned("train.method=ste")["memory"]
+    assert (ste["adapter"], ste["masks"]) == (4 * 15_360, 15_360)
 
 
 def test_a_gpu_keeps_room_for_cuda_and_fragmentation() -> None:
