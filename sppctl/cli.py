@@ -236,6 +236,26 @@ def inspect(
 
 
 @app.command()
+def plan(
+    arguments: Arguments = None, model: Model = None, method: Method = None, json: Json = False, debug: Debug = False
+) -> None:
+    """Say what a run will take, without weights: parameters, memory, what fits on which GPU, disk, steps."""
+    config = _resolve(arguments, model=model, method=method)
+    from sppctl import pipeline
+
+    planned = pipeline.plan(config)
+    if json:
+        console.show_json(planned)
+        return
+    from sppctl.stages import plan_text
+
+    for title, header, rows in plan_text.tables(planned):
+        console.show_table(title, header, rows)
+    for sentence in plan_text.sentences(planned, config):
+        print(sentence)
+
+
+@app.command()
 def config(
     arguments: Arguments = None,
     show_schema: Annotated[bool, typer.Option("--schema", help="Every key with type, default and meaning.")] = False,

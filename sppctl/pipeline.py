@@ -142,6 +142,13 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     return found
 
 
+def plan(config: Config) -> dict[str, Any]:
+    """What a run will take, from the shapes of its model alone; nothing is loaded or written."""
+    from sppctl.stages import plan as stage
+
+    return stage.execute(config)
+
+
 def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
     """Collects runs and writes report.md, report.json and the figure of what was pruned into each."""
     from sppctl.stages import plots

@@ -52,7 +52,7 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
             TensorFiles(checkpoint.locate(prune.mask_from))
         except UserError as error:
             problems.append(f"prune.mask_from: {str(error).removeprefix('model.path: ')}")
-    if _needs_inputs(prune):
+    if needs_inputs(prune):
         limit = checkpoint.max_window(skeleton.config)
         if limit is not None and prune.calibration.seq_len > limit:
             problems.append(
@@ -66,7 +66,8 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         raise UserError("\n".join(problems))
 
 
-def _needs_inputs(prune: PruneConfig) -> bool:
+def needs_inputs(prune: PruneConfig) -> bool:
+    """Whether calibration text has to be run through the model."""
     return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
 
 
@@ -116,7 +117,7 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     targets = stack.targets(prune.targets, prune.skip)
     windows: Tensor | None = None
     metrics: dict[str, Any] = {}
-    if _needs_inputs(prune):
+    if needs_inputs(prune):
         windows, metrics = _calibrate(config, base)
         if len(windows) < distributed.world_size():  # all processes see it, so all end with it
             raise UserError(

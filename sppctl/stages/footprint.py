@@ -1,0 +1,220 @@
+"""What training keeps in memory, from the shapes of a model without weights: activations, kernels, shares of a GPU.
+
+Everything is in bytes. T is the number of tokens on a device, d the bytes of an element of the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from sppctl.lm.blocks import Skeleton
+from sppctl.lm.targets import Target
+
+FLOAT = 4  # bytes of a float32
+KERNEL_CHUNK = 1 << 24  # elements that the kernels on a GPU hold in float32 at a time
+GPU_SIZES = (24, 40, 80)  # GB as sold, of which nearly as many GiB are there
+RESERVED = 1 << 30  # for the CUDA context and the libraries' workspaces
+USABLE = 0.95  # of the rest, what fragmentation leaves
+# the projections out of a module whose other projections share their input; else it is the last one
+_OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "w2")
+_STOCK = ("lora", "hira")  # PEFT's own layers, which convert their input to the adapter's float32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is on a device at a time.
+
+    Attributes:
+        rows: examples.
+        seq_len: tokens of each, padding included.
+        itemsize: d, bytes of an element of the activations.
+        masked: the rows are padded, so that attention is given a mask.
+    """
+
+    rows: int
+    seq_len: int
+    itemsize: int
+    masked: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rows * self.seq_len
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept for the backward pass.
+
+    Attributes:
+        blocks: by all blocks together.
+        largest_block: by the largest of them; recomputed at a time under gradient checkpointing.
+        inputs: the hidden states before every block, all that checkpointing keeps of them.
+        head: norms after the blocks, and labels.
+        logits: log-probabilities of the loss, float32.
+    """
+
+    blocks: int
+    largest_block: int
+    inputs: int
+    head: int
+    logits: int
+
+    def kept(self, checkpointing: bool) -> int:
+        """At the end of the forward pass."""
+        return (self.inputs if checkpointing else self.blocks) + self.head + self.logits
+
+    def peak(self, checkpointing: bool, kernel: int, widest: int) -> int:
+        """At the worst moment of a step.
+
+        Either in the loss, when its two gradients, as large as the logits in float32, come on top of all that is kept;
+        or in a block's backward, when the logits are gone and a recomputed block, the kernel's own buffers and a few
+        gradients of the widest activation (``widest`` bytes each) are there.
+        """
+        kept = self.kept(checkpointing)
+        in_loss = kept + 2 * self.logits
+        in_block = kept - self.logits + (self.largest_block if checkpointing else 0) + kernel + 3 * widest
+        return max(in_loss, in_block)
+
+
+def projections(linears: Iterable[str]) -> list[tuple[list[str], str]]:
+    """The linear layers of a block by module: those that share the module's input, and its output projection.
+
+    Args:
+        linears: names, in the model's order.
+    """
+    modules: dict[str, list[str]] = {}
+    for name in linears:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    found = []
+    for names in modules.values():
+        out = next((name for name in names if name.endswith(_OUTPUTS)), names[-1])
+        found.append(([name for name in names if name != out], out))
+    return found
+
+
+def activations(
+    skeleton: Skeleton, adapted: dict[str, Target], batch: Batch, method: str, dropout: float
+) -> Activations:
+    """What the blocks, the head and the loss keep for the backward pass.
+
+    Per token, a block keeps (frozen weights need no input of their layer, adapted ones do):
+
+    - d n for every distinct input (n features) of adapted layers: q, k, v share one, gate and up another; SPP, the
+      masked methods and full tuning keep nothing else. PEFT's lora and hira add :func:`_own_copies` for each layer.
+    - attention (SDPA): d (H + 2 K) for queries, keys and values, H = heads x head_dim; K = H where a mask makes
+      transformers repeat the keys and values of grouped heads, else their own width; d H for its output, which is the
+      output projection's input; 4 heads for the log-sum-exp; with a mask d S, its row of S tokens.
+    - MLP: d i each for what the activation is given, what it gives and what that is multiplied with, i the
+      intermediate size; their product is the down projection's input. Without a gate, the first and the last only.
+    - norms: RMSNorm 4 width + 4 (its input in float32), LayerNorm d width + 8. The first of all is not kept, for
+      nothing before it is trained.
+
+    The head keeps the last norm, 8 for the label, and 4 V: the log-probabilities, V the size of the vocabulary.
+    Experts of a mixture and eager attention (soft-capping) keep more than this.
+    """
+    blocks = [_block(skeleton, index, adapted, batch, method, dropout) for index in range(len(skeleton.blocks))]
+    config = skeleton.config.get_text_config()
+    tokens, inside = batch.tokens, f"{skeleton.blocks_name}."
+    first = next((_norm(m, batch) for m in skeleton.blocks[0].modules() if _is_norm(m)), 0)
+    ends = [
+        _norm(m, batch) for name, m in skeleton.model.named_modules() if _is_norm(m) and not name.startswith(inside)
+    ]
+    return Activations(
+        blocks=sum(blocks) - tokens * first,
+        largest_block=max(blocks),
+        inputs=len(blocks) * tokens * config.hidden_size * batch.itemsize,
+        head=tokens * (sum(ends) + 8),
+        logits=tokens * config.vocab_size * FLOAT,
+    )
+
+
+def _block(
+    skeleton: Skeleton, index: int, adapted: dict[str, Target], batch: Batch, method: str, dropout: float
+) -> int:
+    block, prefix = skeleton.blocks[index], f"{skeleton.blocks_name}.{index}."
+    config, d = skeleton.config.get_text_config(), batch.itemsize
+    heads = config.num_attention_heads
+    linears = {prefix + name: m for name, m in block.named_modules() if isinstance(m, nn.Linear) and m.out_features > 1}
+    per_token = whole = 0
+    for inputs, out in projections(linears):
+        for group in (inputs, [out]):
+            if any(name in adapted for name in group):
+                per_token += d * linears[group[0]].in_features
+        inner = linears[out].in_features  # H of attention, i of the MLP
+        if inputs and "att" in out.removeprefix(prefix):
+            share = 1 if batch.masked else getattr(config, "num_key_value_heads", heads) / heads
+            per_token += int(d * inner * (1 + 2 * share)) + FLOAT * heads
+            per_token += d * batch.seq_len if batch.masked else 0
+            per_token += 0 if out in adapted else d * inner  # attention keeps its output itself
+        elif inputs:
+            before = sum(linears[name].out_features for name in inputs)
+            per_token += d * (before + inner if before > inner else before)
+    for name, module in block.named_modules():
+        if _is_norm(module):
+            per_token += _norm(module, batch) * _times(name, module, linears)
+    for name in linears.keys() & adapted.keys():
+        own, matrix = _own_copies(method, linears[name], d, dropout)
+        per_token, whole = per_token + own, whole + matrix
+    return batch.tokens * per_token + whole
+
+
+def _own_copies(method: str, linear: nn.Linear, itemsize: int, dropout: float) -> tuple[int, int]:
+    """What PEFT's own layers keep besides the frozen layer's input: bytes per token, and bytes whatever the tokens.
+
+    Both keep the input in float32 (after dropout, of which also the mask: one byte) where it is not the layer's input
+    itself; hira also the matrix W * (B A) in float32.
+    """
+    if method not in _STOCK:
+        return 0, 0
+    copy = FLOAT * linear.in_features if dropout or itemsize != FLOAT else 0
+    mask = linear.in_features if dropout else 0
+    return copy + mask, FLOAT * linear.weight.numel() if method == "hira" else 0
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and any(p.dim() == 1 for p in module.parameters(recurse=False))
+
+
+def _norm(module: nn.Module, batch: Batch) -> int:
+    """Bytes that a norm keeps of one vector."""
+    width = next(p.shape[0] for p in module.parameters(recurse=False))
+    return batch.itemsize * width + 2 * FLOAT if isinstance(module, nn.LayerNorm) else FLOAT * (width + 1)
+
+
+def _times(name: str, module: nn.Module, linears: dict[str, nn.Linear]) -> int:
+    """How often a norm is applied to a token: once, or to each head of the projection it is named after (q_norm)."""
+    width = next(p.shape[0] for p in module.parameters(recurse=False))
+    kind = name.rpartition(".")[2].removesuffix("_norm").removesuffix("_layernorm")
+    projection = next((m for other, m in linears.items() if other.endswith(f".{kind}_proj")), None)
+    return projection.out_features // width if projection is not None else 1
+
+
+def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropout: float) -> int:
+    """Bytes that the adapter's kernel holds for the moment while it works on the largest layer (m, n).
+
+    spp and masked_lora: the effective weight, d m n, and at most ``KERNEL_CHUNK`` of its elements in float32; in the
+    backward pass such a slice of dy^T x instead, in d and in float32; with dropout the dropped input (T, n) and its
+    mask. hira: its matrix's gradient in float32, twice. masked_full and ste: the effective weight in d. lora: none to
+    speak of.
+    """
+    sizes = []
+    for target in adapted.values():
+        elements, d = target.out_features * target.in_features, batch.itemsize
+        chunk = min(KERNEL_CHUNK, elements)
+        if method in ("spp", "masked_lora"):
+            dropped = batch.tokens * target.in_features * (2 * d + 1) if dropout else 0
+            sizes.append(max(d * elements + FLOAT * chunk, (d + 2 * FLOAT) * chunk) + dropped)
+        elif method == "hira":
+            sizes.append(2 * FLOAT * elements)
+        else:
+            sizes.append(0 if method == "lora" else d * elements)
+    return max(sizes)
+
+
+def fits(total: int) -> list[int]:
+    """The sizes of GPU (in GB) that have room for ``total`` bytes besides CUDA's own and some fragmentation."""
+    return [size for size in GPU_SIZES if total <= (size * 2**30 - RESERVED) * USABLE]

