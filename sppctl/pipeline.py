@@ -65,7 +65,7 @@ def _checks(tokenizer: Any) -> dict[str, Callable[..., None]]:
 
     return {
         "prune": prune.preflight,
-        "train": train.preflight,
+        "train": partial(train.preflight, tokenizer=tokenizer),
         "eval": partial(evaluate.preflight, tokenizer=tokenizer),
     }
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -164,3 +167,26 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no shared/ folder beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Evaluates an expression in a process of its own whose hub datasets come from the mirror."""
+    setup = shared_data / "hf-env.sh"
+    if not setup.is_file():
+        pytest.skip("no data mirror beside the checkout")
+    environment = os.environ | {"SPPCTL_HF_SCRATCH": str(tmp_path_factory.mktemp("hf") / "hf")}
+
+    def evaluate(expression: str) -> Any:
+        code = f"import json; from sppctl.lm import data, instructions; print(json.dumps({expression}))"
+        done = subprocess.run(
+            ["bash", "-c", f'source "{setup}" && exec "$0" -c "$1"', sys.executable, code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return evaluate

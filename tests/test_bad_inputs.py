@@ -564,6 +564,37 @@ TEXTS = [
         ("train.data.dataset", "one JSON object per row"),
         write("rows.jsonl", '"text"\n'),
     ),
+    Case(
+        "training data of conversations",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("train.data.dataset", "lacks instruction and output", "its columns: messages, id"),
+        write("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}], "id": 1}\n'),
+    ),
+    Case(
+        "one of several data sets missing",
+        "run {config} 'train.data.dataset={{instructions: 1, lost.jsonl: 2}}'",
+        ("train.data.dataset", "lost.jsonl is no file", "alpaca-gpt4"),
+    ),
+    Case(
+        "a weight of zero",
+        "run {config} 'train.data.dataset={{instructions: 0}}'",
+        ("train.data.dataset", "the weight of instructions is 0", "above 0"),
+    ),
+    Case(
+        "a prompt without the instruction",
+        "run {config} train.data.prompt=Alpaka",
+        ("train.data.prompt", "'Alpaka' is neither alpaca nor chat", "lacks {instruction}"),
+    ),
+    Case(
+        "a prompt with an unknown field",
+        "run {config} \"train.data.prompt='{{instruction}} {{context}}'\"",
+        ("train.data.prompt", "{context}", "neither {instruction} nor {input}"),
+    ),
+    Case(
+        "chat without a chat template",
+        "run {config} train.data.prompt=chat",
+        ("train.data.prompt", "no chat template", "use alpaca"),
+    ),
     Case("val_size above the rows", "run {config} train.data.val_size=100", ("train.data.val_size: 100", "24 rows")),
     Case(
         "unknown task",

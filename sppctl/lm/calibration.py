@@ -1,27 +1,23 @@
 """Calibration windows: which tokens the pruner sees, chosen by a seed, without padding, cached by what they depend on.
 
 Tokenising C4 takes longer than pruning a small model; the cache makes the second run with the same text, tokenizer and
-settings start at once. It only saves time: a cache that cannot be read or written is as good as none.
+settings start at once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
-import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from sppctl.errors import UserError
+from sppctl.lm import cache
 from sppctl.lm.data import Text, content_hash
 
 WindowsKind = Literal["auto", "random-document", "concatenate"]
@@ -72,27 +68,34 @@ def calibration_windows(
     Raises:
         UserError: too little text, or too few long documents.
     """
-    path = None
-    identity = tokenizer_identity(tokenizer)
-    if identity is not None:
-        depends_on = {
+    path = cache.entry(
+        "windows",
+        {
             "format": CACHE_FORMAT,
             "documents": content_hash(text.documents),
             "joiner": text.joiner,
-            "tokenizer": identity,
+            "tokenizer": cache.tokenizer_identity(tokenizer),
             "samples": samples,
             "seq_len": seq_len,
             "seed": seed,
             "windows": windows,
-        }
-        name = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-        path = _cache_file(f"{name}.safetensors")
-    found = _read(path, samples, seq_len) if path else None
+        },
+    )
+    found = _cached(path, samples, seq_len)
     if found is None:
         found = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, seed=seed, windows=windows, key=key)
-        if path:
-            _write(path, found)
+        cache.write(path, {"windows": found.tokens}, made=found.made)
     return found
+
+
+def _cached(path: Path | None, samples: int, seq_len: int) -> Windows | None:
+    """The windows of a cache entry, if it holds what was asked for."""
+    tensors, metadata = cache.read(path) or ({}, {})
+    if "windows" not in tensors or not metadata.get("made"):
+        return None
+    windows = Windows(tensors["windows"], metadata["made"])
+    asked = windows.tokens.dtype == torch.int64 and windows.tokens.shape == (samples, seq_len)
+    return windows if asked else None
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -178,75 +181,3 @@ def _tokens(tokenizer: Any, document: str) -> list[int]:
 def _stacked(pieces: list[list[int]], seq_len: int) -> Tensor:
     assert all(len(piece) == seq_len for piece in pieces), "a window that is not full"
     return torch.tensor(pieces, dtype=torch.int64)
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def tokenizer_identity(tokenizer: Any) -> str | None:
-    """Identifies a tokenizer by what it makes of a text; None if that cannot be told, so nothing is cached.
-
-    Fast tokenizers write out all they do. Of others, class, vocabulary, special tokens and plain settings are taken.
-    """
-    kind = type(tokenizer)
-    parts: list[Any] = [kind.__module__, kind.__qualname__]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        try:
-            serialised = json.loads(backend.to_str())
-        except Exception:  # what tokenizers raises when a part is written in Python
-            return None
-        # both depend on how the tokenizer was last called, and windows are made without them
-        serialised.pop("padding", None)
-        serialised.pop("truncation", None)
-        parts += [serialised, getattr(tokenizer, "split_special_tokens", None)]
-    elif callable(getattr(tokenizer, "get_vocab", None)):
-        plain = {
-            name: value
-            for name, value in vars(tokenizer).items()
-            if isinstance(value, bool | int | float | str) and name != "name_or_path"
-        }
-        special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-        try:
-            vocabulary = sorted((str(token), index) for token, index in tokenizer.get_vocab().items())
-        except NotImplementedError:
-            return None
-        parts += [vocabulary, special, plain]
-    else:
-        return None
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _cache_file(name: str) -> Path | None:
-    """Where a file of the cache lies: ``$SPPCTL_CACHE/windows`` or ``~/.cache/sppctl/windows``."""
-    try:
-        root = Path(os.environ.get("SPPCTL_CACHE") or "~/.cache/sppctl").expanduser()
-    except RuntimeError:  # no home directory
-        return None
-    return root / "windows" / name
-
-
-def _read(path: Path, samples: int, seq_len: int) -> Windows | None:
-    """The windows of a cache file; None if it is not there, or not whole."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            windows = Windows(file.get_tensor("windows").clone(), metadata.get("made", ""))
-    except (OSError, SafetensorError):
-        return None
-    whole = windows.tokens.dtype == torch.int64 and windows.tokens.shape == (samples, seq_len)
-    return windows if whole and windows.made and windows.hash == metadata.get("hash") else None
-
-
-def _write(path: Path, windows: Windows) -> None:
-    """Puts a whole file in place, or none: a disk that is full or read-only costs no run."""
-    partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(save({"windows": windows.tokens}, {"made": windows.made, "hash": windows.hash}))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError:
-        return

@@ -1,11 +1,10 @@
-"""Text: documents to calibrate with and to measure on, and instruction examples."""
+"""Text: documents to calibrate with and to measure on, from files, from the hub, and built in."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-import random
 import re
 import zlib
 from collections.abc import Sequence
@@ -14,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
+from sppctl.lm.prompts import formatted
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-IGNORED = -100  # the label that the loss leaves out
 ROW_FILES = (".jsonl", ".json", ".parquet")
 PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # all that is not gzip of one file
 INSTRUCTION_COLUMNS = ("instruction", "input", "output")
 C4_FIRST_SHARD = "en/c4-train.00000-of-01024.json.gz"  # the whole of C4 would be a download of 300 GB
-
-# the two prompts of Stanford Alpaca, as every Alpaca-trained model expects them
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-PROMPT_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -94,6 +81,12 @@ def _instructions(split: str) -> Text:
     return Text("instructions", [formatted(row) for row in built_in_rows("train" if split == "train" else "heldout")])
 
 
+def built_in_rows(split: str) -> list[dict[str, Any]]:
+    """The rows that come with sppctl; ``split`` is ``train`` or ``heldout``."""
+    rows = read_rows(ASSETS / "instructions.jsonl", "instructions")
+    return [row for row in rows if row["split"] == split]
+
+
 def _prose(_: str) -> Text:
     """Paragraphs of CPython's own reference manual, which every installation carries for ``help()``."""
     try:
@@ -136,7 +129,7 @@ def load_text(name: str, split: str, key: str, column: str | None = None) -> Tex
         files = sorted(path.name for path in Path(name).iterdir() if path.is_file())
         inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
         raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
-    elif _is_hub_id(name):
+    elif is_hub_id(name):
         rows = load_hub(name, split)
         columns = getattr(rows, "column_names", None)
         if columns:  # spare decoding what is not read
@@ -154,25 +147,46 @@ def _form(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be ``OWNER/NAME`` or ``OWNER/NAME:CONFIG`` and is no file that is missing."""
     is_file = _form(Path(name)) in (".txt", *ROW_FILES) or name.endswith(".gz")
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 
 
 def _local_text(path: Path, key: str, column: str | None) -> Text:
-    if _form(path) in PACKED_FILES:
-        raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
-    if _form(path) == ".parquet":
-        rows, columns = _parquet_rows(path, key, column)
-        return Text(path.name, _documents(rows, column, str(path), key, columns))
+    _check_packing(path, key)
     if _form(path) in ROW_FILES:
-        return Text(path.name, _documents(read_rows(path, key), column, str(path), key))
+        rows, columns = file_rows(path, key, column)
+        return Text(path.name, _documents(rows, column, str(path), key, columns))
     try:
         return Text(path.name, [_content(path)])
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {path} is not UTF-8 text ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{key}: {path} cannot be read: {error}") from error
+
+
+def _check_packing(path: Path, key: str) -> None:
+    if _form(path) in PACKED_FILES:
+        raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
+
+
+def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a parquet, JSON or JSON lines file, and the names of all its columns.
+
+    Args:
+        path: of the file; JSON may be compressed with gzip.
+        key: the configuration key, for errors.
+        column: that is wanted; None: text or instruction columns. A parquet file is read without its others.
+
+    Raises:
+        UserError: it cannot be read as such.
+    """
+    _check_packing(path, key)
+    if _form(path) == ".parquet":
+        return _parquet_rows(path, key, column)
+    rows = read_rows(path, key)
+    return rows, list(dict.fromkeys(str(name) for row in rows for name in row))
 
 
 def _content(path: Path) -> str:
@@ -202,9 +216,9 @@ def _readable(columns: Sequence[str], column: str | None) -> list[str]:
 
 
 def _documents(
-    rows: list[dict[str, Any]], column: str | None, name: str, key: str, columns: Sequence[str] | None = None
+    rows: list[dict[str, Any]], column: str | None, name: str, key: str, columns: Sequence[str] | None
 ) -> list[str]:
-    """One document per row; ``columns``: all that the source has, if the rows were read without some of them."""
+    """One document per row; ``columns``: all that the source has, for it may be read without some of them."""
     wanted = column or "text"
     if all(wanted in row for row in rows):
         for number, row in enumerate(rows, start=1):
@@ -212,7 +226,7 @@ def _documents(
                 raise UserError(f"{key}: {name}: row {number} has no text in {wanted}")
         return [row[wanted] or "" for row in rows]
     if column is None and all({"instruction", "output"} <= row.keys() for row in rows):
-        _check_instructions(rows, name, key)
+        check_instructions(rows, name, key)
         return [formatted(row) for row in rows]
     found = ", ".join(columns or dict.fromkeys(column for row in rows for column in row)) or "none"
     wished = f"a column {column}" if column else "a column text (or instruction and output)"
@@ -245,7 +259,12 @@ def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
+def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
+    """Every row must have texts as instruction and output, and as input a text or nothing.
+
+    Raises:
+        UserError: one has not; it is named by its number.
+    """
     for number, row in enumerate(rows, start=1):
         wrong = [column for column in ("instruction", "output") if not isinstance(row.get(column), str)]
         wrong += [] if isinstance(row.get("input") or "", str) else ["input"]
@@ -259,95 +278,3 @@ def content_hash(documents: Sequence[str]) -> str:
     for document in documents:
         digest.update(document.encode() + b"\0")
     return digest.hexdigest()[:16]
-
-
-# --- instructions -----------------------------------------------------------------------------------------------------
-
-
-def built_in_rows(split: str) -> list[dict[str, Any]]:
-    """The rows that come with sppctl; ``split`` is ``train`` or ``heldout``."""
-    rows = read_rows(ASSETS / "instructions.jsonl", "instructions")
-    return [row for row in rows if row["split"] == split]
-
-
-def prompt_of(row: dict[str, Any]) -> str:
-    """The Alpaca prompt of a row, up to where the response starts."""
-    template = PROMPT_WITH_INPUT if (row.get("input") or "").strip() else PROMPT_WITHOUT_INPUT
-    return template.format(instruction=row["instruction"], input=row.get("input", ""))
-
-
-def formatted(row: dict[str, Any]) -> str:
-    """Prompt and response of a row as one text."""
-    return prompt_of(row) + row["output"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number."""
-
-    input_ids: list[int]
-    labels: list[int]
-    truncated: bool
-    number: int
-
-
-def load_instructions(
-    dataset: str, split: str, *, val_size: int, max_rows: int | None, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation rows with instruction, input and output.
-
-    Args:
-        dataset: ``instructions``, ``alpaca``, a hub id, or a local .json / .jsonl file.
-        split: of a hub dataset.
-        val_size: rows held out; ``instructions`` holds out its own.
-        max_rows: rows used at most, of the shuffled training rows.
-        seed: of the shuffle.
-
-    Raises:
-        UserError: no such dataset, missing columns, nothing in it, or nothing left to train on.
-    """
-    key = "train.data.dataset"
-    if dataset == "instructions":
-        train, held_out = built_in_rows("train"), built_in_rows("heldout")
-    else:
-        if Path(dataset).is_file():
-            rows = read_rows(Path(dataset), key)
-        elif dataset == "alpaca" or _is_hub_id(dataset):
-            rows = list(load_hub("tatsu-lab/alpaca" if dataset == "alpaca" else dataset, split))
-        else:
-            raise UserError(f"{key}: {dataset} is no file, neither instructions nor alpaca, nor a hub id (OWNER/NAME)")
-        if not rows:
-            raise UserError(f"{key}: {dataset} holds no rows")
-        missing = {"instruction", "output"} - rows[0].keys()
-        if missing:
-            columns = ", ".join(map(str, rows[0]))
-            raise UserError(f"{key}: {dataset} lacks {' and '.join(sorted(missing))}; its columns: {columns}")
-        _check_instructions(rows, dataset, key)
-        random.Random(seed).shuffle(rows)
-        train, held_out = rows[val_size:], rows[:val_size]
-    if max_rows is not None:
-        random.Random(seed).shuffle(train)
-        train = train[:max_rows]
-    if not train:
-        raise UserError(
-            f"train.data.val_size: {val_size} leaves nothing of the {len(held_out)} rows of {dataset} to train on; "
-            "hold out fewer"
-        )
-    return train, held_out
-
-
-def tokenize_instruction(
-    tokenizer: Any, row: dict[str, Any], number: int, *, seq_len: int, train_on_inputs: bool
-) -> Example:
-    """Prompt, response and end-of-text as tokens.
-
-    Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are
-    those that a model meets; the labels start after the prompt's tokens.
-    """
-    end = tokenizer.eos_token_id
-    prompt, tokens = tokenizer(prompt_of(row)).input_ids, tokenizer(formatted(row)).input_ids
-    # some tokenizers end every text by themselves
-    prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
-    tokens = [*(tokens[:-1] if tokens[-1:] == [end] else tokens), end]
-    labels = tokens if train_on_inputs else [IGNORED] * min(len(prompt), len(tokens)) + tokens[len(prompt) :]
-    return Example(tokens[:seq_len], labels[:seq_len], len(tokens) > seq_len, number)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import signal
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sppctl import console
 from sppctl.errors import Stopped, UserError
-from sppctl.lm import checkpoint, data, perplexity
+from sppctl.lm import checkpoint, data, perplexity, prompts
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config, TrainConfig
 from sppctl.stages import evaluate, methods
+from sppctl.stages.feed import Feed, load_rows
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 
-def preflight(config: Config, skeleton: Skeleton) -> None:
-    """Checks targets, rank, batch arithmetic and that the data is there with the right columns.
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
+    """Checks targets, rank, batch arithmetic, the prompt, and that the data is there with the right columns.
 
     Raises:
         UserError: with everything that is wrong.
@@ -54,10 +54,11 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
-    try:
-        load_rows(config)
-    except UserError as error:
-        problems.append(str(error))
+    for check in (partial(prompts.style, train.data.prompt, tokenizer), partial(load_rows, config)):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
@@ -65,14 +66,6 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         problems.append("train.perplexity_steps: eval.perplexity names no text to measure")
     if problems:
         raise UserError("\n".join(problems))
-
-
-def load_rows(config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation rows as configured."""
-    section = config.train.data
-    return data.load_instructions(
-        section.dataset, section.split, val_size=section.val_size, max_rows=section.max_rows, seed=config.run.seed
-    )
 
 
 def _accumulation(train: TrainConfig) -> int:
@@ -109,12 +102,12 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{pruned}: its tokenizer has no end-of-text token, which every response needs")
-    train_set, val_set = _examples(config, tokenizer)
+    feed = Feed(config, tokenizer)
     model = _load(config, pruned, device)
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
     trainable, total = peft_model.get_nb_trainable_parameters()
     console.note(
-        f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(train_set)} examples"
+        f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
     )
     checkpoints = out / CHECKPOINTS
     newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
@@ -124,12 +117,10 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     callbacks = [Watch(), *_perplexity_callback(config, tokenizer)]
     trainer = SparseTrainer(
         model=peft_model,
-        args=_arguments(config, checkpoints, device, model.dtype, bool(val_set)),
-        train_dataset=train_set,
-        eval_dataset=val_set or None,
-        data_collator=Collator(
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ),
+        args=_arguments(config, checkpoints, device, model.dtype, bool(feed.held_out)),
+        train_dataset=feed.train,
+        eval_dataset=feed.held_out or None,
+        feed=feed,
         callbacks=callbacks,
         finite=FiniteLoss(),
     )
@@ -145,7 +136,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         )
     seconds = time.perf_counter() - started
     history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity"} & e.keys()]
-    validation = trainer.evaluate()["eval_loss"] if val_set else None
+    validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
     peft_model.save_pretrained(str(out))
     tokens = trainer.state.num_input_tokens_seen
     return {
@@ -156,9 +147,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         "epochs": trainer.state.epoch,
         "train_loss": _mean_loss(history),
         "validation_loss": validation,
-        "examples": len(train_set),
-        "validation_examples": len(val_set),
-        "truncated_examples": sum(example.truncated for example in train_set),
+        **feed.metrics(),
         "tokens": tokens,
         "tokens_per_second": None if newest else tokens / seconds,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -173,21 +162,6 @@ def _mean_loss(history: list[dict[str, Any]]) -> float | None:
         total += entry["loss"] * (entry["step"] - last)
         last = entry["step"]
     return total / last if last else None
-
-
-def _examples(config: Config, tokenizer: Any) -> tuple[list[data.Example], list[data.Example]]:
-    """Tokenised training and validation rows; what had to be cut is said."""
-    train = config.train
-    train_set, val_set = (_tokenize(rows, tokenizer, train) for rows in load_rows(config))
-    cut = sum(example.truncated for example in train_set)
-    if cut:
-        share = cut / len(train_set)
-        console.note(
-            f"{cut} of {len(train_set)} examples ({share:.1%}) are longer than {train.data.seq_len} tokens and were cut"
-        )
-    if all(label == data.IGNORED for example in train_set for label in example.labels):
-        raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
-    return train_set, val_set
 
 
 def _perplexity_callback(config: Config, tokenizer: Any) -> list[PerplexityEvery]:
@@ -212,14 +186,6 @@ def _load(config: Config, pruned: Path, device: torch.device) -> Any:
         console.note(f"the model is stored as float16 and trained as {str(model.dtype).removeprefix('torch.')}")
     model.config.use_cache = False
     return model
-
-
-def _tokenize(rows: list[dict[str, Any]], tokenizer: Any, train: TrainConfig) -> list[data.Example]:
-    seq_len, on_inputs = train.data.seq_len, train.data.train_on_inputs
-    return [
-        data.tokenize_instruction(tokenizer, row, number, seq_len=seq_len, train_on_inputs=on_inputs)
-        for number, row in enumerate(rows)
-    ]
 
 
 def _adapter_config(config: Config, model: Any, layers: list[str]) -> PeftConfig:
@@ -261,7 +227,8 @@ def _arguments(
         save_total_limit=train.keep_checkpoints,
         eval_strategy="steps" if validate and train.eval_steps else "no",
         eval_steps=train.eval_steps,
-        include_num_input_tokens_seen="non_padding",
+        # a packed batch has no attention mask to tell padding by, and no padding
+        include_num_input_tokens_seen="all" if train.data.packing else "non_padding",
         remove_unused_columns=False,
         report_to=list(train.report_to),
         disable_tqdm=True,
@@ -278,24 +245,3 @@ def _has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported()
     # CPUs without bfloat16 instructions emulate it, far slower than float32
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads a batch of examples on the right to its longest, rounded up to a multiple of 8."""
-
-    pad_token_id: int
-
-    def __call__(self, examples: list[data.Example]) -> dict[str, Any]:
-        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers."""
-        width = math.ceil(max(len(example.input_ids) for example in examples) / 8) * 8
-        input_ids = torch.full((len(examples), width), self.pad_token_id)
-        attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
-        labels = torch.full((len(examples), width), data.IGNORED)
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            input_ids[row, :length] = torch.tensor(example.input_ids)
-            attention_mask[row, :length] = 1
-            labels[row, :length] = torch.tensor(example.labels)
-        numbers = [example.number for example in examples]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}

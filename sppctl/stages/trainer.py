@@ -15,16 +15,25 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from sppctl import distributed
 from sppctl.errors import StageError
 from sppctl.lm.safe_files import sync_tree
+from sppctl.stages.feed import Feed
 from sppctl.stages.watch import FiniteLoss
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose checkpoints are written aside, synced and renamed, and which looks at every loss."""
+    """A Trainer whose checkpoints are written aside, synced and renamed, and which looks at every loss.
 
-    def __init__(self, *args: Any, finite: FiniteLoss, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        args: of the Trainer.
+        finite: looks at the losses.
+        feed: how examples reach the model.
+        kwargs: of the Trainer.
+    """
+
+    def __init__(self, *args: Any, finite: FiniteLoss, feed: Feed, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=feed.collator, **kwargs)
+        self.feed = feed
         self.finite = finite
         self.add_callback(finite)
         self.checkpoints = Path(str(self.args.output_dir))
@@ -37,6 +46,22 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             loss: Tensor = result[0] if isinstance(result, tuple) else result
             self.finite.add(loss, examples)
         return result
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Before the first step: does the model, as it is wrapped and placed now, keep packed examples apart?"""
+        self.feed.check(model)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.feed.order is None else self.feed.order
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Padded batches always: the Trainer weighs validation losses by the rows of their batches."""
+        self.data_collator = self.feed.padded
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = self.feed.collator
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints / SAVING)

@@ -13,7 +13,9 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from sppctl.errors import UserError
-from sppctl.lm.calibration import Windows, calibration_windows, draw_windows, tokenizer_identity
+from sppctl.lm import cache as cache_files
+from sppctl.lm.cache import tokenizer_identity
+from sppctl.lm.calibration import Windows, calibration_windows, draw_windows
 from sppctl.lm.data import Text
 
 
@@ -289,8 +291,9 @@ def test_errors_are_not_cached(tokenizer: PreTrainedTokenizerFast, cache: Path) 
 
 def rewrite(file: Path, **changes: Any) -> None:
     kept: dict[str, Any] = {"tokens": load_file(file)["windows"].clone(), "name": "windows"}
-    kept |= {"made": "random-document", "hash": Windows(kept["tokens"], "").hash} | changes
-    save_file({kept["name"]: kept["tokens"]}, file, {"made": kept["made"], "hash": kept["hash"]})
+    kept |= {"made": "random-document"} | changes
+    tensors = {kept["name"]: kept["tokens"]}
+    save_file(tensors, file, {"made": kept["made"], "hash": cache_files.digest(tensors)})
 
 
 DAMAGES = {

@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,11 @@ from typing import Any
 import datasets
 import pytest
 from conftest import ALPACA
-from transformers import PreTrainedTokenizerFast
 
 from sppctl.errors import UserError
 from sppctl.lm import data
-from sppctl.lm.data import IGNORED, Text
+from sppctl.lm.data import Text
+from sppctl.lm.prompts import formatted
 
 KEY = "prune.calibration.dataset"
 WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
@@ -115,7 +112,7 @@ def test_parquet(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 1 has no text in id"):
         data.load_text(str(path), "train", KEY, "id")
     datasets.Dataset.from_list(ALPACA).to_parquet(path)
-    assert data.load_text(str(path), "train", KEY).documents == [data.formatted(row) for row in ALPACA]
+    assert data.load_text(str(path), "train", KEY).documents == [formatted(row) for row in ALPACA]
 
 
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
@@ -253,16 +250,13 @@ def test_the_built_in_instructions_as_text() -> None:
     train, test = (data.load_text("instructions", split, KEY).documents for split in ("train", "test"))
     assert len(test) == 64
     assert not set(train) & set(test)
-    assert train[0] == data.formatted(data.built_in_rows("train")[0])
+    assert train[0] == formatted(data.built_in_rows("train")[0])
 
 
 def test_a_text_is_identified_by_what_it_says() -> None:
     assert data.content_hash(["a", "bc"]) == data.content_hash(["a", "bc"])
     assert data.content_hash(["a", "bc"]) != data.content_hash(["ab", "c"])
     assert data.content_hash([]) != data.content_hash([""])
-
-
-# --- instructions -----------------------------------------------------------------------------------------------------
 
 
 def test_the_built_in_rows() -> None:
@@ -277,177 +271,9 @@ def test_the_built_in_rows() -> None:
     assert len(set(asked)) == len(asked)
 
 
-def test_the_two_prompts() -> None:
-    assert data.prompt_of({"instruction": "Add.", "input": "1 and 2"}) == WITH_INPUT
-    for row in ({"instruction": "Add.", "input": ""}, {"instruction": "Add."}, {"instruction": "Add.", "input": None}):
-        assert data.prompt_of(row) == WITHOUT_INPUT
-    assert data.formatted({"instruction": "Add.", "input": "1 and 2", "output": "3"}) == WITH_INPUT + "3"
-
-
-def test_braces_in_a_row_are_just_text() -> None:
-    assert "{input}" in data.prompt_of({"instruction": "Explain {input} and {0}", "input": "x{"})
-
-
-ROW = {"instruction": "Add.", "input": "", "output": "No."}
-EOS = 257
-
-
-@pytest.mark.parametrize("train_on_inputs", [True, False])
-def test_tokens_and_labels(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
-    example = data.tokenize_instruction(tokenizer, ROW, seq_len=512, train_on_inputs=train_on_inputs)
-    length = len(WITHOUT_INPUT)  # one token per byte
-    assert tokenizer.eos_token_id == EOS
-    assert tokenizer.decode(example.input_ids) == WITHOUT_INPUT + "No.</s>"
-    assert len(example.input_ids) == length + 4
-    assert example.input_ids[-1] == EOS
-    response = [ord(letter) - 33 for letter in "No."] + [EOS]
-    assert example.input_ids[length:] == response
-    expected = example.input_ids if train_on_inputs else [IGNORED] * length + response
-    assert example.labels == expected
-    assert not example.truncated
-
-
-@pytest.mark.parametrize("train_on_inputs", [True, False])
-@pytest.mark.parametrize(("spare", "truncated"), [(4, False), (3, True), (1, True), (0, True), (-10, True)])
-def test_long_examples_are_cut(
-    tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool, spare: int, truncated: bool
-) -> None:
-    whole = data.tokenize_instruction(tokenizer, ROW, seq_len=512, train_on_inputs=train_on_inputs)
-    seq_len = len(WITHOUT_INPUT) + spare
-    example = data.tokenize_instruction(tokenizer, ROW, seq_len=seq_len, train_on_inputs=train_on_inputs)
-    assert example.truncated is truncated
-    assert len(example.input_ids) == len(example.labels) == seq_len
-    assert (example.input_ids, example.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
-
-
-class WithEnd:
-    """A tokenizer that ends every text with end-of-text by itself, as some do."""
-
-    eos_token_id = EOS
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: str) -> Any:
-        encoding = self.tokenizer(text)
-        encoding["input_ids"] = [*encoding["input_ids"], EOS]
-        return encoding
-
-
-@pytest.mark.parametrize("train_on_inputs", [True, False])
-def test_a_tokenizer_that_adds_the_end_itself(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
-    found, expected = (
-        data.tokenize_instruction(each, ROW, seq_len=512, train_on_inputs=train_on_inputs)
-        for each in (WithEnd(tokenizer), tokenizer)
-    )
-    assert found == expected
-
-
-def load(dataset: Path | str, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    return data.load_instructions(str(dataset), "train", **({"val_size": 0, "max_rows": None, "seed": 0} | options))
-
-
-def names(rows: list[dict[str, Any]]) -> list[str]:
-    return [row["instruction"] for row in rows]
-
-
-def test_rows_are_held_out(alpaca_file: Path) -> None:
-    train, held_out = load(alpaca_file, val_size=5)
-    assert (len(train), len(held_out)) == (19, 5)
-    assert sorted(names(train) + names(held_out)) == sorted(names(ALPACA))
-
-
-def test_the_seed_decides_who_is_held_out(alpaca_file: Path) -> None:
-    assert load(alpaca_file, val_size=5, seed=1) == load(alpaca_file, val_size=5, seed=1)
-    assert names(load(alpaca_file, val_size=5, seed=1)[1]) != names(load(alpaca_file, val_size=5, seed=2)[1])
-
-
-def test_max_rows_counts_training_rows(alpaca_file: Path) -> None:
-    train, held_out = load(alpaca_file, val_size=5, max_rows=7)
-    assert len(train) == 7
-    assert held_out == load(alpaca_file, val_size=5)[1]
-    assert set(names(train)) <= set(names(load(alpaca_file, val_size=5)[0]))
-    assert len(load(alpaca_file, max_rows=100)[0]) == 24
-
-
-def test_the_built_in_rows_hold_out_their_own() -> None:
-    train, held_out = load("instructions", val_size=3)
-    assert held_out == data.built_in_rows("heldout")
-    assert train == data.built_in_rows("train")
-    some = load("instructions", max_rows=10)[0]
-    assert len(some) == 10
-    assert names(some) != names(train[:10])
-
-
-@pytest.mark.parametrize("val_size", [24, 100])
-def test_nothing_left_to_train_on(alpaca_file: Path, val_size: int) -> None:
-    with pytest.raises(UserError, match=rf"train\.data\.val_size: {val_size} leaves nothing"):
-        load(alpaca_file, val_size=val_size)
-
-
-def test_missing_columns_are_listed(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", [{"question": "1 + 1?", "answer": "2"}])
-    with pytest.raises(UserError, match=r"lacks instruction and output; its columns: question, answer$"):
-        load(path)
-
-
-def test_a_column_missing_in_a_later_row_is_found_before_training(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", [ALPACA[0], {"instruction": "Add."}])
-    with pytest.raises(UserError, match="row 2 has no text in output"):
-        load(path)
-
-
-def test_no_rows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no rows"):
-        load(write_lines(tmp_path / "rows.jsonl", []))
-
-
-@pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c"])
-def test_an_unknown_dataset(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is no file"):
-        load(name)
-
-
-def test_hub_rows_are_used_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
-
-    def load_hub(name: str, split: str) -> list[dict[str, Any]]:
-        asked.append((name, split))
-        return list(ALPACA)
-
-    monkeypatch.setattr(data, "load_hub", load_hub)
-    train, held_out = data.load_instructions("alpaca", "train[:24]", val_size=4, max_rows=None, seed=0)
-    assert (len(train), len(held_out)) == (20, 4)
-    load("owner/name")
-    assert asked == [("tatsu-lab/alpaca", "train[:24]"), ("owner/name", "train")]
-
-
 # --- the data mirror --------------------------------------------------------------------------------------------------
 
 FromMirror = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> FromMirror:
-    """Evaluates an expression in a process of its own whose hub datasets come from the mirror."""
-    setup = shared_data / "hf-env.sh"
-    if not setup.is_file():
-        pytest.skip("no data mirror beside the checkout")
-    environment = os.environ | {"SPPCTL_HF_SCRATCH": str(tmp_path_factory.mktemp("hf") / "hf")}
-
-    def evaluate(expression: str) -> Any:
-        code = f"import json; from sppctl.lm import data; print(json.dumps({expression}))"
-        done = subprocess.run(
-            ["bash", "-c", f'source "{setup}" && exec "$0" -c "$1"', sys.executable, code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return evaluate
 
 
 @pytest.mark.shared
@@ -467,8 +293,5 @@ def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
 
 @pytest.mark.shared
 def test_alpaca_of_the_mirror(from_mirror: FromMirror) -> None:
-    train, held_out = from_mirror("data.load_instructions('alpaca', 'train[:200]', val_size=20, max_rows=50, seed=0)")
-    assert (len(train), len(held_out)) == (50, 20)
-    assert all({"instruction", "input", "output"} <= row.keys() for row in train + held_out)
     (text,) = from_mirror("data.load_text('alpaca', 'train[:1]', 'key').documents")
     assert text.startswith("Below is an instruction that describes a task")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
-from sppctl.lm.data import IGNORED, Example
 from sppctl.settings import Config
 from sppctl.stages import prune, train
+from sppctl.stages.watch import FiniteLoss
 
 
 @pytest.fixture
@@ -188,13 +188,106 @@ def test_other_targets(configure: Callable[..., Config], pruned: tuple[Path, lis
     assert {name.split(".")[-2] for name in names} == {"q_proj"}
 
 
-def test_the_collator_pads_on_the_right_to_a_multiple_of_eight() -> None:
-    batch = train.Collator(pad_token_id=9)(
-        [Example([1, 2, 3], [IGNORED, 2, 3], False, 0), Example([4] * 5, [4] * 5, False, 1)]
+def figures(metrics: dict[str, Any], *names: str) -> list[float]:
+    return [entry[name] for entry in metrics["history"] if "loss" in entry for name in names]
+
+
+def test_packing_changes_no_figure(
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = []
+    for value in ("false", "true"):
+        overrides = (f"train.data.packing={value}", "train.dropout=0.0", "train.log_steps=1", "train.epochs=2")
+        found.append(trained(configure(*overrides, "train.data.seq_len=300"), pruned, tmp_path / value))
+    padded, packed = found
+    assert figures(packed, "loss", "grad_norm") == pytest.approx(figures(padded, "loss", "grad_norm"), rel=1e-3)
+    assert packed["validation_loss"] == pytest.approx(padded["validation_loss"], rel=1e-4)
+    assert packed["tokens"] == padded["tokens"]
+    assert packed["padding_share"] == padded["padding_share"] > 0
+    assert f"packing: {packed['padding_share']:.1%} of the positions of padded batches" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_heed_borders_is_not_trained_packed(
+    configure: Callable[..., Config], make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    layers = [f"model.decoder.layers.{block}.self_attn.q_proj" for block in range(2)]
+    config = configure("train.data.packing=true", "train.targets=[q_proj]")
+    with pytest.raises(UserError, match=r"^train\.data\.packing: .* set train\.data\.packing to false"):
+        trained(config, (make_checkpoint("opt"), layers), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_resumed_training_takes_up_the_grouped_order(
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    packing: str,
+) -> None:
+    config = configure(
+        "train.epochs=3",
+        "train.save_steps=7",
+        "train.dropout=0.1",
+        "train.data.group_by_length=true",
+        f"train.data.packing={packing}",
     )
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 4, 4, 4, 4, 9, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 2, 3, *[IGNORED] * 5], [4, 4, 4, 4, 4, *[IGNORED] * 3]]
+    seen: list[list[int]] = []
+    original = FiniteLoss.add
+
+    def note(self: Any, loss: Any, examples: list[int]) -> None:
+        seen.append(examples)
+        original(self, loss, examples)
+
+    monkeypatch.setattr(FiniteLoss, "add", note)
+    trained(config, pruned, tmp_path / "whole")
+    whole, seen[:] = list(seen), []
+    for epoch in range(3):
+        assert sorted(number for batch in whole[10 * epoch : 10 * epoch + 10] for number in batch) == list(range(20))
+    assert whole[:10] != whole[10:20]
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Watch, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trained(config, pruned, tmp_path / "cut")
+    seen.clear()
+    trained(config, pruned, tmp_path / "cut")
+    assert seen == whole[14:]  # two micro-batches per step
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+def test_the_record_says_which_data(
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    alpaca_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mixture = f"train.data.dataset={{{alpaca_file}: 1, instructions: 2}}"
+    metrics = trained(configure(mixture, "train.max_steps=1"), pruned, tmp_path / "adapter")
+    assert metrics["datasets"] == {str(alpaca_file): 20, "instructions": 40}
+    assert (metrics["examples"], metrics["validation_examples"]) == (60, 4 + 64)
+    assert f"60 examples: 20 of {alpaca_file}, 40 of instructions" in capsys.readouterr().err
+    alone = trained(configure("train.max_steps=1"), pruned, tmp_path / "alone")
+    again = trained(configure("train.max_steps=1", "train.data.seq_len=100"), pruned, tmp_path / "again")
+    assert alone["data_hash"] == again["data_hash"] != metrics["data_hash"]
+
+
+def test_an_own_prompt_is_trained_on(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = configure("train.data.prompt='Q: {instruction} A: '", "train.max_steps=1", "train.data.val_size=0")
+    metrics = trained(config, pruned, tmp_path / "adapter")
+    # at most: "Q: Add 22 and 23. A: The sum is 45." and the end of the text
+    assert metrics["truncated_examples"] == 0
+    assert metrics["tokens"] <= 4 * 37
 
 
 @pytest.mark.slow

@@ -1,0 +1,116 @@
+"""How instruction data reaches the model: rows, tokens, their order, and the batches they are put in."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sppctl import console
+from sppctl.errors import UserError
+from sppctl.lm import batches, instructions, prompts
+from sppctl.settings import Config
+
+CHECKED_TOKENS = 16  # of each of two examples that must not see each other
+
+
+def load_rows(config: Config) -> instructions.Instructions:
+    """Training and validation rows as configured.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    section = config.train.data
+    weights = {section.dataset: 1.0} if isinstance(section.dataset, str) else section.dataset
+    return instructions.load_instructions(
+        weights, section.split, val_size=section.val_size, max_rows=section.max_rows, seed=config.run.seed
+    )
+
+
+class Feed:
+    """The tokenised examples of a training, with all that turns them into batches; what had to be cut is said.
+
+    Attributes:
+        train: examples to train on.
+        held_out: examples for the validation loss.
+        order: sampler of the training examples; None: the Trainer's own, a new random order in every epoch.
+        collator: makes the training batches.
+        padded: makes the validation batches.
+        padding_share: share of the positions of padded batches that padding fills, in the order of the first epoch if
+            examples are grouped by length, otherwise in a random one. Packing avoids it.
+
+    Raises:
+        UserError: the data cannot be had, or leaves nothing to learn from.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        train = config.train
+        self.rows = load_rows(config)
+        tokenised = partial(
+            instructions.examples,
+            tokenizer,
+            style=prompts.style(train.data.prompt, tokenizer),
+            seq_len=train.data.seq_len,
+            train_on_inputs=train.data.train_on_inputs,
+        )
+        self.train, self.held_out = tokenised(self.rows.train), tokenised(self.rows.held_out)
+        if not self.train.have_labels:
+            raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.padded = batches.PadCollator(pad)
+        self.packing = self.unchecked = train.data.packing
+        self.collator = batches.PackCollator() if self.packing else self.padded
+        self.order = None
+        if train.data.group_by_length:
+            self.order = batches.LengthGrouped(self.train.lengths, train.batch_size, config.run.seed)
+        order = list(self.order or random.Random(config.run.seed).sample(range(len(self.train)), len(self.train)))
+        self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
+        self._tell(train.data.seq_len)
+
+    def _tell(self, seq_len: int) -> None:
+        if len(self.rows.taken) > 1:
+            taken = ", ".join(f"{count} of {name}" for name, count in self.rows.taken.items())
+            console.note(f"{len(self.train)} examples: {taken}")
+        if self.train.truncated:
+            share = self.train.truncated / len(self.train)
+            console.note(
+                f"{self.train.truncated} of {len(self.train)} examples ({share:.1%}) are longer than {seq_len} tokens "
+                "and were cut"
+            )
+        if self.packing:
+            console.note(f"packing: {self.padding_share:.1%} of the positions of padded batches would be padding")
+
+    def check(self, model: nn.Module) -> None:
+        """Before the first packed batch: the model must keep packed examples apart.
+
+        Raises:
+            UserError: it does not.
+        """
+        if not self.unchecked:
+            return
+        self.unchecked = False
+        training = model.training
+        model.eval()
+        # one from its start, one to its end: instructions begin alike
+        first, second = self.train[0].input_ids[:CHECKED_TOKENS], self.train[len(self.train) - 1].input_ids
+        error = batches.packing_error(model, first, second[-CHECKED_TOKENS:])
+        model.train(training)
+        if not error <= batches.EXACT:
+            raise UserError(
+                "train.data.packing: this model does not keep packed examples apart (one changes the other by "
+                f"{error:.0%} of what it does without borders); set train.data.packing to false, and "
+                "train.data.group_by_length to true to save padding"
+            )
+
+    def metrics(self) -> dict[str, Any]:
+        """What the record of the training says about its data."""
+        return {
+            "examples": len(self.train),
+            "validation_examples": len(self.held_out),
+            "datasets": self.rows.taken,
+            "data_hash": self.rows.hash,
+            "truncated_examples": self.train.truncated,
+            "padding_share": self.padding_share,
+        }

@@ -1,0 +1,157 @@
+"""Batches: packed ones give the loss and gradient of padded ones, exactly where the model heeds borders."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sppctl.lm import batches
+from sppctl.lm.batches import LengthGrouped, PackCollator, PadCollator, packing_error, padding_share
+from sppctl.lm.instructions import IGNORED, Example
+
+# OPT takes the positions of its learned embedding from the attention mask
+HEEDING = [family for family in FAMILIES if family != "opt"]
+DEAF = {
+    "opt": FAMILIES["opt"],
+    "bloom": lambda: transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4),  # ALiBi
+    "mamba2": lambda: transformers.Mamba2Config(  # a state runs on
+        vocab_size=260, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2
+    ),
+}
+
+
+def example(number: int, length: int, start: int = 0) -> Example:
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(0, 256, (length,), generator=generator).tolist()
+    return Example(tokens, [IGNORED] * start + tokens[start:], False, number)
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    make = FAMILIES.get(family) or DEAF[family]
+    return AutoModelForCausalLM.from_config(make()).to(dtype).eval()
+
+
+# --- padded and packed ------------------------------------------------------------------------------------------------
+
+
+TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7), Example([4] * 5, [4] * 5, False, 2)]
+
+
+def test_padding_on_the_right_to_a_multiple_of_eight() -> None:
+    batch = PadCollator(pad_token_id=9)(TWO)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 4, 4, 4, 4, 9, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3, *[IGNORED] * 5], [4, 4, 4, 4, 4, *[IGNORED] * 3]]
+    assert batch["examples"] == [7, 2]
+
+
+def test_packing_into_one_row() -> None:
+    batch = PackCollator()(TWO)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 4, 4, 4, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 4, 4, 4, 4]]
+    assert batch["examples"] == [7, 2]
+    assert "attention_mask" not in batch
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**{name: value for name, value in batch.items() if name != "examples"}).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, None) for family in HEEDING), ("llama", "eager"), ("gemma3", "eager")]
+)
+def test_packed_batches_give_loss_and_gradient_of_padded_ones(family: str, attention: str | None) -> None:
+    model = tiny(family)
+    model.set_attn_implementation(attention or model.config._attn_implementation)
+    model.config.use_cache = False
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, adapter)
+    # longer than the sliding windows of 16, and one of a single token
+    rows = [example(0, 21, 6), example(1, 40), example(2, 1), example(3, 17, 12)]
+    padded, padded_gradients = loss_and_gradients(peft_model, PadCollator(0)(rows))
+    packed, packed_gradients = loss_and_gradients(peft_model, PackCollator()(rows))
+    assert abs(packed - padded) < 1e-5
+    assert packed_gradients.keys() == padded_gradients.keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in padded_gradients.values())
+    for name, gradient in padded_gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# --- which models heed borders ----------------------------------------------------------------------------------------
+
+
+def error_of(model: Any) -> float:
+    return packing_error(model, example(0, 16).input_ids, example(1, 16).input_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", HEEDING)
+def test_packing_is_exact(family: str, dtype: torch.dtype) -> None:
+    assert error_of(tiny(family, dtype)) < batches.EXACT / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", DEAF)
+def test_models_that_do_not_heed_borders_are_seen(family: str, dtype: torch.dtype) -> None:
+    assert error_of(tiny(family, dtype)) > 10 * batches.EXACT
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+def test_padding_share_by_hand() -> None:
+    lengths = [3, 8, 9, 16, 1]
+    # (3, 8) are 16 positions, (9, 16) 32, (1) 8: 37 tokens in 56
+    assert padding_share(lengths, [0, 1, 2, 3, 4], 2) == pytest.approx(1 - 37 / 56)
+    # (16, 9) are 32, (3, 1) 16, (8) 8: the same 56
+    assert padding_share(lengths, [3, 2, 0, 4, 1], 2) == pytest.approx(1 - 37 / 56)
+    # (3, 16) and (8, 9) are 32 each, (1) 8
+    assert padding_share(lengths, [0, 3, 1, 2, 4], 2) == pytest.approx(1 - 37 / 72)
+    assert padding_share([8, 16], [0, 1], 1) == 0
+
+
+LENGTHS = torch.randint(20, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_grouped_batches_hold_similar_lengths() -> None:
+    order = LengthGrouped(LENGTHS, 8, seed=0)
+    numbers = list(order)
+    assert len(order) == 1003
+    assert sorted(numbers) == list(range(1003))
+    assert padding_share(LENGTHS, range(1003), 8) > 0.3
+    assert padding_share(LENGTHS, numbers, 8) < 0.06
+    assert LENGTHS[numbers[0]] == max(LENGTHS)
+    widths = [max(LENGTHS[i] for i in numbers[start : start + 8]) for start in range(8, 1000, 8)]
+    rises = sum(a < b for a, b in itertools.pairwise(widths))
+    assert 0.3 < rises / len(widths) < 0.7  # batches are in random order
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = LengthGrouped(LENGTHS, 8, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert {tuple(sorted(order(0, 0)[i : i + 8])) for i in range(0, 1000, 8)} != {
+        tuple(sorted(order(0, 1)[i : i + 8])) for i in range(0, 1000, 8)
+    }
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9])
+def test_grouping_few_examples(count: int) -> None:
+    assert sorted(LengthGrouped(LENGTHS[:count], 8, seed=0)) == list(range(count))

@@ -1,0 +1,409 @@
+"""Instruction data: shapes, shares and held-out rows, tokens and labels, and the cache."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import ALPACA, byte_tokenizer
+from safetensors.torch import load_file, save_file
+from test_prompts import CHAT, WITHOUT_INPUT
+from transformers import PreTrainedTokenizerFast
+
+from sppctl.errors import UserError
+from sppctl.lm import data, instructions
+from sppctl.lm.instructions import IGNORED, Example, Instructions
+from sppctl.lm.prompts import style
+
+EOS = 257
+ROW = {"instruction": "Add.", "input": "", "output": "No."}
+
+
+def load(*names: Path | str, weights: list[float] | None = None, **options: Any) -> Instructions:
+    wanted = dict(zip(map(str, names), weights or [1.0] * len(names), strict=True))
+    defaults: dict[str, Any] = {"val_size": 0, "max_rows": None, "seed": 0}
+    return instructions.load_instructions(wanted, "train", **(defaults | options))
+
+
+def asked(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["instruction"] for row in rows]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def numbered(path: Path, name: str, count: int) -> Path:
+    return write_rows(path / f"{name}.jsonl", [{"instruction": f"{name} {i}", "output": "x"} for i in range(count)])
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def write_as(form: str, path: Path) -> None:
+    if form == "parquet":
+        datasets.Dataset.from_list([row | {"text": "all of it"} for row in ALPACA]).to_parquet(path)
+        return
+    text = json.dumps(ALPACA) if "jsonl" not in form else "\n".join(map(json.dumps, ALPACA))
+    path.write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "json.gz", "jsonl.gz"])
+def test_files_of_all_forms(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"rows.{form}"
+    write_as(form, path)
+    found = load(path)
+    assert sorted(asked(found.train)) == sorted(asked(ALPACA))
+    assert found.taken == {str(path): 24}
+    assert found.hash == load(write_rows(tmp_path / "same.jsonl", ALPACA)).hash
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("alpaca", "tatsu-lab/alpaca"), ("alpaca-gpt4", "vicgalle/alpaca-gpt4"), ("owner/name", "owner/name")],
+)
+def test_hub_rows(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def load_hub(*arguments: str) -> Any:
+        calls.append(arguments)
+        return datasets.Dataset.from_list([row | {"text": "all of it"} for row in ALPACA])
+
+    monkeypatch.setattr(data, "load_hub", load_hub)
+    found = instructions.load_instructions({name: 1.0}, "train[:24]", val_size=4, max_rows=None, seed=0)
+    assert (len(found.train), len(found.held_out)) == (20, 4)
+    assert found.train[0].keys() == {"instruction", "input", "output"}
+    assert calls == [(repository, "train[:24]")]
+
+
+def test_columns_of_a_hub_data_set_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "Add."}], "id": 1}])
+    monkeypatch.setattr(data, "load_hub", lambda *_: rows)
+    with pytest.raises(UserError, match=r"owner/name lacks instruction and output; its columns: messages, id$"):
+        load("owner/name")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("row", [{"question": "1 + 1?", "answer": "2"}, {"conversations": ["Hello"], "id": 1}])
+def test_columns_of_a_file_are_listed(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
+    path = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        datasets.Dataset.from_list([row]).to_parquet(path)
+    else:
+        write_rows(path, [row])
+    with pytest.raises(UserError, match=rf"lacks instruction and output; its columns: {', '.join(row)}$"):
+        load(path)
+
+
+def test_a_column_missing_in_a_later_row_is_found_before_training(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [ALPACA[0], {"instruction": "Add."}])
+    with pytest.raises(UserError, match="row 2 has no text in output"):
+        load(path)
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no rows"):
+        load(write_rows(tmp_path / "rows.jsonl", []))
+
+
+@pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c", "missing.parquet"])
+def test_an_unknown_data_set(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is no file and none of .*alpaca-gpt4, nor"):
+        load(name)
+
+
+# --- which rows -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_held_out(alpaca_file: Path) -> None:
+    found = load(alpaca_file, val_size=5)
+    assert (len(found.train), len(found.held_out)) == (19, 5)
+    assert sorted(asked(found.train) + asked(found.held_out)) == sorted(asked(ALPACA))
+
+
+def test_the_seed_decides_who_is_held_out(alpaca_file: Path) -> None:
+    assert load(alpaca_file, val_size=5, seed=1) == load(alpaca_file, val_size=5, seed=1)
+    one, two = (load(alpaca_file, val_size=5, seed=seed) for seed in (1, 2))
+    assert asked(one.held_out) != asked(two.held_out)
+    assert one.hash != two.hash
+
+
+def test_max_rows_counts_training_rows(alpaca_file: Path) -> None:
+    some, whole = load(alpaca_file, val_size=5, max_rows=7), load(alpaca_file, val_size=5)
+    assert len(some.train) == some.taken[str(alpaca_file)] == 7
+    assert some.held_out == whole.held_out
+    assert set(asked(some.train)) <= set(asked(whole.train))
+    assert len(load(alpaca_file, max_rows=100).train) == 24
+
+
+def test_the_built_in_rows_hold_out_their_own() -> None:
+    found = load("instructions", val_size=3)
+    assert found.held_out == data.built_in_rows("heldout")
+    assert found.train == data.built_in_rows("train")
+    some = load("instructions", max_rows=10).train
+    assert len(some) == 10
+    assert asked(some) != asked(found.train[:10])
+
+
+@pytest.mark.parametrize("val_size", [24, 100])
+def test_nothing_left_to_train_on(alpaca_file: Path, val_size: int) -> None:
+    with pytest.raises(UserError, match=rf"train\.data\.val_size: {val_size} leaves nothing of the 24 rows"):
+        load(alpaca_file, val_size=val_size)
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "taken"),
+    [
+        # 40, 30 and 8 rows. k = min(40 / 1, 30 / 1, 8 / 1) = 8
+        ([1, 1, 1], {}, [8, 8, 8]),
+        # k = min(40 / 5, 30 / 3, 8 / 1) = 8: the first and the last are used whole
+        ([5, 3, 1], {}, [40, 24, 8]),
+        # k = min(40 / 2.5, 30 / 3, 8 / 0.7) = 10
+        ([2.5, 3, 0.7], {}, [25, 30, 7]),
+        # the weights are shares: a factor changes nothing
+        ([0.25, 0.3, 0.07], {}, [25, 30, 7]),
+        # 20 / (5 + 3 + 1) = 2.22: 11.1, 6.7 and 2.2
+        ([5, 3, 1], {"max_rows": 20}, [11, 6, 2]),
+        # held out 9 * (5, 3, 1) / 9 = 5, 3, 1; k = min(35 / 5, 27 / 3, 7 / 1) = 7
+        ([5, 3, 1], {"val_size": 9}, [35, 21, 7]),
+    ],
+)
+def test_shares_are_those_of_the_weights(
+    tmp_path: Path, weights: list[float], options: dict[str, Any], taken: list[int]
+) -> None:
+    files = [numbered(tmp_path, name, count) for name, count in (("a", 40), ("b", 30), ("c", 8))]
+    found = load(*files, weights=weights, **options)
+    assert list(found.taken.values()) == taken
+    assert [sum(name.startswith(letter) for name in asked(found.train)) for letter in "abc"] == taken
+    assert len(set(asked(found.train) + asked(found.held_out))) == sum(taken) + len(found.held_out)  # none twice
+    assert found == load(*files, weights=weights, **options)
+
+
+def test_held_out_rows_are_shared_out_by_weight(tmp_path: Path) -> None:
+    files = [numbered(tmp_path, name, 40) for name in "abc"]
+    held_out = asked(load(*files, weights=[5, 3, 1], val_size=10).held_out)
+    # 5.56, 3.33 and 1.11: the largest remainder is rounded up
+    assert [sum(name.startswith(letter) for name in held_out) for letter in "abc"] == [6, 3, 1]
+
+
+def test_the_built_in_rows_in_a_mixture_hold_out_their_own(tmp_path: Path) -> None:
+    found = load("instructions", numbered(tmp_path, "a", 50), weights=[2, 1], val_size=10)
+    assert found.taken["instructions"] == 2 * found.taken[str(tmp_path / "a.jsonl")] == 80
+    assert found.held_out[:64] == data.built_in_rows("heldout")
+    assert len(found.held_out) == 74
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_impossible_weights(alpaca_file: Path, weight: float) -> None:
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: the weight of .* must be a number above 0$"):
+        load(alpaca_file, "instructions", weights=[weight, 1.0])
+
+
+def test_a_weight_that_gives_no_row(alpaca_file: Path) -> None:
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: the weight 0\.001 of .* gives none of its rows"):
+        load(alpaca_file, "instructions", weights=[0.001, 1.0])
+
+
+def test_no_data_set_at_all() -> None:
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: names no data set"):
+        load()
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", **options: Any) -> Example:
+    defaults: dict[str, Any] = {"seq_len": 512, "train_on_inputs": False}
+    return instructions.tokenize(tokenizer, [ALPACA[0], row], style(prompt, tokenizer), **(defaults | options))[1]
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+def test_tokens_and_labels(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
+    example = tokenize(tokenizer, train_on_inputs=train_on_inputs)
+    length = len(WITHOUT_INPUT)  # one token per byte
+    assert tokenizer.eos_token_id == EOS
+    assert tokenizer.decode(example.input_ids) == WITHOUT_INPUT + "No.</s>"
+    assert len(example.input_ids) == length + 4
+    response = [ord(letter) - 33 for letter in "No."] + [EOS]
+    assert example.input_ids[length:] == response
+    assert example.labels == (example.input_ids if train_on_inputs else [IGNORED] * length + response)
+    assert not example.truncated
+    assert example.number == 1
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+@pytest.mark.parametrize(("spare", "truncated"), [(4, False), (3, True), (1, True), (0, True), (-10, True)])
+def test_long_examples_are_cut(
+    tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool, spare: int, truncated: bool
+) -> None:
+    whole = tokenize(tokenizer, train_on_inputs=train_on_inputs)
+    seq_len = len(WITHOUT_INPUT) + spare
+    example = tokenize(tokenizer, seq_len=seq_len, train_on_inputs=train_on_inputs)
+    assert example.truncated is truncated
+    assert len(example.input_ids) == len(example.labels) == seq_len
+    assert (example.input_ids, example.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
+
+
+class WithEnd:
+    """A tokenizer that ends every text with end-of-text by itself, as some do."""
+
+    eos_token_id = EOS
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        encoding = self.tokenizer(texts, **options)
+        encoding["input_ids"] = [[*tokens, EOS] for tokens in encoding["input_ids"]]
+        return encoding
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+def test_a_tokenizer_that_adds_the_end_itself(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
+    found, expected = (tokenize(each, train_on_inputs=train_on_inputs) for each in (WithEnd(tokenizer), tokenizer))
+    assert found == expected
+
+
+def test_a_tokenizer_that_was_saved_cutting_and_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    cutting = byte_tokenizer()
+    cutting.backend_tokenizer.enable_truncation(8)
+    cutting.backend_tokenizer.enable_padding(length=600)
+    assert tokenize(cutting) == tokenize(tokenizer)
+
+
+def test_an_own_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = tokenize(tokenizer, prompt="Q: {instruction} A:")
+    assert tokenizer.decode(example.input_ids) == "Q: Add. A:No.</s>"
+    assert [label == IGNORED for label in example.labels] == [True] * 10 + [False] * 4
+
+
+def test_chat_ends_the_turn_and_the_text() -> None:
+    chatting = byte_tokenizer()
+    chatting.chat_template = CHAT
+    example = tokenize(chatting, ROW | {"input": "1"}, prompt="chat")
+    prompt = "<|user|>\nAdd.\n\n1<|end|>\n<|assistant|>\n"
+    assert chatting.decode(example.input_ids) == prompt + "No.<|end|></s>"
+    assert [label == IGNORED for label in example.labels] == [True] * len(prompt) + [False] * 11
+
+
+def test_an_end_of_turn_that_is_the_end_of_text_stands_once() -> None:
+    chatting = byte_tokenizer()
+    chatting.chat_template = CHAT.replace("<|end|>", "</s>")
+    example = tokenize(chatting, prompt="chat")
+    assert chatting.decode(example.input_ids).endswith("\nNo.</s>")
+    assert example.input_ids[-2] != EOS
+
+
+def test_examples_are_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=180, train_on_inputs=False)
+    assert [example.number for example in found] == list(range(len(found))) == list(range(24))
+    assert [len(example.input_ids) for example in found] == found.lengths
+    assert sum(example.truncated for example in found) == found.truncated > 0
+    assert found.have_labels
+    with pytest.raises(IndexError):
+        found[24]
+    assert list(instructions.tokenize(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    eos_token_id = EOS
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.backend_tokenizer, self.tokenizer, self.texts = tokenizer.backend_tokenizer, tokenizer, 0
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.texts += len(texts)
+        return self.tokenizer(texts, **options)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPPCTL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "examples"
+
+
+@pytest.fixture
+def counting(tokenizer: PreTrainedTokenizerFast) -> Counting:
+    return Counting(tokenizer)
+
+
+def examples(tokenizer: Any, rows: list[dict[str, Any]] = ALPACA, prompt: str = "alpaca", **options: Any) -> list[Any]:
+    defaults: dict[str, Any] = {"seq_len": 200, "train_on_inputs": False}
+    return list(instructions.examples(tokenizer, rows, style(prompt, None), **(defaults | options)))
+
+
+def test_the_second_time_nothing_is_tokenised(counting: Counting, cache: Path) -> None:
+    first = examples(counting)
+    assert counting.texts == 48  # prompts and whole texts
+    assert examples(counting) == first
+    assert counting.texts == 48
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_whatever_matters_is_tokenised_again(counting: Counting, cache: Path) -> None:
+    others: list[dict[str, Any]] = [
+        {},
+        {"rows": ALPACA[::-1]},
+        {"rows": [ALPACA[0] | {"output": "x"}, *ALPACA[1:]]},
+        {"prompt": "{instruction}"},
+        {"prompt": "{instruction} "},
+        {"seq_len": 201},
+        {"train_on_inputs": True},
+    ]
+    for number, options in enumerate(others, start=1):
+        before = counting.texts
+        examples(counting, **options)
+        assert counting.texts > before
+        assert len(list(cache.iterdir())) == number
+    counting.eos_token_id = 258
+    examples(counting)
+    assert len(list(cache.iterdir())) == len(others) + 1
+
+
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-8]),
+    "no safetensors": lambda file: file.write_text("nothing of the kind"),
+    "other tokens": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x7f"),
+    "nothing about it": lambda file: save_file(load_file(file), file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_made_anew(counting: Counting, cache: Path, damage: str) -> None:
+    first = examples(counting)
+    (file,) = cache.iterdir()
+    DAMAGES[damage](file)
+    assert examples(counting) == first
+    assert counting.texts == 2 * 48
+    assert examples(counting) == first
+    assert counting.texts == 2 * 48
+    assert list(cache.iterdir()) == [file]
+
+
+# --- the data mirror --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.shared
+def test_alpaca_of_the_mirror(from_mirror: Callable[[str], Any]) -> None:
+    expression = (
+        "vars(instructions.load_instructions({'alpaca': 3, 'instructions': 1}, 'train[:2000]', "
+        "val_size=20, max_rows=100, seed=0))"
+    )
+    found = from_mirror(expression)
+    assert found["taken"] == {"alpaca": 75, "instructions": 25}
+    assert (len(found["train"]), len(found["held_out"])) == (100, 20 + 64)
+    assert all({"instruction", "input", "output"} <= row.keys() for row in found["train"] + found["held_out"])
