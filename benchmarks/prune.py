@@ -54,7 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.checkpoint, windows, Pattern.parse(arguments.pattern), device, Path(scratch))
         warm_up = timed(bench.forward, device)
-        print(f"{len(bench.stack)} blocks, {windows.numel()} tokens, {arguments.pattern}; a first forward: {warm_up:.1f} s")
+        print(
+            f"{len(bench.stack)} blocks, {windows.numel()} tokens, {arguments.pattern}; first forward: {warm_up:.1f} s"
+        )
         print("| method, order | seconds | forwards | share: Hessian | factorisation | columns |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
         for method, order in CASES:
@@ -97,15 +99,15 @@ class Bench:
         (out / "copy").mkdir()
         self.files = checkpoint.copy_for_rewriting(directory, out / "copy")
 
-    def embedded(self, batch_size: int | str = "auto") -> Activations:
-        return Activations(self.stack, self.windows, batch_size, "auto", self.out / "activations.bin")
+    def embedded(self) -> Activations:
+        return Activations(self.stack, self.windows, "auto", "auto", self.out / "activations.bin")
 
     @torch.no_grad()
     def forward(self) -> None:
         activations = self.embedded()
         for index in range(len(self.stack)):
             self.stack.load_block(index)
-            activations.run(index, keep=True)
+            activations.run(index)
             self.stack.release_block(index)
 
     def prune(self, method: str, order: str) -> None:
@@ -114,9 +116,7 @@ class Bench:
         journal = Journal(self.out / "journal.jsonl")
         journal.path.unlink(missing_ok=True)
         journal.blocks.clear()
-        activations = None
-        if method != "magnitude":
-            activations = self.embedded(len(self.windows) if order == "module" else "auto")
+        activations = None if method == "magnitude" else self.embedded()
         for _ in prune_blocks(self.stack, plan, activations, self.files, journal):
             pass
 

@@ -16,6 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from prune import hardware
+
 SIZES = {
     "hidden 576, 8 blocks": ("--hidden", "576", "--intermediate", "1536", "--heads", "9", "--layers", "8"),
     "hidden 1152, 8 blocks": ("--hidden", "1152", "--intermediate", "3072", "--heads", "9", "--layers", "8"),
@@ -28,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="wanda")
     method = parser.parse_args().method
-    print(f"{method} 2:4, windows of 256 tokens, {os.cpu_count()} cores")
+    print(
+        f"{method} 2:4, windows of 256 tokens, {len(os.sched_getaffinity(0))} cores of {hardware(torch.device('cpu'))}"
+    )
     print(
         "| model | weights, MB | windows | processes | seconds | peak MiB |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     )

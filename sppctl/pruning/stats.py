@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 1 << 24  # converted to float32 at a time
+CPU_CHUNK = 1 << 20  # fits a cache: a tenth of the time of a matrix that does not
 MAX_DAMP = 1.0  # of the mean diagonal; beyond it the Hessian says nothing any more
 
 
@@ -40,7 +42,12 @@ class InputNorms:
     def update(self, inputs: Tensor) -> None:
         """Adds inputs (tokens, in_features) of any float dtype."""
         self.num_tokens += inputs.shape[0]
-        self.squares += inputs.float().square().sum(dim=0)
+        size = CPU_CHUNK if inputs.device.type == "cpu" else CHUNK_ELEMENTS
+        for rows in inputs.split(max(1, size // inputs.shape[1])):
+            self._add(rows.float())
+
+    def _add(self, rows: Tensor) -> None:
+        self.squares += rows.square().sum(dim=0)
 
     def totals(self) -> list[Tensor]:
         """The sums that several processes add up, each over its own inputs, before anything is derived from them."""
@@ -58,10 +65,9 @@ class InputMoments(InputNorms):
         super().__init__(in_features, device)
         self.sums = torch.zeros(in_features, dtype=torch.float32, device=device)
 
-    def update(self, inputs: Tensor) -> None:
-        """Adds inputs (tokens, in_features) of any float dtype."""
-        super().update(inputs)
-        self.sums += inputs.float().sum(dim=0)
+    def _add(self, rows: Tensor) -> None:
+        super()._add(rows)
+        self.sums += rows.sum(dim=0)
 
     def totals(self) -> list[Tensor]:
         """As in InputNorms."""
