@@ -58,7 +58,11 @@ def measured(model: Path, run: Path, method: str, windows: int, processes: int) 
     # a child of its own, so that the peak is of this run alone
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
-    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    # the same cores for one process and for two
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True, env=environment
+    )
     return json.loads((run / "pruned" / "stage.json").read_text())["wall_time_s"], float(done.stdout)
 
 
