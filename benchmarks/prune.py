@@ -3,13 +3,14 @@
     python benchmarks/prune.py CHECKPOINT [--samples 64 --seq-len 512 --repeats 3]
 
 The baseline is the walker's own dense forward: every block loaded and run once on all windows, no output head. Each
-figure is a median. Shares say where SparseGPT's own time goes.
+figure is a median. Shares say where SparseGPT's own time goes. A row is printed when it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import resource
 import statistics
 import tempfile
 import time
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 
 from sppctl.lm import checkpoint
@@ -49,33 +49,42 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = checkpoint.pick_device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     windows = torch.randint(0, 250, (arguments.samples, arguments.seq_len), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.checkpoint, windows, Pattern.parse(arguments.pattern), device, Path(scratch))
-        bench.forward()
-        rounds: dict[str, list[float]] = {}
-        shares: dict[str, list[dict[str, float]]] = {}
-        for _ in range(arguments.repeats):
-            # the baseline and every case in turn, so that a machine's moods hit all alike
-            baseline = timed(bench.forward, device)
-            rounds.setdefault("forward", []).append(baseline)
-            for method, order in CASES:
-                with parts() as spent:
-                    seconds = timed(lambda m=method, o=order: bench.prune(m, o), device)
-                rounds.setdefault(f"{method} {order}", []).append(seconds / baseline)
-                shares.setdefault(f"{method} {order}", []).append({k: v / seconds for k, v in spent.items()})
-    seconds = statistics.median(rounds.pop("forward"))
-    print(f"forward of {len(bench.stack)} blocks on {windows.numel()} tokens: {seconds:.2f} s")
-    print(
-        "| method, order | forwards | share: Hessian | factorisation | columns |\n| --- | ---: | ---: | ---: | ---: |"
-    )
-    for case, ratios in rounds.items():
-        spent = {key: statistics.median(one.get(key, 0.0) for one in shares[case]) for key in ("H", "F", "C")}
-        words = " | ".join(f"{spent[key]:.0%}" if spent[key] else "-" for key in ("H", "F", "C"))
-        print(f"| {case} | {statistics.median(ratios):.2f} | {words} |")
-    print(f"peak memory of the process: {psutil.Process().memory_info().rss / 2**20:.0f} MiB now")
+        warm_up = timed(bench.forward, device)
+        print(
+            f"{len(bench.stack)} blocks, {windows.numel()} tokens, {arguments.pattern}; first forward: {warm_up:.1f} s"
+        )
+        print("| method, order | seconds | forwards | share: Hessian | factorisation | columns |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+        for method, order in CASES:
+            rounds = [measured(bench, method, order, device) for _ in range(arguments.repeats)]
+            seconds, forwards, *shares = (statistics.median(column) for column in zip(*rounds, strict=True))
+            words = " | ".join(f"{share:.0%}" if share else "-" for share in shares)
+            print(f"| {method}, {order} | {seconds:.1f} | {forwards:.2f} | {words} |", flush=True)
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def measured(bench: Bench, method: str, order: str, device: torch.device) -> tuple[float, ...]:
+    """Seconds of pruning, the same in forwards, and the shares of Hessian, factorisation and columns.
+
+    A forward is run before and after: what else the machine does hits the baseline and the case alike.
+    """
+    before = timed(bench.forward, device)
+    with parts() as spent:
+        seconds = timed(lambda: bench.prune(method, order), device)
+    baseline = (before + timed(bench.forward, device)) / 2
+    return seconds, seconds / baseline, *(value / seconds for value in spent.values())
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Bench:
@@ -90,15 +99,15 @@ class Bench:
         (out / "copy").mkdir()
         self.files = checkpoint.copy_for_rewriting(directory, out / "copy")
 
-    def embedded(self, batch_size: int | str = "auto") -> Activations:
-        return Activations(self.stack, self.windows, batch_size, "auto", self.out / "activations.bin")
+    def embedded(self) -> Activations:
+        return Activations(self.stack, self.windows, "auto", "auto", self.out / "activations.bin")
 
     @torch.no_grad()
     def forward(self) -> None:
         activations = self.embedded()
         for index in range(len(self.stack)):
             self.stack.load_block(index)
-            activations.run(index, keep=True)
+            activations.run(index)
             self.stack.release_block(index)
 
     def prune(self, method: str, order: str) -> None:
@@ -107,9 +116,7 @@ class Bench:
         journal = Journal(self.out / "journal.jsonl")
         journal.path.unlink(missing_ok=True)
         journal.blocks.clear()
-        activations = None
-        if method != "magnitude":
-            activations = self.embedded(len(self.windows) if order == "module" else "auto")
+        activations = None if method == "magnitude" else self.embedded()
         for _ in prune_blocks(self.stack, plan, activations, self.files, journal):
             pass
 

@@ -16,6 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from prune import hardware
+
 SIZES = {
     "hidden 576, 8 blocks": ("--hidden", "576", "--intermediate", "1536", "--heads", "9", "--layers", "8"),
     "hidden 1152, 8 blocks": ("--hidden", "1152", "--intermediate", "3072", "--heads", "9", "--layers", "8"),
@@ -28,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="wanda")
     method = parser.parse_args().method
-    print(f"{method} 2:4, windows of 256 tokens, {os.cpu_count()} cores")
+    print(
+        f"{method} 2:4, windows of 256 tokens, {len(os.sched_getaffinity(0))} cores of {hardware(torch.device('cpu'))}"
+    )
     print(
         "| model | weights, MB | windows | processes | seconds | peak MiB |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     )
@@ -53,7 +58,11 @@ def measured(model: Path, run: Path, method: str, windows: int, processes: int) 
     # a child of its own, so that the peak is of this run alone
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
-    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    # the same cores for one process and for two
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True, env=environment
+    )
     return json.loads((run / "pruned" / "stage.json").read_text())["wall_time_s"], float(done.stdout)
 
 

@@ -36,17 +36,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--max-tokens", type=int, help="of WikiText-2; default: all")
     arguments = parser.parse_args()
     store = arguments.out.with_suffix(".json")
     cells = json.loads(store.read_text()) if store.is_file() else {}
     if "dense" not in cells:
         cells["dense"] = {"perplexity": measured(arguments.checkpoint, arguments.max_tokens)}
+        store.write_text(json.dumps(cells, indent=1))
     for pattern in PATTERNS:
-        for name, overrides in METHODS.items():
+        for name in arguments.methods:
             if f"{name} {pattern}" in cells or ("owl" in name and ":" in pattern):
                 continue
-            cells[f"{name} {pattern}"] = cell(arguments, overrides, pattern)
+            cells[f"{name} {pattern}"] = cell(arguments, METHODS[name], pattern)
             print(name, pattern, cells[f"{name} {pattern}"], flush=True)
             store.write_text(json.dumps(cells, indent=1))
     arguments.out.write_text(table(cells))
@@ -86,6 +88,8 @@ def table(cells: dict[str, dict[str, float]]) -> str:
     lines = [f"| method | {' | '.join(PATTERNS)} | seconds |", "| --- |" + " ---: |" * (len(PATTERNS) + 1)]
     for name in METHODS:
         found = [cells.get(f"{name} {pattern}") for pattern in PATTERNS]
+        if not any(found):
+            continue
         values = [f"{one['perplexity']:.4g}" if one else "-" for one in found]
         spent = sorted(one["seconds"] for one in found if one)
         lines.append(f"| {name} | {' | '.join(values)} | {spent[len(spent) // 2]:.0f} |")

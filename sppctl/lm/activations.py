@@ -64,12 +64,14 @@ class Activations:
         """Windows in a micro-batch."""
         return self._slices[0].stop
 
-    def run(self, index: int, keep: bool) -> None:
-        """Runs the loaded block ``index`` on every micro-batch; ``keep`` makes its output the next block's input."""
+    def run(self, index: int) -> None:
+        """Runs the loaded block ``index`` on every micro-batch; its output becomes the next block's input."""
         for rows in self._slices:
-            output = self.call(index, rows)(self.stack.blocks[index], self.inputs(rows))
-            if keep:
-                self.store(rows, output)
+            self.advance(index, rows)
+
+    def advance(self, index: int, rows: slice) -> None:
+        """As :meth:`run`, for some windows."""
+        self.store(rows, self.call(index, rows)(self.stack.blocks[index], self.inputs(rows)))
 
     def store(self, rows: slice, hidden: Tensor) -> None:
         """Makes some windows' hidden states the next block's input."""

@@ -17,8 +17,11 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, check_weight
+from sppctl.stages.in_step import in_step, wait_at
 from sppctl.stages.layers import LayerInputs, LayerRecord, Plan, SharedInputs, measure
 from sppctl.stages.reconstruct import reconstruct
+
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module, and what it is called with
 
 MIN_EXPERT_TOKENS = 32  # an expert that saw fewer is pruned by a fall-back
 
@@ -117,46 +120,54 @@ class BlockWork:
             inputs.reduce()
 
     def _prune_on_the_way(self, activations: Activations) -> list[LayerRecord]:
-        """One forward: the first layer of a group that is reached prunes the whole group, and the pass goes on."""
+        """One forward, all micro-batches in step: where they meet, a group of layers is pruned."""
         if self.shared.of(self._relative(self.plain)) is None:
             self.gather(InputNorms)  # once for blocks of a make: which layers share inputs is seen only by running one
             self.inputs.clear()
             self.leaders.clear()
-        groups = self.shared.of(self._relative(self.plain)) or []
-        records: list[LayerRecord] = []
-        make = PRUNERS[self.plan.method].statistics or InputNorms
-
-        def arrive(group: list[str], module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = LayerInputs(make, args[0].shape[-1], args[0].device)
-            inputs.update(args[0])
-            inputs.reduce()
-            records.extend(self._prune_group(group, inputs))
-
-        def arrive_experts(owner: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # gate and up first: down is given what the pruned ones make of the tokens
-            for parts in (("gate_proj", "up_proj"), ("down_proj",)):
-                targets = [t for t in self.experts[owner] if t.name.endswith(parts)]
-                if targets:
-                    self._prepare_experts(owner, targets, make)
-                    self._collect_experts(owner, module, args, kwargs)
-                    for inputs in {id(i): i for i in [*self.inputs.values(), *self.everything.values()]}.values():
-                        inputs.reduce()
-                    records.extend(self._prune_experts(targets))
-                    self.inputs.clear()
-
-        handles = []
-        for group in groups:
+        places: dict[str, Callable[[list[Any]], list[LayerRecord]]] = {}  # by the module where they meet
+        for group in self.shared.of(self._relative(self.plain)) or []:
             names = [self.prefix + short for short in group]
-            first = self._module(self.targets[names[0]].owner)
-            handles.append(first.register_forward_pre_hook(partial(arrive, names)))
+            places[self.targets[names[0]].owner] = partial(self._prune_arrived, names)
         for owner in self.experts:
-            hook = partial(arrive_experts, owner)
-            handles.append(self._module(owner).register_forward_pre_hook(hook, with_kwargs=True))
+            places[owner] = partial(self._prune_arrived_experts, owner)
+        records: list[LayerRecord] = []
+        prune = list(places.values())
+        handles = [
+            self._module(owner).register_forward_pre_hook(partial(_meet, place), with_kwargs=True)
+            for place, owner in enumerate(places)
+        ]
         try:
-            activations.run(self.index, keep=True)
+            in_step(
+                [partial(activations.advance, self.index, rows) for rows in activations.batches],
+                lambda place, calls: records.extend(prune[place](calls)),
+            )
         finally:
             for handle in handles:
                 handle.remove()
+        return records
+
+    def _prune_arrived(self, names: list[str], calls: list[Call]) -> list[LayerRecord]:
+        statistics = PRUNERS[self.plan.method].statistics or InputNorms
+        inputs = LayerInputs(statistics, self.targets[names[0]].in_features, self.stack.device)
+        for _, args, _ in calls:
+            inputs.update(args[0])
+        inputs.reduce()
+        return self._prune_group(names, inputs)
+
+    def _prune_arrived_experts(self, owner: str, calls: list[Call]) -> list[LayerRecord]:
+        records = []
+        # gate and up first: down is given what the pruned ones make of the tokens
+        for parts in (("gate_proj", "up_proj"), ("down_proj",)):
+            targets = [t for t in self.experts[owner] if t.name.endswith(parts)]
+            if targets:
+                self._prepare_experts(owner, targets, PRUNERS[self.plan.method].statistics or InputNorms)
+                for call in calls:
+                    self._collect_experts(owner, *call)
+                for inputs in {id(i): i for i in [*self.inputs.values(), *self.everything.values()]}.values():
+                    inputs.reduce()
+                records += self._prune_experts(targets)
+                self.inputs.clear()
         return records
 
     # --- inputs -------------------------------------------------------------------------------------------------------
@@ -311,3 +322,7 @@ class BlockWork:
                     raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}")
             masks.append(mask)
         return masks
+
+
+def _meet(place: int, *call: Any) -> None:
+    wait_at(place, call)

@@ -185,16 +185,14 @@ def _copy(config: Config, base: Path, out: Path) -> TensorFiles:
 
 
 def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:
-    batch_size: int | str = prune.batch_size
-    if prune.order == "module":
-        batch_size = len(windows)  # the pass stops at each layer until all windows are there
+    if prune.order == "module":  # the pass stops at each layer until all windows are there
         needed = windows.numel() * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
         if needed > free_memory(stack.device):
             raise StageError(
                 f"prune.order: module holds all windows inside a block, some {needed / 2**30:.1f} GiB; "
                 "use order block, or fewer or shorter windows"
             )
-    return Activations(stack, windows, batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
+    return Activations(stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
 
 
 def _plan(config: Config, stack: BlockStack, targets: dict[str, Target], windows: Tensor | None, out: Path) -> Plan:

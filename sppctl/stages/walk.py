@@ -68,7 +68,7 @@ def prune_blocks(
                 stack.load_block(index)
                 for target in plan.in_block(f"{stack.blocks_name}.{index}.").values():
                     target.view(stack.model).copy_(stack.matrix(target, out))
-                activations.run(index, keep=True)
+                activations.run(index)
                 stack.release_block(index)
             yield journal.blocks[index]
             continue
@@ -89,7 +89,7 @@ def prune_blocks(
         distributed.barrier()
         journal.append(entry)
         if activations is not None and plan.order == "block":
-            activations.run(index, keep=True)
+            activations.run(index)
         stack.release_block(index)
         yield entry
 

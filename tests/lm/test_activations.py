@@ -62,7 +62,7 @@ def test_advancing_gives_a_plain_forwards_hidden_states(
     kept = Activations(stack, windows(), size, memory, tmp_path / "hidden")
     torch.testing.assert_close(everything(kept), expected[0])
     stack.load_block(0)
-    kept.run(0, keep=True)
+    kept.run(0)
     torch.testing.assert_close(everything(kept), expected[1], rtol=1e-4, atol=1e-5)
 
 
@@ -77,20 +77,19 @@ def test_every_family_bit_for_bit_in_one_batch(
     kept = Activations(stack, windows(), 5, "ram", tmp_path / "hidden")
     assert torch.equal(everything(kept), expected[0])
     stack.load_block(0)
-    kept.run(0, keep=True)
+    kept.run(0)
     assert torch.equal(everything(kept), expected[1])
 
 
 @torch.no_grad()
-def test_running_without_keeping_changes_nothing(stack: BlockStack, tmp_path: Path) -> None:
-    kept = Activations(stack, windows(), 2, "ram", tmp_path / "hidden")
+def test_advancing_some_windows_leaves_the_others(stack: BlockStack, tmp_path: Path) -> None:
+    kept, whole = (Activations(stack, windows(), 2, "ram", tmp_path / name) for name in ("some", "all"))
     before = everything(kept)
-    block, calls = stack.load_block(0), []
-    handle = block.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    kept.run(0, keep=False)
-    handle.remove()
-    assert calls == [2, 2, 1]
-    assert torch.equal(everything(kept), before)
+    stack.load_block(0)
+    whole.run(0)
+    kept.advance(0, kept.batches[1])
+    assert torch.equal(everything(kept)[2:4], everything(whole)[2:4])
+    assert torch.equal(everything(kept)[[0, 1, 4]], before[[0, 1, 4]])
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def test_a_hook_sees_every_window_once(stack: BlockStack, tmp_path: Path) -> Non
     kept = Activations(stack, windows(), 2, "ram", tmp_path / "hidden")
     seen: list[Tensor] = []
     stack.load_block(0).self_attn.register_forward_hook(lambda *_: seen.append(_[2][0]))
-    kept.run(0, keep=True)
+    kept.run(0)
     assert torch.cat(seen).shape == (5, 24, stack.width)
 
 
@@ -150,7 +149,7 @@ def test_a_smaller_last_batch_is_called_in_its_own_shape(
         mask = kept.call(0, rows).kwargs["attention_mask"]
         assert mask is None or mask.shape[0] in (1, rows.stop - rows.start)
     stack.load_block(0)
-    kept.run(0, keep=True)
+    kept.run(0)
     torch.testing.assert_close(everything(kept), hidden_states(directory, windows(3))[1], rtol=1e-4, atol=1e-5)
 
 

@@ -132,3 +132,11 @@ def test_inputs_are_left_as_they_are(kind: type[Statistics]) -> None:
     before = inputs.clone()
     gathered(kind, inputs)
     assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_moment_of_several_strips_is_whole_and_symmetric(dtype: torch.dtype) -> None:
+    inputs = torch.randn(300, 600, generator=torch.Generator().manual_seed(4)).to(dtype)
+    moment = gathered(Hessian, *inputs.split(100)).moment
+    assert torch.equal(moment, moment.t())
+    torch.testing.assert_close(moment.double(), inputs.double().t() @ inputs.double(), rtol=1e-5, atol=1e-3)

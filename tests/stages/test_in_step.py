@@ -1,0 +1,81 @@
+"""Works that wait for each other: who waits where, who goes on, and what becomes of them when one fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from sppctl.stages.in_step import in_step, wait_at
+
+
+@pytest.fixture
+def log() -> list[Any]:
+    return []
+
+
+def recorder(log: list[Any]) -> Callable[[int, list[Any]], None]:
+    return lambda place, brought: log.append((place, brought))
+
+
+def test_all_arrive_before_any_goes_on(log: list[Any]) -> None:
+    def work(name: str) -> None:
+        for place in range(2):
+            log.append(f"{name} reaches {place}")
+            wait_at(place, name)
+        log.append(f"{name} ends")
+
+    in_step([partial(work, "a"), partial(work, "b")], recorder(log))
+    assert log == [
+        "a reaches 0",
+        "b reaches 0",
+        (0, ["a", "b"]),
+        "a reaches 1",
+        "b reaches 1",
+        (1, ["a", "b"]),
+        "a ends",
+        "b ends",
+    ]
+
+
+def test_a_work_may_leave_a_place_out(log: list[Any]) -> None:
+    """A layer that some micro-batches never reach: the others still wait for one another."""
+
+    def work(*places: int) -> None:
+        for place in places:
+            wait_at(place, places)
+
+    in_step([partial(work, 1), partial(work, 0, 1), partial(work)], recorder(log))
+    assert log == [(0, [(0, 1)]), (1, [(1,), (0, 1)])]
+
+
+def test_works_take_no_gradients() -> None:
+    modes: list[bool] = []
+    in_step([lambda: modes.append(torch.is_grad_enabled())], lambda *_: None)
+    assert modes == [False]
+
+
+@pytest.mark.parametrize("culprit", ["work", "serve"])
+def test_an_error_ends_all_and_is_raised(culprit: str, log: list[Any]) -> None:
+    def work(number: int) -> None:
+        try:
+            wait_at(0, number)
+            if culprit == "work" and number == 1:
+                raise ValueError("work")
+            wait_at(1, number)
+        finally:
+            log.append(number)
+
+    def serve(place: int, brought: list[int]) -> None:
+        if culprit == "serve":
+            raise ValueError("serve")
+
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=culprit):
+        in_step([partial(work, number) for number in range(3)], serve)
+    assert sorted(log) == [0, 1, 2]
+    assert threading.active_count() == before
