@@ -676,9 +676,9 @@ def take_the_other_adapter_s_files(work: Workplace) -> None:
         shutil.copyfile(work.root / "wide-run/adapter" / name, work.root / "run/adapter" / name)
 
 
-def make_it_a_lora(work: Workplace) -> None:
+def make_it_a_vera(work: Workplace) -> None:
     path = work.root / "run/adapter/adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LORA"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "VERA"}))
 
 
 def put_nan_into_the_adapter(work: Workplace) -> None:
@@ -707,7 +707,7 @@ IN_A_RUN = [
         ("mlp.", "(32, 64)", "(32, 48)", "another model's adapter?"),
         take_the_other_adapter_s_files,
     ),
-    Case("adapter of another kind", "merge tiny.yaml", ("adapter of type LORA", "sppctl merges SPP"), make_it_a_lora),
+    Case("adapter of another kind", "merge tiny.yaml", ("adapter of type VERA", "sppctl merges SPP"), make_it_a_vera),
     Case(
         "adapter without weights",
         "merge tiny.yaml",
