@@ -335,6 +335,25 @@ MODELS = [
         ("train.targets", "'query' matches no linear layer", "q_proj"),
     ),
     Case("rank above out_features", "run {config} train.rank=33", ("train.rank", "33", "output features")),
+    Case(
+        "lora over the zeros",
+        "run {config} train.method=lora",
+        ("merge.mask: keep", "fills the zeros", "merge.mask=reapply", "merge.mask=dense"),
+    ),
+    Case("lora over the zeros, too late", "merge {config} train.method=lora", ("merge.mask: keep", "fills the zeros")),
+    Case(
+        "an old mask over chosen ones",
+        "run {config} train.method=ste merge.mask=reapply",
+        ("merge.mask: reapply", "would undo the masks", "merge.mask=keep"),
+    ),
+    Case(
+        "dynamic masks of shared out matrices",
+        "run {config} train.method=ste launch.strategy=fsdp",
+        ("train.method: ste", "launch.strategy fsdp", "use ddp"),
+    ),
+    Case("unknown method of training", "run {config} train.method=maskedlora", ("train.method", "masked_lora")),
+    Case("negative decay of masks", "run {config} train.mask_decay=-1", ("train.mask_decay", "at least 0")),
+    Case("no steps between masks", "run {config} train.mask_steps=0", ("train.mask_steps", "at least 1")),
 ]
 PRUNING = [
     Case(
