@@ -723,7 +723,7 @@ IN_A_RUN = [
     Case(
         "another model's adapter",
         "merge tiny.yaml",
-        ("mlp.", "(32, 64)", "(32, 48)", "another model's adapter?"),
+        ("mlp.", "spp_alpha 4x64", "32x48", "another model's adapter?"),
         take_the_other_adapter_s_files,
     ),
     Case("adapter of another kind", "merge tiny.yaml", ("adapter of type VERA", "sppctl merges SPP"), make_it_a_vera),

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from peft.config import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -52,6 +53,18 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         """Those of the adapters that this layer has."""
         parameters = getattr(self, self.adapter_layer_names[0])
         return [name for name in names if name in parameters]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own gives the adapter the dtype of the layer too, and so rounds a loaded one to bfloat16
+        target = self._linear().weight.device if device is None else device
+        for part in (*self.adapter_layer_names, *self.other_param_names):
+            tensors = getattr(self, part)
+            if (
+                isinstance(tensors, nn.ParameterDict | BufferDict)
+                and adapter_name in tensors
+                and not tensors[adapter_name].is_meta
+            ):
+                tensors[adapter_name] = tensors[adapter_name].to(target)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -85,6 +86,27 @@ def test_round_trip_and_merging_are_bit_identical(pruned: nn.Module, ids: Tensor
     for name, tensor in merged.state_dict().items():
         if name.split(".")[-2] in PROJECTIONS and not method.startswith("ste"):
             assert torch.equal(tensor == 0, base[name] == 0), name
+
+
+@methods
+def test_without_memory_for_weights_only_shapes_are_made(llama: Path, method: str) -> None:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(llama).config)
+        peft_model = get_peft_model(model, CONFIGS[method]())
+    real = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), CONFIGS[method]())
+    assert peft_model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
+    assert all(p.is_meta for p in peft_model.parameters())
+
+
+@methods
+def test_loading_without_a_second_copy(pruned: nn.Module, ids: Tensor, method: str, tmp_path: Path) -> None:
+    base = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    model = trained(get_peft_model(pruned, CONFIGS[method]()), ids)
+    model.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_config(pruned.config).to(pruned.dtype)
+    fresh.load_state_dict(base)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @methods

@@ -41,8 +41,7 @@ class SteLinear(SparseLinear[SteConfig]):
         self.pattern[adapter_name] = None if config.pattern is None else Pattern.parse(config.pattern)
         values = self._linear().weight.detach().to(torch.float32, copy=True)
         self.ste_weight[adapter_name] = nn.Parameter(values)
-        self.ste_mask[adapter_name] = torch.ones_like(values, dtype=torch.bool)
-        self.select_mask(adapter_name)
+        self.ste_mask[adapter_name] = self._largest(adapter_name, values)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
@@ -52,15 +51,16 @@ class SteLinear(SparseLinear[SteConfig]):
         Returns:
             How many weights have left the mask.
         """
-        scores = self.ste_weight[adapter_name].abs()
-        pattern = self.pattern[adapter_name]
-        if pattern is None:
-            mask = keep_largest_of_rows(scores, (self._linear().weight == 0).sum(1))
-        else:
-            mask = mask_by_row(scores, pattern)
+        mask = self._largest(adapter_name, self.ste_weight[adapter_name])
         left = int((self.ste_mask[adapter_name] & ~mask).sum())
         self.ste_mask[adapter_name].copy_(mask)
         return left
+
+    def _largest(self, adapter_name: str, values: Tensor) -> Tensor:
+        pattern = self.pattern[adapter_name]
+        if pattern is not None:
+            return mask_by_row(values.abs(), pattern)
+        return keep_largest_of_rows(values.abs(), (self._linear().weight == 0).sum(1))
 
     @torch.no_grad()
     def add_decay(self, adapter_name: str, decay: float) -> None:
