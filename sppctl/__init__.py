@@ -1,6 +1,6 @@
 """sppctl: prune, retrain, merge and evaluate sparse language models that stay sparse.
 
-Importing the package is cheap (no torch) and makes SPP known to PEFT as soon as PEFT is imported.
+Importing the package is cheap (no torch) and makes its adapters known to PEFT as soon as PEFT is imported.
 """
 
 from __future__ import annotations
@@ -8,17 +8,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Pattern", "SppConfig", "SppModel", "prune_linear"]
+__all__ = [
+    "MaskedFullConfig",
+    "MaskedLoraConfig",
+    "Pattern",
+    "SppConfig",
+    "SppModel",
+    "SteConfig",
+    "prune_linear",
+]
 
 if TYPE_CHECKING:
+    from sppctl.adapters.masked_full import MaskedFullConfig
+    from sppctl.adapters.masked_lora import MaskedLoraConfig
     from sppctl.adapters.spp import SppConfig, SppModel
+    from sppctl.adapters.ste import SteConfig
     from sppctl.pattern import Pattern
     from sppctl.pruning import prune_linear
 
+_ADAPTERS = ("spp", "masked_lora", "masked_full", "ste")
 _HOMES = {
+    "MaskedFullConfig": "sppctl.adapters.masked_full",
+    "MaskedLoraConfig": "sppctl.adapters.masked_lora",
     "Pattern": "sppctl.pattern",
     "SppConfig": "sppctl.adapters.spp",
     "SppModel": "sppctl.adapters.spp",
+    "SteConfig": "sppctl.adapters.ste",
     "prune_linear": "sppctl.pruning",
 }
 
@@ -32,14 +47,17 @@ def __getattr__(name: str) -> Any:
 
 
 def _register_with_peft() -> None:
-    """Registers SPP at once if PEFT is loaded, else when it is first imported: ``import sppctl`` stays cheap."""
+    """Registers the adapters now if PEFT is loaded, else when it is first imported: ``import sppctl`` stays cheap."""
     import importlib.abc
     import importlib.util
     import sys
 
-    if "peft" in sys.modules:
-        import sppctl.adapters.spp  # noqa: F401
+    def register() -> None:
+        for name in _ADAPTERS:
+            importlib.import_module(f"sppctl.adapters.{name}")
 
+    if "peft" in sys.modules:
+        register()
         return
 
     class _AfterPeft(importlib.abc.MetaPathFinder):
@@ -63,7 +81,7 @@ def _register_with_peft() -> None:
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
                 execute(module)
-                import sppctl.adapters.spp  # noqa: F401
+                register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
             return spec

@@ -62,10 +62,12 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None) 
 
 def _checks(tokenizer: Any) -> dict[str, Callable[..., None]]:
     from sppctl.stages import evaluate, prune, train
+    from sppctl.stages import merge as merging
 
     return {
         "prune": prune.preflight,
         "train": partial(train.preflight, tokenizer=tokenizer),
+        "merge": merging.preflight,
         "eval": partial(evaluate.preflight, tokenizer=tokenizer),
     }
 
@@ -108,6 +110,7 @@ def merge(run: Run) -> dict[str, Any]:
     from sppctl.lm import checkpoint
     from sppctl.stages import merge as stage
 
+    stage.preflight(run.config)
     pruned, trained = _need(run, "prune"), _need(run, "train")
     if trained["inputs"]["pruned"] != pruned["output"]:
         raise UserError(

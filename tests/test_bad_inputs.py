@@ -335,6 +335,25 @@ MODELS = [
         ("train.targets", "'query' matches no linear layer", "q_proj"),
     ),
     Case("rank above out_features", "run {config} train.rank=33", ("train.rank", "33", "output features")),
+    Case(
+        "lora over the zeros",
+        "run {config} train.method=lora",
+        ("merge.mask: keep", "fills the zeros", "merge.mask=reapply", "merge.mask=dense"),
+    ),
+    Case("lora over the zeros, too late", "merge {config} train.method=lora", ("merge.mask: keep", "fills the zeros")),
+    Case(
+        "an old mask over chosen ones",
+        "run {config} train.method=ste merge.mask=reapply",
+        ("merge.mask: reapply", "would undo the masks", "merge.mask=keep"),
+    ),
+    Case(
+        "dynamic masks of shared out matrices",
+        "run {config} train.method=ste launch.strategy=fsdp",
+        ("train.method: ste", "launch.strategy fsdp", "use ddp"),
+    ),
+    Case("unknown method of training", "run {config} train.method=maskedlora", ("train.method", "masked_lora")),
+    Case("negative decay of masks", "run {config} train.mask_decay=-1", ("train.mask_decay", "at least 0")),
+    Case("no steps between masks", "run {config} train.mask_steps=0", ("train.mask_steps", "at least 1")),
 ]
 PRUNING = [
     Case(
@@ -707,9 +726,9 @@ def take_the_other_adapter_s_files(work: Workplace) -> None:
         shutil.copyfile(work.root / "wide-run/adapter" / name, work.root / "run/adapter" / name)
 
 
-def make_it_a_lora(work: Workplace) -> None:
+def make_it_a_vera(work: Workplace) -> None:
     path = work.root / "run/adapter/adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LORA"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "VERA"}))
 
 
 def put_nan_into_the_adapter(work: Workplace) -> None:
@@ -735,10 +754,10 @@ IN_A_RUN = [
     Case(
         "another model's adapter",
         "merge tiny.yaml",
-        ("mlp.", "(32, 64)", "(32, 48)", "another model's adapter?"),
+        ("mlp.", "spp_alpha 4x64", "32x48", "another model's adapter?"),
         take_the_other_adapter_s_files,
     ),
-    Case("adapter of another kind", "merge tiny.yaml", ("adapter of type LORA", "sppctl merges SPP"), make_it_a_lora),
+    Case("adapter of another kind", "merge tiny.yaml", ("adapter of type VERA", "sppctl merges SPP"), make_it_a_vera),
     Case(
         "adapter without weights",
         "merge tiny.yaml",

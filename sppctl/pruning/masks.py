@@ -34,6 +34,25 @@ def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
     return mask
 
 
+def keep_largest_of_rows(scores: Tensor, num_pruned: Tensor) -> Tensor:
+    """As :func:`keep_largest`, with a number of its own for each row.
+
+    Args:
+        scores: (rows, columns), compared along the last dimension.
+        num_pruned: (rows,) int64, how many of each row are pruned, exactly; of equal scores the first ones are.
+
+    Returns:
+        Boolean mask (rows, columns), True = kept.
+    """
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    step = max(1, CHUNK_ELEMENTS // scores.shape[-1])
+    for start in range(0, scores.shape[0], step):
+        order = scores[start : start + step].argsort(dim=-1, stable=True)
+        mask[start : start + step].scatter_(-1, order, places >= num_pruned[start : start + step, None])
+    return mask
+
+
 def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     """Keeps the ``keep`` largest of every ``group`` consecutive scores of a row (N:M = keep:group).
 

@@ -1,9 +1,12 @@
-"""pruned + adapter -> merged: tensor by tensor in float32, rounded once, with proof that every zero stayed zero."""
+"""pruned + adapter -> merged: tensor by tensor in float32, rounded once, with proof of the pattern.
+
+What merging is for a type of adapter, and what is proved, stands in ``merge_rules``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sppctl import console
-from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import stored_name
+from sppctl.pattern import Pattern
 from sppctl.settings import Config
+from sppctl.stages.merge_rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
 
 PEFT_PREFIX = "base_model.model."
 
@@ -29,9 +33,11 @@ class MergeRecord:
 
     Attributes:
         name: of the tensor in the checkpoint.
-        zeros: weights that are zero, before and after.
+        zeros: weights that are zero after merging.
         kept: weights that are not.
-        moved: kept weights whose stored value changed.
+        moved: of those, how many have another stored value than before.
+        filled: zeros of the pruned weight that are zero no more.
+        lost: weights that have become zero.
         relative_change: ||merged - pruned|| / ||pruned||.
     """
 
@@ -39,16 +45,9 @@ class MergeRecord:
     zeros: int
     kept: int
     moved: int
+    filled: int
+    lost: int
     relative_change: float
-
-
-def _merge_spp(weight: Tensor, tensors: dict[str, Tensor], settings: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    alpha, beta = tensors["spp_alpha"], tensors["spp_beta"]
-    return effective_weight(weight, alpha, beta, settings["scale"], dtype)
-
-
-# per PEFT type: the parts an adapted layer must have, and how they and the weight make the merged weight
-MERGERS: dict[str, tuple[set[str], Callable[..., Tensor]]] = {"SPP": ({"spp_alpha", "spp_beta"}, _merge_spp)}
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,10 @@ class Adapter:
             raise UserError(f"{directory} is an adapter of type {kind}; sppctl merges {', '.join(MERGERS)}")
         files = TensorFiles(directory)
         modules: dict[str, dict[str, str]] = {}
+        parts = MERGERS[kind].parts(settings)
         for name in files:
-            module, _, part = name.removeprefix(PEFT_PREFIX).rpartition(".")
+            module, part = _split(name.removeprefix(PEFT_PREFIX), parts)
             modules.setdefault(module, {})[part] = name
-        parts = MERGERS[kind][0]
         for module, found in modules.items():
             if found.keys() != parts:
                 raise UserError(
@@ -88,34 +87,63 @@ class Adapter:
         return cls(kind, settings, files, modules)
 
 
+def _split(name: str, parts: set[str]) -> tuple[str, str]:
+    """The module and the part that a tensor is named after; parts may have dots (``lora_A.weight``)."""
+    for part in parts:
+        if name.endswith(f".{part}"):
+            return name.removesuffix(f".{part}"), part
+    module, _, part = name.rpartition(".")
+    return module, part
+
+
+def preflight(config: Config, skeleton: Skeleton | None = None) -> None:
+    """Checks that the method's adapters can be merged as ``merge.mask`` says.
+
+    Raises:
+        UserError: they cannot.
+    """
+    check_mask(config.train.method.upper(), config.merge.mask)
+
+
 def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) -> dict[str, Any]:
     """Merges an adapter into the checkpoint ``pruned``; the result goes to ``out``, an ordinary checkpoint.
 
     Returns:
-        Metrics: matrices, zeros, kept weights and the share of them that moved, one record per matrix.
+        Metrics: the mask rule, matrices, zeros, kept weights and the share of them that moved, whether every zero and
+        no other weight is zero still, one record per matrix.
 
     Raises:
-        UserError: the adapter belongs to another model.
-        StageError: a zero would not stay zero, or a kept weight would become zero.
+        UserError: the adapter belongs to another model, or cannot be merged as ``merge.mask`` says.
+        StageError: the pattern would not be what ``merge.mask`` promises, or a value is not finite.
     """
+    mask = config.merge.mask
     adapter = Adapter.open(adapter_directory)
+    check_mask(adapter.kind, mask)
     stored = _match(TensorFiles(pruned), adapter, config, pruned)
     files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
-        for record in merge_matrices(TensorFiles(pruned), adapter, stored, files):
+        for record in merge_matrices(TensorFiles(pruned), adapter, stored, files, mask):
             records.append(record)
             bar.advance()
     for file in files.files.values():
         file.sync()
     kept, moved = sum(record.kept for record in records), sum(record.moved for record in records)
+    zeros, filled, lost = (sum(getattr(record, what) for record in records) for what in ("zeros", "filled", "lost"))
+    if filled:
+        console.note(f"merge: {filled:,} zeros were filled, {lost:,} other weights are zero now (merge.mask {mask})")
     return {
+        "method": adapter.kind.lower(),
+        "mask": mask,
         "matrices": len(records),
-        "zeros": sum(record.zeros for record in records),
+        "zeros": zeros,
         "kept_weights": kept,
         "moved_weights": moved,
         "moved_share": moved / kept if kept else 0.0,
-        "pattern_unchanged": True,
+        "sparsity": zeros / (zeros + kept),
+        "filled_zeros": filled,
+        "lost_weights": lost,
+        "pattern_unchanged": not filled and not lost,
         "records": [asdict(record) for record in records],
     }
 
@@ -130,12 +158,13 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
             name = stored_name(source, f"{module}.weight", prefix)
         except UserError as error:
             raise UserError(f"the adapter adapts {module}, which {pruned} does not have: another model's?") from error
-        rows, columns = source.spec(name).shape
-        alpha, beta = adapter.files.spec(parts["spp_alpha"]).shape, adapter.files.spec(parts["spp_beta"]).shape
-        if alpha[1] != columns or beta != (rows, 1):
+        shape = source.spec(name).shape
+        found = {part: adapter.files.spec(key).shape for part, key in parts.items()}
+        if not MERGERS[adapter.kind].fits(found, shape):
+            words = ", ".join(f"{part} {'x'.join(map(str, size))}" for part, size in sorted(found.items()))
             raise UserError(
-                f"the adapter's {module} is for a ({beta[0]}, {alpha[1]}) weight, {pruned} has ({rows}, {columns}): "
-                "another model's adapter?"
+                f"the adapter's {module} has {words}, which does not fit the {'x'.join(map(str, shape))} weight of "
+                f"{pruned}: another model's adapter?"
             )
         stored[module] = name
     return stored
@@ -143,7 +172,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
 
 @torch.no_grad()
 def merge_matrices(
-    source: TensorFiles, adapter: Adapter, stored: dict[str, str], out: TensorFiles
+    source: TensorFiles, adapter: Adapter, stored: dict[str, str], out: TensorFiles, mask: str = "keep"
 ) -> Iterator[MergeRecord]:
     """Merges and proves one matrix after the other.
 
@@ -152,41 +181,39 @@ def merge_matrices(
         adapter: what to merge.
         stored: the checkpoint's name of each adapted module's weight.
         out: files that already hold a copy of ``source``.
+        mask: ``merge.mask``, which zeros are promised.
 
     Yields:
         One record per matrix.
 
     Raises:
-        StageError: the pattern would change, or a value is not finite; read back from the written file.
+        StageError: the promise would not be kept, or a value is not finite; read back from the written file.
     """
-    merge = MERGERS[adapter.kind][1]
     for module, parts in adapter.modules.items():
         name = stored[module]
         weight = source.read(name)
         tensors = {part: adapter.files.read(key) for part, key in parts.items()}
-        merged = merge(weight, tensors, adapter.settings, out.spec(name).dtype)
-        out.write(name, merged.masked_fill_(weight == 0, 0))  # 0 x a negative factor is -0: keep the bytes of zero too
-        yield _prove(name, weight, out.read(name))
+        merged = merged_weight(adapter.kind, mask, weight, tensors, adapter.settings, out.spec(name).dtype)
+        out.write(name, merged)
+        pattern = promised_pattern(adapter.settings, module)
+        yield _prove(adapter.kind, mask, name, weight, out.read(name), pattern)
 
 
-def _prove(name: str, weight: Tensor, written: Tensor) -> MergeRecord:
+def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MergeRecord:
     if not torch.isfinite(written).all():
         raise StageError(
             f"merging {name} gives values that are not finite; the adapter is broken, nothing was published"
         )
-    zero_before, zero_after = weight == 0, written == 0
-    if not torch.equal(zero_before, zero_after):
-        filled, lost = int((zero_before & ~zero_after).sum()), int((~zero_before & zero_after).sum())
-        raise StageError(
-            f"merging {name} would change its pattern: {filled} zeros filled, {lost} kept weights zero; "
-            "nothing was published"
-        )
+    prove_zeros(kind, mask, name, weight, written, pattern)
     before, after = weight.float(), written.float()
-    zeros = int(zero_before.sum())
+    zero_before, zero_after = weight == 0, written == 0
+    zeros = int(zero_after.sum())
     return MergeRecord(
         name=name,
         zeros=zeros,
         kept=weight.numel() - zeros,
-        moved=int((before.to(written.dtype) != written).sum()),
+        moved=int(((weight.to(written.dtype) != written) & ~zero_after).sum()),
+        filled=int((zero_before & ~zero_after).sum()),
+        lost=int((~zero_before & zero_after).sum()),
         relative_change=((after - before).norm() / before.norm().clamp_min(1e-30)).item(),
     )

@@ -1,28 +1,139 @@
-"""The methods of training by name: which PEFT configuration each of them means."""
+"""The methods of training by name: which PEFT configuration each of them means, and what it does between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
+from transformers import TrainerCallback
 
+from sppctl import console
+from sppctl.adapters.masked_full import MaskedFullConfig
+from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
-from sppctl.settings import TrainConfig
+from sppctl.adapters.ste import SteConfig, SteLinear
+from sppctl.errors import UserError
+from sppctl.lm.targets import Target
+from sppctl.pattern import Pattern
+from sppctl.settings import Config, TrainConfig
+
+HIRA_SINCE = "0.20"
+
+Patterns = Mapping[str, Pattern]
 
 
-def adapter_config(train: TrainConfig, target_modules: list[str]) -> PeftConfig:
-    """The PEFT configuration of ``train.method`` for the given linear layers."""
-    return METHODS[train.method](train, target_modules)
+def preflight(config: Config, targets: list[Target]) -> list[str]:
+    """What is wrong with the method for these linear layers, one line each."""
+    train, problems = config.train, []
+    narrow = [target for target in targets if train.rank > target.out_features]
+    if train.method == "spp" and narrow:
+        problems.append(
+            f"train.rank: {train.rank} exceeds the {narrow[0].out_features} output features of {narrow[0].name}"
+        )
+    if train.method == "ste" and config.launch.strategy != "ddp":
+        problems.append(
+            f"train.method: ste chooses masks from whole matrices, launch.strategy {config.launch.strategy} shares "
+            "them out; use ddp"
+        )
+    if train.method == "hira":
+        try:
+            _hira_config()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
-def _spp(train: TrainConfig, target_modules: list[str]) -> PeftConfig:
+def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
+    """The PEFT configuration of ``train.method``.
+
+    Args:
+        train: the section of the configuration.
+        target_modules: full names of the linear layers to adapt.
+        patterns: what those of them that were pruned were pruned by.
+    """
+    config = METHODS[train.method](train, patterns)
+    config.task_type = "CAUSAL_LM"
+    config.target_modules = set(target_modules)
+    return config
+
+
+def callbacks(train: TrainConfig) -> list[TrainerCallback]:
+    """What the method does between optimizer steps."""
+    return [MaskSelection(train.mask_steps, train.mask_decay)] if train.method == "ste" else []
+
+
+def _spp(train: TrainConfig, patterns: Patterns) -> PeftConfig:
+    start: dict[str, Any] = {"zero_beta": True, "random": False, "ones": "ones"}
     return SppConfig(
-        r=train.rank,
-        scale=train.scale,
-        dropout=train.dropout,
-        target_modules=target_modules,
-        task_type="CAUSAL_LM",
+        r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=start[train.init]
     )
 
 
-METHODS: dict[str, Callable[[TrainConfig, list[str]], PeftConfig]] = {"spp": _spp}
+def _lora(train: TrainConfig, patterns: Patterns) -> PeftConfig:
+    alpha: Any = train.scale * train.rank  # PEFT asks for a whole number and only ever divides it by r
+    return LoraConfig(r=train.rank, lora_alpha=alpha, lora_dropout=train.dropout)
+
+
+def _hira(train: TrainConfig, patterns: Patterns) -> PeftConfig:
+    config: PeftConfig = _hira_config()(r=train.rank, hira_dropout=train.dropout)
+    return config
+
+
+def _hira_config() -> Any:
+    try:
+        from peft import HiraConfig
+    except ImportError as error:
+        raise UserError(
+            f"train.method: hira needs peft {HIRA_SINCE} or newer, installed is {version('peft')} "
+            f"(pip install 'peft>={HIRA_SINCE}')"
+        ) from error
+    return HiraConfig
+
+
+def _masked_lora(train: TrainConfig, patterns: Patterns) -> PeftConfig:
+    return MaskedLoraConfig(r=train.rank, scale=train.scale, dropout=train.dropout)
+
+
+def _masked_full(train: TrainConfig, patterns: Patterns) -> PeftConfig:
+    return MaskedFullConfig()
+
+
+def _ste(train: TrainConfig, patterns: Patterns) -> PeftConfig:
+    return SteConfig(patterns={name: str(pattern) for name, pattern in patterns.items() if pattern.is_structured})
+
+
+METHODS: dict[str, Callable[[TrainConfig, Patterns], Any]] = {
+    "spp": _spp,
+    "lora": _lora,
+    "hira": _hira,
+    "masked_lora": _masked_lora,
+    "masked_full": _masked_full,
+    "ste": _ste,
+}
+
+
+class MaskSelection(TrainerCallback):  # type: ignore[misc]
+    """Dynamic masks: the decay of pruned weights in every optimizer step, a new selection after every so many."""
+
+    def __init__(self, steps: int, decay: float) -> None:
+        self.steps, self.decay = steps, decay
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Adds the decay once per step, whatever the accumulation, and after the gradient's norm was limited."""
+        for layer in _ste_layers(model):
+            for name in layer.active_adapters:
+                layer.add_decay(name, self.decay)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Selects before a checkpoint is written; not after the last step, for nothing would be trained under it."""
+        if state.global_step % self.steps or state.global_step >= state.max_steps:
+            return
+        left = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
+        state.log_history.append({"step": state.global_step, "mask_changes": left})
+        console.note(f"step {state.global_step}: {left:,} weights left the mask, as many entered")
+
+
+def _ste_layers(model: Any) -> list[SteLinear]:
+    return [module for module in model.modules() if isinstance(module, SteLinear)]

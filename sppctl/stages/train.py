@@ -1,4 +1,4 @@
-"""pruned -> adapter: instruction tuning of an SPP adapter with transformers' Trainer on the PEFT model."""
+"""pruned -> adapter: instruction tuning of an adapter with transformers' Trainer on the PEFT model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from sppctl import console
 from sppctl.errors import Stopped, UserError
 from sppctl.lm import checkpoint, data, perplexity, prompts
 from sppctl.lm.blocks import Skeleton
+from sppctl.pattern import Pattern
 from sppctl.settings import Config, TrainConfig
-from sppctl.stages import evaluate, methods
+from sppctl.stages import evaluate, methods, prune
 from sppctl.stages.feed import Feed, load_rows
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
@@ -42,13 +43,8 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         names = config.prune.targets if train.targets == "pruned" else train.targets
         targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
         if not targets:
-            problems.append("train.targets: SPP adapts nn.Linear layers, and none of these is one")
-        narrow = [target for target in targets if train.rank > target.out_features]
-        if narrow:
-            target = narrow[0]
-            problems.append(
-                f"train.rank: {train.rank} exceeds the {target.out_features} output features of {target.name}"
-            )
+            problems.append(f"train.targets: {train.method} adapts nn.Linear layers, and none of these is one")
+        problems += methods.preflight(config, targets)
     except UserError as error:
         problems.append(str(error))
     limit = checkpoint.max_window(skeleton.config)
@@ -114,7 +110,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     if newest:
         console.note(f"resuming from {newest}")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
-    callbacks = [Watch(), *_perplexity_callback(config, tokenizer)]
+    callbacks = [Watch(), *methods.callbacks(train), *_perplexity_callback(config, tokenizer)]
     trainer = SparseTrainer(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model.dtype, bool(feed.held_out)),
@@ -135,8 +131,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
             f"{trainer.state.max_steps}; a checkpoint is written, the same command continues (under Slurm: requeue)"
         )
     seconds = time.perf_counter() - started
-    history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity"} & e.keys()]
     validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
+    history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
     peft_model.save_pretrained(str(out))
     tokens = trainer.state.num_input_tokens_seen
     return {
@@ -191,11 +187,19 @@ def _load(config: Config, pruned: Path, device: torch.device) -> Any:
 def _adapter_config(config: Config, model: Any, layers: list[str]) -> PeftConfig:
     train = config.train
     wanted = layers if train.targets == "pruned" else list(train.targets)
-    targets = Skeleton(model.config).targets(wanted, key="train.targets").values()
+    skeleton = Skeleton(model.config)
+    targets = skeleton.targets(wanted, key="train.targets").values()
     names = [target.name for target in targets if target.is_linear]
     if len(names) < len(targets):
         console.warn(f"{len(targets) - len(names)} matrices are no nn.Linear (experts, Conv1D) and stay as they are")
-    return methods.adapter_config(train, names)
+    return methods.adapter_config(train, names, _patterns(config, skeleton, names))
+
+
+def _patterns(config: Config, skeleton: Skeleton, names: list[str]) -> dict[str, Pattern]:
+    """The pattern by which each of the layers was pruned, of those that were."""
+    pruned = skeleton.targets(config.prune.targets, config.prune.skip)
+    planned = prune.planned_patterns(config.prune, pruned, skeleton)
+    return {name: planned[name] for name in names if name in planned}
 
 
 def _arguments(

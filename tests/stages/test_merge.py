@@ -127,6 +127,6 @@ def test_another_models_adapter_is_refused(config: Config, pruned: Path, adapter
 
 def test_another_kind_of_adapter_is_refused(config: Config, pruned: Path, adapter: Path, tmp_path: Path) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LORA"}))
-    with pytest.raises(UserError, match="adapter of type LORA; sppctl merges SPP"):
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "VERA"}))
+    with pytest.raises(UserError, match="adapter of type VERA; sppctl merges SPP"):
         merged(config, pruned, adapter, tmp_path / "merged")

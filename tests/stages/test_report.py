@@ -143,7 +143,10 @@ TRAIN = {
         "validation_loss": 1.2345,
     },
 }
-MERGE = {"wall_time_s": 3.0, "metrics": {"matrices": 14, "zeros": 7680, "moved_share": 0.9876}}
+MERGE = {
+    "wall_time_s": 3.0,
+    "metrics": {"matrices": 14, "zeros": 7680, "moved_share": 0.9876, "pattern_unchanged": True},
+}
 
 
 def test_what_was_done_in_the_order_it_was_done() -> None:
@@ -265,6 +268,14 @@ def test_pruned_layers_are_a_table_and_a_figure() -> None:
         "\n"
         "![relative output error and sparsity by block](pruning.svg)\n"
     )
+
+
+def test_zeros_that_were_filled_are_not_called_kept() -> None:
+    changed = {"pattern_unchanged": False, "filled_zeros": 7000, "lost_weights": 2, "sparsity": 0.0443, "mask": "dense"}
+    assert facts({"stages": {"merge": MERGE | {"metrics": MERGE["metrics"] | changed}}}) == [
+        "merge: 14 matrices, 7,000 zeros filled, 2 other weights zero, sparsity now 4.43% (mask dense), "
+        "98.8% of the kept weights moved, 3 s"
+    ]
 
 
 def test_a_run_without_evaluation_has_no_table() -> None:

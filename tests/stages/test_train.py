@@ -214,7 +214,7 @@ def test_a_model_that_does_not_heed_borders_is_not_trained_packed(
     configure: Callable[..., Config], make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     layers = [f"model.decoder.layers.{block}.self_attn.q_proj" for block in range(2)]
-    config = configure("train.data.packing=true", "train.targets=[q_proj]")
+    config = configure("train.data.packing=true", "train.targets=[q_proj]", "prune.targets=[q_proj]")
     with pytest.raises(UserError, match=r"^train\.data\.packing: .* set train\.data\.packing to false"):
         trained(config, (make_checkpoint("opt"), layers), tmp_path / "adapter")
 

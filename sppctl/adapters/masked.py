@@ -1,0 +1,38 @@
+"""Rounding a weight under a mask, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CPU_CHUNK = 1 << 18  # elements: a MiB of float32 stays in a CPU's cache
+GPU_CHUNK = 1 << 24
+
+
+def row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Cuts the rows of a matrix (m, n) so that a float32 transient of one slice is small."""
+    num_rows, num_columns = weight.shape
+    step = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // num_columns)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` rounded to ``dtype``, with zeros exactly where ``mask`` has them.
+
+    A kept weight that lands on zero becomes the smallest normal number of the dtype: of billions of weights that cross
+    zero some hit it exactly, and would leave the mask, which is ``weight != 0``.
+
+    Args:
+        values: (rows, n) float32.
+        mask: (rows, n), any dtype; kept where it is not zero.
+        dtype: of the result.
+
+    Returns:
+        (rows, n).
+    """
+    rounded = values.to(dtype)
+    rounded = rounded.masked_fill(rounded == 0, torch.finfo(dtype).tiny)
+    return rounded.masked_fill_(mask == 0, 0)

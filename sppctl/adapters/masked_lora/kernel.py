@@ -1,0 +1,155 @@
+"""The arithmetic of masked LoRA on one linear layer, with a backward that keeps nothing but the layer's input.
+
+W (m, n) is the pruned weight, M = (W != 0) its mask, A (r, n) and B (m, r) are trained, s is the scale:
+
+    y = x W^T + s dropout(x) (M * (B A))^T
+
+Without dropout it is one product with W_eff = W + s M * (B A), computed in float32 and rounded once to the dtype of W:
+training sees exactly the weight that merging writes. Gradients pass the rounding unchanged. With P = (dy^T x) * M:
+
+    dB = s P A^T          dA = s B^T P          dx = dy W_eff
+
+B A and P are made for a few rows at a time; no float32 matrix of W's shape ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sppctl.adapters.linear import autocast_inputs
+from sppctl.adapters.masked import round_under_mask, row_chunks
+
+Factors = tuple[Tensor, Tensor, float]  # A (r, n) float32, B (m, r) float32, s
+
+
+@torch.no_grad()
+def effective_weight(weight: Tensor, adapters: list[Factors], dtype: torch.dtype) -> Tensor:
+    """W + the sum of s M * (B A), computed in float32 and rounded once; no gradient flows through it.
+
+    Args:
+        weight: (m, n) pruned weight, any float dtype.
+        adapters: (A (r, n), B (m, r), s) of each.
+        dtype: of the result.
+
+    Returns:
+        (m, n); zero exactly where ``weight`` is zero.
+    """
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in row_chunks(weight):
+        total = weight[rows].float()
+        for a, b, scale in adapters:
+            total = torch.addmm(total, b[rows], a, alpha=scale)
+        result[rows] = round_under_mask(total, weight[rows], dtype)
+    return result
+
+
+@torch.no_grad()
+def delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s M * (B A), computed in float32 and rounded once; shapes as in effective_weight."""
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in row_chunks(weight):
+        result[rows] = (b[rows] @ a).mul_(scale).masked_fill_(weight[rows] == 0, 0)
+    return result
+
+
+def _factor_gradients(
+    grad_output: Tensor, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A (r, n) and B (m, r) in float32, from dy (tokens, m) and the branch's input (tokens, n)."""
+    grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
+    for rows in row_chunks(weight):
+        moment = (grad_output[:, rows].t() @ inputs).float().masked_fill_(weight[rows] == 0, 0)
+        torch.mm(moment, a.t(), out=grad_b[rows])
+        grad_a.addmm_(b[rows].t(), moment)
+    return grad_a.mul_(scale), grad_b.mul_(scale)
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    """y = x W_eff^T + bias; saves x alone besides the layer's own parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return F.linear(x, effective_weight(weight, [(a, b, scale)], x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        grad_x = grad_a = grad_b = None
+        rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows @ effective_weight(weight, [(a, b, ctx.scale)], x.dtype)).view(x.shape)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            grad_a, grad_b = _factor_gradients(rows, x.reshape(-1, weight.shape[1]), weight, a, b, ctx.scale)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class _DeltaLinear(torch.autograd.Function):
+    """s dropout(x) (M * (B A))^T, the adapter branch alone; the dropout mask is drawn again from its seed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+        # drawn from the global generator, which gradient checkpointing restores before it recomputes
+        ctx.seed = int(torch.randint(0, 2**62, (1,))) if dropout else None
+        ctx.scale, ctx.dropout = scale, dropout
+        ctx.save_for_backward(x, weight, a, b)
+        return F.linear(_dropped(x, dropout, ctx.seed), delta_weight(weight, a, b, scale, x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        grad_x = grad_a = grad_b = None
+        rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows @ delta_weight(weight, a, b, ctx.scale, x.dtype)).view(x.shape)
+            grad_x = _dropped(grad_x, ctx.dropout, ctx.seed)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            flat = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, weight.shape[1])
+            grad_a, grad_b = _factor_gradients(rows, flat, weight, a, b, ctx.scale)
+        return grad_x, None, grad_a, grad_b, None, None
+
+
+def _dropped(x: Tensor, dropout: float, seed: int | None) -> Tensor:
+    """x times a Bernoulli mask / (1 - p); the same seed gives the same mask."""
+    if seed is None:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout, generator=generator)
+    return x * keep * (1 / (1 - dropout))
+
+
+def masked_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Tensor, Tensor, float, float]]
+) -> Tensor:
+    """One linear layer under its active adapters.
+
+    Args:
+        x: (..., n).
+        weight: (m, n), frozen.
+        bias: (m,) or None, frozen.
+        adapters: (A (r, n), B (m, r), scale, dropout) of each active adapter; their branches add up.
+
+    Returns:
+        (..., m), in autocast's dtype where autocast is on, else in the dtype of x.
+
+    Raises:
+        ValueError: without autocast, x and the weight differ in dtype.
+    """
+
+    def compute(x: Tensor, bias: Tensor | None) -> Tensor:
+        if len(adapters) == 1 and adapters[0][3] == 0:
+            a, b, scale, _ = adapters[0]
+            return cast(Tensor, _EffectiveLinear.apply(x, weight, bias, a, b, scale))
+        y = F.linear(x, weight.to(x.dtype), bias)
+        for a, b, scale, dropout in adapters:
+            y = y + _DeltaLinear.apply(x, weight, a, b, scale, dropout)
+        return y
+
+    return autocast_inputs(x, weight, bias, compute)
