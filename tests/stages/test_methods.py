@@ -218,12 +218,14 @@ def test_a_broken_mask_is_refused(
         run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_interrupted_dynamic_masks_end_with_the_same_bits(
-    configure: Configure, prepare: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_an_interrupted_training_ends_with_the_same_bits(
+    method: str, configure: Configure, prepare: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # checkpoints lie between two selections: the mask in use is not the one that the weights would give
-    config = configure("train.method=ste", "train.mask_steps=3", "train.lr=3e-2", "train.save_steps=5")
-    pruned = prepare()
+    options = ("train.mask_steps=3", "train.lr=3e-2", "train.save_steps=5", "train.dropout=0.1")
+    config = configure(f"train.method={method}", *options)
+    pruned = prepare(torch.bfloat16)
     run_train(config, pruned, tmp_path / "whole")
 
     class CutError(Exception):
