@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: a virtual environment with sppctl in it, made once, renewed when its inputs change.
 
 # ensure_environment EXTRAS: EXTRAS is empty or a list of extras such as [test]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, as CI runs them. Arguments go to pytest.
+# Lint of Python and shell, types and the whole test suite, as CI runs them. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -7,5 +7,6 @@ ensure_environment "[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/shellcheck scripts/*.sh scripts/cluster.env.example
 # one thread for each worker: tiny models gain nothing from more, and two workers share the cores
 OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-2}" --dist loadfile "$@"

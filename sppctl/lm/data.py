@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -20,6 +21,7 @@ ROW_FILES = (".jsonl", ".json", ".parquet")
 PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # all that is not gzip of one file
 INSTRUCTION_COLUMNS = ("instruction", "input", "output")
 C4_FIRST_SHARD = "en/c4-train.00000-of-01024.json.gz"  # the whole of C4 would be a download of 300 GB
+C4_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,19 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
 
 
 def _c4(_: str) -> Text:
+    """The first documents of C4: of its first shard where that file was downloaded, else streamed from the hub."""
     import datasets
+    from huggingface_hub import try_to_load_from_cache
 
-    if datasets.config.HF_DATASETS_OFFLINE:
+    shard = try_to_load_from_cache("allenai/c4", C4_FIRST_SHARD, repo_type="dataset")
+    if isinstance(shard, str):
+        with gzip.open(shard, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in itertools.islice(file, C4_DOCUMENTS)]
+    elif datasets.config.HF_DATASETS_OFFLINE:
         rows = load_hub("allenai/c4", "train", "en")
     else:
-        rows = load_hub("allenai/c4", "train", data_files={"train": C4_FIRST_SHARD}, streaming=True).take(20_000)
+        streamed = load_hub("allenai/c4", "train", data_files={"train": C4_FIRST_SHARD}, streaming=True)
+        rows = streamed.take(C4_DOCUMENTS)
     return Text("c4", [row["text"] for row in rows], joiner="\n\n")
 
 

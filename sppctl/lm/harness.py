@@ -61,6 +61,22 @@ def check_tasks(names: list[str]) -> None:
         raise UserError(f"eval.tasks: {unknown[0]} is neither zeroshot nor mmlu nor an lm-eval task{hint}")
 
 
+def load_tasks(name: str) -> None:
+    """Loads the data of a task group, which leaves it in the cache of ``datasets``.
+
+    Args:
+        name: a key of ``GROUPS``, or a task or group of lm-eval.
+
+    Raises:
+        StageError: it cannot be had.
+    """
+    try:
+        with _only_progress():
+            _task_manager().load_task_or_group(list(group_of(name).tasks))
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
 def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
     """Runs one task group on a loaded model.
 
@@ -103,10 +119,14 @@ def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: i
                 log_samples=False,
             )
     except Exception as error:  # whatever datasets, jinja or a task's own code raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StageError(f"lm-eval could not run {name}: {reason}") from error
+        raise _failed(name, error) from error
     assert found is not None
     return _summary(found, group)
+
+
+def _failed(name: str, error: Exception) -> StageError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return StageError(f"lm-eval could not run {name}: {reason}")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# Sourced by the cluster scripts beside it, from the root of the checkout: the site's settings and how sppctl is run.
+
+if [ -f scripts/cluster.env ]; then
+    # shellcheck source=/dev/null
+    source scripts/cluster.env
+fi
+if [ -z "${SPPCTL_PYTHON:-}" ]; then
+    SPPCTL_PYTHON=python3
+    [ ! -x .venv/bin/python ] || SPPCTL_PYTHON=.venv/bin/python
+fi
+read -ra python <<< "$SPPCTL_PYTHON"  # several words where a container comes first
+# shellcheck disable=SC2034  # for the scripts that source this one
+sppctl=("${python[@]}" -m sppctl)
+
+# in_job COMMAND: COMMAND in every task of the job, as the last thing the job does. If a signal ended it and its work was
+# saved (143), the job goes back into the queue, where the same command continues.
+in_job() {
+    local code=0 failed=.failed-$SLURM_JOB_ID
+    # what prefetch.sh fetched is in the cache; dozens of processes need not ask the hub about it
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
+    # srun does not take this over from sbatch
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    srun --kill-on-bad-exit=1 scripts/slurm_task.sh "$failed" "$@" || code=$?
+    if [ -f "$failed" ]; then
+        code=$(cat "$failed")
+        rm "$failed"
+    elif [ "$code" = 143 ]; then
+        if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
+            echo "stopped by a signal; job $SLURM_JOB_ID goes back into the queue" >&2
+            scontrol requeue "$SLURM_JOB_ID"
+        else
+            echo "stopped by a signal after $SLURM_RESTART_COUNT restarts (MAX_RESTARTS); not queued again" >&2
+        fi
+    fi
+    exit "$code"
+}

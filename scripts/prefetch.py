@@ -1,0 +1,46 @@
+"""Opens the model, data sets and tasks of a configuration, which puts them into the Hugging Face cache.
+
+Called by prefetch.sh, once with the network and once without: what opens offline here opens on a compute node.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from huggingface_hub import constants, hf_hub_download
+
+from sppctl import console, pipeline
+from sppctl.config import load_config
+from sppctl.errors import StageError, UserError
+from sppctl.lm import data, harness
+from sppctl.run_directory import Run
+
+
+def prefetch(path: str) -> None:
+    """Opens all that ``sppctl run`` with the configuration ``path`` would read.
+
+    Raises:
+        UserError: the model or a data set cannot be had.
+        StageError: the data of a task cannot be had.
+    """
+    # login nodes have no GPUs, and the stages' own checks ask for the device first
+    config = load_config(path, ["model.device=cpu", "launch.num_processes=1", "launch.num_machines=1"])
+    offline = constants.HF_HUB_OFFLINE
+    texts = [config.prune.calibration.dataset, *config.eval.perplexity]
+    console.note(f"{'opening offline' if offline else 'fetching'}: {config.model.path}, its texts and training data")
+    if "c4" in texts and not offline:
+        # the whole shard: what is streamed leaves nothing in the cache
+        hf_hub_download("allenai/c4", data.C4_FIRST_SHARD, repo_type="dataset")
+    pipeline.preflight(Run(config, force=True), ("prune", "train", "eval"))
+    for name in config.eval.tasks:
+        console.note(f"{'opening offline' if offline else 'fetching'}: tasks of {name}")
+        harness.load_tasks(name)
+
+
+if __name__ == "__main__":
+    try:
+        prefetch(sys.argv[1])
+    except (UserError, StageError) as error:
+        for line in str(error).splitlines():
+            console.note(f"error: {line}")
+        sys.exit(error.exit_code)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# base -> pruned in one job. From the root of the checkout: sbatch scripts/slurm_prune.sh CONFIG [KEY=VALUE...]
+# With several tasks (--ntasks-per-node=4 --gpus-per-node=4) they share the calibration windows and the layers.
+# Finished blocks are kept: a job that was preempted, or whose time is nearly over, is queued again and goes on.
+#SBATCH --job-name=sppctl-prune
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --requeue
+#SBATCH --signal=TERM@60
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+source scripts/cluster.sh
+in_job "${sppctl[@]}" prune "$@"
