@@ -1,33 +1,85 @@
-"""transformers' Trainer with checkpoints that are whole or absent."""
+"""transformers' Trainer with checkpoints that are whole or absent, the same for any number of processes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from sppctl import distributed
 from sppctl.errors import StageError
 from sppctl.lm.safe_files import sync_tree
+from sppctl.stages import shards
 from sppctl.stages.watch import FiniteLoss
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
+
+
+class Filled(Sampler[int]):
+    """The order of another sampler, then the fillers that make it as long for every process."""
+
+    def __init__(self, sampler: Any, total: int) -> None:
+        self.sampler, self.total = sampler, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from range(len(self.sampler), self.total)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for another epoch."""
+        self.sampler.set_epoch(epoch)
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose checkpoints are written aside, synced and renamed, and which looks at every loss."""
+    """A Trainer whose checkpoints are written aside, synced and renamed, and which looks at every loss.
 
-    def __init__(self, *args: Any, finite: FiniteLoss, **kwargs: Any) -> None:
+    Args:
+        finite: looks at the losses.
+        fillers: how many examples at the end of the training set are there only to make it divisible.
+        autocast: dtype of an autocast that accelerate leaves to FSDP's own policy, which would round the adapter too.
+    """
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    train_dataset: Any
+
+    def __init__(
+        self, *args: Any, finite: FiniteLoss, fillers: int = 0, autocast: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        self.fillers, self.autocast = fillers, autocast
+        self.gathered: tuple[dict[str, Tensor] | None, dict[str, Any]] | None = None
         super().__init__(*args, **kwargs)
         self.finite = finite
         self.add_callback(finite)
         self.checkpoints = Path(str(self.args.output_dir))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator; under FSDP among CPU processes too."""
+        if self.args.fsdp_plugin_args is not None:
+            shards.allow_on_cpu()
+        super().create_accelerator_and_postprocess()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The autocast of forward passes that is not accelerate's business."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, self.autocast, cache_enabled=cache_enabled)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; in training it is remembered with the numbers of its examples."""
@@ -38,6 +90,49 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             self.finite.add(loss, examples)
         return result
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the examples: the same for any number of processes, with fillers at the end only."""
+        if not self.fillers:
+            return super()._get_train_sampler(train_dataset)
+        total = len(self.train_dataset)
+        # what accelerate makes of the Trainer's own sampler
+        order = SeedableRandomSampler(
+            range(total - self.fillers), generator=torch.Generator(), data_seed=self.args.data_seed
+        )
+        return Filled(order, total)
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def save_adapter(self, directory: Path) -> None:
+        """Stores the adapter as PEFT does; of a sharded model nothing else is gathered. All processes must call it."""
+        adapter = self._adapter()
+        if distributed.is_main():
+            self.model.save_pretrained(str(directory), state_dict=adapter)
+
+    def _adapter(self) -> dict[str, Tensor] | None:
+        """The adapter's tensors; None where the model itself has them whole."""
+        if self.is_deepspeed_enabled:
+            import deepspeed
+
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            with deepspeed.zero.GatheredParameters(list(trained.values())):
+                return {name: p.detach().cpu().clone() for name, p in trained.items()}
+        return shards.gathered(self.model) if self.is_fsdp_enabled else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's part of a checkpoint."""
+        if self.gathered is None:
+            super().save_model(output_dir, _internal_call)
+        elif distributed.is_main():
+            self.model.save_pretrained(output_dir, state_dict=self.gathered[0])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.gathered is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif distributed.is_main():
+            torch.save(self.gathered[1], Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints / SAVING)
 
@@ -46,25 +141,44 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         if distributed.is_main():
             shutil.rmtree(saving, ignore_errors=True)
         distributed.barrier()
+        if self.is_fsdp_enabled:  # before anything is written: a process whose disk is full must not miss the others
+            self.gathered = shards.gathered(self.model), shards.gathered_state(self.optimizer)
+        problem = None
         try:
             super()._save_checkpoint(model, trial)
             if distributed.is_main():
                 sync_tree(saving)
         except (OSError, RuntimeError, SafetensorError) as error:
+            problem = _reason(error)
+        self.gathered = None
+        problem = distributed.first(problem)
+        if problem is not None:
             shutil.rmtree(saving, ignore_errors=True)
             newest = get_last_checkpoint(str(checkpoints))
             rest = f"{newest} is intact: the same command continues from there" if newest else "there is none before it"
             raise StageError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: "
-                f"{_reason(error)}; {rest}"
-            ) from error
-        distributed.barrier()
+                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; {rest}"
+            )
         if distributed.is_main():
             name = f"checkpoint-{self.state.global_step}"
             shutil.rmtree(checkpoints / name, ignore_errors=True)
             os.rename(saving / name, checkpoints / name)
             rotate_checkpoints(output_dir=str(checkpoints), save_total_limit=self.args.save_total_limit)
         distributed.barrier()
+
+    # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:  # a sharded model was given the adapter before it was sharded
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        shards.scatter_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
 
 def _reason(error: Exception) -> str:
