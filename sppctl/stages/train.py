@@ -132,18 +132,18 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
             set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
     callbacks = [Watch(), *_perplexity_callback(config, tokenizer)]
-    fillers = -len(train_set) % (train.micro_batch_size * distributed.world_size()) if strategy else 0
+    fillers = _fillers(train_set, train, tokenizer.eos_token_id)
     trainer = SparseTrainer(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model, bool(val_set)),
-        train_dataset=train_set + [data.Example([tokenizer.eos_token_id], [data.IGNORED], False, -1)] * fillers,
-        eval_dataset=val_set or None,
+        train_dataset=train_set + fillers,
+        eval_dataset=val_set + _fillers(val_set, train, tokenizer.eos_token_id) or None,
         data_collator=Collator(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         ),
         callbacks=callbacks,
         finite=FiniteLoss(),
-        fillers=fillers,
+        fillers=len(fillers),
         autocast=torch.bfloat16 if strategy == "fsdp" and _wants_autocast(config, device, model.dtype) else None,
     )
     if strategy:  # or all would drop out alike; the first process does as one alone
@@ -196,6 +196,18 @@ def _examples(config: Config, tokenizer: Any) -> tuple[list[data.Example], list[
     if all(label == data.IGNORED for example in train_set for label in example.labels):
         raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
     return train_set, val_set
+
+
+def _fillers(examples: list[data.Example], train: TrainConfig, token: int) -> list[data.Example]:
+    """Examples without anything to learn, as many as make the others divisible among several processes.
+
+    accelerate would repeat examples from the start of the epoch instead, and the last step would not be that of one
+    process.
+    """
+    if distributed.world_size() == 1:
+        return []
+    missing = -len(examples) % (train.micro_batch_size * distributed.world_size())
+    return [data.Example([token], [data.IGNORED], False, -1)] * missing
 
 
 def _perplexity_callback(config: Config, tokenizer: Any) -> list[PerplexityEvery]:

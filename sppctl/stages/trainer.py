@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from sppctl import distributed
 from sppctl.errors import StageError
+from sppctl.lm.data import IGNORED
 from sppctl.lm.safe_files import sync_tree
 from sppctl.stages import shards
 from sppctl.stages.watch import FiniteLoss
@@ -89,6 +90,31 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             loss: Tensor = result[0] if isinstance(result, tuple) else result
             self.finite.add(loss, examples)
         return result
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The validation loss: the mean over all predicted tokens, however they are batched and shared out."""
+        self.model.eval()
+        total = [0.0, 0.0]
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            count = int((inputs["labels"][..., 1:] != IGNORED).sum())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(self.model, inputs))
+            if count:  # of fillers alone there is no mean
+                total = [total[0] + loss * count, total[1] + count]
+        sums = torch.tensor(total, dtype=torch.float64)
+        if distributed.world_size() > 1:
+            sums = sums.to(self.args.device)
+            distributed.add_up(sums)
+        mean = float(sums[0] / sums[1])
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, self.num_examples(dataloader))  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The order of the examples: the same for any number of processes, with fillers at the end only."""
