@@ -1,20 +1,24 @@
-"""A model whose weights are shared out over the processes by FSDP2: loading it once, gathering what was trained."""
+"""A model in several processes: its weights in memory once (DDP) or shared out (FSDP2), what was trained gathered."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from sppctl import distributed
 from sppctl.lm.blocks import Skeleton
+
+DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
 
 
 def arguments(model: Any) -> dict[str, Any]:
@@ -46,6 +50,15 @@ def allow_on_cpu() -> None:
     state = PartialState()
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
+
+
+def keep_frozen_weights(model: nn.Module) -> None:
+    """Keeps DDP from broadcasting what all processes have read from the same files.
+
+    Writing a weight that is mapped from a file would give each process a copy of its own.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor] | None:

@@ -120,6 +120,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     model = _load(config, pruned, device)
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
+    if strategy == "ddp":
+        shards.keep_frozen_weights(peft_model)
     trainable, total = peft_model.get_nb_trainable_parameters()
     console.note(
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(train_set)} examples"
@@ -256,10 +258,7 @@ def _arguments(
     config: Config, checkpoints: Path, device: torch.device, model: Any, validate: bool
 ) -> TrainingArguments:
     train = config.train
-    sharded = config.launch.strategy == "fsdp" and distributed.world_size() > 1
-    further: dict[str, Any] = shards.arguments(model) if sharded else {}
-    if distributed.world_size() > 1:
-        further |= {"ddp_backend": "nccl" if device.type == "cuda" else "gloo", "ddp_find_unused_parameters": False}
+    further = _strategy_arguments(config, device, model)
     if train.gradient_checkpointing:
         further |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
@@ -274,7 +273,6 @@ def _arguments(
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        bf16=not sharded and _wants_autocast(config, device, model.dtype),
         logging_steps=train.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not averaged away
@@ -292,6 +290,20 @@ def _arguments(
         dataloader_pin_memory=device.type == "cuda",
         **further,
     )
+
+
+def _strategy_arguments(config: Config, device: torch.device, model: Any) -> dict[str, Any]:
+    """How the processes share the model, and what is computed in bfloat16."""
+    autocast = _wants_autocast(config, device, model.dtype)
+    if distributed.world_size() == 1:
+        return {"bf16": autocast}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if config.launch.strategy == "fsdp":
+        return {"ddp_backend": backend} | shards.arguments(model)
+    if config.launch.strategy == "zero3":
+        # DeepSpeed converts the whole model: to float32 unless told that it is bfloat16
+        return {"bf16": autocast or model.dtype == torch.bfloat16, "deepspeed": str(shards.DEEPSPEED)}
+    return {"bf16": autocast, "ddp_backend": backend, "ddp_find_unused_parameters": False}
 
 
 def _wants_autocast(config: Config, device: torch.device, dtype: torch.dtype) -> bool:

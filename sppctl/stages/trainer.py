@@ -138,11 +138,10 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     def _adapter(self) -> dict[str, Tensor] | None:
         """The adapter's tensors; None where the model itself has them whole."""
         if self.is_deepspeed_enabled:
-            import deepspeed
+            from deepspeed.utils import safe_get_full_fp32_param
 
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            with deepspeed.zero.GatheredParameters(list(trained.values())):
-                return {name: p.detach().cpu().clone() for name, p in trained.items()}
+            return {name: safe_get_full_fp32_param(p).cpu() for name, p in trained.items()}
         return shards.gathered(self.model) if self.is_fsdp_enabled else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
