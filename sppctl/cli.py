@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sppctl import __version__, console, distributed
+from sppctl import __version__, console, distributed, launch
 from sppctl.config import flatten, load_config, quoted, schema, to_dict, to_yaml
 from sppctl.errors import StageError, UserError
 from sppctl.run_directory import Run
@@ -46,6 +45,12 @@ Limit = Annotated[int | None, typer.Option(help="First N examples of each task (
 
 def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
     """The configuration that positional arguments and options mean together."""
+    names, overrides = _given(arguments, **sugar)
+    return load_config(names[0] if names else None, overrides)
+
+
+def _given(arguments: Sequence[str] | None, **sugar: Any) -> tuple[list[str], list[str]]:
+    """At most one CONFIG, and all overrides as KEY=VALUE."""
     names = [argument for argument in arguments or [] if "=" not in argument]
     overrides = [argument for argument in arguments or [] if "=" in argument]
     if len(names) > 1:
@@ -65,17 +70,13 @@ def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
         overrides.append(f"eval.tasks=[{', '.join(task for task in chosen if task != 'ppl')}]")
         if "ppl" not in chosen:
             overrides.append("eval.perplexity=[]")
-    return load_config(names[0] if names else None, overrides)
+    return names, overrides
 
 
 def _launch(config: Config) -> None:
-    """Starts the configured number of processes of this very command, unless it is one of several already."""
-    if config.launch.num_processes not in ("auto", 1) and "WORLD_SIZE" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc-per-node", str(config.launch.num_processes), "-m", "sppctl"]
-        # the launcher's own report of a failed process would hide the one line that says why
-        done = subprocess.run([*launcher, *sys.argv[1:]], env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"})  # noqa: S603
-        raise typer.Exit(done.returncode)
+    """Does this very command in the configured number of processes, unless it is in one of several already."""
+    if launch.needed(config):
+        raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(config)))
 
 
 def _version(value: bool) -> None:
@@ -103,10 +104,22 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Prune, train, merge, evaluate and report; stages that are up to date are skipped."""
-    config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit)
+    names, overrides = _given(
+        arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit
+    )
+    config = load_config(names[0] if names else None, overrides)
     from sppctl import pipeline
 
-    _print_report([pipeline.run_all(Run(config, force=force))], json)
+    def elsewhere(stage: str) -> None:
+        same = [stage, *names, *overrides, *["--force"] * force, *["--debug"] * debug]
+        code = launch.start(same, launch.num_processes(config), silent=True)
+        if code:
+            raise typer.Exit(code)
+
+    pipeline.join_processes(config)
+    collected = pipeline.run_all(Run(config, force=force), elsewhere if launch.needed(config) else None)
+    if collected is not None:
+        _print_report([collected], json)
 
 
 @app.command()
@@ -145,8 +158,10 @@ def train(
     config = _resolve(arguments, output=output)
     from sppctl import pipeline
 
+    pipeline.join_processes(config)
     work = Run(config, force=force, resume=resume)
     pipeline.preflight(work, ("train",))
+    _launch(config)
     with work.lock():
         _print_stage(pipeline.train(work), json)
 
@@ -321,6 +336,7 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, a traceback only with --debug."""
+    launch.adopt()
     debug = "--debug" in sys.argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -342,5 +358,8 @@ def main() -> None:
         if debug:
             raise
         reason = str(error).strip().splitlines()
-        console.note(f"error: {type(error).__name__}: {reason[0] if reason else ''} (--debug shows where)")
+        # unlike the errors above, which all processes meet together, this one may be known to one process alone
+        where = "" if distributed.is_main() else f"process {distributed.rank()}: "
+        said = f"{where}{type(error).__name__}: {reason[0] if reason else ''}"
+        print(f"error: {said} (--debug shows where)", file=sys.stderr)
         sys.exit(1)

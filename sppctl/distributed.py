@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -31,7 +32,32 @@ def connect(device: torch.device) -> None:
     import torch.distributed as dist
 
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "gloo"
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)
+            backend = "nccl"
+        # one process may unpack, tokenise or write for long while the others wait
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def leave() -> bool:
+    """The end of the work in several processes: the first goes on alone, the others have nothing left to do.
+
+    Returns:
+        Whether this process is the one that goes on.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return True
+    dist.barrier()
+    dist.destroy_process_group()
+    if not is_main():
+        return False
+    del os.environ["WORLD_SIZE"], os.environ["RANK"]
+    return True
 
 
 def barrier() -> None:
@@ -65,6 +91,17 @@ def send(tensor: torch.Tensor, source: int) -> None:
 
     if world_size() > 1:
         dist.broadcast(tensor, source)
+
+
+def first(value: T | None) -> T | None:
+    """The small value of the first process that has one, known to all; None where none has."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return next((found for found in values if found is not None), None)
 
 
 def tell(value: T, source: int) -> T:

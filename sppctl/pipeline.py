@@ -172,14 +172,28 @@ def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
     return runs
 
 
-def run_all(run: Run) -> dict[str, Any]:
-    """The whole pipeline; returns the collected record of the run."""
+def run_all(run: Run, elsewhere: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """The whole pipeline.
+
+    Args:
+        run: the run.
+        elsewhere: does a stage, by name, in processes of its own; None: this process, or those it is one of, do it.
+
+    Returns:
+        The collected record of the run; None in processes that have nothing left to do after the training.
+    """
     started = time.perf_counter()
     preflight(run, STAGES)
+    if elsewhere is not None:
+        elsewhere("prune")
+        elsewhere("train")
     with run.lock():
         base = run.base()
-        prune(run)
-        train(run)
+        if elsewhere is None:
+            prune(run)
+            train(run)
+        if not distributed.leave():
+            return None
         merge(run)
         evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
     collected = report([run.directory])[0]

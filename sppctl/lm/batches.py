@@ -147,3 +147,21 @@ def packing_error(model: nn.Module, first: Sequence[int], second: Sequence[int])
     told = logits([*first, *second], len(first), position_ids=positions)
     untold = logits([*first, *second], len(first))
     return float((told - alone).norm() / (untold - alone).norm())
+
+
+class FilledOrder(Sampler[int]):
+    """The order of another sampler, then the fillers that make it as long for every process."""
+
+    def __init__(self, sampler: Any, total: int) -> None:
+        self.sampler, self.total = sampler, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from range(len(self.sampler), self.total)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for another epoch."""
+        self.sampler.set_epoch(epoch)

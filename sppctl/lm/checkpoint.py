@@ -211,7 +211,8 @@ def pick_device(name: str) -> torch.device:
         UserError: no such device.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Slurm may show each process its own GPU only
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cpu")
     try:

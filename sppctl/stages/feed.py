@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 
-from sppctl import console
+from sppctl import console, distributed
 from sppctl.errors import UserError
 from sppctl.lm import batches, instructions, prompts
 from sppctl.settings import Config
@@ -62,6 +65,8 @@ class Feed:
         self.padded = batches.PadCollator(pad)
         self.packing = self.unchecked = train.data.packing
         self.collator = batches.PackCollator() if self.packing else self.padded
+        self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1)
+        self.multiple = train.micro_batch_size * distributed.world_size()
         self.order = None
         if train.data.group_by_length:
             self.order = batches.LengthGrouped(self.train.lengths, train.batch_size, config.run.seed)
@@ -81,6 +86,25 @@ class Feed:
             )
         if self.packing:
             console.note(f"packing: {self.padding_share:.1%} of the positions of padded batches would be padding")
+
+    def filled(self, examples: Sequence[instructions.Example]) -> Sequence[instructions.Example]:
+        """Examples, and so many without anything to learn that several processes can share them evenly.
+
+        accelerate would repeat examples from the start of the epoch instead, and the last step would not be that of
+        one process.
+        """
+        if distributed.world_size() == 1:
+            return examples
+        return [*examples, *[self.filler] * (-len(examples) % self.multiple)]
+
+    def sampler(self, seed: int) -> Any:
+        """The order of the filled training examples, fillers last; None: what the Trainer makes by itself."""
+        total = len(self.filled(self.train))
+        if total == len(self.train):
+            return self.order
+        # what accelerate makes of the Trainer's own sampler
+        order = self.order or SeedableRandomSampler(range(len(self.train)), generator=torch.Generator(), data_seed=seed)
+        return batches.FilledOrder(order, total)
 
     def check(self, model: nn.Module) -> None:
         """Before the first packed batch: the model must keep packed examples apart.

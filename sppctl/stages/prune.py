@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sppctl import console, distributed
+from sppctl import console, distributed, launch
 from sppctl.errors import StageError, UserError
 from sppctl.lm import calibration, checkpoint, data
 from sppctl.lm.activations import BLOCK_WIDTHS, Activations, free_memory
@@ -45,7 +45,7 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         problems.append(str(error))
     if prune.allocation != "uniform" and prune.pattern.is_structured:
         problems.append(f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}")
-    if prune.reconstruct_epochs and distributed.world_size() > 1:
+    if prune.reconstruct_epochs and launch.num_processes(config) > 1:
         problems.append("prune.reconstruct_epochs: tunes in one process; set launch.num_processes=1")
     if prune.mask_from is not None:
         try:

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sppctl import console
+from sppctl import console, distributed, launch
 from sppctl.errors import Stopped, UserError
 from sppctl.lm import checkpoint, data, perplexity, prompts
 from sppctl.lm.blocks import Skeleton
 from sppctl.pattern import Pattern
-from sppctl.settings import Config, TrainConfig
-from sppctl.stages import evaluate, methods, prune
+from sppctl.settings import Config
+from sppctl.stages import evaluate, methods, prune, shards
 from sppctl.stages.feed import Feed, load_rows
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
@@ -39,7 +39,8 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     train = config.train
     problems = []
     try:
-        _accumulation(train)
+        _accumulation(config)
+        _check_strategy(config)
         names = config.prune.targets if train.targets == "pruned" else train.targets
         targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
         if not targets:
@@ -64,8 +65,15 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         raise UserError("\n".join(problems))
 
 
-def _accumulation(train: TrainConfig) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+def _check_strategy(config: Config) -> None:
+    """Raises UserError if DeepSpeed is wanted and not there."""
+    if config.launch.strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("launch.strategy: zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
+
+
+def _accumulation(config: Config) -> int:
+    """Micro-batches of a process in a step, so that ``train.batch_size`` holds for any number of processes."""
+    train, processes = config.train, launch.num_processes(config)
     step = train.micro_batch_size * processes
     if train.batch_size % step:
         raise UserError(
@@ -99,8 +107,14 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     if tokenizer.eos_token_id is None:
         raise UserError(f"{pruned}: its tokenizer has no end-of-text token, which every response needs")
     feed = Feed(config, tokenizer)
+    strategy = config.launch.strategy if distributed.world_size() > 1 else None
+    if strategy == "fsdp":
+        shards.load_in_one_process()
     model = _load(config, pruned, device)
+    set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
+    if strategy == "ddp":
+        shards.keep_frozen_weights(peft_model)
     trainable, total = peft_model.get_nb_trainable_parameters()
     console.note(
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
@@ -109,17 +123,20 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     if newest:
         console.note(f"resuming from {newest}")
+        if strategy == "fsdp":
+            set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
     callbacks = [Watch(), *methods.callbacks(train), *_perplexity_callback(config, tokenizer)]
     trainer = SparseTrainer(
         model=peft_model,
-        args=_arguments(config, checkpoints, device, model.dtype, bool(feed.held_out)),
-        train_dataset=feed.train,
-        eval_dataset=feed.held_out or None,
+        args=_arguments(config, checkpoints, device, model, bool(feed.held_out)),
         feed=feed,
         callbacks=callbacks,
         finite=FiniteLoss(),
+        autocast=torch.bfloat16 if strategy == "fsdp" and _wants_autocast(config, device, model.dtype) else None,
     )
+    if strategy:  # or all would drop out alike; the first process does as one alone
+        torch.manual_seed(config.run.seed + distributed.rank())
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     with StopSignals() as signals:
@@ -133,7 +150,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     seconds = time.perf_counter() - started
     validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
     history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
-    peft_model.save_pretrained(str(out))
+    trainer.save_adapter(out)
     tokens = trainer.state.num_input_tokens_seen
     return {
         "method": train.method,
@@ -203,19 +220,17 @@ def _patterns(config: Config, skeleton: Skeleton, names: list[str]) -> dict[str,
 
 
 def _arguments(
-    config: Config, checkpoints: Path, device: torch.device, dtype: torch.dtype, validate: bool
+    config: Config, checkpoints: Path, device: torch.device, model: Any, validate: bool
 ) -> TrainingArguments:
     train = config.train
-    wanted = config.launch.mixed_precision
-    autocast = dtype == torch.float32 and (wanted == "bf16" or (wanted == "auto" and _has_bf16(device)))
-    checkpointing: dict[str, Any] = {}
+    further = _strategy_arguments(config, device, model)
     if train.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        further |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=_accumulation(train),
+        gradient_accumulation_steps=_accumulation(config),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.lr,
@@ -223,7 +238,6 @@ def _arguments(
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        bf16=autocast,
         logging_steps=train.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not averaged away
@@ -240,8 +254,28 @@ def _arguments(
         data_seed=config.run.seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
-        **checkpointing,
+        **further,
     )
+
+
+def _strategy_arguments(config: Config, device: torch.device, model: Any) -> dict[str, Any]:
+    """How the processes share the model, and what is computed in bfloat16."""
+    autocast = _wants_autocast(config, device, model.dtype)
+    if distributed.world_size() == 1:
+        return {"bf16": autocast}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if config.launch.strategy == "fsdp":
+        return {"ddp_backend": backend} | shards.arguments(model)
+    if config.launch.strategy == "zero3":
+        # DeepSpeed converts the whole model: to float32 unless told that it is bfloat16
+        return {"bf16": autocast or model.dtype == torch.bfloat16, "deepspeed": str(shards.DEEPSPEED)}
+    return {"bf16": autocast, "ddp_backend": backend, "ddp_find_unused_parameters": False}
+
+
+def _wants_autocast(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a model of this dtype is autocast to bfloat16; one that is bfloat16 already never is."""
+    wanted = config.launch.mixed_precision
+    return dtype == torch.float32 and (wanted == "bf16" or (wanted == "auto" and _has_bf16(device)))
 
 
 def _has_bf16(device: torch.device) -> bool:

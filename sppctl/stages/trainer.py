@@ -1,24 +1,29 @@
-"""transformers' Trainer with checkpoints that are whole or absent."""
+"""transformers' Trainer with checkpoints that are whole or absent, the same for any number of processes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from sppctl import distributed
 from sppctl.errors import StageError
+from sppctl.lm.instructions import IGNORED
 from sppctl.lm.safe_files import sync_tree
+from sppctl.stages import shards
 from sppctl.stages.feed import Feed
 from sppctl.stages.watch import FiniteLoss
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
@@ -28,15 +33,39 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         args: of the Trainer.
         finite: looks at the losses.
         feed: how examples reach the model.
+        autocast: dtype of an autocast that accelerate leaves to FSDP's own policy, which would round the adapter too.
         kwargs: of the Trainer.
     """
 
-    def __init__(self, *args: Any, finite: FiniteLoss, feed: Feed, **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=feed.collator, **kwargs)
-        self.feed = feed
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self, *args: Any, finite: FiniteLoss, feed: Feed, autocast: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        self.feed, self.autocast = feed, autocast
+        self.gathered: tuple[dict[str, Tensor] | None, dict[str, Any]] | None = None
+        data: dict[str, Any] = {
+            "train_dataset": feed.filled(feed.train),
+            "eval_dataset": feed.filled(feed.held_out) or None,
+        }
+        super().__init__(*args, data_collator=feed.collator, **data, **kwargs)
         self.finite = finite
         self.add_callback(finite)
         self.checkpoints = Path(str(self.args.output_dir))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator; under FSDP among CPU processes too."""
+        if self.args.fsdp_plugin_args is not None:
+            shards.allow_on_cpu()
+        super().create_accelerator_and_postprocess()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The autocast of forward passes that is not accelerate's business."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, self.autocast, cache_enabled=cache_enabled)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; in training it is remembered with the numbers of its examples."""
@@ -52,16 +81,73 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self.feed.check(model)
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset) if self.feed.order is None else self.feed.order
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Padded batches always: the Trainer weighs validation losses by the rows of their batches."""
+        """Padded batches always."""
         self.data_collator = self.feed.padded
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = self.feed.collator
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The validation loss: the mean over all predicted tokens, however they are batched and shared out."""
+        self.model.eval()
+        total = [0.0, 0.0]
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            count = int((inputs["labels"][..., 1:] != IGNORED).sum())
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = float(self.compute_loss(self.model, inputs))
+            if count:  # of fillers alone there is no mean
+                total = [total[0] + loss * count, total[1] + count]
+        sums = torch.tensor(total, dtype=torch.float64)
+        if distributed.world_size() > 1:
+            sums = sums.to(self.args.device)
+            distributed.add_up(sums)
+        mean = float(sums[0] / sums[1])
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, self.num_examples(dataloader))  # type: ignore[arg-type]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the examples: the same for any number of processes, with fillers at the end only."""
+        return self.feed.sampler(self.args.data_seed or 0) or super()._get_train_sampler(train_dataset)
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def save_adapter(self, directory: Path) -> None:
+        """Stores the adapter as PEFT does; of a sharded model nothing else is gathered. All processes must call it."""
+        adapter = self._adapter()
+        if distributed.is_main():
+            self.model.save_pretrained(str(directory), state_dict=adapter)
+
+    def _adapter(self) -> dict[str, Tensor] | None:
+        """The adapter's tensors; None where the model itself has them whole."""
+        if self.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            return {name: safe_get_full_fp32_param(p).cpu() for name, p in trained.items()}
+        return shards.gathered(self.model) if self.is_fsdp_enabled else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's part of a checkpoint."""
+        if self.gathered is None:
+            super().save_model(output_dir, _internal_call)
+        elif distributed.is_main():
+            self.model.save_pretrained(output_dir, state_dict=self.gathered[0])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.gathered is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif distributed.is_main():
+            torch.save(self.gathered[1], Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints / SAVING)
@@ -71,25 +157,44 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         if distributed.is_main():
             shutil.rmtree(saving, ignore_errors=True)
         distributed.barrier()
+        if self.is_fsdp_enabled:  # before anything is written: a process whose disk is full must not miss the others
+            self.gathered = shards.gathered(self.model), shards.gathered_state(self.optimizer)
+        problem = None
         try:
             super()._save_checkpoint(model, trial)
             if distributed.is_main():
                 sync_tree(saving)
         except (OSError, RuntimeError, SafetensorError) as error:
+            problem = _reason(error)
+        self.gathered = None
+        problem = distributed.first(problem)
+        if problem is not None:
             shutil.rmtree(saving, ignore_errors=True)
             newest = get_last_checkpoint(str(checkpoints))
             rest = f"{newest} is intact: the same command continues from there" if newest else "there is none before it"
             raise StageError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: "
-                f"{_reason(error)}; {rest}"
-            ) from error
-        distributed.barrier()
+                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; {rest}"
+            )
         if distributed.is_main():
             name = f"checkpoint-{self.state.global_step}"
             shutil.rmtree(checkpoints / name, ignore_errors=True)
             os.rename(saving / name, checkpoints / name)
             rotate_checkpoints(output_dir=str(checkpoints), save_total_limit=self.args.save_total_limit)
         distributed.barrier()
+
+    # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:  # a sharded model was given the adapter before it was sharded
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        shards.scatter_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
 
 def _reason(error: Exception) -> str:

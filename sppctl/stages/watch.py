@@ -86,20 +86,28 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
         self.seen.append((loss.detach(), examples))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at all micro-batches of the step before the optimizer spoils the weights.
+        """Looks at all micro-batches of the step, in all processes, before the optimizer spoils the weights.
 
         Raises:
             StageError: one of the losses is not finite.
         """
-        losses = torch.stack([loss for loss, _ in self.seen]).tolist() if self.seen else []
+        losses = torch.stack([loss for loss, _ in self.seen])
+        broken = (~losses.isfinite()).any().int()
+        distributed.largest(broken)
+        problem = distributed.first(self._problem(losses.tolist())) if broken else None
+        if problem is not None:
+            raise StageError(
+                f"the training loss is {problem[0]} at step {state.global_step + 1}, in {problem[1]}; lower train.lr, "
+                "or look at these examples"
+            )
+        self.seen.clear()
+
+    def _problem(self, losses: list[float]) -> tuple[float, str] | None:
         for value, (_, examples) in zip(losses, self.seen, strict=True):
             if not math.isfinite(value):
                 which = f"training examples {', '.join(map(str, examples))}" if examples else "a packed batch"
-                raise StageError(
-                    f"the training loss is {value} at step {state.global_step + 1}, in {which}; lower train.lr, or "
-                    "look at these examples"
-                )
-        self.seen.clear()
+                return value, which
+        return None
 
 
 class StopSignals(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,195 @@
+"""Starting the processes of one command on this machine, or joining those that torchrun, accelerate or srun started.
+
+The processes are told who they are by the variables that torchrun sets. They are not started by torchrun itself: its
+agent turns every exit code into 1, ends at SIGUSR1, and kills after 30 seconds of grace whatever is still writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from typing import IO
+
+from sppctl import console, distributed
+from sppctl.errors import UserError
+from sppctl.settings import Config
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+GRACE_SECONDS = 5  # after one process has failed, until the others are killed
+_PARENT = "SPPCTL_LAUNCHER"  # process id of the command that started this one
+_PR_SET_PDEATHSIG = 1
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+
+def adopt() -> None:
+    """Takes over what a launcher says about this process; called before anything else."""
+    os.environ.update(from_slurm(os.environ))
+    parent = os.environ.pop(_PARENT, None)
+    if parent is not None and sys.platform == "linux":
+        # a launcher that is killed outright cannot end its processes; they would go on and hold the run directory
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task of ``srun``; empty outside of one, or where they are set already.
+
+    Only srun sets SLURM_STEP_NUM_TASKS for its tasks; SLURM_NTASKS and SLURM_PROCID are there in a batch script too,
+    which is a single process.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "SLURM_PROCID" not in environment or "WORLD_SIZE" in environment:
+        return {}
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    wanted = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": tasks,
+        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(20000 + job % 20000),  # the same in all tasks, another one for the job beside this one
+    }
+    return {name: value for name, value in wanted.items() if name not in environment}
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: ``gpu[03-05,9],login1`` -> ``gpu03``."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+    assert found is not None
+    return "".join(part or "" for part in found.groups())
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def num_processes(config: Config) -> int:
+    """The processes that share the work: those that are there, else those that :func:`start` would start.
+
+    Raises:
+        UserError: the configuration wants several machines, which only a launcher can start.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return distributed.world_size()
+    launch = config.launch
+    if launch.num_machines > 1:
+        raise UserError(
+            f"launch.num_machines: {launch.num_machines} machines need a launcher; on each of them: "
+            f"torchrun --nnodes {launch.num_machines} --nproc-per-node GPUS --rdzv-backend c10d "
+            f"--rdzv-endpoint FIRST_HOST:29500 -m sppctl {' '.join(sys.argv[1:])}, or in a Slurm job: "
+            f"srun --nodes {launch.num_machines} --ntasks-per-node GPUS sppctl {' '.join(sys.argv[1:])}"
+        )
+    if launch.num_processes != "auto":
+        return launch.num_processes
+    if config.model.device not in ("auto", "cuda"):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def needed(config: Config) -> bool:
+    """Whether this process has to start others to do the work."""
+    return "WORLD_SIZE" not in os.environ and num_processes(config) > 1
+
+
+def start(arguments: list[str], number: int, silent: bool = False) -> int:
+    """Runs ``sppctl ARGUMENTS`` in several processes of this machine and waits for them.
+
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to all of them. If one fails, the others have GRACE_SECONDS to
+    fail by themselves.
+
+    Args:
+        arguments: of the command line.
+        number: of processes.
+        silent: what they print on stdout is not wanted.
+
+    Returns:
+        The exit code of the process that failed first, 128 + its number if a signal ended it; 0 if none failed.
+    """
+    shared = os.environ | {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        _PARENT: str(os.getpid()),
+    }
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // number)))
+    with contextlib.ExitStack() as stack:
+        # what the others say is shown only if they are the first to fail
+        errors: list[IO[bytes] | None] = [None]
+        errors += [stack.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]
+        processes: list[subprocess.Popen[bytes]] = []
+        with _passed_on(processes):
+            for rank, stderr in enumerate(errors):
+                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # in a session of their own, so that Ctrl-C on a terminal reaches them once, through this process
+                command = [sys.executable, "-m", "sppctl", *arguments]
+                stdout = subprocess.DEVNULL if silent else None
+                process = subprocess.Popen(command, env=own, stdout=stdout, stderr=stderr, start_new_session=True)  # noqa: S603
+                processes.append(process)
+            failed = _first_failure(processes)
+        if failed is None:
+            return 0
+        code, stderr = processes[failed].returncode, errors[failed]
+        if stderr is not None:
+            stderr.seek(0)
+            sys.stderr.write(stderr.read().decode(errors="replace"))
+        if code < 0 and -code not in SIGNALS:
+            console.note(f"error: process {failed} of {number} was ended by {signal.Signals(-code).name}")
+    return code if code > 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _passed_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Inside, signals go to the processes instead of ending this one."""
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all; the number of the one that failed first, after which the others may not go on for long."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in processes):
+        if failed is None:
+            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+            if failed is not None:
+                deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    if failed is None:
+        failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+    return failed
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

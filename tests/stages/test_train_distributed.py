@@ -1,0 +1,319 @@
+"""Training in several processes: what one process does, whichever way they share the model; stopped, it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import GROUPED, byte_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import sppctl
+from sppctl import launch, pipeline
+from sppctl.config import load_config
+from sppctl.errors import UserError
+from sppctl.run_directory import Run
+
+# responses and prompts of many lengths: no two micro-batches hold the same number of tokens
+ROWS = [
+    {"instruction": f"Add {i} and 1.{' please' * (i * 7 % 13)}", "output": f"It is {i + 1}.{' yes' * (i * 5 % 11)}"}
+    for i in range(24)
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a float32 model, a bfloat16 model with tied embeddings, data and a configuration.
+
+    21 examples in steps of 8: the last step of an epoch is not whole, and not divisible by 2 or 4 processes.
+    """
+    root = tmp_path_factory.mktemp("several")
+    for name, dtype in DTYPES.items():
+        shape = GROUPED | {"max_position_embeddings": 512, "tie_word_embeddings": name == "bfloat16"}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape)).to(dtype)
+        model.save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (root / "text.txt").write_text("\n\n".join(f"Sentence {i} says that {i * 7} follows." for i in range(90)))
+    (root / "tiny.yaml").write_text(
+        f"""
+run: {{seed: 1}}
+launch: {{mixed_precision: "no"}}
+model: {{device: cpu}}
+prune: {{method: magnitude, pattern: 2:4, calibration: {{dataset: {root / "text.txt"}}}}}
+train:
+  rank: 4
+  dropout: 0
+  data: {{dataset: {root / "rows.jsonl"}, seq_len: 384, val_size: 3}}
+  epochs: 3
+  batch_size: 8
+  micro_batch_size: 2
+  log_steps: 1
+  lr: 2e-2
+  report_to: []
+eval: {{perplexity: [{root / "text.txt"}], seq_len: 64, max_tokens: 512}}
+"""
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """By dtype: the run directory of one process, pruned and trained, and the record of the training."""
+    made = {}
+    for name in DTYPES:
+        directory = work / f"alone-{name}"
+        config = load_config(str(work / "tiny.yaml"), [f"model.path={work / name}", f"run.dir={directory}"])
+        run = Run(config)
+        directory.mkdir()
+        pipeline.prune(run)
+        made[name] = directory, pipeline.train(run)
+    return made
+
+
+@pytest.fixture
+def several(work: Path, alone: Any, tmp_path: Path) -> Callable[..., tuple[list[str], Path]]:
+    """several(2, "fsdp", "float32", ...) -> arguments of sppctl train on one pruned model, and its run directory."""
+
+    def arguments(number: int, strategy: str, dtype: str, *overrides: str) -> tuple[list[str], Path]:
+        directory = tmp_path / "run"
+        if not directory.exists():
+            directory.mkdir()
+            (directory / "pruned").symlink_to(alone[dtype][0] / "pruned")
+        given = [f"model.path={work / dtype}", f"run.dir={directory}", f"launch.strategy={strategy}"]
+        return ["train", str(work / "tiny.yaml"), *given, f"launch.num_processes={number}", *overrides], directory
+
+    return arguments
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sppctl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def sppctl_command(arguments: list[str], torchrun: int = 0) -> list[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
+    return [sys.executable, *start, "-m", "sppctl", *arguments]
+
+
+def call(arguments: list[str], torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+    command = sppctl_command(arguments, torchrun)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def adapter(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter" / "adapter_model.safetensors")
+
+
+def losses(record: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in record["metrics"]["history"] if "loss" in entry]
+
+
+def assert_same_adapter(directory: Path, other: Path) -> None:
+    """To 1e-5: the values reach 0.2, and AdamW magnifies what the order of a float32 sum changes."""
+    mine, theirs = adapter(directory), adapter(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5)
+
+
+# --- equality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "strategy", "dtype", "torchrun"),
+    [
+        (2, "ddp", "float32", False),
+        (4, "ddp", "bfloat16", False),
+        (2, "fsdp", "float32", True),
+        (4, "fsdp", "bfloat16", False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_several_processes_train_what_one_does(
+    number: int,
+    strategy: str,
+    dtype: str,
+    torchrun: bool,
+    several: Callable[..., tuple[list[str], Path]],
+    alone: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    arguments, directory = several(number, strategy, dtype, "--json")
+    done = call(arguments, number if torchrun else 0)
+    assert done.returncode == 0, done.stderr
+    record, (one, expected) = json.loads(done.stdout), alone[dtype]
+    assert len(losses(expected)) == 3 * 3
+    assert losses(record) == pytest.approx(losses(expected), abs=1e-4)
+    assert record["metrics"]["validation_loss"] == pytest.approx(expected["metrics"]["validation_loss"], abs=1e-4)
+    assert_same_adapter(directory, one)
+    stored = {path.name for path in (directory / "adapter").iterdir()}
+    assert stored == {path.name for path in (one / "adapter").iterdir()}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(one / "pruned"), directory / "adapter")
+    loaded = {name: p for name, p in model.named_parameters() if "spp_" in name}
+    assert {name.replace(".default", "") for name in loaded} == adapter(directory).keys()
+    assert all(torch.equal(p, adapter(directory)[name.replace(".default", "")]) for name, p in loaded.items())
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def started(arguments: list[str], ready: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs until a file matches ``ready``; killed if it is still there at the end."""
+    with subprocess.Popen(
+        sppctl_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not any(ready.parent.glob(ready.name)):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after", "number"), [("fsdp", "fsdp", 2), ("ddp", "fsdp", 2), ("fsdp", "ddp", 1)])
+def test_stopped_by_a_signal_the_same_command_goes_on(
+    before: str,
+    after: str,
+    number: int,
+    several: Callable[..., tuple[list[str], Path]],
+    alone: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    arguments, directory = several(2, before, "float32", "train.save_steps=1")
+    checkpoints = directory / ".adapter.partial" / "checkpoints"
+    with started(arguments, checkpoints / "checkpoint-*") as process:
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert said.count("stopped by SIGTERM after step") == 1
+    stored = [{path.name for path in checkpoint.iterdir()} for checkpoint in checkpoints.iterdir()]
+    whole = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state_1.pth"}
+    assert stored
+    assert all(whole <= names and "pytorch_model_fsdp.bin" not in names for names in stored)
+    done = call(several(number, after, "float32")[0])
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    assert_same_adapter(directory, alone["float32"][0])
+
+
+@pytest.mark.slow
+def test_processes_do_not_outlive_a_launcher_that_is_killed(several: Callable[..., tuple[list[str], Path]]) -> None:
+    arguments, directory = several(2, "ddp", "float32", "train.save_steps=1", "train.epochs=100")
+    with started(arguments, directory / ".adapter.partial/checkpoints/checkpoint-*") as process:
+        process.kill()
+    time.sleep(1)
+    before = sorted((directory / ".adapter.partial/checkpoints").iterdir())
+    time.sleep(1)
+    assert sorted((directory / ".adapter.partial/checkpoints").iterdir()) == before
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [0, 2], ids=["launch", "torchrun"])
+def test_run_uses_the_processes_where_it_can(torchrun: int, work: Path, tmp_path: Path) -> None:
+    overrides = [f"model.path={work / 'float32'}", "launch.num_processes=2", "launch.strategy=fsdp", "--json"]
+    extra = ["train.perplexity_steps=3", f"run.dir={tmp_path / 'run'}"]
+    done = call(["run", str(work / "tiny.yaml"), *overrides, *extra], torchrun)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["run"]
+    for word in ("prune: done", "train: done", "merge: done", "run: done"):
+        assert done.stderr.count(word) == 1, done.stderr
+    assert done.stderr.count("step 3: perplexity of") == 1
+    assert json.loads((tmp_path / "run/pruned/stage.json").read_text())["metrics"]["processes"] == 2
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_impossible_batch_is_refused_before_anything_starts(
+    several: Callable[..., tuple[list[str], Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, directory = several(3, "ddp", "float32")
+    done = call(arguments)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "error: train.batch_size: 8 is not a multiple of micro_batch_size x processes (2 x 3); change one of them"
+    ]
+    assert {path.name for path in directory.iterdir()} == {"pruned"}
+
+
+def test_zero3_needs_deepspeed(several: Callable[..., tuple[list[str], Path]]) -> None:
+    done = call(several(2, "zero3", "float32")[0])
+    assert done.returncode == 2
+    assert "launch.strategy: zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]'" in done.stderr
+
+
+def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch.start(["config", "nosuch.yaml"], 2) == 2
+    assert capfd.readouterr().err.count("nosuch.yaml") == 1
+
+
+def test_several_machines_need_a_launcher(work: Path) -> None:
+    config = load_config(str(work / "tiny.yaml"), ["launch.num_machines=2", f"model.path={work / 'float32'}"])
+    with pytest.raises(UserError, match=r"launch\.num_machines: .*torchrun --nnodes 2 .*srun --nodes 2"):
+        launch.num_processes(config)
+
+
+# --- srun -------------------------------------------------------------------------------------------------------------
+
+TASK = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+}
+
+
+def test_a_task_of_srun_knows_its_place() -> None:
+    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "32345"}
+    assert launch.from_slurm(TASK) == wanted
+
+
+def test_what_the_job_script_sets_stays() -> None:
+    found = launch.from_slurm(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert found.keys() == {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        TASK | {"SLURM_STEP_NUM_TASKS": "1"},
+        TASK | {"WORLD_SIZE": "16", "RANK": "9"},
+    ],
+    ids=["outside", "batch script", "one task", "torchrun in srun"],
+)
+def test_no_task_of_srun(environment: dict[str, str]) -> None:
+    assert launch.from_slurm(environment) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("login1", "login1"), ("a1,b2", "a1"), ("gpu[03-05,9],b", "gpu03"), ("n[7,9]", "n7"), ("r[1-2]-ib,x", "r1-ib")],
+)
+def test_the_first_host(nodes: str, host: str) -> None:
+    assert launch.first_host(nodes) == host
