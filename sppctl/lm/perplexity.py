@@ -59,7 +59,7 @@ def text_windows(tokenizer: Any, text: str, seq_len: int, max_tokens: int | None
 
 
 @torch.no_grad()
-def window_losses(model: Any, windows: Tensor, batch_size: int) -> Iterator[Tensor]:
+def window_losses(model: Any, windows: Tensor, batch_size: int, whole: bool = False) -> Iterator[Tensor]:
     """Summed negative log-likelihood of every window.
 
     The output head runs on ``LOGIT_ROWS`` positions at a time in the model's dtype, the loss is taken in float32. A
@@ -69,11 +69,12 @@ def window_losses(model: Any, windows: Tensor, batch_size: int) -> Iterator[Tens
         model: a causal language model of transformers.
         windows: (windows, seq_len).
         batch_size: windows at a time.
+        whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
 
     Yields:
         (batch,) float64, for every batch.
     """
-    chunked = _head_is_last_step(model, windows[:1, :8].to(model.device))
+    chunked = not whole and _head_is_last_step(model, windows[:1, :8].to(model.device))
     for batch in windows.split(batch_size):
         batch = batch.to(model.device)
         output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from sppctl import console, distributed
@@ -68,7 +69,10 @@ class PerplexityEvery(TrainerCallback):  # type: ignore[misc]
             return
         training = model.training
         model.eval()
-        losses = torch.cat(list(window_losses(model.get_base_model(), self.windows, args.per_device_eval_batch_size)))
+        sharded = isinstance(model, FSDPModule)
+        called = model if sharded else model.get_base_model()
+        batches = window_losses(called, self.windows, args.per_device_eval_batch_size, whole=sharded)
+        losses = torch.cat(list(batches))
         model.train(training)
         measured = summarise(losses, self.windows.shape[1])
         state.log_history.append({"step": state.global_step, "perplexity": measured.value, "text": self.name})

@@ -206,7 +206,7 @@ def test_stopped_by_a_signal_the_same_command_goes_on(
         _, said = process.communicate(timeout=120)
     assert process.returncode == 143, said
     assert said.count("stopped by SIGTERM after step") == 1
-    stored = [{path.name for path in checkpoint.iterdir()} for checkpoint in checkpoints.iterdir()]
+    stored = [{path.name for path in checkpoint.iterdir()} for checkpoint in checkpoints.glob("checkpoint-*")]
     whole = {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state_1.pth"}
     assert stored
     assert all(whole <= names and "pytorch_model_fsdp.bin" not in names for names in stored)
