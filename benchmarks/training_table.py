@@ -82,7 +82,7 @@ def sppctl(stage: str, run: Path, arguments: argparse.Namespace, *overrides: str
     command += ["prune.calibration.samples=64", "prune.calibration.seq_len=1024"]
     command += [f"train.data.split=train[:{arguments.rows}]", f"train.data.val_size={HELD_OUT}"]
     command += [f"train.max_steps={arguments.steps}", "train.batch_size=8", "train.micro_batch_size=8"]
-    command += ["train.dropout=0.0", "train.data.group_by_length=false", "train.log_steps=10", *overrides]
+    command += ["train.dropout=0.0", "train.data.group_by_length=true", "train.log_steps=10", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}")
