@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sppctl.adapters.spp import kernel
-from sppctl.adapters.spp.kernel import delta_weight, effective_weight, row_groups, spp_linear
+from sppctl.adapters.spp.kernel import delta_weight, dropped_places, effective_weight, row_groups, spp_linear
 
 SHAPES = [(12, 8, 4), (12, 8, 1), (12, 8, 12), (13, 8, 4), (7, 6, 3), (16, 4, 5)]  # out, in, r: dividing and not
 SCALE = 2.0
@@ -108,7 +108,9 @@ def test_dropout_is_exactly_equation_5(shape: tuple[int, int, int]) -> None:
     gradients = torch.autograd.grad(y, (x, alpha, beta), upstream)
     torch.manual_seed(11)
     seed = int(torch.randint(0, 2**62, (1,)))
-    mask = torch.empty(x.shape).bernoulli_(1 - p, generator=torch.Generator().manual_seed(seed)).double()
+    mask = torch.ones(x.numel(), dtype=torch.float64)
+    mask[dropped_places(x, p, seed)] = 0
+    mask = mask.view(x.shape)
     assert 0 < mask.mean() < 1
 
     x64, alpha64, beta64 = doubles(x, alpha, beta)
@@ -117,6 +119,35 @@ def test_dropout_is_exactly_equation_5(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
+def test_dropped_places_are_a_bernoulli_process(p: float) -> None:
+    size = 400_000
+    places = dropped_places(torch.empty(size), p, seed=5)
+    mask = torch.zeros(size).index_fill_(0, places, 1)
+    assert mask.sum() == len(places), "no place comes twice"
+    assert torch.equal(places, dropped_places(torch.empty(size), p, seed=5))
+    assert not torch.equal(places[:100], dropped_places(torch.empty(size), p, seed=6)[:100])
+
+    def spread(probability: float, draws: int) -> float:
+        return 5 * (probability * (1 - probability) / draws) ** 0.5
+
+    assert mask.mean().item() == pytest.approx(p, abs=spread(p, size))
+    for distance in (1, 2, 7):  # neighbours know nothing of each other
+        both = (mask[:-distance] * mask[distance:]).mean().item()
+        assert both == pytest.approx(p * p, abs=2 * spread(p * p, size))
+    parts = mask.view(8, -1).mean(1)
+    assert (parts - p).abs().max().item() < spread(p, size // 8)
+
+
+def test_dropout_reaches_the_last_element_however_few_were_drawn_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dropped_places(torch.empty(5000), 0.3, seed=1)
+    assert whole[-1] > 4950
+    monkeypatch.setattr(kernel, "SPARE_DRAWS", -10)
+    pieces = dropped_places(torch.empty(5000), 0.3, seed=1)
+    assert pieces[-1] > 4950
+    assert (pieces.diff() > 0).all()
 
 
 def test_dropout_draws_anew_and_keeps_the_mean() -> None:
