@@ -8,11 +8,6 @@ from pathlib import Path
 import torch
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def describe(device: torch.device) -> str:
     """Name of the processor or the GPU, threads, the instructions that PyTorch uses, and versions."""
     if device.type == "cuda":

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hardware import describe, pick_device
+from hardware import describe
 from torch import Tensor
 
 from sppctl.adapters.spp.kernel import spp_linear
+from sppctl.lm.checkpoint import pick_device
 
 SHAPES = "576x1536,1536x576,2048x2048,2048x5632"
 SCALE, DROPOUT = 2.0, 0.05
