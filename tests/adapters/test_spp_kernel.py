@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp.kernel import delta_weight, dropped_places, effective_weight, row_groups, spp_linear
@@ -46,7 +49,6 @@ def test_forward_and_gradients_equal_the_double_loop(
     shape: tuple[int, int, int], chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "CPU_CHUNK", chunk)
-    monkeypatch.setattr(kernel, "PRODUCT_CHUNK", 3 * chunk)
     weight, bias, alpha, beta, x = layer(shape)
     y = spp_linear(x, weight, bias if with_bias else None, [(alpha, beta, SCALE, 0.0)])
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
@@ -205,6 +207,31 @@ def test_nothing_but_the_input_is_kept_for_backward(dropout: float) -> None:
         spp_linear(x, weight, None, [(alpha, beta, SCALE, dropout)])
     own = {weight.data_ptr(), alpha.data_ptr(), beta.data_ptr(), x.data_ptr()}
     assert {tensor.data_ptr() for tensor in kept} <= own
+
+
+class Float32Sizes(TorchDispatchMode):
+    """Remembers the elements of the largest float32 memory that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.largest = max(self.largest, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("r", [16, 7])
+def test_a_bfloat16_layer_is_never_copied_to_float32(dropout: float, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, in_features = 1024, 64
+    monkeypatch.setattr(kernel, "CPU_CHUNK", chunk)
+    weight, _, alpha, beta, x = layer((2048, in_features, r), torch.bfloat16)
+    with Float32Sizes() as sizes:
+        spp_linear(x, weight, None, [(alpha, beta, SCALE, dropout)]).sum().backward()
+        effective_weight(weight, alpha, beta, SCALE, torch.bfloat16)
+    assert 0 < sizes.largest <= max(2 * chunk, alpha.numel(), beta.numel())
+    assert sizes.largest < weight.numel() // 16
 
 
 def test_frozen_inputs_and_adapters_cost_no_gradient() -> None:

@@ -13,7 +13,8 @@ pass the rounding unchanged. With P = (dy^T x) * W:
     dbeta_i  = s sum_n P_in alpha_g(i)n          dalpha_k = s sum_{i in group k} beta_i P_i          dx = dy W_eff
 
 With dropout the adapter branch is added into the product of the base, and its places are drawn again from a seed.
-Float32 transients are two buffers of a few rows, small enough for a CPU's cache: never a second copy of W.
+Transients: one matrix of W's shape in the dtype of x, which in backward is dy^T x first and W_eff then, and two float32
+buffers of a few rows, small enough for a CPU's cache. W is never copied to float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from torch import Tensor
 
 CPU_CHUNK = 1 << 18  # elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache
 GPU_CHUNK = 1 << 24
-PRODUCT_CHUNK = 1 << 24  # of dy^T x, which is worth more rows at a time
 SPARE_DRAWS = 6  # of dropout's gaps, in standard deviations of their number
 
 
@@ -64,34 +64,39 @@ def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: t
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     buffers = _Buffers(weight)
     scaled = beta.float() * scale
-    for rows, alpha_rows in _pieces(weight, alpha, 0, weight.shape[0]):
-        shape = (alpha_rows.shape[0], -1, weight.shape[1])
-        values, factor = buffers.float32(weight[rows]).view(shape), buffers.second(weight[rows]).view(shape)
-        # one product per call: PyTorch vectorises two operands of which one is broadcast, not three
-        torch.mul(alpha_rows.float().unsqueeze(1), scaled[rows].view(shape[0], -1, 1), out=factor)
-        if base:
-            torch.addcmul(values, values, factor, out=result[rows].view(shape))
-        else:
-            torch.mul(values, factor, out=result[rows].view(shape))
+    for rows, alpha_rows in _pieces(weight, alpha):
+        _write_rows(result[rows], buffers.float32(weight[rows]), alpha_rows, scaled[rows], buffers.second(rows), base)
     return result
+
+
+def _write_rows(out: Tensor, values: Tensor, alpha_rows: Tensor, scaled: Tensor, factor: Tensor, base: bool) -> None:
+    """values * alpha * s beta, plus values where ``base``, into ``out``; ``factor`` is room for as much in float32."""
+    shape = (alpha_rows.shape[0], -1, values.shape[1])
+    values, factor, out = values.view(shape), factor.view(shape), out.view(shape)
+    # one product per call: PyTorch vectorises two operands of which one is broadcast, not three
+    torch.mul(alpha_rows.float().unsqueeze(1), scaled.view(shape[0], -1, 1), out=factor)
+    if base:
+        torch.addcmul(values, values, factor, out=out)
+    else:
+        torch.mul(values, factor, out=out)
 
 
 class _Buffers:
     """Two float32 buffers for pieces of a matrix: memory that is asked for anew for each costs more than the work."""
 
     def __init__(self, weight: Tensor) -> None:
-        size = min(_budget(weight) * weight.shape[1], weight.numel())
-        self._buffers = torch.empty(2, size, dtype=torch.float32, device=weight.device)
+        size = min(_budget(weight), weight.shape[0])
+        self._buffers = torch.empty(2, size, weight.shape[1], dtype=torch.float32, device=weight.device)
 
     def float32(self, rows: Tensor) -> Tensor:
         """The rows in float32; a GPU converts within its kernels."""
         if rows.dtype == torch.float32 or rows.is_cuda:
             return rows
-        return self._buffers[0, : rows.numel()].view(rows.shape).copy_(rows)
+        return self._buffers[0, : len(rows)].copy_(rows)
 
-    def second(self, rows: Tensor) -> Tensor:
-        """Room for a result of the rows' shape."""
-        return self._buffers[1, : rows.numel()].view(rows.shape)
+    def second(self, rows: slice) -> Tensor:
+        """Room for a result of as many rows."""
+        return self._buffers[1, : rows.stop - rows.start]
 
 
 def _budget(weight: Tensor) -> int:
@@ -99,8 +104,8 @@ def _budget(weight: Tensor) -> int:
     return max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // weight.shape[1])
 
 
-def _pieces(weight: Tensor, alpha: Tensor, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cuts the rows [first, last) into small slices, each with the rows of alpha (k, n) that serve it.
+def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cuts the rows into small slices, each with the rows of alpha (k, n) that serve it.
 
     The slice's rows, viewed as (k, rows / k, n), belong to the k rows of alpha in order: whole groups or a part of
     one where r divides m, else one row of alpha for each row.
@@ -109,44 +114,45 @@ def _pieces(weight: Tensor, alpha: Tensor, first: int, last: int) -> Iterator[tu
     budget = _budget(weight)
     if num_rows % r:
         group = row_groups(num_rows, r, weight.device)
-        for start in range(first, last, budget):
-            rows = slice(start, min(start + budget, last))
+        for start in range(0, num_rows, budget):
+            rows = slice(start, min(start + budget, num_rows))
             yield rows, alpha[group[rows]]
         return
     size = num_rows // r
-    start = first
-    while start < last:
-        inside = start % size
-        if inside or budget < size or last - start < size:
-            stop = min(start + min(budget, size - inside), last)
+    start = 0
+    while start < num_rows:
+        if budget < size:
+            stop = start + min(budget, size - start % size)
             yield slice(start, stop), alpha[start // size : start // size + 1]
         else:
-            stop = start + min(budget // size, (last - start) // size) * size
+            stop = min(start + budget // size * size, num_rows)
             yield slice(start, stop), alpha[start // size : stop // size]
         start = stop
 
 
 def _adapter_gradients(
-    grad_output: Tensor, inputs: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float
+    moment: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, base: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of alpha (r, n) and beta (m, 1) in float32, from dy (tokens, m) and the branch's input (tokens, n)."""
-    num_rows, num_columns = weight.shape
+    """Gradients of alpha (r, n) and beta (m, 1) in float32, while the weight that dx needs is made in passing.
+
+    Args:
+        moment: dy^T x (m, n), x the branch's input; overwritten by what _rowwise returns.
+        weight, alpha, beta, scale, base: as in _rowwise.
+    """
     grad_alpha = torch.zeros(alpha.shape, dtype=torch.float32, device=alpha.device)
     grad_beta = torch.empty(beta.shape, dtype=torch.float32, device=beta.device)
-    group = row_groups(num_rows, alpha.shape[0], weight.device)
+    group = row_groups(weight.shape[0], alpha.shape[0], weight.device)
     buffers = _Buffers(weight)
-    step = max(1, PRODUCT_CHUNK // num_columns)
-    for first in range(0, num_rows, step):
-        last = min(first + step, num_rows)
-        moment = grad_output[:, first:last].t() @ inputs
-        for rows, alpha_rows in _pieces(weight, alpha, first, last):
-            product = buffers.second(weight[rows]).copy_(moment[rows.start - first : rows.stop - first])
-            product = product.mul_(buffers.float32(weight[rows])).view(alpha_rows.shape[0], -1, num_columns)
-            # a transposed row, not a column: MKL's batched product is ten times as fast with these strides
-            grad_beta[rows] = torch.bmm(product, alpha_rows.float().unsqueeze(1).mT).view(-1, 1)
-            served = torch.bmm(beta[rows].float().view(product.shape[0], 1, -1), product).squeeze(1)
-            grad_alpha.index_add_(0, group[rows][:: product.shape[1]], served)
-    return grad_alpha.mul_(scale), grad_beta.mul_(scale)
+    scaled = beta.float() * scale
+    for rows, alpha_rows in _pieces(weight, alpha):
+        values, room = buffers.float32(weight[rows]), buffers.second(rows)
+        product = room.copy_(moment[rows]).mul_(values).view(alpha_rows.shape[0], -1, weight.shape[1])
+        # a transposed row, not a column: MKL's batched product is ten times as fast with these strides
+        grad_beta[rows] = torch.bmm(product, alpha_rows.float().unsqueeze(1).mT).view(-1, 1)
+        served = torch.bmm(scaled[rows].view(product.shape[0], 1, -1), product).squeeze(1)
+        grad_alpha.index_add_(0, group[rows][:: product.shape[1]], served)
+        _write_rows(moment[rows], values, alpha_rows, scaled[rows], room, base)
+    return grad_alpha, grad_beta.mul_(scale)
 
 
 class _SppLinear(torch.autograd.Function):
@@ -188,18 +194,19 @@ class _SppLinear(torch.autograd.Function):
         grad_x = grad_alpha = grad_beta = None
         rows, inputs = grad_output.reshape(-1, weight.shape[0]).to(x.dtype), x.reshape(-1, weight.shape[1])
         places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
+        with_base = ctx.base and places is None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            branch_weight = rows.t() @ (inputs if places is None else _zeroed(inputs, places))
+            grad_alpha, grad_beta = _adapter_gradients(branch_weight, weight, alpha, beta, ctx.scale, with_base)
+        else:
+            branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, with_base)
         if ctx.needs_input_grad[0]:
-            with_base = ctx.base and places is None
-            grad_x = rows @ _rowwise(weight, alpha, beta, ctx.scale, x.dtype, with_base)
+            grad_x = rows @ branch_weight
             if places is not None:
                 grad_x.view(-1)[places] = 0
                 if ctx.base:
                     grad_x.addmm_(rows, weight.to(x.dtype))
             grad_x = grad_x.view(x.shape)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            if places is not None:
-                inputs = _zeroed(inputs, places)
-            grad_alpha, grad_beta = _adapter_gradients(rows, inputs, weight, alpha, beta, ctx.scale)
         return grad_x, None, None, grad_alpha, grad_beta, None, None, None
 
 
