@@ -36,9 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pruned", type=Path)
     parser.add_argument("--lrs", default="3e-2,3e-3")
+    parser.add_argument("--forms", default="rounded,residual")
     parser.add_argument("--device", default="auto")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     print(describe(checkpoint.pick_device(options.device)))
     print(
         "| lr | form | validation loss in training | merged | difference | merged perplexity | weights moved |\n"
@@ -47,7 +48,7 @@ def main() -> None:
     for lr in options.lrs.split(","):
         given = [f"model.device={options.device}", f"train.lr={lr}", "train.report_to=[]", *options.overrides]
         config = load_config(None, given)
-        for form in ("rounded", "residual"):
+        for form in options.forms.split(","):
             with tempfile.TemporaryDirectory() as scratch, computing(form):
                 print(f"| {lr} | {form} | {compare(config, options.pruned, Path(scratch))} |", flush=True)
 
@@ -75,6 +76,7 @@ def compare(config: Config, pruned: Path, scratch: Path) -> str:
     """Trains, merges and measures; returns a row of the table."""
     layers = [layer["name"] for layer in json.loads((pruned / "stage.json").read_text())["metrics"]["layers"]]
     adapter, merged = scratch / "adapter", scratch / "merged"
+    merged.mkdir()
     trained = train.execute(config, pruned, layers, adapter, resume=False)
     moved = merge.execute(config, pruned, adapter, merged)["moved_share"]
     device = checkpoint.pick_device(config.model.device)
