@@ -122,11 +122,11 @@ def saved_beyond_input(form: Form, dropout: float, layer: Layer) -> int:
 def measure(layer: Layer, rounds: int) -> dict[str, list[float]]:
     """Seconds of every form, all forms in turn in each round, so that a machine's moods hit all alike."""
     spent: dict[str, list[float]] = {name: [] for name in FORMS}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, (form, dropout) in FORMS.items():
-            value = seconds(form, dropout, layer)
-            if number:  # round 0 warms up
-                spent[name].append(value)
+            # once for nothing: else a form pays page faults for the memory that the one before it gave back
+            seconds(form, dropout, layer)
+            spent[name].append(seconds(form, dropout, layer))
     return spent
 
 
