@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sppctl.adapters.spp import kernel
-from sppctl.adapters.spp.kernel import delta_weight, effective_weight, row_groups, spp_linear
+from sppctl.adapters.spp.kernel import delta_weight, dropped_places, effective_weight, row_groups, spp_linear
 
 SHAPES = [(12, 8, 4), (12, 8, 1), (12, 8, 12), (13, 8, 4), (7, 6, 3), (16, 4, 5)]  # out, in, r: dividing and not
 SCALE = 2.0
@@ -46,7 +49,6 @@ def test_forward_and_gradients_equal_the_double_loop(
     shape: tuple[int, int, int], chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "CPU_CHUNK", chunk)
-    monkeypatch.setattr(kernel, "PRODUCT_CHUNK", 3 * chunk)
     weight, bias, alpha, beta, x = layer(shape)
     y = spp_linear(x, weight, bias if with_bias else None, [(alpha, beta, SCALE, 0.0)])
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
@@ -108,7 +110,9 @@ def test_dropout_is_exactly_equation_5(shape: tuple[int, int, int]) -> None:
     gradients = torch.autograd.grad(y, (x, alpha, beta), upstream)
     torch.manual_seed(11)
     seed = int(torch.randint(0, 2**62, (1,)))
-    mask = torch.empty(x.shape).bernoulli_(1 - p, generator=torch.Generator().manual_seed(seed)).double()
+    mask = torch.ones(x.numel(), dtype=torch.float64)
+    mask[dropped_places(x, p, seed)] = 0
+    mask = mask.view(x.shape)
     assert 0 < mask.mean() < 1
 
     x64, alpha64, beta64 = doubles(x, alpha, beta)
@@ -117,6 +121,35 @@ def test_dropout_is_exactly_equation_5(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.9])
+def test_dropped_places_are_a_bernoulli_process(p: float) -> None:
+    size = 400_000
+    places = dropped_places(torch.empty(size), p, seed=5)
+    mask = torch.zeros(size).index_fill_(0, places, 1)
+    assert mask.sum() == len(places), "no place comes twice"
+    assert torch.equal(places, dropped_places(torch.empty(size), p, seed=5))
+    assert not torch.equal(places[:100], dropped_places(torch.empty(size), p, seed=6)[:100])
+
+    def spread(probability: float, draws: int) -> float:
+        return 5 * (probability * (1 - probability) / draws) ** 0.5
+
+    assert mask.mean().item() == pytest.approx(p, abs=spread(p, size))
+    for distance in (1, 2, 7):  # neighbours know nothing of each other
+        both = (mask[:-distance] * mask[distance:]).mean().item()
+        assert both == pytest.approx(p * p, abs=2 * spread(p * p, size))
+    parts = mask.view(8, -1).mean(1)
+    assert (parts - p).abs().max().item() < spread(p, size // 8)
+
+
+def test_dropout_reaches_the_last_element_however_few_were_drawn_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dropped_places(torch.empty(5000), 0.3, seed=1)
+    assert whole[-1] > 4950
+    monkeypatch.setattr(kernel, "SPARE_DRAWS", -10)
+    pieces = dropped_places(torch.empty(5000), 0.3, seed=1)
+    assert pieces[-1] > 4950
+    assert (pieces.diff() > 0).all()
 
 
 def test_dropout_draws_anew_and_keeps_the_mean() -> None:
@@ -174,6 +207,31 @@ def test_nothing_but_the_input_is_kept_for_backward(dropout: float) -> None:
         spp_linear(x, weight, None, [(alpha, beta, SCALE, dropout)])
     own = {weight.data_ptr(), alpha.data_ptr(), beta.data_ptr(), x.data_ptr()}
     assert {tensor.data_ptr() for tensor in kept} <= own
+
+
+class Float32Sizes(TorchDispatchMode):
+    """Remembers the elements of the largest float32 memory that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.largest = max(self.largest, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("r", [16, 7])
+def test_a_bfloat16_layer_is_never_copied_to_float32(dropout: float, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, in_features = 1024, 64
+    monkeypatch.setattr(kernel, "CPU_CHUNK", chunk)
+    weight, _, alpha, beta, x = layer((2048, in_features, r), torch.bfloat16)
+    with Float32Sizes() as sizes:
+        spp_linear(x, weight, None, [(alpha, beta, SCALE, dropout)]).sum().backward()
+        effective_weight(weight, alpha, beta, SCALE, torch.bfloat16)
+    assert 0 < sizes.largest <= max(2 * chunk, alpha.numel(), beta.numel())
+    assert sizes.largest < weight.numel() // 16
 
 
 def test_frozen_inputs_and_adapters_cost_no_gradient() -> None:

@@ -12,11 +12,14 @@ pass the rounding unchanged. With P = (dy^T x) * W:
 
     dbeta_i  = s sum_n P_in alpha_g(i)n          dalpha_k = s sum_{i in group k} beta_i P_i          dx = dy W_eff
 
-Float32 transients are made for a few rows at a time: small enough for a CPU's cache, never a second copy of W.
+With dropout the adapter branch is added into the product of the base, and its places are drawn again from a seed.
+Transients: one matrix of W's shape in the dtype of x, which in backward is dy^T x first and W_eff then, and two float32
+buffers of a few rows, small enough for a CPU's cache. W is never copied to float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -24,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_CHUNK = 1 << 17  # elements: half a MiB of float32, measured twice as fast as whole matrices
+CPU_CHUNK = 1 << 18  # elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache
 GPU_CHUNK = 1 << 24
-PRODUCT_CHUNK = 1 << 24  # of dy^T x, which is worth more rows at a time
+SPARE_DRAWS = 6  # of dropout's gaps, in standard deviations of their number
 
 
 def row_groups(out_features: int, r: int, device: torch.device | str | None = None) -> Tensor:
@@ -47,137 +50,193 @@ def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, 
     Returns:
         (m, n); zero wherever ``weight`` is zero.
     """
-    return _rowwise(weight, alpha, beta, scale, dtype, offset=1.0)
+    return _rowwise(weight, alpha, beta, scale, dtype, base=True)
 
 
 def delta_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """s W' = s W * alpha[g] * beta (Eq. 4), computed in float32 and rounded once; shapes as in effective_weight."""
-    return _rowwise(weight, alpha, beta, scale, dtype, offset=0.0)
+    return _rowwise(weight, alpha, beta, scale, dtype, base=False)
 
 
 @torch.no_grad()
-def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype, offset: float) -> Tensor:
+def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype, base: bool) -> Tensor:
+    """s W * alpha[g] * beta, with W added to it where ``base``."""
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    start = torch.full((), offset, dtype=torch.float32, device=weight.device)
-    for rows, alpha_rows in _pieces(weight, alpha, 0, weight.shape[0]):
-        shape = (alpha_rows.shape[0], -1, weight.shape[1])
-        factor = torch.addcmul(
-            start, alpha_rows.unsqueeze(1).float(), beta[rows].float().mul(scale).view(shape[0], -1, 1)
-        )
-        torch.mul(factor, weight[rows].view(shape), out=factor)
-        result[rows].view(shape).copy_(factor)
+    buffers = _Buffers(weight)
+    scaled = beta.float() * scale
+    for rows, alpha_rows in _pieces(weight, alpha):
+        _write_rows(result[rows], buffers.float32(weight[rows]), alpha_rows, scaled[rows], buffers.second(rows), base)
     return result
 
 
-def _pieces(weight: Tensor, alpha: Tensor, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cuts the rows [first, last) into small slices, each with the rows of alpha (k, n) that serve it.
+def _write_rows(out: Tensor, values: Tensor, alpha_rows: Tensor, scaled: Tensor, factor: Tensor, base: bool) -> None:
+    """values * alpha * s beta, plus values where ``base``, into ``out``; ``factor`` is room for as much in float32."""
+    shape = (alpha_rows.shape[0], -1, values.shape[1])
+    values, factor, out = values.view(shape), factor.view(shape), out.view(shape)
+    # one product per call: PyTorch vectorises two operands of which one is broadcast, not three
+    torch.mul(alpha_rows.float().unsqueeze(1), scaled.view(shape[0], -1, 1), out=factor)
+    if base:
+        torch.addcmul(values, values, factor, out=out)
+    else:
+        torch.mul(values, factor, out=out)
+
+
+class _Buffers:
+    """Two float32 buffers for pieces of a matrix: memory that is asked for anew for each costs more than the work."""
+
+    def __init__(self, weight: Tensor) -> None:
+        size = min(_budget(weight), weight.shape[0])
+        self._buffers = torch.empty(2, size, weight.shape[1], dtype=torch.float32, device=weight.device)
+
+    def float32(self, rows: Tensor) -> Tensor:
+        """The rows in float32; a GPU converts within its kernels."""
+        if rows.dtype == torch.float32 or rows.is_cuda:
+            return rows
+        return self._buffers[0, : len(rows)].copy_(rows)
+
+    def second(self, rows: slice) -> Tensor:
+        """Room for a result of as many rows."""
+        return self._buffers[1, : rows.stop - rows.start]
+
+
+def _budget(weight: Tensor) -> int:
+    """Rows of a matrix that are worked on at once."""
+    return max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // weight.shape[1])
+
+
+def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cuts the rows into small slices, each with the rows of alpha (k, n) that serve it.
 
     The slice's rows, viewed as (k, rows / k, n), belong to the k rows of alpha in order: whole groups or a part of
     one where r divides m, else one row of alpha for each row.
     """
-    num_rows, num_columns = weight.shape
-    r = alpha.shape[0]
-    budget = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // num_columns)
+    num_rows, r = weight.shape[0], alpha.shape[0]
+    budget = _budget(weight)
     if num_rows % r:
         group = row_groups(num_rows, r, weight.device)
-        for start in range(first, last, budget):
-            rows = slice(start, min(start + budget, last))
+        for start in range(0, num_rows, budget):
+            rows = slice(start, min(start + budget, num_rows))
             yield rows, alpha[group[rows]]
         return
     size = num_rows // r
-    start = first
-    while start < last:
-        inside = start % size
-        if inside or budget < size or last - start < size:
-            stop = min(start + min(budget, size - inside), last)
+    start = 0
+    while start < num_rows:
+        if budget < size:
+            stop = start + min(budget, size - start % size)
             yield slice(start, stop), alpha[start // size : start // size + 1]
         else:
-            stop = start + min(budget // size, (last - start) // size) * size
+            stop = min(start + budget // size * size, num_rows)
             yield slice(start, stop), alpha[start // size : stop // size]
         start = stop
 
 
 def _adapter_gradients(
-    grad_output: Tensor, inputs: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float
+    moment: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, base: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of alpha (r, n) and beta (m, 1) in float32, from dy (tokens, m) and the branch's input (tokens, n)."""
-    num_rows, num_columns = weight.shape
+    """Gradients of alpha (r, n) and beta (m, 1) in float32, while the weight that dx needs is made in passing.
+
+    Args:
+        moment: dy^T x (m, n), x the branch's input; overwritten by what _rowwise returns.
+        weight, alpha, beta, scale, base: as in _rowwise.
+    """
     grad_alpha = torch.zeros(alpha.shape, dtype=torch.float32, device=alpha.device)
     grad_beta = torch.empty(beta.shape, dtype=torch.float32, device=beta.device)
-    group = row_groups(num_rows, alpha.shape[0], weight.device)
-    step = max(1, PRODUCT_CHUNK // num_columns)
-    for first in range(0, num_rows, step):
-        last = min(first + step, num_rows)
-        moment = grad_output[:, first:last].t() @ inputs
-        for rows, alpha_rows in _pieces(weight, alpha, first, last):
-            shape = (alpha_rows.shape[0], -1, num_columns)
-            product = torch.mul(moment[rows.start - first : rows.stop - first].float(), weight[rows]).view(shape)
-            grad_beta[rows] = torch.bmm(product, alpha_rows.float().unsqueeze(-1)).view(-1, 1)
-            served = torch.bmm(beta[rows].float().view(shape[0], 1, -1), product).squeeze(1)
-            grad_alpha.index_add_(0, group[rows][:: product.shape[1]], served)
-    return grad_alpha.mul_(scale), grad_beta.mul_(scale)
+    group = row_groups(weight.shape[0], alpha.shape[0], weight.device)
+    buffers = _Buffers(weight)
+    scaled = beta.float() * scale
+    for rows, alpha_rows in _pieces(weight, alpha):
+        values, room = buffers.float32(weight[rows]), buffers.second(rows)
+        product = room.copy_(moment[rows]).mul_(values).view(alpha_rows.shape[0], -1, weight.shape[1])
+        # a transposed row, not a column: MKL's batched product is ten times as fast with these strides
+        grad_beta[rows] = torch.bmm(product, alpha_rows.float().unsqueeze(1).mT).view(-1, 1)
+        served = torch.bmm(scaled[rows].view(product.shape[0], 1, -1), product).squeeze(1)
+        grad_alpha.index_add_(0, group[rows][:: product.shape[1]], served)
+        _write_rows(moment[rows], values, alpha_rows, scaled[rows], room, base)
+    return grad_alpha, grad_beta.mul_(scale)
 
 
-class _EffectiveLinear(torch.autograd.Function):
-    """y = x W_eff^T + bias: one product forward, two backward; saves x alone besides the layer's own parameters."""
+class _SppLinear(torch.autograd.Function):
+    """One adapter's branch, with the base layer where ``base``; saves x alone besides the layer's own parameters.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, alpha: Tensor, beta: Tensor, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, alpha, beta)
-        ctx.scale = scale
-        return F.linear(x, effective_weight(weight, alpha, beta, scale, x.dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, alpha, beta = ctx.saved_tensors
-        grad_x = grad_alpha = grad_beta = None
-        rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ effective_weight(weight, alpha, beta, ctx.scale, x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            flat = x.reshape(-1, weight.shape[1])
-            grad_alpha, grad_beta = _adapter_gradients(rows, flat, weight, alpha, beta, ctx.scale)
-        return grad_x, None, None, grad_alpha, grad_beta, None
-
-
-class _DeltaLinear(torch.autograd.Function):
-    """s dropout(x) W'^T, the adapter branch alone (Eq. 5); the dropout mask is drawn again from its seed."""
+    Products without dropout: one forward, two backward. With dropout: two (the base's and the branch's) and three.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dropout: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        alpha: Tensor,
+        beta: Tensor,
+        scale: float,
+        dropout: float,
+        base: bool,
     ) -> Tensor:
         # drawn from the global generator, which gradient checkpointing restores before it recomputes
         ctx.seed = int(torch.randint(0, 2**62, (1,))) if dropout else None
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropout, ctx.base = scale / (1 - dropout), dropout, base
         ctx.save_for_backward(x, weight, alpha, beta)
-        return F.linear(_dropped(x, dropout, ctx.seed), delta_weight(weight, alpha, beta, scale, x.dtype))
+        if not dropout:
+            return F.linear(x, _rowwise(weight, alpha, beta, scale, x.dtype, base), bias)
+        branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, base=False)
+        dropped = _zeroed(x.reshape(-1, x.shape[-1]), dropped_places(x, dropout, ctx.seed))
+        if not base:
+            return F.linear(dropped, branch_weight).view(*x.shape[:-1], -1)
+        y = F.linear(x, weight.to(x.dtype), bias)
+        y.view(-1, weight.shape[0]).addmm_(dropped, branch_weight.t())
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, alpha, beta = ctx.saved_tensors
         grad_x = grad_alpha = grad_beta = None
-        rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
+        rows, inputs = grad_output.reshape(-1, weight.shape[0]).to(x.dtype), x.reshape(-1, weight.shape[1])
+        places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
+        with_base = ctx.base and places is None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            branch_weight = rows.t() @ (inputs if places is None else _zeroed(inputs, places))
+            grad_alpha, grad_beta = _adapter_gradients(branch_weight, weight, alpha, beta, ctx.scale, with_base)
+        else:
+            branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, with_base)
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ delta_weight(weight, alpha, beta, ctx.scale, x.dtype)).view(x.shape)
-            grad_x = _dropped(grad_x, ctx.dropout, ctx.seed)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            flat = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, weight.shape[1])
-            grad_alpha, grad_beta = _adapter_gradients(rows, flat, weight, alpha, beta, ctx.scale)
-        return grad_x, None, grad_alpha, grad_beta, None, None
+            grad_x = rows @ branch_weight
+            if places is not None:
+                grad_x.view(-1)[places] = 0
+                if ctx.base:
+                    grad_x.addmm_(rows, weight.to(x.dtype))
+            grad_x = grad_x.view(x.shape)
+        return grad_x, None, None, grad_alpha, grad_beta, None, None, None
 
 
-def _dropped(x: Tensor, dropout: float, seed: int | None) -> Tensor:
-    """x times a Bernoulli mask / (1 - p); the same seed gives the same mask."""
-    if seed is None:
-        return x
+def dropped_places(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Where a Bernoulli mask zeroes x, seen flat; the same seed gives the same places.
+
+    Returns:
+        int64 positions on a CPU, where a draw for each zero is cheaper than one for each element: the gaps between the
+        zeros are geometric. On a GPU a boolean mask (elements,).
+    """
+    size = x.numel()
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout, generator=generator)
-    return x * keep * (1 / (1 - dropout))
+    if x.device.type != "cpu":
+        return torch.empty(size, dtype=torch.bool, device=x.device).bernoulli_(dropout, generator=generator)
+    draws = 16 + int(size * dropout + SPARE_DRAWS * math.sqrt(size * dropout))
+    found, last = [], -1
+    while last < size:
+        uniform = torch.rand(draws, generator=generator)
+        gaps = uniform.neg_().log1p_().div_(math.log1p(-dropout)).long().add_(1)
+        found.append(gaps.cumsum_(0).add_(last))
+        last = int(found[-1][-1])
+    places = found[0] if len(found) == 1 else torch.cat(found)
+    return places[: int(torch.searchsorted(places, size))]
+
+
+def _zeroed(x: Tensor, places: Tensor) -> Tensor:
+    """A contiguous copy of x with zeros at the places."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.view(-1)[places] = 0
+    return x
 
 
 def spp_linear(
@@ -202,11 +261,9 @@ def spp_linear(
         bias = bias if bias is None else bias.to(x.dtype)
     elif x.dtype != weight.dtype:
         raise ValueError(f"SPP layer: the input is {x.dtype}, the weight {weight.dtype}; convert one, or use autocast")
+    (alpha, beta, scale, dropout), *others = adapters
     with torch.autocast(x.device.type, enabled=False):
-        if len(adapters) == 1 and adapters[0][3] == 0:
-            alpha, beta, scale, _ = adapters[0]
-            return cast(Tensor, _EffectiveLinear.apply(x, weight, bias, alpha, beta, scale))
-        y = F.linear(x, weight.to(x.dtype), bias)
-        for alpha, beta, scale, dropout in adapters:
-            y = y + _DeltaLinear.apply(x, weight, alpha, beta, scale, dropout)
+        y = cast(Tensor, _SppLinear.apply(x, weight, bias, alpha, beta, scale, dropout, True))
+        for alpha, beta, scale, dropout in others:
+            y = y + _SppLinear.apply(x, weight, None, alpha, beta, scale, dropout, False)
         return y

@@ -1,0 +1,108 @@
+"""Training on the rounded effective weight against the residual sum: the loss in training, and of the merged model.
+
+    python benchmarks/rounded_weight.py PRUNED [--lrs 3e-2,3e-3 --device auto]
+
+PRUNED is the output of `sppctl prune`. Both forms train the same adapter on the same batches (configs/quickstart.yaml),
+without dropout, in the model's dtype, and are merged alike. They differ in what a step sees:
+
+    rounded:   y = x W_eff^T, W_eff = W * (1 + s alpha[g] beta) rounded to the dtype of W, as merging writes it
+    residual:  y = x W^T + x (s W')^T, each rounded by itself: updates too small for W still count, until merging
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hardware import describe
+from torch import Tensor
+
+from sppctl.adapters.spp import kernel
+from sppctl.adapters.spp import layer as spp_layer
+from sppctl.config import load_config
+from sppctl.lm import checkpoint, data, perplexity
+from sppctl.settings import Config
+from sppctl.stages import merge, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pruned", type=Path)
+    parser.add_argument("--lrs", default="3e-2,3e-3")
+    parser.add_argument("--forms", default="rounded,residual")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
+    options = parser.parse_intermixed_args()
+    print(describe(checkpoint.pick_device(options.device)))
+    print(
+        "| lr | form | validation loss in training | merged | difference | merged perplexity | weights moved |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    )
+    for lr in options.lrs.split(","):
+        given = [f"model.device={options.device}", f"train.lr={lr}", "train.report_to=[]", *options.overrides]
+        config = load_config(None, given)
+        for form in options.forms.split(","):
+            with tempfile.TemporaryDirectory() as scratch, computing(form):
+                print(f"| {lr} | {form} | {compare(config, options.pruned, Path(scratch))} |", flush=True)
+
+
+@contextmanager
+def computing(form: str) -> Iterator[None]:
+    """Lets SPP layers compute in one of the two forms."""
+    original = spp_layer.spp_linear
+    spp_layer.spp_linear = original if form == "rounded" else residual
+    try:
+        yield
+    finally:
+        spp_layer.spp_linear = original
+
+
+def residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Tensor, Tensor, float, float]]
+) -> Tensor:
+    """The sum of the two branches for one adapter without dropout."""
+    ((alpha, beta, scale, dropout),) = adapters
+    return F.linear(x, weight, bias) + kernel._SppLinear.apply(x, weight, None, alpha, beta, scale, dropout, False)
+
+
+def compare(config: Config, pruned: Path, scratch: Path) -> str:
+    """Trains, merges and measures; returns a row of the table."""
+    layers = [layer["name"] for layer in json.loads((pruned / "stage.json").read_text())["metrics"]["layers"]]
+    adapter, merged = scratch / "adapter", scratch / "merged"
+    merged.mkdir()
+    trained = train.execute(config, pruned, layers, adapter, resume=False)
+    moved = merge.execute(config, pruned, adapter, merged)["moved_share"]
+    device = checkpoint.pick_device(config.model.device)
+    model = checkpoint.load_model(merged, device)
+    tokenizer = checkpoint.load_tokenizer(merged)
+    before, after = trained["validation_loss"], validation_loss(config, model, tokenizer)
+    text = data.load_text("instructions", "test", "eval.perplexity")
+    whole = text.joiner.join(text.documents)
+    windows = perplexity.text_windows(tokenizer, whole, config.eval.seq_len or 512, None, "instructions")
+    losses = torch.cat(list(perplexity.window_losses(model, windows, 8)))
+    value = perplexity.summarise(losses, windows.shape[1]).value
+    return f"{before:.5f} | {after:.5f} | {after - before:+.5f} | {value:.3f} | {moved:.1%}"
+
+
+@torch.no_grad()
+def validation_loss(config: Config, model: Any, tokenizer: Any) -> float:
+    """As the Trainer averages it: over the batches, by their number of examples."""
+    _, examples = train._examples(config, tokenizer)
+    collate = train.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    size, total = config.train.micro_batch_size, 0.0
+    for first in range(0, len(examples), size):
+        batch = collate(examples[first : first + size])
+        count = len(batch.pop("examples"))
+        total += count * float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss)
+    return total / len(examples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Time and saved tensors of one SPP layer, forward + backward, as ratios to the frozen linear layer of the same round.
+
+    python benchmarks/spp_layer.py [--device auto --tokens 2048 --rank 16 --rounds 7 --dtypes bfloat16,float32]
+
+The frozen layer computes y and dx: two matrix products. The baselines are written plainly and left to autograd, with
+alpha and beta in the dtype of W, which is kind to them: SPP keeps both in float32.
+
+    residual:    y = x W^T + s dropout(x) (W * repeat(alpha) * beta)^T                    (Eq. 5)
+    row blocks:  y = x W^T + s [((dropout(x) * alpha_k) W_k^T) * beta_k for each k]       (Eq. 7)
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hardware import describe
+from torch import Tensor
+
+from sppctl.adapters.spp.kernel import spp_linear
+from sppctl.lm.checkpoint import pick_device
+
+SHAPES = "576x1536,1536x576,2048x2048,2048x5632"
+SCALE, DROPOUT = 2.0, 0.05
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x (tokens, in), W (out, in), alpha (r, in), beta (out, 1), and the gradient of y (tokens, out)."""
+
+    x: Tensor
+    weight: Tensor
+    alpha: Tensor
+    beta: Tensor
+    upstream: Tensor
+
+    @classmethod
+    def make(cls, in_features: int, out_features: int, options: argparse.Namespace, dtype: torch.dtype) -> Layer:
+        """A layer pruned 2:4 in arbitrary places; values do not matter to the time."""
+        device = options.device
+        weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
+        weight.view(-1, 4)[:, ::2] = 0
+        return cls(
+            torch.randn(options.tokens, in_features, device=device).to(dtype).requires_grad_(),
+            weight.to(dtype),
+            (torch.rand(options.rank, in_features, device=device) / in_features**0.5).requires_grad_(),
+            torch.randn(out_features, 1, device=device).mul_(0.01).requires_grad_(),
+            torch.randn(options.tokens, out_features, device=device).to(dtype),
+        )
+
+
+Form = Callable[[Layer, float], Tensor]
+
+
+def frozen(layer: Layer, dropout: float) -> Tensor:
+    return F.linear(layer.x, layer.weight)
+
+
+def spp(layer: Layer, dropout: float) -> Tensor:
+    return spp_linear(layer.x, layer.weight, None, [(layer.alpha, layer.beta, SCALE, dropout)])
+
+
+def residual(layer: Layer, dropout: float) -> Tensor:
+    x, weight, dtype = layer.x, layer.weight, layer.weight.dtype
+    alpha = layer.alpha.to(dtype).repeat_interleave(len(weight) // len(layer.alpha), 0)
+    delta = weight * alpha * layer.beta.to(dtype)
+    return F.linear(x, weight) + SCALE * F.linear(F.dropout(x, dropout), delta)
+
+
+def row_blocks(layer: Layer, dropout: float) -> Tensor:
+    x, weight, dtype = layer.x, layer.weight, layer.weight.dtype
+    dropped, r = F.dropout(layer.x, dropout), len(layer.alpha)
+    parts = [
+        F.linear(dropped * alpha, rows) * beta.squeeze(1)
+        for alpha, rows, beta in zip(layer.alpha.to(dtype), weight.chunk(r), layer.beta.to(dtype).chunk(r), strict=True)
+    ]
+    return F.linear(x, weight) + SCALE * torch.cat(parts, 1)
+
+
+FORMS: dict[str, tuple[Form, float]] = {
+    "frozen": (frozen, 0.0),
+    "SPP": (spp, 0.0),
+    "residual": (residual, 0.0),
+    "row blocks": (row_blocks, 0.0),
+    "SPP, dropout": (spp, DROPOUT),
+    "residual, dropout": (residual, DROPOUT),
+    "row blocks, dropout": (row_blocks, DROPOUT),
+}
+
+
+def seconds(form: Form, dropout: float, layer: Layer) -> float:
+    """One forward + backward."""
+    wanted = (layer.x,) if form is frozen else (layer.x, layer.alpha, layer.beta)
+    synchronize(layer)
+    started = time.perf_counter()
+    torch.autograd.grad(form(layer, dropout), wanted, layer.upstream)
+    synchronize(layer)
+    return time.perf_counter() - started
+
+
+def synchronize(layer: Layer) -> None:
+    if layer.x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def saved_beyond_input(form: Form, dropout: float, layer: Layer) -> int:
+    """Bytes kept for backward besides x and the layer's own parameters; memory that tensors share counts once."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        form(layer, dropout)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    for own in (layer.x, layer.weight, layer.alpha, layer.beta):
+        storages.pop(own.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def measure(layer: Layer, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every form, all forms in turn in each round, so that a machine's moods hit all alike."""
+    spent: dict[str, list[float]] = {name: [] for name in FORMS}
+    for _ in range(rounds):
+        for name, (form, dropout) in FORMS.items():
+            # once for nothing: else a form pays page faults for the memory that the one before it gave back
+            seconds(form, dropout, layer)
+            spent[name].append(seconds(form, dropout, layer))
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--shapes", default=SHAPES, help="in x out, separated by commas")
+    options = parser.parse_args()
+    options.device = pick_device(options.device)
+    torch.manual_seed(0)
+    print(describe(options.device))
+    print(f"{options.tokens} tokens, r = {options.rank}, dropout {DROPOUT}, medians of {options.rounds} rounds")
+    for dtype in options.dtypes.split(","):
+        report(options, dtype)
+
+
+def report(options: argparse.Namespace, dtype: str) -> None:
+    ratios: dict[str, list[float]] = {name: [] for name in FORMS}
+    print(f"\n{dtype}\n\n| in x out | form | ms | / frozen | saved beyond x, bytes |\n| --- | --- | ---: | ---: | ---: |")
+    for shape in options.shapes.split(","):
+        in_features, out_features = map(int, shape.split("x"))
+        layer = Layer.make(in_features, out_features, options, getattr(torch, dtype))
+        spent = measure(layer, options.rounds)
+        for name, values in spent.items():
+            ratio = statistics.median(a / b for a, b in zip(values, spent["frozen"], strict=True))
+            ratios[name].append(ratio)
+            kept = saved_beyond_input(*FORMS[name], layer)
+            milliseconds = 1000 * statistics.median(values)
+            print(f"| {shape} | {name} | {milliseconds:.1f} | {ratio:.2f} | {kept:,} |", flush=True)
+    means = {name: statistics.geometric_mean(values) for name, values in ratios.items()}
+    print("\nGeometric means over the shapes\n\n| form | / frozen | / SPP alike |\n| --- | ---: | ---: |")
+    for name, mean in means.items():
+        alike = means["SPP, dropout" if "dropout" in name else "SPP"]
+        print(f"| {name} | {mean:.2f} | {mean / alike:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
