@@ -127,18 +127,20 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     from sppctl.stages import evaluate as stage
 
     found = {}
+    compared_with = _dense_model(run)
     for label, directory in checkpoints.items():
         results = run.directory / "eval" / f"{label}.json"
         fingerprint = checkpoint.fingerprint(directory)
+        dense = compared_with if compared_with and compared_with.fingerprint != fingerprint else None
         if run.force:
-            wanted = stage.measures(run.config, stage.window_of(run.config, directory))
+            wanted = stage.measures(run.config, stage.window_of(run.config, directory), dense)
         else:
-            wanted = stage.missing(run.config, directory, results, fingerprint)
+            wanted = stage.missing(run.config, directory, results, fingerprint, dense)
         if not wanted and results.is_file():
             console.note(f"eval {label}: up to date ({results})")
             found[label] = stage.read_results(results)
         else:
-            found[label] = stage.execute(run.config, label, directory, results, fingerprint, wanted)
+            found[label] = stage.execute(run.config, label, directory, results, fingerprint, wanted, dense)
     return found
 
 
@@ -147,6 +149,18 @@ def plan(config: Config) -> dict[str, Any]:
     from sppctl.stages import plan as stage
 
     return stage.execute(config)
+
+
+def _dense_model(run: Run) -> Any:
+    """The checkpoint that others are compared with, if the configuration names one."""
+    from sppctl.lm import checkpoint
+    from sppctl.stages.perplexities import DenseModel
+
+    name = run.config.eval.divergence
+    if name is None or not run.config.eval.perplexity:
+        return None
+    directory = run.base() if name == "base" else checkpoint.locate(name)
+    return DenseModel(directory, run.config.model.trust_remote_code)
 
 
 def report(run_dirs: list[Path]) -> list[dict[str, Any]]:

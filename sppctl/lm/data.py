@@ -20,7 +20,12 @@ IGNORED = -100  # the label that the loss leaves out
 ROW_FILES = (".jsonl", ".json", ".parquet")
 PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # all that is not gzip of one file
 INSTRUCTION_COLUMNS = ("instruction", "input", "output")
-C4_FIRST_SHARD = "en/c4-train.00000-of-01024.json.gz"  # the whole of C4 would be a download of 300 GB
+# the whole of C4 would be a download of 300 GB; the literature measures on 1,100 documents of the validation split
+C4_FIRST_SHARD = {
+    "train": "en/c4-train.00000-of-01024.json.gz",
+    "validation": "en/c4-validation.00000-of-00008.json.gz",
+}
+C4_DOCUMENTS = {"train": 20_000, "validation": 1_100}
 
 # the two prompts of Stanford Alpaca, as every Alpaca-trained model expects them
 PROMPT_WITH_INPUT = (
@@ -71,13 +76,16 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
         ) from error
 
 
-def _c4(_: str) -> Text:
+def _c4(split: str) -> Text:
+    """The first documents of the training split, or of the validation split to measure on."""
     import datasets
 
+    split = "train" if split == "train" else "validation"
     if datasets.config.HF_DATASETS_OFFLINE:
-        rows = load_hub("allenai/c4", "train", "en")
+        rows = load_hub("allenai/c4", split, "en")
     else:
-        rows = load_hub("allenai/c4", "train", data_files={"train": C4_FIRST_SHARD}, streaming=True).take(20_000)
+        first = {split: C4_FIRST_SHARD[split]}
+        rows = load_hub("allenai/c4", split, data_files=first, streaming=True).take(C4_DOCUMENTS[split])
     return Text("c4", [row["text"] for row in rows], joiner="\n\n")
 
 

@@ -75,14 +75,14 @@ def text_windows(
     return tokens.unfold(0, seq_len, stride or seq_len)
 
 
-def scored_tokens(count: int, seq_len: int, stride: int | None) -> Tensor:
+def scored_tokens(count: int, seq_len: int, stride: int | None = None) -> Tensor:
     """(windows,) int64: predicted tokens that count in each window, the last ones of it.
 
     The first token of a window has nothing before it. Of windows that overlap, all but the first count only what no
     window before them has predicted.
     """
     scored = torch.full((count,), min(stride or seq_len, seq_len - 1))
-    scored[0] = seq_len - 1
+    scored[:1] = seq_len - 1
     return scored
 
 
@@ -97,7 +97,7 @@ def window_sums(
     model: Any,
     windows: Tensor,
     batch_size: int,
-    stride: int | None = None,
+    scored: Tensor | None = None,
     compare: Callable[[int, int, int, Tensor], tuple[float, int]] | None = None,
 ) -> Iterator[Tensor]:
     """Sums over the predicted tokens of every window that count.
@@ -109,7 +109,7 @@ def window_sums(
         model: a causal language model of transformers.
         windows: (windows, seq_len).
         batch_size: windows at a time.
-        stride: tokens from one window to the next; None: no overlap.
+        scored: (windows,) how many of a window's last tokens count; None: all but the first.
         compare: takes window, first and last position and the float32 logits there; gives the summed KL divergence
             and the number of agreements.
 
@@ -117,14 +117,14 @@ def window_sums(
         (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
     """
     chunked = head_is_last_step(model, windows[:1, :8].to(model.device))
-    scored = scored_tokens(len(windows), windows.shape[1], stride).tolist()
+    counts = (scored_tokens(len(windows), windows.shape[1]) if scored is None else scored).tolist()
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size].to(model.device)
         output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
         sums = torch.zeros(len(batch), 3, dtype=torch.float64)
         last = batch.shape[1] - 1
         for row in range(len(batch)):
-            for start in range(last - scored[first + row], last, LOGIT_ROWS):
+            for start in range(last - counts[first + row], last, LOGIT_ROWS):
                 stop = min(start + LOGIT_ROWS, last)
                 logits = _logits(model, output[row, start:stop]) if chunked else output[row, start:stop].float()
                 sums[row, 0] += F.cross_entropy(logits, batch[row, start + 1 : stop + 1], reduction="sum").item()

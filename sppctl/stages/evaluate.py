@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
-from sppctl.stages import inspect
+from sppctl.stages import inspect, perplexities
+from sppctl.stages.perplexities import DenseModel
 
 DEFAULT_WINDOW = 2048
 CPU_BATCH, GPU_BATCH = 4, 16
@@ -44,6 +44,13 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
             perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
         except UserError as error:
             problems.append(str(error))
+    if config.eval.stride is not None and config.eval.stride > (config.eval.seq_len or limit or DEFAULT_WINDOW):
+        problems.append(f"eval.stride: {config.eval.stride} would skip tokens between windows; at most eval.seq_len")
+    if config.eval.divergence not in (None, "base"):
+        try:
+            checkpoint.locate(config.eval.divergence)
+        except UserError as error:
+            problems.append(f"eval.divergence: {error}")
     try:
         harness.check_tasks(config.eval.tasks)
     except UserError as error:
@@ -52,11 +59,13 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         raise UserError("\n".join(problems))
 
 
-def measures(config: Config, window: int) -> list[dict[str, Any]]:
+def measures(config: Config, window: int, dense: DenseModel | None = None) -> list[dict[str, Any]]:
     """What the configuration asks for: one entry per text and task group, with all settings that change its value."""
     wanted: list[dict[str, Any]] = []
     for name in config.eval.perplexity:
-        wanted.append({"kind": "perplexity", "text": name, "seq_len": window, "max_tokens": config.eval.max_tokens})
+        settings = {"kind": "perplexity", "text": name, "seq_len": window, "stride": config.eval.stride}
+        compared = {"reference": dense.fingerprint if dense is not None else None}
+        wanted.append(settings | {"max_tokens": config.eval.max_tokens} | compared)
     for name in config.eval.tasks:
         few = harness.group_of(name).num_fewshot
         settings = {"kind": "tasks", "tasks": name, "num_fewshot": few, "limit": config.eval.limit}
@@ -81,9 +90,11 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def missing(config: Config, directory: Path, results: Path, fingerprint: str) -> list[dict[str, Any]]:
+def missing(
+    config: Config, directory: Path, results: Path, fingerprint: str, dense: DenseModel | None = None
+) -> list[dict[str, Any]]:
     """The measures that a results file does not hold yet for these weights."""
-    wanted = measures(config, window_of(config, directory))
+    wanted = measures(config, window_of(config, directory), dense)
     before = read_results(results)
     if before.get("fingerprint") != fingerprint:
         return wanted
@@ -92,7 +103,13 @@ def missing(config: Config, directory: Path, results: Path, fingerprint: str) ->
 
 
 def execute(
-    config: Config, label: str, directory: Path, results: Path, fingerprint: str, wanted: list[dict[str, Any]]
+    config: Config,
+    label: str,
+    directory: Path,
+    results: Path,
+    fingerprint: str,
+    wanted: list[dict[str, Any]],
+    dense: DenseModel | None = None,
 ) -> dict[str, Any]:
     """Measures one checkpoint and adds to its results file after every measure.
 
@@ -103,6 +120,7 @@ def execute(
         results: its JSON file.
         fingerprint: of its weights.
         wanted: entries of :func:`measures`.
+        dense: the model whose predictions are compared.
 
     Returns:
         The content of the results file.
@@ -124,7 +142,9 @@ def execute(
     for settings in wanted:
         started = time.perf_counter()
         if settings["kind"] == "perplexity":
-            metrics = _perplexity(config, model, tokenizer, settings, label)
+            metrics = perplexities.measure(
+                model, tokenizer, settings, batch_size=_batch_size(config, device), label=label, dense=dense
+            )
         else:
             console.note(f"{label}: {settings['tasks']}{_limit_words(settings['limit'])}")
             metrics = harness.evaluate(
@@ -140,21 +160,6 @@ def execute(
         content["results"] = [old for old in content["results"] if old["settings"] != settings] + [entry]
         _write(results, content)
     return content
-
-
-def _perplexity(config: Config, model: Any, tokenizer: Any, settings: dict[str, Any], label: str) -> dict[str, Any]:
-    text = data.load_text(settings["text"], "test", "eval.perplexity")
-    windows = perplexity.text_windows(
-        tokenizer, text.joiner.join(text.documents), settings["seq_len"], settings["max_tokens"], settings["text"]
-    )
-    batch_size = _batch_size(config, model.device)
-    losses = []
-    with console.Progress(f"{label}: perplexity of {settings['text']}", len(windows)) as bar:
-        for batch in perplexity.window_losses(model, windows, batch_size):
-            losses.append(batch)
-            bar.advance(f"{perplexity.summarise(torch.cat(losses), windows.shape[1]).value:.2f}", steps=len(batch))
-    result = perplexity.summarise(torch.cat(losses), windows.shape[1])
-    return asdict(result) | {"documents_hash": data.content_hash(text.documents)}
 
 
 def _batch_size(config: Config, device: torch.device) -> int:
@@ -185,7 +190,8 @@ def result_name(settings: dict[str, Any]) -> str:
     """How a measure is called in tables, with what limits it."""
     if settings["kind"] == "perplexity":
         cut = f", first {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
-        return f"ppl {settings['text']} @{settings['seq_len']}{cut}"
+        stride = f" stride {settings['stride']}" if settings.get("stride") else ""
+        return f"ppl {settings['text']} @{settings['seq_len']}{stride}{cut}"
     shots = f" {settings['num_fewshot']}-shot" if settings["num_fewshot"] else ""
     cut = f", limit {settings['limit']}" if settings["limit"] is not None else ""
     return f"{settings['tasks']}{shots}{cut}"
@@ -198,6 +204,10 @@ def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | No
         name, metrics = result_name(result["settings"]), result["metrics"]
         if result["settings"]["kind"] == "perplexity":
             rows.append((name, metrics["value"], None))
+            if metrics.get("kl") is not None:
+                text = name.removeprefix("ppl ")
+                rows.append((f"KL(dense || model) {text}", metrics["kl"], None))
+                rows.append((f"top-1 agreement {text}", metrics["top1_agreement"], None))
             continue
         tasks = metrics["tasks"] if len(metrics["tasks"]) <= 10 else {}
         if len(tasks) > 1 or not tasks:

@@ -15,7 +15,7 @@ from sppctl.errors import UserError
 from sppctl.lm import perplexity
 from sppctl.lm.checkpoint import load_model
 from sppctl.lm.divergence import Reference, divergence
-from sppctl.lm.perplexity import Perplexity, summarise, window_sums
+from sppctl.lm.perplexity import Perplexity, scored_tokens, summarise, window_sums
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 250, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -48,7 +48,8 @@ def compare(dense: Any, sparse: Any, file: Path, stride: int | None = None, batc
     def against(window: int, start: int, stop: int, logits: Tensor) -> tuple[float, int]:
         return divergence(reference.log_probs(window, start, stop), logits)
 
-    sums = torch.cat(list(window_sums(sparse, WINDOWS, batch_size, stride, against)))
+    scored = scored_tokens(len(WINDOWS), WINDOWS.shape[1], stride)
+    sums = torch.cat(list(window_sums(sparse, WINDOWS, batch_size, scored, against)))
     return summarise(sums, WINDOWS.shape[1], stride, compared=True)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from sppctl.errors import UserError
 from sppctl.lm import perplexity
 from sppctl.lm.checkpoint import load_model
-from sppctl.lm.perplexity import Perplexity, summarise, text_windows, window_losses, window_sums
+from sppctl.lm.perplexity import Perplexity, scored_tokens, summarise, text_windows, window_losses, window_sums
 
 CPU = torch.device("cpu")
 SEQ_LEN = 32
@@ -210,7 +210,9 @@ def test_a_stride_scores_every_token_once_with_more_before_it(
 ) -> None:
     model = load_sharp(llama)
     windows = text_windows(tokenizer, text[:80], SEQ_LEN, None, "text", stride)
-    found = summarise(torch.cat(list(window_sums(model, windows, 3, stride))), SEQ_LEN, stride)
+    found = summarise(
+        torch.cat(list(window_sums(model, windows, 3, scored_tokens(len(windows), SEQ_LEN, stride)))), SEQ_LEN, stride
+    )
     expected, count = literal_sliding(model, torch.tensor(tokenizer(text[:80]).input_ids), SEQ_LEN, stride)
     assert found.nll == pytest.approx(expected, rel=1e-5)
     assert (found.tokens, found.stride) == (count, stride)
@@ -220,7 +222,9 @@ def test_a_stride_of_a_window_is_no_overlap(llama: Path, tokenizer: PreTrainedTo
     model = load_sharp(llama)
     windows = text_windows(tokenizer, text, SEQ_LEN, None, "text", SEQ_LEN)
     assert torch.equal(windows, text_windows(tokenizer, text, SEQ_LEN, None, "text"))
-    found = summarise(torch.cat(list(window_sums(model, windows, 4, SEQ_LEN))), SEQ_LEN, SEQ_LEN)
+    found = summarise(
+        torch.cat(list(window_sums(model, windows, 4, scored_tokens(len(windows), SEQ_LEN, SEQ_LEN)))), SEQ_LEN, SEQ_LEN
+    )
     assert found == measure(model, tokenizer, text)
 
 
