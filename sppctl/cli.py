@@ -168,7 +168,11 @@ def merge(
 def evaluate(
     arguments: Arguments = None,
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint to measure; default: the newest of the run directory.")
+        list[str] | None,
+        typer.Option(
+            help="What to measure, may be repeated: base, pruned, adapter (not merged) or merged of the run, or any "
+            "checkpoint or adapter directory or hub id; default: the newest checkpoint of the run."
+        ),
     ] = None,
     tasks: Tasks = None,
     limit: Limit = None,
@@ -182,10 +186,11 @@ def evaluate(
     from sppctl import pipeline
 
     work = Run(config, force=force)
-    label, results = pipeline.evaluate_one(work, model)
+    found = pipeline.evaluate_some(work, model or [])
     if json:
-        console.show_json(results)
-    else:
+        console.show_json(next(iter(found.values())) if len(found) == 1 else found)
+        return
+    for label, results in found.items():
         _print_results(label, results)
 
 

@@ -21,6 +21,7 @@ from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
 from sppctl.stages import inspect, perplexities
 from sppctl.stages.perplexities import DenseModel
+from sppctl.stages.subjects import Subject
 
 DEFAULT_WINDOW = 2048
 CPU_BATCH, GPU_BATCH = 4, 16
@@ -90,35 +91,25 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def missing(
-    config: Config, directory: Path, results: Path, fingerprint: str, dense: DenseModel | None = None
-) -> list[dict[str, Any]]:
+def missing(config: Config, subject: Subject, results: Path, dense: DenseModel | None = None) -> list[dict[str, Any]]:
     """The measures that a results file does not hold yet for these weights."""
-    wanted = measures(config, window_of(config, directory), dense)
+    wanted = measures(config, window_of(config, subject.directory), dense)
     before = read_results(results)
-    if before.get("fingerprint") != fingerprint:
+    if before.get("fingerprint") != subject.fingerprint:
         return wanted
     done = [result["settings"] for result in before["results"]]
     return [settings for settings in wanted if settings not in done]
 
 
 def execute(
-    config: Config,
-    label: str,
-    directory: Path,
-    results: Path,
-    fingerprint: str,
-    wanted: list[dict[str, Any]],
-    dense: DenseModel | None = None,
+    config: Config, subject: Subject, results: Path, wanted: list[dict[str, Any]], dense: DenseModel | None = None
 ) -> dict[str, Any]:
     """Measures one checkpoint and adds to its results file after every measure.
 
     Args:
         config: the configuration.
-        label: base, pruned, merged, or a name of the checkpoint's own.
-        directory: the checkpoint.
+        subject: the checkpoint, or an adapter on one.
         results: its JSON file.
-        fingerprint: of its weights.
         wanted: entries of :func:`measures`.
         dense: the model whose predictions are compared.
 
@@ -126,19 +117,19 @@ def execute(
         The content of the results file.
     """
     content = read_results(results)
-    if content.get("fingerprint") != fingerprint:
-        _, sparsity = inspect.measure(directory, config.prune.pattern)
+    if content.get("fingerprint") != subject.fingerprint:
+        _, sparsity = inspect.measure(subject.directory, config.prune.pattern)
         content = {
-            "label": label,
-            "checkpoint": str(directory),
-            "fingerprint": fingerprint,
+            "label": subject.label,
+            "checkpoint": str(subject.place),
+            "fingerprint": subject.fingerprint,
             "sparsity": sparsity,
             "results": [],
         }
     device = checkpoint.pick_device(config.model.device)
     trust = config.model.trust_remote_code
-    model = checkpoint.load_model(directory, device, trust_remote_code=trust)
-    tokenizer = checkpoint.load_tokenizer(directory, trust)
+    model, label = subject.load(device, trust), subject.label
+    tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
     for settings in wanted:
         started = time.perf_counter()
         if settings["kind"] == "perplexity":
