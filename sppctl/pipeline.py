@@ -136,6 +136,7 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
             wanted = stage.measures(run.config, stage.window_of(run.config, subject.directory), dense)
         else:
             wanted = stage.missing(run.config, subject, results, dense)
+        wanted = distributed.tell(wanted, 0)  # the others may have read the file while it was written
         if not wanted and results.is_file():
             console.note(f"eval {label}: up to date ({results})")
             found[label] = stage.read_results(results)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     },
     "pipeline": {"run_directory", "stages", "lm", "config", "settings", "pattern", "console", "errors", "distributed"},
     "stages": {"lm", "adapters", "pruning", "config", "settings", "pattern", "console", "errors", "distributed"},
-    "lm": {"pruning", "pattern", "errors"},
+    "lm": {"pruning", "pattern", "errors", "distributed"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
     "run_directory": {"lm", "config", "settings", "console", "errors", "distributed"},
