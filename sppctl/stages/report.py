@@ -73,7 +73,7 @@ def _cell(name: str, cell: tuple[float | None, float | None] | None) -> str:
     if name.startswith("ppl "):
         return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
     if not is_share(name):
-        return f"{value:.4g}"
+        return f"{value:.4f}" if name.startswith("KL(") else f"{value:.2f}"
     return f"{value:.2%}" + (f" (norm {norm:.2%})" if norm is not None else "")
 
 
