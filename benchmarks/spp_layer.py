@@ -149,7 +149,9 @@ def main() -> None:
 
 def report(options: argparse.Namespace, dtype: str) -> None:
     ratios: dict[str, list[float]] = {name: [] for name in FORMS}
-    print(f"\n{dtype}\n\n| in x out | form | ms | / frozen | saved beyond x, bytes |\n| --- | --- | ---: | ---: | ---: |")
+    print(
+        f"\n{dtype}\n\n| in x out | form | ms | / frozen | saved beyond x, bytes |\n| --- | --- | ---: | ---: | ---: |"
+    )
     for shape in options.shapes.split(","):
         in_features, out_features = map(int, shape.split("x"))
         layer = Layer.make(in_features, out_features, options, getattr(torch, dtype))

@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py CHECKPOINT [--batch 8 --seq-len 256 --rounds 5 --device auto]
 
-A step is forward, backward, AdamW and clearing the gradients, on random tokens. The frozen model is forward and backward
-with the gradient of the embeddings' output alone, so that backward runs through all blocks. All forms take turns in
-each round; the peak of each is measured in a process of its own (of the process on a CPU, of its tensors on a GPU).
+A step is forward, backward, AdamW and clearing the gradients, on random tokens. The frozen model is forward and
+backward with the gradient of the embeddings' output alone, so that backward runs through all blocks. All forms take
+turns in each round; the peak of each is measured in a process of its own (of the process on a CPU, of its tensors on a GPU).
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def main() -> None:
     print("| step | dropout | checkpointing | s | / frozen | / LoRA | tokens/s | peak MiB |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for form, values in spent.items():
-        frozen, lora = (Form(name, dropout, form.checkpointing) for name, dropout in (MODELS[0], ("LoRA", form.dropout)))
+        frozen, lora = (
+            Form(name, dropout, form.checkpointing) for name, dropout in (MODELS[0], ("LoRA", form.dropout))
+        )
         words = "yes" if form.checkpointing else "no"
         seconds = statistics.median(values)
         print(

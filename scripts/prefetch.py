@@ -14,6 +14,7 @@ from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import data, harness
 from sppctl.run_directory import Run
+from sppctl.stages import tasks
 
 
 def prefetch(path: str) -> None:
@@ -26,15 +27,16 @@ def prefetch(path: str) -> None:
     # login nodes have no GPUs, and the stages' own checks ask for the device first
     config = load_config(path, ["model.device=cpu", "launch.num_processes=1", "launch.num_machines=1"])
     offline = constants.HF_HUB_OFFLINE
-    texts = [config.prune.calibration.dataset, *config.eval.perplexity]
     console.note(f"{'opening offline' if offline else 'fetching'}: {config.model.path}, its texts and training data")
-    if "c4" in texts and not offline:
+    splits = {"train": config.prune.calibration.dataset == "c4", "validation": "c4" in config.eval.perplexity}
+    for split in [split for split, read in splits.items() if read and not offline]:
         # the whole shard: what is streamed leaves nothing in the cache
-        hf_hub_download("allenai/c4", data.C4_FIRST_SHARD, repo_type="dataset")
+        hf_hub_download("allenai/c4", data.C4_FIRST_SHARD[split], repo_type="dataset")
     pipeline.preflight(Run(config, force=True), ("prune", "train", "eval"))
-    for name in config.eval.tasks:
-        console.note(f"{'opening offline' if offline else 'fetching'}: tasks of {name}")
-        harness.load_tasks(name)
+    wanted = [entry["tasks"] for entry in tasks.wanted(config)]
+    if wanted:
+        console.note(f"{'opening offline' if offline else 'fetching'}: {len(wanted)} tasks")
+        harness.load_tasks(wanted, config.eval.include_path)
 
 
 if __name__ == "__main__":

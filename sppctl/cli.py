@@ -39,7 +39,7 @@ Model = Annotated[str | None, typer.Option(help="Dense model: hub id, directory 
 Method = Annotated[str | None, typer.Option(help="Pruning method (prune.method).")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 4:8 or a ratio of zeros (prune.pattern).")]
 Output = Annotated[str | None, typer.Option(help="Run directory (run.dir).")]
-Tasks = Annotated[str | None, typer.Option(help="zeroshot, mmlu, ppl, or lm-eval names, with commas.")]
+Tasks = Annotated[str | None, typer.Option(help="zeroshot, mmlu, wikitext, all, ppl, or lm-eval names, with commas.")]
 Limit = Annotated[int | None, typer.Option(help="First N examples of each task (eval.limit).")]
 
 
@@ -183,7 +183,11 @@ def merge(
 def evaluate(
     arguments: Arguments = None,
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint to measure; default: the newest of the run directory.")
+        list[str] | None,
+        typer.Option(
+            help="What to measure, may be repeated: base, pruned, adapter (not merged) or merged of the run, or any "
+            "checkpoint or adapter directory or hub id; default: the newest checkpoint of the run."
+        ),
     ] = None,
     tasks: Tasks = None,
     limit: Limit = None,
@@ -196,11 +200,15 @@ def evaluate(
     config = _resolve(arguments, output=output, tasks=tasks, limit=limit)
     from sppctl import pipeline
 
+    pipeline.join_processes(config)
     work = Run(config, force=force)
-    label, results = pipeline.evaluate_one(work, model)
+    found = pipeline.evaluate_some(work, model or [])
+    if not distributed.is_main():
+        return
     if json:
-        console.show_json(results)
-    else:
+        console.show_json(next(iter(found.values())) if len(found) == 1 else found)
+        return
+    for label, results in found.items():
         _print_results(label, results)
 
 
@@ -311,10 +319,11 @@ def _figure(value: Any) -> str:
 
 def _print_results(label: str, content: dict[str, Any]) -> None:
     from sppctl.stages.evaluate import rows_of
+    from sppctl.stages.tasks import is_share
 
     rows = []
     for name, value, norm in rows_of(content):
-        if name.startswith("ppl "):
+        if value is not None and not is_share(name):
             rows.append((name, f"{value:.3f}", ""))
         else:
             rows.append((name, "-" if value is None else f"{value:.2%}", "" if norm is None else f"{norm:.2%}"))

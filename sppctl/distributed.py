@@ -113,3 +113,14 @@ def tell(value: T, source: int) -> T:
     values = [value]
     dist.broadcast_object_list(values, source)
     return values[0]
+
+
+def collect(value: T) -> list[T]:
+    """The small values of all processes, in their order."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values

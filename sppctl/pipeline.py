@@ -125,23 +125,26 @@ def merge(run: Run) -> dict[str, Any]:
 
 
 def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Measures checkpoints by label; what has been measured before is not measured again."""
-    from sppctl.lm import checkpoint
+    """Measures checkpoints and adapters by label; what has been measured before is not measured again."""
     from sppctl.stages import evaluate as stage
+    from sppctl.stages.subjects import Subject
 
     found = {}
-    for label, directory in checkpoints.items():
+    reference = _dense_model(run, checkpoints)
+    for label, path in checkpoints.items():
+        subject = Subject.at(label, path)
         results = run.directory / "eval" / f"{label}.json"
-        fingerprint = checkpoint.fingerprint(directory)
+        dense = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
         if run.force:
-            wanted = stage.measures(run.config, stage.window_of(run.config, directory))
+            wanted = stage.measures(run.config, stage.window_of(run.config, subject.directory), dense)
         else:
-            wanted = stage.missing(run.config, directory, results, fingerprint)
+            wanted = stage.missing(run.config, subject, results, dense)
+        wanted = distributed.tell(wanted, 0)  # the others may have read the file while it was written
         if not wanted and results.is_file():
             console.note(f"eval {label}: up to date ({results})")
             found[label] = stage.read_results(results)
         else:
-            found[label] = stage.execute(run.config, label, directory, results, fingerprint, wanted)
+            found[label] = stage.execute(run.config, subject, results, wanted, dense)
     return found
 
 
@@ -150,6 +153,23 @@ def plan(config: Config) -> dict[str, Any]:
     from sppctl.stages import plan as stage
 
     return stage.execute(config)
+
+
+def _dense_model(run: Run, checkpoints: dict[str, Path]) -> Any:
+    """The checkpoint whose predictions the others are compared with, if the configuration names one.
+
+    The run's dense model is the measure of what belongs to the run; a foreign checkpoint is compared only if asked.
+    """
+    from sppctl.lm import checkpoint
+    from sppctl.stages.perplexities import DenseModel
+
+    name = run.config.eval.divergence
+    if name is None or not run.config.eval.perplexity:
+        return None
+    if name == "base" and not set(checkpoints) & {"pruned", "merged", "adapter"}:
+        return None
+    directory = run.base() if name == "base" else checkpoint.locate(name)
+    return DenseModel(directory, run.config.model.trust_remote_code)
 
 
 def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
@@ -201,40 +221,45 @@ def run_all(run: Run, elsewhere: Callable[[str], None] | None = None) -> dict[st
     return collected
 
 
-def evaluate_one(run: Run, model: str | None) -> tuple[str, dict[str, Any]]:
-    """Measures one checkpoint; what ``sppctl eval`` does.
+def evaluate_some(run: Run, models: list[str]) -> dict[str, dict[str, Any]]:
+    """Measures checkpoints and adapters; what ``sppctl eval`` does.
 
     Args:
         run: the run.
-        model: any checkpoint; None: the newest artefact of the run, else its base model.
+        models: directories, hub ids, or base, pruned, adapter, merged of the run; none: its newest checkpoint.
 
     Returns:
-        Its label and the content of its results file.
+        The content of the results file of each, by label.
     """
     run.check_directory()
     if not (run.config.eval.perplexity or run.config.eval.tasks):
         raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; name a text or a task")
-    label, directory = _checkpoint_to_measure(run, model)
-    preflight(run, ("eval",), directory)
+    from sppctl.stages.subjects import Subject
+
+    wanted: list[str | None] = [*models] or [None]
+    places = dict(_checkpoint_to_measure(run, model) for model in wanted)
+    for label, path in places.items():
+        preflight(run, ("eval",), Subject.at(label, path).directory if path is not None else None)
     with run.lock():
-        directory = directory or run.base()
-        console.note(f"eval: {label}, {directory}")
-        return label, evaluate(run, {label: directory})[label]
+        found = {label: path or run.base() for label, path in places.items()}
+        console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))
+        return evaluate(run, found)
 
 
 def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | None]:
     """Label and directory; no directory for the base model, which may have to be unpacked first."""
     from sppctl.lm import checkpoint
 
-    if model is not None:
-        directory = checkpoint.locate(model)
-        known = {(run.directory / name).resolve(): name for name in ("base", "pruned", "merged")}
-        slug = re.sub(r"[^\w.-]+", "-", model).strip("-.")
-        return known.get(directory.resolve(), slug), directory
-    for label, stage in (("merged", "merge"), ("pruned", "prune")):
-        if run.record(stage) is not None:
-            return label, run.path(stage)
-    return "base", None
+    own = {"pruned": "prune", "adapter": "train", "merged": "merge"}
+    if model is None:
+        model = next((label for label in ("merged", "pruned") if run.record(own[label]) is not None), "base")
+    if model == "base":
+        return model, None
+    if model in own and run.record(own[model]) is not None:
+        return model, run.path(own[model])
+    directory = checkpoint.locate(model)
+    known = {(run.directory / name).resolve(): name for name in ("base", *own)}
+    return known.get(directory.resolve(), re.sub(r"[^\w.-]+", "-", model).strip("-.")), directory
 
 
 # --- what a stage depends on ------------------------------------------------------------------------------------------

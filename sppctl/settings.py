@@ -225,10 +225,30 @@ class MergeConfig:
 class EvalConfig:
     """What is measured on base, pruned and merged."""
 
-    perplexity: list[str] = _key(["wikitext2"], "texts: wikitext2, instructions, prose, alpaca, or a local text file")
+    perplexity: list[str] = _key(
+        ["wikitext2"], "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file"
+    )
     seq_len: int | None = _key(None, "window of the perplexity in tokens; null: min(2048, limit of the model)", low=2)
+    stride: int | None = _key(
+        None,
+        "tokens from one window to the next; null: seq_len, windows that do not overlap, as in the literature",
+        low=1,
+    )
+    divergence: str | None = _key(
+        "base",
+        "checkpoint whose predictions the others are compared with on the same texts (KL divergence, top-1 "
+        "agreement): base (the run's dense model), or any other; null: none",
+    )
     max_tokens: int | None = _key(None, "use only the first tokens of each text; shown with the result", low=2)
-    tasks: list[str] = _key([], "zeroshot (the seven tasks), mmlu (5-shot), or any lm-eval task or group")
+    tasks: list[str] = _key(
+        [], "zeroshot (the seven tasks), mmlu (5-shot), wikitext (word perplexity), all, or any lm-eval task or group"
+    )
+    num_fewshot: int | None = _key(
+        None, "examples in the prompt; null: 0 for zeroshot, 5 for mmlu, else lm-eval's", low=0
+    )
+    chat_template: bool = _key(False, "put prompts into the tokenizer's chat template")
+    system_prompt: str | None = _key(None, "system message of every prompt")
+    include_path: str | None = _key(None, "folder with lm-eval tasks of your own (YAML)")
     batch_size: int | Auto = _key("auto", "requests at a time", low=1, affects_result=False)
     limit: int | None = _key(None, "first N examples of each task; shown with the result", low=1)
 

@@ -133,6 +133,53 @@ def alpaca_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of one's own for lm-eval: sums of 9 and 4 questions in a group, a text, and answers in words."""
+    folder = tmp_path_factory.mktemp("own_tasks")
+    rows = [{"a": a, "b": 7 * a % 5, "choices": ["even", "odd", f"{a} or so"]} for a in range(13)]
+    for name, part in (("small_sums", rows[:9]), ("large_sums", rows[9:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    question = "{{a}} plus {{b}} is" + " a number, and that number is" * 2
+    common = """
+test_split: test
+metadata: {version: 1.5}
+"""
+    for name in ("small_sums", "large_sums"):
+        data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}"
+        choice = f"""{data}{common}
+task: {name}
+output_type: multiple_choice
+doc_to_text: "{question}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{(a + b) % 2}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+        (folder / f"{name}.yaml").write_text(choice)
+    (folder / "said.yaml").write_text(f"""{data}{common}
+task: said
+output_type: generate_until
+doc_to_text: "{question}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{max_gen_toks: 4, until: ["."], do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+""")
+    (folder / "read.yaml").write_text(f"""{data}{common}
+task: read
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{question} {question} {question}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+""")
+    (folder / "sums.yaml").write_text("""
+group: sums
+task: [small_sums, large_sums]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}, {metric: acc_norm, weight_by_size: false}]
+metadata: {version: 2}
+""")
+    return folder
+
+
 @pytest.fixture
 def config_file(tmp_path: Path, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
     """A configuration that runs the whole pipeline on the tiny Llama in some seconds."""

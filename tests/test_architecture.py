@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "distributed",
         "launch",
     },
-    "lm": {"pruning", "pattern", "errors"},
+    "lm": {"pruning", "pattern", "errors", "distributed"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
     "run_directory": {"lm", "config", "settings", "console", "errors", "distributed"},

@@ -487,7 +487,21 @@ def test_eval_of_any_other_checkpoint_has_a_file_of_its_own(run: Run, here: Path
     assert content["label"] == "elsewhere"
     assert (here / "run/eval/elsewhere.json").is_file()
     merged = json.loads((here / "run/eval/merged.json").read_text())
-    assert content["results"][0]["metrics"] == merged["results"][0]["metrics"]
+    here_too, there = (found["results"][0]["metrics"] for found in (content, merged))
+    assert here_too["nll"] == there["nll"]
+    # compared with the run's dense model is what belongs to the run
+    assert (here_too["kl"], there["kl"] > 0) == (None, True)
+
+
+def test_eval_of_several_and_of_the_adapter_that_is_not_merged(run: Run, here: Path) -> None:
+    found = run("eval", "tiny.yaml", "--model", "adapter", "--model", "pruned", "--model", "base", "--json").json
+    assert list(found) == ["adapter", "pruned", "base"]
+    merged = json.loads((here / "run/eval/merged.json").read_text())
+    values = {label: one["results"][0]["metrics"] for label, one in found.items()}
+    assert values["adapter"]["nll"] == merged["results"][0]["metrics"]["nll"]
+    assert values["adapter"]["kl"] == merged["results"][0]["metrics"]["kl"]
+    assert values["pruned"]["kl"] > 0
+    assert values["base"]["kl"] is None
 
 
 def test_flat_results_have_settings_metrics_and_versions(here: Path) -> None:

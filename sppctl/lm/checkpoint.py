@@ -24,6 +24,7 @@ from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles, read_heade
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
+_NOT_TOKENIZER = {"config.json", "generation_config.json"}
 _SAMPLE_BYTES = 4096
 
 
@@ -186,6 +187,15 @@ def fingerprint(directory: Path) -> str:
             for start, stop in _sampled(path, size):
                 file.seek(start)
                 digest.update(file.read(stop - start))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(directory: Path) -> str:
+    """A hash of the tokenizer's files, chat template included: of all side files but the model's configuration."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SIDE_FILES for path in directory.glob(pattern)}):
+        if path.name not in {*NOT_SIDE_FILES, *_NOT_TOKENIZER} and not path.name.endswith(".index.json"):
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

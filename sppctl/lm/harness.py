@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
+import hashlib
 import io
+import json
 import logging
 import os
+import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sppctl.errors import StageError, UserError
 
 # the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
 ZEROSHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+ALL = ("zeroshot", "mmlu", "wikitext")
+# where lm-eval defines the tasks above; its index of all 14,000 files takes a quarter of a minute
+_FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default", "wikitext")
+BOOTSTRAP = 100  # samples, for the few metrics whose standard error has no formula
+
+Rules = dict[str, dict[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -34,63 +45,171 @@ def group_of(name: str) -> TaskGroup:
     return GROUPS.get(name, TaskGroup((name,)))
 
 
+@dataclass(frozen=True)
+class Member:
+    """A task that is run by itself.
+
+    Attributes:
+        task: its name in lm-eval.
+        groups: the groups it is averaged in, the widest first; for each the metrics that lm-eval averages, and whether
+            by samples (True) or by tasks. No metric: the plain mean of the accuracies.
+    """
+
+    task: str
+    groups: Rules = field(default_factory=dict)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
 @functools.cache
-def _task_manager() -> Any:
-    """lm-eval's index of tasks; it takes seconds to build."""
+def _task_manager(include_path: str | None, whole: bool) -> Any:
+    """lm-eval's index of tasks: the whole, or that of our own groups, which takes no time."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
-    return TaskManager()
+    if whole:
+        return lm_eval.tasks.TaskManager(include_path=include_path)
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [str(root / folder) for folder in _FOLDERS] + ([include_path] if include_path else [])
+    return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
 
 
-def check_tasks(names: list[str]) -> None:
+def _manager_for(names: list[str], include_path: str | None) -> Any:
+    """The small index if it knows all about the names, else the whole."""
+    small = _task_manager(include_path, whole=False)
+    closed = all(_closed(name, small.task_index) for name in names)
+    return small if closed else _task_manager(include_path, whole=True)
+
+
+def _closed(name: str, index: dict[str, Any]) -> bool:
+    """Whether an index holds a task, or a group with all members; other files may add members to a tag."""
+    entry = index.get(name)
+    if entry is None or entry.kind.name == "TAG":
+        return entry is not None and name.startswith("mmlu_")
+    children = entry.cfg["task"] if entry.kind.name == "GROUP" else []
+    return all(isinstance(child, str) and _closed(child, index) for child in children)
+
+
+def check_tasks(names: list[str], include_path: str | None = None) -> None:
     """Checks that lm-eval knows every task, without loading any data.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or there is no folder of own tasks.
     """
-    if not [name for name in names if name not in GROUPS]:
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"eval.include_path: {include_path} is no folder; give the one that holds your tasks' YAML")
+    foreign = [name for name in names if name not in (*GROUPS, "all")]
+    if not foreign:
         return
-    known = set(_task_manager().all_tasks)
-    unknown = [name for name in names if name not in GROUPS and name not in known]
+    known = _manager_for(foreign, include_path).all_tasks
+    unknown = [name for name in foreign if name not in known]
     if unknown:
-        import difflib
-
         close = difflib.get_close_matches(unknown[0], [*GROUPS, *known], n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; `lm-eval ls tasks` lists them"
         raise UserError(f"eval.tasks: {unknown[0]} is neither zeroshot nor mmlu nor an lm-eval task{hint}")
 
 
-def load_tasks(name: str) -> None:
-    """Loads the data of a task group, which leaves it in the cache of ``datasets``.
+def load_tasks(names: list[str], include_path: str | None = None) -> None:
+    """Loads the data of tasks, which leaves it in the cache of ``datasets``.
 
     Args:
-        name: a key of ``GROUPS``, or a task or group of lm-eval.
+        names: tasks or groups of lm-eval.
+        include_path: folder with tasks of one's own.
 
     Raises:
         StageError: it cannot be had.
     """
     try:
         with _only_progress():
-            _task_manager().load_task_or_group(list(group_of(name).tasks))
+            _manager_for(names, include_path).load(names)
     except Exception as error:
-        raise _failed(name, error) from error
+        raise _failed(", ".join(names), error) from error
 
 
-def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: int | None, seed: int) -> dict[str, Any]:
-    """Runs one task group on a loaded model.
+def members(name: str, include_path: str | None = None) -> list[Member]:
+    """The tasks of a group, each of which can be run by itself without changing its numbers.
+
+    A group that changes its tasks' settings, or averages only what a certain filter lets through, is one member.
+    """
+    if name == "zeroshot":
+        return [Member(task, {name: {}}) for task in ZEROSHOT]
+    index = _manager_for([name], include_path).task_index
+    try:
+        return list(_leaves(name, index, {}))
+    except LookupError:
+        return [Member(name)]
+
+
+def _leaves(name: str, index: dict[str, Any], above: Rules) -> Iterator[Member]:
+    from lm_eval.tasks._factory import GROUP_FIELD_NAMES
+
+    entry = index[name]
+    if entry.kind.name not in ("GROUP", "TAG"):
+        yield Member(name, above)
+        return
+    if entry.kind.name == "TAG":
+        children: list[Any] = sorted(entry.tags)
+        groups = above or {name: {}}
+    else:
+        children = entry.cfg["task"]
+        rules = entry.cfg.get("aggregate_metric_list") or []
+        special = any(rule.get("filter_list") or rule.get("aggregation", "mean") != "mean" for rule in rules)
+        if special or set(entry.cfg) - GROUP_FIELD_NAMES or not all(isinstance(child, str) for child in children):
+            raise LookupError(f"{name} is more than a list of tasks")
+        groups = above | {name: {rule["metric"]: rule.get("weight_by_size", True) for rule in rules}}
+    for child in children:
+        yield from _leaves(child, index, groups)
+
+
+def own_tasks(task: str, include_path: str | None) -> str | None:
+    """Hash of the folder of own tasks if it defines a task; None for lm-eval's tasks."""
+    if include_path is None:
+        return None
+    folder = Path(include_path).resolve()
+    path = _manager_for([task], include_path).task_index[task].yaml_path
+    if path is None or not path.resolve().is_relative_to(folder):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".json", ".jsonl")):
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    num_fewshot: int | None,
+    batch_size: int | None,
+    limit: int | None,
+    seed: int,
+    chat_template: bool = False,
+    system_prompt: str | None = None,
+    include_path: str | None = None,
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Runs one task, or one group of lm-eval, on a loaded model; several processes share the work.
 
     Args:
         model: causal language model of transformers.
         tokenizer: its tokenizer.
-        name: a key of ``GROUPS``, or a task or group of lm-eval.
-        batch_size: requests at a time.
+        name: a task or group of lm-eval.
+        num_fewshot: examples in the prompt; None, or a task that insists on none: as the task has it.
+        batch_size: requests at a time; None: as many as memory allows.
         limit: first examples of each task; None: all.
         seed: for few-shot sampling.
+        chat_template: whether prompts are put into the tokenizer's chat template, few-shot examples as turns.
+        system_prompt: system message.
+        include_path: folder with tasks of one's own.
 
     Returns:
-        ``{"tasks": {task: {metric: value, metric_stderr: value, "version", "num_fewshot", "samples"}}, "mean": {...}}``
-        where the mean is lm-eval's own for a group it defines, else the plain mean over tasks.
+        ``{"tasks": {task: {metric: value, metric_stderr: value, "metric", "version", "num_fewshot", "samples"}},
+        "mean": {...}, "truncated_prompts": n}``, where the mean is lm-eval's own for a group it defines, else the plain
+        mean over tasks; and for each task what came of each of its samples, see :func:`_sample`.
 
     Raises:
         StageError: lm-eval failed, for example because a dataset cannot be had.
@@ -98,30 +217,55 @@ def evaluate(model: Any, tokenizer: Any, name: str, *, batch_size: int, limit: i
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import datasets
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+    from sppctl.lm.scorer import Scorer
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    group = group_of(name)
     try:
         with _only_progress():
-            found = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(group.tasks),
-                num_fewshot=group.num_fewshot,
+            _seed_everything(seed)
+            loaded = _manager_for([name], include_path).load([name])
+            for task in loaded["tasks"].values():
+                _set_shots(task, num_fewshot)
+                task.set_fewshot_seed(seed=seed)
+            scorer = Scorer(model, tokenizer, batch_size)
+            # simple_evaluate would describe the machine each time, for longer than some tasks take
+            found = lm_eval.evaluate(
+                lm=scorer,
+                task_dict=loaded,
                 limit=limit,
-                task_manager=_task_manager(),
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-                bootstrap_iters=100,  # for the few metrics whose standard error has no formula
-                log_samples=False,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=True,
+                system_instruction=system_prompt,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
             )
+            assert found is not None
+            samples = {task: _samples(loaded["tasks"][task], logged) for task, logged in found["samples"].items()}
     except Exception as error:  # whatever datasets, jinja or a task's own code raise
         raise _failed(name, error) from error
-    assert found is not None
-    return _summary(found, group)
+    summary = _summary(found)
+    summary["truncated_prompts"] = len(scorer.truncated)
+    return summary, samples
+
+
+def _seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _set_shots(task: Any, num_fewshot: int | None) -> None:
+    """As lm-eval does: a task whose own count is 0 keeps it, one without a count has none."""
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
 
 
 def _failed(name: str, error: Exception) -> StageError:
@@ -148,29 +292,35 @@ def _only_progress() -> Iterator[None]:
             os.close(saved)
 
 
-def _summary(found: Any, group: TaskGroup) -> dict[str, Any]:
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def _summary(found: Any) -> dict[str, Any]:
     subtasks = {member for members in found.get("group_subtasks", {}).values() for member in members}
     tasks = {}
     for task, metrics in found["results"].items():
         if task not in found["n-samples"]:
             continue
-        tasks[task] = _plain(metrics) | {
+        values = _plain(metrics)
+        tasks[task] = values | {
+            "metric": "acc" if "acc" in values else next(iter(values), None),
             "version": found["versions"].get(task),
             "num_fewshot": found["n-shot"].get(task),
             "samples": found["n-samples"][task]["effective"],
         }
     top = {task: metrics for task, metrics in found["results"].items() if task in found.get("groups", {})}
     own_mean = [metrics for task, metrics in top.items() if task not in subtasks]
-    if len(group.tasks) == 1 and own_mean:
-        mean = _plain(own_mean[0])
-    else:
-        measured = {metric for values in tasks.values() for metric in values if metric.startswith("acc")}
-        mean = {
-            metric: sum(values[metric] for values in tasks.values()) / len(tasks)
-            for metric in sorted(measured)
-            if all(metric in values for values in tasks.values()) and not metric.endswith("stderr")
-        }
-    return {"tasks": tasks, "mean": mean}
+    return {"tasks": tasks, "mean": _plain(own_mean[0]) if own_mean else plain_mean(list(tasks.values()))}
+
+
+def plain_mean(tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean over tasks of each accuracy that all of them have."""
+    measured = {metric for values in tasks for metric in values if metric.startswith("acc")}
+    return {
+        metric: sum(values[metric] for values in tasks) / len(tasks)
+        for metric in sorted(measured)
+        if all(metric in values for values in tasks) and not metric.endswith("stderr")
+    }
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
@@ -181,3 +331,42 @@ def _plain(metrics: dict[str, Any]) -> dict[str, float]:
             metric, _, chosen = key.partition(",")
             plain[f"{chosen} {metric}" if metric in plain else metric] = float(value)
     return plain
+
+
+def _samples(task: Any, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per document, in lm-eval's order; of several filters the first."""
+    first = logged[0]["filter"]
+    return [_sample(task, sample) for sample in logged if sample["filter"] == first]
+
+
+def _sample(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """What came of one document.
+
+    Returns:
+        ``{"doc": its number, "hash": of its content, "chosen": index of the likeliest answer, "target": index of the
+        right one, metric: value, ...}``; None where there is no choice, or no single right one.
+    """
+    chosen = target = None
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(sample["doc"])
+        likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
+        chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        target = _gold(task, sample, choices)
+    record = {"doc": sample["doc_id"], "hash": sample["doc_hash"], "chosen": chosen, "target": target}
+    for metric in sample["metrics"]:
+        value = sample[metric]
+        if isinstance(value, int | float):
+            record[metric] = int(value) if metric.startswith("acc") and value in (0, 1) else float(value)
+    return record
+
+
+def _gold(task: Any, sample: dict[str, Any], choices: list[str]) -> int | None:
+    right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    if isinstance(right, str):
+        return choices.index(right) if right in choices else None
+    return right if isinstance(right, int) else None
+
+
+def as_lines(samples: list[dict[str, Any]]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(sample) + "\n" for sample in samples)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A measured perplexity.
+    """A measured perplexity, and the distance to a reference model if there was one.
 
     Attributes:
         value: exp of the mean negative log-likelihood per predicted token.
@@ -27,6 +27,10 @@ class Perplexity:
         tokens: predicted tokens.
         windows: windows of ``seq_len`` tokens.
         seq_len: tokens in a window.
+        stride: tokens from one window to the next.
+        kl: mean KL(reference || model) per predicted token, in nats.
+        kl_stderr: standard error of ``kl`` over windows.
+        top1_agreement: share of the predicted tokens for which both models find the same one likeliest.
     """
 
     value: float
@@ -35,10 +39,24 @@ class Perplexity:
     tokens: int
     windows: int
     seq_len: int
+    stride: int
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
 
 
-def text_windows(tokenizer: Any, text: str, seq_len: int, max_tokens: int | None, name: str) -> Tensor:
-    """One tokenisation of the whole text, cut into windows that do not overlap; the last partial one is dropped.
+def text_windows(
+    tokenizer: Any, text: str, seq_len: int, max_tokens: int | None, name: str, stride: int | None = None
+) -> Tensor:
+    """One tokenisation of the whole text, cut into windows; the last partial one is dropped.
+
+    Args:
+        tokenizer: of the model.
+        text: the whole text.
+        seq_len: tokens in a window.
+        max_tokens: use only the first tokens.
+        name: of the text, for errors.
+        stride: tokens from one window to the next; None: ``seq_len``, no overlap.
 
     Returns:
         (windows, seq_len) int64.
@@ -49,18 +67,41 @@ def text_windows(tokenizer: Any, text: str, seq_len: int, max_tokens: int | None
     tokens = torch.tensor(tokenizer(text).input_ids)
     if max_tokens is not None:
         tokens = tokens[:max_tokens]
-    count = len(tokens) // seq_len
-    if count == 0:
+    if len(tokens) < seq_len:
         raise UserError(
             f"eval.perplexity: {name} has {len(tokens)} tokens, less than one window of {seq_len}; "
             "set a shorter eval.seq_len"
         )
-    return tokens[: count * seq_len].view(count, seq_len)
+    return tokens.unfold(0, seq_len, stride or seq_len)
+
+
+def scored_tokens(count: int, seq_len: int, stride: int | None = None) -> Tensor:
+    """(windows,) int64: predicted tokens that count in each window, the last ones of it.
+
+    The first token of a window has nothing before it. Of windows that overlap, all but the first count only what no
+    window before them has predicted.
+    """
+    scored = torch.full((count,), min(stride or seq_len, seq_len - 1))
+    scored[:1] = seq_len - 1
+    return scored
+
+
+def window_losses(model: Any, windows: Tensor, batch_size: int, whole: bool = False) -> Iterator[Tensor]:
+    """Summed negative log-likelihood of every window, (batch,) float64 for every batch; no overlap, no reference."""
+    for sums in window_sums(model, windows, batch_size, whole=whole):
+        yield sums[:, 0]
 
 
 @torch.no_grad()
-def window_losses(model: Any, windows: Tensor, batch_size: int, whole: bool = False) -> Iterator[Tensor]:
-    """Summed negative log-likelihood of every window.
+def window_sums(
+    model: Any,
+    windows: Tensor,
+    batch_size: int,
+    scored: Tensor | None = None,
+    compare: Callable[[int, int, int, Tensor], tuple[float, int]] | None = None,
+    whole: bool = False,
+) -> Iterator[Tensor]:
+    """Sums over the predicted tokens of every window that count.
 
     The output head runs on ``LOGIT_ROWS`` positions at a time in the model's dtype, the loss is taken in float32. A
     model that does more to its logits than the head and a soft cap is asked for whole windows of them instead.
@@ -69,42 +110,73 @@ def window_losses(model: Any, windows: Tensor, batch_size: int, whole: bool = Fa
         model: a causal language model of transformers.
         windows: (windows, seq_len).
         batch_size: windows at a time.
+        scored: (windows,) how many of a window's last tokens count; None: all but the first.
+        compare: takes window, first and last position and the float32 logits there; gives the summed KL divergence
+            and the number of agreements.
         whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
 
     Yields:
-        (batch,) float64, for every batch.
+        (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
     """
-    chunked = not whole and _head_is_last_step(model, windows[:1, :8].to(model.device))
-    for batch in windows.split(batch_size):
-        batch = batch.to(model.device)
+    chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
+    counts = (scored_tokens(len(windows), windows.shape[1]) if scored is None else scored).tolist()
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size].to(model.device)
         output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
-        losses = torch.zeros(len(batch), dtype=torch.float64)
+        sums = torch.zeros(len(batch), 3, dtype=torch.float64)
+        last = batch.shape[1] - 1
         for row in range(len(batch)):
-            for start in range(0, batch.shape[1] - 1, LOGIT_ROWS):
-                stop = min(start + LOGIT_ROWS, batch.shape[1] - 1)
+            for start in range(last - counts[first + row], last, LOGIT_ROWS):
+                stop = min(start + LOGIT_ROWS, last)
                 logits = _logits(model, output[row, start:stop]) if chunked else output[row, start:stop].float()
-                losses[row] += F.cross_entropy(logits, batch[row, start + 1 : stop + 1], reduction="sum").item()
-        yield losses
+                sums[row, 0] += F.cross_entropy(logits, batch[row, start + 1 : stop + 1], reduction="sum").item()
+                if compare is not None:
+                    sums[row, 1:] += torch.tensor(compare(first + row, start, stop, logits), dtype=torch.float64)
+        yield sums
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:
-    logits: Tensor = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return head_logits(model.get_output_embeddings(), model.config, hidden)
+
+
+def head_logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
+    """Logits in float32 from final hidden states, soft cap included."""
+    logits: Tensor = head(hidden).float()
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _head_is_last_step(model: Any, tokens: Tensor) -> bool:
+@torch.no_grad()
+def head_is_last_step(model: Any, tokens: Tensor) -> bool:
+    """Whether the model's logits are what its output head and the soft cap make of its final hidden states."""
     own = model(tokens, use_cache=False).logits.float()
     ours = _logits(model, model.base_model(input_ids=tokens, use_cache=False)[0])
     tolerance = 1e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
     return own.shape == ours.shape and torch.allclose(own, ours, rtol=tolerance, atol=tolerance)
 
 
-def summarise(losses: Tensor, seq_len: int) -> Perplexity:
-    """The perplexity from the windows' summed losses (windows,)."""
-    count = len(losses)
-    means = losses / (seq_len - 1)
-    nll = means.mean().item()
-    spread = means.std().item() / math.sqrt(count) if count > 1 else None
+def summarise(sums: Tensor, seq_len: int, stride: int | None = None, compared: bool = False) -> Perplexity:
+    """The perplexity from the windows' sums.
+
+    Args:
+        sums: (windows,) losses, or (windows, 3) as :func:`window_sums` yields.
+        seq_len: tokens in a window.
+        stride: as it was measured.
+        compared: whether there was a reference model.
+    """
+    sums = sums.view(len(sums), -1)
+    scored = scored_tokens(len(sums), seq_len, stride)
+    nll, stderr = _mean(sums[:, 0], scored)
     value = math.exp(nll) if nll < 700 else math.inf
-    return Perplexity(value, nll, spread, count * (seq_len - 1), count, seq_len)
+    tokens = int(scored.sum())
+    measured = Perplexity(value, nll, stderr, tokens, len(sums), seq_len, stride or seq_len)
+    if not compared:
+        return measured
+    kl, kl_stderr = _mean(sums[:, 1], scored)
+    return replace(measured, kl=kl, kl_stderr=kl_stderr, top1_agreement=sums[:, 2].sum().item() / tokens)
+
+
+def _mean(sums: Tensor, scored: Tensor) -> tuple[float, float | None]:
+    """Mean per token over all windows, and its standard error over windows of (nearly) equal weight."""
+    mean = sums.sum().item() / int(scored.sum())
+    return mean, (sums / scored).std().item() / math.sqrt(len(sums)) if len(sums) > 1 else None

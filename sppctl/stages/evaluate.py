@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sppctl import __version__, console
+from sppctl import __version__, distributed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
-from sppctl.stages import inspect
+from sppctl.stages import inspect, perplexities, tasks
+from sppctl.stages.perplexities import DenseModel
+from sppctl.stages.subjects import Subject
 
 DEFAULT_WINDOW = 2048
-CPU_BATCH, GPU_BATCH = 4, 16
+CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
@@ -44,24 +46,31 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
             perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
         except UserError as error:
             problems.append(str(error))
+    if config.eval.stride is not None and config.eval.stride > (config.eval.seq_len or limit or DEFAULT_WINDOW):
+        problems.append(f"eval.stride: {config.eval.stride} would skip tokens between windows; at most eval.seq_len")
+    if config.eval.divergence not in (None, "base"):
+        try:
+            checkpoint.locate(config.eval.divergence)
+        except UserError as error:
+            problems.append(f"eval.divergence: {error}")
+    if config.eval.chat_template and config.eval.tasks and not getattr(tokenizer, "chat_template", None):
+        problems.append("eval.chat_template: this model's tokenizer has no chat template; set it to false")
     try:
-        harness.check_tasks(config.eval.tasks)
+        harness.check_tasks(config.eval.tasks, config.eval.include_path)
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
 
-def measures(config: Config, window: int) -> list[dict[str, Any]]:
-    """What the configuration asks for: one entry per text and task group, with all settings that change its value."""
+def measures(config: Config, window: int, dense: DenseModel | None = None) -> list[dict[str, Any]]:
+    """What the configuration asks for: one entry per text and task, with all settings that change its value."""
     wanted: list[dict[str, Any]] = []
     for name in config.eval.perplexity:
-        wanted.append({"kind": "perplexity", "text": name, "seq_len": window, "max_tokens": config.eval.max_tokens})
-    for name in config.eval.tasks:
-        few = harness.group_of(name).num_fewshot
-        settings = {"kind": "tasks", "tasks": name, "num_fewshot": few, "limit": config.eval.limit}
-        wanted.append(settings | {"seed": config.run.seed})
-    return wanted
+        settings = {"kind": "perplexity", "text": name, "seq_len": window, "stride": config.eval.stride}
+        compared = {"reference": dense.fingerprint if dense is not None else None}
+        wanted.append(settings | {"max_tokens": config.eval.max_tokens} | compared)
+    return wanted + tasks.wanted(config)
 
 
 def window_of(config: Config, directory: Path) -> int:
@@ -81,90 +90,71 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def missing(config: Config, directory: Path, results: Path, fingerprint: str) -> list[dict[str, Any]]:
+def missing(config: Config, subject: Subject, results: Path, dense: DenseModel | None = None) -> list[dict[str, Any]]:
     """The measures that a results file does not hold yet for these weights."""
-    wanted = measures(config, window_of(config, directory))
+    wanted = measures(config, window_of(config, subject.directory), dense)
     before = read_results(results)
-    if before.get("fingerprint") != fingerprint:
+    if before.get("fingerprint") != subject.fingerprint:
         return wanted
-    done = [result["settings"] for result in before["results"]]
-    return [settings for settings in wanted if settings not in done]
+    tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
+    valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
+    done = [result["settings"] for result in valid]
+    return [settings for settings in wanted if not tasks.is_done(settings, done)]
 
 
 def execute(
-    config: Config, label: str, directory: Path, results: Path, fingerprint: str, wanted: list[dict[str, Any]]
+    config: Config, subject: Subject, results: Path, wanted: list[dict[str, Any]], dense: DenseModel | None = None
 ) -> dict[str, Any]:
     """Measures one checkpoint and adds to its results file after every measure.
 
     Args:
         config: the configuration.
-        label: base, pruned, merged, or a name of the checkpoint's own.
-        directory: the checkpoint.
+        subject: the checkpoint, or an adapter on one.
         results: its JSON file.
-        fingerprint: of its weights.
         wanted: entries of :func:`measures`.
+        dense: the model whose predictions are compared.
 
     Returns:
         The content of the results file.
     """
-    content = read_results(results)
-    if content.get("fingerprint") != fingerprint:
-        _, sparsity = inspect.measure(directory, config.prune.pattern)
+    content = distributed.tell(read_results(results), 0)
+    samples = results.with_name(f"{subject.label}.samples")
+    if content.get("fingerprint") != subject.fingerprint:
+        if distributed.is_main():
+            shutil.rmtree(samples, ignore_errors=True)
+        _, sparsity = inspect.measure(subject.directory, config.prune.pattern)
         content = {
-            "label": label,
-            "checkpoint": str(directory),
-            "fingerprint": fingerprint,
+            "label": subject.label,
+            "checkpoint": str(subject.place),
+            "fingerprint": subject.fingerprint,
             "sparsity": sparsity,
             "results": [],
         }
     device = checkpoint.pick_device(config.model.device)
     trust = config.model.trust_remote_code
-    model = checkpoint.load_model(directory, device, trust_remote_code=trust)
-    tokenizer = checkpoint.load_tokenizer(directory, trust)
+    model, label = subject.load(device, trust), subject.label
+    tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
     for settings in wanted:
         started = time.perf_counter()
         if settings["kind"] == "perplexity":
-            metrics = _perplexity(config, model, tokenizer, settings, label)
-        else:
-            console.note(f"{label}: {settings['tasks']}{_limit_words(settings['limit'])}")
-            metrics = harness.evaluate(
-                model,
-                tokenizer,
-                settings["tasks"],
-                batch_size=_batch_size(config, device),
-                limit=settings["limit"],
-                seed=settings["seed"],
+            metrics = perplexities.measure(
+                model, tokenizer, settings, batch_size=_batch_size(config, device), label=label, dense=dense
             )
+        else:
+            metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
         entry = {"settings": settings, "metrics": metrics, "seconds": round(time.perf_counter() - started, 2)}
         entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
+        entry["tokenizer"] = checkpoint.tokenizer_fingerprint(subject.directory)
         content["results"] = [old for old in content["results"] if old["settings"] != settings] + [entry]
-        _write(results, content)
+        if distributed.is_main():
+            _write(results, content)
     return content
-
-
-def _perplexity(config: Config, model: Any, tokenizer: Any, settings: dict[str, Any], label: str) -> dict[str, Any]:
-    text = data.load_text(settings["text"], "test", "eval.perplexity")
-    windows = perplexity.text_windows(
-        tokenizer, text.joiner.join(text.documents), settings["seq_len"], settings["max_tokens"], settings["text"]
-    )
-    batch_size = _batch_size(config, model.device)
-    losses = []
-    with console.Progress(f"{label}: perplexity of {settings['text']}", len(windows)) as bar:
-        for batch in perplexity.window_losses(model, windows, batch_size):
-            losses.append(batch)
-            bar.advance(f"{perplexity.summarise(torch.cat(losses), windows.shape[1]).value:.2f}", steps=len(batch))
-    result = perplexity.summarise(torch.cat(losses), windows.shape[1])
-    return asdict(result) | {"documents_hash": data.content_hash(text.documents)}
 
 
 def _batch_size(config: Config, device: torch.device) -> int:
     if config.eval.batch_size != "auto":
         return config.eval.batch_size
     return GPU_BATCH if device.type == "cuda" else CPU_BATCH
-
-
-def _limit_words(limit: int | None) -> str:
-    return f" (first {limit} of each task)" if limit is not None else ""
 
 
 def _versions() -> dict[str, str]:
@@ -185,25 +175,21 @@ def result_name(settings: dict[str, Any]) -> str:
     """How a measure is called in tables, with what limits it."""
     if settings["kind"] == "perplexity":
         cut = f", first {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
-        return f"ppl {settings['text']} @{settings['seq_len']}{cut}"
-    shots = f" {settings['num_fewshot']}-shot" if settings["num_fewshot"] else ""
-    cut = f", limit {settings['limit']}" if settings["limit"] is not None else ""
-    return f"{settings['tasks']}{shots}{cut}"
+        stride = f" stride {settings['stride']}" if settings.get("stride") else ""
+        return f"ppl {settings['text']} @{settings['seq_len']}{stride}{cut}"
+    return tasks.title(settings)
 
 
 def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
     """The results of a checkpoint as rows: name, value (perplexity or acc), acc_norm where there is one."""
     rows: list[tuple[str, float | None, float | None]] = []
     for result in content["results"]:
-        name, metrics = result_name(result["settings"]), result["metrics"]
-        if result["settings"]["kind"] == "perplexity":
-            rows.append((name, metrics["value"], None))
+        if result["settings"]["kind"] != "perplexity":
             continue
-        tasks = metrics["tasks"] if len(metrics["tasks"]) <= 10 else {}
-        if len(tasks) > 1 or not tasks:
-            rows.append((f"{name} mean", metrics["mean"].get("acc"), metrics["mean"].get("acc_norm")))
-        for task, values in tasks.items():
-            label = f"  {task} ({name})" if len(tasks) > 1 else name
-            metric = "acc" if "acc" in values else next(iter(values))
-            rows.append((label if metric == "acc" else f"{label} {metric}", values[metric], values.get("acc_norm")))
-    return rows
+        name, metrics = result_name(result["settings"]), result["metrics"]
+        rows.append((name, metrics["value"], None))
+        if metrics.get("kl") is not None:
+            text = name.removeprefix("ppl ")
+            rows.append((f"KL(dense || model) {text}", metrics["kl"], None))
+            rows.append((f"top-1 agreement {text}", metrics["top1_agreement"], None))
+    return rows + tasks.rows([result for result in content["results"] if result["settings"]["kind"] == "tasks"])

@@ -12,6 +12,7 @@ from typing import Any
 from sppctl.errors import UserError
 from sppctl.stages import plots
 from sppctl.stages.evaluate import read_results, rows_of
+from sppctl.stages.tasks import is_share
 
 ORDER = ("base", "pruned", "merged")
 STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
@@ -71,8 +72,8 @@ def _cell(name: str, cell: tuple[float | None, float | None] | None) -> str:
     value, norm = cell[0], cell[1]
     if name.startswith("ppl "):
         return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
-    if name.endswith(("perplexity", "bits_per_byte")):
-        return f"{value:.2f}"
+    if not is_share(name):
+        return f"{value:.4f}" if name.startswith("KL(") else f"{value:.2f}"
     return f"{value:.2%}" + (f" (norm {norm:.2%})" if norm is not None else "")
 
 

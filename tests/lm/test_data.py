@@ -278,14 +278,14 @@ FromMirror = Callable[[str], Any]
 
 def test_c4_is_read_from_the_shard_that_was_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "datasets--allenai--c4"
-    shard = repository / "snapshots" / "abc" / data.C4_FIRST_SHARD
+    shard = repository / "snapshots" / "abc" / data.C4_FIRST_SHARD["train"]
     shard.parent.mkdir(parents=True)
     with gzip.open(shard, "wt") as file:
         file.writelines(json.dumps({"text": f"document {number}", "url": ""}) + "\n" for number in range(5))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(data, "C4_DOCUMENTS", 3)
+    monkeypatch.setitem(data.C4_DOCUMENTS, "train", 3)
     assert data.load_text("c4", "train", KEY).documents == ["document 0", "document 1", "document 2"]
 
 

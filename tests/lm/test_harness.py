@@ -3,17 +3,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sppctl.errors import StageError, UserError
 from sppctl.lm import harness
-from sppctl.lm.harness import ZEROSHOT, TaskGroup, _summary, check_tasks, group_of
+from sppctl.lm.checkpoint import load_model, load_tokenizer
+from sppctl.lm.harness import ZEROSHOT, Member, TaskGroup, _summary, check_tasks, group_of, members
+from sppctl.lm.scorer import Scorer
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -30,7 +33,7 @@ def test_any_other_name_is_one_task_with_its_own_shots() -> None:
 
 
 def test_our_own_groups_need_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_task_manager", lambda: pytest.fail("lm-eval was asked"))
+    monkeypatch.setattr(harness, "_task_manager", lambda *_, **__: pytest.fail("lm-eval was asked"))
     check_tasks([])
     check_tasks(["zeroshot", "mmlu"])
 
@@ -38,20 +41,15 @@ def test_our_own_groups_need_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture(scope="module")
 def task_manager() -> Any:
     """The library's own, which takes seconds to make."""
-    return harness._task_manager()
+    return harness._task_manager(None, whole=True)
 
 
-@pytest.fixture
-def library(task_manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_task_manager", lambda: task_manager)
-
-
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("task_manager")
 def test_tasks_and_groups_of_the_library_are_known() -> None:
     check_tasks(["zeroshot", "piqa", "mmlu_stem", "ai2_arc", *ZEROSHOT])
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("task_manager")
 def test_an_unknown_task_is_told_what_comes_near() -> None:
     with pytest.raises(UserError, match=r"eval\.tasks: arc_eazy is neither .* did you mean .*arc_easy"):
         check_tasks(["piqa", "arc_eazy"])
@@ -59,10 +57,48 @@ def test_an_unknown_task_is_told_what_comes_near() -> None:
         check_tasks(["zeroshots"])
 
 
-@pytest.mark.usefixtures("library")
+@pytest.mark.usefixtures("task_manager")
 def test_an_unknown_task_with_nothing_near() -> None:
     with pytest.raises(UserError, match=r"eval\.tasks: §§§§ is neither .*; `lm-eval ls tasks` lists them"):
         check_tasks(["§§§§"])
+
+
+def test_the_small_index_agrees_with_the_whole(task_manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = harness._task_manager(None, whole=False)
+    assert {*ZEROSHOT, "wikitext", "mmlu_anatomy"} <= set(small.all_subtasks)
+    for name in small.all_subtasks:
+        assert small.task_index[name].yaml_path == task_manager.task_index[name].yaml_path
+    found = members("mmlu")
+    monkeypatch.setattr(harness, "_manager_for", lambda *_: task_manager)
+    assert members("mmlu") == found
+
+
+def test_the_subjects_of_mmlu() -> None:
+    found = members("mmlu")
+    assert len(found) == 57
+    assert found[0] == Member("mmlu_abstract_algebra", {"mmlu": {"acc": True}, "mmlu_stem": {"acc": True}})
+    assert len({list(member.groups)[1] for member in found}) == 4
+
+
+def test_members_of_other_groups(task_manager: Any, own_tasks: Path) -> None:
+    assert [member.task for member in members("zeroshot")] == list(ZEROSHOT)
+    assert members("wikitext") == [Member("wikitext")]
+    assert members("ai2_arc") == [Member("arc_challenge", {"ai2_arc": {}}), Member("arc_easy", {"ai2_arc": {}})]
+    assert members("bbh") == [Member("bbh")]  # averages what one filter lets through: left to lm-eval
+    rules = {"sums": {"acc": True, "acc_norm": False}}
+    assert members("sums", str(own_tasks)) == [Member("small_sums", rules), Member("large_sums", rules)]
+
+
+def test_own_tasks_are_known_and_identified_by_content(own_tasks: Path, tmp_path: Path) -> None:
+    check_tasks(["sums", "read", "mmlu"], str(own_tasks))
+    with pytest.raises(UserError, match=r"eval\.include_path: .*nowhere is no folder"):
+        check_tasks(["mmlu"], str(tmp_path / "nowhere"))
+    before = harness.own_tasks("read", str(own_tasks))
+    copy = shutil.copytree(own_tasks, tmp_path / "copy")
+    assert harness.own_tasks("read", str(copy)) == before
+    assert harness.own_tasks("boolq", str(copy)) is None
+    (copy / "read.yaml").write_text((copy / "read.yaml").read_text().replace("1.5", "1.6"))
+    assert harness.own_tasks("read", str(copy)) != before
 
 
 # --- what is taken from lm-eval's results -----------------------------------------------------------------------------
@@ -83,12 +119,13 @@ def found(results: dict[str, dict[str, Any]], groups: dict[str, list[str]] | Non
 
 def test_one_task() -> None:
     results = found({"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75}})
-    assert _summary(results, group_of("piqa")) == {
+    assert _summary(results) == {
         "tasks": {
             "piqa": {
                 "acc": 0.5,
                 "acc_stderr": 0.1,
                 "acc_norm": 0.75,
+                "metric": "acc",
                 "version": 1.0,
                 "num_fewshot": 0,
                 "samples": 10,  # with a limit, of those that were measured
@@ -99,7 +136,6 @@ def test_one_task() -> None:
 
 
 def test_the_mean_is_plain_over_tasks() -> None:
-    group = TaskGroup(("boolq", "rte", "arc_easy"), 0)
     results = found(
         {
             "boolq": {"acc,none": 0.6, "acc_stderr,none": 0.1},
@@ -108,7 +144,7 @@ def test_the_mean_is_plain_over_tasks() -> None:
         }
     )
     results["n-samples"]["boolq"]["effective"] = 1000  # however many examples each has
-    summary = _summary(results, group)
+    summary = _summary(results)
     assert list(summary["tasks"]) == ["boolq", "rte", "arc_easy"]
     assert summary["mean"] == {"acc": pytest.approx(0.4)}  # acc_norm is not known of all
 
@@ -126,47 +162,125 @@ def test_a_group_of_the_library_has_its_own_mean() -> None:
         },
         groups,
     )
-    summary = _summary(results, group_of("mmlu"))
+    summary = _summary(results)
     assert list(summary["tasks"]) == ["mmlu_a", "mmlu_b", "mmlu_c"]  # no group is counted as a task
-    assert summary["tasks"]["mmlu_a"] == {"acc": 0.2, "version": 1.0, "num_fewshot": 0, "samples": 10}
+    assert summary["tasks"]["mmlu_a"] == {"acc": 0.2, "metric": "acc", "version": 1.0, "num_fewshot": 0, "samples": 10}
     assert summary["mean"] == {"acc": 0.45, "acc_stderr": 0.03}
 
 
 def test_a_task_without_accuracy_has_no_mean() -> None:
-    summary = _summary(found({"lambada": {"perplexity,none": 12.5}}), group_of("lambada"))
+    summary = _summary(found({"lambada": {"perplexity,none": 12.5}}))
     assert summary["tasks"]["lambada"]["perplexity"] == 12.5
     assert summary["mean"] == {}
 
 
 def test_two_filters_of_one_metric_are_kept_apart() -> None:
     metrics = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
-    values = _summary(found({"gsm8k": metrics}), group_of("gsm8k"))["tasks"]["gsm8k"].values()
+    values = _summary(found({"gsm8k": metrics}))["tasks"]["gsm8k"].values()
     assert {0.25, 0.5} <= set(values)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_passed_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def run(llama: Path, own_tasks: Path, name: str = "small_sums", **options: Any) -> tuple[dict[str, Any], Any]:
+    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    given = {"num_fewshot": None, "batch_size": 2, "limit": None, "seed": 0} | options
+    return harness.evaluate(model, tokenizer, name, include_path=str(own_tasks), **given)
+
+
+def test_settings_are_passed_on(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval
-    from lm_eval.models import huggingface
 
     asked: dict[str, Any] = {}
+    evaluate = lm_eval.evaluate
 
-    def simple_evaluate(**options: Any) -> dict[str, Any]:
-        print("a remark of the library")
+    def spy(**options: Any) -> Any:
         asked.update(options)
-        return found({"mmlu_a": {"acc,none": 0.5}, "mmlu": {"acc,none": 0.5}}, {"mmlu": ["mmlu_a"]})
+        return evaluate(**options)
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
-    monkeypatch.setattr(huggingface, "HFLM", lambda **options: SimpleNamespace(**options))
-    monkeypatch.setattr(harness, "_task_manager", lambda: None)
-    summary = harness.evaluate("model", "tokenizer", "mmlu", batch_size=3, limit=7, seed=11)
-    assert summary["mean"] == {"acc": 0.5}
-    assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["mmlu"], 5, 7)
-    assert {asked[f"{name}_seed"] for name in ("random", "numpy_random", "torch_random", "fewshot_random")} == {11}
-    assert vars(asked["model"]) == {"pretrained": "model", "tokenizer": "tokenizer", "batch_size": 3}
-    assert capsys.readouterr().out == ""  # results belong there
+    monkeypatch.setattr(lm_eval, "evaluate", spy)
+    metrics, samples = run(llama, own_tasks, num_fewshot=2, limit=3, seed=5, system_prompt="Add.")
+    assert (asked["limit"], asked["system_instruction"], asked["apply_chat_template"]) == (3, "Add.", False)
+    (task,) = asked["task_dict"]["tasks"].values()
+    assert task.fewshot_rnd is not None
+    assert all(request.args[0].startswith("Add.") for request in task.instances)
+    assert metrics["tasks"]["small_sums"]["num_fewshot"] == 2
+    assert (metrics["tasks"]["small_sums"]["samples"], len(samples["small_sums"])) == (3, 3)
+
+
+def test_a_chat_template_shapes_the_prompt(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Scorer, "loglikelihood", _recording(seen))
+    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    options: dict[str, Any] = {"num_fewshot": 1, "batch_size": 2, "limit": 2, "seed": 0, "system_prompt": "Add."}
+    harness.evaluate(model, tokenizer, "small_sums", chat_template=True, include_path=str(own_tasks), **options)
+    assert all(prompt.startswith("[system]Add.[user]") and "[assistant]" in prompt for prompt in seen)
+    assert seen
+
+
+def _recording(seen: list[str]) -> Any:
+    original = Scorer.loglikelihood
+
+    def loglikelihood(self: Any, requests: list[Any], **options: Any) -> Any:
+        seen.extend(request.args[0] for request in requests)
+        return original(self, requests, **options)
+
+    return loglikelihood
+
+
+def test_truncated_prompts_are_counted(llama: Path, own_tasks: Path) -> None:
+    assert run(llama, own_tasks)[0]["truncated_prompts"] == 0
+    # two examples before each question: more than the 128 tokens of this model; three answers share a prompt
+    assert run(llama, own_tasks, num_fewshot=2, limit=4)[0]["truncated_prompts"] == 4
+
+
+@pytest.mark.parametrize("task", ["small_sums", "read", "said"])
+def test_batches_are_those_of_the_library(llama: Path, own_tasks: Path, task: str) -> None:
+    """The very numbers, to the last bit, of lm-eval's own model with as many requests at a time."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    logged = []
+    for lm in (HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), Scorer(model, tokenizer, 4)):
+        tasks = harness._task_manager(str(own_tasks), whole=False).load([task])
+        found = lm_eval.evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0)
+        logged.append([sample["resps"] for sample in found["samples"][task]])
+    if task == "read":  # windows of several texts share a batch in other order
+        assert logged[0] == [[[pytest.approx(score, rel=1e-6)]] for [[score]] in logged[1]]
+    else:
+        assert logged[0] == logged[1]
+
+
+def test_a_batch_that_does_not_fit_is_halved(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    expected = run(llama, own_tasks, batch_size=16)
+    score = HFLM._loglikelihood_tokens
+    refused = []
+
+    def small_device(self: Any, requests: list[Any], **options: Any) -> Any:
+        if len(requests) > 3:
+            refused.append(len(requests))
+            raise torch.OutOfMemoryError
+        return score(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", small_device)
+    assert run(llama, own_tasks, batch_size=16) == expected
+    assert refused
+
+
+def test_batches_grow_as_requests_become_shorter(llama: Path) -> None:
+    scorer = Scorer(load_model(llama, torch.device("cpu")), load_tokenizer(llama), None)
+    assert scorer._batch_size_for(1024) == 2
+    assert scorer._batch_size_for(128) == 16
+    assert scorer._batch_size_for(10) == 32
+    scorer._room = 128 * (3 * 260 + 20 * 32) * 4 * 5.5
+    assert scorer._batch_size_for(128) == 5
+    scorer._room = 0
+    assert scorer._batch_size_for(128) == 1
 
 
 def test_the_library_writes_nothing_where_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
@@ -179,18 +293,48 @@ def test_the_library_writes_nothing_where_nobody_watches(capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("results\n", "an error")
 
 
-def test_a_failure_of_the_library_is_a_failed_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_library_is_a_failed_stage(
+    llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lm_eval
-    from lm_eval.models import huggingface
 
     def fail(**_: Any) -> None:
         raise KeyError("no such column")
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
-    monkeypatch.setattr(huggingface, "HFLM", lambda **options: None)
-    monkeypatch.setattr(harness, "_task_manager", lambda: None)
-    with pytest.raises(StageError, match=r"lm-eval could not run piqa: .*no such column"):
-        harness.evaluate(None, None, "piqa", batch_size=1, limit=None, seed=0)
+    monkeypatch.setattr(lm_eval, "evaluate", fail)
+    with pytest.raises(StageError, match=r"lm-eval could not run small_sums: .*no such column"):
+        run(llama, own_tasks)
+
+
+def by_the_command_line(checkpoint: Path, out: Path, task: str, *options: str) -> tuple[dict[str, Any], list[Any]]:
+    """Results and samples of ``lm_eval --model hf``."""
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={checkpoint}"]
+    command += ["--tasks", task, "--device", "cpu", "--log_samples", "--output_path", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(next(out.rglob("results_*.json")).read_text())
+    samples = [json.loads(line) for line in next(out.rglob("samples_*.jsonl")).read_text().splitlines()]
+    return results["results"][task], samples
+
+
+@pytest.mark.slow
+def test_samples_are_those_of_the_command_line(llama: Path, own_tasks: Path, tmp_path: Path) -> None:
+    options = ["--include_path", str(own_tasks), "--num_fewshot", "1", "--seed", "3", "--batch_size", "2"]
+    theirs, logged = by_the_command_line(llama, tmp_path, "small_sums", *options)
+    metrics, samples = run(llama, own_tasks, num_fewshot=1, seed=3)
+    for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+        assert metrics["tasks"]["small_sums"][metric] == theirs[f"{metric},none"]
+    assert_same_samples(samples["small_sums"], logged)
+
+
+def assert_same_samples(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(theirs)
+    for own, sample in zip(ours, sorted(theirs, key=lambda sample: sample["doc_id"]), strict=True):
+        assert (own["doc"], own["hash"]) == (sample["doc_id"], sample["doc_hash"])
+        assert (own["acc"], own["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+        likelihoods = [float(likelihood) for likelihood, _ in sample["filtered_resps"]]
+        assert own["chosen"] == likelihoods.index(max(likelihoods))
+        assert (own["chosen"] == own["target"]) == bool(own["acc"])
 
 
 COMPARE = """
@@ -203,10 +347,11 @@ from pathlib import Path
 directory = Path(sys.argv[1])
 model = checkpoint.load_model(directory, torch.device("cpu"))
 tokenizer = checkpoint.load_tokenizer(directory)
-ours = harness.evaluate(model, tokenizer, "arc_easy", batch_size=2, limit=2, seed=0)
+ours = harness.evaluate(model, tokenizer, "arc_easy", num_fewshot=0, batch_size=2, limit=20, seed=0)
 opened = HFLM(pretrained=str(directory), device="cpu", batch_size=1)
-theirs = lm_eval.simple_evaluate(model=opened, tasks=["arc_easy"], limit=2)
-print(json.dumps([ours, theirs["results"]["arc_easy"]]))
+theirs = lm_eval.simple_evaluate(model=opened, tasks=["arc_easy"], limit=20)
+samples = [{key: value for key, value in sample.items() if key != "doc"} for sample in theirs["samples"]["arc_easy"]]
+print(json.dumps([ours, theirs["results"]["arc_easy"], samples], default=str))
 """
 
 
@@ -225,9 +370,10 @@ def test_values_are_those_of_the_library(shared_data: Path, llama: Path, tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    ours, theirs = json.loads(done.stdout.splitlines()[-1])
+    (ours, samples), theirs, logged = json.loads(done.stdout.splitlines()[-1])
+    assert_same_samples(samples["arc_easy"], logged)
     task = ours["tasks"]["arc_easy"]
     assert (task["acc"], task["acc_norm"]) == (theirs["acc,none"], theirs["acc_norm,none"])
     assert (task["acc_stderr"], task["acc_norm_stderr"]) == (theirs["acc_stderr,none"], theirs["acc_norm_stderr,none"])
-    assert (task["samples"], task["num_fewshot"]) == (2, 0)
+    assert (task["samples"], task["num_fewshot"]) == (20, 0)
     assert ours["mean"] == {"acc": task["acc"], "acc_norm": task["acc_norm"]}

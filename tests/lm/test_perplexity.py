@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from sppctl.errors import UserError
 from sppctl.lm import perplexity
 from sppctl.lm.checkpoint import load_model
-from sppctl.lm.perplexity import Perplexity, summarise, text_windows, window_losses
+from sppctl.lm.perplexity import Perplexity, scored_tokens, summarise, text_windows, window_losses, window_sums
 
 CPU = torch.device("cpu")
 SEQ_LEN = 32
@@ -92,7 +92,7 @@ def test_equals_the_literal_computation(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_is_run_in_pieces_for_every_family(make_checkpoint: Callable[..., Path], family: str) -> None:
     model = load_sharp(make_checkpoint(family))
-    assert perplexity._head_is_last_step(model, torch.arange(8)[None])
+    assert perplexity.head_is_last_step(model, torch.arange(8)[None])
 
 
 def test_a_soft_cap_counts(make_checkpoint: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, text: str) -> None:
@@ -171,7 +171,7 @@ def test_a_head_that_is_not_the_last_step_is_noticed(
         return output
 
     monkeypatch.setattr(model, "forward", scaled)
-    assert not perplexity._head_is_last_step(model, torch.arange(8)[None])
+    assert not perplexity.head_is_last_step(model, torch.arange(8)[None])
     found = measure(model, tokenizer, text).value
     assert found == pytest.approx(literal(model, tokenizer, text, SEQ_LEN), rel=1e-5)
     assert found != pytest.approx(plain, rel=1e-3)
@@ -185,7 +185,47 @@ def test_a_head_of_another_size_is_noticed(llama: Path) -> None:
         return SimpleNamespace(logits=own[..., :200])
 
     model.forward = cut
-    assert not perplexity._head_is_last_step(model, torch.arange(8)[None])
+    assert not perplexity.head_is_last_step(model, torch.arange(8)[None])
+
+
+# --- overlapping windows ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def literal_sliding(model: Any, tokens: Tensor, seq_len: int, stride: int) -> tuple[float, int]:
+    """Each token predicted once, from as much of its window as lies before it; one forward per token."""
+    total, count, done = 0.0, 0, 1
+    for start in range(0, len(tokens) - seq_len + 1, stride):
+        for position in range(max(done, start + 1), start + seq_len):
+            logits = model(tokens[None, start:position]).logits[0, -1].double()
+            total -= logits.log_softmax(-1)[tokens[position]].item()
+            count += 1
+        done = start + seq_len
+    return total / count, count
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16, 31])
+def test_a_stride_scores_every_token_once_with_more_before_it(
+    llama: Path, tokenizer: PreTrainedTokenizerFast, text: str, stride: int
+) -> None:
+    model = load_sharp(llama)
+    windows = text_windows(tokenizer, text[:80], SEQ_LEN, None, "text", stride)
+    found = summarise(
+        torch.cat(list(window_sums(model, windows, 3, scored_tokens(len(windows), SEQ_LEN, stride)))), SEQ_LEN, stride
+    )
+    expected, count = literal_sliding(model, torch.tensor(tokenizer(text[:80]).input_ids), SEQ_LEN, stride)
+    assert found.nll == pytest.approx(expected, rel=1e-5)
+    assert (found.tokens, found.stride) == (count, stride)
+
+
+def test_a_stride_of_a_window_is_no_overlap(llama: Path, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    model = load_sharp(llama)
+    windows = text_windows(tokenizer, text, SEQ_LEN, None, "text", SEQ_LEN)
+    assert torch.equal(windows, text_windows(tokenizer, text, SEQ_LEN, None, "text"))
+    found = summarise(
+        torch.cat(list(window_sums(model, windows, 4, scored_tokens(len(windows), SEQ_LEN, SEQ_LEN)))), SEQ_LEN, SEQ_LEN
+    )
+    assert found == measure(model, tokenizer, text)
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------

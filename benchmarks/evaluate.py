@@ -1,0 +1,116 @@
+"""Time and memory of measuring perplexity, as ratios to the model's own forward on the same windows.
+
+    python benchmarks/evaluate.py CHECKPOINT [--windows 8 --seq-len 2048 --repeats 5]
+
+The baseline is ``model(window)`` with all its logits, as the literature's code runs it, without a loss. Beside it:
+perplexity with chunked logits, the same with the distance to a reference model, and the plain way (all logits in
+float32, one cross-entropy). Memory is the peak above the loaded model, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sppctl.lm import checkpoint
+from sppctl.lm.divergence import Reference, divergence
+from sppctl.lm.perplexity import window_losses, window_sums
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = checkpoint.pick_device(arguments.device)
+    model = checkpoint.load_model(arguments.checkpoint, device)
+    shape = (arguments.windows, arguments.seq_len)
+    windows = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = ways(model, windows, Path(scratch, "hidden.bin"))
+        if arguments.memory_of:
+            print(peak(cases[arguments.memory_of], device))
+            return
+        rounds: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(arguments.repeats + 1):
+            for name, work in cases.items():
+                rounds[name].append(timed(work, device))
+    seconds = {name: statistics.median(times[1:]) for name, times in rounds.items()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {model.dtype}")
+    print(f"{arguments.windows} windows x {arguments.seq_len} tokens; forward {seconds['forward']:.2f} s")
+    print("| | forwards | peak above the model, MiB |\n| --- | ---: | ---: |")
+    for case in cases:
+        done = subprocess.run([sys.executable, *sys.argv, "--memory-of", case], capture_output=True, text=True)
+        print(f"| {case} | {seconds[case] / seconds['forward']:.2f} | {float(done.stdout):,.0f} |", flush=True)
+
+
+def ways(model: Any, windows: torch.Tensor, file: Path) -> dict[str, Callable[[], Any]]:
+    reference: list[Reference] = []
+
+    @torch.no_grad()
+    def forward() -> None:
+        for window in windows:
+            model(window[None].to(model.device), use_cache=False).logits.sum()
+
+    @torch.no_grad()
+    def plain() -> None:
+        for window in windows:
+            window = window.to(model.device)
+            logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            F.cross_entropy(logits, window[1:]).item()
+
+    def compared() -> None:
+        if not reference:
+            reference.append(Reference(model, windows, 1, file))
+
+        def compare(window: int, start: int, stop: int, logits: torch.Tensor) -> tuple[float, int]:
+            return divergence(reference[0].log_probs(window, start, stop), logits)
+
+        list(window_sums(model, windows, 1, compare=compare))
+
+    return {
+        "forward": forward,
+        "plain cross-entropy": plain,
+        "perplexity": lambda: list(window_losses(model, windows, 1)),
+        "perplexity and divergence": compared,
+    }
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak(work: Callable[[], Any], device: torch.device) -> float:
+    """MiB above what is there before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+if __name__ == "__main__":
+    main()

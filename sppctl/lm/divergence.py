@@ -1,0 +1,69 @@
+"""The dense model's predictions on the same windows: what a sparse model is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sppctl.errors import UserError
+from sppctl.lm.perplexity import head_is_last_step, head_logits
+
+
+class Reference:
+    """A model's final hidden states on windows, in a mapped file; its output head turns them into logits again.
+
+    A hidden state is some hundred times smaller than a row of logits, so a long text fits on a disk, and the dense
+    model itself need not be in memory beside the one that is compared with it.
+    """
+
+    def __init__(self, model: Any, windows: Tensor, batch_size: int, file: Path) -> None:
+        """Runs the model on all windows.
+
+        Args:
+            model: the dense causal language model; only its head is kept.
+            windows: (windows, seq_len) int64.
+            batch_size: windows at a time.
+            file: takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype.
+
+        Raises:
+            UserError: the model does more to its logits than its head does, so they cannot be made again.
+        """
+        if not head_is_last_step(model, windows[:1, :8].to(model.device)):
+            raise UserError(
+                f"eval.divergence: {model.config.model_type} changes its logits after the output head; set it to null"
+            )
+        self.head, self.config, self.device = model.get_output_embeddings(), model.config, model.device
+        shape = (*windows.shape, self.head.weight.shape[1])
+        self.hidden = torch.from_file(str(file), shared=True, size=windows.numel() * shape[-1], dtype=model.dtype).view(
+            shape
+        )
+        with torch.no_grad():
+            for start in range(0, len(windows), batch_size):
+                batch = windows[start : start + batch_size].to(model.device)
+                self.hidden[start : start + len(batch)] = model.base_model(input_ids=batch, use_cache=False)[0].cpu()
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of its logits."""
+        return int(self.head.weight.shape[0])
+
+    def log_probs(self, window: int, start: int, stop: int) -> Tensor:
+        """log p (stop - start, vocabulary) in float32 for some positions of a window."""
+        hidden = self.hidden[window, start:stop].to(self.device)
+        return F.log_softmax(head_logits(self.head, self.config, hidden), dim=-1)
+
+
+def divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
+    """Sum of KL(reference || model) in nats, and on how many positions both find the same token likeliest.
+
+    Args:
+        reference: (positions, vocabulary) float32, log-probabilities.
+        logits: (positions, vocabulary) float32 of the model that is compared.
+    """
+    compared = F.log_softmax(logits, dim=-1)
+    kl = F.kl_div(compared, reference, reduction="sum", log_target=True).item()
+    return kl, int((reference.argmax(-1) == compared.argmax(-1)).sum())

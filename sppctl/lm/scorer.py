@@ -1,0 +1,144 @@
+"""lm-eval's transformers model with batches sized by memory, whose work several processes share.
+
+lm-eval itself gives each process documents of its own, so that a request is computed in other company than in a single
+process, and its score differs in the last bits. Here every process prepares all requests and makes the same batches;
+each computes every so many of them. Any number of processes thus gives the numbers of one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from sppctl import distributed
+from sppctl.lm.activations import free_memory
+
+ALL = 1 << 30
+MEMORY_SHARE = 0.5  # of what is free may be taken by a batch
+LARGEST = {"cpu": 32, "cuda": 256}  # requests, beyond which a device gains nothing
+CPU_TOKENS = 2048  # in a batch, beyond which a CPU gains nothing
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
+
+
+class Scorer(HFLM):
+    """Scores requests and generates answers, longest first, like :class:`HFLM`.
+
+    Attributes:
+        truncated: prompts that were too long for the model and lost their beginning, as lm-eval does it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+        """Wraps a loaded model.
+
+        Args:
+            model: causal language model of transformers.
+            tokenizer: its tokenizer.
+            batch_size: requests at a time; None: as many as fit.
+        """
+        # with "auto" the library asks _detect_batch_size, and hands over all that is to be done at once
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size="auto")
+        self.requests_at_a_time = batch_size
+        self.truncated: set[str] = set()
+        torch.cuda.empty_cache()
+        sharing = distributed.world_size() if self.device.type == "cpu" else 1
+        free = torch.tensor([-free_memory(self.device) / sharing], device=self.device)
+        distributed.largest(free)  # the process with the least decides for all
+        self._room = -free.item() * MEMORY_SHARE
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        return ALL
+
+    def _batch_size_for(self, length: int) -> int:
+        """Requests of some tokens that fit into memory together."""
+        if self.requests_at_a_time is not None:
+            return self.requests_at_a_time
+        config = self.model.config.get_text_config()
+        # logits and their log-softmax, with room for one copy; a block's activations at their widest
+        width = 3 * config.vocab_size + 20 * config.hidden_size
+        fitting = int(self._room // (length * width * self.model.dtype.itemsize))
+        if self.device.type == "cpu":
+            fitting = min(fitting, CPU_TOKENS // length)
+        return max(1, min(fitting, LARGEST.get(self.device.type, LARGEST["cpu"])))
+
+    def _own(self, batches: list[list[int]], title: str) -> Iterator[list[int]]:
+        own = batches[distributed.rank() :: distributed.world_size()]
+        return iter(tqdm(own, desc=title, unit="batch", disable=not distributed.is_main()))
+
+    # --- log-likelihoods ----------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each answer, and whether greedy decoding gives it."""
+        longest = self.max_length + 1  # the last token is predicted, not read
+        for texts, context, answer in requests:
+            if texts is not None and len(context) + len(answer) > longest:
+                self.truncated.add(texts[0])
+        scores = torch.zeros(len(requests), 2, dtype=torch.float64)
+        for batch in self._own(self._batches(requests), "requests"):
+            found = self._score([requests[index] for index in batch])
+            scores[batch] = torch.tensor(found, dtype=torch.float64)
+        shared = scores.to(self.device)  # NCCL adds up on GPUs only
+        distributed.add_up(shared)
+        return [(likelihood, bool(greedy)) for likelihood, greedy in shared.tolist()]
+
+    def _batches(self, requests: list[Request]) -> list[list[int]]:
+        """Indices of requests, batch by batch, longest first; answers of one token to one prompt share a row."""
+        rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_, context, answer) in enumerate(requests):
+            rows[tuple(context + answer[:-1])].append(index)
+
+        def order(row: list[int]) -> tuple[int, list[int]]:
+            _, context, answer = requests[max(row, key=lambda index: len(requests[index][2]))]
+            return -len(context + answer), context + answer
+
+        batches: list[list[int]] = []
+        size = filled = 0
+        for row in sorted(rows.values(), key=order):
+            if filled == size:
+                _, context, answer = requests[row[0]]
+                size, filled = self._batch_size_for(min(len(context + answer), self.max_length)), 0
+                batches.append([])
+            batches[-1] += row
+            filled += 1
+        return batches
+
+    def _score(self, batch: list[Request]) -> list[tuple[float, bool]]:
+        try:
+            return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return self._score(batch[:half]) + self._score(batch[half:])
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that follows each prompt."""
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            prompt, options = request.args
+            if lengths[index] > self.max_length - options.get("max_gen_toks", self.max_gen_toks):
+                self.truncated.add(prompt)
+            kinds[repr(options)].append(index)
+        batches = []
+        size = self._batch_size_for(self.max_length)
+        for kind in kinds.values():
+            kind.sort(key=lambda index: (-lengths[index], requests[index].args[0]))
+            batches += [kind[start : start + size] for start in range(0, len(kind), size)]
+        texts: dict[int, str] = {}
+        for batch in self._own(batches, "texts"):
+            found = super().generate_until([requests[index] for index in batch], disable_tqdm=True)
+            texts |= dict(zip(batch, found, strict=True))
+        for other in distributed.collect(texts):
+            texts |= other
+        return [texts[index] for index in range(len(requests))]

@@ -1,0 +1,207 @@
+"""Benchmark tasks of lm-eval: which are asked for, one result each, and the means of their groups.
+
+A group is measured task by task, so that an interrupted evaluation goes on with the next task. Its mean is computed
+from the results whenever it is shown, as lm-eval computes it: by samples where the group says so, else by tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from sppctl import console, distributed
+from sppctl.lm import harness
+from sppctl.settings import Config
+
+Row = tuple[str, float | None, float | None]
+SHOWN = 10  # tasks of a group in a table; of a larger one its parts, if it has any
+
+
+def wanted(config: Config) -> list[dict[str, Any]]:
+    """The configured tasks, one entry per task, with all settings that change its numbers."""
+    entries: list[dict[str, Any]] = []
+    names = [part for name in config.eval.tasks for part in (harness.ALL if name == "all" else (name,))]
+    for name in dict.fromkeys(names):
+        asked = config.eval.num_fewshot
+        few = harness.group_of(name).num_fewshot if asked is None else asked
+        for member in harness.members(name, config.eval.include_path):
+            entry: dict[str, Any] = {"kind": "tasks", "tasks": member.task, "num_fewshot": few}
+            entry |= {"limit": config.eval.limit, "seed": config.run.seed}
+            optional = {
+                "group": name if member.task != name else None,
+                "chat_template": config.eval.chat_template or None,
+                "system_prompt": config.eval.system_prompt,
+                "own_tasks": harness.own_tasks(member.task, config.eval.include_path),
+            }
+            entries.append(entry | {key: value for key, value in optional.items() if value is not None})
+    return entries
+
+
+def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
+    """Whether results hold an entry, by itself or as part of a group that was measured in one go."""
+    if entry in done:
+        return True
+    whole = {key: value for key, value in entry.items() if key != "group"} | {"tasks": entry.get("group")}
+    return "group" in entry and whole in done
+
+
+def measure(
+    config: Config, model: Any, tokenizer: Any, settings: dict[str, Any], *, label: str, samples: Path
+) -> dict[str, Any]:
+    """Runs one task; every process of several takes part.
+
+    Args:
+        config: the configuration, for what does not change the numbers.
+        model: the loaded model.
+        tokenizer: its tokenizer.
+        settings: an entry of :func:`wanted`.
+        label: of the checkpoint, for progress.
+        samples: folder for what came of each sample, ``TASK.jsonl``.
+
+    Returns:
+        ``{"tasks", "mean", "truncated_prompts"}`` of :func:`sppctl.lm.harness.evaluate`, ``"groups"`` of the task's
+        :class:`sppctl.lm.harness.Member`, the number of ``"members"`` of the group that was asked for, and for each
+        task the hash of its file of samples.
+    """
+    name = settings["tasks"]
+    console.note(f"{label}: {title(settings)}")
+    metrics, logged = harness.evaluate(
+        model,
+        tokenizer,
+        name,
+        num_fewshot=settings["num_fewshot"],
+        batch_size=None if config.eval.batch_size == "auto" else config.eval.batch_size,
+        limit=settings["limit"],
+        seed=settings["seed"],
+        chat_template=settings.get("chat_template", False),
+        system_prompt=settings.get("system_prompt"),
+        include_path=config.eval.include_path,
+    )
+    if metrics["truncated_prompts"]:
+        console.warn(
+            f"{name}: {metrics['truncated_prompts']} prompts are longer than the model's context; lm-eval cuts off "
+            "their beginning"
+        )
+    family = harness.members(settings.get("group", name), config.eval.include_path)
+    metrics["groups"] = next((member.groups for member in family if member.task == name), {})
+    metrics["members"] = len(family)
+    metrics["samples_hash"] = {task: _write_samples(samples, task, found) for task, found in logged.items()}
+    return metrics
+
+
+def _write_samples(folder: Path, task: str, found: list[dict[str, Any]]) -> str:
+    lines = harness.as_lines(found)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{os.getpid()}.partial"
+        partial.write_text(lines)
+        os.replace(partial, folder / samples_name(task))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def samples_name(task: str) -> str:
+    """The file of a task's samples."""
+    return re.sub(r"[^\w.:-]+", "-", task) + ".jsonl"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def title(settings: dict[str, Any], name: str | None = None) -> str:
+    """How a task or group is called in tables, with all that sets it apart."""
+    words = [name or settings["tasks"]]
+    words += [f"{settings['num_fewshot']}-shot"] * bool(settings["num_fewshot"])
+    words += ["chat"] * bool(settings.get("chat_template")) + ["system prompt"] * bool(settings.get("system_prompt"))
+    cut = f", limit {settings['limit']}" if settings["limit"] is not None else ""
+    return " ".join(words) + cut
+
+
+def rows(results: list[dict[str, Any]]) -> list[Row]:
+    """Name, value and acc_norm of every task and group among the results of a checkpoint."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        settings = result["settings"]
+        # what belongs together differs in nothing but the task
+        shared = {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
+        families.setdefault(str(shared if "group" in settings else settings), []).append(result)
+    found: list[Row] = []
+    for family in families.values():
+        settings = family[0]["settings"]
+        found += _group_rows(family) if "group" in settings else _whole_rows(family[0])
+    return found
+
+
+def _whole_rows(result: dict[str, Any]) -> list[Row]:
+    """A task, or a group that lm-eval ran in one go."""
+    name, metrics = title(result["settings"]), result["metrics"]
+    tasks = metrics["tasks"] if len(metrics["tasks"]) <= SHOWN else {}
+    if len(metrics["tasks"]) == 1 and result["settings"]["tasks"] in tasks:
+        return [_task_row(name, next(iter(tasks.values())))]
+    mean = (f"{name} mean", metrics["mean"].get("acc"), metrics["mean"].get("acc_norm"))
+    return [mean, *(_task_row(f"  {task} ({name})", values) for task, values in tasks.items())]
+
+
+def _group_rows(family: list[dict[str, Any]]) -> list[Row]:
+    settings, metrics = family[0]["settings"], family[0]["metrics"]
+    name = title(settings, settings["group"])
+    part = f" of {len(family)} of {metrics['members']} tasks" if len(family) < metrics["members"] else ""
+    whole = group_mean(family, settings["group"])
+    found: list[Row] = [(f"{name} mean{part}", whole.get("acc"), whole.get("acc_norm"))]
+    if metrics["members"] > SHOWN:
+        parts = dict.fromkeys(group for result in family for group in list(result["metrics"]["groups"])[1:])
+        means = {group: group_mean(family, group) for group in parts}
+        return found + [(f"  {group} ({name})", mean.get("acc"), mean.get("acc_norm")) for group, mean in means.items()]
+    for result in family:
+        for task, values in result["metrics"]["tasks"].items():
+            found.append(_task_row(f"  {task} ({name})", values))
+    return found
+
+
+def _task_row(name: str, values: dict[str, Any]) -> Row:
+    metric = values.get("metric") or ("acc" if "acc" in values else next(iter(values)))
+    words = "" if metric == "acc" else f" {metric.replace('_', ' ')}" + " (lm-eval)" * metric.endswith("perplexity")
+    return f"{name}{words}", values.get(metric), values.get("acc_norm")
+
+
+def is_share(name: str) -> bool:
+    """Whether a row's value is a share of samples, shown in percent, rather than a perplexity or the like."""
+    return not (name.startswith(("ppl ", "KL(")) or "perplexity" in name or "bits per byte" in name)
+
+
+def group_mean(family: list[dict[str, Any]], group: str) -> dict[str, float]:
+    """The mean of a group over those of its tasks that have been measured, with its standard error if it is lm-eval's.
+
+    Args:
+        family: results of single tasks.
+        group: one of the groups they name.
+    """
+    inside = [result["metrics"] for result in family if group in result["metrics"]["groups"]]
+    tasks = [values for metrics in inside for values in metrics["tasks"].values()]
+    rules = inside[0]["groups"][group]
+    if not rules:
+        return harness.plain_mean(tasks)
+    mean = {}
+    for metric, by_samples in rules.items():
+        having = [values for values in tasks if metric in values]
+        if not having:
+            continue
+        sizes = [values["samples"] for values in having]
+        weights = sizes if by_samples else [1] * len(having)
+        pairs = zip(weights, having, strict=True)
+        mean[metric] = sum(weight * values[metric] for weight, values in pairs) / sum(weights)
+        errors = [values.get(f"{metric}_stderr") for values in having]
+        if None not in errors:
+            mean[f"{metric}_stderr"] = _error_of_mean(errors, sizes, by_samples)  # type: ignore[arg-type]
+    return mean
+
+
+def _error_of_mean(errors: list[float], sizes: list[int], by_samples: bool) -> float:
+    """lm-eval's: of the pooled variance over all samples, or of a mean of independent means."""
+    if not by_samples:
+        return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    pooled = sum((size - 1) * size * error**2 for error, size in zip(errors, sizes, strict=True))
+    return math.sqrt(pooled / (sum(sizes) - len(sizes)) / sum(sizes))

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sppctl import pipeline
+from sppctl.config import load_config
+from sppctl.errors import StageError, UserError
+from sppctl.lm import harness
+from sppctl.lm.checkpoint import load_model, load_tokenizer
+from sppctl.run_directory import Run
+from sppctl.stages import evaluate, tasks
+from sppctl.stages.evaluate import result_name, rows_of
+
+
+def result(task: str, acc: float, samples: int, group: str, groups: dict[str, dict[str, bool]], members: int) -> Any:
+    settings = {"kind": "tasks", "tasks": task, "num_fewshot": 5, "limit": None, "seed": 0, "group": group}
+    values = {"acc": acc, "acc_stderr": 0.01, "metric": "acc", "samples": samples}
+    metrics = {"tasks": {task: values}, "mean": {"acc": acc}, "groups": groups, "members": members}
+    return {"settings": settings, "metrics": metrics}
+
+
+@pytest.fixture
+def measure(config_file: Path, llama: Path, own_tasks: Path) -> Callable[..., dict[str, Any]]:
+    """measure("eval.limit=3", ...) -> the results of the base model on the tasks of one's own."""
+
+    def run(*overrides: str, names: str = "sums") -> dict[str, Any]:
+        own = [f"eval.include_path={own_tasks}", f"eval.tasks=[{names}]", "eval.perplexity=[]"]
+        return pipeline.evaluate_some(Run(load_config(str(config_file), [*own, *overrides])), ["base"])["base"]
+
+    return run
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def wanted(*overrides: str) -> list[dict[str, Any]]:
+    return tasks.wanted(load_config(None, ["run.seed=4", *overrides]))
+
+
+def test_a_task_without_options_is_identified_as_ever() -> None:
+    assert wanted("eval.tasks=[wikitext]") == [
+        {"kind": "tasks", "tasks": "wikitext", "num_fewshot": None, "limit": None, "seed": 4}
+    ]
+
+
+def test_options_enter_when_they_are_set(own_tasks: Path) -> None:
+    options = ["eval.num_fewshot=2", "eval.chat_template=true", "eval.system_prompt=Add.", "eval.limit=7"]
+    (entry,) = wanted("eval.tasks=[read]", f"eval.include_path={own_tasks}", *options)
+    assert entry.pop("own_tasks") == harness.own_tasks("read", str(own_tasks))
+    assert entry == {
+        "kind": "tasks",
+        "tasks": "read",
+        "num_fewshot": 2,
+        "limit": 7,
+        "seed": 4,
+        "chat_template": True,
+        "system_prompt": "Add.",
+    }
+    assert result_name(entry) == "read 2-shot chat system prompt, limit 7"
+
+
+def test_all_is_every_group_task_by_task() -> None:
+    entries = wanted("eval.tasks=[all, zeroshot]")
+    assert [entry.get("group") for entry in entries] == ["zeroshot"] * 7 + ["mmlu"] * 57 + [None]
+    assert [entry["num_fewshot"] for entry in entries] == [0] * 7 + [5] * 57 + [None]
+
+
+def test_a_group_that_was_measured_in_one_go_still_counts() -> None:
+    entries = wanted("eval.tasks=[zeroshot]")
+    before = {"kind": "tasks", "tasks": "zeroshot", "num_fewshot": 0, "limit": None, "seed": 4}
+    assert all(tasks.is_done(entry, [before]) for entry in entries)
+    assert not any(tasks.is_done(entry, [before | {"limit": 9}]) for entry in entries)
+    assert not tasks.is_done(wanted("eval.tasks=[boolq]")[0], [before])
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_every_task_is_written_with_all_that_one_must_know(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    content = measure("eval.limit=3")
+    small, large = content["results"]
+    assert [entry["settings"]["tasks"] for entry in (small, large)] == ["small_sums", "large_sums"]
+    values = small["metrics"]["tasks"]["small_sums"]
+    assert (values["version"], values["metric"], values["num_fewshot"], values["samples"]) == (1.5, "acc", 0, 3)
+    assert values["acc_stderr"] >= 0
+    assert (small["metrics"]["truncated_prompts"], small["metrics"]["members"]) == (0, 2)
+    assert len(small["tokenizer"]) == 16
+    assert small["versions"]["lm_eval"]
+    lines = (tmp_path / "run/eval/base.samples/small_sums.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    first = json.loads(lines[0])
+    assert set(first) == {"doc", "hash", "chosen", "target", "acc", "acc_norm"}
+    assert values["acc"] == pytest.approx(sum(json.loads(line)["acc"] for line in lines) / 3)
+
+
+def test_an_interrupted_group_goes_on_with_the_next_task(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = harness.evaluate
+    asked: list[str] = []
+
+    def fail_on_the_second(model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
+        asked.append(name)
+        if asked == ["small_sums", "large_sums"]:
+            raise StageError("power cut")
+        return run(model, tokenizer, name, **options)
+
+    monkeypatch.setattr(harness, "evaluate", fail_on_the_second)
+    with pytest.raises(StageError):
+        measure()
+    half = json.loads((tmp_path / "run/eval/base.json").read_text())
+    assert [name for name, *_ in rows_of(half)] == ["sums mean of 1 of 2 tasks", "  small_sums (sums)"]
+    content = measure()
+    assert measure() == content
+    assert asked == ["small_sums", "large_sums", "large_sums"]
+    assert [name for name, *_ in rows_of(content)] == ["sums mean", "  small_sums (sums)", "  large_sums (sums)"]
+
+
+def test_another_tokenizer_makes_results_stale(
+    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = measure()
+    monkeypatch.setattr(evaluate.checkpoint, "tokenizer_fingerprint", lambda directory: "another")
+    after = measure()
+    assert {entry["tokenizer"] for entry in after["results"]} == {"another"} != before["results"][0]["tokenizer"]
+
+
+def test_a_template_that_is_not_there(measure: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"eval\.chat_template: this model's tokenizer has no chat template"):
+        measure("eval.chat_template=true")
+
+
+def test_the_mean_of_a_group_is_that_of_the_library(
+    measure: Callable[..., dict[str, Any]], llama: Path, own_tasks: Path
+) -> None:
+    content = measure()
+    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    options: dict[str, Any] = {"num_fewshot": None, "batch_size": 4, "limit": None, "seed": 1}
+    whole, _ = harness.evaluate(model, tokenizer, "sums", include_path=str(own_tasks), **options)
+    assert set(whole["mean"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert tasks.group_mean(content["results"], "sums") == pytest.approx(whole["mean"], rel=1e-12)
+    sizes = [whole["tasks"][task]["samples"] for task in ("small_sums", "large_sums")]
+    assert sizes == [9, 4]  # so that the two kinds of mean differ
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(
+    config_file: Path, own_tasks: Path, text_file: Path, tmp_path: Path
+) -> None:
+    names = "eval.tasks=[sums, read, said]"
+    arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", names, "eval.batch_size=2"]
+    found = []
+    for number in (1, 2):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "sppctl"]
+        place = tmp_path / f"by-{number}"
+        command = [sys.executable, *start, *arguments, f"run.dir={place}", "--model", "base", "--json"]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        content = json.loads(done.stdout)
+        assert content == json.loads((place / "eval/base.json").read_text())
+        files = {path.name: path.read_text() for path in sorted((place / "eval/base.samples").iterdir())}
+        found.append(([(entry["settings"], entry["metrics"]) for entry in content["results"]], files))
+    assert found[0] == found[1]
+    assert list(found[0][1]) == ["large_sums.jsonl", "read.jsonl", "said.jsonl", "small_sums.jsonl"]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_group_is_shown_by_its_parts() -> None:
+    rules = {"acc": True}
+    family = [result(f"a{i}", 0.5, 10, "mmlu", {"mmlu": rules, "mmlu_stem": rules}, 12) for i in range(11)] + [
+        result("b", 0.2, 40, "mmlu", {"mmlu": rules, "mmlu_other": rules}, 12)
+    ]
+    assert tasks.rows(family) == [
+        ("mmlu 5-shot mean", pytest.approx((0.5 * 110 + 0.2 * 40) / 150), None),
+        ("  mmlu_stem (mmlu 5-shot)", pytest.approx(0.5), None),
+        ("  mmlu_other (mmlu 5-shot)", pytest.approx(0.2), None),
+    ]
+
+
+def test_the_same_group_with_other_settings_is_another() -> None:
+    one = result("boolq", 0.5, 10, "zeroshot", {"zeroshot": {}}, 1)
+    other = result("boolq", 0.7, 10, "zeroshot", {"zeroshot": {}}, 1)
+    other["settings"] |= {"limit": 10}
+    names = [name for name, *_ in tasks.rows([one, other])]
+    assert names[0] == "zeroshot 5-shot mean"
+    assert names[2] == "zeroshot 5-shot, limit 10 mean"
+
+
+def test_word_perplexity_says_whose_it_is() -> None:
+    settings = {"kind": "tasks", "tasks": "wikitext", "num_fewshot": None, "limit": None, "seed": 0}
+    values = {"word_perplexity": 31.5, "byte_perplexity": 1.9, "metric": "word_perplexity", "samples": 62}
+    content = {"results": [{"settings": settings, "metrics": {"tasks": {"wikitext": values}, "mean": {}}}]}
+    assert rows_of(content) == [("wikitext word perplexity (lm-eval)", 31.5, None)]
+    assert not tasks.is_share("wikitext word perplexity (lm-eval)")
+    assert tasks.is_share("  boolq (zeroshot)")
+
+
+def test_results_of_whole_groups_are_shown_as_before() -> None:
+    settings = {"kind": "tasks", "tasks": "zeroshot", "num_fewshot": 0, "limit": 5, "seed": 0}
+    found = {"boolq": {"acc": 0.5, "acc_stderr": 0.1}, "rte": {"acc": 0.7, "acc_norm": 0.8}}
+    metrics = {"tasks": found, "mean": {"acc": 0.6}}
+    assert tasks.rows([{"settings": settings, "metrics": metrics}]) == [
+        ("zeroshot, limit 5 mean", 0.6, None),
+        ("  boolq (zeroshot, limit 5)", 0.5, None),
+        ("  rte (zeroshot, limit 5)", 0.7, 0.8),
+    ]
