@@ -25,7 +25,6 @@ FURTHER = (("#CC79A7", "xxx"), ("#009E73", "---"), ("#D55E00", "\\\\\\"))
 MARKS = {"base": "s", "pruned": "v", "adapter": "D", "merged": "o"}
 FURTHER_MARKS = "^P*X<>"
 LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis could not be told from nothing
-MAX_TASKS = 24  # rows of dots that fit a figure
 WIDTH = 7.0  # inches: a page's text
 
 
@@ -141,7 +140,7 @@ def _made(row: Row) -> tuple[str | None, ...]:
 def task_names(found: Sequence[Row]) -> list[str]:
     """Measures that are drawn as dots: shares of 1."""
     own = {name for row in found for name, measure in row.measures.items() if measure.kind in (ACCURACY, AGREEMENT)}
-    return [name for name in names(list(found)) if name in own][:MAX_TASKS]
+    return [name for name in names(list(found)) if name in own]
 
 
 def dots(found: Sequence[Row]) -> Figure:
@@ -201,6 +200,9 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
         "validation": (COLOURS[5], "--", "s"),
         "perplexity": ("black", "-", "D"),
     }
+    # points from the end of a line to its number, so that two losses that end together can be read
+    higher = "validation" in curves and "training" in curves and curves["validation"][-1][1] < curves["training"][-1][1]
+    shifts = {"training": 2 if higher else -9, "validation": -9 if higher else 2, "perplexity": -3}
     for name, points in curves.items():
         axes = grid[-1 if name == "perplexity" else 0, 0]
         colour, line, marker = looks[name]
@@ -208,7 +210,7 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, line, color=colour, marker=marker, markersize=5, markevery=every, label=name)
         value = f"{values[-1]:.2f}" if name == "perplexity" else f"{values[-1]:.3f}"
-        axes.annotate(value, (steps[-1], values[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
+        axes.annotate(value, (steps[-1], values[-1]), (6, shifts[name]), textcoords="offset points", color=colour)
     grid[0, 0].set_ylabel("loss (nats per token)")
     if len(curves) - below > 1:
         grid[0, 0].legend()

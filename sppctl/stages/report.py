@@ -86,7 +86,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
     if len(runs) > 1:
         found = measures.rows_of_all(runs)
         if found:
-            parts.append("\n".join([f"# {len(runs)} runs", "", *_section(tables.wide_table(found), _note(found)), ""]))
+            lines = [f"# {len(runs)} runs", "", *_section(tables.value_table(found)), ""]
+            parts.append("\n".join([*lines, *_section(tables.gap_table(found), _note(found)), ""]))
     parts += [_markdown_of_run(run, "" if len(runs) == 1 else f"{run['run']}/") for run in runs]
     return "\n".join(parts)
 

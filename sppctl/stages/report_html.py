@@ -25,7 +25,7 @@ PAIRED = (
 )
 STYLE = """
 :root { color-scheme: light; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; background: #fff; color: #1a1a1a;
+body { margin: 0 auto; max-width: 78rem; padding: 1.5rem; background: #fff; color: #1a1a1a;
   font: 16px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; margin: 0 0 .5rem; }
@@ -127,7 +127,8 @@ def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
     if not found:
         return
     content.heading(2, "All runs")
-    content.table(tables.wide_table(found), "wide")
+    content.table(tables.value_table(found), "wide")
+    content.table(tables.gap_table(found), "wide")
     content.note(f"Differences of accuracies are percentage points; {measures.GAP_FORMULA}.")
     if plots_results.bar_names(found):
         content.figure(lambda: plots_results.bars(found), "Perplexity and divergence from the dense model, all runs")
@@ -195,7 +196,7 @@ def _training(content: _Page, run: dict[str, Any]) -> None:
     curves = plots_results.loss_curves(metrics.get("history", []), end)
     if curves:
         content.heading(3, "Training")
-        content.figure(lambda: plots_results.losses(curves), f"{' and '.join(curves)} by optimizer step".capitalize())
+        content.figure(lambda: plots_results.losses(curves), f"By optimizer step: {', '.join(curves)}")
 
 
 def _made(content: _Page, run: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ TEXT_COLUMNS = {
         "text or tasks",
         "dtype",
     ),
-    *("device",),
+    *("device", "measured on"),
 }
 CSV_COLUMNS = [
     *("run", "checkpoint", "method", "pattern", "training", "seed", "sparsity", "bytes", "fingerprint"),
@@ -136,22 +136,42 @@ def flip_table(comparisons: list[dict[str, Any]]) -> Table:
 # --- several runs -----------------------------------------------------------------------------------------------------
 
 
-def wide_table(found: list[Row]) -> Table:
-    """The paper's shape: a row per checkpoint, a column per measure; what is quoted also as difference and gap."""
-    several = len({row.run for row in found}) > 1
-    header = ["run"] * several + ["checkpoint", "method", "pattern", "training", "sparsity"]
-    columns, quoted = measures.names(found), measures.headlines(found)
-    lines = []
-    for row in found:
-        words = [row.run] * several + [row.checkpoint, row.method or "-", row.pattern or "-", row.training or "-"]
-        cells = [cell(row, name) for name in columns]
-        lines.append([*words, _percent(row.sparsity["sparsity"]), *cells])
-    header += [name.strip() for name in columns]
-    for title, write in (("- base", _difference), ("gap recovered", _recovered)):
-        own = [name for name in quoted if any(write(row, name) != "-" for row in found)]
-        header += [f"{name.strip()} {title}" if title == "- base" else f"{title}, {name.strip()}" for name in own]
+def value_table(found: list[Row]) -> Table:
+    """The paper's shape: a row per checkpoint, a column per measure."""
+    header, lines = _identities(found)
+    columns = measures.names(found)
+    header += ["sparsity", *(name.strip() for name in columns)]
+    for line, row in zip(lines, found, strict=True):
+        line += [_percent(row.sparsity["sparsity"]), *(cell(row, name) for name in columns)]
+    return header, lines
+
+
+def gap_table(found: list[Row]) -> Table:
+    """The same rows: what is quoted as difference to the dense model and as share of the gap recovered."""
+    header, lines = _identities(found)
+    for title, write in (("{} - base", _difference), ("gap recovered, {}", _recovered)):
+        own = [name for name in measures.headlines(found) if any(write(row, name) != "-" for row in found)]
+        header += [title.format(name.strip()) for name in own]
         for line, row in zip(lines, found, strict=True):
             line += [write(row, name) for name in own]
+    return header, lines
+
+
+def wide_table(found: list[Row]) -> Table:
+    """Both in one."""
+    first, second = value_table(found), gap_table(found)
+    own = len(_identities(found)[0])
+    lines = [[*line, *other[own:]] for line, other in zip(first[1], second[1], strict=True)]
+    return [*first[0], *second[0][own:]], lines
+
+
+def _identities(found: list[Row]) -> Table:
+    several = len({row.run for row in found}) > 1
+    header = ["run"] * several + ["checkpoint", "method", "pattern", "training"]
+    lines = []
+    for row in found:
+        words = [row.checkpoint, row.method or "-", row.pattern or "-", row.training or "-"]
+        lines.append([row.run] * several + words)
     return header, lines
 
 

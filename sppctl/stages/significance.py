@@ -149,7 +149,8 @@ def compare_tasks(
     """
     entries: list[dict[str, Any]] = []
     draws: dict[str, Floats] = {}
-    for task in (task for task in first if task in second):
+    ordered = list(dict.fromkeys([*(task for tasks in groups.values() for task in tasks), *first]))
+    for task in (task for task in ordered if task in first and task in second):
         pairs, alone = match(first[task], second[task])
         pairs = [pair for pair in pairs if all(sample.get("acc") is not None for sample in pair)]
         entry: dict[str, Any] = {"name": task, "measure": "acc", "samples": len(pairs)}
