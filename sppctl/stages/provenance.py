@@ -126,18 +126,19 @@ def evaluation_table(run: dict[str, Any]) -> Table:
 def _amount(result: dict[str, Any]) -> str:
     metrics = result["metrics"]
     if result["settings"]["kind"] == "perplexity":
-        words = f"{metrics['tokens']:,} tokens in {metrics['windows']} windows" if "tokens" in metrics else "-"
+        words = [f"{metrics['tokens']:,} tokens in {metrics['windows']} windows"] if "tokens" in metrics else []
         error = metrics.get("stderr")
-        return words + (f", loss ± {error:.4f} nats" if error is not None else "")
+        words += [f"loss ± {error:.4f} nats"] if error is not None else []
+        return ", ".join(words)
     tasks = metrics["tasks"]
-    words = f"{sum(values.get('samples') or 0 for values in tasks.values()):,} samples of {len(tasks)} tasks"
+    whole = f"{sum(values.get('samples') or 0 for values in tasks.values()):,} samples of {len(tasks)} tasks"
     if len(tasks) > 10:
-        return words
+        return whole
     details = [
         f"{task} v{values.get('version', '?')}, {values.get('num_fewshot', '?')}-shot" + _error(values)
         for task, values in tasks.items()
     ]
-    return f"{words}: {'; '.join(details)}"
+    return f"{whole}: {'; '.join(details)}"
 
 
 def _error(values: dict[str, Any]) -> str:

@@ -87,7 +87,11 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         found = measures.rows_of_all(runs)
         if found:
             lines = [f"# {len(runs)} runs", "", *_section(tables.value_table(found)), ""]
-            parts.append("\n".join([*lines, *_section(tables.gap_table(found), _note(found)), ""]))
+            parts.append(
+                "\n".join(
+                    [*lines, *_section(tables.gap_table([row for row in found if row.difference]), _note(found)), ""]
+                )
+            )
     parts += [_markdown_of_run(run, "" if len(runs) == 1 else f"{run['run']}/") for run in runs]
     return "\n".join(parts)
 
@@ -142,18 +146,18 @@ def notes(run: dict[str, Any]) -> list[str]:
 
 
 def _made(run: dict[str, Any]) -> list[str]:
-    lines = []
+    lines: list[str] = []
     commands = provenance.commands(run)
     if commands:
-        lines += ["", "## How it was made", "", "```", *commands.values(), "```"]
-    for table in report_html.PROVENANCE.values():
+        lines += ["", "```", *commands.values(), "```"]
+    for title, table in report_html.PROVENANCE.items():
         header, rows = table(run)
         if rows:
-            lines += ["", *tables.grid(header, rows)]
+            lines += ["", f"### {title}", "", *tables.grid(header, rows)]
     if run["config"] is not None:
         lines += ["", "<details><summary>configuration</summary>", "", "```yaml", run["config"].rstrip("\n"), "```"]
         lines += ["", "</details>"]
-    return lines
+    return ["", "## How it was made", *lines] if lines else []
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

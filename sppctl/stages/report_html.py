@@ -128,7 +128,7 @@ def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
         return
     content.heading(2, "All runs")
     content.table(tables.value_table(found), "wide")
-    content.table(tables.gap_table(found), "wide")
+    content.table(tables.gap_table([row for row in found if row.difference]), "wide")
     content.note(f"Differences of accuracies are percentage points; {measures.GAP_FORMULA}.")
     if plots_results.bar_names(found):
         content.figure(lambda: plots_results.bars(found), "Perplexity and divergence from the dense model, all runs")

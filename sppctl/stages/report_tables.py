@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from typing import Any
 
 from sppctl.stages import measures, plots
@@ -278,8 +279,10 @@ def _broken(name: str) -> str:
 
 
 def _typeset(text: str) -> str:
-    """A cell in LaTeX: a dash for nothing, a minus that is one, no sign of percent."""
+    """A cell in LaTeX: a dash for nothing, numbers with a minus that is one and without the sign of percent."""
     if text == "-":
         return "--"
-    escaped = escape(text.removesuffix("%"))
-    return f"$-${escaped[1:]}" if text.startswith("-") else escaped
+    number = re.fullmatch(r"([+-]?)(\d[\d.e+]*)%?", text)
+    if number is None:
+        return escape(text)
+    return {"-": "$-$"}.get(number[1], number[1]) + number[2]
