@@ -188,6 +188,8 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         if not collected["stages"] and not collected["checkpoints"]:
             raise UserError(f"{path} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
         runs.append(collected)
+    if latex is not None and not any(run["checkpoints"] for run in runs):
+        raise UserError(f"--latex {latex}: nothing has been measured yet; sppctl eval does")
     if len(runs) == 1:
         places = {output or run_dirs[0]: runs}
     else:

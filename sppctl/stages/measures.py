@@ -7,6 +7,7 @@ taking logarithms: 0 is the pruned model, 1 the dense one. Where pruning did no 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,7 @@ def _kind(name: str) -> str:
     for start, kind in (("ppl ", PERPLEXITY), ("KL(", DIVERGENCE), ("top-1 agreement", AGREEMENT)):
         if name.startswith(start):
             return kind
-    return OTHER if name.endswith(("perplexity", "bits_per_byte")) else ACCURACY
+    return OTHER if re.search(r"perplexity|bits.per.byte", name) else ACCURACY
 
 
 def gap_recovered(kind: str, base: float | None, pruned: float | None, value: float | None) -> float | None:
@@ -174,5 +175,5 @@ def headlines(found: list[Row]) -> list[str]:
     """The measures a paper quotes: perplexities, and means over tasks, or the tasks where there is no mean."""
     kinds = {name: measure.kind for row in found for name, measure in row.measures.items()}
     accuracies = [name for name, kind in kinds.items() if kind == ACCURACY]
-    means = [name for name in accuracies if name.endswith(" mean")]
+    means = [name for name in accuracies if " mean" in name]  # or a mean of some of its tasks
     return [name for name, kind in kinds.items() if kind == PERPLEXITY] + (means or accuracies)

@@ -117,23 +117,40 @@ def evaluation_table(run: dict[str, Any]) -> Table:
     header = ["weights", "text or tasks", "measured on", "dtype", "device", "seconds"]
     lines = []
     for label, content in run["checkpoints"].items():
+        families: dict[str, list[dict[str, Any]]] = {}
         for result in content["results"]:
-            cells = [str(result.get(key, "-")) for key in ("dtype", "device", "seconds")]
-            lines.append([label, result_name(result["settings"]), _amount(result), *cells])
+            families.setdefault(_family(result), []).append(result)
+        for family in families.values():
+            settings = family[0]["settings"]
+            name = result_name(settings | {"tasks": settings["group"]} if "group" in settings else settings)
+            cells = [", ".join(_different(family, key)) or "-" for key in ("dtype", "device")]
+            seconds = sum(result.get("seconds", 0) for result in family)
+            lines.append([label, name, _amount(family), *cells, f"{seconds:.1f}" if seconds else "-"])
     return header, lines
 
 
-def _amount(result: dict[str, Any]) -> str:
-    metrics = result["metrics"]
-    if result["settings"]["kind"] == "perplexity":
+def _family(result: dict[str, Any]) -> str:
+    """The same for the tasks of a group that are measured one by one."""
+    hidden = {"tasks", "own_tasks"} if "group" in result["settings"] else set()
+    return str({key: value for key, value in result["settings"].items() if key not in hidden})
+
+
+def _different(family: list[dict[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(str(result[key]) for result in family if key in result))
+
+
+def _amount(family: list[dict[str, Any]]) -> str:
+    metrics = family[0]["metrics"]
+    if family[0]["settings"]["kind"] == "perplexity":
         words = [f"{metrics['tokens']:,} tokens in {metrics['windows']} windows"] if "tokens" in metrics else []
         error = metrics.get("stderr")
         words += [f"loss ± {error:.4f} nats"] if error is not None else []
         return ", ".join(words)
-    tasks = metrics["tasks"]
+    tasks = {task: values for result in family for task, values in result["metrics"]["tasks"].items()}
     whole = f"{sum(values.get('samples') or 0 for values in tasks.values()):,} samples of {len(tasks)} tasks"
     if len(tasks) > 10:
-        return whole
+        shots = dict.fromkeys(str(values.get("num_fewshot", "?")) for values in tasks.values())
+        return f"{whole}, {' or '.join(shots)}-shot"
     details = [
         f"{task} v{values.get('version', '?')}, {values.get('num_fewshot', '?')}-shot" + _error(values)
         for task, values in tasks.items()

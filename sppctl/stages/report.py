@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import asdict
@@ -22,8 +23,9 @@ def collect(run_dir: Path) -> dict[str, Any]:
 
     Returns:
         ``{"run", "config": resolved.yaml or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
-        "comparisons", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two checkpoints
-        that were measured on the same samples or windows, ``table`` a :class:`sppctl.stages.measures.Row` for each.
+        "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
+        checkpoints that were measured on the same samples or windows, ``notes`` say what they leave out, ``table`` has a
+        :class:`sppctl.stages.measures.Row` for each checkpoint.
 
     Raises:
         UserError: a record is damaged.
@@ -45,30 +47,27 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "stages": stages,
         "checkpoints": {label: found[label] for label in labels},
     }
-    run["comparisons"] = comparisons(run_dir, run["checkpoints"])
+    run["comparisons"], run["notes"] = comparisons(run_dir, run["checkpoints"])
     run["table"] = [asdict(row) for row in measures.rows(run)]
     return run
 
 
-def comparisons(run_dir: Path, checkpoints: dict[str, Any]) -> list[dict[str, Any]]:
-    """Paired differences of every checkpoint to the dense and to the pruned one."""
-    samples = {label: significance.read_samples(run_dir / "eval" / f"{label}.samples") for label in checkpoints}
-    pairs = [(first, second) for first in ("base", "pruned") for second in checkpoints if first in checkpoints]
+def comparisons(run_dir: Path, checkpoints: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Paired differences of every checkpoint to the dense and to the pruned one, and what they leave out."""
+    samples, notes = {}, []
+    for label, content in checkpoints.items():
+        samples[label], strange = significance.read_samples(run_dir / f"eval/{label}.samples", content["results"])
+        notes += strange
     found = []
-    for first, second in pairs:
-        if second in ("base", first):
+    for first, second in itertools.product(("base", "pruned"), checkpoints):
+        if first not in checkpoints or second in ("base", first):
             continue
-        results = checkpoints[first]["results"], checkpoints[second]["results"]
-        groups = {
-            result["settings"]["tasks"]: list(result["metrics"]["tasks"])
-            for result in results[0]
-            if result["settings"]["kind"] == "tasks"
-        }
-        entries = significance.compare_texts(*results)
-        entries += significance.compare_tasks(samples[first], samples[second], groups)
+        entries = significance.compare_texts(checkpoints[first]["results"], checkpoints[second]["results"])
+        entries += significance.compare_tasks(samples[first], samples[second])
+        notes += [f"{first} and {second}, {entry['name']}: {entry['note']}" for entry in entries if "note" in entry]
         if entries:
             found.append({"first": first, "second": second, "entries": entries})
-    return found
+    return found, notes
 
 
 def pruned_layers(run: dict[str, Any]) -> list[plots.Layer]:
@@ -128,21 +127,10 @@ def _paired(run: dict[str, Any]) -> list[str]:
     significant, flipped = tables.significance_table(run["comparisons"]), tables.flip_table(run["comparisons"])
     if significant[1]:
         lines += ["", "## On the same samples", "", *_section(significant, [report_html.PAIRED])]
-    left_out = notes(run)
-    lines += [""] * bool(left_out) + [f"- {note}" for note in left_out]
+    lines += [""] * bool(run["notes"]) + [f"- {note}" for note in run["notes"]]
     if flipped[1]:
         lines += ["", "## Flipped answers", "", *_section(flipped)]
     return lines
-
-
-def notes(run: dict[str, Any]) -> list[str]:
-    """What the comparison of samples had to leave out."""
-    return [
-        f"{pair['first']} and {pair['second']}, {entry['name']}: {entry['note']}"
-        for pair in run["comparisons"]
-        for entry in pair["entries"]
-        if "note" in entry
-    ]
 
 
 def _made(run: dict[str, Any]) -> list[str]:
@@ -175,14 +163,13 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
     """
     found = measures.rows_of_all(runs)
     content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
-    layers = pruned_layers(runs[0])
-    if len(runs) == 1 and layers:
-        directory.mkdir(parents=True, exist_ok=True)
-        plots.write(layers, directory / plots.FIGURE)
     save(directory / "report.md", markdown(runs))
     save(directory / "report.csv", tables.to_csv(found))
     save(directory / "report.json", json.dumps(content, indent=2) + "\n")
     save(directory / "report.html", report_html.page(runs))
+    layers = pruned_layers(runs[0])
+    if len(runs) == 1 and layers:
+        plots.write(layers, directory / plots.FIGURE)
 
 
 def save(path: Path, text: str) -> None:

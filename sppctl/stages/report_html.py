@@ -179,9 +179,8 @@ def _paired(content: _Page, run: dict[str, Any]) -> None:
         content.heading(3, "On the same samples")
         content.table(significant)
         content.note(PAIRED)
-    for pair in run["comparisons"]:
-        for entry in (entry for entry in pair["entries"] if "note" in entry):
-            content.note(f"{pair['first']} and {pair['second']}, {entry['name']}: {entry['note']}")
+    for note in run["notes"]:
+        content.note(note)
     if flipped[1]:
         content.heading(3, "Flipped answers")
         content.table(flipped)

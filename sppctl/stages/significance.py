@@ -7,6 +7,7 @@ stands the share of flipped answers, which a small difference of accuracies can 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,11 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppctl.errors import UserError
-
 RESAMPLES = 10_000
 SEED = 0
 DRAWN = 1 << 22  # counts that are drawn at a time: 32 MB
+SHOWN = 10  # tasks of a group that have rows of their own
 ROUNDING = 1e-12  # two means of the same numbers may differ by this
 
 Floats = NDArray[np.float64]
@@ -86,19 +86,61 @@ def paired(difference: float, means: Floats) -> Paired:
 # --- samples of tasks -------------------------------------------------------------------------------------------------
 
 
-def read_samples(directory: Path) -> dict[str, list[Sample]]:
-    """The samples of every task of one checkpoint, from ``eval/LABEL.samples``; empty if none were kept.
+@dataclass(frozen=True)
+class TaskSamples:
+    """What came of the samples of one task on one checkpoint.
 
-    Raises:
-        UserError: a line is no JSON.
+    Attributes:
+        name: of the task, with what limits it.
+        groups: the groups it is averaged in, with whether by samples (else by tasks).
+        alone: whether it has a row of its own; not in a group of many tasks.
+        samples: in the order of lm-eval.
     """
-    found = {}
-    for path in sorted(directory.glob("*.jsonl")):
-        try:
-            found[path.stem] = [json.loads(line) for line in path.read_text().splitlines() if line]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it and run sppctl eval again") from error
-    return found
+
+    name: str
+    groups: dict[str, bool]
+    alone: bool
+    samples: list[Sample]
+
+
+def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str, TaskSamples], list[str]]:
+    """The samples that the results of one checkpoint rest on, from ``eval/LABEL.samples``.
+
+    Results carry the hash of their file of samples. A file that another evaluation has written is not theirs.
+
+    Args:
+        folder: of ``TASK.jsonl``; may be missing.
+        results: ``results`` of the checkpoint.
+
+    Returns:
+        Samples by what must be equal to compare them (task and settings), in the order of the results, and a note for
+        each file left out.
+    """
+    files = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        content = path.read_text()
+        files[hashlib.sha256(content.encode()).hexdigest()[:16]] = path, content
+    found: dict[str, TaskSamples] = {}
+    owned = set()
+    for result in results:
+        for task, own in result["metrics"].get("samples_hash", {}).items():
+            if own in files:
+                owned.add(own)
+                settings = {key: value for key, value in result["settings"].items() if key != "group"}
+                key = json.dumps(settings | {"tasks": task}, sort_keys=True)
+                samples = [json.loads(line) for line in files[own][1].splitlines()]
+                found[key] = _task(task, result, samples, found[key].groups if key in found else {})
+    left = [path for own, (path, _) in files.items() if own not in owned]
+    return found, [f"{path} belongs to another evaluation and is left out" for path in left]
+
+
+def _task(task: str, result: dict[str, Any], samples: list[Sample], known: dict[str, bool]) -> TaskSamples:
+    """A task, in the groups of ``result`` and in those it is known to be in."""
+    settings, metrics = result["settings"], result["metrics"]
+    limit = f", limit {settings['limit']}" if settings["limit"] is not None else ""
+    groups = metrics.get("groups") or ({settings["tasks"]: {}} if len(metrics["tasks"]) > 1 else {})
+    means = known | {f"{group}{limit} mean": bool(rules.get("acc")) for group, rules in groups.items()}
+    return TaskSamples(f"{task}{limit}", means, metrics.get("members", len(metrics["tasks"])) <= SHOWN, samples)
 
 
 def match(first: list[Sample], second: list[Sample]) -> tuple[list[tuple[Sample, Sample]], int]:
@@ -132,48 +174,42 @@ def flips(pairs: Sequence[tuple[Sample, Sample]]) -> dict[str, Any]:
     }
 
 
-def compare_tasks(
-    first: dict[str, list[Sample]], second: dict[str, list[Sample]], groups: dict[str, list[str]]
-) -> list[dict[str, Any]]:
+def compare_tasks(first: dict[str, TaskSamples], second: dict[str, TaskSamples]) -> list[dict[str, Any]]:
     """Accuracy of two checkpoints on the samples of every task that both were measured on.
 
     Args:
-        first: samples by task of the checkpoint that is the measure.
+        first: of the checkpoint that is the measure, by task and settings.
         second: of the other one.
-        groups: tasks of each evaluated group; one of several tasks gets a row of its own.
 
     Returns:
-        One entry per task, then per group: name, samples, accuracies, :class:`Paired`, flips, and a note where samples
-        do not match. A group of up to ten tasks is the mean over them, a larger one (MMLU, whose subjects differ in
-        size) the mean over its samples, as lm-eval has it; each task is resampled by itself.
+        One entry per group, then per task: name, samples, accuracies, :class:`Paired`, flips, and a note where samples
+        do not match. Each task is resampled by itself; the mean of a group is over tasks or samples as lm-eval has it.
     """
-    entries: list[dict[str, Any]] = []
+    entries: dict[str, dict[str, Any]] = {}
     draws: dict[str, Floats] = {}
-    ordered = list(dict.fromkeys([*(task for tasks in groups.values() for task in tasks), *first]))
-    for task in (task for task in ordered if task in first and task in second):
-        pairs, alone = match(first[task], second[task])
+    for key in (key for key in first if key in second):
+        pairs, alone = match(first[key].samples, second[key].samples)
         pairs = [pair for pair in pairs if all(sample.get("acc") is not None for sample in pair)]
-        entry: dict[str, Any] = {"name": task, "measure": "acc", "samples": len(pairs)}
+        entry: dict[str, Any] = {"name": first[key].name, "measure": "acc", "samples": len(pairs)}
         if alone:
             entry["note"] = f"{alone} samples stand in one of the two files only and are left out"
         if pairs:
             before, after = np.array([[one["acc"], other["acc"]] for one, other in pairs], dtype=np.float64).T
-            draws[task] = resampled_means(after - before, seed=SEED + len(draws))
+            draws[key] = resampled_means(after - before, seed=SEED + len(draws))
             entry |= {"first": float(before.mean()), "second": float(after.mean())}
-            entry |= asdict(paired(entry["second"] - entry["first"], draws[task])) | {"flips": flips(pairs)}
-        entries.append(entry)
-    measured = {entry["name"]: entry for entry in entries if entry["name"] in draws}
-    hidden: set[str] = set()
-    for group, tasks in groups.items():
-        if len(tasks) > 1 and all(task in measured for task in tasks):
-            entries.append(_group(group, [measured[task] for task in tasks], [draws[task] for task in tasks]))
-            hidden |= set(tasks) if len(tasks) > 10 else set()
-    return [entry for entry in entries if entry["name"] not in hidden]
+            entry |= asdict(paired(entry["second"] - entry["first"], draws[key])) | {"flips": flips(pairs)}
+        entries[key] = entry
+    groups = {group: by_samples for task in first.values() for group, by_samples in task.groups.items()}
+    means = []
+    for group, by_samples in groups.items():
+        keys = [key for key, task in first.items() if group in task.groups]
+        if len(keys) > 1 and all(key in draws for key in keys):
+            means.append(_group(group, [entries[key] for key in keys], [draws[key] for key in keys], by_samples))
+    return means + [entry for key, entry in entries.items() if first[key].alone or "note" in entry]
 
 
-def _group(name: str, entries: list[dict[str, Any]], draws: list[Floats]) -> dict[str, Any]:
-    sizes = [float(entry["samples"]) for entry in entries]
-    weights = sizes if len(entries) > 10 else [1.0] * len(entries)
+def _group(name: str, entries: list[dict[str, Any]], draws: list[Floats], by_samples: bool) -> dict[str, Any]:
+    weights = [float(entry["samples"]) if by_samples else 1.0 for entry in entries]
     first, second = (
         float(np.average([entry[key] for entry in entries], weights=weights)) for key in ("first", "second")
     )
@@ -182,7 +218,7 @@ def _group(name: str, entries: list[dict[str, Any]], draws: list[Floats]) -> dic
         together.update({key: count for key, count in entry["flips"].items() if key != "share"})
     share = together["flipped"] / together["answers"] if together["answers"] else None
     return {
-        "name": f"{name} mean",
+        "name": name,
         "measure": "acc",
         "samples": sum(entry["samples"] for entry in entries),
         "first": first,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -29,17 +30,19 @@ def write_run(
     for label in PERPLEXITIES:
         content = _results(directory, label, windows, chance) | {"sparsity": SPARSE if label != "base" else DENSE}
         content["sparsity"] = content["sparsity"] | ({"patterns": [pattern]} if label != "base" else {})
-        tasks = {}
+        tasks, hashes = {}, {}
         for task in TASKS:
             samples = _samples(hardness[task], ACCURACIES[label], chance)
-            write_samples(directory / f"eval/{label}.samples/{task}.jsonl", samples)
+            hashes[task] = write_samples(directory / f"eval/{label}.samples/{task}.jsonl", samples)
             accuracy = sum(sample["acc"] for sample in samples) / len(samples)
             tasks[task] = {"acc": accuracy, "acc_stderr": 0.035, "acc_norm": accuracy + 0.01}
             tasks[task] |= {"version": 1.0, "num_fewshot": 0, "samples": 200}
         mean = {key: sum(values[key] for values in tasks.values()) / len(tasks) for key in ("acc", "acc_norm")}
         settings = {"kind": "tasks", "tasks": "zeroshot", "num_fewshot": 0, "limit": 200, "seed": 0}
-        entry = {"settings": settings, "metrics": {"tasks": tasks, "mean": mean}, "seconds": 321.5}
-        content["results"].append(entry | {"dtype": "bfloat16", "device": "cpu", "versions": VERSIONS})
+        entry = {"settings": settings, "metrics": {"tasks": tasks, "mean": mean, "samples_hash": hashes}}
+        content["results"].append(
+            entry | {"seconds": 321.5, "dtype": "bfloat16", "device": "cpu", "versions": VERSIONS}
+        )
         write_json(directory / f"eval/{label}.json", content)
     return directory
 
@@ -49,9 +52,12 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
+def write_samples(path: Path, samples: list[dict[str, Any]]) -> str:
+    """Returns the hash by which results know the file."""
+    content = "".join(json.dumps(sample) + "\n" for sample in samples)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    path.write_text(content)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def sample(name: str, acc: int | None, chosen: int | None = None) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def test_a_report_draws_what_was_pruned(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"pruned", *REPORT, "pruning.svg"}
     assert "](pruning.svg)" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text()) == found
-    assert found.keys() == {"run", "config", "stages", "checkpoints", "comparisons", "table"}
+    assert found.keys() == {"run", "config", "stages", "checkpoints", "comparisons", "notes", "table"}
 
 
 @pytest.mark.parametrize("layers", [None, []])

@@ -10,7 +10,7 @@ from made_up_runs import write_run
 
 from sppctl import pipeline
 from sppctl.errors import UserError
-from sppctl.stages.provenance import facts
+from sppctl.stages.provenance import evaluation_table, facts
 from sppctl.stages.report import collect, markdown, pruned_layers, save
 from sppctl.stages.report_tables import table, type_table
 
@@ -43,6 +43,7 @@ def run(**checkpoints: tuple[dict[str, Any], list[dict[str, Any]]]) -> dict[str,
             label: {"sparsity": sparsity, "results": results} for label, (sparsity, results) in checkpoints.items()
         },
         "comparisons": [],
+        "notes": [],
     }
 
 
@@ -325,7 +326,7 @@ def test_records_are_collected_in_the_order_of_the_pipeline(tmp_path: Path) -> N
 def test_an_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "stage.json").write_text(json.dumps(PRUNE))
-    nothing = {"config": None, "checkpoints": {}, "comparisons": [], "table": []}
+    nothing = {"config": None, "checkpoints": {}, "comparisons": [], "notes": [], "table": []}
     assert collect(tmp_path) == {"run": str(tmp_path), "stages": {"prune": PRUNE}} | nothing
 
 
@@ -404,6 +405,27 @@ def test_a_run_in_parts_has_a_report(gone: str, tmp_path: Path) -> None:
     assert {path.name for path in one.iterdir()} >= FILES
     assert "None" not in (one / "report.md").read_text()
     assert "None" not in (one / "report.html").read_text()
+
+
+def test_samples_of_another_evaluation_are_not_compared(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    strange = one / "eval/merged.samples/rte.jsonl"
+    strange.write_text("".join(strange.read_text().splitlines(keepends=True)[:100]))
+    (found,) = pipeline.report([one])
+    names = {pair["second"]: [entry["name"] for entry in pair["entries"]] for pair in found["comparisons"]}
+    assert "rte, limit 200" in names["pruned"]
+    assert "rte, limit 200" not in names["merged"]
+    assert "zeroshot, limit 200 mean" not in names["merged"]
+    assert f"- {strange} belongs to another evaluation and is left out" in (one / "report.md").read_text()
+    assert "belongs to another evaluation" in (one / "report.html").read_text()
+
+
+def test_tasks_of_a_group_measured_one_by_one_are_one_line_of_evaluations() -> None:
+    found = [accuracy(f"mmlu_{index}", {f"mmlu_{index}": {"acc": 0.5}}, 5) | {"seconds": 1.5} for index in range(57)]
+    for result in found:
+        result["settings"]["group"] = "mmlu"
+    (line,) = evaluation_table(run(base=(DENSE, found)))[1]
+    assert line == ["base", "mmlu 5-shot", "570 samples of 57 tasks, 5-shot", "-", "-", "85.5"]
 
 
 def test_records_of_an_older_version_have_a_report(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_table_over_runs(collected: list[dict[str, Any]]) -> None:
 def test_differences_with_their_intervals(collected: list[dict[str, Any]]) -> None:
     header, lines = significance_table(collected[0]["comparisons"])
     found = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
-    mean = found["merged - pruned", "zeroshot mean acc"]
+    mean = found["merged - pruned", "zeroshot, limit 200 mean acc"]
     assert mean["samples"] == "1400"
     low, high = (float(bound) for bound in mean["95 % interval"].split(" to "))
     assert low < float(mean["difference"]) < high

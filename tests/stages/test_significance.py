@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from made_up_runs import sample, write_samples
 
-from sppctl.errors import UserError
 from sppctl.stages.significance import (
     RESAMPLES,
+    TaskSamples,
     compare_tasks,
     compare_texts,
     flips,
@@ -131,11 +130,15 @@ def test_a_task_without_choices_has_no_share() -> None:
     assert flips([(sample("a", 1) | {"chosen": None}, sample("a", 1))])["share"] is None
 
 
+def task(samples: list[dict[str, Any]], *, alone: bool = True, **groups: bool) -> TaskSamples:
+    return TaskSamples("a task", groups, alone, samples)
+
+
 def test_accuracies_of_a_task_and_their_difference() -> None:
-    first = {"boolq": [sample(str(number), number % 2) for number in range(100)], "rte": [sample("a", 1)]}
-    second = {"boolq": [sample(str(number), int(number % 4 > 0)) for number in range(100)]}
-    (entry,) = compare_tasks(first, second, {"zeroshot": ["boolq", "rte"]})
-    assert (entry["name"], entry["samples"], entry["first"], entry["second"]) == ("boolq", 100, 0.5, 0.75)
+    first = {"boolq": task([sample(str(n), n % 2) for n in range(100)], mean=False), "rte": task([], mean=False)}
+    second = {"boolq": task([sample(str(n), int(n % 4 > 0)) for n in range(100)])}
+    (entry,) = compare_tasks(first, second)
+    assert (entry["name"], entry["samples"], entry["first"], entry["second"]) == ("a task", 100, 0.5, 0.75)
     assert entry["difference"] == 0.25
     assert entry["p"] < 0.001
     assert (entry["flips"]["wrong_to_correct"], entry["flips"]["correct_to_wrong"]) == (25, 0)
@@ -143,48 +146,72 @@ def test_accuracies_of_a_task_and_their_difference() -> None:
 
 
 def test_a_checkpoint_compared_with_itself() -> None:
-    own = {"boolq": [sample(str(number), number % 2) for number in range(10)]}
-    (entry,) = compare_tasks(own, own, {})
+    own = {"boolq": task([sample(str(number), number % 2) for number in range(10)])}
+    (entry,) = compare_tasks(own, own)
     assert (entry["difference"], entry["low"], entry["high"], entry["p"], entry["flips"]["flipped"]) == (0, 0, 0, 1, 0)
 
 
 def test_samples_that_do_not_match_are_left_out_and_said() -> None:
-    first, second = [sample("a", 1), sample("b", 1)], [sample("b", 0), sample("c", 0)]
-    (entry,) = compare_tasks({"boolq": first}, {"boolq": second}, {})
+    first, second = task([sample("a", 1), sample("b", 1)]), task([sample("b", 0), sample("c", 0)])
+    (entry,) = compare_tasks({"boolq": first}, {"boolq": second})
     assert (entry["samples"], entry["difference"]) == (1, -1)
     assert entry["note"].startswith("2 samples stand in one of the two files only")
-    (entry,) = compare_tasks({"boolq": first}, {"boolq": [sample("c", 0)]}, {})
+    (entry,) = compare_tasks({"boolq": first}, {"boolq": task([sample("c", 0)])})
     assert entry["samples"] == 0
     assert "p" not in entry
 
 
-def test_a_small_group_is_the_mean_over_its_tasks() -> None:
-    first = {"a": [sample(str(n), 0) for n in range(10)], "b": [sample(str(n), 0) for n in range(90)]}
-    second = {"a": [sample(str(n), 1) for n in range(10)], "b": first["b"]}
-    *_, group = compare_tasks(first, second, {"both": ["a", "b"]})
-    assert (group["name"], group["samples"]) == ("both mean", 100)
-    assert (group["first"], group["second"], group["difference"]) == (0, 0.5, 0.5)
+@pytest.mark.parametrize(("by_samples", "mean"), [(False, 0.5), (True, 0.1)])
+def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, mean: float) -> None:
+    right, wrong = ([sample(str(number), acc) for number in range(10)] for acc in (1, 0))
+    many = [sample(str(number), 0) for number in range(90)]
+    first = {"a": task(wrong, both=by_samples), "b": task(many, both=by_samples)}
+    group, *tasks = compare_tasks(first, {"a": task(right), "b": task(many)})
+    assert (group["name"], group["samples"], len(tasks)) == ("both", 100, 2)
+    assert (group["first"], group["second"], group["difference"]) == (0, mean, mean)
+    assert (group["low"], group["high"]) == (mean, mean)  # within each task all differences are equal
     assert group["flips"]["share"] == 0.1
 
 
-def test_a_large_group_is_the_mean_over_its_samples_in_one_row() -> None:
-    tasks = [f"mmlu_{number}" for number in range(11)]
-    first = {task: [sample(str(n), 0) for n in range(5)] for task in tasks}
-    second = first | {tasks[0]: [sample(str(n), 1) for n in range(5)]}
-    first[tasks[0]] = first[tasks[0]] * 9  # 45 of 95 samples
-    second[tasks[0]] = second[tasks[0]] * 9
-    (group,) = compare_tasks(first, second, {"mmlu": tasks})
-    assert group["difference"] == pytest.approx(45 / 95)
+def test_the_tasks_of_a_large_group_have_no_rows_unless_something_is_missing() -> None:
+    first = {str(n): task([sample("x", 0), sample("y", 1)], alone=False, mmlu=True) for n in range(3)}
+    assert [entry["name"] for entry in compare_tasks(first, first)] == ["mmlu"]
+    second = first | {"1": task([sample("x", 0)], alone=False)}
+    assert [entry["name"] for entry in compare_tasks(first, second)] == ["mmlu", "a task"]
 
 
-def test_samples_are_read_and_damage_is_said(tmp_path: Path) -> None:
-    write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
-    write_samples(tmp_path / "boolq.jsonl", [sample("a", 1), sample("b", 0)])
-    assert {task: len(found) for task, found in read_samples(tmp_path).items()} == {"boolq": 2, "rte": 1}
-    assert read_samples(tmp_path / "nowhere") == {}
-    (tmp_path / "rte.jsonl").write_text(json.dumps(sample("a", 1)) + "\n{")
-    with pytest.raises(UserError, match=r"rte\.jsonl is damaged.*sppctl eval"):
-        read_samples(tmp_path)
+def result(name: str, identity: str, **metrics: Any) -> dict[str, Any]:
+    settings = {"kind": "tasks", "tasks": name, "group": "all", "num_fewshot": 0, "limit": 5, "seed": 0}
+    return {"settings": settings, "metrics": {"tasks": {name: {}}, "samples_hash": {name: identity}} | metrics}
+
+
+def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> None:
+    rte = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
+    own = write_samples(tmp_path / "own-task.jsonl", [sample("a", 1), sample("b", 0)])
+    write_samples(tmp_path / "boolq.jsonl", [sample("c", 1)])
+    results = [
+        result("rte", rte, groups={"all": {"acc": True}, "part": {}}, members=57),
+        result("own task", own, groups={}, members=1),
+        result("boolq", "of before", groups={}, members=1),
+        {"settings": {"kind": "perplexity"}, "metrics": {}},
+    ]
+    found, notes = read_samples(tmp_path, results)
+    assert notes == [f"{tmp_path / 'boolq.jsonl'} belongs to another evaluation and is left out"]
+    grouped, alone = found.values()
+    assert (grouped.name, grouped.alone, len(grouped.samples)) == ("rte, limit 5", False, 1)
+    assert grouped.groups == {"all, limit 5 mean": True, "part, limit 5 mean": False}
+    assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own task, limit 5", True, 2, {})
+    assert read_samples(tmp_path / "nowhere", results) == ({}, [])
+
+
+def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
+    own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
+    zero, other, elsewhere = (result("rte", own) for _ in range(3))
+    other["settings"]["num_fewshot"] = 5
+    del elsewhere["settings"]["group"]
+    found = [read_samples(tmp_path, [one])[0] for one in (zero, other, elsewhere)]
+    assert compare_tasks(found[0], found[1]) == []
+    assert len(compare_tasks(found[0], found[2])) == 1
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
