@@ -24,8 +24,8 @@ def collect(run_dir: Path) -> dict[str, Any]:
     Returns:
         ``{"run", "config": resolved.yaml or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
         "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
-        checkpoints that were measured on the same samples or windows, ``notes`` say what they leave out, ``table`` has a
-        :class:`sppctl.stages.measures.Row` for each checkpoint.
+        checkpoints that were measured on the same samples or windows, ``notes`` say what they leave out,
+        ``table`` has a :class:`sppctl.stages.measures.Row` for each checkpoint.
 
     Raises:
         UserError: a record is damaged.
