@@ -4,7 +4,8 @@
 
 A step is forward, backward, AdamW and clearing the gradients, on random tokens. The frozen model is forward and
 backward with the gradient of the embeddings' output alone, so that backward runs through all blocks. All forms take
-turns in each round; the peak of each is measured in a process of its own (of the process on a CPU, of its tensors on a GPU).
+turns in each round; the peak of each is measured in a process of its own (of the process on a CPU, of its tensors on a
+GPU).
 """
 
 from __future__ import annotations

@@ -214,12 +214,19 @@ def evaluate(
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")], json: Json = False, debug: Debug = False
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report; default: the run itself, for several runs the folder they share."),
+    ] = None,
+    latex: Annotated[Path | None, typer.Option(help="File for the table in LaTeX (booktabs).")] = None,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Collect runs into one table: base, pruned, merged; draw what pruning did by depth."""
+    """Collect runs into tables and figures: report.html, .md, .csv and .json."""
     from sppctl import pipeline
 
-    _print_report(pipeline.report(run_dirs), json)
+    _print_report(pipeline.report(run_dirs, output, latex), json)
 
 
 @app.command()
@@ -334,12 +341,13 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.show_json(runs)
         return
-    from sppctl.stages import report as stage
+    from sppctl.stages import measures, provenance, report_tables
 
+    if len(runs) > 1:
+        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(measures.rows_of_all(runs)))
     for found in runs:
-        header, rows = stage.table(found)
-        console.show_table(found["run"], header, rows)
-        for fact in stage.facts(found):
+        console.show_table(found["run"], *report_tables.table(found))
+        for fact in provenance.facts(found):
             print(fact)
 
 

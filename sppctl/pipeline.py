@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -172,9 +172,18 @@ def _dense_model(run: Run, checkpoints: dict[str, Path]) -> Any:
     return DenseModel(directory, run.config.model.trust_remote_code)
 
 
-def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
-    """Collects runs and writes report.md, report.json and the figure of what was pruned into each."""
-    from sppctl.stages import plots
+def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None = None) -> list[dict[str, Any]]:
+    """Collects runs and writes their reports.
+
+    Args:
+        run_dirs: each gets a report of its own, unless it is the only one and ``output`` is given.
+        output: where the report over all of them goes; None: the folder that they share.
+        latex: file for the table over all of them.
+
+    Returns:
+        What :func:`sppctl.stages.report.collect` found, by run.
+    """
+    from sppctl.stages import measures, report_tables
     from sppctl.stages import report as stage
 
     runs = []
@@ -183,12 +192,21 @@ def report(run_dirs: list[Path]) -> list[dict[str, Any]]:
         if not collected["stages"] and not collected["checkpoints"]:
             raise UserError(f"{path} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
         runs.append(collected)
-    for path, collected in zip(run_dirs, runs, strict=True):
-        layers = stage.pruned_layers(collected)
-        if layers:
-            plots.write(layers, path / plots.FIGURE)
-        (path / "report.md").write_text(stage.markdown([collected]))
-        (path / "report.json").write_text(json.dumps(collected, indent=2) + "\n")
+    if latex is not None and not any(run["checkpoints"] for run in runs):
+        raise UserError(f"--latex {latex}: nothing has been measured yet; sppctl eval does")
+    if len(runs) == 1:
+        places = {output or run_dirs[0]: runs}
+    else:
+        shared = output or Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
+        if shared.resolve() in [path.resolve() for path in run_dirs]:
+            raise UserError(f"{shared} is itself one of the runs; name a folder for the report over all (--output)")
+        places = {path: [run] for path, run in zip(run_dirs, runs, strict=True)} | {shared: runs}
+    for place, content in places.items():
+        stage.write(content, place)
+    console.note(f"report: {list(places)[-1] / 'report.html'}")
+    if latex is not None:
+        stage.save(latex, report_tables.to_latex(measures.rows_of_all(runs)))
+        console.note(f"report: {latex}")
     return runs
 
 

@@ -271,7 +271,7 @@ def test_run_makes_every_artefact_from_one_file(run: Run, config_file: Path, tmp
     outcome = run("run", str(config_file))
     assert outcome.code == 0
     directory = tmp_path / "run"
-    for name in (*WEIGHTS, "resolved.yaml", "report.md", "report.json", "pruning.svg"):
+    for name in (*WEIGHTS, "resolved.yaml", "report.md", "report.csv", "report.json", "report.html", "pruning.svg"):
         assert (directory / name).is_file(), name
     for name in ("pruned", "adapter", "merged"):
         record = json.loads((directory / name / "stage.json").read_text())
@@ -432,6 +432,17 @@ def test_report_json_collects_several_runs(run: Run, here: Path) -> None:
         assert list(found["checkpoints"]) == ["base", "pruned", "merged"]
         assert all(content.keys() >= RESULTS for content in found["checkpoints"].values())
     assert json.loads((here / "again/report.json").read_text()) == runs[1]
+
+
+def test_report_goes_where_it_is_told(run: Run, here: Path) -> None:
+    outcome = run("report", "run", "--output", "there", "--latex", "table.tex")
+    assert outcome.code == 0
+    assert "report: there/report.html" in outcome.err
+    files = {"report.md", "report.csv", "report.json", "report.html", "pruning.svg"}
+    assert {path.name for path in (here / "there").iterdir()} == files
+    assert r"\toprule" in (here / "table.tex").read_text()
+    # windows are recorded, so that checkpoints can be compared on each of them
+    assert "| merged - pruned | " in (here / "there/report.md").read_text()
 
 
 def test_run_json_is_the_report(run: Run, here: Path) -> None:

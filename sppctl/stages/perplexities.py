@@ -69,7 +69,8 @@ def measure(
         dense: the model to compare with; None: no comparison.
 
     Returns:
-        The fields of :class:`sppctl.lm.perplexity.Perplexity`, and ``documents_hash`` of the text.
+        The fields of :class:`sppctl.lm.perplexity.Perplexity`, ``documents_hash`` of the text, and ``window_nll``, the
+        summed loss of every window in nats, by which two checkpoints can be compared window by window.
 
     Raises:
         UserError: the dense model has another vocabulary.
@@ -99,4 +100,6 @@ def measure(
         shared = sums.to(model.device)  # NCCL adds up on GPUs only
         distributed.add_up(shared)
         sums = shared.cpu()
-    return asdict(perplexity.summarise(sums, seq_len, stride, dense is not None)) | {"documents_hash": identity}
+    losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
+    measured = asdict(perplexity.summarise(sums, seq_len, stride, dense is not None))
+    return measured | {"documents_hash": identity, "window_nll": losses}

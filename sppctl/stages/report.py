@@ -1,28 +1,34 @@
-"""Records of one or more runs -> one table: base, pruned and merged side by side, as Markdown and JSON.
-
-The Markdown also says what pruning did to each type of module, and shows the figure that ``plots`` draws.
-"""
+"""Records of one or more runs -> a report: Markdown, CSV, JSON and one HTML page that needs nothing beside it."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
-from sppctl.stages import plots
-from sppctl.stages.evaluate import read_results, rows_of
-from sppctl.stages.tasks import is_share
+from sppctl.stages import measures, plots, provenance, report_html, significance
+from sppctl.stages import report_tables as tables
+from sppctl.stages.evaluate import read_results
 
-ORDER = ("base", "pruned", "merged")
+ORDER = ("base", "pruned", "adapter", "merged")
 STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
-    """Everything a run has recorded.
+    """Everything a run has recorded, and what follows from it.
 
     Returns:
-        ``{"run", "stages": {stage: stage.json}, "checkpoints": {label: results}}``, in the order of the pipeline.
+        ``{"run", "config": resolved.yaml or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
+        "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
+        checkpoints that were measured on the same samples or windows, ``notes`` say what they leave out,
+        ``table`` has a :class:`sppctl.stages.measures.Row` for each checkpoint.
+
+    Raises:
+        UserError: a record is damaged.
     """
     stages = {}
     for directory, stage in STAGES.items():
@@ -34,47 +40,34 @@ def collect(run_dir: Path) -> dict[str, Any]:
                 raise UserError(f"{record} is damaged ({error}); sppctl {stage} --force redoes it") from error
     found = {path.stem: read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
     labels = [label for label in ORDER if label in found] + [label for label in found if label not in ORDER]
-    return {"run": str(run_dir), "stages": stages, "checkpoints": {label: found[label] for label in labels}}
-
-
-def table(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row per measure, one column per checkpoint."""
-    checkpoints = run["checkpoints"]
-    rows = [
-        ["sparsity of pruned matrices", *(_percent(found["sparsity"]["sparsity"]) for found in checkpoints.values())],
-        ["pattern", *(_pattern(found["sparsity"]) for found in checkpoints.values())],
-        ["sparse matrices", *(str(found["sparsity"]["sparse_matrices"]) for found in checkpoints.values())],
-        ["size, MB", *(f"{found['sparsity']['bytes'] / 1e6:.1f}" for found in checkpoints.values())],
-    ]
-    values = {
-        label: {name: (value, norm) for name, value, norm in rows_of(found)} for label, found in checkpoints.items()
+    resolved = run_dir / "resolved.yaml"
+    run: dict[str, Any] = {
+        "run": str(run_dir),
+        "config": resolved.read_text() if resolved.is_file() else None,
+        "stages": stages,
+        "checkpoints": {label: found[label] for label in labels},
     }
-    names = list(dict.fromkeys(name for measured in values.values() for name in measured))
-    for name in names:
-        cells = [measured.get(name) for measured in values.values()]
-        rows.append([name, *(_cell(name, cell) for cell in cells)])
-    return ["", *checkpoints], rows
+    run["comparisons"], run["notes"] = comparisons(run_dir, run["checkpoints"])
+    run["table"] = [asdict(row) for row in measures.rows(run)]
+    return run
 
 
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if share else "dense"
-
-
-def _pattern(sparsity: dict[str, Any]) -> str:
-    if sparsity["patterns"]:
-        return ", ".join(sparsity["patterns"])
-    return "unstructured" if sparsity["sparse_matrices"] else "dense"
-
-
-def _cell(name: str, cell: tuple[float | None, float | None] | None) -> str:
-    if cell is None or cell[0] is None:
-        return "-"
-    value, norm = cell[0], cell[1]
-    if name.startswith("ppl "):
-        return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
-    if not is_share(name):
-        return f"{value:.4f}" if name.startswith("KL(") else f"{value:.2f}"
-    return f"{value:.2%}" + (f" (norm {norm:.2%})" if norm is not None else "")
+def comparisons(run_dir: Path, checkpoints: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Paired differences of every checkpoint to the dense and to the pruned one, and what they leave out."""
+    samples, notes = {}, []
+    for label, content in checkpoints.items():
+        samples[label], strange = significance.read_samples(run_dir / f"eval/{label}.samples", content["results"])
+        notes += strange
+    found = []
+    for first, second in itertools.product(("base", "pruned"), checkpoints):
+        if first not in checkpoints or second in ("base", first):
+            continue
+        entries = significance.compare_texts(checkpoints[first]["results"], checkpoints[second]["results"])
+        entries += significance.compare_tasks(samples[first], samples[second])
+        notes += [f"{first} and {second}, {entry['name']}: {entry['note']}" for entry in entries if "note" in entry]
+        if entries:
+            found.append({"first": first, "second": second, "entries": entries})
+    return found, notes
 
 
 def pruned_layers(run: dict[str, Any]) -> list[plots.Layer]:
@@ -83,88 +76,110 @@ def pruned_layers(run: dict[str, Any]) -> list[plots.Layer]:
     return layers
 
 
-def type_table(layers: list[plots.Layer]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what pruning did, one row per module type, the experts of all blocks counted in one."""
-    key = plots.error_measure(layers)
-    error = key.replace("_", " ")
-    damped = any(layer["damp"] is not None for layer in layers)
-    header = ["module type", "matrices", "mean sparsity", f"mean {error}", "worst", "worst layer"]
-    header += ["damping"] * damped + ["seconds"]
-    rows = []
-    for name, points in plots.by_type(layers).items():
-        own = [layer for block in points.values() for layer in block]
-        worst = max(own, key=lambda layer: float(layer[key]))
-        sparsity, mean = (sum(layer[what] for layer in own) / len(own) for what in ("sparsity", key))
-        cells = [f"`{name}`", str(len(own)), f"{sparsity:.2%}"]
-        cells += [f"{mean:.3f}", f"{worst[key]:.3f}", f"`{worst['name']}`"]
-        cells += [_range([layer["damp"] for layer in own if layer["damp"] is not None])] * damped
-        rows.append([*cells, f"{sum(layer['seconds'] for layer in own):.1f}"])
-    return header, rows
-
-
-def _range(values: list[float]) -> str:
-    if not values:
-        return "-"
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def facts(run: dict[str, Any]) -> list[str]:
-    """What was done, one line per stage."""
-    lines = []
-    stages = run["stages"]
-    if "prune" in stages:
-        metrics = stages["prune"]["metrics"]
-        error = metrics["mean_relative_output_error"]
-        words = f", mean relative output error {error:.3f}" if error is not None else ""
-        lines.append(
-            f"prune: {metrics['method']} {metrics['pattern']}, {metrics['matrices']} matrices{words}, "
-            f"{stages['prune']['wall_time_s']:.0f} s"
-        )
-    if "train" in stages:
-        metrics = stages["train"]["metrics"]
-        validation = metrics["validation_loss"]
-        words = f", validation loss {validation:.3f}" if validation is not None else ""
-        lines.append(
-            f"train: {metrics['method']}, {metrics['trainable_parameters']:,} parameters "
-            f"({metrics['trainable_share']:.2%}), {metrics['steps']} steps, {metrics['tokens']:,} tokens{words}, "
-            f"{stages['train']['wall_time_s']:.0f} s"
-        )
-    if "merge" in stages:
-        metrics = stages["merge"]["metrics"]
-        lines.append(
-            f"merge: {metrics['matrices']} matrices, {_zeros(metrics)}, "
-            f"{metrics['moved_share']:.1%} of the kept weights moved, {stages['merge']['wall_time_s']:.0f} s"
-        )
-    return lines
-
-
-def _zeros(merge: dict[str, Any]) -> str:
-    """What became of the zeros in merging."""
-    if merge["pattern_unchanged"]:
-        return f"all {merge['zeros']:,} zeros kept"
-    changes = f"{merge['filled_zeros']:,} zeros filled, {merge['lost_weights']:,} other weights zero"
-    return f"{changes}, sparsity now {merge['sparsity']:.2%} (mask {merge['mask']})"
+# --- markdown ---------------------------------------------------------------------------------------------------------
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:
-    """The report as Markdown; it refers to the figure where layers were pruned."""
+    """The report as Markdown: of several runs first the table over all; it refers to the figure of each run."""
     parts = []
-    for run in runs:
-        header, rows = table(run)
-        lines = [f"# {run['run']}", ""]
-        if len(header) > 1:
-            lines += [*_grid(header, rows), ""]
-        lines += [f"- {fact}" for fact in facts(run)]
-        layers = pruned_layers(run)
-        if layers:
-            lines += ["", "## Pruning", "", *_grid(*type_table(layers))]
-            lines += ["", f"![{plots.error_measure(layers).replace('_', ' ')} and sparsity by block]({plots.FIGURE})"]
-        parts.append("\n".join(lines) + "\n")
+    if len(runs) > 1:
+        found = measures.rows_of_all(runs)
+        if found:
+            lines = [f"# {len(runs)} runs", "", *_section(tables.value_table(found)), ""]
+            parts.append(
+                "\n".join(
+                    [*lines, *_section(tables.gap_table([row for row in found if row.difference]), _note(found)), ""]
+                )
+            )
+    parts += [_markdown_of_run(run, "" if len(runs) == 1 else f"{run['run']}/") for run in runs]
     return "\n".join(parts)
 
 
-def _grid(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown: names to the left, numbers to the right."""
-    sides = ["---" if name in ("", "module type", "worst layer") else "---:" for name in header]
-    return [f"| {' | '.join(cells)} |" for cells in (header, sides, *rows)]
+def _note(found: list[measures.Row]) -> list[str]:
+    words = "Differences of accuracies are percentage points"
+    return [f"{words}; {measures.GAP_FORMULA}."] if any(row.recovered for row in found) else [f"{words}."]
+
+
+def _section(table: tables.Table, notes: list[str] | None = None) -> list[str]:
+    return [*tables.grid(*table), *(line for note in notes or [] for line in ("", note))]
+
+
+def _markdown_of_run(run: dict[str, Any], place: str) -> str:
+    lines = [f"# {run['run']}", ""]
+    if run["checkpoints"]:
+        lines += [*_section(tables.table(run)), ""]
+    lines += [f"- {fact}" for fact in provenance.facts(run)]
+    differences = tables.comparison_table(run)
+    if differences[1]:
+        lines += ["", "## Distance to the dense model", "", *_section(differences, _note(measures.rows(run)))]
+    lines += _paired(run)
+    layers = pruned_layers(run)
+    if layers:
+        lines += ["", "## Pruning", "", *tables.grid(*tables.type_table(layers))]
+        figure = f"{plots.error_measure(layers).replace('_', ' ')} and sparsity by block"
+        lines += ["", f"![{figure}]({place}{plots.FIGURE})"]
+    lines += _made(run)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _paired(run: dict[str, Any]) -> list[str]:
+    lines = []
+    significant, flipped = tables.significance_table(run["comparisons"]), tables.flip_table(run["comparisons"])
+    if significant[1]:
+        lines += ["", "## On the same samples", "", *_section(significant, [report_html.PAIRED])]
+    lines += [""] * bool(run["notes"]) + [f"- {note}" for note in run["notes"]]
+    if flipped[1]:
+        lines += ["", "## Flipped answers", "", *_section(flipped)]
+    return lines
+
+
+def _made(run: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    commands = provenance.commands(run)
+    if commands:
+        lines += ["", "```", *commands.values(), "```"]
+    for title, table in report_html.PROVENANCE.items():
+        header, rows = table(run)
+        if rows:
+            lines += ["", f"### {title}", "", *tables.grid(header, rows)]
+    if run["config"] is not None:
+        lines += ["", "<details><summary>configuration</summary>", "", "```yaml", run["config"].rstrip("\n"), "```"]
+        lines += ["", "</details>"]
+    return ["", "## How it was made", *lines] if lines else []
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write(runs: list[dict[str, Any]], directory: Path) -> None:
+    """Writes report.md, report.csv, report.json and report.html, for a single run its figure of pruning too.
+
+    Args:
+        runs: collected runs.
+        directory: made if it is not there.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    found = measures.rows_of_all(runs)
+    content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
+    save(directory / "report.md", markdown(runs))
+    save(directory / "report.csv", tables.to_csv(found))
+    save(directory / "report.json", json.dumps(content, indent=2) + "\n")
+    save(directory / "report.html", report_html.page(runs))
+    layers = pruned_layers(runs[0])
+    if len(runs) == 1 and layers:
+        plots.write(layers, directory / plots.FIGURE)
+
+
+def save(path: Path, text: str) -> None:
+    """Writes a file that is whole as soon as it exists."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); name another place (--output, --latex)"
+        ) from error

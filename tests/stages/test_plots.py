@@ -185,6 +185,9 @@ def test_a_failure_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_bytes() == before
 
 
+REPORT = ("report.md", "report.csv", "report.json", "report.html")
+
+
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,17 +201,17 @@ def record(directory: Path, layers: list[plots.Layer] | None) -> None:
 def test_a_report_draws_what_was_pruned(tmp_path: Path) -> None:
     record(tmp_path, llama())
     (found,) = pipeline.report([tmp_path])
-    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "report.md", "report.json", "pruning.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", *REPORT, "pruning.svg"}
     assert "](pruning.svg)" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "report.json").read_text()) == found
-    assert found.keys() == {"run", "stages", "checkpoints"}
+    assert found.keys() == {"run", "config", "stages", "checkpoints", "comparisons", "notes", "table"}
 
 
 @pytest.mark.parametrize("layers", [None, []])
 def test_no_layers_no_figure(layers: list[plots.Layer] | None, tmp_path: Path) -> None:
     record(tmp_path, layers)
     pipeline.report([tmp_path])
-    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "report.md", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", *REPORT}
     assert "pruning.svg" not in (tmp_path / "report.md").read_text()
 
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_runs import write_run
 
-from sppctl.stages.report import collect, facts, markdown, pruned_layers, table, type_table
+from sppctl import pipeline
+from sppctl.errors import UserError
+from sppctl.stages.provenance import evaluation_table, facts
+from sppctl.stages.report import collect, markdown, pruned_layers, save
+from sppctl.stages.report_tables import table, type_table
 
 DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 1_000_000}
 SPARSE = {"sparsity": 0.5, "patterns": ["2:4"], "sparse_matrices": 14, "bytes": 1_000_000}
@@ -31,10 +37,13 @@ def accuracy(
 def run(**checkpoints: tuple[dict[str, Any], list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "run": "runs/mine",
+        "config": None,
         "stages": {},
         "checkpoints": {
             label: {"sparsity": sparsity, "results": results} for label, (sparsity, results) in checkpoints.items()
         },
+        "comparisons": [],
+        "notes": [],
     }
 
 
@@ -250,6 +259,23 @@ def test_a_report_in_markdown() -> None:
         "| ppl wikitext2 @64 | 5.00 | 6.00 |\n"
         "\n"
         "- prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s\n"
+        "\n"
+        "## Distance to the dense model\n"
+        "\n"
+        "| measure | pruned - base |\n"
+        "| --- | ---: |\n"
+        "| ppl wikitext2 @64 | +1.00 |\n"
+        "\n"
+        "Differences of accuracies are percentage points.\n"
+        "\n"
+        "## How it was made\n"
+        "\n"
+        "### Evaluations\n"
+        "\n"
+        "| weights | text or tasks | measured on | dtype | device | seconds |\n"
+        "| --- | --- | --- | --- | --- | ---: |\n"
+        "| base | ppl wikitext2 @64 | loss ± 0.1000 nats | - | - | - |\n"
+        "| pruned | ppl wikitext2 @64 | loss ± 0.1000 nats | - | - | - |\n"
     )
 
 
@@ -284,9 +310,9 @@ def test_a_run_without_evaluation_has_no_table() -> None:
     )
 
 
-def test_several_runs_follow_each_other() -> None:
+def test_several_runs_follow_the_table_over_all() -> None:
     text = markdown([run(base=(DENSE, [])), run(base=(DENSE, [])) | {"run": "runs/other"}])
-    assert text.index("# runs/mine\n") < text.index("\n\n# runs/other\n")
+    assert text.index("# 2 runs\n") < text.index("\n# runs/mine\n") < text.index("\n\n# runs/other\n")
 
 
 # --- collecting -------------------------------------------------------------------------------------------------------
@@ -298,19 +324,132 @@ def test_records_are_collected_in_the_order_of_the_pipeline(tmp_path: Path) -> N
         (tmp_path / directory / "stage.json").write_text(json.dumps(record))
     (tmp_path / "eval").mkdir()
     for label in ("another", "base", "merged", "pruned"):
-        (tmp_path / "eval" / f"{label}.json").write_text(json.dumps({"label": label}))
+        content = {"label": label, "sparsity": DENSE, "results": []}
+        (tmp_path / "eval" / f"{label}.json").write_text(json.dumps(content))
     found = collect(tmp_path)
     assert found["run"] == str(tmp_path)
     assert found["stages"] == {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
     assert list(found["checkpoints"]) == ["base", "pruned", "merged", "another"]
-    assert found["checkpoints"]["another"] == {"label": "another"}
+    assert found["checkpoints"]["another"] == {"label": "another", "sparsity": DENSE, "results": []}
+    assert [row["training"] for row in found["table"]] == [None, None, "spp", None]
 
 
 def test_an_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "stage.json").write_text(json.dumps(PRUNE))
-    assert collect(tmp_path) == {"run": str(tmp_path), "stages": {"prune": PRUNE}, "checkpoints": {}}
+    nothing = {"config": None, "checkpoints": {}, "comparisons": [], "notes": [], "table": []}
+    assert collect(tmp_path) == {"run": str(tmp_path), "stages": {"prune": PRUNE}} | nothing
 
 
-def test_an_empty_directory(tmp_path: Path) -> None:
-    assert collect(tmp_path) == {"run": str(tmp_path), "stages": {}, "checkpoints": {}}
+def test_an_empty_directory_holds_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        pipeline.report([tmp_path])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+FILES = {"report.md", "report.csv", "report.json", "report.html"}
+
+
+def test_one_run_has_its_report_in_itself_or_elsewhere(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    before = {path.name for path in one.iterdir()}
+    pipeline.report([one], output=tmp_path / "there")
+    assert {path.name for path in one.iterdir()} == before
+    assert {path.name for path in (tmp_path / "there").iterdir()} == FILES | {"pruning.svg"}
+    (found,) = pipeline.report([one])
+    assert {path.name for path in one.iterdir()} == before | FILES | {"pruning.svg"}
+    assert json.loads((one / "report.json").read_text()) == found
+    assert (one / "report.md").read_text() == (tmp_path / "there/report.md").read_text()
+
+
+def test_several_runs_have_one_report_more_in_the_folder_they_share(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a/one"), write_run(tmp_path / "b/two", pattern="4:8", seed=1)]
+    pipeline.report(runs, latex=tmp_path / "tables/all.tex")
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"a", "b", "tables"}
+    assert all((run / "report.html").is_file() for run in runs)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["pattern"] for row in content["table"]] == ["dense", "2:4", "2:4", "dense", "4:8", "4:8"]
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# 2 runs\n")
+    assert f"]({runs[1]}/pruning.svg)" in text
+    assert (tmp_path / "tables/all.tex").read_text().count(r"\\") > 6
+
+
+def test_the_report_of_several_runs_never_replaces_that_of_one(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)]
+    with pytest.raises(UserError, match=r"itself one of the runs.*--output"):
+        pipeline.report(runs, output=tmp_path / "two/../one")
+    assert not (tmp_path / "one/report.md").exists()
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written.*--output"):
+        save(tmp_path / "file/report.md", "text")
+
+
+def test_the_whole_report_in_markdown(tmp_path: Path) -> None:
+    (found,) = pipeline.report([write_run(tmp_path / "one")])
+    text = markdown([found])
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "## Distance to the dense model",
+        "## On the same samples",
+        "## Flipped answers",
+        "## Pruning",
+        "## How it was made",
+    ]
+    for words in ("sppctl prune run.dir=one", "torch", "x86_64 CPU, 2 threads", "0123456789abcdef", "c" * 16, "d" * 16):
+        assert words in text
+    assert "gap recovered = (x - pruned) / (base - pruned)" in text
+    assert "\n\n\n" not in text
+    assert "# <b> & other signs" in text  # of the configuration, as it stands
+
+
+@pytest.mark.parametrize("gone", ["eval", "pruned", "adapter", "eval/base.json", "eval/pruned.json", "resolved.yaml"])
+def test_a_run_in_parts_has_a_report(gone: str, tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    whole = one / gone
+    shutil.rmtree(whole) if whole.is_dir() else whole.unlink()
+    pipeline.report([one])
+    assert {path.name for path in one.iterdir()} >= FILES
+    assert "None" not in (one / "report.md").read_text()
+    assert "None" not in (one / "report.html").read_text()
+
+
+def test_samples_of_another_evaluation_are_not_compared(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    strange = one / "eval/merged.samples/rte.jsonl"
+    strange.write_text("".join(strange.read_text().splitlines(keepends=True)[:100]))
+    (found,) = pipeline.report([one])
+    names = {pair["second"]: [entry["name"] for entry in pair["entries"]] for pair in found["comparisons"]}
+    assert "rte, limit 200" in names["pruned"]
+    assert "rte, limit 200" not in names["merged"]
+    assert "zeroshot, limit 200 mean" not in names["merged"]
+    assert f"- {strange} belongs to another evaluation and is left out" in (one / "report.md").read_text()
+    assert "belongs to another evaluation" in (one / "report.html").read_text()
+
+
+def test_tasks_of_a_group_measured_one_by_one_are_one_line_of_evaluations() -> None:
+    found = [accuracy(f"mmlu_{index}", {f"mmlu_{index}": {"acc": 0.5}}, 5) | {"seconds": 1.5} for index in range(57)]
+    for result in found:
+        result["settings"]["group"] = "mmlu"
+    (line,) = evaluation_table(run(base=(DENSE, found)))[1]
+    assert line == ["base", "mmlu 5-shot", "570 samples of 57 tasks, 5-shot", "-", "-", "85.5"]
+
+
+def test_records_of_an_older_version_have_a_report(tmp_path: Path) -> None:
+    """No stride, no reference, no windows, no samples, no history, no commands."""
+    for directory, record in (("pruned", PRUNE), ("adapter", TRAIN), ("merged", MERGE)):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "stage.json").write_text(json.dumps(record))
+    (tmp_path / "eval").mkdir()
+    for label, value in (("base", 10.0), ("pruned", 20.0), ("merged", 14.0)):
+        content = {"label": label, "sparsity": DENSE, "results": [perplexity(value)]}
+        (tmp_path / f"eval/{label}.json").write_text(json.dumps(content))
+    pipeline.report([tmp_path])
+    text = (tmp_path / "report.md").read_text()
+    assert "| ppl wikitext2 @2048 | +10.00 | +4.00 | 51.5% |" in text  # ln(20 / 14) / ln(20 / 10)
+    assert "On the same samples" not in text
+    assert "<svg" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,179 @@
+"""What was measured on the checkpoints of runs, in one shape: a row per checkpoint, and how it stands to the dense one.
+
+The share of the gap recovered is (merged - pruned) / (base - pruned), of accuracies as they are, of perplexities after
+taking logarithms: 0 is the pruned model, 1 the dense one. Where pruning did no harm there is no gap.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sppctl.stages.evaluate import result_name, rows_of
+
+PERPLEXITY, DIVERGENCE, AGREEMENT, ACCURACY, OTHER = "perplexity", "kl", "agreement", "accuracy", "other"
+GAP_FORMULA = (
+    "gap recovered = (x - pruned) / (base - pruned), where x is the checkpoint's value; of perplexities the logarithms "
+    "are compared"
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of one checkpoint.
+
+    Attributes:
+        name: as tables call it, with what limits it.
+        kind: perplexity, kl (nats per token), agreement, accuracy (shares of 1), or other.
+        value: None where lm-eval gave none.
+        norm: acc_norm beside an accuracy.
+        stderr: of the mean loss in nats for a perplexity, of the divergence; accuracies have theirs in the results.
+    """
+
+    name: str
+    kind: str
+    value: float | None
+    norm: float | None = None
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of one run.
+
+    Attributes:
+        run: directory of the run.
+        checkpoint: base, pruned, adapter, merged, or another label.
+        method, pattern: of the pruning; None for the dense model.
+        training: method of the training; None before it.
+        seed: of the run, where a stage recorded it.
+        fingerprint: of the weights.
+        sparsity: summary of the checkpoint's zeros.
+        measures: by name.
+        difference: value - base by name, for what both have.
+        recovered: share of the gap by name, for what base, pruned and this one have.
+    """
+
+    run: str
+    checkpoint: str
+    method: str | None
+    pattern: str | None
+    training: str | None
+    seed: int | None
+    fingerprint: str | None
+    sparsity: dict[str, Any]
+    measures: dict[str, Measure]
+    difference: dict[str, float]
+    recovered: dict[str, float]
+
+
+def measures_of(content: dict[str, Any]) -> dict[str, Measure]:
+    """The measures of a results file, by name, in their order."""
+    errors: dict[str, float | None] = {}
+    for result in content["results"]:
+        if result["settings"]["kind"] == "perplexity":
+            name = result_name(result["settings"])
+            errors[name] = result["metrics"].get("stderr")
+            errors[f"KL(dense || model) {name.removeprefix('ppl ')}"] = result["metrics"].get("kl_stderr")
+    return {name: Measure(name, _kind(name), value, norm, errors.get(name)) for name, value, norm in rows_of(content)}
+
+
+def _kind(name: str) -> str:
+    for start, kind in (("ppl ", PERPLEXITY), ("KL(", DIVERGENCE), ("top-1 agreement", AGREEMENT)):
+        if name.startswith(start):
+            return kind
+    return OTHER if re.search(r"perplexity|bits.per.byte", name) else ACCURACY
+
+
+def gap_recovered(kind: str, base: float | None, pruned: float | None, value: float | None) -> float | None:
+    """(value - pruned) / (base - pruned), of logarithms for perplexities; None where pruning did no harm."""
+    if kind not in (PERPLEXITY, ACCURACY) or base is None or pruned is None or value is None:
+        return None
+    if kind == PERPLEXITY:
+        if not all(0 < number < math.inf for number in (base, pruned, value)):
+            return None
+        base, pruned, value = -math.log(base), -math.log(pruned), -math.log(value)
+    return (value - pruned) / (base - pruned) if base > pruned else None
+
+
+def rows(run: dict[str, Any]) -> list[Row]:
+    """A row per checkpoint of a collected run."""
+    measured = {label: measures_of(content) for label, content in run["checkpoints"].items()}
+    base, pruned = measured.get("base", {}), measured.get("pruned", {})
+    stages = run["stages"]
+    prune, train = (stages.get(stage, {}).get("metrics", {}) for stage in ("prune", "train"))
+    seed = next((record["seed"] for record in stages.values() if "seed" in record), None)
+    found = []
+    for label, own in measured.items():
+        content = run["checkpoints"][label]
+        sparse = label in ("pruned", "adapter", "merged")
+        recovered = {
+            name: gap_recovered(measure.kind, _value(base, name), _value(pruned, name), measure.value)
+            for name, measure in own.items()
+            if label not in ("base", "pruned")
+        }
+        found.append(
+            Row(
+                run=run["run"],
+                checkpoint=label,
+                method=prune.get("method") if sparse else None,
+                pattern=(prune.get("pattern") if sparse else None) or pattern_words(content["sparsity"]),
+                training=train.get("method") if label in ("adapter", "merged") else None,
+                seed=seed,
+                fingerprint=content.get("fingerprint"),
+                sparsity=content["sparsity"],
+                measures=own,
+                difference=_differences(base, own) if label != "base" else {},
+                recovered={name: share for name, share in recovered.items() if share is not None},
+            )
+        )
+    return found
+
+
+def _value(measures: dict[str, Measure], name: str) -> float | None:
+    return measures[name].value if name in measures else None
+
+
+def _differences(base: dict[str, Measure], own: dict[str, Measure]) -> dict[str, float]:
+    found = {}
+    for name, measure in own.items():
+        dense = _value(base, name)
+        if dense is not None and measure.value is not None:
+            found[name] = measure.value - dense
+    return found
+
+
+def pattern_words(sparsity: dict[str, Any]) -> str:
+    """The N:M patterns that a checkpoint holds, or unstructured, or dense."""
+    if sparsity["patterns"]:
+        return ", ".join(sparsity["patterns"])
+    return "unstructured" if sparsity["sparse_matrices"] else "dense"
+
+
+def rows_of_all(runs: list[dict[str, Any]]) -> list[Row]:
+    """The rows of several runs; a checkpoint that runs share, with the same numbers, stands there once."""
+    found: list[Row] = []
+    seen = []
+    for row in (row for run in runs for row in rows(run)):
+        identity = (row.fingerprint, row.checkpoint, row.measures)
+        if row.fingerprint is None or identity not in seen:
+            found.append(row)
+            seen.append(identity)
+    return found
+
+
+def names(found: list[Row]) -> list[str]:
+    """Every measure that a row has: perplexities, divergences, agreements, then tasks in order of appearance."""
+    kinds = {name: measure.kind for row in found for name, measure in row.measures.items()}
+    first = (PERPLEXITY, DIVERGENCE, AGREEMENT)
+    return sorted(kinds, key=lambda name: first.index(kinds[name]) if kinds[name] in first else len(first))
+
+
+def headlines(found: list[Row]) -> list[str]:
+    """The measures a paper quotes: perplexities, and means over tasks, or the tasks where there is no mean."""
+    kinds = {name: measure.kind for row in found for name, measure in row.measures.items()}
+    accuracies = [name for name, kind in kinds.items() if kind == ACCURACY]
+    means = [name for name in accuracies if " mean" in name]  # or a mean of some of its tasks
+    return [name for name, kind in kinds.items() if kind == PERPLEXITY] + (means or accuracies)

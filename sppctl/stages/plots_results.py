@@ -1,0 +1,252 @@
+"""Collected runs -> figures of results, losses and costs, in the style of ``plots``.
+
+What tells two things apart is never the colour alone: bars carry their number, their name and a hatch, lines a marker
+and a dash, so that a grey print still says everything. matplotlib is imported only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sppctl.stages.measures import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Row, names
+from sppctl.stages.plots import COLOURS, STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# fill and hatch of a bar: the fills differ in lightness, the hatches on paper
+BARS = {"base": ("#ffffff", ""), "pruned": ("#E69F00", "///"), "adapter": ("#56B4E9", "..."), "merged": ("#0072B2", "")}
+FURTHER = (("#CC79A7", "xxx"), ("#009E73", "---"), ("#D55E00", "\\\\\\"))
+MARKS = {"base": "s", "pruned": "v", "adapter": "D", "merged": "o"}
+FURTHER_MARKS = "^P*X<>"
+LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis could not be told from nothing
+WIDTH = 7.0  # inches: a page's text
+
+
+def svg(make: Callable[[], Figure], title: str, prefix: str) -> str:
+    """A figure as an element that stands in a page: letters as paths, no declaration, no identifier used twice.
+
+    Args:
+        make: draws the figure; called under the project's style.
+        title: what a screen reader says.
+        prefix: of all identifiers, another one for every figure of a page.
+    """
+    from matplotlib import style
+
+    text = io.StringIO()
+    with style.context(["default", STYLE, {"svg.fonttype": "path"}]):  # nobody's matplotlibrc changes the figure
+        make().savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    element = text.getvalue()[text.getvalue().index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
+    element = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', element)
+    element = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', element)
+    element = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", element)
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return element.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).rstrip()
+
+
+# --- perplexity and divergence ----------------------------------------------------------------------------------------
+
+
+def bar_names(found: Sequence[Row]) -> list[str]:
+    """Measures that are drawn as bars: perplexities, then divergences."""
+    kinds = {name: measure.kind for row in found for name, measure in row.measures.items() if _finite(row, name)}
+    return [name for wanted in (PERPLEXITY, DIVERGENCE) for name, kind in kinds.items() if kind == wanted]
+
+
+def bars(found: Sequence[Row]) -> Figure:
+    """A panel per perplexity and divergence, a bar per checkpoint; the whisker is one standard error."""
+    from matplotlib.figure import Figure
+
+    drawn = bar_names(found)
+    panels = [[row for row in found if _finite(row, name)] for name in drawn]
+    heights = [0.24 * len(rows) + 0.75 for rows in panels]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)
+    looks = _looks(found)
+    for axes, name, rows in zip(grid[:, 0], drawn, panels, strict=True):
+        _panel(axes, name, rows, looks)
+    return figure
+
+
+def _finite(row: Row, name: str) -> bool:
+    measure = row.measures.get(name)
+    return measure is not None and measure.value is not None and math.isfinite(measure.value)
+
+
+def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[str, str]]) -> None:
+    chosen = [row.measures[name] for row in rows]
+    values = [float(measure.value or 0.0) for measure in chosen]
+    perplexity = chosen[0].kind == PERPLEXITY
+    logarithmic = perplexity and max(values) > LOG_FROM * min(values)
+    # of the mean loss, so that of the perplexity is to first order its product with the perplexity
+    errors = [
+        (measure.stderr or 0.0) * (value if perplexity else 1.0) for measure, value in zip(chosen, values, strict=True)
+    ]
+    _horizontal(axes, [_row_name(row, rows) for row in rows], values, [looks[row.checkpoint] for row in rows])
+    for index, (value, error) in enumerate(zip(values, errors, strict=True)):
+        if error:
+            axes.errorbar(value, index, xerr=error, color="black", capsize=2.5, linewidth=1, fmt="none")
+        written = f"{value:.2f}" if perplexity and value < 1e5 else f"{value:.3g}"
+        axes.annotate(written, (value + error, index), (5, 0), textcoords="offset points", va="center")
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 2, max(values) * 3)
+    else:
+        axes.set_xlim(0, 1.18 * max(value + error for value, error in zip(values, errors, strict=True)) or 1)
+    words = "perplexity, lower is better" if perplexity else "nats per token, lower is better"
+    axes.set_xlabel(words + (", logarithmic axis" if logarithmic else ""))
+    axes.set_title(name.removeprefix("ppl "), loc="left", fontsize=9, fontweight="bold")
+
+
+def _horizontal(axes: Axes, labels: list[str], values: list[float], looks: Sequence[tuple[str, str]]) -> None:
+    shapes = axes.barh(range(len(values)), values, height=0.66, edgecolor="black", linewidth=0.8)
+    for bar, (fill, hatch) in zip(shapes, looks, strict=True):
+        bar.set(facecolor=fill, hatch=hatch)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+
+
+def _looks(found: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    others = list(dict.fromkeys(row.checkpoint for row in found if row.checkpoint not in BARS))
+    return BARS | {label: FURTHER[index % len(FURTHER)] for index, label in enumerate(others)}
+
+
+def _row_name(row: Row, rows: Sequence[Row]) -> str:
+    """The checkpoint, with as much of how it was made as tells it from the others."""
+    if sum(other.checkpoint == row.checkpoint for other in rows) == 1:
+        return row.checkpoint
+    made = " ".join(word for word in (row.method, row.pattern, row.training) if word)
+    twins = [other for other in rows if _made(other) == _made(row)]
+    name = f"{row.checkpoint} {made}"
+    return name if len(twins) == 1 else f"{name} ({row.run.rstrip('/').rpartition('/')[2]})"
+
+
+def _made(row: Row) -> tuple[str | None, ...]:
+    return row.checkpoint, row.method, row.pattern, row.training
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def task_names(found: Sequence[Row]) -> list[str]:
+    """Measures that are drawn as dots: shares of 1."""
+    own = {name for row in found for name, measure in row.measures.items() if measure.kind in (ACCURACY, AGREEMENT)}
+    return [name for name in names(list(found)) if name in own]
+
+
+def dots(found: Sequence[Row]) -> Figure:
+    """A line per task, a marker per checkpoint of one run."""
+    from matplotlib.figure import Figure
+
+    drawn = task_names(found)
+    figure = Figure(figsize=(WIDTH, 0.3 * len(drawn) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    looks = _looks(found)
+    others = [row.checkpoint for row in found if row.checkpoint not in MARKS]
+    marks = MARKS | {label: FURTHER_MARKS[index % len(FURTHER_MARKS)] for index, label in enumerate(others)}
+    for row in found:
+        places = [(100 * (row.measures[name].value or 0), at) for at, name in enumerate(drawn) if _finite(row, name)]
+        if places:
+            fill, _ = looks[row.checkpoint]
+            style: dict[str, Any] = {"color": fill, "markeredgecolor": "black", "markeredgewidth": 0.8, "markersize": 7}
+            axes.plot(*zip(*places, strict=True), marks[row.checkpoint], label=row.checkpoint, **style)
+    axes.set_yticks(range(len(drawn)), [name.strip() for name in drawn])
+    axes.set_ylim(len(drawn) - 0.5, -0.5)
+    axes.grid(axis="x")
+    axes.set_xlabel("accuracy or agreement, %, higher is better")
+    figure.legend(loc="outside upper right", ncols=len(found))
+    return figure
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def loss_curves(history: list[dict[str, Any]], last: tuple[int, float | None]) -> dict[str, list[tuple[int, float]]]:
+    """What a training logged: (step, value) of training loss, validation loss and perplexity, those that there are.
+
+    Args:
+        history: ``metrics["history"]`` of the training.
+        last: steps of the training, and the validation loss at its end.
+    """
+    steps, validation = last
+    curves = {
+        words: [(entry["step"], float(entry[key])) for entry in history if key in entry]
+        for words, key in (("training", "loss"), ("validation", "eval_loss"), ("perplexity", "perplexity"))
+    }
+    if validation is not None and steps not in dict(curves["validation"]):
+        curves["validation"].append((steps, validation))
+    return {words: points for words, points in curves.items() if points}
+
+
+def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
+    """Losses by optimizer step, and below them the perplexity where it was watched."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    below = "perplexity" in curves
+    figure = Figure(figsize=(WIDTH, 4.4 if below else 2.8), layout="constrained")
+    grid = figure.subplots(1 + below, 1, sharex=True, squeeze=False)
+    looks = {
+        "training": (COLOURS[4], "-", "o"),
+        "validation": (COLOURS[5], "--", "s"),
+        "perplexity": ("black", "-", "D"),
+    }
+    # points from the end of a line to its number, so that two losses that end together can be read
+    higher = "validation" in curves and "training" in curves and curves["validation"][-1][1] < curves["training"][-1][1]
+    shifts = {"training": 2 if higher else -9, "validation": -9 if higher else 2, "perplexity": -3}
+    for name, points in curves.items():
+        axes = grid[-1 if name == "perplexity" else 0, 0]
+        colour, line, marker = looks[name]
+        every = max(1, len(points) // 24)
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, line, color=colour, marker=marker, markersize=5, markevery=every, label=name)
+        value = f"{values[-1]:.2f}" if name == "perplexity" else f"{values[-1]:.3f}"
+        axes.annotate(value, (steps[-1], values[-1]), (6, shifts[name]), textcoords="offset points", color=colour)
+    grid[0, 0].set_ylabel("loss (nats per token)")
+    if len(curves) - below > 1:
+        grid[0, 0].legend()
+    grid[-1, 0].set_xlabel("optimizer step")
+    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[-1, 0].margins(x=0.08)
+    if below:
+        grid[-1, 0].set_ylabel("perplexity")
+    return figure
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def costs_of(run: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of every stage and evaluation, and megabytes of every checkpoint."""
+    seconds = {stage: float(record["wall_time_s"]) for stage, record in run["stages"].items()}
+    sizes = {}
+    for label, content in run["checkpoints"].items():
+        seconds[f"eval {label}"] = sum(float(result.get("seconds", 0)) for result in content["results"])
+        sizes[label] = content["sparsity"]["bytes"] / 1e6
+    return {name: value for name, value in seconds.items() if value}, sizes
+
+
+def costs(seconds: dict[str, float], sizes: dict[str, float]) -> Figure:
+    """Bars of the time that stages took, and of the space that checkpoints take."""
+    from matplotlib.figure import Figure
+
+    panels = [(values, words) for values, words in ((seconds, "seconds"), (sizes, "megabytes on disk")) if values]
+    most = max(len(values) for values, _ in panels)
+    figure = Figure(figsize=(WIDTH, 0.25 * most + 0.8), layout="constrained")
+    for axes, (values, words) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _horizontal(axes, list(values), list(values.values()), [("#999999", "")] * len(values))
+        for index, value in enumerate(values.values()):
+            written = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+            axes.annotate(written, (value, index), (5, 0), textcoords="offset points", va="center")
+        axes.set_xlim(0, 1.25 * max(values.values()))
+        axes.set_xlabel(words)
+    return figure

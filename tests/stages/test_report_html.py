@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_runs import write_run
+
+from sppctl import pipeline
+from sppctl.stages import measures, plots_results
+from sppctl.stages.report import collect
+from sppctl.stages.report_html import page
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs and the report over both."""
+    root = tmp_path_factory.mktemp("runs")
+    pipeline.report([write_run(root / "one"), write_run(root / "two", pattern="4:8", training="masked_full", seed=1)])
+    return root
+
+
+class Checked(HTMLParser):
+    """Reads a page strictly: every element is closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+# --- the page as text -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
+def test_the_page_is_whole_and_refers_to_nothing_outside(runs: Path, name: str) -> None:
+    text = (runs / name).read_text()
+    tags = Checked(text).tags
+    assert not {"script", "img", "iframe", "object", "embed", "image"} & {tag for tag, _ in tags}
+    for tag, attributes in tags:
+        for key, value in attributes.items():
+            assert not key.startswith("on")
+            if key in ("src", "href", "xlink:href", "srcset", "action"):
+                assert value is not None
+                assert value.startswith("#") or (tag, value) == ("link", "data:,")
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "@import" not in text
+    identities = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    wanted = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    assert wanted <= set(identities)
+
+
+@pytest.mark.parametrize(("name", "figures"), [("one/report.html", 5), ("report.html", 1 + 2 * 5)])
+def test_every_figure_is_well_formed_and_has_a_size_and_a_name(runs: Path, name: str, figures: int) -> None:
+    drawn = re.findall(r"<svg .*?</svg>", (runs / name).read_text(), re.DOTALL)
+    assert len(drawn) == figures
+    for text in drawn:
+        element = ET.fromstring(text)
+        assert all(float(str(element.get(key)).removesuffix("pt")) > 50 for key in ("width", "height"))
+        assert element.get("aria-label")
+        assert sum(1 for _ in element.iter("{http://www.w3.org/2000/svg}path")) > 10
+        assert not list(element.iter("{http://www.w3.org/2000/svg}text"))  # letters are paths
+
+
+def test_signs_of_html_are_text(runs: Path) -> None:
+    text = (runs / "one/report.html").read_text()
+    assert "# &lt;b&gt; &amp; other signs" in text
+    assert "<b>" not in text
+
+
+def test_the_page_says_what_was_measured_and_how_it_was_made(runs: Path) -> None:
+    text = (runs / "one/report.html").read_text()
+    for words in (
+        "Paired bootstrap",
+        "Flipped answers",
+        "sppctl train run.dir=one",
+        "0123456789abcdef",
+        "55.97",
+        "+46.40",
+    ):
+        assert words in text
+    assert "<details><summary>Configuration" in text
+    headings = re.findall(r"<h3>(.*?)</h3>", text)
+    assert headings[:4] == ["Results", "Distance to the dense model", "On the same samples", "Flipped answers"]
+    assert headings[4:] == ["Training", "Pruning", "Time and size", "How it was made"]
+
+
+def test_the_same_records_give_the_same_page(runs: Path) -> None:
+    found = [collect(runs / "one")]
+    assert page(found) == page(found) == (runs / "one/report.html").read_text()
+
+
+@pytest.mark.parametrize("gone", [["eval"], ["adapter", "merged"], ["pruned"], ["eval", "adapter", "merged"]])
+def test_a_page_of_a_run_in_parts(gone: list[str], tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    for name in gone:
+        shutil.rmtree(one / name)
+    text = page([collect(one)])
+    Checked(text)
+    assert ("No checkpoint of this run has been measured yet" in text) == ("eval" in gone)
+    assert ("<h3>Training</h3>" in text) == ("adapter" not in gone)
+    assert ("<h3>Pruning</h3>" in text) == ("pruned" not in gone)
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_for_each_perplexity_with_its_number(runs: Path) -> None:
+    perplexity, divergence = plots_results.bars(measures.rows(collect(runs / "one"))).axes
+    assert [label.get_text() for label in perplexity.get_yticklabels()] == ["base", "pruned", "merged"]
+    widths = [bar.get_width() for bar in perplexity.patches]  # type: ignore[attr-defined]
+    written = [text.get_text() for text in perplexity.texts]
+    assert written == [f"{width:.2f}" for width in widths]
+    assert written[:2] == ["9.57", "55.97"]
+    assert [label.get_text() for label in divergence.get_yticklabels()] == ["pruned", "merged"]
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in perplexity.patches}) == 3
+
+
+def test_perplexities_far_apart_have_a_logarithmic_axis_that_says_so(runs: Path) -> None:
+    run = collect(runs / "one")
+    run["checkpoints"]["pruned"]["results"][0]["metrics"]["value"] = 9000.0
+    axes = plots_results.bars(measures.rows(run)).axes[0]
+    assert axes.get_xscale() == "log"
+    assert "logarithmic" in axes.get_xlabel()
+
+
+def test_a_perplexity_that_is_infinite_is_not_drawn(runs: Path) -> None:
+    run = collect(runs / "one")
+    run["checkpoints"]["pruned"]["results"][0]["metrics"]["value"] = float("inf")
+    axes = plots_results.bars(measures.rows(run)).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["base", "merged"]
+
+
+def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
+    found = measures.rows_of_all([collect(runs / "one"), collect(runs / "two")])
+    axes = plots_results.bars(found).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "base dense (one)",
+        "pruned wanda 2:4",
+        "merged wanda 2:4 spp",
+        "base dense (two)",
+        "pruned wanda 4:8",
+        "merged wanda 4:8 masked_full",
+    ]
+
+
+def test_losses_of_a_training() -> None:
+    history: list[dict[str, Any]] = [{"loss": 3.0, "step": 1}, {"loss": 2.0, "step": 5}, {"eval_loss": 2.5, "step": 5}]
+    curves = plots_results.loss_curves(history, (10, 2.25))
+    assert curves == {"training": [(1, 3.0), (5, 2.0)], "validation": [(5, 2.5), (10, 2.25)]}
+    (axes,) = plots_results.losses(curves).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 5], [5, 10]]
+    assert [text.get_text() for text in axes.texts] == ["2.000", "2.250"]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
+
+
+def test_a_training_that_logged_nothing_has_no_figure() -> None:
+    assert plots_results.loss_curves([], (10, None)) == {}
+    assert plots_results.loss_curves([], (10, 2.5)) == {"validation": [(10, 2.5)]}
+
+
+def test_perplexities_of_a_training_are_a_panel_of_their_own() -> None:
+    curves = plots_results.loss_curves([{"loss": 3.0, "step": 1}, {"perplexity": 40.0, "step": 1}], (1, None))
+    assert [axes.get_ylabel() for axes in plots_results.losses(curves).axes] == ["loss (nats per token)", "perplexity"]
+
+
+# --- the page in a browser --------------------------------------------------------------------------------------------
+
+
+def opened(path: Path, folder: Path) -> tuple[list[str], set[str], bytes]:
+    """Lines that a browser wrote to its console, addresses that it asked for, and a picture of the page."""
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--window-size=1200,1600"]
+    command += [f"--log-net-log={folder / 'net.json'}", f"--screenshot={folder / 'page.png'}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    events = json.loads((folder / "net.json").read_text())["events"]
+    return (
+        console,
+        {event["params"]["url"] for event in events if "url" in event.get("params", {})},
+        (folder / "page.png").read_bytes(),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
+def test_a_browser_opens_the_page_in_silence(runs: Path, name: str, tmp_path: Path) -> None:
+    console, addresses, picture = opened(runs / name, tmp_path)
+    assert console == []
+    assert addresses == set()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 50_000  # a page of tables and figures; an empty one has a few thousand bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_the_browser_would_tell(tmp_path: Path) -> None:
+    """What the test above rests on: a page that does what ours must not is noticed."""
+    bad = tmp_path / "bad.html"
+    bad.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("oh no")</script>')
+    console, addresses, picture = opened(bad, tmp_path)
+    assert any("oh no" in line for line in console)
+    assert addresses == {"http://127.0.0.1:9/x.png"}
+    assert len(picture) < 50_000

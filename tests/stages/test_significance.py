@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up_runs import sample, write_samples
+
+from sppctl.stages.significance import (
+    RESAMPLES,
+    TaskSamples,
+    compare_tasks,
+    compare_texts,
+    flips,
+    match,
+    paired,
+    read_samples,
+    resampled_means,
+)
+
+
+def every_mean(differences: list[float], weights: list[float] | None = None) -> np.ndarray:
+    """The means of all n^n resamples, each of which is equally likely."""
+    weights = weights or [1.0] * len(differences)
+    means = []
+    for drawn in itertools.product(range(len(differences)), repeat=len(differences)):
+        means.append(sum(differences[at] for at in drawn) / sum(weights[at] for at in drawn))
+    return np.array(means)
+
+
+# --- the bootstrap ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("differences", "weights"),
+    [
+        ([1.0, 0.0, 0.0, 1.0, -1.0], None),
+        ([0.5, 0.25, -0.125, 2.0, 1.0], None),
+        ([3.0, -1.0, 0.5, 2.0], [4.0, 1.0, 2.0, 2.0]),  # sums over tokens
+    ],
+)
+def test_it_draws_what_all_resamples_are(differences: list[float], weights: list[float] | None) -> None:
+    exact = every_mean(differences, weights)
+    drawn = resampled_means(np.array(differences), np.array(weights) if weights else None)
+    assert drawn.shape == (RESAMPLES,)
+    values = np.unique(exact.round(9))
+    assert set(np.unique(drawn.round(9))) <= set(values)
+    for value in values:
+        share = np.mean(np.isclose(exact, value))
+        error = np.sqrt(share * (1 - share) / RESAMPLES)
+        assert abs(np.mean(np.isclose(drawn, value)) - share) < 5 * error
+
+
+def test_p_is_that_of_all_resamples() -> None:
+    differences = [1.0, 1.0, 0.0, 1.0, -1.0]
+    exact, mean = every_mean(differences), 0.4
+    share = np.mean(np.abs(exact - mean) >= mean - 1e-9)
+    found = paired(mean, resampled_means(np.array(differences)))
+    assert found.p == pytest.approx(share, abs=0.02)
+    assert (found.low, found.high) == (np.quantile(exact, 0.025), np.quantile(exact, 0.975)) == (-0.4, 1.0)
+
+
+def test_no_difference_at_all() -> None:
+    found = paired(0.0, resampled_means(np.zeros(100)))
+    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_differences_that_cancel_mean_nothing() -> None:
+    found = paired(0.0, resampled_means(np.array([1.0, -1.0] * 50)))
+    assert found.p == 1
+    assert found.low < 0 < found.high
+
+
+def test_a_clear_difference_has_the_smallest_p() -> None:
+    found = paired(0.5, resampled_means(np.array([0.0, 1.0] * 200)))
+    assert found.p == 1 / (RESAMPLES + 1)
+    assert 0.4 < found.low < 0.5 < found.high < 0.6
+    # the normal approximation: 1.96 * sqrt(0.25 / 400)
+    assert (found.high - found.low) / 2 == pytest.approx(0.049, abs=0.003)
+
+
+def test_the_same_seed_the_same_numbers_in_pieces_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = np.linspace(-1, 2, 50)
+    whole = resampled_means(differences)
+    np.testing.assert_array_equal(whole, resampled_means(differences))
+    assert not np.array_equal(whole, resampled_means(differences, seed=1))
+    monkeypatch.setattr("sppctl.stages.significance.DRAWN", 700)
+    np.testing.assert_allclose(whole, resampled_means(differences), rtol=0, atol=1e-14)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_matched_by_their_hash_whatever_their_order() -> None:
+    first = [sample("a", 1), sample("b", 0), sample("c", 1)]
+    second = [sample("c", 0), sample("a", 1), sample("d", 1)]
+    pairs, alone = match(first, second)
+    assert [(one["hash"], other["hash"], other["acc"]) for one, other in pairs] == [("a", "a", 1), ("c", "c", 0)]
+    assert alone == 2
+
+
+def test_equal_documents_are_matched_one_by_one() -> None:
+    pairs, alone = match([sample("a", 1), sample("a", 0)], [sample("a", 0), sample("a", 1), sample("a", 1)])
+    assert [(one["acc"], other["acc"]) for one, other in pairs] == [(1, 0), (0, 1)]
+    assert alone == 1
+
+
+def test_flipped_answers_and_what_became_of_them() -> None:
+    pairs = [
+        (sample("a", 1, 1), sample("a", 0, 2)),
+        (sample("b", 1, 1), sample("b", 0, 3)),
+        (sample("c", 0, 2), sample("c", 1, 1)),
+        (sample("d", 0, 2), sample("d", 0, 3)),
+        (sample("e", 0, 2), sample("e", 0, 2)),
+        (sample("f", 1, 1) | {"chosen": None}, sample("f", 0, 2)),  # no multiple choice
+    ]
+    assert flips(pairs) == {
+        "answers": 5,
+        "flipped": 4,
+        "share": 0.8,
+        "correct_to_wrong": 2,
+        "wrong_to_correct": 1,
+        "wrong_to_wrong": 1,
+    }
+
+
+def test_a_task_without_choices_has_no_share() -> None:
+    assert flips([(sample("a", 1) | {"chosen": None}, sample("a", 1))])["share"] is None
+
+
+def task(samples: list[dict[str, Any]], *, alone: bool = True, **groups: bool) -> TaskSamples:
+    return TaskSamples("a task", groups, alone, samples)
+
+
+def test_accuracies_of_a_task_and_their_difference() -> None:
+    first = {"boolq": task([sample(str(n), n % 2) for n in range(100)], mean=False), "rte": task([], mean=False)}
+    second = {"boolq": task([sample(str(n), int(n % 4 > 0)) for n in range(100)])}
+    (entry,) = compare_tasks(first, second)
+    assert (entry["name"], entry["samples"], entry["first"], entry["second"]) == ("a task", 100, 0.5, 0.75)
+    assert entry["difference"] == 0.25
+    assert entry["p"] < 0.001
+    assert (entry["flips"]["wrong_to_correct"], entry["flips"]["correct_to_wrong"]) == (25, 0)
+    assert "note" not in entry
+
+
+def test_a_checkpoint_compared_with_itself() -> None:
+    own = {"boolq": task([sample(str(number), number % 2) for number in range(10)])}
+    (entry,) = compare_tasks(own, own)
+    assert (entry["difference"], entry["low"], entry["high"], entry["p"], entry["flips"]["flipped"]) == (0, 0, 0, 1, 0)
+
+
+def test_samples_that_do_not_match_are_left_out_and_said() -> None:
+    first, second = task([sample("a", 1), sample("b", 1)]), task([sample("b", 0), sample("c", 0)])
+    (entry,) = compare_tasks({"boolq": first}, {"boolq": second})
+    assert (entry["samples"], entry["difference"]) == (1, -1)
+    assert entry["note"].startswith("2 samples stand in one of the two files only")
+    (entry,) = compare_tasks({"boolq": first}, {"boolq": task([sample("c", 0)])})
+    assert entry["samples"] == 0
+    assert "p" not in entry
+
+
+@pytest.mark.parametrize(("by_samples", "mean"), [(False, 0.5), (True, 0.1)])
+def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, mean: float) -> None:
+    right, wrong = ([sample(str(number), acc) for number in range(10)] for acc in (1, 0))
+    many = [sample(str(number), 0) for number in range(90)]
+    first = {"a": task(wrong, both=by_samples), "b": task(many, both=by_samples)}
+    group, *tasks = compare_tasks(first, {"a": task(right), "b": task(many)})
+    assert (group["name"], group["samples"], len(tasks)) == ("both", 100, 2)
+    assert (group["first"], group["second"], group["difference"]) == (0, mean, mean)
+    assert (group["low"], group["high"]) == (mean, mean)  # within each task all differences are equal
+    assert group["flips"]["share"] == 0.1
+
+
+def test_the_tasks_of_a_large_group_have_no_rows_unless_something_is_missing() -> None:
+    first = {str(n): task([sample("x", 0), sample("y", 1)], alone=False, mmlu=True) for n in range(3)}
+    assert [entry["name"] for entry in compare_tasks(first, first)] == ["mmlu"]
+    second = first | {"1": task([sample("x", 0)], alone=False)}
+    assert [entry["name"] for entry in compare_tasks(first, second)] == ["mmlu", "a task"]
+
+
+def result(name: str, identity: str, **metrics: Any) -> dict[str, Any]:
+    settings = {"kind": "tasks", "tasks": name, "group": "all", "num_fewshot": 0, "limit": 5, "seed": 0}
+    return {"settings": settings, "metrics": {"tasks": {name: {}}, "samples_hash": {name: identity}} | metrics}
+
+
+def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> None:
+    rte = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
+    own = write_samples(tmp_path / "own-task.jsonl", [sample("a", 1), sample("b", 0)])
+    write_samples(tmp_path / "boolq.jsonl", [sample("c", 1)])
+    results = [
+        result("rte", rte, groups={"all": {"acc": True}, "part": {}}, members=57),
+        result("own task", own, groups={}, members=1),
+        result("boolq", "of before", groups={}, members=1),
+        {"settings": {"kind": "perplexity"}, "metrics": {}},
+    ]
+    found, notes = read_samples(tmp_path, results)
+    assert notes == [f"{tmp_path / 'boolq.jsonl'} belongs to another evaluation and is left out"]
+    grouped, alone = found.values()
+    assert (grouped.name, grouped.alone, len(grouped.samples)) == ("rte, limit 5", False, 1)
+    assert grouped.groups == {"all, limit 5 mean": True, "part, limit 5 mean": False}
+    assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own task, limit 5", True, 2, {})
+    assert read_samples(tmp_path / "nowhere", results) == ({}, [])
+
+
+def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
+    own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
+    zero, other, elsewhere = (result("rte", own) for _ in range(3))
+    other["settings"]["num_fewshot"] = 5
+    del elsewhere["settings"]["group"]
+    found = [read_samples(tmp_path, [one])[0] for one in (zero, other, elsewhere)]
+    assert compare_tasks(found[0], found[1]) == []
+    assert len(compare_tasks(found[0], found[2])) == 1
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def measured(losses: list[float], *, seq_len: int = 5, stride: int = 5, **metrics: Any) -> list[dict[str, Any]]:
+    settings = {"kind": "perplexity", "text": "prose", "seq_len": seq_len, "stride": None, "reference": object.__name__}
+    own = {"seq_len": seq_len, "stride": stride, "window_nll": losses, "documents_hash": "x"}
+    return [{"settings": settings, "metrics": own | metrics}]
+
+
+def test_windows_are_compared_per_predicted_token() -> None:
+    first = measured([8.0, 4.0, 6.0])
+    second = measured([12.0, 8.0, 10.0])
+    second[0]["settings"]["reference"] = "another"  # a reference does not change the loss
+    (entry,) = compare_texts(first, second)
+    assert (entry["name"], entry["samples"]) == ("prose", 3)
+    assert (entry["first"], entry["second"]) == (1.5, 2.5)
+    assert (entry["difference"], entry["low"], entry["high"]) == (1, 1, 1)
+
+
+def test_overlapping_windows_count_what_they_add() -> None:
+    (entry,) = compare_texts(measured([4.0, 2.0], stride=2), measured([8.0, 4.0], stride=2))
+    assert (entry["first"], entry["second"]) == (1, 2)  # 4 + 2 tokens
+
+
+def test_other_texts_and_older_results_are_not_compared() -> None:
+    assert compare_texts(measured([1.0]), measured([1.0], documents_hash="y")) == []
+    assert compare_texts(measured([1.0, 2.0]), measured([1.0])) == []
+    old = measured([1.0])
+    del old[0]["metrics"]["window_nll"]
+    assert compare_texts(old, measured([1.0])) == compare_texts(measured([1.0]), old) == []
