@@ -247,9 +247,7 @@ def test_run_uses_the_processes_where_it_can(torchrun: int, work: Path, tmp_path
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_impossible_batch_is_refused_before_anything_starts(
-    several: Callable[..., tuple[list[str], Path]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_impossible_batch_is_refused_before_anything_starts(several: Callable[..., tuple[list[str], Path]]) -> None:
     arguments, directory = several(3, "ddp", "float32")
     done = call(arguments)
     assert done.returncode == 2
