@@ -32,10 +32,18 @@ def facts(run: dict[str, Any]) -> list[str]:
     if "merge" in stages:
         metrics = stages["merge"]["metrics"]
         lines.append(
-            f"merge: {metrics['matrices']} matrices, all {metrics['zeros']:,} zeros kept, "
+            f"merge: {metrics['matrices']} matrices, {_zeros(metrics)}, "
             f"{metrics['moved_share']:.1%} of the kept weights moved, {stages['merge']['wall_time_s']:.0f} s"
         )
     return lines
+
+
+def _zeros(merge: dict[str, Any]) -> str:
+    """What became of the zeros in merging."""
+    if merge["pattern_unchanged"]:
+        return f"all {merge['zeros']:,} zeros kept"
+    changes = f"{merge['filled_zeros']:,} zeros filled, {merge['lost_weights']:,} other weights zero"
+    return f"{changes}, sparsity now {merge['sparsity']:.2%} (mask {merge['mask']})"
 
 
 def commands(run: dict[str, Any]) -> dict[str, str]:
