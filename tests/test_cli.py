@@ -442,7 +442,7 @@ def test_report_goes_where_it_is_told(run: Run, here: Path) -> None:
     assert {path.name for path in (here / "there").iterdir()} == files
     assert r"\toprule" in (here / "table.tex").read_text()
     # windows are recorded, so that checkpoints can be compared on each of them
-    assert "| merged - pruned | " in (here / "there/report.md").read_text()
+    assert "| pruned to merged | " in (here / "there/report.md").read_text()
 
 
 def test_run_json_is_the_report(run: Run, here: Path) -> None:

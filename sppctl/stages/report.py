@@ -79,8 +79,13 @@ def pruned_layers(run: dict[str, Any]) -> list[plots.Layer]:
 # --- markdown ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(runs: list[dict[str, Any]]) -> str:
-    """The report as Markdown: of several runs first the table over all; it refers to the figure of each run."""
+def markdown(runs: list[dict[str, Any]], directory: Path = Path()) -> str:
+    """The report as Markdown: of several runs first the table over all; it refers to the figure of each run.
+
+    Args:
+        runs: collected runs.
+        directory: where it will lie, with the figure of a single run beside it.
+    """
     parts = []
     if len(runs) > 1:
         found = measures.rows_of_all(runs)
@@ -88,16 +93,20 @@ def markdown(runs: list[dict[str, Any]]) -> str:
             lines = [f"# {len(runs)} runs", "", *_section(tables.value_table(found)), ""]
             parts.append(
                 "\n".join(
-                    [*lines, *_section(tables.gap_table([row for row in found if row.difference]), _note(found)), ""]
+                    [
+                        *lines,
+                        *_section(
+                            tables.gap_table([row for row in found if row.difference]),
+                            [tables.note_on_differences(found)],
+                        ),
+                        "",
+                    ]
                 )
             )
-    parts += [_markdown_of_run(run, "" if len(runs) == 1 else f"{run['run']}/") for run in runs]
+    for run in runs:
+        place = f"{os.path.relpath(run['run'], directory)}/" if len(runs) > 1 else ""
+        parts.append(_markdown_of_run(run, place))
     return "\n".join(parts)
-
-
-def _note(found: list[measures.Row]) -> list[str]:
-    words = "Differences of accuracies are percentage points"
-    return [f"{words}; {measures.GAP_FORMULA}."] if any(row.recovered for row in found) else [f"{words}."]
 
 
 def _section(table: tables.Table, notes: list[str] | None = None) -> list[str]:
@@ -111,7 +120,12 @@ def _markdown_of_run(run: dict[str, Any], place: str) -> str:
     lines += [f"- {fact}" for fact in provenance.facts(run)]
     differences = tables.comparison_table(run)
     if differences[1]:
-        lines += ["", "## Distance to the dense model", "", *_section(differences, _note(measures.rows(run)))]
+        lines += [
+            "",
+            "## Distance to the dense model",
+            "",
+            *_section(differences, [tables.note_on_differences(measures.rows(run))]),
+        ]
     lines += _paired(run)
     layers = pruned_layers(run)
     if layers:
@@ -163,7 +177,7 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
     """
     found = measures.rows_of_all(runs)
     content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
-    save(directory / "report.md", markdown(runs))
+    save(directory / "report.md", markdown(runs, directory))
     save(directory / "report.csv", tables.to_csv(found))
     save(directory / "report.json", json.dumps(content, indent=2) + "\n")
     save(directory / "report.html", report_html.page(runs))

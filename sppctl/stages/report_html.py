@@ -129,7 +129,7 @@ def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
     content.heading(2, "All runs")
     content.table(tables.value_table(found), "wide")
     content.table(tables.gap_table([row for row in found if row.difference]), "wide")
-    content.note(f"Differences of accuracies are percentage points; {measures.GAP_FORMULA}.")
+    content.note(tables.note_on_differences(found))
     if plots_results.bar_names(found):
         content.figure(lambda: plots_results.bars(found), "Perplexity and divergence from the dense model, all runs")
 
@@ -170,7 +170,7 @@ def _results(content: _Page, run: dict[str, Any]) -> None:
     if differences[1]:
         content.heading(3, "Distance to the dense model")
         content.table(differences)
-        content.note(f"Differences of accuracies are percentage points; {measures.GAP_FORMULA}.")
+        content.note(tables.note_on_differences(found))
 
 
 def _paired(content: _Page, run: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def significance_table(comparisons: list[dict[str, Any]]) -> Table:
                 f"{100 * entry[key]:+.2f}" if share else f"{entry[key]:+.4f}" for key in ("difference", "low", "high")
             )
             name = f"{entry['name']} {'acc' if share else 'loss, nats'}"
-            cells = [f"{pair['second']} - {pair['first']}", name, str(entry["samples"]), first, second]
+            cells = [f"{pair['first']} to {pair['second']}", name, str(entry["samples"]), first, second]
             p = f"{entry['p']:.4f}" if entry["p"] >= 0.001 else f"{entry['p']:.1e}"
             lines.append([*cells, difference, f"{low} to {high}", p])
     return header, lines
@@ -132,6 +132,12 @@ def flip_table(comparisons: list[dict[str, Any]]) -> Table:
                 [f"{pair['first']} to {pair['second']}", entry["name"], str(found["answers"]), flipped, *kinds]
             )
     return header, lines
+
+
+def note_on_differences(found: list[Row]) -> str:
+    """What the numbers of :func:`comparison_table` and :func:`gap_table` are."""
+    words = "Differences of accuracies are percentage points"
+    return f"{words}; {measures.GAP_FORMULA}." if any(row.recovered for row in found) else f"{words}."
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------

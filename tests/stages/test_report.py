@@ -372,7 +372,7 @@ def test_several_runs_have_one_report_more_in_the_folder_they_share(tmp_path: Pa
     assert [row["pattern"] for row in content["table"]] == ["dense", "2:4", "2:4", "dense", "4:8", "4:8"]
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# 2 runs\n")
-    assert f"]({runs[1]}/pruning.svg)" in text
+    assert "](b/two/pruning.svg)" in text
     assert (tmp_path / "tables/all.tex").read_text().count(r"\\") > 6
 
 

@@ -123,12 +123,12 @@ def test_the_table_over_runs(collected: list[dict[str, Any]]) -> None:
 def test_differences_with_their_intervals(collected: list[dict[str, Any]]) -> None:
     header, lines = significance_table(collected[0]["comparisons"])
     found = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
-    mean = found["merged - pruned", "zeroshot, limit 200 mean acc"]
+    mean = found["pruned to merged", "zeroshot, limit 200 mean acc"]
     assert mean["samples"] == "1400"
     low, high = (float(bound) for bound in mean["95 % interval"].split(" to "))
     assert low < float(mean["difference"]) < high
-    assert found["merged - pruned", "wikitext2 loss, nats"]["samples"] == "40"
-    assert {pair for pair, _ in found} == {"pruned - base", "merged - base", "merged - pruned"}
+    assert found["pruned to merged", "wikitext2 loss, nats"]["samples"] == "40"
+    assert {pair for pair, _ in found} == {"base to pruned", "base to merged", "pruned to merged"}
 
 
 def test_flips_by_comparison(collected: list[dict[str, Any]]) -> None:
