@@ -40,7 +40,7 @@ def facts(run: dict[str, Any]) -> list[str]:
 
 def _zeros(merge: dict[str, Any]) -> str:
     """What became of the zeros in merging."""
-    if merge["pattern_unchanged"]:
+    if merge.get("pattern_unchanged", True):
         return f"all {merge['zeros']:,} zeros kept"
     changes = f"{merge['filled_zeros']:,} zeros filled, {merge['lost_weights']:,} other weights zero"
     return f"{changes}, sparsity now {merge['sparsity']:.2%} (mask {merge['mask']})"
