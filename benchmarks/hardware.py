@@ -1,11 +1,27 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and how it tells the time."""
 
 from __future__ import annotations
 
 import platform
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+
+def add_clock(parser: ArgumentParser) -> None:
+    """The option that the scripts share."""
+    words = "count the process's CPU time, for a machine that others use too; needs OMP_NUM_THREADS=1 and no GPU"
+    parser.add_argument(
+        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter, help=words
+    )
+
+
+def name_of(clock: Callable[[], float]) -> str:
+    """For the head of a table."""
+    return "CPU time" if clock is time.process_time else "wall-clock time"
 
 
 def describe(device: torch.device) -> str:
@@ -19,7 +35,9 @@ def _cpu_name() -> str:
     information = Path("/proc/cpuinfo")
     if not information.exists():
         return platform.processor() or platform.machine()
-    names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip() for line in information.read_text().splitlines() if line.startswith("model name")
+    ]
     return names[0] if names else platform.machine()
 
 
