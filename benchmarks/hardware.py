@@ -1,11 +1,27 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and how it tells the time."""
 
 from __future__ import annotations
 
 import platform
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+
+def add_clock(parser: ArgumentParser) -> None:
+    """The option that the scripts share."""
+    words = "count the process's CPU time, for a machine that others use too; needs OMP_NUM_THREADS=1 and no GPU"
+    parser.add_argument(
+        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter, help=words
+    )
+
+
+def name_of(clock: Callable[[], float]) -> str:
+    """For the head of a table."""
+    return "CPU time" if clock is time.process_time else "wall-clock time"
 
 
 def describe(device: torch.device) -> str:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hardware import describe
+from hardware import add_clock, describe, name_of
 from torch import Tensor
 
 from sppctl.adapters.spp.kernel import spp_linear
@@ -93,14 +92,14 @@ FORMS: dict[str, tuple[Form, float]] = {
 }
 
 
-def seconds(form: Form, dropout: float, layer: Layer) -> float:
+def seconds(form: Form, dropout: float, layer: Layer, clock: Callable[[], float]) -> float:
     """One forward + backward."""
     wanted = (layer.x,) if form is frozen else (layer.x, layer.alpha, layer.beta)
     synchronize(layer)
-    started = time.perf_counter()
+    started = clock()
     torch.autograd.grad(form(layer, dropout), wanted, layer.upstream)
     synchronize(layer)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def synchronize(layer: Layer) -> None:
@@ -119,14 +118,14 @@ def saved_beyond_input(form: Form, dropout: float, layer: Layer) -> int:
     return sum(storages.values())
 
 
-def measure(layer: Layer, rounds: int) -> dict[str, list[float]]:
+def measure(layer: Layer, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every form, all forms in turn in each round, so that a machine's moods hit all alike."""
     spent: dict[str, list[float]] = {name: [] for name in FORMS}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name, (form, dropout) in FORMS.items():
             # once for nothing: else a form pays page faults for the memory that the one before it gave back
-            seconds(form, dropout, layer)
-            spent[name].append(seconds(form, dropout, layer))
+            seconds(form, dropout, layer, options.clock)
+            spent[name].append(seconds(form, dropout, layer, options.clock))
     return spent
 
 
@@ -138,11 +137,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--shapes", default=SHAPES, help="in x out, separated by commas")
+    add_clock(parser)
     options = parser.parse_args()
     options.device = pick_device(options.device)
     torch.manual_seed(0)
     print(describe(options.device))
-    print(f"{options.tokens} tokens, r = {options.rank}, dropout {DROPOUT}, medians of {options.rounds} rounds")
+    print(f"{options.tokens} tokens, r = {options.rank}, dropout {DROPOUT}, {name_of(options.clock)}")
+    print(f"medians of {options.rounds} rounds")
     for dtype in options.dtypes.split(","):
         report(options, dtype)
 
@@ -155,7 +156,7 @@ def report(options: argparse.Namespace, dtype: str) -> None:
     for shape in options.shapes.split(","):
         in_features, out_features = map(int, shape.split("x"))
         layer = Layer.make(in_features, out_features, options, getattr(torch, dtype))
-        spent = measure(layer, options.rounds)
+        spent = measure(layer, options)
         for name, values in spent.items():
             ratio = statistics.median(a / b for a, b in zip(values, spent["frozen"], strict=True))
             ratios[name].append(ratio)

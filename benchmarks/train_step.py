@@ -4,8 +4,8 @@
 
 A step is forward, backward, AdamW and clearing the gradients, on random tokens. The frozen model is forward and
 backward with the gradient of the embeddings' output alone, so that backward runs through all blocks. All forms take
-turns in each round; the peak of each is measured in a process of its own (of the process on a CPU, of its tensors on a
-GPU).
+turns in each round; the peak of each is measured in a process of its own: of the process on a CPU, of its tensors on a
+GPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from hardware import add_clock, describe, name_of
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from sppctl.adapters.spp import SppConfig
@@ -55,7 +54,7 @@ class Step:
     """A model ready to take steps on one batch."""
 
     def __init__(self, form: Form, options: argparse.Namespace) -> None:
-        self.form, self.device = form, checkpoint.pick_device(options.device)
+        self.form, self.device, self.clock = form, checkpoint.pick_device(options.device), options.clock
         torch.manual_seed(0)
         self.model: Any = checkpoint.load_model(options.checkpoint, self.device)
         self.model.config.use_cache = False
@@ -75,7 +74,7 @@ class Step:
         else:
             base.gradient_checkpointing_disable()
         synchronize(self.device)
-        started = time.perf_counter()
+        started = self.clock()
         if self.form.method == "frozen":
             embedded = base.get_input_embeddings()(self.tokens).requires_grad_()
             torch.autograd.grad(base(inputs_embeds=embedded, labels=self.tokens).loss, embedded)
@@ -84,7 +83,7 @@ class Step:
             self.optimizer.step()
             self.optimizer.zero_grad()
         synchronize(self.device)
-        return time.perf_counter() - started
+        return self.clock() - started
 
 
 def synchronize(device: torch.device) -> None:
@@ -130,13 +129,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
+    add_clock(parser)
     options = parser.parse_args()
     if options.peak_of is not None:
         print(peak(options))
         return
     tokens = options.batch * options.seq_len
     print(describe(checkpoint.pick_device(options.device)))
-    print(f"{options.batch} x {options.seq_len} tokens a step, medians of {options.rounds} rounds\n")
+    print(f"{options.batch} x {options.seq_len} tokens a step, {name_of(options.clock)}, medians of {options.rounds}\n")
     peaks = {form: peak_elsewhere(form) for form in FORMS}
     spent = measure(options)
     print("| step | dropout | checkpointing | s | / frozen | / LoRA | tokens/s | peak MiB |")

@@ -65,7 +65,7 @@ def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: t
     buffers = _Buffers(weight)
     scaled = beta.float() * scale
     for rows, alpha_rows in _pieces(weight, alpha):
-        _write_rows(result[rows], buffers.float32(weight[rows]), alpha_rows, scaled[rows], buffers.second(rows), base)
+        _write_rows(result[rows], buffers.values(weight[rows]), alpha_rows, scaled[rows], buffers.room(rows), base)
     return result
 
 
@@ -82,21 +82,21 @@ def _write_rows(out: Tensor, values: Tensor, alpha_rows: Tensor, scaled: Tensor,
 
 
 class _Buffers:
-    """Two float32 buffers for pieces of a matrix: memory that is asked for anew for each costs more than the work."""
+    """Float32 buffers for pieces of a matrix: memory that is asked for anew for each costs more than the work."""
 
     def __init__(self, weight: Tensor) -> None:
-        size = min(_budget(weight), weight.shape[0])
-        self._buffers = torch.empty(2, size, weight.shape[1], dtype=torch.float32, device=weight.device)
+        # a GPU converts within its kernels
+        self._convert = weight.dtype != torch.float32 and not weight.is_cuda
+        shape = (1 + self._convert, min(_budget(weight), weight.shape[0]), weight.shape[1])
+        self._buffers = torch.empty(shape, dtype=torch.float32, device=weight.device)
 
-    def float32(self, rows: Tensor) -> Tensor:
-        """The rows in float32; a GPU converts within its kernels."""
-        if rows.dtype == torch.float32 or rows.is_cuda:
-            return rows
-        return self._buffers[0, : len(rows)].copy_(rows)
+    def values(self, rows: Tensor) -> Tensor:
+        """The rows of the matrix in a dtype that gives float32 results at full speed."""
+        return self._buffers[1, : len(rows)].copy_(rows) if self._convert else rows
 
-    def second(self, rows: slice) -> Tensor:
+    def room(self, rows: slice) -> Tensor:
         """Room for a result of as many rows."""
-        return self._buffers[1, : rows.stop - rows.start]
+        return self._buffers[0, : rows.stop - rows.start]
 
 
 def _budget(weight: Tensor) -> int:
@@ -145,7 +145,7 @@ def _adapter_gradients(
     buffers = _Buffers(weight)
     scaled = beta.float() * scale
     for rows, alpha_rows in _pieces(weight, alpha):
-        values, room = buffers.float32(weight[rows]), buffers.second(rows)
+        values, room = buffers.values(weight[rows]), buffers.room(rows)
         product = room.copy_(moment[rows]).mul_(values).view(alpha_rows.shape[0], -1, weight.shape[1])
         # a transposed row, not a column: MKL's batched product is ten times as fast with these strides
         grad_beta[rows] = torch.bmm(product, alpha_rows.float().unsqueeze(1).mT).view(-1, 1)
