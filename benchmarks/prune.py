@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--methods", nargs="+", default=sorted({method for method, _ in CASES}), metavar="METHOD")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = checkpoint.pick_device(arguments.device)
@@ -59,7 +60,7 @@ def main() -> None:
         )
         print("| method, order | seconds | forwards | share: Hessian | factorisation | columns |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
-        for method, order in CASES:
+        for method, order in (case for case in CASES if case[0] in arguments.methods):
             rounds = [measured(bench, method, order, device) for _ in range(arguments.repeats)]
             seconds, forwards, *shares = (statistics.median(column) for column in zip(*rounds, strict=True))
             words = " | ".join(f"{share:.0%}" if share else "-" for share in shares)

@@ -143,9 +143,9 @@ class BlockStack(Skeleton):
         """A target's matrix (out_features, in_features) as other ``files`` of the same model store it."""
         for part in self._parts_of(target, files):
             if part.expert is None:
-                tensor = files.read(part.name)
+                tensor = files.read(part.name, target.expert)
                 if target.expert is not None:
-                    return tensor[target.expert, target.first_row : target.first_row + target.out_features]
+                    return tensor[target.first_row : target.first_row + target.out_features]
                 return tensor.t() if target.transposed else tensor
             if (part.expert, part.first_row) == (target.expert, target.first_row):
                 return files.read(part.name)

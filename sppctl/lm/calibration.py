@@ -44,30 +44,8 @@ class Windows:
         return digest.hexdigest()[:16]
 
 
-def calibration_windows(
-    tokenizer: Any,
-    text: Text,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    windows: WindowsKind = "auto",
-    key: str = "prune.calibration",
-) -> Windows:
-    """Windows as of :func:`draw_windows`, from the cache if they were drawn before.
-
-    Args:
-        tokenizer: of the model.
-        text: the source.
-        samples: number of windows.
-        seq_len: tokens in a window.
-        seed: of the choice.
-        windows: how to make them, see :func:`draw_windows`.
-        key: for errors.
-
-    Raises:
-        UserError: too little text, or too few long documents.
-    """
+def calibration_windows(tokenizer: Any, text: Text, *, samples: int, seq_len: int, **choice: Any) -> Windows:
+    """Windows as of :func:`draw_windows`, whose arguments these are, from the cache if they were drawn before."""
     path = cache.entry(
         "windows",
         {
@@ -77,13 +55,12 @@ def calibration_windows(
             "tokenizer": cache.tokenizer_identity(tokenizer),
             "samples": samples,
             "seq_len": seq_len,
-            "seed": seed,
-            "windows": windows,
+            **choice,
         },
     )
     found = _cached(path, samples, seq_len)
     if found is None:
-        found = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, seed=seed, windows=windows, key=key)
+        found = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, **choice)
         cache.write(path, {"windows": found.tokens}, made=found.made)
     return found
 
@@ -109,7 +86,6 @@ def draw_windows(
     seq_len: int,
     seed: int,
     windows: WindowsKind = "auto",
-    key: str = "prune.calibration",
 ) -> Windows:
     """Windows of calibration text, every token of which was in the text: there is no padding.
 
@@ -122,7 +98,6 @@ def draw_windows(
         windows: ``random-document``, as published: a random document longer than a window, a random offset in it.
             ``concatenate``: documents are joined in random order and cut into windows, of which some are chosen, none
             twice. ``auto``: the first, or the second where a source has too few documents longer than a window.
-        key: for errors.
 
     Raises:
         UserError: too little text, or too few long documents.
@@ -136,8 +111,9 @@ def draw_windows(
             return Windows(_stacked(pieces, seq_len), "random-document")
         if windows == "random-document":
             raise UserError(
-                f"{key}.windows: {text.name} has {len(pieces)} documents longer than {seq_len} tokens, random-document "
-                f"needs {samples}: use concatenate or auto, fewer samples, a shorter seq_len or more text"
+                f"prune.calibration.windows: {text.name} has {len(pieces)} documents longer than {seq_len} tokens, "
+                f"random-document needs {samples}: "
+                "use concatenate or auto, fewer samples, a shorter seq_len or more text"
             )
     needed = samples * seq_len
     joined: list[int] = []
@@ -148,7 +124,7 @@ def draw_windows(
             joined += _tokens(tokenizer, document + text.joiner)
     if len(joined) < needed:
         raise UserError(
-            f"{key}: {text.name} has {len(joined)} tokens, {samples} windows of {seq_len} need {needed}; "
+            f"prune.calibration: {text.name} has {len(joined)} tokens, {samples} windows of {seq_len} need {needed}; "
             f"{needed - len(joined)} are missing: use fewer samples, a shorter seq_len or more text"
         )
     starts = [number * seq_len for number in sorted(chooser.sample(range(len(joined) // seq_len), samples))]

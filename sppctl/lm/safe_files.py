@@ -122,15 +122,19 @@ class TensorFile:
         """An existing file, to read from or to overwrite tensors in."""
         return cls(path, read_header(path)[0])
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor, copied into memory."""
+    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
+        """A tensor, or one entry along its first dimension, copied into memory."""
         spec = self.specs[name]
-        if spec.start == spec.stop:
-            return torch.empty(spec.shape, dtype=spec.dtype)
+        start, stop, shape = spec.start, spec.stop, spec.shape
+        if entry is not None:
+            size = (stop - start) // shape[0]
+            start, stop, shape = start + entry * size, start + (entry + 1) * size, shape[1:]
+        if start == stop:
+            return torch.empty(shape, dtype=spec.dtype)
         flat = torch.from_file(
-            str(self.path), shared=False, size=spec.stop, dtype=torch.uint8
+            str(self.path), shared=False, size=stop, dtype=torch.uint8
         )  # a private mapping: only the pages of this tensor are read
-        return flat[spec.start : spec.stop].clone().view(spec.dtype).reshape(spec.shape)
+        return flat[start:stop].clone().view(spec.dtype).reshape(shape)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Puts a tensor in its place, converted to the dtype laid out for it."""
@@ -192,9 +196,9 @@ class TensorFiles:
         """Dtype, shape and place of a tensor."""
         return self.files[self.home[name]].specs[name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor, copied into memory."""
-        return self.files[self.home[name]].read(name)
+    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
+        """A tensor, or one entry along its first dimension, copied into memory."""
+        return self.files[self.home[name]].read(name, entry)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrites a tensor in its file."""

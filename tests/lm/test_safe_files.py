@@ -140,6 +140,12 @@ def test_overwriting_one_tensor_leaves_every_other_byte(tmp_path: Path) -> None:
     assert after[spec.stop :] == before[spec.stop :]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_entry_is_read_as_from_the_whole(tmp_path: Path, dtype: torch.dtype) -> None:
+    file = create(tmp_path / "a.safetensors", {"before": values(dtype, 3), "fused": values(dtype, 4, 3, 5)})
+    assert all(same(file.read("fused", entry), file.read("fused")[entry]) for entry in range(4))
+
+
 def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
     file = create(tmp_path / "a.safetensors", {"a": torch.ones(4)})
     before = file.read("a")
