@@ -283,12 +283,16 @@ def formatted(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number."""
+    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number.
+
+    The first ``prompt_tokens`` of the tokens are the prompt, whatever the labels leave out.
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
     number: int
+    prompt_tokens: int = 0
 
 
 def load_instructions(
@@ -350,4 +354,5 @@ def tokenize_instruction(
     prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
     tokens = [*(tokens[:-1] if tokens[-1:] == [end] else tokens), end]
     labels = tokens if train_on_inputs else [IGNORED] * min(len(prompt), len(tokens)) + tokens[len(prompt) :]
-    return Example(tokens[:seq_len], labels[:seq_len], len(tokens) > seq_len, number)
+    prompt_tokens = min(len(prompt), len(tokens), seq_len)
+    return Example(tokens[:seq_len], labels[:seq_len], len(tokens) > seq_len, number, prompt_tokens)

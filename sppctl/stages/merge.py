@@ -19,6 +19,7 @@ from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import stored_name
 from sppctl.settings import Config
+from sppctl.stages import refresh
 
 PEFT_PREFIX = "base_model.model."
 
@@ -76,7 +77,7 @@ class Adapter:
             raise UserError(f"{directory} is an adapter of type {kind}; sppctl merges {', '.join(MERGERS)}")
         files = TensorFiles(directory)
         modules: dict[str, dict[str, str]] = {}
-        for name in files:
+        for name in (name for name, file in files.home.items() if file != refresh.REFRESHED):
             module, _, part = name.removeprefix(PEFT_PREFIX).rpartition(".")
             modules.setdefault(module, {})[part] = name
         parts = MERGERS[kind][0]
@@ -99,11 +100,15 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
         StageError: a zero would not stay zero, or a kept weight would become zero.
     """
     adapter = Adapter.open(adapter_directory)
-    stored = _match(TensorFiles(pruned), adapter, config, pruned)
+    source = refresh.RefreshedFiles(pruned, adapter_directory)
+    stored = _match(source, adapter, config, pruned)
+    if source.refreshed:
+        patterns = refresh.patterns(config, Skeleton(checkpoint.load_config(pruned, config.model.trust_remote_code)))
+        source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
     files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
-        for record in merge_matrices(TensorFiles(pruned), adapter, stored, files):
+        for record in merge_matrices(source, adapter, stored, files):
             records.append(record)
             bar.advance()
     for file in files.files.values():
@@ -116,6 +121,7 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
         "moved_weights": moved,
         "moved_share": moved / kept if kept else 0.0,
         "pattern_unchanged": True,
+        "refreshed_matrices": len(source.refreshed),
         "records": [asdict(record) for record in records],
     }
 
@@ -148,7 +154,7 @@ def merge_matrices(
     """Merges and proves one matrix after the other.
 
     Args:
-        source: the pruned checkpoint.
+        source: the pruned checkpoint, with the refreshed matrices if there are any.
         adapter: what to merge.
         stored: the checkpoint's name of each adapted module's weight.
         out: files that already hold a copy of ``source``.

@@ -35,7 +35,7 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
     problems = []
     try:
         targets = skeleton.targets(prune.targets, prune.skip)
-        for name, pattern in _patterns(prune, targets, skeleton).items():
+        for name, pattern in patterns_of(prune, targets, skeleton).items():
             try:
                 pattern.check_in_features(targets[name].in_features, name)
             except ValueError as error:
@@ -70,7 +70,7 @@ def _needs_inputs(prune: PruneConfig) -> bool:
     return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
 
 
-def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
+def patterns_of(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
     """The pattern of every target: its override, else its block's ratio where a list gives one, else the common one."""
     blocks = [f"{skeleton.blocks_name}.{index}." for index in range(len(skeleton.blocks))]
     patterns = dict.fromkeys(targets, prune.pattern)
@@ -198,7 +198,7 @@ def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) ->
 
 def _plan(config: Config, stack: BlockStack, targets: dict[str, Target], windows: Tensor | None, out: Path) -> Plan:
     prune = config.prune
-    patterns = _patterns(prune, targets, stack)
+    patterns = patterns_of(prune, targets, stack)
     if prune.allocation == "owl":
         assert windows is not None
         patterns = _owl(config, stack, targets, patterns, windows, out)

@@ -17,12 +17,12 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sppctl import console
+from sppctl import console, distributed
 from sppctl.errors import Stopped, UserError
 from sppctl.lm import checkpoint, data, perplexity
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config, TrainConfig
-from sppctl.stages import evaluate, methods
+from sppctl.stages import distill, evaluate, methods, refresh
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
@@ -54,10 +54,12 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
-    try:
-        load_rows(config)
-    except UserError as error:
-        problems.append(str(error))
+    for check in (lambda: load_rows(config), lambda: distill.preflight(config, skeleton)):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    problems += refresh.problems(config)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -81,7 +83,9 @@ def _accumulation(train: TrainConfig) -> int:
     return train.batch_size // step
 
 
-def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resume: bool) -> dict[str, Any]:
+def execute(
+    config: Config, pruned: Path, layers: list[str], out: Path, *, resume: bool, base: Path | None = None
+) -> dict[str, Any]:
     """Trains an adapter on the checkpoint ``pruned`` and saves it, as PEFT does, into ``out``.
 
     Args:
@@ -90,6 +94,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         layers: full names of the pruned linear layers.
         out: directory that may hold checkpoints of an interrupted training.
         resume: continue from the newest of them.
+        base: the dense checkpoint, for distillation from it and for refreshing the mask.
 
     Returns:
         Metrics: steps, losses, tokens, truncation, trainable parameters, history.
@@ -116,17 +121,22 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     if newest:
         console.note(f"resuming from {newest}")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
-    callbacks = [Watch(), *_perplexity_callback(config, tokenizer)]
+    distillation = distill.load(config, base, device, model.dtype)
+    refreshing = refresh.prepare(config, peft_model, base, newest)
+    callbacks = [Watch(), *([refreshing] if refreshing else []), *_perplexity_callback(config, tokenizer)]
     trainer = SparseTrainer(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model.dtype, bool(val_set)),
         train_dataset=train_set,
         eval_dataset=val_set or None,
         data_collator=Collator(
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            response_mask=distillation is not None,
         ),
         callbacks=callbacks,
         finite=FiniteLoss(),
+        distillation=distillation,
+        refresh=refreshing,
     )
     trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
@@ -142,6 +152,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
     history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity"} & e.keys()]
     validation = trainer.evaluate()["eval_loss"] if val_set else None
     peft_model.save_pretrained(str(out))
+    if refreshing and distributed.is_main():
+        refreshing.save(out)
     shutil.rmtree(checkpoints, ignore_errors=True)
     tokens = trainer.state.num_input_tokens_seen
     return {
@@ -158,6 +170,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         "tokens": tokens,
         "tokens_per_second": None if newest else tokens / seconds,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "distillation": distillation and distillation.metrics(history, seconds),
+        "refresh": refreshing and refreshing.metrics(trainer.state.log_history, pruned),
         "history": history,
     }
 
@@ -272,9 +286,13 @@ class Collator:
     """Pads a batch of examples on the right to its longest, rounded up to a multiple of 8."""
 
     pad_token_id: int
+    response_mask: bool = False
 
     def __call__(self, examples: list[data.Example]) -> dict[str, Any]:
-        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers."""
+        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers.
+
+        With ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses.
+        """
         width = math.ceil(max(len(example.input_ids) for example in examples) / 8) * 8
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -285,4 +303,9 @@ class Collator:
             attention_mask[row, :length] = 1
             labels[row, :length] = torch.tensor(example.labels)
         numbers = [example.number for example in examples]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}
+        if self.response_mask:
+            place = torch.arange(width)
+            prompts = torch.tensor([[example.prompt_tokens] for example in examples])
+            batch["response_mask"] = (place >= prompts) & attention_mask.bool()
+        return batch
