@@ -186,7 +186,8 @@ def _examples(config: Config, tokenizer: Any) -> tuple[list[data.Example], list[
         console.note(
             f"{cut} of {len(train_set)} examples ({share:.1%}) are longer than {train.data.seq_len} tokens and were cut"
         )
-    if all(label == data.IGNORED for example in train_set for label in example.labels):
+    from_prompts = train.data.train_on_inputs and train.distill.teacher is None
+    if not from_prompts and all(example.prompt_tokens == len(example.input_ids) for example in train_set):
         raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
     return train_set, val_set
 

@@ -16,6 +16,7 @@ from sppctl.config import load_config
 from sppctl.errors import UserError
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.checkpoint import load_config as load_model_config
+from sppctl.lm.checkpoint import load_tokenizer
 from sppctl.lm.data import Example
 from sppctl.settings import Config
 from sppctl.stages import distill, prune, train
@@ -24,7 +25,8 @@ from tests.conftest import SMALL
 
 @pytest.fixture
 def configure(config_file: Path) -> Callable[..., Config]:
-    return lambda *overrides: load_config(str(config_file), ["launch.mixed_precision=no", *overrides])
+    common = ["launch.mixed_precision=no", "train.data.seq_len=256"]  # the prompt alone has more than 128 bytes
+    return lambda *overrides: load_config(str(config_file), [*common, *overrides])
 
 
 @pytest.fixture
@@ -71,18 +73,27 @@ def test_divergence_and_gradient_equal_the_formula(
     assert not gradient.flatten(0, 1)[untouched].any()
 
 
+@pytest.fixture
+def sure(llama: Path, tmp_path: Path) -> Path:
+    """A teacher whose predictions are far from uniform, unlike a random model's."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.lm_head.weight.data.mul_(20)
+    model.save_pretrained(tmp_path / "sure")
+    return tmp_path / "sure"
+
+
 @pytest.mark.parametrize("on_inputs", ["true", "false"])
 def test_the_first_loss_equals_a_literal_computation(
-    on_inputs: str, configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    on_inputs: str, configure: Callable[..., Config], pruned: tuple[Path, list[str]], sure: Path, tmp_path: Path
 ) -> None:
     """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
     options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
-    distilled = ["train.distill.teacher=base", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
+    distilled = [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
     config = configure(*options, *distilled)
-    line = first_line(trained(config, pruned, tmp_path / "adapter", llama))
-    tokenizer = distill.checkpoint.load_tokenizer(llama)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (pruned[0], llama))
+    line = first_line(trained(config, pruned, tmp_path / "adapter"))
+    tokenizer = load_tokenizer(pruned[0])
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (pruned[0], sure))
     entropy = divergence = torch.zeros((), dtype=torch.float64)
     tokens = responses = 0
     with torch.no_grad():
@@ -166,13 +177,22 @@ def test_it_brings_the_student_nearer_to_the_teacher(
 def test_a_teacher_with_another_vocabulary_is_refused(
     configure: Callable[..., Config], llama: Path, tmp_path: Path
 ) -> None:
+    common = ("train.data.seq_len=128",)
     shutil.copytree(llama, tmp_path / "other")
     LlamaConfig(**SMALL | {"vocab_size": 300}).save_pretrained(tmp_path / "other")
     skeleton = Skeleton(load_model_config(llama))
     with pytest.raises(UserError, match=r"distill.teacher: .* vocabulary of 300 tokens, the model one of 260"):
-        train.preflight(configure(f"train.distill.teacher={tmp_path / 'other'}"), skeleton)
+        train.preflight(configure(*common, f"train.distill.teacher={tmp_path / 'other'}"), skeleton)
     with pytest.raises(UserError, match=r"distill.teacher: .*/none does not exist"):
-        train.preflight(configure(f"train.distill.teacher={tmp_path / 'none'}"), skeleton)
-    train.preflight(configure("train.distill.teacher=base"), skeleton)
+        train.preflight(configure(*common, f"train.distill.teacher={tmp_path / 'none'}"), skeleton)
+    train.preflight(configure(*common, "train.distill.teacher=base"), skeleton)
     with pytest.raises(UserError, match="not under launch"):
-        train.preflight(configure("train.distill.teacher=base", "launch.strategy=zero3"), skeleton)
+        train.preflight(configure(*common, "train.distill.teacher=base", "launch.strategy=zero3"), skeleton)
+
+
+def test_examples_without_a_response_are_refused(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+) -> None:
+    config = configure("train.data.seq_len=96", "train.distill.teacher=base")
+    with pytest.raises(UserError, match="leaves no response token"):
+        trained(config, pruned, tmp_path / "adapter", llama)

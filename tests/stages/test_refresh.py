@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sppctl.config import load_config
+from sppctl import pipeline
+from sppctl.config import load_config, to_yaml
 from sppctl.errors import StageError
 from sppctl.pruning import dsnot
+from sppctl.run_directory import Run
 from sppctl.settings import Config
 from sppctl.stages import merge, prune, refresh, train
 from sppctl.stages.watch import Watch
@@ -224,3 +230,41 @@ def test_padding_does_not_enter_the_statistics(
 def test_what_forbids_it(config_file: Path, overrides: list[str], said: str) -> None:
     config = load_config(str(config_file), ["train.refresh.steps=2", *overrides])
     assert said in refresh.problems(config)[0]
+
+
+@pytest.mark.slow
+def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from sppctl.cli import main\n"
+        "from sppctl.pruning import dsnot\n"
+        "dsnot.update_mask = partial(dsnot.update_mask, threshold=1e-6)\n"
+        "main()\n"
+    )
+    distilled = ("train.distill.teacher=base", "train.distill.weight=0.7", "train.log_steps=1", "train.dropout=0.0")
+    base = tmp_path / "base"  # with room for a whole prompt and its response
+    shutil.copytree(llama, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 256}))
+    common = [EXACT, *EVERY_TWO, *distilled, f"model.path={base}", "train.data.seq_len=256"]
+    records, adapters, matrices = [], [], []
+    for number in (1, 2):
+        config = load_config(str(config_file), [*common, f"run.dir={tmp_path / str(number)}"])
+        pipeline.prune(Run(config))
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(to_yaml(config))
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), str(script)]
+        done = subprocess.run([sys.executable, *start, "train", str(path)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        adapter = tmp_path / str(number) / "adapter"
+        records.append(json.loads((adapter / "stage.json").read_text())["metrics"])
+        adapters.append(load_file(adapter / "adapter_model.safetensors"))
+        matrices.append(load_file(adapter / refresh.REFRESHED))
+    for key in ("loss", "kl", "grad_norm"):
+        one, two = ([entry[key] for entry in record["history"] if "loss" in entry] for record in records)
+        assert two == pytest.approx(one, rel=1e-3), key
+    for name, matrix in matrices[0].items():
+        assert ((matrix == 0) == (matrices[1][name] == 0)).float().mean() > 0.99, name  # a tie may fall the other way
+    for name, tensor in adapters[0].items():
+        assert (tensor - adapters[1][name]).abs().mean() < 1e-3, name
