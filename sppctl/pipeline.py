@@ -94,12 +94,14 @@ def train(run: Run) -> dict[str, Any]:
     inputs = {"pruned": pruned["output"]}
     for dataset in names_of(run.config.train.data.dataset):
         inputs |= _file_hash(f"data {dataset}", dataset)
+    base, dense = _dense_models(run)
+    inputs |= dense
     layers = [layer["name"] for layer in pruned["metrics"]["layers"]]
     return run.perform(
         "train",
         settings,
         inputs,
-        lambda out: stage.execute(run.config, run.path("prune"), layers, out, resume=run.resume),
+        lambda out: stage.execute(run.config, run.path("prune"), layers, out, resume=run.resume, base=base),
         resumable=True,
         scratch=stage.CHECKPOINTS,
     )
@@ -303,6 +305,20 @@ def _need(run: Run, stage: str) -> dict[str, Any]:
             f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
         )
     return record
+
+
+def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
+    """The dense checkpoint if training reads it (a teacher, regrown weights), and the fingerprints of what it reads."""
+    from sppctl.lm import checkpoint
+    from sppctl.stages import distill
+
+    train = run.config.train
+    teacher = train.distill.teacher
+    base = run.base() if teacher == distill.BASE or train.refresh.steps is not None else None
+    inputs = {} if base is None else {"base": checkpoint.fingerprint(base)}
+    if teacher not in (None, distill.BASE):
+        inputs["teacher"] = checkpoint.fingerprint(distill.locate(teacher))
+    return base, inputs
 
 
 def _file_hash(key: str, dataset: str) -> dict[str, str]:

@@ -25,9 +25,13 @@ class PadCollator:
     """Pads a batch of examples on the right to its longest, rounded up to a multiple of 8."""
 
     pad_token_id: int
+    response_mask: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers."""
+        """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers.
+
+        With ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses.
+        """
         width = padded_width([len(example.input_ids) for example in examples])
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -38,9 +42,14 @@ class PadCollator:
             attention_mask[row, :length] = 1
             labels[row, :length] = torch.tensor(example.labels)
         numbers = [example.number for example in examples]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}
+        if self.response_mask:
+            prompts = torch.tensor([[example.prompt_tokens] for example in examples])
+            batch["response_mask"] = (torch.arange(width) >= prompts) & attention_mask.bool()
+        return batch
 
 
+@dataclass(frozen=True)
 class PackCollator:
     """Lays the examples of a batch one after the other into one row, without padding.
 
@@ -48,17 +57,25 @@ class PackCollator:
     concludes where examples begin and masks attention between them; flash attention gets the same borders as lengths.
     """
 
+    response_mask: bool = False
+
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Returns input_ids, position_ids and labels, each (1, tokens) int64, and the examples' numbers.
 
-        The first label of an example is IGNORED: the token before it belongs to another example.
+        The first label of an example is IGNORED: the token before it belongs to another example. With
+        ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses but such first ones.
         """
-        return {
+        batch: dict[str, Any] = {
             "input_ids": _row(example.input_ids for example in examples),
             "position_ids": _row(range(len(example.input_ids)) for example in examples),
             "labels": _row([IGNORED, *example.labels[1:]] for example in examples),
             "examples": [example.number for example in examples],
         }
+        if self.response_mask:
+            prompts = torch.tensor([max(1, example.prompt_tokens) for example in examples])
+            lengths = torch.tensor([len(example.input_ids) for example in examples])
+            batch["response_mask"] = batch["position_ids"] >= prompts.repeat_interleave(lengths)
+        return batch
 
 
 def _row(parts: Any) -> Tensor:

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 KEY = "train.data.dataset"
 IGNORED = -100  # the label that the loss leaves out
 HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "alpaca-gpt4": "vicgalle/alpaca-gpt4"}
-CACHE_FORMAT = 1  # raised when examples are made in another way, so that no older file is taken for the same
+CACHE_FORMAT = 2  # raised when examples are made in another way, so that no older file is taken for the same
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -143,20 +143,25 @@ def _read(name: str, split: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number."""
+    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number.
+
+    The first ``prompt_tokens`` of the tokens are the prompt, whatever the labels leave out.
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
     number: int
+    prompt_tokens: int
 
 
 class Examples(Sequence[Example]):
-    """Tokenised instructions, kept as four tensors.
+    """Tokenised instructions, kept as five tensors.
 
     Args:
         tensors: ``tokens`` (all tokens, one example after the other) int32; and of each example ``lengths`` int64,
-            ``starts`` (tokens in front of the first label) int64 and ``truncated`` bool.
+            ``starts`` (tokens in front of the first label) int64, ``prompts`` (tokens in front of the response) int64
+            and ``truncated`` bool.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -172,7 +177,8 @@ class Examples(Sequence[Example]):
         end, length, start = self.ends[number], self.lengths[number], int(self.tensors["starts"][number])
         tokens = self.tensors["tokens"][end - length : end].tolist()
         labels = [IGNORED] * min(start, length) + tokens[start:]
-        return Example(tokens, labels, bool(self.tensors["truncated"][number]), number)
+        prompt = min(int(self.tensors["prompts"][number]), length)
+        return Example(tokens, labels, bool(self.tensors["truncated"][number]), number, prompt)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -188,6 +194,11 @@ class Examples(Sequence[Example]):
     def have_labels(self) -> bool:
         """Whether any token is in the loss."""
         return bool((self.tensors["starts"] < self.tensors["lengths"]).any())
+
+    @property
+    def have_responses(self) -> bool:
+        """Whether any token belongs to a response."""
+        return bool((self.tensors["prompts"] < self.tensors["lengths"]).any())
 
 
 def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
@@ -205,7 +216,7 @@ def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
         },
     )
     tensors, _ = cache.read(path) or ({}, {})
-    if tensors.keys() != {"tokens", "lengths", "starts", "truncated"}:
+    if tensors.keys() != {"tokens", "lengths", "starts", "prompts", "truncated"}:
         made = tokenize(tokenizer, rows, style, seq_len=seq_len, train_on_inputs=train_on_inputs)
         cache.write(path, made.tensors)
         return made
@@ -228,12 +239,14 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
     prompts = [style.prompt(row) for row in rows]
     wholes = _tokens(tokenizer, [p + row["output"] + style.end for p, row in zip(prompts, rows, strict=True)], style)
     wholes = [[*tokens, tokenizer.eos_token_id] for tokens in wholes]
-    starts = [0] * len(rows) if train_on_inputs else list(map(len, _tokens(tokenizer, prompts, style)))
+    prompt_tokens = list(map(len, _tokens(tokenizer, prompts, style)))
+    starts = [0] * len(rows) if train_on_inputs else prompt_tokens
     return Examples(
         {
             "tokens": torch.tensor([token for tokens in wholes for token in tokens[:seq_len]], dtype=torch.int32),
             "lengths": torch.tensor([min(len(tokens), seq_len) for tokens in wholes], dtype=torch.int64),
             "starts": torch.tensor(starts, dtype=torch.int64),
+            "prompts": torch.tensor(prompt_tokens, dtype=torch.int64),
             "truncated": torch.tensor([len(tokens) > seq_len for tokens in wholes], dtype=torch.bool),
         }
     )

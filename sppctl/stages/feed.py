@@ -59,13 +59,14 @@ class Feed:
             train_on_inputs=train.data.train_on_inputs,
         )
         self.train, self.held_out = tokenised(self.rows.train), tokenised(self.rows.held_out)
-        if not self.train.have_labels:
+        distils = train.distill.teacher is not None
+        if not (self.train.have_responses if distils else self.train.have_labels):
             raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.padded = batches.PadCollator(pad)
+        self.padded = batches.PadCollator(pad, distils)
         self.packing = self.unchecked = train.data.packing
-        self.collator = batches.PackCollator() if self.packing else self.padded
-        self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1)
+        self.collator = batches.PackCollator(distils) if self.packing else self.padded
+        self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, 1)
         self.multiple = train.micro_batch_size * distributed.world_size()
         self.order = None
         if train.data.group_by_length:
@@ -106,11 +107,11 @@ class Feed:
         order = self.order or SeedableRandomSampler(range(len(self.train)), generator=torch.Generator(), data_seed=seed)
         return batches.FilledOrder(order, total)
 
-    def check(self, model: nn.Module) -> None:
-        """Before the first packed batch: the model must keep packed examples apart.
+    def check(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        """Before the first packed batch: the model, and its teacher if there is one, must keep packed examples apart.
 
         Raises:
-            UserError: it does not.
+            UserError: one of them does not.
         """
         if not self.unchecked:
             return
@@ -119,11 +120,14 @@ class Feed:
         model.eval()
         # one from its start, one to its end: instructions begin alike
         first, second = self.train[0].input_ids[:CHECKED_TOKENS], self.train[len(self.train) - 1].input_ids
-        error = batches.packing_error(model, first, second[-CHECKED_TOKENS:])
+        asked = {"model": model} | ({} if teacher is None else {"teacher": teacher})
+        errors = {who: batches.packing_error(it, first, second[-CHECKED_TOKENS:]) for who, it in asked.items()}
         model.train(training)
-        if not error <= batches.EXACT:
+        for who, error in errors.items():
+            if error <= batches.EXACT:
+                continue
             raise UserError(
-                "train.data.packing: this model does not keep packed examples apart (one changes the other by "
+                f"train.data.packing: this {who} does not keep packed examples apart (one changes the other by "
                 f"{error:.0%} of what it does without borders); set train.data.packing to false, and "
                 "train.data.group_by_length to true to save padding"
             )

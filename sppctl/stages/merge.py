@@ -22,6 +22,7 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import stored_name
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
+from sppctl.stages import refresh
 from sppctl.stages.merge_rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
 
 PEFT_PREFIX = "base_model.model."
@@ -76,7 +77,7 @@ class Adapter:
         files = TensorFiles(directory)
         modules: dict[str, dict[str, str]] = {}
         parts = MERGERS[kind].parts(settings)
-        for name in files:
+        for name in (name for name, file in files.home.items() if file != refresh.REFRESHED):
             module, part = _split(name.removeprefix(PEFT_PREFIX), parts)
             modules.setdefault(module, {})[part] = name
         for module, found in modules.items():
@@ -110,7 +111,8 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
 
     Returns:
         Metrics: the mask rule, matrices, zeros, kept weights and the share of them that moved, whether every zero and
-        no other weight is zero still, one record per matrix.
+        no other weight is zero still, one record per matrix. A matrix that training has refreshed stands for the pruned
+        one.
 
     Raises:
         UserError: the adapter belongs to another model, or cannot be merged as ``merge.mask`` says.
@@ -119,11 +121,13 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     mask = config.merge.mask
     adapter = Adapter.open(adapter_directory)
     check_mask(adapter.kind, mask)
-    stored = _match(TensorFiles(pruned), adapter, config, pruned)
+    source = refresh.RefreshedFiles(pruned, adapter_directory)
+    stored = _match(source, adapter, config, pruned)
+    _prove_refreshed(source, stored, config, pruned)
     files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
-        for record in merge_matrices(TensorFiles(pruned), adapter, stored, files, mask):
+        for record in merge_matrices(source, adapter, stored, files, mask):
             records.append(record)
             bar.advance()
     for file in files.files.values():
@@ -144,6 +148,7 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
         "filled_zeros": filled,
         "lost_weights": lost,
         "pattern_unchanged": not filled and not lost,
+        "refreshed_matrices": len(source.refreshed),
         "records": [asdict(record) for record in records],
     }
 
@@ -170,6 +175,16 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
     return stored
 
 
+def _prove_refreshed(source: refresh.RefreshedFiles, stored: dict[str, str], config: Config, pruned: Path) -> None:
+    """Shows that refreshed matrices have the zeros of their patterns, before they stand for the pruned ones."""
+    if not source.refreshed:
+        return
+    trust = config.model.trust_remote_code
+    skeleton = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust)
+    patterns = refresh.patterns(config, skeleton)
+    source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
+
+
 @torch.no_grad()
 def merge_matrices(
     source: TensorFiles, adapter: Adapter, stored: dict[str, str], out: TensorFiles, mask: str = "keep"
@@ -177,7 +192,7 @@ def merge_matrices(
     """Merges and proves one matrix after the other.
 
     Args:
-        source: the pruned checkpoint.
+        source: the pruned checkpoint, with the refreshed matrices if there are any.
         adapter: what to merge.
         stored: the checkpoint's name of each adapted module's weight.
         out: files that already hold a copy of ``source``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from sppctl import distributed
 from sppctl.lm.blocks import Skeleton
 
+LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # where transformers looks
 DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
 
 
@@ -33,12 +35,18 @@ def arguments(model: Any) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config}
 
 
-def load_in_one_process() -> None:
-    """From here on ``from_pretrained`` reads weights in the first process of a machine only.
+@contextmanager
+def load_in_one_process() -> Iterator[None]:
+    """``from_pretrained`` reads weights in the first process of a machine only.
 
     The others get tensors of the right shapes whose memory is never touched; accelerate sends them their shards.
     """
-    os.environ["ACCELERATE_USE_FSDP"] = os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    os.environ |= dict.fromkeys(LOAD_ONCE, "true")
+    try:
+        yield
+    finally:
+        for name in LOAD_ONCE:
+            del os.environ[name]
 
 
 def allow_on_cpu() -> None:

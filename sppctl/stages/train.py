@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -22,7 +23,7 @@ from sppctl.lm import checkpoint, data, perplexity, prompts
 from sppctl.lm.blocks import Skeleton
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
-from sppctl.stages import evaluate, methods, prune, shards
+from sppctl.stages import distill, evaluate, methods, prune, refresh, shards
 from sppctl.stages.feed import Feed, load_rows
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
@@ -31,7 +32,7 @@ CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
-    """Checks targets, rank, batch arithmetic, the prompt, and that the data is there with the right columns.
+    """Checks targets, rank, batch arithmetic, prompt, refresh, and that data and teacher are there and fit.
 
     Raises:
         UserError: with everything that is wrong.
@@ -45,13 +46,17 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
         if not targets:
             problems.append(f"train.targets: {train.method} adapts nn.Linear layers, and none of these is one")
-        problems += methods.preflight(config, targets)
+        problems += methods.preflight(config, targets) + refresh.problems(config)
     except UserError as error:
         problems.append(str(error))
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
-    for check in (partial(prompts.style, train.data.prompt, tokenizer), partial(load_rows, config)):
+    for check in (
+        partial(prompts.style, train.data.prompt, tokenizer),
+        partial(load_rows, config),
+        partial(distill.preflight, config, skeleton),
+    ):
         try:
             check()
         except UserError as error:
@@ -83,7 +88,9 @@ def _accumulation(config: Config) -> int:
     return train.batch_size // step
 
 
-def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resume: bool) -> dict[str, Any]:
+def execute(
+    config: Config, pruned: Path, layers: list[str], out: Path, *, resume: bool, base: Path | None = None
+) -> dict[str, Any]:
     """Trains an adapter on the checkpoint ``pruned`` and saves it, as PEFT does, into ``out``.
 
     Args:
@@ -92,6 +99,7 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         layers: full names of the pruned linear layers.
         out: directory that may hold checkpoints of an interrupted training.
         resume: continue from the newest of them.
+        base: the dense checkpoint, for distillation from it and for refreshing the mask.
 
     Returns:
         Metrics: steps, losses, tokens, truncation, trainable parameters, history.
@@ -108,9 +116,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         raise UserError(f"{pruned}: its tokenizer has no end-of-text token, which every response needs")
     feed = Feed(config, tokenizer)
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
-    if strategy == "fsdp":
-        shards.load_in_one_process()
-    model = _load(config, pruned, device)
+    with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
+        model = _load(config, pruned, device)
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
     if strategy == "ddp":
@@ -126,14 +133,18 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         if strategy == "fsdp":
             set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
-    callbacks = [Watch(), *methods.callbacks(train), *_perplexity_callback(config, tokenizer)]
+    distillation = distill.load(config, base, device, model.dtype)
+    refreshing = refresh.prepare(config, peft_model, base, newest)
+    callbacks = [Watch(), *methods.callbacks(train), *([refreshing] if refreshing else [])]
     trainer = SparseTrainer(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model, bool(feed.held_out)),
         feed=feed,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *_perplexity_callback(config, tokenizer)],
         finite=FiniteLoss(),
         autocast=torch.bfloat16 if strategy == "fsdp" and _wants_autocast(config, device, model.dtype) else None,
+        distillation=distillation,
+        refresh=refreshing,
     )
     if strategy:  # or all would drop out alike; the first process does as one alone
         torch.manual_seed(config.run.seed + distributed.rank())
@@ -164,6 +175,8 @@ def execute(config: Config, pruned: Path, layers: list[str], out: Path, *, resum
         "tokens": tokens,
         "tokens_per_second": None if newest else tokens / seconds,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "distillation": distillation and distillation.metrics(history, seconds),
+        "refresh": refreshing and refreshing.metrics(trainer.state.log_history, pruned),
         "history": history,
     }
 

@@ -1,10 +1,14 @@
-"""transformers' Trainer with checkpoints that are whole or absent, the same for any number of processes."""
+"""transformers' Trainer with checkpoints that are whole or absent, the same for any number of processes.
+
+It takes a teacher, and a mask that changes, if they are wanted.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,9 @@ from sppctl.errors import StageError
 from sppctl.lm.instructions import IGNORED
 from sppctl.lm.safe_files import sync_tree
 from sppctl.stages import shards
+from sppctl.stages.distill import Distillation
 from sppctl.stages.feed import Feed
+from sppctl.stages.refresh import MaskRefresh
 from sppctl.stages.watch import FiniteLoss
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
@@ -34,6 +40,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         finite: looks at the losses.
         feed: how examples reach the model.
         autocast: dtype of an autocast that accelerate leaves to FSDP's own policy, which would round the adapter too.
+        distillation: a teacher.
+        refresh: the mask's changes, whose base weights are saved with the adapter.
         kwargs: of the Trainer.
     """
 
@@ -42,9 +50,17 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     lr_scheduler: Any
 
     def __init__(
-        self, *args: Any, finite: FiniteLoss, feed: Feed, autocast: torch.dtype | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        finite: FiniteLoss,
+        feed: Feed,
+        autocast: torch.dtype | None = None,
+        distillation: Distillation | None = None,
+        refresh: MaskRefresh | None = None,
+        **kwargs: Any,
     ) -> None:
         self.feed, self.autocast = feed, autocast
+        self.distillation, self.refresh = distillation, refresh
         self.gathered: tuple[dict[str, Tensor] | None, dict[str, Any]] | None = None
         data: dict[str, Any] = {
             "train_dataset": feed.filled(feed.train),
@@ -67,18 +83,39 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, self.autocast, cache_enabled=cache_enabled)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; in training it is remembered with the numbers of its examples."""
-        examples = inputs.pop("examples", [])
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss; in training it is distilled if wanted, and remembered with the numbers of its examples."""
+        examples, responses = inputs.pop("examples", []), inputs.pop("response_mask", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            loss: Tensor = result[0] if isinstance(result, tuple) else result
+            if self.distillation is not None:
+                with self.accelerator.autocast():  # the teacher is not wrapped in it as the student is
+                    loss = self.distillation.mix(loss, outputs.logits, inputs, responses)
             self.finite.add(loss, examples)
-        return result
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of an optimizer step; with a teacher their response tokens are counted, too."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.distillation is not None:
+            self.distillation.start_step(batches, device)
+        return batches, num_items
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the divergence from the teacher to each report of the loss."""
+        if self.distillation is not None and "loss" in logs:
+            logs["kl"] = self.distillation.report()
+        super().log(logs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Before the first step: does the model, as it is wrapped and placed now, keep packed examples apart?"""
-        self.feed.check(model)
+        self.feed.check(model, None if self.distillation is None else self.distillation.teacher)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -121,10 +158,15 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save_adapter(self, directory: Path) -> None:
-        """Stores the adapter as PEFT does; of a sharded model nothing else is gathered. All processes must call it."""
+        """Stores the adapter as PEFT does, and the base weights that a refresh has changed. All processes must call it.
+
+        Of a sharded model nothing but the adapter is gathered.
+        """
         adapter = self._adapter()
         if distributed.is_main():
             self.model.save_pretrained(str(directory), state_dict=adapter)
+            if self.refresh is not None:
+                self.refresh.save(directory)
 
     def _adapter(self) -> dict[str, Tensor] | None:
         """The adapter's tensors; None where the model itself has them whole."""
@@ -163,6 +205,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(model, trial)
             if distributed.is_main():
+                if self.refresh is not None:
+                    self.refresh.save(saving / f"checkpoint-{self.state.global_step}")
                 sync_tree(saving)
         except (OSError, RuntimeError, SafetensorError) as error:
             problem = _reason(error)

@@ -31,7 +31,7 @@ DEAF = {
 def example(number: int, length: int, start: int = 0) -> Example:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 256, (length,), generator=generator).tolist()
-    return Example(tokens, [IGNORED] * start + tokens[start:], False, number)
+    return Example(tokens, [IGNORED] * start + tokens[start:], False, number, start)
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -43,7 +43,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
 # --- padded and packed ------------------------------------------------------------------------------------------------
 
 
-TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7), Example([4] * 5, [4] * 5, False, 2)]
+TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7, 1), Example([4] * 5, [4] * 5, False, 2, 0)]
 
 
 def test_padding_on_the_right_to_a_multiple_of_eight() -> None:
@@ -61,6 +61,18 @@ def test_packing_into_one_row() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 4, 4, 4, 4]]
     assert batch["examples"] == [7, 2]
     assert "attention_mask" not in batch
+
+
+def test_response_masks_say_where_responses_are_predicted() -> None:
+    """Whatever the labels: these have some for prompts, too."""
+    rows = [Example([1] * 4, [1] * 4, False, 0, 3), *TWO, Example([5] * 2, [5] * 2, True, 3, 2)]
+    padded = PadCollator(pad_token_id=9, response_mask=True)(rows)["response_mask"]
+    wanted = [[0, 0, 0, 1], [0, 1, 1], [1] * 5, [0, 0]]
+    assert padded.int().tolist() == [row + [0] * (8 - len(row)) for row in wanted]
+    packed = PackCollator(response_mask=True)(rows)["response_mask"]
+    # nothing predicts the first token of the third, which has no prompt
+    assert packed.int().tolist() == [[*wanted[0], *wanted[1], 0, *wanted[2][1:], *wanted[3]]]
+    assert "response_mask" not in PackCollator()(rows)
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

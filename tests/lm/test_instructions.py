@@ -238,6 +238,7 @@ def test_tokens_and_labels(tokenizer: PreTrainedTokenizerFast, train_on_inputs: 
     assert example.labels == (example.input_ids if train_on_inputs else [IGNORED] * length + response)
     assert not example.truncated
     assert example.number == 1
+    assert example.prompt_tokens == length
 
 
 @pytest.mark.parametrize("train_on_inputs", [True, False])
@@ -251,6 +252,7 @@ def test_long_examples_are_cut(
     assert example.truncated is truncated
     assert len(example.input_ids) == len(example.labels) == seq_len
     assert (example.input_ids, example.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
+    assert example.prompt_tokens == min(len(WITHOUT_INPUT), seq_len)
 
 
 class WithEnd:
@@ -309,6 +311,10 @@ def test_examples_are_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [len(example.input_ids) for example in found] == found.lengths
     assert sum(example.truncated for example in found) == found.truncated > 0
     assert found.have_labels
+    assert found.have_responses
+    cut = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=96, train_on_inputs=True)
+    assert cut.have_labels
+    assert not cut.have_responses
     with pytest.raises(IndexError):
         found[24]
     assert list(instructions.tokenize(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []

@@ -170,6 +170,38 @@ def test_several_processes_train_what_one_does(
     assert all(torch.equal(p, adapter(directory)[name.replace(".default", "")]) for name, p in loaded.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "packing"), [("float32", "true"), ("bfloat16", "false")])
+def test_sharded_students_learn_from_whole_teachers_what_one_does(
+    dtype: str,
+    packing: str,
+    work: Path,
+    several: Callable[..., tuple[list[str], Path]],
+    alone: dict[str, tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(work / dtype)
+    teacher.get_output_embeddings().weight.data.mul_(20)  # a random model alone predicts nothing
+    teacher.save_pretrained(tmp_path / "teacher")
+    distilled = (f"train.distill.teacher={tmp_path / 'teacher'}", "train.distill.weight=0.7")
+    options = (*distilled, f"train.data.packing={packing}")
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "pruned").symlink_to(alone[dtype][0] / "pruned")
+    given = [f"model.path={work / dtype}", f"run.dir={one}", *options]
+    expected = pipeline.train(Run(load_config(str(work / "tiny.yaml"), given)))
+    arguments, directory = several(2, "fsdp", dtype, "--json", *options)
+    done = call(arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    kl = [[entry["kl"] for entry in each["metrics"]["history"] if "kl" in entry] for each in (record, expected)]
+    assert len(kl[0]) == 3 * 3
+    assert min(kl[1]) > 0.1
+    assert kl[0] == pytest.approx(kl[1], rel=1e-3)
+    assert losses(record) == pytest.approx(losses(expected), abs=1e-4)
+    assert_same_adapter(directory, one)
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 

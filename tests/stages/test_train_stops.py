@@ -280,8 +280,8 @@ def test_a_loss_that_is_not_finite_names_step_and_examples(training: list[str], 
     patch = """
 original = trainer.Trainer.compute_loss
 def loss(self, model, inputs, *args, **kwargs):
-    result = original(self, model, inputs, *args, **kwargs)
-    return result * float("nan") if model.training and self.state.global_step == 3 else result
+    loss, outputs = original(self, model, inputs, *args, **kwargs)
+    return loss * float("nan") if model.training and self.state.global_step == 3 else loss, outputs
 trainer.Trainer.compute_loss = loss
 """
     done = sppctl([*training, "train.save_steps=2"], patch)

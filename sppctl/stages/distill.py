@@ -1,0 +1,239 @@
+"""Distillation: the student also learns what the dense model predicts at every token of the responses.
+
+With z the logits, T the temperature and w the weight (Hinton et al., 2015, arXiv 1503.02531):
+
+    loss = (1 - w) cross-entropy + w T^2 mean KL(softmax(z_teacher / T) || softmax(z_student / T))
+
+The cross-entropy is the Trainer's own. The mean runs over the response tokens of the whole optimizer step: of all its
+micro-batches and all processes, however long the responses in each of them are.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sppctl import distributed
+from sppctl.errors import UserError
+from sppctl.lm import checkpoint
+from sppctl.lm.blocks import Skeleton
+from sppctl.settings import Config, DistillConfig
+
+CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
+BASE = "base"
+
+
+def preflight(config: Config, skeleton: Skeleton) -> None:
+    """Checks that the teacher is there and predicts the same tokens.
+
+    Raises:
+        UserError: no such checkpoint, another vocabulary, or a strategy that would take the teacher apart.
+    """
+    teacher = config.train.distill.teacher
+    if teacher is None:
+        return
+    if config.launch.strategy == "zero3":
+        raise UserError("train.distill.teacher: not under launch.strategy zero3, which shards every model; use fsdp")
+    if teacher == BASE:
+        return
+    theirs = checkpoint.load_config(locate(teacher), config.model.trust_remote_code).get_text_config().vocab_size
+    ours = skeleton.config.get_text_config().vocab_size
+    if theirs != ours:
+        raise UserError(
+            f"train.distill.teacher: {teacher} has a vocabulary of {theirs} tokens, the model one of {ours}; "
+            "the teacher must be of the same family"
+        )
+
+
+def locate(teacher: str) -> Path:
+    """The directory of a teacher that is not ``base``.
+
+    Raises:
+        UserError: it does not exist, or cannot be had.
+    """
+    try:
+        return checkpoint.locate(teacher)
+    except UserError as error:
+        raise UserError(f"train.distill.teacher: {str(error).removeprefix('model.path: ')}") from error
+
+
+def load(config: Config, base: Path | None, device: torch.device, dtype: torch.dtype) -> Distillation | None:
+    """The configured distillation with its teacher on the device, in the student's dtype; None if there is none.
+
+    Args:
+        config: the configuration.
+        base: the run's dense checkpoint, where it is the teacher.
+        device: of the training.
+        dtype: of the student.
+    """
+    settings = config.train.distill
+    if settings.teacher is None:
+        return None
+    directory = base if settings.teacher == BASE else locate(settings.teacher)
+    assert directory is not None
+    name = str(dtype).removeprefix("torch.")
+    teacher = checkpoint.load_model(directory, device, name, config.model.trust_remote_code)
+    teacher.config.use_cache = False
+    return Distillation(teacher.requires_grad_(False), settings)
+
+
+class Distillation:
+    """A teacher, the divergence from it, and what both cost."""
+
+    def __init__(self, teacher: nn.Module, settings: DistillConfig) -> None:
+        self.teacher, self.settings = teacher, settings
+        self.watch = Stopwatch(next(teacher.parameters()).device)
+        self._responses = 1
+        self._divergence: Tensor | float = 0.0  # of this process, added up since the last report
+        self._steps = 0
+
+    def start_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Counts the response tokens of an optimizer step, over its micro-batches and all processes."""
+        # the first token of a row is predicted by nothing
+        own = sum(int(batch["response_mask"][:, 1:].sum()) for batch in batches)
+        count = torch.tensor(own, device=device)
+        distributed.add_up(count)
+        self._responses = max(1, int(count))
+        self._steps += 1
+
+    def mix(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any], responses: Tensor) -> Tensor:
+        """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
+
+        Args:
+            loss: its cross-entropy, as the Trainer scales it: divided by the tokens of the optimizer step, times the
+                processes, whose gradients are averaged.
+            logits: (batch, tokens, vocabulary) of the student.
+            inputs: that the student was given.
+            responses: (batch, tokens) boolean, the tokens of the responses.
+        """
+        with self.watch:
+            positions = F.pad(responses[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
+            predicted = self._predictions(inputs, positions, logits.dtype)
+            temperature, weight = self.settings.temperature, self.settings.weight
+            scale = weight * temperature**2 * distributed.world_size() / self._responses
+            divergence = kl_divergence(logits, predicted, positions, temperature, scale)
+        self._divergence += divergence.detach() / (scale * self._responses)
+        return (1 - weight) * loss + divergence
+
+    @torch.no_grad()
+    def _predictions(self, inputs: dict[str, Any], positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """The teacher's logits (positions, vocabulary) at some places of the flattened batch; the rest is freed."""
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        return cast(Tensor, self.teacher(**given).logits).flatten(0, 1)[positions].to(dtype)
+
+    def report(self) -> float:
+        """Mean divergence of a response token since the last report, over all processes."""
+        total = torch.as_tensor(self._divergence, dtype=torch.float32).clone()
+        distributed.add_up(total)
+        mean = total.item() / max(1, self._steps)
+        self._divergence, self._steps = 0.0, 0
+        return mean
+
+    def metrics(self, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+        """What is recorded of a training.
+
+        Args:
+            history: the Trainer's log; ``kl`` stands in its lines of the loss.
+            seconds: of this training.
+
+        Returns:
+            Teacher, divergence (last and mean of the logged steps), and the share of the time that teacher and
+            divergence took, without the divergence's share of the backward pass.
+        """
+        lines = [(entry["step"], entry["kl"]) for entry in history if "kl" in entry]
+        steps = [step - before for (step, _), before in zip(lines, [0, *(step for step, _ in lines)], strict=False)]
+        mean = sum(kl * count for (_, kl), count in zip(lines, steps, strict=True)) / max(1, sum(steps))
+        return {
+            "teacher": self.settings.teacher,
+            "weight": self.settings.weight,
+            "temperature": self.settings.temperature,
+            "kl_last": lines[-1][1] if lines else None,
+            "kl_mean": mean if lines else None,
+            "seconds_share": self.watch.seconds() / seconds,
+        }
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, positions: Tensor, temperature: float, scale: float) -> Tensor:
+    """The scaled sum of KL(teacher || student) over some positions; its gradient flows to the student alone.
+
+    Computed in float32, and the gradient rounded once to the dtype of the logits.
+
+    Args:
+        student: (batch, tokens, vocabulary) logits.
+        teacher: (positions, vocabulary) logits in the same dtype; overwritten.
+        positions: int64 places in the flattened (batch x tokens).
+        temperature: divides the logits of both.
+        scale: of the sum.
+
+    Returns:
+        A float32 scalar.
+    """
+    return cast(Tensor, _Divergence.apply(student, teacher, positions, temperature, scale))
+
+
+class _Divergence(torch.autograd.Function):
+    """Computed for a few positions at a time; the gradient (p_student - p_teacher) s / T takes the teacher's place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, positions: Tensor, temperature: float, scale: float
+    ) -> Tensor:
+        flat = student.flatten(0, 1)
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        step = max(1, CHUNK_ELEMENTS // teacher.shape[1])
+        for start in range(0, len(positions), step):
+            rows = slice(start, start + step)
+            ours = F.log_softmax(flat[positions[rows]].float() / temperature, dim=-1)
+            theirs = F.log_softmax(teacher[rows].float() / temperature, dim=-1)
+            probability = theirs.exp()
+            total += (probability * (theirs - ours)).sum()
+            teacher[rows] = (ours.exp() - probability) * (scale / temperature)
+        ctx.gradient, ctx.shape = teacher, student.shape
+        ctx.save_for_backward(positions)
+        return total * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        gradient = ctx.gradient.new_zeros(ctx.shape)
+        gradient.flatten(0, 1).index_copy_(0, positions, ctx.gradient * grad_output)
+        return gradient, None, None, None, None
+
+
+class Stopwatch:
+    """Adds up the time spent inside it; on a GPU by events, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+        self._start: Any = None
+
+    def __enter__(self) -> None:
+        self._start = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        end = self._now()
+        if self._on_gpu:
+            self._events.append((self._start, end))
+        else:
+            self._seconds += end - self._start
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """The time so far."""
+        if self._events:
+            torch.cuda.synchronize()
+        return self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000

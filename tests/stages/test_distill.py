@@ -1,0 +1,228 @@
+"""Distillation: the loss is the formula's, whatever the accumulation, and only the responses count."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sppctl.config import load_config
+from sppctl.errors import UserError
+from sppctl.lm.batches import PadCollator
+from sppctl.lm.blocks import Skeleton
+from sppctl.lm.checkpoint import load_config as load_model_config
+from sppctl.lm.checkpoint import load_tokenizer
+from sppctl.lm.instructions import Example
+from sppctl.settings import Config
+from sppctl.stages import distill, prune, train
+from sppctl.stages.feed import Feed
+from tests.conftest import SMALL, byte_tokenizer
+
+
+@pytest.fixture
+def configure(config_file: Path) -> Callable[..., Config]:
+    common = ["launch.mixed_precision=no", "train.data.seq_len=256"]  # the prompt alone has more than 128 bytes
+    return lambda *overrides: load_config(str(config_file), [*common, *overrides])
+
+
+@pytest.fixture
+def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    out = tmp_path / "pruned"
+    out.mkdir()
+    metrics = prune.execute(configure(), llama, out)
+    return out, [layer["name"] for layer in metrics["layers"]]
+
+
+def first_line(metrics: dict[str, Any]) -> dict[str, Any]:
+    return next(entry for entry in metrics["history"] if "loss" in entry)
+
+
+def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, base: Path | None = None) -> dict[str, Any]:
+    out.mkdir()
+    return train.execute(config, *pruned, out, resume=False, base=base)
+
+
+def literal_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Sum over positions and tokens of p log(p / q), in float64."""
+    p = torch.softmax(teacher.double() / temperature, -1)
+    q = torch.softmax(student.double() / temperature, -1)
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 24])
+def test_divergence_and_gradient_equal_the_formula(
+    temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 13, requires_grad=True), torch.randn(2, 5, 13)
+    positions = torch.tensor([1, 2, 7, 9])
+    found = distill.kl_divergence(student, teacher.flatten(0, 1)[positions], positions, temperature, 0.7)
+    (gradient,) = torch.autograd.grad(found * 3, student)
+    reference = student.detach().double().requires_grad_()
+    wanted = 0.7 * literal_kl(reference.flatten(0, 1)[positions], teacher.flatten(0, 1)[positions], temperature)
+    (wanted_gradient,) = torch.autograd.grad(wanted * 3, reference)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=1e-5, atol=1e-6)
+    untouched = [place for place in range(10) if place not in positions]
+    assert not gradient.flatten(0, 1)[untouched].any()
+
+
+@pytest.fixture
+def sure(llama: Path, tmp_path: Path) -> Path:
+    """A teacher whose predictions are far from uniform, unlike a random model's."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.lm_head.weight.data.mul_(20)
+    model.save_pretrained(tmp_path / "sure")
+    return tmp_path / "sure"
+
+
+@pytest.mark.parametrize("on_inputs", ["true", "false"])
+def test_the_first_loss_equals_a_literal_computation(
+    on_inputs: str, configure: Callable[..., Config], pruned: tuple[Path, list[str]], sure: Path, tmp_path: Path
+) -> None:
+    """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
+    options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
+    options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
+    distilled = [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
+    config = configure(*options, *distilled)
+    line = first_line(trained(config, pruned, tmp_path / "adapter"))
+    tokenizer = load_tokenizer(pruned[0])
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (pruned[0], sure))
+    entropy = divergence = torch.zeros((), dtype=torch.float64)
+    tokens = responses = 0
+    with torch.no_grad():
+        for example in Feed(config, tokenizer).train:
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
+            ours, theirs = student(ids).logits[0, :-1].double(), teacher(ids).logits[0, :-1].double()
+            counted = labels != -100
+            entropy = entropy - ours.log_softmax(-1)[counted].gather(1, labels[counted].unsqueeze(1)).sum()
+            tokens += int(counted.sum())
+            first = example.prompt_tokens - 1  # predicts the response's first token
+            divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
+            responses += len(ours) - first
+    assert line["kl"] == pytest.approx((divergence / responses).item(), rel=1e-5)
+    wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / responses
+    assert line["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    common = ("train.max_steps=1", "train.dropout=0.0")
+    plain = trained(configure(*common), pruned, tmp_path / "plain")
+    options = (*common, f"train.distill.teacher={pruned[0]}", "train.distill.weight=0.25")
+    distilled = trained(configure(*options), pruned, tmp_path / "distilled")
+    assert first_line(distilled)["kl"] == pytest.approx(0, abs=1e-7)
+    assert first_line(distilled)["loss"] == pytest.approx(0.75 * first_line(plain)["loss"], rel=1e-6)
+    assert plain["distillation"] is None
+
+
+def test_accumulation_changes_nothing(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+) -> None:
+    figures = []
+    for micro in (1, 2, 4):
+        options = [f"train.micro_batch_size={micro}", "train.dropout=0.0", "train.log_steps=1", "train.lr=1e-4"]
+        options += ["train.distill.teacher=base", "train.distill.weight=0.8", "train.distill.temperature=1.5"]
+        history = trained(configure(*options), pruned, tmp_path / f"micro{micro}", llama)["history"]
+        figures.append([entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "grad_norm")])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+    assert figures[2] == pytest.approx(figures[0], rel=1e-3)
+
+
+def test_only_logits_that_predict_responses_count(llama: Path) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
+    examples = [Example(list(range(10)), list(range(10)), False, 0, 4), Example([5] * 7, [5] * 7, False, 1, 6)]
+    batch = PadCollator(pad_token_id=9, response_mask=True)(examples)
+    assert batch["response_mask"].int().tolist() == [[0] * 4 + [1] * 6 + [0] * 6, [0] * 6 + [1] + [0] * 9]
+    responses = batch.pop("response_mask")
+    batch.pop("examples")
+    torch.manual_seed(0)
+    logits = torch.randn(2, 16, teacher.config.vocab_size)
+
+    def divergence(logits: Tensor) -> float:
+        distillation = distill.Distillation(teacher, distill.DistillConfig(teacher="base", weight=1.0))
+        distillation.start_step([{"response_mask": responses}], torch.device("cpu"))
+        return distillation.mix(torch.zeros(()), logits, batch, responses).item()
+
+    whole = divergence(logits)
+    elsewhere = torch.ones(2, 16, dtype=torch.bool)
+    elsewhere[0, 3:9] = elsewhere[1, 5] = False
+    changed = logits.clone()
+    changed[elsewhere] = 7.0 * torch.randn(int(elsewhere.sum()), logits.shape[2])
+    assert divergence(changed) == whole
+    changed[0, 3] += torch.randn(logits.shape[2])
+    assert divergence(changed) != whole
+
+
+def test_packed_examples_give_the_loss_of_padded_ones(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+) -> None:
+    """With labels for the prompts, too: there the responses cannot be told by the labels."""
+    figures = []
+    for packing in ("false", "true"):
+        options = [f"train.data.packing={packing}", "train.data.train_on_inputs=true", "train.dropout=0.0"]
+        options += ["train.log_steps=1", "train.lr=1e-4", "train.micro_batch_size=4"]
+        options += ["train.distill.teacher=base", "train.distill.weight=0.8"]
+        history = trained(configure(*options), pruned, tmp_path / packing, llama)["history"]
+        figures.append([entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "grad_norm")])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+
+
+def test_a_teacher_that_mixes_packed_examples_is_refused(
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    settings = [f"train.distill.teacher={make_checkpoint('opt')}", "train.data.packing=true"]
+    config = configure(*settings, "train.data.seq_len=96", "train.data.prompt='{instruction}'")
+    with pytest.raises(UserError, match="this teacher does not keep packed examples apart"):
+        trained(config, pruned, tmp_path / "adapter")
+
+
+def test_it_brings_the_student_nearer_to_the_teacher(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+) -> None:
+    options = ["train.epochs=8", "train.lr=2e-2", "train.log_steps=4", "train.dropout=0.0"]
+    options += ["train.distill.teacher=base", "train.distill.weight=1.0"]
+    metrics = trained(configure(*options), pruned, tmp_path / "adapter", llama)
+    record = metrics["distillation"]
+    assert record["teacher"] == "base"
+    assert record["kl_last"] < 0.9 * first_line(metrics)["kl"]
+    assert record["kl_last"] < record["kl_mean"] < first_line(metrics)["kl"]
+    assert 0 < record["seconds_share"] < 1
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(
+    configure: Callable[..., Config], llama: Path, tmp_path: Path
+) -> None:
+    common = ("train.data.seq_len=128",)
+    shutil.copytree(llama, tmp_path / "other")
+    LlamaConfig(**SMALL | {"vocab_size": 300}).save_pretrained(tmp_path / "other")
+    skeleton = Skeleton(load_model_config(llama))
+    with pytest.raises(UserError, match=r"distill.teacher: .* vocabulary of 300 tokens, the model one of 260"):
+        train.preflight(configure(*common, f"train.distill.teacher={tmp_path / 'other'}"), skeleton, byte_tokenizer())
+    with pytest.raises(UserError, match=r"distill.teacher: .*/none does not exist"):
+        train.preflight(configure(*common, f"train.distill.teacher={tmp_path / 'none'}"), skeleton, byte_tokenizer())
+    train.preflight(configure(*common, "train.distill.teacher=base"), skeleton, byte_tokenizer())
+    with pytest.raises(UserError, match="not under launch"):
+        train.preflight(
+            configure(*common, "train.distill.teacher=base", "launch.strategy=zero3"), skeleton, byte_tokenizer()
+        )
+
+
+def test_examples_without_a_response_are_refused(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+) -> None:
+    config = configure("train.data.seq_len=96", "train.distill.teacher=base")
+    with pytest.raises(UserError, match="leaves no response token"):
+        trained(config, pruned, tmp_path / "adapter", llama)
