@@ -230,6 +230,46 @@ def report(
 
 
 @app.command()
+def sweep(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="SWEEP [KEY=VALUE]...", help="YAML file with a grid, and overrides.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all runs, print the plan and do nothing.")] = False,
+    slurm: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write one job script per stage, and submit.sh, into DIR.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Do one member of the plan, or report: what a job does.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Do a grid of runs; what they share is made once, what is up to date is skipped, and one table compares them."""
+    names, overrides = _given(arguments)
+    if not names:
+        raise UserError("which sweep? give its YAML file, or sweep-example")
+    from sppctl import grid, sweep_jobs
+    from sppctl import sweep as sweeping
+
+    read = grid.load_sweep(names[0], overrides)
+    if dry_run or slurm is not None:
+        sweeping.check(read)
+        entries = sweeping.plan(read)
+        if slurm is not None and not dry_run:
+            console.note(f"sweep: {sweep_jobs.write(read, slurm, overrides)} submits the jobs")
+        if json:
+            console.show_json(entries)
+        else:
+            _print_plan_of_sweep(entries, sweeping.totals(entries))
+        return
+    collected, failed = sweeping.execute(read, only, debug)
+    if collected:
+        _print_report(collected, json)
+    if failed:
+        raise StageError("\n".join(f"{name} failed: {reason}" for name, reason in failed.items()))
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
     expect: Annotated[
@@ -306,6 +346,15 @@ def config(
         console.show_json(to_dict(resolved))
     else:
         print(to_yaml(resolved), end="")
+
+
+def _print_plan_of_sweep(entries: list[dict[str, Any]], totals: dict[str, int]) -> None:
+    rows = [
+        (entry["directory"], ", ".join(entry["stages"]), ", ".join(entry["made"]) or "-", ", ".join(entry["runs"]))
+        for entry in entries
+    ]
+    console.show_table("plan", ("directory", "stages", "there", "for"), rows)
+    print("; ".join(f"{stage}: {number}" for stage, number in totals.items()))
 
 
 def _print_stage(record: dict[str, Any], as_json: bool) -> None:

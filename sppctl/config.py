@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +27,23 @@ from sppctl.yaml12 import dump_yaml, parse_yaml
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with sppctl, by name."""
+    """The configurations of runs that come with sppctl, by name."""
+    return {path.stem: path for path in _shipped() if not _is_sweep(path)}
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """The sweeps that come with sppctl, by name."""
+    return {path.stem: path for path in _shipped() if _is_sweep(path)}
+
+
+def _shipped() -> list[Path]:
     package = Path(__file__).resolve().parent
     folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    return sorted(folder.glob("*.yaml")) if folder else []
+
+
+def _is_sweep(path: Path) -> bool:
+    return re.search(r"^grid:", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def find_config(name: str | None) -> Path:
@@ -68,6 +82,8 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {_shown(tree)}")
+    if "grid" in tree:
+        raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
     sources: dict[str, str] = {}
     _apply_overrides(tree, overrides, sources, problems)
     config: Config = _build(Config, tree, "", _Context(str(path), sources, problems))

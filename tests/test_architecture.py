@@ -15,11 +15,14 @@ import sppctl
 PACKAGE = Path(sppctl.__file__).resolve().parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-# cli -> pipeline -> stages -> lm, adapters -> pruning -> pattern; cli -> config -> pattern
+# cli -> sweep -> pipeline -> stages -> lm, adapters -> pruning -> pattern; cli -> config -> pattern
 MAY_IMPORT = {
     "__init__": {"adapters", "pruning", "pattern"},  # the public names, imported when they are asked for
     "__main__": {"cli"},
     "cli": {
+        "sweep",
+        "sweep_jobs",
+        "grid",
         "pipeline",
         "run_directory",
         "stages",
@@ -32,6 +35,9 @@ MAY_IMPORT = {
         "distributed",
         "launch",
     },
+    "sweep": {"grid", "pipeline", "launch", "run_directory", "config", "console", "errors", "distributed"},
+    "sweep_jobs": {"grid", "errors"},
+    "grid": {"config", "settings", "errors", "yaml12"},
     "launch": {"settings", "console", "errors", "distributed"},
     "pipeline": {"run_directory", "stages", "lm", "config", "settings", "pattern", "console", "errors", "distributed"},
     "stages": {
@@ -67,10 +73,13 @@ LIGHT = [
     "console",
     "distributed",
     "errors",
+    "grid",
     "launch",
     "pattern",
     "pipeline",
     "run_directory",
+    "sweep",
+    "sweep_jobs",
     "yaml12",
 ]
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# One member of a sweep that several runs share (the dense model's measures, a pruned checkpoint), or the report over all
+# runs. From the root of the checkout: sbatch scripts/slurm_sweep.sh SWEEP.yaml [KEY=VALUE...] --only NAME
+# `sppctl sweep SWEEP.yaml --slurm DIR` writes the jobs that call it, with those of the runs.
+#SBATCH --job-name=sppctl-sweep
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --requeue
+#SBATCH --signal=TERM@60
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+source scripts/cluster.sh
+in_job "${sppctl[@]}" sweep "$@"

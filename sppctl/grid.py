@@ -1,0 +1,258 @@
+"""Reads the file of a sweep: a grid over configuration keys -> the runs, and what they share.
+
+A run has a directory of its own. Runs that prune alike share a directory with the pruned checkpoint, and all runs of a
+model one with the measures of the dense model. Each directory has a configuration by which the stages work in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sppctl.config import config_keys, load_config, quoted, shipped_sweeps
+from sppctl.errors import UserError
+from sppctl.settings import Config
+from sppctl.yaml12 import parse_yaml
+
+Point = dict[str, Any]  # configuration key -> value
+KEYS = ("base", "dir", "grid", "overrides", "exclude")
+DENSE, PRUNED, REPORT = "dense", "pruned", "report"
+# what the checkpoints depend on; pruning draws calibration windows by the seed
+DENSE_KEYS = ("model.",)
+PRUNED_KEYS = ("model.", "prune.", "run.seed")
+SHORT = {"prune.method": "", "prune.pattern": "", "train.method": "", "train.rank": "r", "run.seed": "s"}
+OWN_DIRECTORY = "a sweep names the directories of its runs; `dir` is the folder that they share"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One directory of a sweep.
+
+    Attributes:
+        name: of the directory, in the sweep's.
+        parent: the member whose checkpoints and results it takes over.
+        arguments: CONFIG and KEY=VALUE by which ``sppctl`` works in it.
+        config: what they mean.
+    """
+
+    name: str
+    parent: str | None
+    arguments: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All directories of a sweep, by name; ``runs`` in the order of the grid."""
+
+    file: Path
+    directory: Path
+    dense: dict[str, Member]
+    pruned: dict[str, Member]
+    runs: dict[str, Member]
+
+    def members(self) -> Iterator[Member]:
+        """Every member after its parent, and the runs of one pruned checkpoint together."""
+        for dense in self.dense.values():
+            yield dense
+            for pruned in self.children(dense):
+                yield pruned
+                yield from self.children(pruned)
+
+    def children(self, parent: Member) -> list[Member]:
+        """The members that take over what a member has made."""
+        return [member for member in (self.pruned | self.runs).values() if member.parent == parent.name]
+
+    def runs_of(self, member: Member) -> list[Member]:
+        """The runs that rest on a member."""
+        below = self.children(member)
+        return [member] if not below else [run for child in below for run in self.runs_of(child)]
+
+
+def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Reads the file of a sweep and resolves the configuration of every run.
+
+    Args:
+        name: a YAML file or the name of a shipped sweep.
+        overrides: KEY=VALUE for all runs; a key of the grid leaves it. run.dir is the directory of the sweep.
+
+    Raises:
+        UserError: every problem of the file and of any of its configurations, one per line.
+    """
+    path = _find(name)
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    problems = list(_problems(tree))
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    given = {text.partition("=")[0].strip(): text for text in overrides}
+    place = parse_yaml(given.pop("run.dir").partition("=")[2], "command line: run.dir") if "run.dir" in given else None
+    directory = Path(place or tree.get("dir") or f"runs/{path.stem}")
+    fixed = [f"{key}={quoted(value)}" for key, value in (tree.get("overrides") or {}).items()] + list(given.values())
+    grid = {key: values for key, values in tree["grid"].items() if key not in given}
+    points = expand(grid, tree.get("exclude") or [])
+    if not points:
+        raise UserError(f"{path}: exclude: leaves no run")
+    sweep = Sweep(path, directory, {}, {}, {})
+    resolver = _Resolver(str(path), tree.get("base"), tuple(fixed), set(given), directory, {})
+    varying = [key for key, values in grid.items() if len(values) > 1]
+    for point in points:
+        _add(sweep, point, varying, resolver)
+    resolver.raise_problems(len(points))
+    if len(sweep.runs) < len(points):
+        raise UserError(f"{path}: grid: two combinations would have the same directory; write values that differ")
+    return sweep
+
+
+def expand(grid: Mapping[str, Sequence[Any]], exclude: Sequence[Point] = ()) -> list[Point]:
+    """Every combination of the grid's values, the last key fastest, without those that an exclusion describes."""
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    # a key that is fixed on the command line is none of the grid's any more and cannot tell its runs apart
+    rules = [{key: value for key, value in rule.items() if key in grid} for rule in exclude]
+    return [point for point in points if not any(rule and rule.items() <= point.items() for rule in rules)]
+
+
+def run_name(point: Mapping[str, Any], varying: Sequence[str]) -> str:
+    """The values of the keys that vary, such as wanda-2of4-spp-r16-s0; empty if none does."""
+    order = [key for key in config_keys() if not key.startswith("run.")] + ["run.seed"]
+    return "-".join(_word(key, point[key]) for key in sorted(varying, key=order.index))
+
+
+def _word(key: str, value: Any) -> str:
+    text = re.sub(r"[^\w.]+", "-", str(value).replace(":", "of") if key == "prune.pattern" else str(value)).strip("-.")
+    leaf = key.rpartition(".")[2].replace("_", "")
+    return SHORT.get(key, leaf if isinstance(value, int | float) and not isinstance(value, bool) else f"{leaf}-") + text
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _find(name: str) -> Path:
+    shipped = shipped_sweeps()
+    if Path(name).is_file():
+        return Path(name)
+    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    if stem not in shipped:
+        raise UserError(f"sweep {name} does not exist; give a YAML file, or one of: {', '.join(shipped)}")
+    return shipped[stem]
+
+
+def _problems(tree: Any) -> Iterator[str]:
+    if not isinstance(tree, dict) or "grid" not in tree:
+        yield "a sweep needs `grid:`, configuration keys with the lists of their values (prune.pattern: [2:4, 4:8])"
+        return
+    for key in tree:
+        if key not in KEYS:
+            yield f"{key}: unknown key{_nearest(str(key), KEYS) or '; a sweep has ' + ', '.join(KEYS)}"
+    for key in ("base", "dir"):
+        if key in tree and not (isinstance(tree[key], str) and tree[key]):
+            yield f"{key}: expected text, found {tree[key]!r}"
+    grid, overrides, exclude = tree["grid"], tree.get("overrides") or {}, tree.get("exclude") or []
+    if not isinstance(overrides, dict):
+        yield f"overrides: expected KEY: VALUE, found {overrides!r}"
+        overrides = {}
+    if not isinstance(grid, dict) or not grid:
+        yield f"grid: expected KEY: [VALUES], found {grid!r}"
+        return
+    known = list(config_keys())
+    for key, values in grid.items():
+        yield from _grid_problems(str(key), values, known)
+        if key in overrides:
+            yield f"overrides: {key} is in the grid too; leave it in one of them"
+    if "run.dir" in overrides:
+        yield f"overrides: run.dir: {OWN_DIRECTORY}"
+    if not isinstance(exclude, list):
+        yield f"exclude: expected a list of combinations, found {exclude!r}"
+        return
+    for number, rule in enumerate(exclude, 1):
+        yield from (f"exclude, entry {number}: {problem}" for problem in _rule_problems(rule, grid))
+
+
+def _grid_problems(key: str, values: Any, known: Sequence[str]) -> Iterator[str]:
+    if key == "run.dir":
+        yield f"grid: run.dir: {OWN_DIRECTORY}"
+    elif key not in known:
+        yield f"grid: {key}: unknown key{_nearest(key, known) or '; see `sppctl config --schema`'}"
+    if not isinstance(values, list) or not values:
+        yield f"grid: {key}: expected a list of values, found {values!r}"
+    elif any(value in values[:index] for index, value in enumerate(values)):
+        yield f"grid: {key}: a value stands twice in {values!r}"
+
+
+def _rule_problems(rule: Any, grid: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(rule, dict) or not rule:
+        yield f"expected KEY: VALUE of the grid, found {rule!r}"
+        return
+    for key, value in rule.items():
+        if key not in grid:
+            yield f"{key} is not in the grid{_nearest(str(key), list(grid))}"
+        elif isinstance(grid[key], list) and value not in grid[key]:
+            yield f"{key}: {value!r} is none of the grid's {grid[key]!r}"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# --- its configurations -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Resolver:
+    """Makes members, and collects what is wrong with their configurations, with the runs concerned."""
+
+    file: str
+    base: str | None
+    fixed: tuple[str, ...]
+    from_command_line: set[str]
+    directory: Path
+    problems: dict[str, list[str]]
+
+    def member(self, name: str, parent: str | None, point: Point) -> Member:
+        chosen = [f"{key}={quoted(value)}" for key, value in point.items()]
+        overrides = [*self.fixed, *chosen, f"run.dir={quoted(str(self.directory / name))}"]
+        base = self.base or "quickstart"
+        try:
+            config = load_config(base, overrides)
+        except UserError as error:
+            for line in str(error).splitlines():
+                self.problems.setdefault(self._source(line), []).append(name)
+            config = Config()
+        return Member(name, parent, (base, *overrides), config)
+
+    def _source(self, line: str) -> str:
+        """The overrides that the command line did not give are the sweep's."""
+        rest = line.removeprefix("command line: ")
+        return line if rest == line or rest.partition(":")[0] in self.from_command_line else f"{self.file}: {rest}"
+
+    def raise_problems(self, num_runs: int) -> None:
+        raise_problems(self.problems, num_runs)
+
+
+def raise_problems(problems: Mapping[str, Sequence[str]], num_runs: int) -> None:
+    """Raises a UserError with every problem once, and the runs that have it unless all do."""
+    if problems:
+        places = {line: "" if len(names) == num_runs else f" ({', '.join(names)})" for line, names in problems.items()}
+        raise UserError("\n".join(f"{line}{place}" for line, place in places.items()))
+
+
+def _add(sweep: Sweep, point: Point, varying: Sequence[str], resolver: _Resolver) -> None:
+    """Adds a run and, if it is the first that needs them, what it shares with others."""
+    of_dense = [key for key in varying if key.startswith(DENSE_KEYS)]
+    of_pruned = [key for key in varying if key.startswith(PRUNED_KEYS)]
+    dense = "-".join(filter(None, (DENSE, run_name(point, of_dense))))
+    pruned = "-".join(filter(None, (PRUNED, run_name(point, of_pruned))))
+    name = run_name(point, varying) or "run"
+    run = resolver.member(name, pruned, point)
+    sweep.runs[name] = run
+    for members, shared, parent in ((sweep.dense, dense, None), (sweep.pruned, pruned, dense)):
+        if shared not in members:
+            own = (*run.arguments[:-1], f"run.dir={quoted(str(resolver.directory / shared))}")
+            place = dataclasses.replace(run.config.run, dir=str(resolver.directory / shared))
+            members[shared] = Member(shared, parent, own, dataclasses.replace(run.config, run=place))

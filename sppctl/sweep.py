@@ -1,0 +1,204 @@
+"""Does the runs of a sweep: what they share is made once and linked into their directories.
+
+Order: the dense model is measured, then each pruned checkpoint is made and measured, and after it its runs are trained,
+merged and measured. Whatever is up to date is skipped, so the same command continues a sweep that was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sppctl import console, distributed, launch, pipeline
+from sppctl.config import result_keys
+from sppctl.errors import StageError, Stopped, UserError
+from sppctl.grid import REPORT, Member, Sweep, raise_problems
+from sppctl.run_directory import Run
+
+# what a run takes over, by the stage that the directory belongs to: directories, results
+FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")
+
+
+def check(sweep: Sweep) -> None:
+    """Everything that can be checked before the first stage of any run.
+
+    Raises:
+        UserError: every problem, one per line, with the runs that have it.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun or srun")
+    problems: dict[str, list[str]] = {}
+    for name, member in sweep.runs.items():
+        if not (member.config.eval.perplexity or member.config.eval.tasks):
+            problems.setdefault("eval.perplexity and eval.tasks are both empty, nothing to compare", []).append(name)
+        try:
+            pipeline.preflight(Run(member.config), pipeline.STAGES)
+        except UserError as error:
+            for line in str(error).splitlines():
+                problems.setdefault(line, []).append(name)
+    raise_problems(problems, len(sweep.runs))
+
+
+def plan(sweep: Sweep) -> list[dict[str, Any]]:
+    """The work of a sweep: an entry per directory with its stages, those that are there, and the runs that share it."""
+    entries = []
+    for member in sweep.members():
+        if member.name in sweep.dense:
+            stages = ["eval base"]
+        elif member.name in sweep.pruned:
+            stages = ["prune", "eval pruned"]
+        else:
+            stages = ["train", "merge", "eval merged"]
+        runs = [run.name for run in sweep.runs_of(member)]
+        made = [stage for stage in stages if _exists(Run(member.config), stage)]
+        entries.append({"directory": member.config.run.dir, "stages": stages, "made": made, "runs": runs})
+    return entries
+
+
+def totals(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """How often each stage of a plan is done."""
+    return dict(Counter(stage for entry in entries for stage in entry["stages"]))
+
+
+def _exists(run: Run, stage: str) -> bool:
+    name, _, label = stage.partition(" ")
+    return (run.directory / "eval" / f"{label}.json").is_file() if label else run.path(name).is_dir()
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Does a sweep, or one of its members.
+
+    Args:
+        sweep: the sweep.
+        only: name of a member, or report: what a job of a cluster does.
+        debug: raise the error of a run that fails instead of going on.
+
+    Returns:
+        What was collected from the runs (empty for a single member), and the reason of each failure by name.
+
+    Raises:
+        UserError: found before anything was done.
+        Stopped: a signal ended a training, whose work is saved.
+    """
+    every = {member.name: member for member in sweep.members()}
+    if only is not None and only != REPORT and only not in every:
+        raise UserError(f"--only {only}: not one of {', '.join([*every, REPORT])}")
+    if only == REPORT:
+        return _report(sweep, {}), {}
+    check(sweep)
+    wanted = [every[only]] if only is not None else list(every.values())
+    failed: dict[str, str] = {}
+    for number, member in enumerate(wanted, 1):
+        console.note(f"sweep: {member.name} ({number} of {len(wanted)})")
+        if member.parent in failed:
+            failed[member.name] = f"{member.parent} failed"
+            continue
+        try:
+            _work(sweep, member)
+        except Stopped:
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            reason = str(error).strip() or type(error).__name__
+            failed[member.name] = (
+                reason if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {reason}"
+            )
+            console.note(f"sweep: {member.name} failed: {failed[member.name]}")
+    return ([] if only is not None else _report(sweep, failed)), failed
+
+
+def _work(sweep: Sweep, member: Member) -> None:
+    run = Run(member.config)
+    if member.name in sweep.dense:
+        pipeline.evaluate_some(run, ["base"])
+        for child in sweep.children(member):
+            share(run, Run(child.config), *FROM_DENSE)
+        for child in sweep.runs_of(member):
+            share(run, Run(child.config), *FROM_DENSE)
+    elif member.name in sweep.pruned:
+        if launch.needed(member.config):
+            _elsewhere(member, "prune")
+        else:
+            with run.lock():
+                pipeline.prune(run)
+        pipeline.evaluate_some(run, ["pruned"])
+        for child in sweep.children(member):
+            share(run, Run(child.config), *FROM_PRUNED)
+    else:
+        several = launch.needed(member.config)
+        pipeline.run_all(run, (lambda stage: _elsewhere(member, stage)) if several else None)
+
+
+def _elsewhere(member: Member, stage: str) -> None:
+    """Does a stage in processes of its own, one per GPU."""
+    code = launch.start([stage, *member.arguments], launch.num_processes(member.config), silent=True)
+    if code > 128:
+        raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues")
+    if code:
+        raise StageError(f"{stage} ended with exit code {code}")
+
+
+def _report(sweep: Sweep, failed: dict[str, str]) -> list[dict[str, Any]]:
+    """The report over all runs that are complete."""
+    runs = [Run(member.config) for name, member in sweep.runs.items() if name not in failed]
+    measured = [run.directory for run in runs if _exists(run, "eval merged")]
+    if not measured:
+        console.warn(f"no run of {sweep.directory} is complete, there is nothing to report")
+        return []
+    return pipeline.report(measured, sweep.directory)
+
+
+# --- sharing ----------------------------------------------------------------------------------------------------------
+
+
+def share(source: Run, target: Run, directory: str, label: str) -> None:
+    """Gives a run a checkpoint of another and the results measured on it, unless it has them.
+
+    Args:
+        source: the run that made them.
+        target: the run that takes them over.
+        directory: name of the checkpoint's directory; one that ``source`` does not have is not needed.
+        label: of the results.
+    """
+    if (source.directory / directory).is_dir() and not (target.directory / directory).is_dir():
+        partial = target.partial(directory)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        # a published directory is never written into, so its files may have several names
+        shutil.copytree(source.directory / directory, partial, copy_function=_link)
+        partial.rename(target.directory / directory)
+    if result_keys(source.config.eval) == result_keys(target.config.eval):
+        _share_results(source.directory / "eval", target.directory / "eval", label)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _share_results(source: Path, target: Path, label: str) -> None:
+    """Adds the results of one folder to those of another, which may hold more than the sweep asks for."""
+    path = target / f"{label}.json"
+    content = json.loads((source / path.name).read_text())
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["fingerprint"] == content["fingerprint"]:
+            known = [result["settings"] for result in content["results"]]
+            content["results"] += [result for result in before["results"] if result["settings"] not in known]
+    samples = source / f"{label}.samples"
+    if samples.is_dir():
+        shutil.copytree(samples, target / samples.name, dirs_exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / f".{path.name}.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,136 @@
+"""A sweep as jobs of a cluster: one script per stage, and one that submits them in their order.
+
+The scripts are the project's own (``scripts/slurm_*.sh``) with their arguments filled in, so a job that is preempted or
+out of time goes back into the queue as theirs do, and the settings of the site hold (``scripts/cluster.env``).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sppctl.errors import UserError
+from sppctl.grid import REPORT, Sweep
+
+SUBMIT = "submit.sh"
+HEADER = """#!/usr/bin/env bash
+# Submits the jobs of SWEEP, each after those it rests on, and prints their ids.
+# DRY_RUN=1 prints the sbatch commands instead. NODES, GPUS_PER_NODE and the rest: scripts/cluster.env.example.
+set -euo pipefail
+jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd CHECKOUT
+if [ -f scripts/cluster.env ]; then
+    # shellcheck source=/dev/null
+    source scripts/cluster.env
+fi
+
+# submit JOB DEPENDENCY OPTIONS: `job` becomes its id; a job whose predecessor failed is not left waiting for ever
+submit() {
+    local name=$1 command
+    command=(sbatch --parsable --chdir="$PWD" --output="$jobs/logs/%x-%j.out")
+    [ -z "$2" ] || command+=(--dependency="$2" --kill-on-invalid-dep=yes)
+    command+=("${@:3}" "$jobs/$name.sh")
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        job=ID_OF_$name
+        printf '%q ' "${command[@]}"
+        echo
+        return
+    fi
+    mkdir -p "$jobs/logs"
+    job=$("${command[@]}")
+    job=${job%%;*}  # a federation adds ;CLUSTER
+    echo "$name $job"
+}
+
+gpus=${GPUS_PER_NODE:-8}
+read -ra prune_options <<< "${PRUNE_OPTIONS:-}"
+read -ra train_options <<< "${TRAIN_OPTIONS:-}"
+read -ra eval_options <<< "${EVAL_OPTIONS:-}"
+train_options=(--nodes="${NODES:-1}" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" "${train_options[@]}")
+declare -A id=()
+ends=
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: the project's script it calls with which arguments, after which other job, with whose options."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    after: str | None
+    options: str
+
+
+def jobs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Job]:
+    """The jobs of a sweep, each after the one it waits for; the report, which waits for all runs, is the last.
+
+    Args:
+        sweep: the sweep.
+        overrides: KEY=VALUE it was read with.
+    """
+    again = (str(sweep.file), *overrides, "--only")
+    found = []
+    for member in sweep.members():
+        if member.name in sweep.runs:
+            train = f"{member.name}.train"
+            found.append(Job(train, "slurm_train.sh", member.arguments, member.parent, "train"))
+            found.append(Job(f"{member.name}.eval", "slurm_eval.sh", member.arguments, train, "eval"))
+        else:
+            options = "prune" if member.name in sweep.pruned else "eval"
+            found.append(Job(member.name, "slurm_sweep.sh", (*again, member.name), member.parent, options))
+    return [*found, Job(REPORT, "slurm_sweep.sh", (*again, REPORT), None, "eval")]
+
+
+def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Writes the scripts of all jobs, and the one that submits them.
+
+    Args:
+        sweep: the sweep.
+        folder: of the scripts; made if it is not there.
+        overrides: KEY=VALUE the sweep was read with.
+
+    Returns:
+        The script that submits the jobs.
+
+    Raises:
+        UserError: this is not the root of a checkout, whose scripts the jobs call.
+    """
+    checkout = Path.cwd()
+    every = jobs(sweep, overrides)
+    missing = {job.script for job in every if not (checkout / "scripts" / job.script).is_file()}
+    if missing:
+        raise UserError(f"--slurm: scripts/{min(missing)} is not here; call it from the root of a checkout of sppctl")
+    folder.mkdir(parents=True, exist_ok=True)
+    for job in every:
+        _save(folder / f"{job.name}.sh", _script(job, checkout))
+    header = HEADER.replace("SWEEP", shlex.quote(str(sweep.file))).replace("CHECKOUT", shlex.quote(str(checkout)))
+    _save(folder / SUBMIT, header + "".join(_submission(job) for job in every))
+    return folder / SUBMIT
+
+
+def _script(job: Job, checkout: Path) -> str:
+    """The #SBATCH lines of the script it calls, under a name of its own, and the call."""
+    lines = (checkout / "scripts" / job.script).read_text(encoding="utf-8").splitlines()
+    header = [line for line in lines if line.startswith("#SBATCH")]
+    header = [re.sub(r"--job-name=.*", f"--job-name={job.name}", line) for line in header]
+    call = shlex.join([f"scripts/{job.script}", *job.arguments])
+    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", f"exec {call}", ""])
+
+
+def _submission(job: Job) -> str:
+    if job.name == REPORT:
+        dependency = '"afterany$ends"'  # the runs that are complete have a table even if others failed
+    else:
+        dependency = f'"afterok:${{id[{job.after}]}}"' if job.after is not None else "''"
+    lines = f'submit {job.name} {dependency} "${{{job.options}_options[@]}}"\nid[{job.name}]=$job\n'
+    return lines + ("ends+=:$job\n" if job.name.endswith(".eval") else "")
+
+
+def _save(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
