@@ -6,8 +6,8 @@ The baseline is ``model(window)`` with all its logits, as the literature's code 
 perplexity with chunked logits, the same with the distance to a reference model, and the plain way (all logits in
 float32, one cross-entropy). Every round runs all of them, and a ratio is the median over rounds of the ratios within a
 round, so that a machine that slows down meanwhile slows both. Memory is the peak above the loaded model, each in a
-process of its own; on a CPU the resident set is sampled every 2 ms while the work runs, because the highest one that the
-kernel remembers is that of loading.
+process of its own; on a CPU the resident set is sampled every 2 ms while the work runs, because the highest one that
+the system remembers is that of loading.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cases = ways(model, windows, Path(scratch, "hidden.bin"))
         if arguments.memory_of:
+            with torch.no_grad():
+                model(windows[:1, :8].to(device))  # weights that are mapped from files are read now
             print(peak(cases[arguments.memory_of], device))
             return
         rounds: dict[str, list[float]] = {name: [] for name in cases}

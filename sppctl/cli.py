@@ -282,12 +282,13 @@ def bench(
     except ValueError as error:
         raise UserError(f"--batch: {batch} is no list of numbers; write --batch 1,8,32") from error
     from sppctl.stages import bench as stage
+    from sppctl.stages import bench_text
 
     found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(found)
         return
-    for title, header, rows in stage.tables(found):
+    for title, header, rows in bench_text.tables(found):
         console.show_table(title, header, rows)
     for sentence in found["notes"]:
         print(sentence)

@@ -2,8 +2,8 @@
 
 Two layouts, both lossless:
 
-- N:M keeps N values of every M, and for each the index in its group, ceil(log2(M)) bits: what the sparse tensor cores of
-  NVIDIA read for 2:4 (values and 2-bit indices; the order of the indices in memory is theirs).
+- N:M keeps N values of every M, and for each the index in its group, ceil(log2(M)) bits: for 2:4 what NVIDIA's sparse
+  tensor cores read (values and 2-bit indices), though they have the indices in an order of their own.
 - a bitmask keeps the values that are not zero, and one bit for every weight. It needs no pattern.
 """
 

@@ -48,7 +48,7 @@ def kernel() -> type[SparseSemiStructuredTensor]:
     return SparseSemiStructuredTensorCUTLASS if forced else SparseSemiStructuredTensorCUSPARSELT
 
 
-def takes(shape: tuple[int, int], dtype: torch.dtype) -> bool:
+def takes(shape: torch.Size, dtype: torch.dtype) -> bool:
     """Whether the kernel takes a weight of (out_features, in_features)."""
     limits = kernel()._DTYPE_SHAPE_CONSTRAINTS[dtype]
     return shape[0] % limits.sparse_min_rows == 0 and shape[1] % limits.sparse_min_cols == 0
@@ -65,8 +65,8 @@ class TwoWeights:
     """
 
     layers: list[nn.Linear] = field(default_factory=list)
-    dense: list[nn.Parameter] = field(default_factory=list)
-    sparse: list[nn.Parameter] = field(default_factory=list)
+    dense: list[Tensor] = field(default_factory=list)
+    sparse: list[Tensor] = field(default_factory=list)
 
     def add(self, layer: nn.Linear) -> None:
         """Converts one more layer; the dense weight stays in the model.

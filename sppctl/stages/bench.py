@@ -1,26 +1,25 @@
-"""Any checkpoint -> how fast it runs and what it takes to store, dense and sparse, and where sparsity gains nothing."""
+"""Any checkpoint -> how fast it runs, with dense weights and with 2:4 kernels, and what it takes to store."""
 
 from __future__ import annotations
 
 import inspect as signatures
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sppctl import console
-from sppctl.errors import StageError, UserError
+from sppctl.errors import UserError
 from sppctl.lm import checkpoint
-from sppctl.lm.packed import Packed, bitmask_bytes, pack_bitmask, pack_structured, structured_bytes, unpack
-from sppctl.lm.safe_files import TensorFile, TensorFiles
+from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.semi_structured import TwoWeights, no_kernel, relative_difference, takes
 from sppctl.pattern import Pattern
-from sppctl.stages.inspect import MatrixSparsity, holds, measure
+from sppctl.stages.bench_text import notes
+from sppctl.stages.inspect import holds, measure
+from sppctl.stages.storage import storage
 
 TWO_FOUR = Pattern(keep=2, group=4)
 
@@ -101,9 +100,6 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
     }
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
 def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
     """The 2:4 layers of a model with both kinds of weights, as far as there is a kernel for them.
 
@@ -120,7 +116,7 @@ def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
     if reason is None and not semi:
         reason = "no linear layer of the checkpoint is 2:4, the one pattern that GPUs accelerate; dense timings only"
     if reason is None:
-        fitting = [layer for layer in semi.values() if takes(tuple(layer.weight.shape), model.dtype)]
+        fitting = [layer for layer in semi.values() if takes(layer.weight.shape, model.dtype)]
         refused = [name for name, layer in semi.items() if layer not in fitting]
         try:
             for layer in fitting:
@@ -225,140 +221,3 @@ def _row(batch: int, settings: Settings, rounds: dict[str, list[tuple[float, flo
         "decode_ms_per_token": {kind: 1000 * median(kind, 1) / settings.new for kind in rounds},
         "decode_speedup": ratio(1),
     }
-
-
-# --- storage ----------------------------------------------------------------------------------------------------------
-
-
-def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> dict[str, Any]:
-    """Bytes of a checkpoint as it is and with its sparse matrices packed; one of them is packed to prove it.
-
-    Returns:
-        ``file_bytes``; ``dense_bytes`` of all tensors and ``sparse_matrices_bytes`` of the sparse ones among them;
-        ``packed_bytes`` and ``bitmask_bytes`` of all tensors if the sparse ones are packed as N:M (``packed_matrices``
-        of them, the others stay dense) or with bitmasks; ``proof``: the matrix that was packed into a file, its bytes
-        that way (None if no matrix is sparse).
-    """
-    dense = sum(file.stop - file.start for file in map(files.spec, files))
-    size = {m.name: (m.shape, files.spec(m.name).dtype.itemsize) for m in sparse}
-    before = {m.name: torch.Size(m.shape).numel() * size[m.name][1] for m in sparse}
-    best = {m.name: _smallest(m) for m in sparse if m.patterns}
-    structured = {name: structured_bytes(*size[name], pattern) for name, pattern in best.items()}
-    bitmask = {m.name: bitmask_bytes(*size[m.name], m.zeros) for m in sparse}
-    return {
-        "file_bytes": files.num_bytes,
-        "dense_bytes": dense,
-        "sparse_matrices_bytes": sum(before.values()),
-        "packed_bytes": dense - sum(before[name] - packed for name, packed in structured.items()),
-        "packed_matrices": len(structured),
-        "bitmask_bytes": dense - sum(before[name] - packed for name, packed in bitmask.items()),
-        "proof": _prove(files, sparse[0], best.get(sparse[0].name)) if sparse else None,
-    }
-
-
-def _smallest(matrix: MatrixSparsity) -> Pattern:
-    """Of the patterns that hold, the one that packs smallest."""
-    return min(map(Pattern.parse, matrix.patterns), key=lambda pattern: structured_bytes((1 << 10,), 2, pattern))
-
-
-def _prove(files: TensorFiles, matrix: MatrixSparsity, pattern: Pattern | None) -> dict[str, Any]:
-    """Packs a matrix into files, reads them and unpacks it; the tensors' bytes are what the storage counts."""
-    weight = files.read(matrix.name)
-    proof: dict[str, Any] = {"matrix": matrix.name, "dense_bytes": weight.numel() * weight.element_size()}
-    ways = {"bitmask": pack_bitmask(weight)}
-    if pattern is not None:
-        along = weight if holds(weight, pattern) else weight.t()  # Conv1D is stored (in, out)
-        proof["pattern"] = str(pattern)
-        ways["packed"] = pack_structured(along, pattern)
-    for name, packed in ways.items():
-        again = unpack(_through_a_file(packed))
-        same = torch.equal(again, weight if again.shape == weight.shape else weight.t())
-        expected = (
-            bitmask_bytes(matrix.shape, weight.element_size(), matrix.zeros)
-            if packed.pattern is None
-            else structured_bytes(matrix.shape, weight.element_size(), packed.pattern)
-        )
-        if not same or packed.num_bytes != expected:
-            raise StageError(f"{matrix.name}: packing ({name}) does not give the same weights in {expected} bytes")
-        proof[f"{name}_bytes"] = packed.num_bytes
-    return proof
-
-
-def _through_a_file(packed: Packed) -> Packed:
-    tensors = {"values": packed.values, "bits": packed.bits}
-    with tempfile.TemporaryDirectory() as scratch:
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        file = TensorFile.create(Path(scratch) / "packed.safetensors", shapes, {})
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-        return Packed(file.read("values"), file.read("bits"), packed.shape, packed.pattern)
-
-
-# --- in words ---------------------------------------------------------------------------------------------------------
-
-
-def notes(
-    kernel: dict[str, Any], rows: list[dict[str, Any]], sparse: list[MatrixSparsity], stored: dict[str, Any]
-) -> list[str]:
-    """What the numbers mean, and where sparsity gains nothing."""
-    said = []
-    if kernel["reason"] is not None:
-        said.append(kernel["reason"])
-    else:
-        moved = max(row["max_relative_difference"] for row in rows)
-        said.append(
-            f"sparse: {kernel['layers']} linear layers multiplied by the 2:4 kernel; {kernel['not_2_4']} that are not "
-            f"2:4 stay dense; the logits differ by at most {moved:.1e} of the largest one"
-        )
-        said.append(
-            "decode at small batch is bound by reading the weights: in 16 bits the 2:4 format has 9/16 of their bytes, "
-            "so the layers that are sparse gain 1.8x at the very most, and fewer than 8 rows are padded to 8; the time "
-            "to launch kernels from Python is part of these numbers, and a small model is bound by it"
-        )
-    if kernel["shapes_not_taken"]:
-        count, some = len(kernel["shapes_not_taken"]), ", ".join(kernel["shapes_not_taken"][:3])
-        said.append(f"left dense, of shapes that the 2:4 kernel does not take: {count} 2:4 layers ({some}, ...)")
-    if not sparse:
-        said.append("the checkpoint is dense: no zeros to skip, nothing to pack")
-    elif not all(matrix.patterns for matrix in sparse):
-        said.append("unstructured zeros, with no N:M pattern: they save storage, not time, on a GPU as on a CPU")
-    elif not all("2:4" in matrix.patterns for matrix in sparse):
-        said.append(
-            "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save storage alone"
-        )
-    if stored["proof"] is not None:
-        said.append(
-            f"storage: {stored['proof']['matrix']} was packed into a file and unpacked to the same weights; the other "
-            "sizes follow from shapes and zeros. What is packed must be unpacked to run: it saves disk, not memory"
-        )
-    return said
-
-
-def tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """Title, header and rows of the speed and the storage."""
-    kinds = list(found["speed"][0]["prefill_tokens_per_s"])
-    speed_rows = []
-    for row in found["speed"]:
-        cells = [str(row["batch"])]
-        for measure_name, ratio, form in (
-            ("prefill_tokens_per_s", "prefill_speedup", ",.0f"),
-            ("decode_ms_per_token", "decode_speedup", ",.2f"),
-        ):
-            cells += [format(row[measure_name][kind], form) for kind in kinds]
-            cells += [f"{row[ratio]:.2f}x"] if row[ratio] is not None else []
-        speed_rows.append(tuple(cells))
-    more = ("speed-up",) * (len(kinds) - 1)
-    header = ("batch", *(f"prefill {kind}, tokens/s" for kind in kinds), *more)
-    header += (*(f"decode {kind}, ms/token" for kind in kinds), *more)
-    where = f"{found['device']}, {found['dtype']}, prompt {found['prompt']}, {found['new']} new tokens"
-    stored = found["storage"]
-    sizes = [
-        ("dense safetensors", stored["dense_bytes"]),
-        (f"N:M values and indices ({stored['packed_matrices']} matrices)", stored["packed_bytes"]),
-        ("values and bitmask", stored["bitmask_bytes"]),
-    ]
-    storage_rows = [(name, f"{size / 1e6:,.1f}", f"{size / stored['dense_bytes']:.1%}") for name, size in sizes]
-    return [
-        (f"{found['checkpoint']}: {where}", header, speed_rows),
-        ("storage of all tensors", ("", "MB", "of dense"), storage_rows),
-    ]
