@@ -4,25 +4,28 @@
 
 The baseline is ``model(window)`` with all its logits, as the literature's code runs it, without a loss. Beside it:
 perplexity with chunked logits, the same with the distance to a reference model, and the plain way (all logits in
-float32, one cross-entropy). Memory is the peak above the loaded model, each in a process of its own.
+float32, one cross-entropy). Every round runs all of them, and a ratio is the median over rounds of the ratios within a
+round, so that a machine that slows down meanwhile slows both. Memory is the peak above the loaded model, each in a
+process of its own; on a CPU the resident set is sampled every 2 ms while the work runs, because the highest one that
+the system remembers is that of loading.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
+from hardware import add_clock, describe, name_of
 
 from sppctl.lm import checkpoint
 from sppctl.lm.divergence import Reference, divergence
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    add_clock(parser)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = checkpoint.pick_device(arguments.device)
@@ -45,20 +49,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cases = ways(model, windows, Path(scratch, "hidden.bin"))
         if arguments.memory_of:
+            with torch.no_grad():
+                model(windows[:1, :8].to(device))  # weights that are mapped from files are read now
             print(peak(cases[arguments.memory_of], device))
             return
         rounds: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(arguments.repeats + 1):
             for name, work in cases.items():
-                rounds[name].append(timed(work, device))
-    seconds = {name: statistics.median(times[1:]) for name, times in rounds.items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {model.dtype}")
-    print(f"{arguments.windows} windows x {arguments.seq_len} tokens; forward {seconds['forward']:.2f} s")
-    print("| | forwards | peak above the model, MiB |\n| --- | ---: | ---: |")
-    for case in cases:
-        done = subprocess.run([sys.executable, *sys.argv, "--memory-of", case], capture_output=True, text=True)
-        print(f"| {case} | {seconds[case] / seconds['forward']:.2f} | {float(done.stdout):,.0f} |", flush=True)
+                rounds[name].append(timed(work, device, arguments.clock))
+    rounds = {name: times[1:] for name, times in rounds.items()}  # the first round warms up
+    forward = rounds["forward"]
+    print(f"{describe(device)}, {model.dtype}; {name_of(arguments.clock)}, {arguments.repeats} rounds")
+    print(f"{arguments.windows} windows x {arguments.seq_len} tokens; forward {statistics.median(forward):.2f} s")
+    print("| | forwards | peak above the model, MiB |\n| --- | ---: | ---: |", flush=True)
+    for case, times in rounds.items():
+        ratio = statistics.median(own / bare for own, bare in zip(times, forward, strict=True))
+        done = subprocess.run([sys.executable, *sys.argv, "--memory-of", case], stdout=subprocess.PIPE, check=True)
+        print(f"| {case} | {ratio:.2f} | {float(done.stdout):,.0f} |", flush=True)
 
 
 def ways(model: Any, windows: torch.Tensor, file: Path) -> dict[str, Callable[[], Any]]:
@@ -93,23 +100,35 @@ def ways(model: Any, windows: torch.Tensor, file: Path) -> dict[str, Callable[[]
     }
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    started = time.perf_counter()
+def timed(work: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
+    started = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def peak(work: Callable[[], Any], device: torch.device) -> float:
     """MiB above what is there before."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process, stop = psutil.Process(), threading.Event()
+    before = highest = process.memory_info().rss
+
+    def sample() -> None:
+        nonlocal highest
+        while not stop.wait(0.002):
+            highest = max(highest, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
     work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    stop.set()
+    sampler.join()
+    return (highest - before) / 2**20
 
 
 if __name__ == "__main__":

@@ -306,6 +306,35 @@ def inspect(
 
 
 @app.command()
+def bench(
+    checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
+    batch: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,8,32",
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    new: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds whose median counts.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a checkpoint's prefill and decode, dense and with 2:4 kernels, and say what it takes to store."""
+    try:
+        batches = tuple(int(part) for part in batch.split(","))
+    except ValueError as error:
+        raise UserError(f"--batch: {batch} is no list of numbers; write --batch 1,8,32") from error
+    from sppctl.stages import bench as stage
+    from sppctl.stages import bench_text
+
+    found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
+    if json:
+        console.show_json(found)
+        return
+    for title, header, rows in bench_text.tables(found):
+        console.show_table(title, header, rows)
+    for sentence in found["notes"]:
+        print(sentence)
+
+
+@app.command()
 def plan(
     arguments: Arguments = None, model: Model = None, method: Method = None, json: Json = False, debug: Debug = False
 ) -> None:

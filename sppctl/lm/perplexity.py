@@ -14,6 +14,9 @@ from torch import Tensor
 from sppctl.errors import UserError
 
 LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
+# on a CPU for fewer: 16 MiB in float32 are memory that malloc uses again, where larger blocks are mapped and cleared
+# anew every time, which costs more than the loss
+CPU_LOGITS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def window_sums(
 ) -> Iterator[Tensor]:
     """Sums over the predicted tokens of every window that count.
 
-    The output head runs on ``LOGIT_ROWS`` positions at a time in the model's dtype, the loss is taken in float32. A
+    The output head runs on :func:`logit_rows` positions at a time in the model's dtype, the loss is taken in float32. A
     model that does more to its logits than the head and a soft cap is asked for whole windows of them instead.
 
     Args:
@@ -119,6 +122,7 @@ def window_sums(
         (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
     """
     chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
+    rows = logit_rows(model)
     counts = (scored_tokens(len(windows), windows.shape[1]) if scored is None else scored).tolist()
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size].to(model.device)
@@ -126,13 +130,20 @@ def window_sums(
         sums = torch.zeros(len(batch), 3, dtype=torch.float64)
         last = batch.shape[1] - 1
         for row in range(len(batch)):
-            for start in range(last - counts[first + row], last, LOGIT_ROWS):
-                stop = min(start + LOGIT_ROWS, last)
+            for start in range(last - counts[first + row], last, rows):
+                stop = min(start + rows, last)
                 logits = _logits(model, output[row, start:stop]) if chunked else output[row, start:stop].float()
                 sums[row, 0] += F.cross_entropy(logits, batch[row, start + 1 : stop + 1], reduction="sum").item()
                 if compare is not None:
                     sums[row, 1:] += torch.tensor(compare(first + row, start, stop, logits), dtype=torch.float64)
         yield sums
+
+
+def logit_rows(model: Any) -> int:
+    """Positions whose logits are made at a time."""
+    if model.device.type != "cpu":
+        return LOGIT_ROWS
+    return max(1, min(LOGIT_ROWS, CPU_LOGITS // int(model.config.get_text_config().vocab_size)))
 
 
 def _logits(model: Any, hidden: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""PyTorch's 2:4 kernels: where they can be used, and a model's weights in their format beside the dense ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+    to_sparse_semi_structured,
+)
+
+AMPERE = (8, 0)  # compute capability of the first GPUs with sparse tensor cores
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def no_kernel(device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> str | None:
+    """Why a 2:4 kernel cannot run at all; None: it can.
+
+    Args:
+        device_type: ``cpu``, ``cuda``, ...
+        capability: compute capability of the GPU; of no matter elsewhere.
+        dtype: of the model.
+    """
+    if device_type != "cuda":
+        return (
+            f"no sparse kernel on this device ({device_type}): PyTorch multiplies zeros like any other weight, so a "
+            "sparse checkpoint is exactly as fast as a dense one; dense timings only"
+        )
+    if capability < AMPERE:
+        found = ".".join(map(str, capability))
+        return (
+            f"this GPU has no sparse tensor cores (compute capability {found}; they begin with 8.0, Ampere): zeros "
+            "are multiplied like any other weight; dense timings only"
+        )
+    if dtype not in DTYPES:
+        return f"the 2:4 kernel is measured in float16 and bfloat16, the checkpoint is {dtype}; dense timings only"
+    return None
+
+
+def kernel() -> type[SparseSemiStructuredTensor]:
+    """The format that ``to_sparse_semi_structured`` chooses."""
+    forced = SparseSemiStructuredTensor._FORCE_CUTLASS
+    return SparseSemiStructuredTensorCUTLASS if forced else SparseSemiStructuredTensorCUSPARSELT
+
+
+def takes(shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes a weight of (out_features, in_features)."""
+    limits = kernel()._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    return shape[0] % limits.sparse_min_rows == 0 and shape[1] % limits.sparse_min_cols == 0
+
+
+@dataclass
+class TwoWeights:
+    """Linear layers with their weight dense and in the 2:4 format; one of both is in the model.
+
+    Attributes:
+        layers: the layers.
+        dense: their own parameters.
+        sparse: the same weights for the kernel.
+    """
+
+    layers: list[nn.Linear] = field(default_factory=list)
+    dense: list[Tensor] = field(default_factory=list)
+    sparse: list[Tensor] = field(default_factory=list)
+
+    def add(self, layer: nn.Linear) -> None:
+        """Converts one more layer; the dense weight stays in the model.
+
+        Raises:
+            RuntimeError: the kernel refuses the weight, or to multiply with it on this GPU.
+        """
+        weight = layer.weight
+        converted: Any = to_sparse_semi_structured(weight.detach().contiguous())
+        if not self.layers:  # some GPUs refuse only now
+            nn.functional.linear(weight.new_zeros(1, weight.shape[1]), converted)
+        self.layers.append(layer)
+        self.dense.append(weight)
+        self.sparse.append(nn.Parameter(converted, requires_grad=False))
+
+    def use(self, kind: str) -> None:
+        """Puts the ``dense`` or the ``sparse`` weights into the model."""
+        for layer, weight in zip(self.layers, getattr(self, kind), strict=True):
+            layer.weight = weight
+
+
+def relative_difference(reference: Tensor, other: Tensor) -> float:
+    """Largest difference over the largest magnitude of the reference."""
+    reference = reference.float()
+    return ((other.float() - reference).abs().max() / reference.abs().max()).item()

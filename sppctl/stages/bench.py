@@ -1,0 +1,223 @@
+"""Any checkpoint -> how fast it runs, with dense weights and with 2:4 kernels, and what it takes to store."""
+
+from __future__ import annotations
+
+import inspect as signatures
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sppctl import console
+from sppctl.errors import UserError
+from sppctl.lm import checkpoint
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.semi_structured import TwoWeights, no_kernel, relative_difference, takes
+from sppctl.pattern import Pattern
+from sppctl.stages.bench_text import notes
+from sppctl.stages.inspect import holds, measure
+from sppctl.stages.storage import storage
+
+TWO_FOUR = Pattern(keep=2, group=4)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        batches: sequences at a time, each in turn.
+        prompt: tokens of each prompt.
+        new: tokens decoded after it.
+        repeats: rounds that count; one more before them warms up.
+        device: auto, cpu, cuda.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 512
+    new: int = 32
+    repeats: int = 5
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what cannot be measured."""
+        for name, value in (("batch", min(self.batches, default=0)), ("prompt", self.prompt), ("new", self.new)):
+            if value < 1:
+                raise UserError(f"--{name}: {value} is not a positive number; try the default (--help)")
+        if self.repeats < 1:
+            raise UserError(f"--repeats: {self.repeats} is not a positive number; medians need 3 or more")
+
+
+def execute(path: str, settings: Settings) -> dict[str, Any]:
+    """Measures a checkpoint.
+
+    Args:
+        path: directory, hub id or ``package:NAME``.
+        settings: what is measured.
+
+    Returns:
+        ``checkpoint``, ``fingerprint``, ``device``, ``dtype``, ``threads``, ``torch``, ``prompt``, ``new``,
+        ``repeats``; ``kernel`` (which layers it multiplies), ``speed`` (a row for every
+        batch), ``storage``, and ``notes``: sentences that say what the numbers do not show.
+
+    Raises:
+        UserError: no checkpoint, no such device, or windows longer than the model allows.
+        StageError: the packed weights are not the same weights.
+    """
+    directory = checkpoint.locate(path)
+    limit = checkpoint.max_window(checkpoint.load_config(directory))
+    if limit is not None and settings.prompt + settings.new > limit:
+        raise UserError(
+            f"--prompt {settings.prompt} and --new {settings.new}: together longer than the model's limit of {limit} "
+            "tokens; give shorter ones"
+        )
+    device = checkpoint.pick_device(settings.device)
+    measured, summary = measure(directory)
+    sparse = [matrix for matrix in measured if matrix.is_sparse]
+    stored = storage(TensorFiles(directory), sparse)
+    model = checkpoint.load_model(directory, device)
+    weights, kernel = two_weights(model)
+    rows = speed(model, weights, settings)
+    return {
+        "checkpoint": path,
+        "fingerprint": checkpoint.fingerprint(directory),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "prompt": settings.prompt,
+        "new": settings.new,
+        "repeats": settings.repeats,
+        "patterns": summary["patterns"],
+        "sparsity": summary["sparsity"],
+        "kernel": kernel,
+        "speed": rows,
+        "storage": stored,
+        "notes": notes(kernel, rows, sparse, stored),
+    }
+
+
+def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
+    """The 2:4 layers of a model with both kinds of weights, as far as there is a kernel for them.
+
+    Returns:
+        The layers, and ``layers`` (how many), ``not_2_4`` (how many linear layers are not), ``shapes_not_taken``
+        (which 2:4 ones the kernel leaves dense) and ``reason`` (why none is sparse; None if one is).
+    """
+    weights = TwoWeights()
+    capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else (0, 0)
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    semi = {name: layer for name, layer in linears.items() if holds(layer.weight.detach(), TWO_FOUR)}
+    reason = no_kernel(model.device.type, capability, model.dtype)
+    refused: list[str] = []
+    if reason is None and not semi:
+        reason = "no linear layer of the checkpoint is 2:4, the one pattern that GPUs accelerate; dense timings only"
+    if reason is None:
+        fitting = [layer for layer in semi.values() if takes(layer.weight.shape, model.dtype)]
+        refused = [name for name, layer in semi.items() if layer not in fitting]
+        try:
+            for layer in fitting:
+                weights.add(layer)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            weights = TwoWeights()
+            reason = f"the 2:4 kernel refuses this GPU or model ({str(error).splitlines()[0]}); dense timings only"
+        if reason is None and not fitting:
+            reason = "the 2:4 kernel takes none of the 2:4 layers' shapes; dense timings only"
+    return weights, {
+        "layers": len(weights.layers),
+        "not_2_4": len(linears) - len(semi),
+        "shapes_not_taken": refused,
+        "reason": reason,
+    }
+
+
+@torch.no_grad()
+def speed(model: Any, weights: TwoWeights, settings: Settings) -> list[dict[str, Any]]:
+    """Medians of interleaved rounds for every batch.
+
+    Returns:
+        For every batch ``batch``, ``prefill_tokens_per_s`` and ``decode_ms_per_token`` (of the whole batch) by kind of
+        weights; ``prefill_speedup`` and ``decode_speedup``, medians of dense over sparse within a round, and
+        ``max_relative_difference`` of their logits (None without a kernel).
+    """
+    kinds = ["dense", "sparse"] if weights.layers else ["dense"]
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = []
+    with console.Progress("bench", len(settings.batches) * (settings.repeats + 1)) as progress:
+        for batch in settings.batches:
+            tokens = torch.randint(vocabulary, (batch, settings.prompt + settings.new), generator=generator)
+            tokens = tokens.to(model.device)
+            rounds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+            for _ in range(settings.repeats + 1):
+                logits = {}
+                for kind in kinds:
+                    weights.use(kind)
+                    *seconds, logits[kind] = run(model, tokens, settings.prompt)
+                    rounds[kind].append((seconds[0], seconds[1]))
+                progress.advance(f"batch {batch}")
+            row = _row(batch, settings, {kind: times[1:] for kind, times in rounds.items()})
+            both = (logits["dense"], logits[kinds[-1]])
+            rows.append(row | {"max_relative_difference": relative_difference(*both) if weights.layers else None})
+    weights.use("dense")
+    return rows
+
+
+def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
+    """Prefills a prompt and decodes what follows it, one token at a time with the KV cache.
+
+    The likeliest token is taken as greedy decoding would, but the next one of ``tokens`` is fed, so that every run does
+    the same work and its logits can be compared.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: (batch, prompt + new).
+        prompt: tokens of the prompt.
+
+    Returns:
+        Seconds of the prefill, seconds of all decoding, and logits (batch, new + 1, vocabulary): those that follow the
+        prompt and every new token.
+    """
+    # as generation does: the prefill needs the logits of its last position alone
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signatures.signature(model.forward).parameters else {}
+    started = _now(model.device)
+    output = model(input_ids=tokens[:, :prompt], use_cache=True, **last)
+    logits = [output.logits[:, -1]]
+    logits[-1].argmax(-1)
+    filled = _now(model.device)
+    for place in range(prompt, tokens.shape[1]):
+        cache = output.past_key_values
+        output = model(input_ids=tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+        logits.append(output.logits[:, -1])
+        logits[-1].argmax(-1)
+    return filled - started, _now(model.device) - filled, torch.stack(logits, dim=1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row(batch: int, settings: Settings, rounds: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    def median(kind: str, part: int) -> float:
+        return statistics.median(times[part] for times in rounds[kind])
+
+    def ratio(part: int) -> float | None:
+        if "sparse" not in rounds:
+            return None
+        pairs = zip(rounds["dense"], rounds["sparse"], strict=True)
+        return statistics.median(dense[part] / sparse[part] for dense, sparse in pairs)
+
+    return {
+        "batch": batch,
+        "prefill_tokens_per_s": {kind: batch * settings.prompt / median(kind, 0) for kind in rounds},
+        "prefill_speedup": ratio(0),
+        "decode_ms_per_token": {kind: 1000 * median(kind, 1) / settings.new for kind in rounds},
+        "decode_speedup": ratio(1),
+    }
