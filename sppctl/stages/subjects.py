@@ -12,6 +12,8 @@ import torch
 
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint
+from sppctl.lm.safe_files import TensorFile
+from sppctl.stages.refresh import REFRESHED
 
 
 @dataclass(frozen=True)
@@ -57,4 +59,18 @@ class Subject:
             return model
         from peft import PeftModel
 
+        _refresh(model, self.adapter)
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
+
+
+@torch.no_grad()
+def _refresh(model: Any, adapter: Path) -> None:
+    """Puts in the base weights that masks changing in training left behind: the adapter belongs to those."""
+    path = adapter / REFRESHED
+    if not path.is_file():
+        return
+    own, file = dict(model.named_parameters()), TensorFile.open(path)
+    for name in file.specs:
+        # a checkpoint of the bare model leaves out the prefix
+        parameter = own[name] if name in own else own[f"{model.base_model_prefix}.{name}"]
+        parameter.copy_(file.read(name))

@@ -24,6 +24,7 @@ from sppctl.pruning import dsnot
 from sppctl.run_directory import Run
 from sppctl.settings import Config
 from sppctl.stages import merge, prune, refresh, train
+from sppctl.stages.subjects import Subject
 from sppctl.stages.watch import Watch
 
 EXACT = "launch.mixed_precision=no"  # the model that is looked at after training is not autocast
@@ -117,6 +118,9 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
     ids = torch.arange(40).view(2, 20)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(merged(ids).logits, models[0].eval()(ids).logits)
+    # the adapter as it lies there, measured without merging
+    unmerged = Subject.at("adapter", tmp_path / "adapter").load(torch.device("cpu"), False)
+    assert torch.equal(merged(ids).logits, unmerged(ids).logits)
     before, after = load_file(pruned[0] / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     changed = 0
     for name, weight in before.items():
