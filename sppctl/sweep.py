@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,22 @@ def check(sweep: Sweep) -> None:
     Raises:
         UserError: every problem, one per line, with the runs that have it.
     """
-    if distributed.world_size() > 1:
-        raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun or srun")
     problems: dict[str, list[str]] = {}
-    for name, member in sweep.runs.items():
-        if not (member.config.eval.perplexity or member.config.eval.tasks):
-            problems.setdefault("eval.perplexity and eval.tasks are both empty, nothing to compare", []).append(name)
-        try:
-            pipeline.preflight(Run(member.config), pipeline.STAGES)
-        except UserError as error:
-            for line in str(error).splitlines():
-                problems.setdefault(line, []).append(name)
+    for dense in sweep.dense.values():
+        loaded = Run(dense.config).skeleton()
+        for member in sweep.runs_of(dense):
+            for line in _problems(member, loaded):
+                problems.setdefault(line, []).append(member.name)
     raise_problems(problems, len(sweep.runs))
+
+
+def _problems(member: Member, loaded: tuple[Any, Any]) -> Iterator[str]:
+    if not (member.config.eval.perplexity or member.config.eval.tasks):
+        yield "eval.perplexity and eval.tasks are both empty, there would be nothing to compare; name a text or a task"
+    try:
+        pipeline.preflight(Run(member.config), pipeline.STAGES, loaded=loaded)
+    except UserError as error:
+        yield from str(error).splitlines()
 
 
 def plan(sweep: Sweep) -> list[dict[str, Any]]:
@@ -90,9 +95,12 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
     every = {member.name: member for member in sweep.members()}
     if only is not None and only != REPORT and only not in every:
         raise UserError(f"--only {only}: not one of {', '.join([*every, REPORT])}")
+    if distributed.world_size() > 1:
+        raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun")
     if only == REPORT:
         return _report(sweep, {}), {}
-    check(sweep)
+    if only is None:
+        check(sweep)
     wanted = [every[only]] if only is not None else list(every.values())
     failed: dict[str, str] = {}
     for number, member in enumerate(wanted, 1):
@@ -124,6 +132,7 @@ def _work(sweep: Sweep, member: Member) -> None:
         for child in sweep.runs_of(member):
             share(run, Run(child.config), *FROM_DENSE)
     elif member.name in sweep.pruned:
+        pipeline.preflight(run, ("prune",))
         if launch.needed(member.config):
             _elsewhere(member, "prune")
         else:
