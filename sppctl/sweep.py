@@ -20,7 +20,7 @@ from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import REPORT, Member, Sweep, raise_problems
 from sppctl.run_directory import Run
 
-# what a run takes over, by the stage that the directory belongs to: directories, results
+# what is taken over from a member: its checkpoint's directory, and the label of the results
 FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")
 
 
@@ -115,21 +115,21 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
         except Exception as error:
             if debug:
                 raise
-            reason = str(error).strip() or type(error).__name__
-            failed[member.name] = (
-                reason if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {reason}"
-            )
+            failed[member.name] = _reason(error)
             console.note(f"sweep: {member.name} failed: {failed[member.name]}")
     return ([] if only is not None else _report(sweep, failed)), failed
+
+
+def _reason(error: Exception) -> str:
+    said = str(error).strip()
+    return said if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {said}"
 
 
 def _work(sweep: Sweep, member: Member) -> None:
     run = Run(member.config)
     if member.name in sweep.dense:
         pipeline.evaluate_some(run, ["base"])
-        for child in sweep.children(member):
-            share(run, Run(child.config), *FROM_DENSE)
-        for child in sweep.runs_of(member):
+        for child in [*sweep.children(member), *sweep.runs_of(member)]:
             share(run, Run(child.config), *FROM_DENSE)
     elif member.name in sweep.pruned:
         pipeline.preflight(run, ("prune",))
@@ -149,7 +149,7 @@ def _work(sweep: Sweep, member: Member) -> None:
 def _elsewhere(member: Member, stage: str) -> None:
     """Does a stage in processes of its own, one per GPU."""
     code = launch.start([stage, *member.arguments], launch.num_processes(member.config), silent=True)
-    if code > 128:
+    if code - 128 in launch.SIGNALS:  # not SIGKILL, by which the system ends what takes too much memory
         raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues")
     if code:
         raise StageError(f"{stage} ended with exit code {code}")

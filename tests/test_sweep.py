@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sppctl import pipeline, sweep, sweep_jobs
+from sppctl import cli, launch, pipeline, sweep, sweep_jobs
 from sppctl.config import load_config, shipped_configs, shipped_sweeps
-from sppctl.errors import UserError
+from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import expand, load_sweep, run_name
 from sppctl.run_directory import Run
 
@@ -152,7 +152,7 @@ exclude: [{train.lr: 1}, {train.method: ste}, 3]
         "overrides: train.rank is in the grid too; leave it in one of them",
         "grid: run.seed: a value stands twice in [0, 1, 0]",
         "overrides: run.dir: a sweep names the directories of its runs; `dir` is the folder that they share",
-        "exclude, entry 1: train.lr is not in the grid",
+        "exclude, entry 1: train.lr is not in the grid; did you mean train.rank?",
         "exclude, entry 2: train.method: 'ste' is none of the grid's ['spp', 'lora']",
         "exclude, entry 3: expected KEY: VALUE of the grid, found 3",
     ]
@@ -161,8 +161,8 @@ exclude: [{train.lr: 1}, {train.method: ste}, 3]
 def test_a_bad_value_is_told_with_the_runs_that_have_it(tmp_path: Path) -> None:
     text = "grid: {prune.pattern: [2:4, 4:2], train.rank: [0, 1]}\noverrides: {train.scal: 1}"
     found = problems_of(tmp_path / "bad.yaml", text, "train.lr=-1")
-    assert found[0] == "train.scal: unknown key; did you mean train.scale?"
-    assert "command line: train.lr: -1 must be more than 0" in [line.replace("-1.0", "-1") for line in found]
+    assert "train.scal: unknown key; did you mean train.scale?" in found
+    assert "command line: train.lr: -1.0 must be more than 0" in found
     assert "train.rank: 0 must be at least 1 (2of4-r0, 4of2-r0)" in found
     assert any(
         line.startswith("prune.pattern: pattern '4:2'") and line.endswith("(4of2-r0, 4of2-r1)") for line in found
@@ -300,13 +300,42 @@ def test_a_run_that_fails_is_told_at_the_end_and_the_others_go_on(
     assert reported == [[tmp_path / "sweep" / "2of4-spp", tmp_path / "sweep" / "0.5-spp"]]
 
 
-def test_what_rests_on_a_failed_pruning_is_not_tried(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_rests_on_a_failed_pruning_is_not_tried(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(run: Run) -> None:
         raise UserError("no")
 
     monkeypatch.setattr(pipeline, "prune", fails)
-    _, failed = sweep.execute(load_sweep(str(sweep_file), ["prune.method=wanda", "train.method=spp"]))
-    assert failed == {"pruned-2of4": "no", "2of4": "pruned-2of4 failed", "pruned-0.5": "no", "0.5": "pruned-0.5 failed"}
+    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "prune.method=wanda", "train.method=spp"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] == [
+        "error: pruned-2of4 failed: no",
+        "error: 2of4 failed: pruned-2of4 failed",
+        "error: pruned-0.5 failed: no",
+        "error: 0.5 failed: pruned-0.5 failed",
+    ]
+
+
+@pytest.mark.parametrize(("code", "error"), [(143, Stopped), (137, StageError), (1, StageError)])
+def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
+    code: int, error: type[Exception], sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(launch, "start", lambda arguments, number, silent: started.append(arguments) or code)
+    overrides = ["prune.method=wanda", "prune.pattern=2:4", "train.method=spp"]
+    overrides += ["launch.num_processes=2", "train.micro_batch_size=2"]
+    if error is Stopped:
+        with pytest.raises(Stopped, match="prune of pruned was stopped by a signal; the same command continues"):
+            sweep.execute(load_sweep(str(sweep_file), overrides))
+    else:
+        _, failed = sweep.execute(load_sweep(str(sweep_file), overrides))
+        assert failed == {"pruned": f"prune ended with exit code {code}", "run": "pruned failed"}
+    ((stage, name, *words),) = started
+    assert stage == "prune"
+    assert load_config(name, words).run.dir == str(tmp_path / "sweep" / "pruned")
 
 
 def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path) -> None:
@@ -371,7 +400,7 @@ def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monke
     assert load_config(words[1], words[2:]) == read.runs["0.5-spp"].config
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if shellcheck:
-        checked = subprocess.run([shellcheck, *submit.parent.iterdir()], capture_output=True, text=True)
+        checked = subprocess.run([shellcheck, *submit.parent.glob("*.sh")], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
 
 
