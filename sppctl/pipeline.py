@@ -31,13 +31,16 @@ def join_processes(config: Config) -> None:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None) -> None:
+def preflight(
+    run: Run, stages: tuple[str, ...], directory: Path | None = None, loaded: tuple[Any, Any] | None = None
+) -> None:
     """Everything that can be checked before anything is computed or written, for all stages that will run.
 
     Args:
         run: the run.
         stages: that will run.
         directory: a checkpoint to check them on; None: the configured model, which need not be unpacked yet.
+        loaded: its skeleton and tokenizer, for many runs of one model.
 
     Raises:
         UserError: every problem, one per line.
@@ -46,7 +49,7 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None) 
     from sppctl.lm import checkpoint
 
     checkpoint.pick_device(run.config.model.device)
-    skeleton, tokenizer = run.skeleton(directory)
+    skeleton, tokenizer = loaded or run.skeleton(directory)
     problems = []
     for stage in stages:
         check = _checks(tokenizer).get(stage)

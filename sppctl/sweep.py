@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import REPORT, Member, Sweep, raise_problems
 from sppctl.run_directory import Run
 
-# what a run takes over, by the stage that the directory belongs to: directories, results
+# what is taken over from a member: its checkpoint's directory, and the label of the results
 FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")
 
 
@@ -29,18 +30,22 @@ def check(sweep: Sweep) -> None:
     Raises:
         UserError: every problem, one per line, with the runs that have it.
     """
-    if distributed.world_size() > 1:
-        raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun or srun")
     problems: dict[str, list[str]] = {}
-    for name, member in sweep.runs.items():
-        if not (member.config.eval.perplexity or member.config.eval.tasks):
-            problems.setdefault("eval.perplexity and eval.tasks are both empty, nothing to compare", []).append(name)
-        try:
-            pipeline.preflight(Run(member.config), pipeline.STAGES)
-        except UserError as error:
-            for line in str(error).splitlines():
-                problems.setdefault(line, []).append(name)
+    for dense in sweep.dense.values():
+        loaded = Run(dense.config).skeleton()
+        for member in sweep.runs_of(dense):
+            for line in _problems(member, loaded):
+                problems.setdefault(line, []).append(member.name)
     raise_problems(problems, len(sweep.runs))
+
+
+def _problems(member: Member, loaded: tuple[Any, Any]) -> Iterator[str]:
+    if not (member.config.eval.perplexity or member.config.eval.tasks):
+        yield "eval.perplexity and eval.tasks are both empty, there would be nothing to compare; name a text or a task"
+    try:
+        pipeline.preflight(Run(member.config), pipeline.STAGES, loaded=loaded)
+    except UserError as error:
+        yield from str(error).splitlines()
 
 
 def plan(sweep: Sweep) -> list[dict[str, Any]]:
@@ -90,9 +95,12 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
     every = {member.name: member for member in sweep.members()}
     if only is not None and only != REPORT and only not in every:
         raise UserError(f"--only {only}: not one of {', '.join([*every, REPORT])}")
+    if distributed.world_size() > 1:
+        raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun")
     if only == REPORT:
         return _report(sweep, {}), {}
-    check(sweep)
+    if only is None:
+        check(sweep)
     wanted = [every[only]] if only is not None else list(every.values())
     failed: dict[str, str] = {}
     for number, member in enumerate(wanted, 1):
@@ -107,23 +115,24 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
         except Exception as error:
             if debug:
                 raise
-            reason = str(error).strip() or type(error).__name__
-            failed[member.name] = (
-                reason if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {reason}"
-            )
+            failed[member.name] = _reason(error)
             console.note(f"sweep: {member.name} failed: {failed[member.name]}")
     return ([] if only is not None else _report(sweep, failed)), failed
+
+
+def _reason(error: Exception) -> str:
+    said = str(error).strip()
+    return said if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {said}"
 
 
 def _work(sweep: Sweep, member: Member) -> None:
     run = Run(member.config)
     if member.name in sweep.dense:
         pipeline.evaluate_some(run, ["base"])
-        for child in sweep.children(member):
-            share(run, Run(child.config), *FROM_DENSE)
-        for child in sweep.runs_of(member):
+        for child in [*sweep.children(member), *sweep.runs_of(member)]:
             share(run, Run(child.config), *FROM_DENSE)
     elif member.name in sweep.pruned:
+        pipeline.preflight(run, ("prune",))
         if launch.needed(member.config):
             _elsewhere(member, "prune")
         else:
@@ -140,7 +149,7 @@ def _work(sweep: Sweep, member: Member) -> None:
 def _elsewhere(member: Member, stage: str) -> None:
     """Does a stage in processes of its own, one per GPU."""
     code = launch.start([stage, *member.arguments], launch.num_processes(member.config), silent=True)
-    if code > 128:
+    if code - 128 in launch.SIGNALS:  # not SIGKILL, by which the system ends what takes too much memory
         raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues")
     if code:
         raise StageError(f"{stage} ended with exit code {code}")

@@ -119,7 +119,8 @@ def _script(job: Job, checkout: Path) -> str:
     header = [line for line in lines if line.startswith("#SBATCH")]
     header = [re.sub(r"--job-name=.*", f"--job-name={job.name}", line) for line in header]
     call = shlex.join([f"scripts/{job.script}", *job.arguments])
-    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", f"exec {call}", ""])
+    literal = "# shellcheck disable=SC2016  # a prompt may hold a $"
+    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", literal, f"exec {call}", ""])
 
 
 def _submission(job: Job) -> str:

@@ -1,0 +1,423 @@
+"""Sweeps: the grid, what runs share, stopping and going on, the jobs of a cluster, and the table over all runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sppctl import cli, launch, pipeline, sweep, sweep_jobs
+from sppctl.config import load_config, shipped_configs, shipped_sweeps
+from sppctl.errors import StageError, Stopped, UserError
+from sppctl.grid import expand, load_sweep, run_name
+from sppctl.run_directory import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+# ends the process as kill -9 does, within the training of the second run
+DEATH = """
+import os, signal
+from sppctl import cli
+from sppctl.stages import trainer
+original, done = trainer.SparseTrainer.training_step, []
+def step(self, *args, **kwargs):
+    done.append(self.state.global_step)
+    if done.count(0) == 2 and self.state.global_step == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+trainer.SparseTrainer.training_step = step
+cli.main()
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path, config_file: Path) -> Path:
+    """2 methods x 2 patterns x 2 methods of training on the tiny Llama."""
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+base: {config_file}
+dir: {tmp_path / "sweep"}
+grid:
+  prune.method: [magnitude, wanda]
+  prune.pattern: [2:4, 0.5]
+  train.method: [spp, masked_lora]
+overrides: {{train.max_steps: 2, train.dropout: 0.0, train.micro_batch_size: 4, train.report_to: []}}
+""")
+    return path
+
+
+def problems_of(path: Path, text: str, *overrides: str) -> list[str]:
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_sweep(str(path), overrides)
+    return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_of_its_values() -> None:
+    assert expand({"a": [1, 2], "b": ["x", "y"]}) == [
+        {"a": 1, "b": "x"},
+        {"a": 1, "b": "y"},
+        {"a": 2, "b": "x"},
+        {"a": 2, "b": "y"},
+    ]
+
+
+def test_an_exclusion_leaves_out_every_combination_that_it_is_part_of() -> None:
+    grid = {"a": [1, 2], "b": ["x", "y"], "c": [5]}
+    found = expand(grid, [{"a": 1, "b": "y"}, {"b": "x", "a": 2, "c": 5}])
+    assert found == [{"a": 1, "b": "x", "c": 5}, {"a": 2, "b": "y", "c": 5}]
+    assert expand(grid, [{"c": 5}]) == []
+
+
+def test_a_name_has_the_keys_that_vary_in_the_order_of_the_pipeline() -> None:
+    point = {"run.seed": 0, "train.rank": 16, "train.method": "spp", "prune.pattern": "2:4", "prune.method": "wanda"}
+    assert run_name(point, list(point)) == "wanda-2of4-spp-r16-s0"
+    assert run_name(point, ["prune.pattern", "run.seed"]) == "2of4-s0"
+    assert run_name({"train.lr": 0.004, "train.data.dataset": "a/b.jsonl"}, ["train.lr", "train.data.dataset"]) == (
+        "dataset-a-b.jsonl-lr0.004"
+    )
+
+
+def test_what_runs_share_follows_from_the_keys_that_differ(sweep_file: Path) -> None:
+    read = load_sweep(str(sweep_file))
+    assert list(read.dense) == ["dense"]
+    assert list(read.pruned) == [f"pruned-{m}-{p}" for m in ("magnitude", "wanda") for p in ("2of4", "0.5")]
+    assert list(read.runs)[:3] == ["magnitude-2of4-spp", "magnitude-2of4-masked_lora", "magnitude-0.5-spp"]
+    assert len(read.runs) == 8
+    run = read.runs["wanda-0.5-masked_lora"]
+    assert run.parent == "pruned-wanda-0.5"
+    assert str(run.config.prune.pattern) == "0.5"
+    assert (run.config.train.method, run.config.train.max_steps) == ("masked_lora", 2)
+    # the words on a command line mean the same run
+    assert load_config(run.arguments[0], run.arguments[1:]) == run.config
+    shared = read.pruned["pruned-wanda-0.5"]
+    assert load_config(shared.arguments[0], shared.arguments[1:]) == shared.config
+    assert [member.name for member in read.members()][:4] == [
+        *("dense", "pruned-magnitude-2of4", "magnitude-2of4-spp", "magnitude-2of4-masked_lora")
+    ]
+
+
+def test_another_seed_prunes_anew_and_another_rank_does_not(sweep_file: Path) -> None:
+    sweep_file.write_text(f"base: {sweep_file.parent}/tiny.yaml\ngrid: {{train.rank: [2, 4], run.seed: [0, 1]}}")
+    read = load_sweep(str(sweep_file))
+    assert list(read.pruned) == ["pruned-s0", "pruned-s1"]
+    assert {name: run.parent for name, run in read.runs.items()} == {
+        "r2-s0": "pruned-s0",
+        "r2-s1": "pruned-s1",
+        "r4-s0": "pruned-s0",
+        "r4-s1": "pruned-s1",
+    }
+
+
+def test_the_command_line_wins_over_grid_and_overrides(sweep_file: Path, tmp_path: Path) -> None:
+    read = load_sweep(str(sweep_file), ["prune.method=sparsegpt", "train.max_steps=7", f"run.dir={tmp_path / 'b'}"])
+    assert list(read.runs) == [f"{p}-{t}" for p in ("2of4", "0.5") for t in ("spp", "masked_lora")]
+    run = read.runs["2of4-spp"].config
+    assert (run.prune.method, run.train.max_steps, run.run.dir) == ("sparsegpt", 7, str(tmp_path / "b" / "2of4-spp"))
+
+
+def test_the_shipped_sweep_is_no_configuration_of_a_run() -> None:
+    assert "sweep-example" in shipped_sweeps()
+    assert "sweep-example" not in shipped_configs()
+    assert len(load_sweep("sweep-example").runs) == 2 * 2 * (2 * 2 - 1)
+    with pytest.raises(UserError, match="is a sweep, not the configuration of one run: sppctl sweep"):
+        load_config(str(shipped_sweeps()["sweep-example"]))
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_of_the_file_come_at_once(tmp_path: Path) -> None:
+    text = """
+dirr: x
+grid: {prune.metod: [wanda], train.rank: 4, run.seed: [0, 1, 0], train.method: [spp, lora]}
+overrides: {run.dir: x, train.rank: 8}
+exclude: [{train.lr: 1}, {train.method: ste}, 3]
+"""
+    assert problems_of(tmp_path / "bad.yaml", text) == [
+        "dirr: unknown key; did you mean dir?",
+        "grid: prune.metod: unknown key; did you mean prune.method?",
+        "grid: train.rank: expected a list of values, found 4",
+        "overrides: train.rank is in the grid too; leave it in one of them",
+        "grid: run.seed: a value stands twice in [0, 1, 0]",
+        "overrides: run.dir: a sweep names the directories of its runs; `dir` is the folder that they share",
+        "exclude, entry 1: train.lr is not in the grid; did you mean train.rank?",
+        "exclude, entry 2: train.method: 'ste' is none of the grid's ['spp', 'lora']",
+        "exclude, entry 3: expected KEY: VALUE of the grid, found 3",
+    ]
+
+
+def test_a_bad_value_is_told_with_the_runs_that_have_it(tmp_path: Path) -> None:
+    text = "grid: {prune.pattern: [2:4, 4:2], train.rank: [0, 1]}\noverrides: {train.scal: 1}"
+    found = problems_of(tmp_path / "bad.yaml", text, "train.lr=-1")
+    assert "train.scal: unknown key; did you mean train.scale?" in found
+    assert "command line: train.lr: -1.0 must be more than 0" in found
+    assert "train.rank: 0 must be at least 1 (2of4-r0, 4of2-r0)" in found
+    assert any(
+        line.startswith("prune.pattern: pattern '4:2'") and line.endswith("(4of2-r0, 4of2-r1)") for line in found
+    )
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prune: {method: wanda}", "a sweep needs `grid:`"),
+        ("grid: {}", "grid: expected KEY: [VALUES], found {}"),
+        ("grid: {train.rank: [1]}\nexclude: [{train.rank: 1}]", "exclude: leaves no run"),
+        ("grid: {prune.skip: [[a b], [a-b]]}", "grid: two combinations would have the same directory"),
+    ],
+)
+def test_a_sweep_without_runs_is_refused(text: str, expected: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path / "bad.yaml", text)
+    assert problem.startswith(expected)
+
+
+def test_a_sweep_that_does_not_exist_names_the_shipped_one() -> None:
+    with pytest.raises(UserError, match=r"sweep nowhere does not exist; give a YAML file, or one of: sweep-example"):
+        load_sweep("nowhere")
+
+
+def test_runs_that_could_not_be_merged_are_told_before_any_works(sweep_file: Path, tmp_path: Path) -> None:
+    sweep_file.write_text(sweep_file.read_text().replace("[spp, masked_lora]", "[spp, lora]"))
+    with pytest.raises(UserError) as caught:
+        sweep.execute(load_sweep(str(sweep_file)))
+    (problem,) = str(caught.value).splitlines()
+    assert "merge.mask" in problem
+    assert problem.endswith("(magnitude-2of4-lora, magnitude-0.5-lora, wanda-2of4-lora, wanda-0.5-lora)")
+    assert not (tmp_path / "sweep").exists()
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+def command(arguments: list[str], code: str = "from sppctl import cli; cli.main()") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_dry_run_says_what_is_shared_and_writes_nothing(sweep_file: Path, tmp_path: Path) -> None:
+    done = command(["sweep", str(sweep_file), "--dry-run", "--json", "prune.method=wanda"])
+    assert done.returncode == 0, done.stderr
+    entries = json.loads(done.stdout)
+    names = ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
+    assert entries[0] == {
+        "directory": str(tmp_path / "sweep" / "dense"),
+        "stages": ["eval base"],
+        "made": [],
+        "runs": names,
+    }
+    assert entries[1]["stages"] == ["prune", "eval pruned"]
+    assert entries[1]["runs"] == names[:2]
+    assert sweep.totals(entries) == {
+        "eval base": 1,
+        "prune": 2,
+        "eval pruned": 2,
+        "train": 4,
+        "merge": 4,
+        "eval merged": 4,
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "small.yaml"}
+
+
+def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: Path) -> None:
+    killed = command(["sweep", str(sweep_file)], DEATH)
+    assert killed.returncode == -9, killed.stderr
+    folder = tmp_path / "sweep"
+    assert (folder / "magnitude-2of4-spp" / "merged").is_dir()
+    assert not (folder / "magnitude-2of4-masked_lora" / "adapter").exists()
+    done = command(["sweep", str(sweep_file), "--json"])
+    assert done.returncode == 0, done.stderr
+    said = Counter(" ".join(line.split()[:2]) for line in done.stderr.splitlines())
+    assert said["prune: done"] == 3  # one of four was made before the end
+    assert said["train: done"] == 7
+    assert said["eval base:"] == 1 + 8  # up to date everywhere, and so is the pruned checkpoint in all runs
+    assert said["eval pruned:"] == 1 + 8
+    read = load_sweep(str(sweep_file))
+    rows = [row for row in json.loads((folder / "report.json").read_text())["table"] if row["checkpoint"] != "base"]
+    made = [(row["method"], row["pattern"], row["training"]) for row in rows if row["checkpoint"] == "merged"]
+    assert made == [
+        (method, pattern, training)
+        for method in ("magnitude", "wanda")
+        for pattern in ("2:4", "0.5")
+        for training in ("spp", "masked_lora")
+    ]
+    assert sum(row["checkpoint"] == "pruned" for row in rows) == 4  # runs that share one have one row for it
+    assert len(rows) == 4 + 8
+    assert Path(json.loads(done.stdout)[0]["run"]) == folder / "magnitude-2of4-spp"
+    # hard links: the weights lie on the disk once
+    shared = folder / "pruned-wanda-2of4" / "pruned" / "model.safetensors"
+    assert shared.stat().st_nlink == 3
+    # what the sweep made beside others is what the run alone makes
+    alone = Run(
+        load_config(
+            read.runs["wanda-2of4-spp"].arguments[0],
+            [*read.runs["wanda-2of4-spp"].arguments[1:], f"run.dir={tmp_path / 'alone'}"],
+        )
+    )
+    pipeline.run_all(alone)
+    ours = load_file(folder / "wanda-2of4-spp" / "merged" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "alone" / "merged" / "model.safetensors").items():
+        assert torch.equal(tensor, ours[name]), name
+    (row,) = [row for row in rows if row["run"].endswith("/wanda-2of4-spp") and row["checkpoint"] == "merged"]
+    direct = pipeline.report([tmp_path / "alone"])[0]["table"]
+    assert row["measures"] == next(entry for entry in direct if entry["checkpoint"] == "merged")["measures"]
+    assert row["recovered"] == next(entry for entry in direct if entry["checkpoint"] == "merged")["recovered"]
+
+
+def test_a_run_that_fails_is_told_at_the_end_and_the_others_go_on(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def fails(run: Run, elsewhere: Any) -> None:
+        calls.append(run.directory.name)
+        if "masked" in run.directory.name:
+            raise RuntimeError("no space")
+        (run.directory / "eval" / "merged.json").write_text("{}")
+
+    monkeypatch.setattr(pipeline, "run_all", fails)
+    reported: list[list[Path]] = []
+    monkeypatch.setattr(pipeline, "report", lambda runs, output: reported.append(runs) or [])
+    _, failed = sweep.execute(load_sweep(str(sweep_file), ["prune.method=magnitude"]))
+    assert calls == ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
+    assert failed == dict.fromkeys(("2of4-masked_lora", "0.5-masked_lora"), "RuntimeError: no space")
+    assert reported == [[tmp_path / "sweep" / "2of4-spp", tmp_path / "sweep" / "0.5-spp"]]
+
+
+def test_what_rests_on_a_failed_pruning_is_not_tried(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(run: Run) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr(pipeline, "prune", fails)
+    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "prune.method=wanda", "train.method=spp"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] == [
+        "error: pruned-2of4 failed: no",
+        "error: 2of4 failed: pruned-2of4 failed",
+        "error: pruned-0.5 failed: no",
+        "error: 0.5 failed: pruned-0.5 failed",
+    ]
+
+
+@pytest.mark.parametrize(("code", "error"), [(143, Stopped), (137, StageError), (1, StageError)])
+def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
+    code: int, error: type[Exception], sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(launch, "start", lambda arguments, number, silent: started.append(arguments) or code)
+    overrides = ["prune.method=wanda", "prune.pattern=2:4", "train.method=spp"]
+    overrides += ["launch.num_processes=2", "train.micro_batch_size=2"]
+    if error is Stopped:
+        with pytest.raises(Stopped, match="prune of pruned was stopped by a signal; the same command continues"):
+            sweep.execute(load_sweep(str(sweep_file), overrides))
+    else:
+        _, failed = sweep.execute(load_sweep(str(sweep_file), overrides))
+        assert failed == {"pruned": f"prune ended with exit code {code}", "run": "pruned failed"}
+    ((stage, name, *words),) = started
+    assert stage == "prune"
+    assert load_config(name, words).run.dir == str(tmp_path / "sweep" / "pruned")
+
+
+def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path) -> None:
+    read = load_sweep(str(sweep_file))
+    source, target = Run(read.dense["dense"].config), Run(read.runs["wanda-2of4-spp"].config)
+    for run, names in ((source, ["a", "b"]), (target, ["b", "c"])):
+        (run.directory / "eval").mkdir(parents=True)
+        results = [{"settings": {"text": name}, "of": run.directory.name} for name in names]
+        (run.directory / "eval" / "base.json").write_text(json.dumps({"fingerprint": "f", "results": results}))
+    sweep.share(source, target, "base", "base")
+    found = json.loads((target.directory / "eval" / "base.json").read_text())["results"]
+    assert [(result["settings"]["text"], result["of"]) for result in found] == [
+        *(("a", "dense"), ("b", "dense"), ("c", "wanda-2of4-spp"))
+    ]
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("cluster.env"))
+    monkeypatch.chdir(checkout)
+    overrides = ["prune.method=wanda", "train.data.prompt='{instruction} $x'"]
+    submit = sweep_jobs.write(load_sweep(str(sweep_file), overrides), tmp_path / "jobs", overrides)
+    written = {path.stem for path in submit.parent.iterdir()}
+    runs = ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
+    assert written == {
+        *("submit", "dense", "pruned-2of4", "pruned-0.5", "report"),
+        *(f"{run}.{stage}" for run in runs for stage in ("train", "eval")),
+    }
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\necho "$*" >> "$CALLS"\necho "$((100 + $(wc -l < "$CALLS")));cluster"\n')
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run([submit], env=environment | {"NODES": "2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    waits = {}
+    ids = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
+    for line in (tmp_path / "calls").read_text().splitlines():
+        name = Path(line.rsplit(" ", 1)[1]).stem
+        dependency = line.partition("--dependency=")[2].partition(" ")[0]
+        kind, *found = dependency.split(":")
+        waits[name] = (kind, [ids[job] for job in found])
+        assert ("--nodes=2" in line) == name.endswith(".train")
+    assert waits["dense"] == ("", [])
+    assert waits["pruned-0.5"] == ("afterok", ["dense"])
+    assert waits["0.5-spp.train"] == ("afterok", ["pruned-0.5"])
+    assert waits["0.5-spp.eval"] == ("afterok", ["0.5-spp.train"])
+    assert waits["report"] == ("afterany", [f"{run}.eval" for run in runs])
+    assert len(waits) == 12
+    train = (tmp_path / "jobs" / "0.5-spp.train.sh").read_text()
+    assert "#SBATCH --job-name=0.5-spp.train\n" in train
+    assert "#SBATCH --signal=USR1@120\n" in train
+    # the shell hands the job the words that mean the run
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {train.rpartition('exec ')[2]}"], capture_output=True, text=True
+    ).stdout.split("\0")[:-1]
+    assert words[0] == "scripts/slurm_train.sh"
+    read = load_sweep(str(sweep_file), overrides)
+    assert load_config(words[1], words[2:]) == read.runs["0.5-spp"].config
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck:
+        checked = subprocess.run([shellcheck, *submit.parent.glob("*.sh")], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_jobs_are_written_in_a_checkout_only(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--slurm: scripts/slurm_eval.sh is not here; call it from the root"):
+        sweep_jobs.write(load_sweep(str(sweep_file)), tmp_path / "jobs")
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_the_jobs_of_a_sweep_do_it_together(sweep_file: Path, tmp_path: Path) -> None:
+    read = load_sweep(str(sweep_file), ["prune.method=magnitude", "prune.pattern=2:4", "train.method=spp"])
+    for job in sweep_jobs.jobs(read):
+        if job.script == "slurm_sweep.sh":
+            assert sweep.execute(read, job.arguments[-1])[1] == {}
+        elif job.script == "slurm_eval.sh":  # which finds the training to do as well
+            pipeline.run_all(Run(load_config(job.arguments[0], job.arguments[1:])))
+    assert (tmp_path / "sweep" / "report.html").is_file()
+    with pytest.raises(UserError, match="--only nothing: not one of dense, pruned, run, report"):
+        sweep.execute(read, "nothing")
