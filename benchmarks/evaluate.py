@@ -74,7 +74,7 @@ def ways(model: Any, windows: torch.Tensor, file: Path) -> dict[str, Callable[[]
     @torch.no_grad()
     def forward() -> None:
         for window in windows:
-            model(window[None].to(model.device), use_cache=False).logits.sum()
+            _ = model(window[None].to(model.device), use_cache=False).logits
 
     @torch.no_grad()
     def plain() -> None:

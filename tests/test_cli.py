@@ -128,7 +128,7 @@ assert not heavy, heavy
 
 
 def test_every_documented_command_is_there() -> None:
-    assert {"run", "prune", "train", "merge", "eval", "report", "inspect", "config"} <= set(COMMANDS)
+    assert {"run", "prune", "train", "merge", "eval", "report", "inspect", "bench", "config"} <= set(COMMANDS)
 
 
 def test_the_configuration_is_shown_without_torch() -> None:

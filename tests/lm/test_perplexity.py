@@ -246,3 +246,12 @@ def test_one_window_has_no_standard_error() -> None:
 
 def test_a_hopeless_model_has_infinite_perplexity() -> None:
     assert summarise(torch.tensor([4e6]), 5).value == math.inf
+
+
+def test_on_a_cpu_fewer_logits_are_made_for_a_large_vocabulary(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(llama, CPU)
+    assert perplexity.logit_rows(model) == 512
+    monkeypatch.setattr(perplexity, "CPU_LOGITS", 3 * VOCAB + 1)
+    assert perplexity.logit_rows(model) == 3
+    monkeypatch.setattr(perplexity, "CPU_LOGITS", VOCAB - 1)
+    assert perplexity.logit_rows(model) == 1
