@@ -211,10 +211,14 @@ def command(arguments: list[str], code: str = "from sppctl import cli; cli.main(
     )
 
 
-def test_a_dry_run_says_what_is_shared_and_writes_nothing(sweep_file: Path, tmp_path: Path) -> None:
-    done = command(["sweep", str(sweep_file), "--dry-run", "--json", "prune.method=wanda"])
-    assert done.returncode == 0, done.stderr
-    entries = json.loads(done.stdout)
+def test_a_dry_run_says_what_is_shared_and_writes_nothing(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "--dry-run", "--json", "prune.method=wanda"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    entries = json.loads(capsys.readouterr().out)
     names = ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
     assert entries[0] == {
         "directory": str(tmp_path / "sweep" / "dense"),
