@@ -8,5 +8,5 @@ ensure_environment "[test]"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/shellcheck scripts/*.sh scripts/cluster.env.example
-# one thread for each worker: tiny models gain nothing from more, and two workers share the cores
-OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-2}" --dist loadfile "$@"
+# a worker for each core and one thread for each worker: tiny models gain nothing from more
+OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-$(nproc)}" --dist loadfile "$@"
