@@ -289,7 +289,9 @@ def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | Non
 
 
 def _settings(config: Config, section: str) -> dict[str, Any]:
-    return {"seed": config.run.seed, section: result_keys(getattr(config, section))}
+    settings = {"seed": config.run.seed, section: result_keys(getattr(config, section))}
+    # of how processes are launched only the precision changes a training
+    return settings | {"launch": result_keys(config.launch)} if section == "train" else settings
 
 
 def _prune_settings(config: Config) -> dict[str, Any]:

@@ -294,7 +294,9 @@ def test_a_second_run_does_nothing(run: Run, here: Path) -> None:
     assert times(here / "run") == before
 
 
-@pytest.mark.parametrize("override", ["model.device=auto", "train.micro_batch_size=2", "train.log_steps=1"])
+@pytest.mark.parametrize(
+    "override", ["model.device=auto", "train.micro_batch_size=2", "train.log_steps=1", "launch.strategy=fsdp"]
+)
 def test_a_key_without_effect_on_results_redoes_nothing(run: Run, here: Path, override: str) -> None:
     before = times(here / "run")
     outcome = run("run", "tiny.yaml", override)
@@ -308,6 +310,7 @@ def test_a_key_without_effect_on_results_redoes_nothing(run: Run, here: Path, ov
     [
         ("prune.pattern=4:8", "run/pruned was made with prune.pattern = 2:4, now 4:8"),
         ("train.lr=1e-3", "run/adapter was made with train.lr = 0.01, now 0.001"),
+        ("launch.mixed_precision=no", "run/adapter was made with launch.mixed_precision = auto, now no"),
         ("merge.dtype=bfloat16", "run/merged was made with merge.dtype = auto, now bfloat16"),
         ("run.seed=5", "run/pruned was made with seed = 0, now 5"),
     ],
