@@ -7,7 +7,6 @@ whatever an architecture passes (rotary embeddings, sliding-window masks, a diff
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from sppctl.errors import StageError, UserError
 from sppctl.lm.checkpoint import load_config, quiet_libraries
+from sppctl.lm.heap import Heap
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts
 
@@ -108,6 +108,7 @@ class BlockStack(Skeleton):
         self.dtype = dtype
         self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
+        self._heap = Heap()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -178,7 +179,7 @@ class BlockStack(Skeleton):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        _return_memory()
+        self._heap.give_back()
 
     def _load(self, parameter: str, files: TensorFiles | None = None) -> None:
         owner, _, leaf = parameter.rpartition(".")
@@ -283,13 +284,6 @@ class BlockStack(Skeleton):
 
     def _forward(self, input_ids: Tensor) -> None:
         getattr(self.model, self.base_prefix)(input_ids=input_ids, use_cache=False)
-
-
-def _return_memory() -> None:
-    """Gives freed memory back to the system: glibc keeps it in pieces, which grow into gigabytes block by block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function, nor need it
-    if trim is not None:
-        trim(0)
 
 
 def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:

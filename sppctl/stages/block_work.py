@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sppctl import distributed
 from sppctl.errors import StageError
@@ -92,39 +94,27 @@ class BlockWork:
         assert self.activations is not None
         for owner, targets in self.experts.items():
             self._prepare_experts(owner, targets, make)
-        handles = [
-            self._module(t.owner).register_forward_pre_hook(partial(self._collect, name, make))
-            for name, t in self.plain.items()
-        ]
+        handles = self._watch(partial(self._collect, make))
         for owner in self.experts:
             hook = partial(self._collect_experts, owner)
             handles.append(self._module(owner).register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        with _removed(handles):
             for rows in self.activations.batches:
-                call = self.activations.call(self.index, rows)
-                output = call(self.stack.blocks[self.index], self.activations.inputs(rows))
-                self._seen.clear()
+                output = self._run(self.activations, rows)
                 if keep:
                     self.activations.store(rows, output)
                 if dense is not None:
                     dense.append(output.cpu())
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._learn_shared()
         for name in self.plain:
-            if name not in self.leaders:
-                raise StageError(f"{name} received no calibration input; leave it out (prune.skip) or use magnitude")
             self.inputs[name] = self.inputs[self.leaders[name]]
-        self.shared.learn(self._relative(self.plain), {self._short(n): self._short(m) for n, m in self.leaders.items()})
         for inputs in {id(found): found for found in [*self.inputs.values(), *self.everything.values()]}.values():
             inputs.reduce()
 
     def _prune_on_the_way(self, activations: Activations) -> list[LayerRecord]:
         """One forward, all micro-batches in step: where they meet, a group of layers is pruned."""
         if self.shared.of(self._relative(self.plain)) is None:
-            self.gather(InputNorms)  # once for blocks of a make: which layers share inputs is seen only by running one
-            self.inputs.clear()
-            self.leaders.clear()
+            self._find_shared(activations)
         places: dict[str, Callable[[list[Any]], list[LayerRecord]]] = {}  # by the module where they meet
         for group in self.shared.of(self._relative(self.plain)) or []:
             names = [self.prefix + short for short in group]
@@ -137,15 +127,21 @@ class BlockWork:
             self._module(owner).register_forward_pre_hook(partial(_meet, place), with_kwargs=True)
             for place, owner in enumerate(places)
         ]
-        try:
+        with _removed(handles):
             in_step(
                 [partial(activations.advance, self.index, rows) for rows in activations.batches],
                 lambda place, calls: records.extend(prune[place](calls)),
             )
-        finally:
-            for handle in handles:
-                handle.remove()
         return records
+
+    def _find_shared(self, activations: Activations) -> None:
+        """Once for blocks of a make: which layers share inputs is seen only by running one, on as little as needed."""
+        with _removed(self._watch(self._leads)):
+            for rows in activations.batches:
+                if self.plain.keys() == self.leaders.keys():
+                    break
+                self._run(activations, rows)
+        self._learn_shared()
 
     def _prune_arrived(self, names: list[str], calls: list[Call]) -> list[LayerRecord]:
         statistics = PRUNERS[self.plan.method].statistics or InputNorms
@@ -181,15 +177,40 @@ class BlockWork:
     def _relative(self, names: dict[str, Target]) -> list[str]:
         return [self._short(name) for name in names]
 
-    def _collect(self, name: str, make: Callable[..., Any], _: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0]
+    def _run(self, activations: Activations, rows: slice) -> Tensor:
+        output = activations.call(self.index, rows)(self.stack.blocks[self.index], activations.inputs(rows))
+        self._seen.clear()
+        return output
+
+    def _watch(self, see: Callable[[str, Tensor], object]) -> list[RemovableHandle]:
+        """Calls ``see`` with the name and the input of every layer outside of experts that is run."""
+
+        def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(name, args[0])
+
+        return [
+            self._module(target.owner).register_forward_pre_hook(partial(hook, name))
+            for name, target in self.plain.items()
+        ]
+
+    def _leads(self, name: str, inputs: Tensor) -> bool:
+        """Whether a layer is the first of those that are given this very tensor."""
         if name not in self.leaders:
             # q, k and v receive the very same tensor; holding on to it keeps its identity from being reused
             self.leaders[name] = next((leader for tensor, leader in self._seen if tensor is inputs), name)
             self._seen.append((inputs, self.leaders[name]))
-            if self.leaders[name] == name:
+        return self.leaders[name] == name
+
+    def _learn_shared(self) -> None:
+        for name in self.plain:
+            if name not in self.leaders:
+                raise StageError(f"{name} received no calibration input; leave it out (prune.skip) or use magnitude")
+        self.shared.learn(self._relative(self.plain), {self._short(n): self._short(m) for n, m in self.leaders.items()})
+
+    def _collect(self, make: Callable[..., Any], name: str, inputs: Tensor) -> None:
+        if self._leads(name, inputs):
+            if name not in self.inputs:
                 self.inputs[name] = LayerInputs(make, inputs.shape[-1], inputs.device)
-        if self.leaders[name] == name:
             self.inputs[name].update(inputs)
 
     def _prepare_experts(self, owner: str, targets: list[Target], make: Callable[..., Any]) -> None:
@@ -326,3 +347,13 @@ class BlockWork:
 
 def _meet(place: int, *call: Any) -> None:
     wait_at(place, call)
+
+
+@contextlib.contextmanager
+def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Takes hooks away at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -578,7 +578,8 @@ def die():
 def environment() -> dict[str, str]:
     """Of a fresh process that is not one of several."""
     apart = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in apart} | {"OMP_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of another number differ by roundings
+    return {key: value for key, value in os.environ.items() if key not in apart} | threads
 
 
 def killed(death: str, arguments: list[str]) -> None:
