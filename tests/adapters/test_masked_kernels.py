@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sppctl import SteConfig
 from sppctl.adapters import masked
+from sppctl.adapters.dropout import dropped_places
 from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.masked_full import kernel as masked_full
 from sppctl.adapters.masked_full.kernel import masked_linear
@@ -86,7 +87,8 @@ def test_masked_loras_dropout_is_on_the_adapter_branch_alone() -> None:
     y = masked_lora_linear(x, weight, None, [(a, b, SCALE, p)])
     torch.manual_seed(11)
     seed = int(torch.randint(0, 2**62, (1,)))
-    mask = torch.empty(x.shape).bernoulli_(1 - p, generator=torch.Generator().manual_seed(seed)).double()
+    mask = torch.ones(x.shape, dtype=torch.float64)
+    mask.view(-1)[dropped_places(x, p, seed)] = 0
     x64, a64, b64 = doubles(x, a, b)
     expected = F.linear(x64, weight.double()) + F.linear(x64 * mask / (1 - p), literal_delta(weight, a64, b64))
     same_gradients(y, (x, a, b), expected, (x64, a64, b64))

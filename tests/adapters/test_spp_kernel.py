@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sppctl.adapters.dropout import dropped_places
 from sppctl.adapters.spp import kernel
-from sppctl.adapters.spp.kernel import delta_weight, dropped_places, effective_weight, row_groups, spp_linear
+from sppctl.adapters.spp.kernel import delta_weight, effective_weight, row_groups, spp_linear
 
 SHAPES = [(12, 8, 4), (12, 8, 1), (12, 8, 12), (13, 8, 4), (7, 6, 3), (16, 4, 5)]  # out, in, r: dividing and not
 SCALE = 2.0
@@ -146,7 +147,7 @@ def test_dropped_places_are_a_bernoulli_process(p: float) -> None:
 def test_dropout_reaches_the_last_element_however_few_were_drawn_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = dropped_places(torch.empty(5000), 0.3, seed=1)
     assert whole[-1] > 4950
-    monkeypatch.setattr(kernel, "SPARE_DRAWS", -10)
+    monkeypatch.setattr("sppctl.adapters.dropout.SPARE_DRAWS", -10)
     pieces = dropped_places(torch.empty(5000), 0.3, seed=1)
     assert pieces[-1] > 4950
     assert (pieces.diff() > 0).all()
@@ -195,7 +196,7 @@ def test_autocast_computes_in_bfloat16_and_returns_float32_gradients() -> None:
 
 def test_mismatched_dtypes_are_refused() -> None:
     weight, _, alpha, beta, x = layer((12, 8, 4))
-    with pytest.raises(ValueError, match=r"the input is torch.float64"):
+    with pytest.raises(ValueError, match=r"input is torch.float64"):
         spp_linear(x.double(), weight, None, [(alpha, beta, SCALE, 0.0)])
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sppctl.adapters.dropout import dropped_places, zeroed
 from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
 
@@ -68,38 +69,28 @@ def _factor_gradients(
     return grad_a.mul_(scale), grad_b.mul_(scale)
 
 
-class _EffectiveLinear(torch.autograd.Function):
-    """y = x W_eff^T + bias; saves x alone besides the layer's own parameters."""
+class _MaskedLoraLinear(torch.autograd.Function):
+    """One adapter's branch, or without dropout the base layer with it; saves x alone besides the layer's parameters."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scale = scale
-        return F.linear(x, effective_weight(weight, [(a, b, scale)], x.dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        grad_x = grad_a = grad_b = None
-        rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ effective_weight(weight, [(a, b, ctx.scale)], x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            grad_a, grad_b = _factor_gradients(rows, x.reshape(-1, weight.shape[1]), weight, a, b, ctx.scale)
-        return grad_x, None, None, grad_a, grad_b, None
-
-
-class _DeltaLinear(torch.autograd.Function):
-    """s dropout(x) (M * (B A))^T, the adapter branch alone; the dropout mask is drawn again from its seed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        base: bool,
+    ) -> Tensor:
         # drawn from the global generator, which gradient checkpointing restores before it recomputes
         ctx.seed = int(torch.randint(0, 2**62, (1,))) if dropout else None
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropout, ctx.base = scale / (1 - dropout), dropout, base
         ctx.save_for_backward(x, weight, a, b)
-        return F.linear(_dropped(x, dropout, ctx.seed), delta_weight(weight, a, b, scale, x.dtype))
+        if dropout:
+            x = zeroed(x, dropped_places(x, dropout, ctx.seed))
+        return F.linear(x, _factor(weight, a, b, ctx.scale, x.dtype, base), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -107,22 +98,21 @@ class _DeltaLinear(torch.autograd.Function):
         x, weight, a, b = ctx.saved_tensors
         grad_x = grad_a = grad_b = None
         rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
+        places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ delta_weight(weight, a, b, ctx.scale, x.dtype)).view(x.shape)
-            grad_x = _dropped(grad_x, ctx.dropout, ctx.seed)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            flat = _dropped(x, ctx.dropout, ctx.seed).reshape(-1, weight.shape[1])
-            grad_a, grad_b = _factor_gradients(rows, flat, weight, a, b, ctx.scale)
-        return grad_x, None, grad_a, grad_b, None, None
+            grad_x = rows @ _factor(weight, a, b, ctx.scale, x.dtype, ctx.base)
+            if places is not None:
+                grad_x.view(-1)[places] = 0
+            grad_x = grad_x.view(x.shape)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            inputs = (x if places is None else zeroed(x, places)).reshape(-1, weight.shape[1])
+            grad_a, grad_b = _factor_gradients(rows, inputs, weight, a, b, ctx.scale)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
-def _dropped(x: Tensor, dropout: float, seed: int | None) -> Tensor:
-    """x times a Bernoulli mask / (1 - p); the same seed gives the same mask."""
-    if seed is None:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout, generator=generator)
-    return x * keep * (1 / (1 - dropout))
+def _factor(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, base: bool) -> Tensor:
+    """What the branch's input is multiplied by: with the base layer W_eff, else s M * (B A)."""
+    return effective_weight(weight, [(a, b, scale)], dtype) if base else delta_weight(weight, a, b, scale, dtype)
 
 
 def masked_lora_linear(
@@ -146,10 +136,10 @@ def masked_lora_linear(
     def compute(x: Tensor, bias: Tensor | None) -> Tensor:
         if len(adapters) == 1 and adapters[0][3] == 0:
             a, b, scale, _ = adapters[0]
-            return cast(Tensor, _EffectiveLinear.apply(x, weight, bias, a, b, scale))
+            return cast(Tensor, _MaskedLoraLinear.apply(x, weight, bias, a, b, scale, 0.0, True))
         y = F.linear(x, weight.to(x.dtype), bias)
         for a, b, scale, dropout in adapters:
-            y = y + _DeltaLinear.apply(x, weight, a, b, scale, dropout)
+            y = y + _MaskedLoraLinear.apply(x, weight, None, a, b, scale, dropout, False)
         return y
 
     return autocast_inputs(x, weight, bias, compute)

@@ -19,7 +19,6 @@ buffers of a few rows, small enough for a CPU's cache. W is never copied to floa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -27,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sppctl.adapters.dropout import dropped_places, zeroed
+from sppctl.adapters.linear import autocast_inputs
+
 CPU_CHUNK = 1 << 18  # elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache
 GPU_CHUNK = 1 << 24
-SPARE_DRAWS = 6  # of dropout's gaps, in standard deviations of their number
 
 
 def row_groups(out_features: int, r: int, device: torch.device | str | None = None) -> Tensor:
@@ -180,7 +181,7 @@ class _SppLinear(torch.autograd.Function):
         if not dropout:
             return F.linear(x, _rowwise(weight, alpha, beta, scale, x.dtype, base), bias)
         branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, base=False)
-        dropped = _zeroed(x.reshape(-1, x.shape[-1]), dropped_places(x, dropout, ctx.seed))
+        dropped = zeroed(x.reshape(-1, x.shape[-1]), dropped_places(x, dropout, ctx.seed))
         if not base:
             return F.linear(dropped, branch_weight).view(*x.shape[:-1], -1)
         y = F.linear(x, weight.to(x.dtype), bias)
@@ -196,7 +197,7 @@ class _SppLinear(torch.autograd.Function):
         places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
         with_base = ctx.base and places is None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            branch_weight = rows.t() @ (inputs if places is None else _zeroed(inputs, places))
+            branch_weight = rows.t() @ (inputs if places is None else zeroed(inputs, places))
             grad_alpha, grad_beta = _adapter_gradients(branch_weight, weight, alpha, beta, ctx.scale, with_base)
         else:
             branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, with_base)
@@ -208,35 +209,6 @@ class _SppLinear(torch.autograd.Function):
                     grad_x.addmm_(rows, weight.to(x.dtype))
             grad_x = grad_x.view(x.shape)
         return grad_x, None, None, grad_alpha, grad_beta, None, None, None
-
-
-def dropped_places(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Where a Bernoulli mask zeroes x, seen flat; the same seed gives the same places.
-
-    Returns:
-        int64 positions on a CPU, where a draw for each zero is cheaper than one for each element: the gaps between the
-        zeros are geometric. On a GPU a boolean mask (elements,).
-    """
-    size = x.numel()
-    generator = torch.Generator(x.device).manual_seed(seed)
-    if x.device.type != "cpu":
-        return torch.empty(size, dtype=torch.bool, device=x.device).bernoulli_(dropout, generator=generator)
-    draws = 16 + int(size * dropout + SPARE_DRAWS * math.sqrt(size * dropout))
-    found, last = [], -1
-    while last < size:
-        uniform = torch.rand(draws, generator=generator)
-        gaps = uniform.neg_().log1p_().div_(math.log1p(-dropout)).long().add_(1)
-        found.append(gaps.cumsum_(0).add_(last))
-        last = int(found[-1][-1])
-    places = found[0] if len(found) == 1 else torch.cat(found)
-    return places[: int(torch.searchsorted(places, size))]
-
-
-def _zeroed(x: Tensor, places: Tensor) -> Tensor:
-    """A contiguous copy of x with zeros at the places."""
-    x = x.clone(memory_format=torch.contiguous_format)
-    x.view(-1)[places] = 0
-    return x
 
 
 def spp_linear(
@@ -255,15 +227,16 @@ def spp_linear(
 
     Returns:
         (..., m), in autocast's dtype where autocast is on, else in the dtype of x.
+
+    Raises:
+        ValueError: without autocast, x and the weight differ in dtype.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = bias if bias is None else bias.to(x.dtype)
-    elif x.dtype != weight.dtype:
-        raise ValueError(f"SPP layer: the input is {x.dtype}, the weight {weight.dtype}; convert one, or use autocast")
     (alpha, beta, scale, dropout), *others = adapters
-    with torch.autocast(x.device.type, enabled=False):
+
+    def compute(x: Tensor, bias: Tensor | None) -> Tensor:
         y = cast(Tensor, _SppLinear.apply(x, weight, bias, alpha, beta, scale, dropout, True))
-        for alpha, beta, scale, dropout in others:
-            y = y + _SppLinear.apply(x, weight, None, alpha, beta, scale, dropout, False)
+        for adapter in others:
+            y = y + _SppLinear.apply(x, weight, None, *adapter, False)
         return y
+
+    return autocast_inputs(x, weight, bias, compute)
