@@ -160,8 +160,15 @@ def head_logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def head_is_last_step(model: Any, tokens: Tensor) -> bool:
     """Whether the model's logits are what its output head and the soft cap make of its final hidden states."""
-    own = model(tokens, use_cache=False).logits.float()
-    ours = _logits(model, model.base_model(input_ids=tokens, use_cache=False)[0])
+    hidden: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
+    try:
+        own = model(tokens, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    if not hidden:  # OPT calls a part of its base model
+        hidden.append(model.base_model(input_ids=tokens, use_cache=False)[0])
+    ours = _logits(model, hidden[0])
     tolerance = 1e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
     return own.shape == ours.shape and torch.allclose(own, ours, rtol=tolerance, atol=tolerance)
 
