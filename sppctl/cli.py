@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +79,20 @@ def _launch(config: Config) -> None:
         raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(config)))
 
 
+def _elsewhere(config: Config, arguments: list[str], force: bool, debug: bool) -> Callable[..., None] | None:
+    """What does a stage in the configured number of processes; None if this process is to do it."""
+    if not launch.needed(config):
+        return None
+
+    def do(stage: str, *options: str) -> None:
+        same = [stage, *arguments, *options, *["--force"] * force, *["--debug"] * debug]
+        code = launch.start(same, launch.num_processes(config), silent=True)
+        if code:
+            raise typer.Exit(code)
+
+    return do
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"sppctl {__version__}")
@@ -110,14 +124,9 @@ def run(
     config = load_config(names[0] if names else None, overrides)
     from sppctl import pipeline
 
-    def elsewhere(stage: str) -> None:
-        same = [stage, *names, *overrides, *["--force"] * force, *["--debug"] * debug]
-        code = launch.start(same, launch.num_processes(config), silent=True)
-        if code:
-            raise typer.Exit(code)
-
     pipeline.join_processes(config)
-    collected = pipeline.run_all(Run(config, force=force), elsewhere if launch.needed(config) else None)
+    elsewhere = _elsewhere(config, [*names, *overrides], force, debug)
+    collected = pipeline.run_all(Run(config, force=force), elsewhere)
     if collected is not None:
         _print_report([collected], json)
 
@@ -197,12 +206,13 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity and benchmark accuracy of any checkpoint."""
-    config = _resolve(arguments, output=output, tasks=tasks, limit=limit)
+    names, overrides = _given(arguments, output=output, tasks=tasks, limit=limit)
+    config = load_config(names[0] if names else None, overrides)
     from sppctl import pipeline
 
     pipeline.join_processes(config)
-    work = Run(config, force=force)
-    found = pipeline.evaluate_some(work, model or [])
+    elsewhere = _elsewhere(config, [*names, *overrides], force, debug)
+    found = pipeline.evaluate_some(Run(config, force=force), model or [], elsewhere)
     if not distributed.is_main():
         return
     if json:

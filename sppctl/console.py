@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, results on stdout, errors in one line.
+"""What a person sees and says: the command, progress on stderr, results on stdout, errors in one line.
 
 rich is imported only when something is drawn, so that ``--help`` stays instant.
 """
@@ -6,6 +6,7 @@ rich is imported only when something is drawn, so that ``--help`` stays instant.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,11 @@ def note(message: str) -> None:
 def warn(message: str) -> None:
     """One line that should not be missed."""
     note(f"warning: {message}")
+
+
+def command_line() -> str:
+    """The command that this process does, to be pasted into a shell."""
+    return shlex.join(["sppctl", *sys.argv[1:]])
 
 
 class Progress:

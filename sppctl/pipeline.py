@@ -138,7 +138,7 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     reference = _dense_model(run, checkpoints)
     for label, path in checkpoints.items():
         subject = Subject.at(label, path)
-        results = run.directory / "eval" / f"{label}.json"
+        results = _results(run, label)
         dense = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
         if run.force:
             wanted = stage.measures(run.config, stage.window_of(run.config, subject.directory), dense)
@@ -215,12 +215,13 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
     return runs
 
 
-def run_all(run: Run, elsewhere: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+def run_all(run: Run, elsewhere: Callable[..., None] | None = None) -> dict[str, Any] | None:
     """The whole pipeline.
 
     Args:
         run: the run.
-        elsewhere: does a stage, by name, in processes of its own; None: this process, or those it is one of, do it.
+        elsewhere: does a stage in processes of its own, given its name and options; None: this process, or those it is
+            one of, do it.
 
     Returns:
         The collected record of the run; None in processes that have nothing left to do after the training.
@@ -238,18 +239,24 @@ def run_all(run: Run, elsewhere: Callable[[str], None] | None = None) -> dict[st
         if not distributed.leave():
             return None
         merge(run)
-        evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
+        if elsewhere is None:
+            evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
+    if elsewhere is not None:
+        elsewhere("eval", *_models("base", "pruned", "merged"))
     collected = report([run.directory])[0]
     console.note(f"run: done in {time.perf_counter() - started:.0f} s ({run.directory})")
     return collected
 
 
-def evaluate_some(run: Run, models: list[str]) -> dict[str, dict[str, Any]]:
+def evaluate_some(
+    run: Run, models: list[str], elsewhere: Callable[..., None] | None = None
+) -> dict[str, dict[str, Any]]:
     """Measures checkpoints and adapters; what ``sppctl eval`` does.
 
     Args:
         run: the run.
         models: directories, hub ids, or base, pruned, adapter, merged of the run; none: its newest checkpoint.
+        elsewhere: as for :func:`run_all`.
 
     Returns:
         The content of the results file of each, by label.
@@ -263,10 +270,23 @@ def evaluate_some(run: Run, models: list[str]) -> dict[str, dict[str, Any]]:
     places = dict(_checkpoint_to_measure(run, model) for model in wanted)
     for label, path in places.items():
         preflight(run, ("eval",), Subject.at(label, path).directory if path is not None else None)
+    if elsewhere is not None:
+        from sppctl.stages.evaluate import read_results
+
+        elsewhere("eval", *_models(*models))
+        return {label: read_results(_results(run, label)) for label in places}
     with run.lock():
         found = {label: path or run.base() for label, path in places.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))
         return evaluate(run, found)
+
+
+def _models(*models: str) -> list[str]:
+    return [f"--model={model}" for model in models]
+
+
+def _results(run: Run, label: str) -> Path:
+    return run.directory / "eval" / f"{label}.json"
 
 
 def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | None]:

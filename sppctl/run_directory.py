@@ -16,7 +16,6 @@ import os
 import platform
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -217,7 +216,7 @@ class Run:
             "peak_memory_mb": _peak_memory_mb(),
             "hardware": _hardware(),
             "versions": _versions(),
-            "command": " ".join(["sppctl", *sys.argv[1:]]),
+            "command": console.command_line(),
             "metrics": metrics,
         }
         if distributed.is_main():

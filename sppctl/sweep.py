@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,28 +128,28 @@ def _reason(error: Exception) -> str:
 
 def _work(sweep: Sweep, member: Member) -> None:
     run = Run(member.config)
+    elsewhere = partial(_elsewhere, member) if launch.needed(member.config) else None
     if member.name in sweep.dense:
-        pipeline.evaluate_some(run, ["base"])
+        pipeline.evaluate_some(run, ["base"], elsewhere)
         for child in [*sweep.children(member), *sweep.runs_of(member)]:
             share(run, Run(child.config), *FROM_DENSE)
     elif member.name in sweep.pruned:
         pipeline.preflight(run, ("prune",))
-        if launch.needed(member.config):
-            _elsewhere(member, "prune")
+        if elsewhere is not None:
+            elsewhere("prune")
         else:
             with run.lock():
                 pipeline.prune(run)
-        pipeline.evaluate_some(run, ["pruned"])
+        pipeline.evaluate_some(run, ["pruned"], elsewhere)
         for child in sweep.children(member):
             share(run, Run(child.config), *FROM_PRUNED)
     else:
-        several = launch.needed(member.config)
-        pipeline.run_all(run, (lambda stage: _elsewhere(member, stage)) if several else None)
+        pipeline.run_all(run, elsewhere)
 
 
-def _elsewhere(member: Member, stage: str) -> None:
+def _elsewhere(member: Member, stage: str, *options: str) -> None:
     """Does a stage in processes of its own, one per GPU."""
-    code = launch.start([stage, *member.arguments], launch.num_processes(member.config), silent=True)
+    code = launch.start([stage, *member.arguments, *options], launch.num_processes(member.config), silent=True)
     if code - 128 in launch.SIGNALS:  # not SIGKILL, by which the system ends what takes too much memory
         raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues")
     if code:

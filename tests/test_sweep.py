@@ -20,6 +20,7 @@ from sppctl.config import load_config, shipped_configs, shipped_sweeps
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import expand, load_sweep, run_name
 from sppctl.run_directory import Run
+from sppctl.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 # ends the process as kill -9 does, within the training of the second run
@@ -327,8 +328,17 @@ def test_what_rests_on_a_failed_pruning_is_not_tried(
 def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
     code: int, error: type[Exception], sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(launch, "start", lambda arguments, number, silent: started.append(arguments) or code)
+    started: list[tuple[str, Config, str]] = []
+
+    def start(arguments: list[str], number: int, silent: bool) -> int:
+        stage, name, *words = arguments
+        started.append((stage, load_config(name, [word for word in words if "--" not in word]), words[-1]))
+        if stage == "prune":
+            return code
+        pipeline.evaluate_some(Run(started[-1][1]), ["base"])
+        return 0
+
+    monkeypatch.setattr(launch, "start", start)
     overrides = ["prune.method=wanda", "prune.pattern=2:4", "train.method=spp"]
     overrides += ["launch.num_processes=2", "train.micro_batch_size=2"]
     if error is Stopped:
@@ -337,9 +347,11 @@ def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
     else:
         _, failed = sweep.execute(load_sweep(str(sweep_file), overrides))
         assert failed == {"pruned": f"prune ended with exit code {code}", "run": "pruned failed"}
-    ((stage, name, *words),) = started
-    assert stage == "prune"
-    assert load_config(name, words).run.dir == str(tmp_path / "sweep" / "pruned")
+    (first, dense, measured), (second, pruned, _) = started
+    assert (first, second, measured) == ("eval", "prune", "--model=base")
+    assert [config.run.dir for config in (dense, pruned)] == [
+        str(tmp_path / "sweep" / name) for name in ("dense", "pruned")
+    ]
 
 
 def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path) -> None:

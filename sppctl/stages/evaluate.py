@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sppctl import __version__, distributed
+from sppctl import __version__, console, distributed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity
 from sppctl.lm.blocks import Skeleton
@@ -144,7 +144,7 @@ def execute(
             metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
         entry = {"settings": settings, "metrics": metrics, "seconds": round(time.perf_counter() - started, 2)}
         entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
-        entry["tokenizer"] = checkpoint.tokenizer_fingerprint(subject.directory)
+        entry |= {"tokenizer": checkpoint.tokenizer_fingerprint(subject.directory), "command": console.command_line()}
         content["results"] = [old for old in content["results"] if old["settings"] != settings] + [entry]
         if distributed.is_main():
             _write(results, content)

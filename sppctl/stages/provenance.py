@@ -46,9 +46,10 @@ def _zeros(merge: dict[str, Any]) -> str:
     return f"{changes}, sparsity now {merge['sparsity']:.2%} (mask {merge['mask']})"
 
 
-def commands(run: dict[str, Any]) -> dict[str, str]:
-    """The exact command of every stage that recorded it."""
-    return {stage: record["command"] for stage, record in run["stages"].items() if "command" in record}
+def commands(run: dict[str, Any]) -> list[str]:
+    """The exact commands that made the stages and the evaluations, each once, in this order."""
+    results = [result for content in run["checkpoints"].values() for result in content["results"]]
+    return list(dict.fromkeys(one["command"] for one in [*run["stages"].values(), *results] if "command" in one))
 
 
 def stage_table(run: dict[str, Any]) -> Table:

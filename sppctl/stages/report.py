@@ -151,7 +151,7 @@ def _made(run: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     commands = provenance.commands(run)
     if commands:
-        lines += ["", "```", *commands.values(), "```"]
+        lines += ["", "```", *commands, "```"]
     for title, table in report_html.PROVENANCE.items():
         header, rows = table(run)
         if rows:

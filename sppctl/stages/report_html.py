@@ -202,7 +202,7 @@ def _made(content: _Page, run: dict[str, Any]) -> None:
     commands = provenance.commands(run)
     content.heading(3, "How it was made")
     if commands:
-        content.add("<pre>" + escape("\n".join(commands.values())) + "</pre>")
+        content.add("<pre>" + escape("\n".join(commands)) + "</pre>")
     for title, table in PROVENANCE.items():
         header, rows = table(run)
         if rows:

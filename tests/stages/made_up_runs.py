@@ -40,9 +40,8 @@ def write_run(
         mean = {key: sum(values[key] for values in tasks.values()) / len(tasks) for key in ("acc", "acc_norm")}
         settings = {"kind": "tasks", "tasks": "zeroshot", "num_fewshot": 0, "limit": 200, "seed": 0}
         entry = {"settings": settings, "metrics": {"tasks": tasks, "mean": mean, "samples_hash": hashes}}
-        content["results"].append(
-            entry | {"seconds": 321.5, "dtype": "bfloat16", "device": "cpu", "versions": VERSIONS}
-        )
+        entry |= {"seconds": 321.5, "dtype": "bfloat16", "device": "cpu", "versions": VERSIONS}
+        content["results"].append(entry | {"command": f"sppctl eval run.dir={directory.name}"})
         write_json(directory / f"eval/{label}.json", content)
     return directory
 

@@ -402,6 +402,7 @@ def test_the_whole_report_in_markdown(tmp_path: Path) -> None:
     ]
     for words in ("sppctl prune run.dir=one", "torch", "x86_64 CPU, 2 threads", "0123456789abcdef", "c" * 16, "d" * 16):
         assert words in text
+    assert text.count("sppctl eval run.dir=one") == 1  # one command measured three checkpoints
     assert "gap recovered = (x - pruned) / (base - pruned)" in text
     assert "\n\n\n" not in text
     assert "# <b> & other signs" in text  # of the configuration, as it stands

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,17 +162,22 @@ def test_two_processes_give_the_numbers_of_one(
     names = "eval.tasks=[sums, read, said]"
     arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", names, "eval.batch_size=2"]
     found = []
-    for number in (1, 2):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m", "sppctl"]
-        place = tmp_path / f"by-{number}"
-        command = [sys.executable, *start, *arguments, f"run.dir={place}", "--model", "base", "--json"]
+    torchrun: list[str] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ways = {"one": ([], []), "torchrun": (torchrun, []), "own": ([], ["launch.num_processes=2"])}
+    for name, (start, more) in ways.items():
+        place = tmp_path / name
+        own = [*arguments, f"run.dir={place}", *more]
+        command = [sys.executable, *start, "-m", "sppctl", *own, "--model=base", "--json"]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         content = json.loads(done.stdout)
         assert content == json.loads((place / "eval/base.json").read_text())
+        told = shlex.split(content["results"][0]["command"])
+        # processes that were started for it are told all but how to print
+        assert told == ["sppctl", *own, "--model=base", *["--json"] * (name != "own")]
         files = {path.name: path.read_text() for path in sorted((place / "eval/base.samples").iterdir())}
         found.append(([(entry["settings"], entry["metrics"]) for entry in content["results"]], files))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert list(found[0][1]) == ["large_sums.jsonl", "read.jsonl", "said.jsonl", "small_sums.jsonl"]
 
 
