@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from sppctl.errors import UserError
 
 LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
-# on a CPU for fewer: 16 MiB in float32 are memory that malloc uses again, where larger blocks are mapped and cleared
-# anew every time, which costs more than the loss
-CPU_LOGITS = 1 << 22
+# on a CPU for fewer: up to 16 MiB are memory that malloc uses again, where larger blocks are mapped and cleared anew
+# every time, which costs more than the loss; and the loss is taken of 4 MiB, which stay in the cache
+CPU_LOGITS = 1 << 24  # bytes in the model's dtype
+CPU_LOSS = 1 << 20  # elements in float32
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def window_sums(
         (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
     """
     chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
-    rows = logit_rows(model)
+    head = model.get_output_embeddings() if chunked else torch.nn.Identity()
+    finish = partial(capped, config=model.config) if chunked else Tensor.float
+    rows = logit_rows(model, model.dtype if compare is None else torch.float32)
     counts = (scored_tokens(len(windows), windows.shape[1]) if scored is None else scored).tolist()
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size].to(model.device)
@@ -132,27 +136,36 @@ def window_sums(
         for row in range(len(batch)):
             for start in range(last - counts[first + row], last, rows):
                 stop = min(start + rows, last)
-                logits = _logits(model, output[row, start:stop]) if chunked else output[row, start:stop].float()
-                sums[row, 0] += F.cross_entropy(logits, batch[row, start + 1 : stop + 1], reduction="sum").item()
+                logits = head(output[row, start:stop])
+                sums[row, 0] += _summed_loss(logits, batch[row, start + 1 : stop + 1], finish)
                 if compare is not None:
-                    sums[row, 1:] += torch.tensor(compare(first + row, start, stop, logits), dtype=torch.float64)
+                    compared = compare(first + row, start, stop, finish(logits))
+                    sums[row, 1:] += torch.tensor(compared, dtype=torch.float64)
         yield sums
 
 
-def logit_rows(model: Any) -> int:
-    """Positions whose logits are made at a time."""
+def logit_rows(model: Any, dtype: torch.dtype) -> int:
+    """Positions whose logits, in a dtype, are made at a time."""
     if model.device.type != "cpu":
         return LOGIT_ROWS
-    return max(1, min(LOGIT_ROWS, CPU_LOGITS // int(model.config.get_text_config().vocab_size)))
+    return max(1, min(LOGIT_ROWS, CPU_LOGITS // (int(model.config.get_text_config().vocab_size) * dtype.itemsize)))
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    return head_logits(model.get_output_embeddings(), model.config, hidden)
+def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], Tensor]) -> float:
+    """Summed negative log-likelihood in float32 of the tokens (positions,) under logits (positions, vocabulary)."""
+    rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_LOSS // logits.shape[1])
+    parts = zip(logits.split(rows), following.split(rows), strict=True)
+    return sum(F.cross_entropy(finish(part), tokens, reduction="sum").item() for part, tokens in parts)
 
 
 def head_logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
     """Logits in float32 from final hidden states, soft cap included."""
-    logits: Tensor = head(hidden).float()
+    return capped(head(hidden), config)
+
+
+def capped(logits: Tensor, config: Any) -> Tensor:
+    """What the output head gives, in float32 and with the model's soft cap, if it has one."""
+    logits = logits.float()
     cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -168,7 +181,7 @@ def head_is_last_step(model: Any, tokens: Tensor) -> bool:
         handle.remove()
     if not hidden:  # OPT calls a part of its base model
         hidden.append(model.base_model(input_ids=tokens, use_cache=False)[0])
-    ours = _logits(model, hidden[0])
+    ours = head_logits(model.get_output_embeddings(), model.config, hidden[0])
     tolerance = 1e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
     return own.shape == ours.shape and torch.allclose(own, ours, rtol=tolerance, atol=tolerance)
 

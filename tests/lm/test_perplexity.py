@@ -116,6 +116,7 @@ def test_pieces_of_any_size_give_the_same(
     model = load_sharp(make_checkpoint(family))
     expected = measure(model, tokenizer, text).nll
     monkeypatch.setattr(perplexity, "LOGIT_ROWS", rows)
+    monkeypatch.setattr(perplexity, "CPU_LOSS", 5 * VOCAB)  # five rows of them at a time
     assert measure(model, tokenizer, text).nll == pytest.approx(expected, rel=1e-6)
 
 
@@ -250,8 +251,9 @@ def test_a_hopeless_model_has_infinite_perplexity() -> None:
 
 def test_on_a_cpu_fewer_logits_are_made_for_a_large_vocabulary(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(llama, CPU)
-    assert perplexity.logit_rows(model) == 512
-    monkeypatch.setattr(perplexity, "CPU_LOGITS", 3 * VOCAB + 1)
-    assert perplexity.logit_rows(model) == 3
+    assert perplexity.logit_rows(model, torch.float32) == 512
+    monkeypatch.setattr(perplexity, "CPU_LOGITS", 12 * VOCAB + 1)
+    assert perplexity.logit_rows(model, torch.float32) == 3
+    assert perplexity.logit_rows(model, torch.bfloat16) == 6
     monkeypatch.setattr(perplexity, "CPU_LOGITS", VOCAB - 1)
-    assert perplexity.logit_rows(model) == 1
+    assert perplexity.logit_rows(model, torch.bfloat16) == 1
