@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS, metavar="PATTERN")
     parser.add_argument("--max-tokens", type=int, help="of WikiText-2; default: all")
     arguments = parser.parse_args()
     store = arguments.out.with_suffix(".json")
@@ -44,7 +45,7 @@ def main() -> None:
     if "dense" not in cells:
         cells["dense"] = {"perplexity": measured(arguments.checkpoint, arguments.max_tokens)}
         store.write_text(json.dumps(cells, indent=1))
-    for pattern in PATTERNS:
+    for pattern in arguments.patterns:
         for name in arguments.methods:
             if f"{name} {pattern}" in cells or ("owl" in name and ":" in pattern):
                 continue

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from sppctl.lm import checkpoint, data, perplexity
+from sppctl.pattern import Pattern
+from sppctl.stages import inspect
 
 RUNS = {  # name: overrides; learning rates as usual for each method
     "spp": ["train.method=spp", "train.rank=16", "train.lr=1e-2"],
@@ -29,6 +31,7 @@ RUNS = {  # name: overrides; learning rates as usual for each method
     "masked_full": ["train.method=masked_full", "train.lr=1e-4"],
     "ste": ["train.method=ste", "train.lr=1e-4"],
 }
+PATTERN = Pattern.parse("2:4")
 HELD_OUT = 200
 PERPLEXITY_TOKENS = 40_960
 
@@ -65,7 +68,7 @@ def main() -> None:
             "loss in training": record["metrics"]["validation_loss"],
             "seconds": record["wall_time_s"],
             "peak MiB": record["peak_memory_mb"].get("cuda", record["peak_memory_mb"]["process"]),
-            "pattern unchanged": merged["metrics"]["pattern_unchanged"],
+            "pattern": pattern_of(run / "merged", merged["metrics"]),
         }
         print(name, cells[name], flush=True)
         store.write_text(json.dumps(cells, indent=1))
@@ -98,6 +101,14 @@ def link(source: Path, target: Path) -> None:
             place.mkdir(parents=True) if file.is_dir() else os.link(file, place)
 
 
+def pattern_of(directory: Path, merging: dict) -> str:
+    """Whether the merged weights keep to 2:4, and with the zeros of the pruned ones."""
+    matrices, summary = inspect.measure(directory, PATTERN)
+    if summary["sparse_matrices"] < merging["matrices"] or inspect.violations(matrices, PATTERN):
+        return "lost"
+    return "2:4" if merging["pattern_unchanged"] else "2:4, other zeros"
+
+
 @torch.no_grad()
 def measured(directory: Path) -> dict[str, float]:
     model = checkpoint.load_model(directory, checkpoint.pick_device("auto"))
@@ -128,7 +139,7 @@ def table(cells: dict[str, dict]) -> str:
         cells_of = [name, f"{one['lr']:g}" if trained else "", f"{one['parameters']:,}" if trained else ""]
         cells_of += [f"{one['held-out loss']:.4f}", f"{one['wikitext2']:.2f}"]
         cells_of += [f"{one['seconds']:.0f}", f"{one['peak MiB']:,.0f}"] if trained else ["", ""]
-        cells_of.append(("2:4" if one["pattern unchanged"] else "lost") if trained else "")
+        cells_of.append(one["pattern"] if trained else "")
         lines.append(f"| {' | '.join(cells_of)} |")
     return "\n".join(lines)
 
