@@ -35,3 +35,33 @@ in_job() {
     fi
     exit "$code"
 }
+
+# job_options: `prune_options`, `train_options` and `eval_options` become what the site wants sbatch to be told
+# shellcheck disable=SC2034
+job_options() {
+    local gpus=${GPUS_PER_NODE:-8}
+    read -ra prune_options <<< "${PRUNE_OPTIONS:-}"
+    read -ra train_options <<< "${TRAIN_OPTIONS:-}"
+    read -ra eval_options <<< "${EVAL_OPTIONS:-}"
+    train_options=(--nodes="${NODES:-1}" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" "${train_options[@]}")
+}
+
+# submit NAME LOGS DEPENDENCY ARGUMENTS: sbatch ARGUMENTS; `job` becomes its id. With DRY_RUN=1 the command is printed.
+submit() {
+    local name=$1 logs=$2 dependency=$3 command
+    shift 3
+    command=(sbatch --parsable --chdir="$PWD" --output="$logs/%x-%j.out")
+    # without the second option a job whose predecessor failed would wait for ever
+    [ -z "$dependency" ] || command+=(--dependency="$dependency" --kill-on-invalid-dep=yes)
+    command+=("$@")
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        job=ID_OF_$name
+        printf '%q ' "${command[@]}"
+        echo
+        return
+    fi
+    mkdir -p "$logs"
+    job=$("${command[@]}")
+    job=${job%%;*}  # a federation adds ;CLUSTER
+    echo "$name $job"
+}

@@ -8,33 +8,7 @@ source scripts/cluster.sh
 "${sppctl[@]}" config "$@" > /dev/null  # a wrong configuration is told now, not by a job tomorrow
 
 logs=runs/logs
-job=
-
-# submit STAGE OPTIONS: a job that starts when the one before it has succeeded; `job` becomes its id
-submit() {
-    local stage=$1 command
-    shift
-    command=(sbatch --parsable --chdir="$PWD" --output="$logs/%x-%j.out")
-    # without the second option a job whose predecessor failed would wait for ever
-    [ -z "$job" ] || command+=(--dependency="afterok:$job" --kill-on-invalid-dep=yes)
-    command+=("$@" "scripts/slurm_$stage.sh" "${arguments[@]}")
-    if [ "${DRY_RUN:-0}" = 1 ]; then
-        job=ID_OF_${stage^^}
-        printf '%q ' "${command[@]}"
-        echo
-        return
-    fi
-    mkdir -p "$logs"
-    job=$("${command[@]}")
-    job=${job%%;*}  # a federation adds ;CLUSTER
-    echo "$stage $job"
-}
-
-arguments=("$@")
-gpus=${GPUS_PER_NODE:-8}
-read -ra prune_options <<< "${PRUNE_OPTIONS:-}"
-read -ra train_options <<< "${TRAIN_OPTIONS:-}"
-read -ra eval_options <<< "${EVAL_OPTIONS:-}"
-submit prune "${prune_options[@]}"
-submit train --nodes="${NODES:-1}" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" "${train_options[@]}"
-submit eval "${eval_options[@]}"
+job_options
+submit prune "$logs" "" "${prune_options[@]}" scripts/slurm_prune.sh "$@"
+submit train "$logs" "afterok:$job" "${train_options[@]}" scripts/slurm_train.sh "$@"
+submit eval "$logs" "afterok:$job" "${eval_options[@]}" scripts/slurm_eval.sh "$@"

@@ -19,37 +19,13 @@ SUBMIT = "submit.sh"
 HEADER = """#!/usr/bin/env bash
 # Submits the jobs of SWEEP, each after those it rests on, and prints their ids.
 # DRY_RUN=1 prints the sbatch commands instead. NODES, GPUS_PER_NODE and the rest: scripts/cluster.env.example.
+# shellcheck disable=SC2154  # job and the options come from scripts/cluster.sh
 set -euo pipefail
 jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd CHECKOUT
-if [ -f scripts/cluster.env ]; then
-    # shellcheck source=/dev/null
-    source scripts/cluster.env
-fi
-
-# submit JOB DEPENDENCY OPTIONS: `job` becomes its id; a job whose predecessor failed is not left waiting for ever
-submit() {
-    local name=$1 command
-    command=(sbatch --parsable --chdir="$PWD" --output="$jobs/logs/%x-%j.out")
-    [ -z "$2" ] || command+=(--dependency="$2" --kill-on-invalid-dep=yes)
-    command+=("${@:3}" "$jobs/$name.sh")
-    if [ "${DRY_RUN:-0}" = 1 ]; then
-        job=ID_OF_$name
-        printf '%q ' "${command[@]}"
-        echo
-        return
-    fi
-    mkdir -p "$jobs/logs"
-    job=$("${command[@]}")
-    job=${job%%;*}  # a federation adds ;CLUSTER
-    echo "$name $job"
-}
-
-gpus=${GPUS_PER_NODE:-8}
-read -ra prune_options <<< "${PRUNE_OPTIONS:-}"
-read -ra train_options <<< "${TRAIN_OPTIONS:-}"
-read -ra eval_options <<< "${EVAL_OPTIONS:-}"
-train_options=(--nodes="${NODES:-1}" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" "${train_options[@]}")
+# shellcheck source=/dev/null
+source scripts/cluster.sh
+job_options
 declare -A id=()
 ends=
 """
@@ -128,7 +104,8 @@ def _submission(job: Job) -> str:
         dependency = '"afterany$ends"'  # the runs that are complete have a table even if others failed
     else:
         dependency = f'"afterok:${{id[{job.after}]}}"' if job.after is not None else "''"
-    lines = f'submit {job.name} {dependency} "${{{job.options}_options[@]}}"\nid[{job.name}]=$job\n'
+    call = f'"${{{job.options}_options[@]}}" "$jobs/{job.name}.sh"'
+    lines = f'submit {job.name} "$jobs/logs" {dependency} {call}\nid[{job.name}]=$job\n'
     return lines + ("ends+=:$job\n" if job.name.endswith(".eval") else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,7 +18,11 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sppctl import prune_linear
+from sppctl.settings import PROJECTIONS, Config
 
 VOCAB = 260
 SMALL = {
@@ -237,3 +242,44 @@ def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return json.loads(done.stdout)
 
     return evaluate
+
+
+@pytest.fixture
+def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The tiny Llama, pruned as the module's own ``configure`` says, and the names of its layers."""
+    from sppctl.stages import prune
+
+    out = tmp_path / "pruned"
+    out.mkdir()
+    metrics = prune.execute(configure(), llama, out)
+    return out, [layer["name"] for layer in metrics["layers"]]
+
+
+def pruned_llama(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The tiny Llama, loaded, its projections pruned 2:4."""
+    model = AutoModelForCausalLM.from_pretrained(directory).to(dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in PROJECTIONS:
+            module.weight.data = prune_linear(module.weight.data, method="magnitude", pattern="2:4")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def cut_after(step: int) -> Iterator[None]:
+    """The training inside has to end with an error after an optimizer step."""
+    from sppctl.stages.watch import Watch
+
+    class CutError(Exception):
+        pass
+
+    original = Watch.on_step_end
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise CutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "on_step_end", stop)
+        with pytest.raises(CutError):
+            yield

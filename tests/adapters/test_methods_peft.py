@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from conftest import PROJECTIONS, pruned_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sppctl import MaskedFullConfig, MaskedLoraConfig, SppConfig, SteConfig, prune_linear
+from sppctl import MaskedFullConfig, MaskedLoraConfig, SppConfig, SteConfig
 from sppctl.adapters.linear import SparseLinear
 from sppctl.adapters.spp import SppLinear
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS = {
     "masked_lora": lambda: MaskedLoraConfig(r=3, dropout=0.0, task_type="CAUSAL_LM"),
     "masked_full": lambda: MaskedFullConfig(task_type="CAUSAL_LM"),
@@ -31,11 +31,7 @@ methods = pytest.mark.parametrize("method", CONFIGS)
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def pruned(request: pytest.FixtureRequest, llama: Path) -> nn.Module:
     """The tiny Llama with its projections pruned 2:4."""
-    model = AutoModelForCausalLM.from_pretrained(llama).to(request.param)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in PROJECTIONS:
-            module.weight.data = prune_linear(module.weight.data, method="magnitude", pattern="2:4")
-    return model.eval()
+    return pruned_llama(llama, request.param)
 
 
 @pytest.fixture

@@ -11,24 +11,19 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
+from conftest import pruned_llama
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sppctl import SppConfig, prune_linear
+from sppctl import SppConfig
 from sppctl.adapters.spp import SppLinear
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture
 def pruned(llama: Path) -> nn.Module:
     """The tiny Llama with its projections pruned 2:4."""
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in PROJECTIONS:
-            module.weight.data = prune_linear(module.weight.data, method="magnitude", pattern="2:4")
-    return model.eval()
+    return pruned_llama(llama)
 
 
 @pytest.fixture

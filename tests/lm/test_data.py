@@ -16,25 +16,6 @@ from sppctl.lm.data import Text
 from sppctl.lm.prompts import formatted
 
 KEY = "prune.calibration.dataset"
-WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-Add.
-
-### Input:
-1 and 2
-
-### Response:
-"""
-WITHOUT_INPUT = """Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-Add.
-
-### Response:
-"""
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -65,7 +46,7 @@ def test_instruction_columns_become_prompt_and_response(tmp_path: Path) -> None:
         {"instruction": "Add.", "input": "", "output": "What?"},
     ]
     path = write_lines(tmp_path / "mine.jsonl", rows)
-    assert data.load_text(str(path), "train", KEY).documents == [WITH_INPUT + "3", WITHOUT_INPUT + "What?"]
+    assert data.load_text(str(path), "train", KEY).documents == [formatted(row) for row in rows]
 
 
 def test_json_lines_end_at_newlines_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL, byte_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -20,23 +21,14 @@ from sppctl.lm.checkpoint import load_config as load_model_config
 from sppctl.lm.checkpoint import load_tokenizer
 from sppctl.lm.instructions import Example
 from sppctl.settings import Config
-from sppctl.stages import distill, prune, train
+from sppctl.stages import distill, train
 from sppctl.stages.feed import Feed
-from tests.conftest import SMALL, byte_tokenizer
 
 
 @pytest.fixture
 def configure(config_file: Path) -> Callable[..., Config]:
     common = ["launch.mixed_precision=no", "train.data.seq_len=256"]  # the prompt alone has more than 128 bytes
     return lambda *overrides: load_config(str(config_file), [*common, *overrides])
-
-
-@pytest.fixture
-def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
-    out = tmp_path / "pruned"
-    out.mkdir()
-    metrics = prune.execute(configure(), llama, out)
-    return out, [layer["name"] for layer in metrics["layers"]]
 
 
 def first_line(metrics: dict[str, Any]) -> dict[str, Any]:

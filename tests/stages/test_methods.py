@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, cut_after
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -228,20 +228,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     pruned = prepare(torch.bfloat16)
     run_train(config, pruned, tmp_path / "whole")
 
-    class CutError(Exception):
-        pass
-
-    original = train.Watch.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 7:
-            raise CutError
-
-    monkeypatch.setattr(train.Watch, "on_step_end", stop)
-    with pytest.raises(CutError):
+    with cut_after(7):
         run_train(config, pruned, tmp_path / "cut")
-    monkeypatch.undo()
     run_train(config, pruned, tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()

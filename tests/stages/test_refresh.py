@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import cut_after
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,9 +24,8 @@ from sppctl.lm import batches
 from sppctl.pruning import dsnot
 from sppctl.run_directory import Run
 from sppctl.settings import Config
-from sppctl.stages import merge, prune, refresh, train
+from sppctl.stages import merge, refresh, train
 from sppctl.stages.subjects import Subject
-from sppctl.stages.watch import Watch
 
 EXACT = "launch.mixed_precision=no"  # the model that is looked at after training is not autocast
 EVERY_TWO = ("train.refresh.steps=2", "train.refresh.until=0.8", "train.epochs=2", "train.lr=5e-2")
@@ -40,14 +40,6 @@ def exchange_in_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["2:4", "0.5"])
 def configure(request: pytest.FixtureRequest, config_file: Path) -> Callable[..., Config]:
     return lambda *overrides: load_config(str(config_file), [f"prune.pattern={request.param}", EXACT, *overrides])
-
-
-@pytest.fixture
-def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
-    out = tmp_path / "pruned"
-    out.mkdir()
-    metrics = prune.execute(configure(), llama, out)
-    return out, [layer["name"] for layer in metrics["layers"]]
 
 
 def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, base: Path) -> dict[str, Any]:
@@ -140,20 +132,8 @@ def test_a_resumed_training_ends_with_the_same_weights(
     config = configure(*EVERY_TWO, "train.save_steps=3", "train.dropout=0.1")
     whole = trained(config, pruned, tmp_path / "whole", llama)
 
-    class CutError(Exception):
-        pass
-
-    original = Watch.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise CutError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "on_step_end", stop)
-        with pytest.raises(CutError):
-            trained(config, pruned, tmp_path / "cut", llama)
+    with cut_after(5):
+        trained(config, pruned, tmp_path / "cut", llama)
     assert (tmp_path / "cut" / "checkpoints" / "checkpoint-3" / refresh.REFRESHED).is_file()
     cut = trained(config, pruned, tmp_path / "cut", llama)
     for name in ("adapter_model.safetensors", refresh.REFRESHED):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import cut_after
 from safetensors.torch import load_file
 
 from sppctl.config import load_config
@@ -21,14 +22,6 @@ from sppctl.stages.watch import FiniteLoss
 @pytest.fixture
 def configure(config_file: Path) -> Callable[..., Config]:
     return lambda *overrides: load_config(str(config_file), overrides)
-
-
-@pytest.fixture
-def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
-    out = tmp_path / "pruned"
-    out.mkdir()
-    metrics = prune.execute(configure(), llama, out)
-    return out, [layer["name"] for layer in metrics["layers"]]
 
 
 def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, resume: bool = True) -> dict[str, Any]:
@@ -95,20 +88,8 @@ def test_a_resumed_training_ends_with_the_same_adapter(
     config = configure("train.epochs=2", "train.save_steps=3", "train.dropout=0.1")
     trained(config, pruned, tmp_path / "whole")
 
-    class CutError(Exception):
-        pass
-
-    original = train.Watch.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise CutError
-
-    monkeypatch.setattr(train.Watch, "on_step_end", stop)
-    with pytest.raises(CutError):
+    with cut_after(5):
         trained(config, pruned, tmp_path / "cut")
-    monkeypatch.undo()
     checkpoint = tmp_path / "cut" / "checkpoints" / "checkpoint-3"
     stored = {path.name for path in checkpoint.iterdir()}
     assert "adapter_model.safetensors" in stored
