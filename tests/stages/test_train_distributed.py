@@ -259,6 +259,34 @@ def test_processes_do_not_outlive_a_launcher_that_is_killed(several: Callable[..
     assert sorted((directory / ".adapter.partial/checkpoints").iterdir()) == before
 
 
+SECOND_PROCESS_FAILS = """
+import os, sys
+import torch
+from sppctl import cli
+from sppctl.stages.watch import FiniteLoss
+def add(self, loss, examples):
+    self.calls = getattr(self, "calls", 0) + 1
+    # two micro-batches in each step of a process: the first of the second step
+    original(self, loss * float("nan") if os.environ["RANK"] == "1" and self.calls == 3 else loss, examples)
+original, FiniteLoss.add = FiniteLoss.add, add
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_told_once(
+    several: Callable[..., tuple[list[str], Path]], tmp_path: Path
+) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(SECOND_PROCESS_FAILS)
+    arguments, directory = several(2, "ddp", "float32")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("error: the training loss is nan at step 2, in training examples ") == 1, done.stderr
+    assert not (directory / "adapter").exists()
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
