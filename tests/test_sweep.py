@@ -240,6 +240,7 @@ def test_a_dry_run_says_what_is_shared_and_writes_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "small.yaml"}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: Path) -> None:
     killed = command(["sweep", str(sweep_file)], DEATH)
     assert killed.returncode == -9, killed.stderr
