@@ -8,5 +8,6 @@ ensure_environment "[test]"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/shellcheck scripts/*.sh scripts/cluster.env.example
-# the slowest files first (tests/conftest.py), a worker for each core and one thread for each worker: tiny models gain nothing from more
+# the slowest files first (tests/conftest.py); a worker for each core and one thread for each worker: tiny models gain
+# nothing from more
 OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-$(nproc)}" --dist loadfile --no-loadscope-reorder "$@"
