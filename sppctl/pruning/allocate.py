@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-OWL_OUTLIER = 5.0  # M of the paper: an outlier's score exceeds M times the mean score of its layer
+OWL_OUTLIER = 5.0  # M of the paper: an outlier's score exceeds M times the mean score of its block
 OWL_RANGE = 0.08  # lambda of the paper: a block's ratio lies within +- lambda of the wanted one
 
 
 def outlier_share(scores: list[Tensor], outlier: float = OWL_OUTLIER) -> float:
-    """Share of a block's weights whose Wanda score exceeds ``outlier`` times the mean score of their layer.
+    """Share of a block's weights whose Wanda score exceeds ``outlier`` times the mean score of the block.
+
+    The paper's "layer" is a transformer block: its matrices are compared with one mean, over all their weights.
 
     Args:
         scores: \\|W\\| \\|\\|x\\|\\| of each layer, (out_features, in_features).
         outlier: M of OWL.
     """
-    above = sum(int((score > outlier * score.mean()).sum()) for score in scores)
-    return above / sum(score.numel() for score in scores)
+    size = sum(score.numel() for score in scores)
+    mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / size
+    return sum(int((score > outlier * mean).sum()) for score in scores) / size
 
 
 def owl(shares: list[float], weights: list[int], ratio: float, spread: float = OWL_RANGE) -> list[float]:

@@ -13,7 +13,8 @@ from sppctl.pattern import Pattern
 from sppctl.pruning.stats import InputMoments
 
 MAX_CYCLES = 50
-THRESHOLD = 0.1
+# of |eps| per token; the release compares 0.1 with eps summed over the 2,048 tokens of a window
+THRESHOLD = 0.1 / 2048
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -50,7 +51,7 @@ def update_mask(
         statistics: mean, variance and norm of the layer's inputs.
         pattern: decides within which weights a swap may happen.
         max_cycles: swaps, or attempts in vain, of a row at most.
-        threshold: a row whose \\|eps\\| is not above this is left alone.
+        threshold: a row whose \\|eps\\|, per token, is not above this is left alone.
 
     Returns:
         A new boolean mask of the same shape.

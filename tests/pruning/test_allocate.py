@@ -23,10 +23,13 @@ def test_outliers_by_hand() -> None:
     assert outlier_share([one], outlier=7) == 0  # 33 does not exceed 35
 
 
-def test_each_layer_has_its_own_mean_and_every_weight_counts_once() -> None:
-    small = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 33.0]])
-    large = 1000 * torch.ones(4, 2)
-    assert outlier_share([small, large]) == 1 / 16  # against a common mean there would be none
+def test_the_matrices_of_a_block_have_one_mean_over_all_their_weights() -> None:
+    small = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 33.0]])  # mean 5: alone 33 would exceed 25
+    large = 9 * torch.ones(4, 2)
+    assert outlier_share([small, large]) == 0  # mean 7
+    wide = torch.ones(4, 6)
+    # mean (24 + 40 + 40) / 34: the limit is 15.3, which both 20s exceed though their own matrix has no outlier
+    assert outlier_share([wide, 20 * torch.ones(1, 2), small]) == 3 / 34
 
 
 def test_a_score_that_just_equals_the_limit_is_no_outlier() -> None:
