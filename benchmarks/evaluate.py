@@ -45,7 +45,7 @@ def main() -> None:
     device = checkpoint.pick_device(arguments.device)
     model = checkpoint.load_model(arguments.checkpoint, device)
     shape = (arguments.windows, arguments.seq_len)
-    windows = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(0, min(1000, model.config.vocab_size), shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         cases = ways(model, windows, Path(scratch, "hidden.bin"))
         if arguments.memory_of:

@@ -28,8 +28,10 @@ from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp import layer as spp_layer
 from sppctl.config import load_config
 from sppctl.lm import checkpoint, data, perplexity
+from sppctl.lm.instructions import IGNORED
 from sppctl.settings import Config
 from sppctl.stages import merge, train
+from sppctl.stages.feed import Feed
 
 
 def main() -> None:
@@ -93,15 +95,16 @@ def compare(config: Config, pruned: Path, scratch: Path) -> str:
 
 @torch.no_grad()
 def validation_loss(config: Config, model: Any, tokenizer: Any) -> float:
-    """As the Trainer averages it: over the batches, by their number of examples."""
-    _, examples = train._examples(config, tokenizer)
-    collate = train.Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    size, total = config.train.micro_batch_size, 0.0
-    for first in range(0, len(examples), size):
-        batch = collate(examples[first : first + size])
-        count = len(batch.pop("examples"))
-        total += count * float(model(**{key: value.to(model.device) for key, value in batch.items()}).loss)
-    return total / len(examples)
+    """As training measures it: the mean over all predicted tokens."""
+    feed = Feed(config, tokenizer)
+    size, total, tokens = config.train.micro_batch_size, 0.0, 0
+    for first in range(0, len(feed.held_out), size):
+        rows = range(first, min(first + size, len(feed.held_out)))
+        batch = feed.padded([feed.held_out[row] for row in rows])
+        inputs = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        predicted = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        total, tokens = total + predicted * float(model(**inputs).loss), tokens + predicted
+    return total / tokens
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from hardware import add_clock, describe, name_of
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from sppctl.adapters.spp import SppConfig
-from sppctl.adapters.spp.model import DEFAULT_TARGETS
+from sppctl.adapters.tuner import DEFAULT_TARGETS
 from sppctl.lm import checkpoint
 
 DROPOUT = 0.05

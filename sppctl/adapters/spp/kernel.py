@@ -13,8 +13,8 @@ pass the rounding unchanged. With P = (dy^T x) * W:
     dbeta_i  = s sum_n P_in alpha_g(i)n          dalpha_k = s sum_{i in group k} beta_i P_i          dx = dy W_eff
 
 With dropout the adapter branch is added into the product of the base, and its places are drawn again from a seed.
-Transients: one matrix of W's shape in the dtype of x, which in backward is dy^T x first and W_eff then, and two float32
-buffers of a few rows, small enough for a CPU's cache. W is never copied to float32.
+Transients: one matrix of W's shape in the dtype of x, which in backward is dy^T x first and W_eff then, two float32
+buffers of a few rows, small enough for a CPU's cache, and on CPUs with AMX a copy of dy. W is never copied to float32.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from sppctl.adapters.dropout import dropped_places, zeroed
 from sppctl.adapters.linear import autocast_inputs
+from sppctl.adapters.products import moment
 
-CPU_CHUNK = 1 << 18  # elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache
+CPU_CHUNK = 1 << 16  # elements: 256 KiB of float32; smaller pieces cost calls, larger ones leave a core's cache
 GPU_CHUNK = 1 << 24
 
 
@@ -197,7 +198,7 @@ class _SppLinear(torch.autograd.Function):
         places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
         with_base = ctx.base and places is None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            branch_weight = rows.t() @ (inputs if places is None else zeroed(inputs, places))
+            branch_weight = moment(rows, inputs if places is None else zeroed(inputs, places))
             grad_alpha, grad_beta = _adapter_gradients(branch_weight, weight, alpha, beta, ctx.scale, with_base)
         else:
             branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, with_base)
