@@ -23,7 +23,7 @@ def config(config_file: Path) -> Config:
     return load_config(str(config_file))
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
 def pruned(request: pytest.FixtureRequest, make_checkpoint: object, config: Config, tmp_path: Path) -> Path:
     base = make_checkpoint("llama", request.param, "20KB")  # type: ignore[operator]
     out = tmp_path / "pruned"
@@ -104,13 +104,16 @@ def rewrite(adapter: Path, part: str, change: object) -> None:
     save_file(content, path, {"format": "pt"})
 
 
-def test_a_kept_weight_that_would_vanish_is_refused(
+def test_a_kept_weight_that_would_vanish_becomes_the_smallest_number(
     config: Config, pruned: Path, adapter: Path, tmp_path: Path
 ) -> None:
     rewrite(adapter, "spp_alpha", torch.ones_like)
     rewrite(adapter, "spp_beta", lambda beta: torch.full_like(beta, -1 / 1.5))  # 1 + s alpha beta = 0
-    with pytest.raises(StageError, match="kept weights zero; nothing was published"):
-        merged(config, pruned, adapter, tmp_path / "merged")
+    assert merged(config, pruned, adapter, tmp_path / "merged")["pattern_unchanged"] is True
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before, after = tensors(pruned)[name], tensors(tmp_path / "merged")[name]
+    smallest = 2.0**-24 if after.dtype == torch.float16 else 2.0**-126
+    assert (after[before != 0].abs() == smallest).all()
 
 
 def test_a_broken_adapter_is_refused(config: Config, pruned: Path, adapter: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class _MaskedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, values, mask = ctx.saved_tensors
-        grad_x = grad_values = None
+        grad_x = grad_values = grad_bias = None
         rows = grad_output.reshape(-1, values.shape[0]).to(x.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = (rows @ effective_weight(values, mask, x.dtype)).view(x.shape)
@@ -55,7 +55,9 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_values[chunk] = rows[:, chunk].t() @ flat
                 if not ctx.straight_through:
                     grad_values[chunk].masked_fill_(mask[chunk] == 0, 0)
-        return grad_x, grad_values, None, None, None
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_values, None, grad_bias, None
 
 
 def masked_linear(
@@ -68,7 +70,7 @@ def masked_linear(
         values: V (m, n) float32.
         mask: (m, n), any dtype; kept where it is not zero. The pruned weight is its own mask.
         weight: (m, n), the frozen weight, for its dtype.
-        bias: (m,) or None, frozen.
+        bias: (m,) or None.
         straight_through: the gradient reaches weights outside the mask too.
 
     Returns:
