@@ -65,10 +65,7 @@ def callbacks(train: TrainConfig) -> list[TrainerCallback]:
 
 
 def _spp(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    start: dict[str, Any] = {"zero_beta": True, "random": False, "ones": "ones"}
-    return SppConfig(
-        r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=start[train.init]
-    )
+    return SppConfig(r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=train.init)
 
 
 def _lora(train: TrainConfig, patterns: Patterns) -> PeftConfig:
