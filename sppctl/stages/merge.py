@@ -24,6 +24,7 @@ from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import refresh
 from sppctl.stages.merge_rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
+from sppctl.stages.refreshed import REFRESHED, RefreshedFiles
 
 PEFT_PREFIX = "base_model.model."
 
@@ -77,7 +78,7 @@ class Adapter:
         files = TensorFiles(directory)
         modules: dict[str, dict[str, str]] = {}
         parts = MERGERS[kind].parts(settings)
-        for name in (name for name, file in files.home.items() if file != refresh.REFRESHED):
+        for name in (name for name, file in files.home.items() if file != REFRESHED):
             module, part = _split(name.removeprefix(PEFT_PREFIX), parts)
             modules.setdefault(module, {})[part] = name
         for module, found in modules.items():
@@ -121,7 +122,7 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     mask = config.merge.mask
     adapter = Adapter.open(adapter_directory)
     check_mask(adapter.kind, mask)
-    source = refresh.RefreshedFiles(pruned, adapter_directory)
+    source = RefreshedFiles(pruned, adapter_directory)
     stored = _match(source, adapter, config, pruned)
     _prove_refreshed(source, stored, config, pruned)
     files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype)
@@ -175,7 +176,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
     return stored
 
 
-def _prove_refreshed(source: refresh.RefreshedFiles, stored: dict[str, str], config: Config, pruned: Path) -> None:
+def _prove_refreshed(source: RefreshedFiles, stored: dict[str, str], config: Config, pruned: Path) -> None:
     """Shows that refreshed matrices have the zeros of their patterns, before they stand for the pruned ones."""
     if not source.refreshed:
         return

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import TrainerCallback
 
 from sppctl import console
-from sppctl.adapters.masked_full import MaskedFullConfig
+from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
 from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
 from sppctl.errors import UserError
-from sppctl.lm.targets import Target
+from sppctl.lm.blocks import Skeleton
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import Target, stored_name
 from sppctl.pattern import Pattern
 from sppctl.settings import Config, TrainConfig
 
@@ -57,6 +60,25 @@ def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patt
     config.task_type = "CAUSAL_LM"
     config.target_modules = set(target_modules)
     return config
+
+
+def start_at_stored(model: PeftModel, pruned: Path) -> None:
+    """Starts trained copies of weights at what is stored, where the model was converted: it holds them rounded.
+
+    Args:
+        model: under the method's new adapters.
+        pruned: the checkpoint that it was loaded from.
+    """
+    modules = model.get_base_model().named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, MaskedFullLinear | SteLinear)}
+    if not layers:
+        return
+    files, prefix = TensorFiles(pruned), Skeleton(model.get_base_model().config).base_prefix
+    for name, layer in layers.items():
+        stored = stored_name(files, f"{name}.weight", prefix)
+        if files.spec(stored).dtype != layer.weight.dtype:
+            for adapter in layer.active_adapters:
+                layer.start_at(adapter, files.read(stored))
 
 
 def callbacks(train: TrainConfig) -> list[TrainerCallback]:
@@ -129,7 +151,7 @@ class MaskSelection(TrainerCallback):  # type: ignore[misc]
             return
         left = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
         state.log_history.append({"step": state.global_step, "mask_changes": left})
-        console.note(f"step {state.global_step}: {left:,} weights left the mask, as many entered")
+        console.note(f"step {state.global_step}: {left:,} weights left the mask for others")
 
 
 def _ste_layers(model: Any) -> list[SteLinear]:

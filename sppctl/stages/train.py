@@ -120,6 +120,7 @@ def execute(
         model = _load(config, pruned, device)
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
+    methods.start_at_stored(peft_model, pruned)
     if strategy == "ddp":
         shards.keep_frozen_weights(peft_model)
     trainable, total = peft_model.get_nb_trainable_parameters()
@@ -134,7 +135,7 @@ def execute(
             set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
     distillation = distill.load(config, base, device, model.dtype)
-    refreshing = refresh.prepare(config, peft_model, base, newest)
+    refreshing = refresh.prepare(config, peft_model, pruned, base, newest)
     callbacks = [Watch(), *methods.callbacks(train), *([refreshing] if refreshing else [])]
     trainer = SparseTrainer(
         model=peft_model,
@@ -176,7 +177,7 @@ def execute(
         "tokens_per_second": None if newest else tokens / seconds,
         "dtype": str(model.dtype).removeprefix("torch."),
         "distillation": distillation and distillation.metrics(history, seconds),
-        "refresh": refreshing and refreshing.metrics(trainer.state.log_history, pruned),
+        "refresh": refreshing and refreshing.metrics(trainer.state.log_history),
         "history": history,
     }
 

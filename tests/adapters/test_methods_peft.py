@@ -140,7 +140,7 @@ def test_a_layers_own_pattern_wins(pruned: nn.Module) -> None:
 @pytest.mark.parametrize("config", [SppConfig(r=2), MaskedLoraConfig(r=2), MaskedFullConfig(), SteConfig()])
 def test_rows_with_adapters_of_their_own_are_refused(pruned: nn.Module, ids: Tensor, config: Any) -> None:
     model = get_peft_model(pruned, config)
-    with pytest.raises(ValueError, match="adapter_names: .* the same adapters for all rows"):
+    with pytest.raises(ValueError, match=r"adapter_names: .* the same adapters for all rows"):
         model(ids, adapter_names=["default", "__base__"])
 
 
@@ -212,7 +212,7 @@ def test_where_training_starts(beta: bool, start: Any, alpha_is_zero: bool, beta
 
 
 def test_without_beta_nothing_is_made_anew_in_a_forward_pass() -> None:
-    layer, weight = spp(12, 8, r=4, beta=False, init_weights=False)
+    layer, _ = spp(12, 8, r=4, beta=False, init_weights=False)
     own = {tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     kept = kept_for_backward(lambda: layer(torch.ones(2, 8)))
     assert {tensor.data_ptr() for tensor in kept if tensor.shape != (2, 8)} <= own
