@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sppctl import console
+from sppctl.adapters.masked import round_under_mask
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
@@ -125,7 +127,8 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     source = RefreshedFiles(pruned, adapter_directory)
     stored = _match(source, adapter, config, pruned)
     _prove_refreshed(source, stored, config, pruned)
-    files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype)
+    convert = partial(_converted, set(stored.values()))
+    files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
         for record in merge_matrices(source, adapter, stored, files, mask):
@@ -152,6 +155,24 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
         "refreshed_matrices": len(source.refreshed),
         "records": [asdict(record) for record in records],
     }
+
+
+def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype: finite where it was, and zero only where it was, so that pruned matrices keep masks.
+
+    Raises:
+        StageError: the dtype cannot hold it.
+    """
+    if name in adapted:
+        return tensor.to(dtype)  # to be overwritten, and proved then
+    result = round_under_mask(tensor, tensor, dtype)
+    if not torch.equal(result.isfinite(), tensor.isfinite()):
+        raise StageError(
+            f"merge.dtype: {str(dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
+            f"{tensor[tensor.isfinite()].abs().max().item():.3g}; nothing was published, merge.dtype=auto keeps "
+            f"{str(tensor.dtype).removeprefix('torch.')}"
+        )
+    return result
 
 
 def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) -> dict[str, str]:
@@ -218,7 +239,8 @@ def merge_matrices(
 def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MergeRecord:
     if not torch.isfinite(written).all():
         raise StageError(
-            f"merging {name} gives values that are not finite; the adapter is broken, nothing was published"
+            f"merging {name} gives values that are not finite; the adapter is broken, or merge.dtype cannot hold them; "
+            "nothing was published"
         )
     prove_zeros(kind, mask, name, weight, written, pattern)
     before, after = weight.float(), written.float()

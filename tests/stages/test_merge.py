@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,51 @@ def test_another_dtype(config: Config, pruned: Path, adapter: Path, config_file:
     merged(wanted, pruned, adapter, tmp_path / "merged")
     assert {tensor.dtype for tensor in tensors(tmp_path / "merged").values()} == {torch.float16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.float16
+
+
+@pytest.fixture
+def rewritten(make_checkpoint: Callable[..., Path], config: Config, tmp_path: Path) -> Callable[..., Path]:
+    """rewritten(change) -> a bfloat16 checkpoint whose tensors were changed before it was pruned."""
+
+    def rewritten(change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        base, out = tmp_path / "base", tmp_path / "pruned"
+        shutil.copytree(make_checkpoint("llama", torch.bfloat16), base)
+        content = load_file(base / "model.safetensors")
+        change(content)
+        save_file(content, base / "model.safetensors", {"format": "pt"})
+        out.mkdir()
+        prune.execute(config, base, out)
+        return out
+
+    return rewritten
+
+
+def down_adapter(pruned: Path, out: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    get_peft_model(model, SppConfig(r=4, target_modules=["down_proj"], init_weights=False)).save_pretrained(out)
+    return out
+
+
+def test_a_value_that_another_dtype_cannot_hold_is_refused(
+    rewritten: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
+    pruned = rewritten(lambda content: content["model.norm.weight"][:1].fill_(1e5))
+    wanted = load_config(str(config_file), ["merge.dtype=float16"])
+    adapter = down_adapter(pruned, tmp_path / "adapter")
+    with pytest.raises(StageError, match=r"float16 cannot hold model.norm.weight, whose largest value is 9.98e\+04"):
+        merged(wanted, pruned, adapter, tmp_path / "merged")
+
+
+def test_another_dtype_keeps_the_pattern_of_matrices_that_were_not_adapted(
+    rewritten: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    pruned = rewritten(lambda content: content[name][0].fill_(-1e-9))
+    wanted = load_config(str(config_file), ["merge.dtype=float16"])
+    merged(wanted, pruned, down_adapter(pruned, tmp_path / "adapter"), tmp_path / "merged")
+    before, after = tensors(pruned), tensors(tmp_path / "merged")
+    assert all(torch.equal(tensor == 0, after[name] == 0) for name, tensor in before.items())
+    assert sorted(after[name][0].tolist()) == [-(2.0**-24)] * 16 + [0] * 16
 
 
 def rewrite(adapter: Path, part: str, change: object) -> None:
