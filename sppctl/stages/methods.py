@@ -48,6 +48,25 @@ def preflight(config: Config, targets: list[Target]) -> list[str]:
     return problems
 
 
+def ignored(train: TrainConfig) -> list[str]:
+    """Which keys were changed to no effect, one line for each reason."""
+    usual = TrainConfig()
+    keys = set().union(*KEYS.values()) - KEYS[train.method]
+    cases: list[tuple[str, Any, Any, set[str], str]] = [("", train, usual, keys, f"with train.method={train.method}")]
+    if train.distill.teacher is None:
+        keys = {"weight", "temperature"}
+        cases.append(("distill.", train.distill, usual.distill, keys, "without train.distill.teacher"))
+    if train.refresh.steps is None:
+        keys = {"until", "cycles"}
+        cases.append(("refresh.", train.refresh, usual.refresh, keys, "without train.refresh.steps"))
+    lines = []
+    for prefix, section, default, keys, reason in cases:
+        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(default, key))
+        if changed:
+            lines.append(f"{', '.join(changed)}: no effect {reason}")
+    return lines
+
+
 def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
     """The PEFT configuration of ``train.method``.
 
@@ -130,6 +149,17 @@ METHODS: dict[str, Callable[[TrainConfig, Patterns], Any]] = {
     "masked_lora": _masked_lora,
     "masked_full": _masked_full,
     "ste": _ste,
+}
+
+
+# which of the keys that not every method heeds each of them does
+KEYS: dict[str, set[str]] = {
+    "spp": {"rank", "scale", "dropout", "beta", "init"},
+    "lora": {"rank", "scale", "dropout"},
+    "hira": {"rank", "dropout"},
+    "masked_lora": {"rank", "scale", "dropout"},
+    "masked_full": set(),
+    "ste": {"mask_steps", "mask_decay"},
 }
 
 

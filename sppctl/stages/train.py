@@ -34,6 +34,8 @@ CHECKPOINTS, LOGS = "checkpoints", "logs"
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     """Checks targets, rank, batch arithmetic, prompt, refresh, and that data and teacher are there and fit.
 
+    Keys that were changed to no effect are warned of.
+
     Raises:
         UserError: with everything that is wrong.
     """
@@ -45,7 +47,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         names = config.prune.targets if train.targets == "pruned" else train.targets
         targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
         if not targets:
-            problems.append(f"train.targets: {train.method} adapts nn.Linear layers, and none of these is one")
+            problems.append("train.targets: sppctl trains nn.Linear layers only, and none of these is one")
         problems += methods.preflight(config, targets) + refresh.problems(config)
     except UserError as error:
         problems.append(str(error))
@@ -55,7 +57,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     for check in (
         partial(prompts.style, train.data.prompt, tokenizer),
         partial(load_rows, config),
-        partial(distill.preflight, config, skeleton),
+        partial(distill.preflight, config, skeleton, tokenizer),
     ):
         try:
             check()
@@ -68,6 +70,8 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems.append("train.perplexity_steps: eval.perplexity names no text to measure")
     if problems:
         raise UserError("\n".join(problems))
+    for line in methods.ignored(train):
+        console.warn(line)
 
 
 def _check_strategy(config: Config) -> None:

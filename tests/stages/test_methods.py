@@ -288,6 +288,32 @@ def test_the_rank_is_limited_for_spp_alone(configure: Configure, llama: Path) ->
         assert problems(configure("train.rank=33", f"train.method={method}"), llama) == ""
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.method=spp", "train.init=ones", "train.beta=false"], ""),
+        (["train.method=masked_full"], "train.dropout, train.rank: no effect with train.method=masked_full"),
+        (["train.method=lora", "train.init=random"], "train.init: no effect with train.method=lora"),
+        (["train.method=hira", "train.scale=5"], "train.scale: no effect with train.method=hira"),
+        (["train.mask_steps=7"], "train.mask_steps: no effect with train.method=spp"),
+        (["train.distill.weight=0.7"], "train.distill.weight: no effect without train.distill.teacher"),
+        (["train.refresh.until=0.3"], "train.refresh.until: no effect without train.refresh.steps"),
+    ],
+)
+def test_keys_without_effect_are_warned_of(
+    overrides: list[str], said: str, configure: Configure, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert problems(configure(*overrides), llama) == ""
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == ([f"warning: {said}"] if said else [])
+
+
+def test_a_model_without_linear_layers(configure: Configure, make_checkpoint: Callable[..., Path], llama: Path) -> None:
+    skeleton = Skeleton(model_config(make_checkpoint("gpt2")))
+    with pytest.raises(UserError, match=r"sppctl trains nn.Linear layers only, and none of these is one"):
+        train.preflight(configure("prune.targets=all-linear", "train.method=lora"), skeleton, byte_tokenizer())
+
+
 def test_dynamic_masks_need_whole_matrices(configure: Configure, llama: Path) -> None:
     message = problems(configure("train.method=ste", "launch.strategy=fsdp"), llama)
     assert "ste chooses masks from whole matrices, launch.strategy fsdp" in message
