@@ -7,7 +7,7 @@ Row i of W belongs to group g(i) = floor(i r / m), so that any m works, also whe
     y  = x W^T + s dropout(x) W'^T               (Eq. 5)
 
 Without dropout the two matrix products are one, with the effective weight W_eff = W * (1 + s alpha[g] beta), which is
-computed in float32 and rounded once to the dtype of W: training sees exactly the weight that merging writes. Gradients
+computed in float32 and rounded once to the dtype of x: training sees the weight that merging writes in it. Gradients
 pass the rounding unchanged. With P = (dy^T x) * W:
 
     dbeta_i  = s sum_n P_in alpha_g(i)n          dalpha_k = s sum_{i in group k} beta_i P_i          dx = dy W_eff
