@@ -5,7 +5,7 @@ W (m, n) is the pruned weight, M = (W != 0) its mask, A (r, n) and B (m, r) are 
     y = x W^T + s dropout(x) (M * (B A))^T
 
 Without dropout it is one product with W_eff = W + s M * (B A), computed in float32 and rounded once to the dtype of W:
-training sees the weight that merging writes in that dtype. Gradients pass the rounding unchanged. With P = (dy^T x) * M:
+training sees the weight that merging writes in it. Gradients pass the rounding unchanged. With P = (dy^T x) * M:
 
     dB = s P A^T          dA = s B^T P          dx = dy W_eff
 
