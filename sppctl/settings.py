@@ -213,7 +213,7 @@ class TrainConfig:
 class MergeConfig:
     """How adapter and pruned weights become one checkpoint."""
 
-    dtype: DType = _key("auto", "dtype of the adapted matrices; auto: as in the pruned checkpoint")
+    dtype: DType = _key("auto", "dtype of all floating-point tensors of merged/; auto: as in the pruned checkpoint")
     mask: Literal["keep", "reapply", "dense"] = _key(
         "keep",
         "keep: refuse a merge that would fill zeros; reapply: prune the merged weights by the old mask again (the "

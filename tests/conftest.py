@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sppctl import prune_linear
@@ -269,6 +269,17 @@ def pruned_llama(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
         if isinstance(module, nn.Linear) and name.split(".")[-1] in PROJECTIONS:
             module.weight.data = prune_linear(module.weight.data, method="magnitude", pattern="2:4")
     return model.eval()
+
+
+def kept_for_backward(call: Callable[[], Tensor]) -> list[Tensor]:
+    """Tensors that a computation keeps for its backward pass: those that autograd was told of, and those on a ctx."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        nodes = [call().grad_fn]
+    for node in nodes:
+        kept += [value for value in getattr(node, "__dict__", {}).values() if isinstance(value, Tensor)]
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    return kept
 
 
 @contextlib.contextmanager

@@ -22,11 +22,11 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
 def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` rounded to ``dtype``, with zeros exactly where ``mask`` has them.
 
-    A kept weight that lands on zero becomes the smallest normal number of the dtype: of billions of weights that cross
-    zero some hit it exactly, and would leave the mask, which is ``weight != 0``.
+    A kept weight that lands on zero becomes the smallest number of the dtype, with its own sign: of billions of weights
+    that cross zero some hit it exactly, and would leave the mask, which is ``weight != 0``.
 
     Args:
-        values: (rows, n) float32.
+        values: (rows, n) of any float dtype.
         mask: (rows, n), any dtype; kept where it is not zero.
         dtype: of the result.
 
@@ -34,5 +34,15 @@ def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
         (rows, n).
     """
     rounded = values.to(dtype)
-    rounded = rounded.masked_fill(rounded == 0, torch.finfo(dtype).tiny)
+    smallest = torch.tensor(_smallest(dtype), dtype=dtype, device=rounded.device)
+    rounded = torch.where(rounded == 0, smallest.copysign(rounded), rounded)
     return rounded.masked_fill_(mask == 0, 0)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The smallest number that survives in computations: hardware may take subnormal ones for zero, but not float16's.
+
+    Among real weights the smallest normal number of float16, 6e-5, would not be small.
+    """
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps if dtype == torch.float16 else info.tiny

@@ -8,7 +8,7 @@ from torch import Tensor
 STRIP = 64  # tokens: as many bfloat16 numbers as two cache lines hold
 
 
-def moment(grad_output: Tensor, inputs: Tensor) -> Tensor:
+def moment_of(grad_output: Tensor, inputs: Tensor) -> Tensor:
     """dy^T x (m, n) in their dtype, of dy (tokens, m) and x (tokens, n).
 
     oneDNN's kernel for AMX takes 2.6 times as long for a left side that is transposed as for one that lies in order;

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +62,16 @@ class SparseTuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT enters around every forward pass; a batch whose rows have adapters of their own is refused."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names: {type(self).__name__} has the same adapters for all rows of a batch; call the model "
+                "once for each adapter, after set_adapter"
+            )
+        yield
+
     def _layer_config(self, peft_config: PeftConfig, name: str) -> PeftConfig:
         """The configuration for the layer of that name."""
         return peft_config
@@ -86,10 +99,12 @@ class SparseConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
 
-def check_rank_and_dropout(name: str, r: int, dropout: float) -> None:
-    """Raises ValueError for a rank below 1 or a dropout outside [0, 1)."""
+def check_branch(name: str, r: int, scale: float, dropout: float) -> None:
+    """Raises ValueError for a rank below 1, a scale that is not a positive number, or a dropout outside [0, 1)."""
     if r < 1:
         raise ValueError(f"{name}: r = {r}, but the adapter needs a rank of at least one")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{name}: scale = {scale}, but the adapter branch needs a positive, finite weight")
     if not 0 <= dropout < 1:
         raise ValueError(f"{name}: dropout = {dropout} is not in [0, 1)")
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,13 +271,19 @@ def copy_side_files(source: Path, out: Path) -> None:
                 shutil.copyfile(path, out / path.name)
 
 
-def copy_for_rewriting(source: Path, out: Path, dtype: str = "auto") -> TensorFiles:
+def copy_for_rewriting(
+    source: Path,
+    out: Path,
+    dtype: str = "auto",
+    convert: Callable[[str, torch.Tensor, torch.dtype], torch.Tensor] = lambda name, tensor, dtype: tensor.to(dtype),
+) -> TensorFiles:
     """Copies a checkpoint so that tensors can be overwritten in place: same files, same order of tensors.
 
     Args:
         source: checkpoint directory.
         out: existing, empty directory.
         dtype: that all floating-point tensors are converted to; auto: they stay as they are.
+        convert: does that, given a tensor's name, the tensor and the dtype.
 
     Returns:
         The files in ``out``.
@@ -297,7 +303,8 @@ def copy_for_rewriting(source: Path, out: Path, dtype: str = "auto") -> TensorFi
             continue
         target = TensorFile.create(out / name, layout, files.metadata[name] or {"format": "pt"})
         for key in file.specs:
-            target.write(key, file.read(key))
+            tensor, wanted_dtype = file.read(key), layout[key][0]
+            target.write(key, tensor if tensor.dtype == wanted_dtype else convert(key, tensor, wanted_dtype))
     result = TensorFiles(out)
     if wanted:
         _record_dtype(out, result, dtype)

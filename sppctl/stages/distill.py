@@ -28,11 +28,11 @@ CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
 BASE = "base"
 
 
-def preflight(config: Config, skeleton: Skeleton) -> None:
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     """Checks that the teacher is there and predicts the same tokens.
 
     Raises:
-        UserError: no such checkpoint, another vocabulary, or a strategy that would take the teacher apart.
+        UserError: no such checkpoint, another vocabulary or none, or a strategy that would take the teacher apart.
     """
     teacher = config.train.distill.teacher
     if teacher is None:
@@ -41,13 +41,38 @@ def preflight(config: Config, skeleton: Skeleton) -> None:
         raise UserError("train.distill.teacher: not under launch.strategy zero3, which shards every model; use fsdp")
     if teacher == BASE:
         return
-    theirs = checkpoint.load_config(locate(teacher), config.model.trust_remote_code).get_text_config().vocab_size
+    directory, trust = locate(teacher), config.model.trust_remote_code
+    theirs = checkpoint.load_config(directory, trust).get_text_config().vocab_size
     ours = skeleton.config.get_text_config().vocab_size
     if theirs != ours:
         raise UserError(
             f"train.distill.teacher: {teacher} has a vocabulary of {theirs} tokens, the model one of {ours}; "
             "the teacher must be of the same family"
         )
+    try:
+        different = _different_tokens(tokenizer, checkpoint.load_tokenizer(directory, trust))
+    except UserError as error:
+        raise UserError(f"train.distill.teacher: {error}; copy the model's own there if it is the same") from error
+    if different:
+        raise UserError(
+            f"train.distill.teacher: {teacher} numbers {len(different)} tokens otherwise than the model, "
+            f"{min(different)!r} among them; the teacher must have the model's tokenizer"
+        )
+
+
+def _different_tokens(ours: Any, theirs: Any) -> set[str]:
+    """Tokens that have another number there, or are missing on one side.
+
+    Added tokens (special ones, mostly) may be missing: instruction-tuned models rename such as were kept in reserve.
+    """
+    vocabularies = ours.get_vocab(), theirs.get_vocab()
+    added = ours.get_added_vocab().keys() | theirs.get_added_vocab().keys()
+    return {
+        token
+        for token in vocabularies[0].keys() | vocabularies[1].keys()
+        if vocabularies[0].get(token) != vocabularies[1].get(token)
+        and (token not in added or all(token in vocabulary for vocabulary in vocabularies))
+    }
 
 
 def locate(teacher: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sppctl import console
+from sppctl.adapters.masked import round_under_mask
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
@@ -24,6 +26,7 @@ from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import refresh
 from sppctl.stages.merge_rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
+from sppctl.stages.refreshed import REFRESHED, RefreshedFiles
 
 PEFT_PREFIX = "base_model.model."
 
@@ -77,7 +80,7 @@ class Adapter:
         files = TensorFiles(directory)
         modules: dict[str, dict[str, str]] = {}
         parts = MERGERS[kind].parts(settings)
-        for name in (name for name, file in files.home.items() if file != refresh.REFRESHED):
+        for name in (name for name, file in files.home.items() if file != REFRESHED):
             module, part = _split(name.removeprefix(PEFT_PREFIX), parts)
             modules.setdefault(module, {})[part] = name
         for module, found in modules.items():
@@ -121,10 +124,11 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     mask = config.merge.mask
     adapter = Adapter.open(adapter_directory)
     check_mask(adapter.kind, mask)
-    source = refresh.RefreshedFiles(pruned, adapter_directory)
+    source = RefreshedFiles(pruned, adapter_directory)
     stored = _match(source, adapter, config, pruned)
     _prove_refreshed(source, stored, config, pruned)
-    files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype)
+    convert = partial(_converted, set(stored.values()))
+    files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
         for record in merge_matrices(source, adapter, stored, files, mask):
@@ -153,6 +157,24 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     }
 
 
+def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype: finite where it was, and zero only where it was, so that pruned matrices keep masks.
+
+    Raises:
+        StageError: the dtype cannot hold it.
+    """
+    if name in adapted:
+        return tensor.to(dtype)  # to be overwritten, and proved then
+    result = round_under_mask(tensor, tensor, dtype)
+    if not torch.equal(result.isfinite(), tensor.isfinite()):
+        raise StageError(
+            f"merge.dtype: {str(dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
+            f"{tensor[tensor.isfinite()].abs().max().item():.3g}; nothing was published, merge.dtype=auto keeps "
+            f"{str(tensor.dtype).removeprefix('torch.')}"
+        )
+    return result
+
+
 def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) -> dict[str, str]:
     """The checkpoint's tensor for each adapted module, with shapes that fit."""
     trust = config.model.trust_remote_code
@@ -175,7 +197,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
     return stored
 
 
-def _prove_refreshed(source: refresh.RefreshedFiles, stored: dict[str, str], config: Config, pruned: Path) -> None:
+def _prove_refreshed(source: RefreshedFiles, stored: dict[str, str], config: Config, pruned: Path) -> None:
     """Shows that refreshed matrices have the zeros of their patterns, before they stand for the pruned ones."""
     if not source.refreshed:
         return
@@ -217,7 +239,8 @@ def merge_matrices(
 def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MergeRecord:
     if not torch.isfinite(written).all():
         raise StageError(
-            f"merging {name} gives values that are not finite; the adapter is broken, nothing was published"
+            f"merging {name} gives values that are not finite; the adapter is broken, or merge.dtype cannot hold them; "
+            "nothing was published"
         )
     prove_zeros(kind, mask, name, weight, written, pattern)
     before, after = weight.float(), written.float()

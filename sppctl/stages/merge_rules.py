@@ -144,7 +144,7 @@ def _merge_lora(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype:
 
 
 def _merge_hira(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
-    return torch.addcmul(weight.float(), weight.float(), b @ a).to(dtype)
+    return round_under_mask(torch.addcmul(weight.float(), weight.float(), b @ a), weight, dtype)
 
 
 def _merge_masked_lora(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import TrainerCallback
 
 from sppctl import console
-from sppctl.adapters.masked_full import MaskedFullConfig
+from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
 from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
 from sppctl.errors import UserError
-from sppctl.lm.targets import Target
+from sppctl.lm.blocks import Skeleton
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import Target, stored_name
 from sppctl.pattern import Pattern
 from sppctl.settings import Config, TrainConfig
 
@@ -45,6 +48,25 @@ def preflight(config: Config, targets: list[Target]) -> list[str]:
     return problems
 
 
+def ignored(train: TrainConfig) -> list[str]:
+    """Which keys were changed to no effect, one line for each reason."""
+    usual = TrainConfig()
+    keys = set().union(*KEYS.values()) - KEYS[train.method]
+    cases: list[tuple[str, Any, Any, set[str], str]] = [("", train, usual, keys, f"with train.method={train.method}")]
+    if train.distill.teacher is None:
+        keys = {"weight", "temperature"}
+        cases.append(("distill.", train.distill, usual.distill, keys, "without train.distill.teacher"))
+    if train.refresh.steps is None:
+        keys = {"until", "cycles"}
+        cases.append(("refresh.", train.refresh, usual.refresh, keys, "without train.refresh.steps"))
+    lines = []
+    for prefix, section, default, keys, reason in cases:
+        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(default, key))
+        if changed:
+            lines.append(f"{', '.join(changed)}: no effect {reason}")
+    return lines
+
+
 def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
     """The PEFT configuration of ``train.method``.
 
@@ -59,16 +81,32 @@ def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patt
     return config
 
 
+def start_at_stored(model: PeftModel, pruned: Path) -> None:
+    """Starts trained copies of weights at what is stored, where the model was converted: it holds them rounded.
+
+    Args:
+        model: under the method's new adapters.
+        pruned: the checkpoint that it was loaded from.
+    """
+    modules = model.get_base_model().named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, MaskedFullLinear | SteLinear)}
+    if not layers:
+        return
+    files, prefix = TensorFiles(pruned), Skeleton(model.get_base_model().config).base_prefix
+    for name, layer in layers.items():
+        stored = stored_name(files, f"{name}.weight", prefix)
+        if files.spec(stored).dtype != layer.weight.dtype:
+            for adapter in layer.active_adapters:
+                layer.start_at(adapter, files.read(stored))
+
+
 def callbacks(train: TrainConfig) -> list[TrainerCallback]:
     """What the method does between optimizer steps."""
     return [MaskSelection(train.mask_steps, train.mask_decay)] if train.method == "ste" else []
 
 
 def _spp(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    start: dict[str, Any] = {"zero_beta": True, "random": False, "ones": "ones"}
-    return SppConfig(
-        r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=start[train.init]
-    )
+    return SppConfig(r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=train.init)
 
 
 def _lora(train: TrainConfig, patterns: Patterns) -> PeftConfig:
@@ -114,6 +152,17 @@ METHODS: dict[str, Callable[[TrainConfig, Patterns], Any]] = {
 }
 
 
+# which of the keys that not every method heeds each of them does
+KEYS: dict[str, set[str]] = {
+    "spp": {"rank", "scale", "dropout", "beta", "init"},
+    "lora": {"rank", "scale", "dropout"},
+    "hira": {"rank", "dropout"},
+    "masked_lora": {"rank", "scale", "dropout"},
+    "masked_full": set(),
+    "ste": {"mask_steps", "mask_decay"},
+}
+
+
 class MaskSelection(TrainerCallback):  # type: ignore[misc]
     """Dynamic masks: the decay of pruned weights in every optimizer step, a new selection after every so many."""
 
@@ -132,7 +181,7 @@ class MaskSelection(TrainerCallback):  # type: ignore[misc]
             return
         left = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
         state.log_history.append({"step": state.global_step, "mask_changes": left})
-        console.note(f"step {state.global_step}: {left:,} weights left the mask, as many entered")
+        console.note(f"step {state.global_step}: {left:,} weights left the mask for others")
 
 
 def _ste_layers(model: Any) -> list[SteLinear]:

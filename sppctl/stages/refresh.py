@@ -3,11 +3,12 @@
 Every so many optimizer steps DSnoT's exchanges (sppctl.pruning.dsnot) run on every adapted matrix, with the inputs that
 the layers had in that step. What counts as the value of a weight is, for a kept one, its trained value
 W (1 + s alpha beta), and for a pruned one the dense model's. A weight that is given up becomes exactly zero, one that
-is taken back gets its dense value, all others and the adapter stay as they are. Every row, and every group of M under
-N:M, keeps its number of zeros.
+is taken back gets the base weight under which the adapter makes its dense value of it, dense / (1 + s alpha beta); all
+others and the adapter stay as they are. Every row, and every group of M under N:M, keeps its number of zeros.
 
 From then on the adapter belongs to the refreshed base weights: they are saved with each checkpoint and with the adapter
-(``refreshed.safetensors``), and merging reads them in the place of the pruned checkpoint's.
+(``refreshed.safetensors``), and merging reads them in the place of the pruned checkpoint's. They have the dtype of the
+pruned checkpoint, whatever dtype the model is trained in, so that weights that are kept stay what they were.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sppctl import console, distributed, launch
+from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
-from sppctl.errors import StageError
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFile, TensorFiles
 from sppctl.lm.targets import stored_name
@@ -34,9 +35,10 @@ from sppctl.pruning import dsnot
 from sppctl.pruning.stats import InputMoments
 from sppctl.settings import Config, RefreshConfig
 from sppctl.stages.prune import planned_patterns
+from sppctl.stages.refreshed import REFRESHED, kept_per_group
 
-REFRESHED = "refreshed.safetensors"
 ADAPTER = "default"
+SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back: its base weight is divided by that
 
 
 def problems(config: Config) -> list[str]:
@@ -57,12 +59,15 @@ def problems(config: Config) -> list[str]:
     return found
 
 
-def prepare(config: Config, model: PeftModel, base: Path | None, newest: str | None) -> MaskRefresh | None:
+def prepare(
+    config: Config, model: PeftModel, pruned: Path, base: Path | None, newest: str | None
+) -> MaskRefresh | None:
     """The configured refresh, in the state of the checkpoint ``newest`` if training resumes from one; None: no refresh.
 
     Args:
         config: the configuration.
         model: under SPP, still on the CPU.
+        pruned: the checkpoint that it was loaded from.
         base: the dense checkpoint.
         newest: directory of a checkpoint.
     """
@@ -71,7 +76,8 @@ def prepare(config: Config, model: PeftModel, base: Path | None, newest: str | N
         return None
     assert base is not None
     skeleton = Skeleton(model.get_base_model().config, trust_remote_code=config.model.trust_remote_code)
-    refresh = MaskRefresh(model, TensorFiles(base), settings, patterns(config, skeleton), skeleton.base_prefix)
+    files = TensorFiles(pruned), TensorFiles(base)
+    refresh = MaskRefresh(model, *files, settings, patterns(config, skeleton), skeleton.base_prefix)
     if newest:
         refresh.restore(Path(newest))
     return refresh
@@ -82,24 +88,19 @@ def patterns(config: Config, skeleton: Skeleton) -> dict[str, Pattern]:
     return planned_patterns(config.prune, skeleton.targets(config.prune.targets, config.prune.skip), skeleton)
 
 
-def kept_per_group(weight: Tensor, pattern: Pattern) -> Tensor:
-    """How many weights are not zero in each group of M, or in each row: (out_features, groups) int64."""
-    width = pattern.group or weight.shape[1]
-    return (weight != 0).view(weight.shape[0], -1, width).sum(-1)
-
-
 class MaskRefresh(TrainerCallback):  # type: ignore[misc]
     """Gathers the inputs of a step's micro-batches, and exchanges weights after it."""
 
     def __init__(
         self,
         model: PeftModel,
+        pruned: TensorFiles,
         dense: TensorFiles,
         settings: RefreshConfig,
         patterns: dict[str, Pattern],
         base_prefix: str,
     ) -> None:
-        self.model, self.dense, self.settings = model, dense, settings
+        self.model, self.pruned, self.dense, self.settings = model, pruned, dense, settings
         modules = model.get_base_model().named_modules()
         found = {name: module for name, module in modules if isinstance(module, SppLinear)}
         # a layer that is trained but was not pruned has nothing to exchange
@@ -107,6 +108,7 @@ class MaskRefresh(TrainerCallback):  # type: ignore[misc]
         self.patterns = patterns
         self.stored = {name: stored_name(dense, f"{name}.weight", base_prefix) for name in self.layers}
         self.changed: set[str] = set()
+        self._unrounded: dict[str, Tensor] = {}  # changed matrices as stored, on the CPU, if the model's differ
         self._statistics: dict[str, InputMoments] = {}
         self._hooks: list[Any] = []
         self._real: Tensor | None = None
@@ -179,31 +181,49 @@ class MaskRefresh(TrainerCallback):  # type: ignore[misc]
         """Exchanges weights in every layer; the layers are shared out among the processes, which send their results."""
         swaps = total = 0
         for index, (name, layer) in enumerate(self.layers.items()):
-            weight, statistics = _base_weight(layer), self._statistics[name]
+            before, statistics = self.base_weight(name), self._statistics[name]
             _add_up(statistics)
-            before = weight.clone()
+            after = before.clone()
             source = index % distributed.world_size()
             if distributed.rank() == source:
-                weight.copy_(self._exchanged(name, layer, statistics))
-            distributed.send(weight, source)
+                after.copy_(self._exchanged(name, layer, before, statistics))
+            distributed.send(after, source)
             pattern = self.patterns[name]
-            assert torch.equal(kept_per_group(weight, pattern), kept_per_group(before, pattern)), name
-            regrown = int(((weight != 0) & (before == 0)).sum())
+            assert torch.equal(kept_per_group(after, pattern), kept_per_group(before, pattern)), name
+            regrown = int(((after != 0) & (before == 0)).sum())
             if regrown:
-                self.changed.add(name)
+                self._put(name, after)
             swaps += regrown
-            total += weight.numel()
+            total += after.numel()
         return {"swaps": swaps, "changed_share": 2 * swaps / total}
 
-    def _exchanged(self, name: str, layer: SppLinear, statistics: InputMoments) -> Tensor:
+    def _exchanged(self, name: str, layer: SppLinear, weight: Tensor, statistics: InputMoments) -> Tensor:
         """The base weight of a layer under its next mask."""
-        weight = _base_weight(layer)
         kept = weight != 0
-        dense = self.dense.read(self.stored[name]).to(weight.device, weight.dtype)
-        trained = effective_weight(weight, *layer.factors(ADAPTER), layer.scaling[ADAPTER], torch.float32)
-        values = torch.where(kept, trained, dense.float())
+        adapter = *layer.factors(ADAPTER), layer.scaling[ADAPTER]
+        dense = self.dense.read(self.stored[name]).to(weight.device, torch.float32)
+        factor = effective_weight(torch.ones_like(dense), *adapter, torch.float32)
+        # where the adapter leaves next to nothing of a weight there is none to take back
+        dense.masked_fill_(factor.abs() < SMALLEST_FACTOR, 0)
+        values = torch.where(kept, effective_weight(weight, *adapter, torch.float32), dense)
         mask = dsnot.update_mask(values, kept, statistics, self.patterns[name], max_cycles=self.settings.cycles)
-        return torch.where(kept, weight, dense).masked_fill_(~mask, 0)
+        regrown = round_under_mask(dense / factor, mask, weight.dtype)
+        return torch.where(kept, weight, regrown).masked_fill_(~mask, 0)
+
+    def base_weight(self, name: str) -> Tensor:
+        """A layer's base weight on the layer's device as it is stored, which the model may hold rounded."""
+        weight, key = _base_weight(self.layers[name]), self.stored[name]
+        if weight.dtype == self.pruned.spec(key).dtype:
+            return weight
+        stored = self._unrounded[name] if name in self._unrounded else self.pruned.read(key)
+        return stored.to(weight.device)
+
+    def _put(self, name: str, stored: Tensor) -> None:
+        weight = _base_weight(self.layers[name])
+        weight.copy_(stored)
+        self.changed.add(name)
+        if weight.dtype != stored.dtype:
+            self._unrounded[name] = stored.cpu()
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -212,7 +232,7 @@ class MaskRefresh(TrainerCallback):  # type: ignore[misc]
         names = [name for name in self.layers if name in self.changed]
         if not names:
             return
-        weights = {self.stored[name]: _base_weight(self.layers[name]) for name in names}
+        weights = {self.stored[name]: self.base_weight(name) for name in names}
         layout = {key: (weight.dtype, tuple(weight.shape)) for key, weight in weights.items()}
         file = TensorFile.create(directory / REFRESHED, layout, {"format": "pt"})
         for key, weight in weights.items():
@@ -224,25 +244,22 @@ class MaskRefresh(TrainerCallback):  # type: ignore[misc]
         if not path.is_file():
             return
         file = TensorFile.open(path)
-        for name, layer in self.layers.items():
+        for name in self.layers:
             if self.stored[name] in file.specs:
-                _base_weight(layer).copy_(file.read(self.stored[name]))
-                self.changed.add(name)
+                self._put(name, file.read(self.stored[name]))
 
-    def metrics(self, history: list[dict[str, Any]], pruned: Path) -> dict[str, Any]:
+    def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """What is recorded of a training.
 
         Args:
             history: the Trainer's log, which holds a record of each refresh.
-            pruned: the pruned checkpoint.
         """
-        files = TensorFiles(pruned)
         regrown = kept = 0
-        for name, layer in self.layers.items():
-            weight = _base_weight(layer).cpu() != 0
-            kept += int(weight.sum())
+        for name in self.layers:
+            mask = self.base_weight(name).cpu() != 0
+            kept += int(mask.sum())
             if name in self.changed:
-                regrown += int((weight & (files.read(self.stored[name]) == 0)).sum())
+                regrown += int((mask & (self.pruned.read(self.stored[name]) == 0)).sum())
         return {
             "refreshes": [entry for entry in history if "swaps" in entry],
             "changed_matrices": len(self.changed),
@@ -264,40 +281,3 @@ def _add_up(statistics: InputMoments) -> None:
     tokens = torch.tensor(statistics.num_tokens, device=statistics.squares.device)
     distributed.add_up(tokens, *statistics.totals())
     statistics.num_tokens = int(tokens)
-
-
-# --- merging ----------------------------------------------------------------------------------------------------------
-
-
-class RefreshedFiles(TensorFiles):
-    """A pruned checkpoint with the refreshed matrices of an adapter in the place of its own, to read from."""
-
-    def __init__(self, pruned: Path, adapter: Path) -> None:
-        super().__init__(pruned)
-        self.refreshed: list[str] = []
-        path = adapter / REFRESHED
-        if path.is_file():
-            file = TensorFile.open(path)
-            self.files[REFRESHED] = file
-            self.home |= dict.fromkeys(file.specs, REFRESHED)
-            self.refreshed = list(file.specs)
-
-    def prove(self, pruned: TensorFiles, patterns: dict[str, Pattern]) -> None:
-        """Shows that the refreshed matrices have as many zeros in each row, or group of M, as the pruned ones.
-
-        Args:
-            pruned: the pruned checkpoint.
-            patterns: by the name of the tensor.
-
-        Raises:
-            StageError: one has not.
-        """
-        for name in self.refreshed:
-            if name not in patterns or pruned.spec(name).shape != self.spec(name).shape:
-                raise StageError(f"{REFRESHED} holds {name}, which is not a pruned matrix: another model's adapter?")
-            pattern = patterns[name]
-            if not torch.equal(kept_per_group(self.read(name), pattern), kept_per_group(pruned.read(name), pattern)):
-                raise StageError(
-                    f"{REFRESHED}: {name} does not have the zeros per {'group' if pattern.group else 'row'} of the "
-                    "pruned matrix; nothing was published"
-                )

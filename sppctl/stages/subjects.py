@@ -13,7 +13,7 @@ import torch
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.safe_files import TensorFile
-from sppctl.stages.refresh import REFRESHED
+from sppctl.stages.refreshed import REFRESHED
 
 
 @dataclass(frozen=True)

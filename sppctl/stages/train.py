@@ -34,6 +34,8 @@ CHECKPOINTS, LOGS = "checkpoints", "logs"
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     """Checks targets, rank, batch arithmetic, prompt, refresh, and that data and teacher are there and fit.
 
+    Keys that were changed to no effect are warned of.
+
     Raises:
         UserError: with everything that is wrong.
     """
@@ -45,7 +47,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         names = config.prune.targets if train.targets == "pruned" else train.targets
         targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
         if not targets:
-            problems.append(f"train.targets: {train.method} adapts nn.Linear layers, and none of these is one")
+            problems.append("train.targets: sppctl trains nn.Linear layers only, and none of these is one")
         problems += methods.preflight(config, targets) + refresh.problems(config)
     except UserError as error:
         problems.append(str(error))
@@ -55,7 +57,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     for check in (
         partial(prompts.style, train.data.prompt, tokenizer),
         partial(load_rows, config),
-        partial(distill.preflight, config, skeleton),
+        partial(distill.preflight, config, skeleton, tokenizer),
     ):
         try:
             check()
@@ -68,6 +70,8 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems.append("train.perplexity_steps: eval.perplexity names no text to measure")
     if problems:
         raise UserError("\n".join(problems))
+    for line in methods.ignored(train):
+        console.warn(line)
 
 
 def _check_strategy(config: Config) -> None:
@@ -120,6 +124,7 @@ def execute(
         model = _load(config, pruned, device)
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
+    methods.start_at_stored(peft_model, pruned)
     if strategy == "ddp":
         shards.keep_frozen_weights(peft_model)
     trainable, total = peft_model.get_nb_trainable_parameters()
@@ -134,7 +139,7 @@ def execute(
             set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
     distillation = distill.load(config, base, device, model.dtype)
-    refreshing = refresh.prepare(config, peft_model, base, newest)
+    refreshing = refresh.prepare(config, peft_model, pruned, base, newest)
     callbacks = [Watch(), *methods.callbacks(train), *([refreshing] if refreshing else [])]
     trainer = SparseTrainer(
         model=peft_model,
@@ -176,7 +181,7 @@ def execute(
         "tokens_per_second": None if newest else tokens / seconds,
         "dtype": str(model.dtype).removeprefix("torch."),
         "distillation": distillation and distillation.metrics(history, seconds),
-        "refresh": refreshing and refreshing.metrics(trainer.state.log_history, pruned),
+        "refresh": refreshing and refreshing.metrics(trainer.state.log_history),
         "history": history,
     }
 

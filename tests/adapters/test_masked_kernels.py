@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kept_for_backward
 from torch import Tensor, nn
 
 from sppctl import SteConfig
@@ -133,11 +134,11 @@ def test_the_effective_weight_is_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(masked_linear(x, values, weight, weight, bias), F.linear(x, full, bias))
 
 
-def test_a_kept_weight_that_lands_on_zero_stays_kept() -> None:
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.bfloat16, 2.0**-126), (torch.float16, 2.0**-24)])
+def test_a_kept_weight_that_lands_on_zero_stays_kept(dtype: torch.dtype, smallest: float) -> None:
     values, mask = torch.tensor([[0.0, -0.0, 1e-44, 2.0, 3.0]]), torch.tensor([[1.0, 0.5, -1.0, 2.0, 0.0]])
-    rounded = round_under_mask(values, mask, torch.bfloat16)
-    tiny = torch.finfo(torch.bfloat16).tiny
-    assert rounded[0].tolist() == [tiny, tiny, tiny, 2.0, 0.0]
+    rounded = round_under_mask(values, mask, dtype)
+    assert rounded[0].tolist() == [smallest, -smallest, smallest, 2.0, 0.0]
     assert values[0].tolist()[3:] == [2.0, 3.0]
 
 
@@ -151,9 +152,7 @@ def test_nothing_but_the_input_is_kept_for_backward(method: str) -> None:
         "masked_full": lambda: masked_linear(x, values, weight, weight, None),
         "ste": lambda: masked_linear(x, values, mask, weight, None, straight_through=True),
     }
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        calls[method]()
+    kept = kept_for_backward(calls[method])
     own = {tensor.data_ptr() for tensor in (weight, a, b, values, mask, x)}
     assert kept
     assert {tensor.data_ptr() for tensor in kept} <= own
@@ -167,6 +166,36 @@ def test_autocast_computes_in_bfloat16_and_returns_float32_gradients() -> None:
     assert low_rank.dtype == full.dtype == torch.bfloat16
     gradients = torch.autograd.grad(low_rank.float().sum() + full.float().sum(), (x, a, b, values))
     assert [gradient.dtype for gradient in gradients] == [torch.float32] * 4
+
+
+def test_adapters_may_be_bfloat16() -> None:
+    """As ZeRO-3 makes them for the forward pass."""
+    weight, bias, a, b, _, x = layer((12, 8, 4), torch.bfloat16)
+    a16, b16 = (tensor.detach().bfloat16().requires_grad_() for tensor in (a, b))
+    a32, b32 = (tensor.detach().float().requires_grad_() for tensor in (a16, b16))
+    for dropout in (0.0, 0.3):
+        results = []
+        for factors in ((a16, b16), (a32, b32)):
+            torch.manual_seed(1)
+            y = masked_lora_linear(x, weight, bias, [(*factors, SCALE, dropout)])
+            results.append((y, *torch.autograd.grad(y.float().sum(), factors)))
+        (y, *gradients), (wanted, *wanted_gradients) = results
+        assert torch.equal(y, wanted)
+        for gradient, reference in zip(gradients, wanted_gradients, strict=True):
+            assert torch.equal(gradient, reference.bfloat16())
+
+
+@pytest.mark.parametrize("method", ["masked_lora", "masked_lora with dropout", "masked_full"])
+def test_a_bias_can_be_trained_too(method: str) -> None:
+    weight, bias, a, b, values, x = layer((12, 8, 4))
+    bias.requires_grad_()
+    if method == "masked_full":
+        y = masked_linear(x, values, weight, weight, bias)
+    else:
+        y = masked_lora_linear(x, weight, bias, [(a, b, SCALE, 0.2 if "dropout" in method else 0.0)])
+    upstream = random(y.shape, 7)
+    (gradient,) = torch.autograd.grad(y, (bias,), upstream)
+    torch.testing.assert_close(gradient, upstream.sum((0, 1)))
 
 
 def test_mismatched_dtypes_are_refused() -> None:
@@ -219,6 +248,16 @@ def test_n_of_m_is_chosen_in_every_group() -> None:
             group = values[row, start : start + 4].abs()
             chosen = set(group.topk(2).indices.tolist())
             assert {i for i in range(4) if ste.ste_mask["default"][row, start + i]} == chosen
+
+
+def test_it_starts_at_the_pruned_weight_where_groups_have_zeros_of_their_own() -> None:
+    weight = torch.tensor([[1.0, 0, 0, 0, 1, -2, 0, 0], [0, 0, 0, 0, 0, 0, 3, 4]])
+    ste = ste_layer(weight, pattern="2:4")
+    assert torch.equal(ste.ste_mask["default"], weight != 0)
+    assert torch.equal(ste.effective_weight(weight, ["default"]), weight)
+    ste.ste_weight["default"].data += 0.5
+    ste.select_mask("default")
+    assert (ste.ste_mask["default"].view(2, 2, 4).sum(-1) == 2).all()
 
 
 def test_the_decay_pulls_only_what_is_outside_the_mask() -> None:

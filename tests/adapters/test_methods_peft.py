@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import PROJECTIONS, pruned_llama
+from conftest import PROJECTIONS, kept_for_backward, pruned_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -137,8 +137,18 @@ def test_a_layers_own_pattern_wins(pruned: nn.Module) -> None:
     assert mlp.gate_proj.ste_mask["default"].float().mean() == 0.5
 
 
+@pytest.mark.parametrize("config", [SppConfig(r=2), MaskedLoraConfig(r=2), MaskedFullConfig(), SteConfig()])
+def test_rows_with_adapters_of_their_own_are_refused(pruned: nn.Module, ids: Tensor, config: Any) -> None:
+    model = get_peft_model(pruned, config)
+    with pytest.raises(ValueError, match=r"adapter_names: .* the same adapters for all rows"):
+        model(ids, adapter_names=["default", "__base__"])
+
+
 @pytest.mark.parametrize("make", [SppConfig, MaskedLoraConfig])
 def test_bad_configurations(make: Any) -> None:
+    for scale in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ValueError, match="scale = "):
+            make(scale=scale)
     with pytest.raises(ValueError, match="r = 0"):
         make(r=0)
     with pytest.raises(ValueError, match=r"not in \[0, 1\)"):
@@ -199,6 +209,21 @@ def test_where_training_starts(beta: bool, start: Any, alpha_is_zero: bool, beta
     if beta_value is not None:
         assert (layer.spp_beta["default"] == beta_value).all()
     assert torch.equal(layer.effective_weight(weight, ["default"]), weight) == (start is not False)
+
+
+def test_without_beta_nothing_is_made_anew_in_a_forward_pass() -> None:
+    layer, _ = spp(12, 8, r=4, beta=False, init_weights=False)
+    own = {tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    kept = kept_for_backward(lambda: layer(torch.ones(2, 8)))
+    assert {tensor.data_ptr() for tensor in kept if tensor.shape != (2, 8)} <= own
+    assert not any("ones" in name for name in layer.state_dict())
+
+
+def test_the_start_is_named_as_in_the_configuration() -> None:
+    starts = {name: SppConfig(init_weights=name).init_weights for name in ("zero_beta", "random", "ones")}
+    assert starts == {"zero_beta": True, "random": False, "ones": "ones"}
+    with pytest.raises(ValueError, match="init_weights = 'gaussian' is not one of"):
+        SppConfig(init_weights="gaussian")
 
 
 def test_with_a_group_for_each_row_any_weight_of_the_same_pattern_is_reached() -> None:

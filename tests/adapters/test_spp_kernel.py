@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kept_for_backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +74,28 @@ def test_merged_weight_equals_the_double_loop_and_keeps_every_zero(shape: tuple[
     delta = delta_weight(weight, alpha, beta, SCALE, torch.float32)
     torch.testing.assert_close((merged - weight), delta, rtol=1e-5, atol=1e-6)
     assert torch.equal(merged == 0, weight == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_kept_weight_that_would_merge_to_zero_becomes_the_smallest_number(dtype: torch.dtype) -> None:
+    smallest = 2.0**-24 if dtype == torch.float16 else 2.0**-126
+    weight = torch.tensor([[smallest, -smallest, 0, 1], [1, -1, 0, smallest]], dtype=dtype)
+    beta = torch.tensor([[-0.4], [-0.5]])  # factors 0.2 and exactly 0
+    merged = effective_weight(weight, torch.ones(2, 4), beta, SCALE, dtype)
+    assert torch.equal(merged == 0, weight == 0)
+    if dtype == torch.float16:  # in the other dtypes 0.2 * 2**-126 is subnormal, but no zero
+        assert merged[0, :2].tolist() == [smallest, -smallest]
+    assert merged[1].abs().tolist() == [smallest, smallest, 0, smallest]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_bias_can_be_trained_too(dropout: float) -> None:
+    weight, bias, alpha, beta, x = layer((12, 8, 4))
+    bias.requires_grad_()
+    y = spp_linear(x, weight, bias, [(alpha, beta, SCALE, dropout), (alpha, beta, SCALE, dropout)])
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(y, (bias,), upstream)
+    torch.testing.assert_close(gradient, upstream.sum((0, 1)))
 
 
 def test_rows_are_grouped_as_the_paper_repeats_them() -> None:
@@ -203,9 +226,8 @@ def test_mismatched_dtypes_are_refused() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_nothing_but_the_input_is_kept_for_backward(dropout: float) -> None:
     weight, _, alpha, beta, x = layer((64, 32, 4))
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        spp_linear(x, weight, None, [(alpha, beta, SCALE, dropout)])
+    kept = kept_for_backward(lambda: spp_linear(x, weight, None, [(alpha, beta, SCALE, dropout)]))
+    assert kept
     own = {weight.data_ptr(), alpha.data_ptr(), beta.data_ptr(), x.data_ptr()}
     assert {tensor.data_ptr() for tensor in kept} <= own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,32 @@ def test_a_teacher_with_another_vocabulary_is_refused(
         train.preflight(
             configure(*common, "train.distill.teacher=base", "launch.strategy=zero3"), skeleton, byte_tokenizer()
         )
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(
+    configure: Callable[..., Config], llama: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(llama, teacher)
+    config = configure("train.data.seq_len=128", f"train.distill.teacher={teacher}")
+    skeleton = Skeleton(load_model_config(llama))
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:  # a token in reserve that the teacher has given another name
+        if token["content"] == "<s>":
+            token["content"] = "<start>"
+    (teacher / "tokenizer.json").write_text(json.dumps(content).replace('"<s>"', '"<start>"'))
+    settings = (teacher / "tokenizer_config.json").read_text()
+    (teacher / "tokenizer_config.json").write_text(settings.replace('"<s>"', '"<start>"'))
+    train.preflight(config, skeleton, byte_tokenizer())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"numbers 2 tokens otherwise than the model, 'a' among them"):
+        train.preflight(config, skeleton, byte_tokenizer())
+    for path in teacher.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"distill.teacher: .*no usable tokenizer.*; copy the model's own"):
+        train.preflight(config, skeleton, byte_tokenizer())
 
 
 def test_examples_without_a_response_are_refused(

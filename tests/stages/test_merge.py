@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def config(config_file: Path) -> Config:
     return load_config(str(config_file))
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
 def pruned(request: pytest.FixtureRequest, make_checkpoint: object, config: Config, tmp_path: Path) -> Path:
     base = make_checkpoint("llama", request.param, "20KB")  # type: ignore[operator]
     out = tmp_path / "pruned"
@@ -96,6 +98,51 @@ def test_another_dtype(config: Config, pruned: Path, adapter: Path, config_file:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.float16
 
 
+@pytest.fixture
+def rewritten(make_checkpoint: Callable[..., Path], config: Config, tmp_path: Path) -> Callable[..., Path]:
+    """rewritten(change) -> a bfloat16 checkpoint whose tensors were changed before it was pruned."""
+
+    def rewritten(change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        base, out = tmp_path / "base", tmp_path / "pruned"
+        shutil.copytree(make_checkpoint("llama", torch.bfloat16), base)
+        content = load_file(base / "model.safetensors")
+        change(content)
+        save_file(content, base / "model.safetensors", {"format": "pt"})
+        out.mkdir()
+        prune.execute(config, base, out)
+        return out
+
+    return rewritten
+
+
+def down_adapter(pruned: Path, out: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    get_peft_model(model, SppConfig(r=4, target_modules=["down_proj"], init_weights=False)).save_pretrained(out)
+    return out
+
+
+def test_a_value_that_another_dtype_cannot_hold_is_refused(
+    rewritten: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
+    pruned = rewritten(lambda content: content["model.norm.weight"][:1].fill_(1e5))
+    wanted = load_config(str(config_file), ["merge.dtype=float16"])
+    adapter = down_adapter(pruned, tmp_path / "adapter")
+    with pytest.raises(StageError, match=r"float16 cannot hold model.norm.weight, whose largest value is 9.98e\+04"):
+        merged(wanted, pruned, adapter, tmp_path / "merged")
+
+
+def test_another_dtype_keeps_the_pattern_of_matrices_that_were_not_adapted(
+    rewritten: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    pruned = rewritten(lambda content: content[name][0].fill_(-1e-9))
+    wanted = load_config(str(config_file), ["merge.dtype=float16"])
+    merged(wanted, pruned, down_adapter(pruned, tmp_path / "adapter"), tmp_path / "merged")
+    before, after = tensors(pruned), tensors(tmp_path / "merged")
+    assert all(torch.equal(tensor == 0, after[name] == 0) for name, tensor in before.items())
+    assert sorted(after[name][0].tolist()) == [-(2.0**-24)] * 16 + [0] * 16
+
+
 def rewrite(adapter: Path, part: str, change: object) -> None:
     path = adapter / "adapter_model.safetensors"
     content = load_file(path)
@@ -104,13 +151,16 @@ def rewrite(adapter: Path, part: str, change: object) -> None:
     save_file(content, path, {"format": "pt"})
 
 
-def test_a_kept_weight_that_would_vanish_is_refused(
+def test_a_kept_weight_that_would_vanish_becomes_the_smallest_number(
     config: Config, pruned: Path, adapter: Path, tmp_path: Path
 ) -> None:
     rewrite(adapter, "spp_alpha", torch.ones_like)
     rewrite(adapter, "spp_beta", lambda beta: torch.full_like(beta, -1 / 1.5))  # 1 + s alpha beta = 0
-    with pytest.raises(StageError, match="kept weights zero; nothing was published"):
-        merged(config, pruned, adapter, tmp_path / "merged")
+    assert merged(config, pruned, adapter, tmp_path / "merged")["pattern_unchanged"] is True
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before, after = tensors(pruned)[name], tensors(tmp_path / "merged")[name]
+    smallest = 2.0**-24 if after.dtype == torch.float16 else 2.0**-126
+    assert (after[before != 0].abs() == smallest).all()
 
 
 def test_a_broken_adapter_is_refused(config: Config, pruned: Path, adapter: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sppctl.lm.checkpoint import load_config as model_config
 from sppctl.settings import Config
 from sppctl.stages import merge, prune, train
 from sppctl.stages.inspect import holds
+from sppctl.stages.merge_rules import merged_weight
 
 METHODS = ["spp", "lora", "hira", "masked_lora", "masked_full", "ste"]
 ROUNDED_IN_TRAINING = ["spp", "masked_lora", "masked_full", "ste"]  # without dropout
@@ -66,7 +67,9 @@ def adapted(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors(directory).items() if name.endswith("_proj.weight")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_model_is_the_trained_one(
     method: str, dtype: torch.dtype, configure: Configure, prepare: Callable[..., Path], tmp_path: Path
@@ -117,6 +120,24 @@ def test_every_zero_stays_zero(method: str, configure: Configure, prepare: Calla
     assert record["sparsity"] == 0.5
     after = adapted(tmp_path / "merged")
     assert all(torch.equal(weight == 0, after[name] == 0) for name, weight in adapted(pruned).items())
+
+
+@pytest.mark.parametrize("method", ["spp", "hira", "masked_lora", "masked_full", "ste"])
+def test_a_training_that_learns_nothing_moves_nothing(
+    method: str, configure: Configure, prepare: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Although float16 is trained as another dtype."""
+    config = configure(f"train.method={method}", "train.lr=1e-12", "train.max_steps=1")
+    pruned = prepare(torch.float16)
+    assert run_train(config, pruned, tmp_path / "adapter")["dtype"] != "float16"
+    assert run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged")["moved_share"] == 0
+
+
+def test_hira_keeps_a_weight_that_would_vanish() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.0, 6e-8]]).half()
+    tensors = {"hira_A": torch.tensor([[-1.0, -1, 3, -0.9]]), "hira_B": torch.ones(1, 1)}
+    merged = merged_weight("HIRA", "keep", weight, tensors, {}, torch.float16)
+    assert merged.abs().tolist() == [[2.0**-24, 2.0**-24, 0, 2.0**-24]]
 
 
 # --- LoRA fills zeros -------------------------------------------------------------------------------------------------
@@ -265,6 +286,32 @@ def test_the_rank_is_limited_for_spp_alone(configure: Configure, llama: Path) ->
     assert "exceeds the 32 output features" in problems(configure("train.rank=33"), llama)
     for method in METHODS[1:]:
         assert problems(configure("train.rank=33", f"train.method={method}"), llama) == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.method=spp", "train.init=ones", "train.beta=false"], ""),
+        (["train.method=masked_full"], "train.dropout, train.rank: no effect with train.method=masked_full"),
+        (["train.method=lora", "train.init=random"], "train.init: no effect with train.method=lora"),
+        (["train.method=hira", "train.scale=5"], "train.scale: no effect with train.method=hira"),
+        (["train.mask_steps=7"], "train.mask_steps: no effect with train.method=spp"),
+        (["train.distill.weight=0.7"], "train.distill.weight: no effect without train.distill.teacher"),
+        (["train.refresh.until=0.3"], "train.refresh.until: no effect without train.refresh.steps"),
+    ],
+)
+def test_keys_without_effect_are_warned_of(
+    overrides: list[str], said: str, configure: Configure, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert problems(configure(*overrides), llama) == ""
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == ([f"warning: {said}"] if said else [])
+
+
+def test_a_model_without_linear_layers(configure: Configure, make_checkpoint: Callable[..., Path], llama: Path) -> None:
+    skeleton = Skeleton(model_config(make_checkpoint("gpt2")))
+    with pytest.raises(UserError, match=r"sppctl trains nn.Linear layers only, and none of these is one"):
+        train.preflight(configure("prune.targets=all-linear", "train.method=lora"), skeleton, byte_tokenizer())
 
 
 def test_dynamic_masks_need_whole_matrices(configure: Configure, llama: Path) -> None:

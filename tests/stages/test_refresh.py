@@ -14,17 +14,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import cut_after
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sppctl import pipeline
+from sppctl import SppConfig, pipeline
+from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.config import load_config, to_yaml
 from sppctl.errors import StageError
 from sppctl.lm import batches
 from sppctl.pruning import dsnot
+from sppctl.pruning.stats import InputMoments
 from sppctl.run_directory import Run
 from sppctl.settings import Config
-from sppctl.stages import merge, refresh, train
+from sppctl.stages import merge, prune, refresh, train
+from sppctl.stages.refreshed import REFRESHED
 from sppctl.stages.subjects import Subject
 
 EXACT = "launch.mixed_precision=no"  # the model that is looked at after training is not autocast
@@ -64,17 +68,18 @@ def test_pattern_and_values_after_every_refresh(
     original = refresh.MaskRefresh._refresh
 
     def checked(self: refresh.MaskRefresh) -> dict[str, Any]:
-        before = {name: refresh._base_weight(layer).clone() for name, layer in self.layers.items()}
+        before = {name: self.base_weight(name).clone() for name in self.layers}
         record = original(self)
         swaps = 0
         for name, layer in self.layers.items():
-            key, weight = self.stored[name], refresh._base_weight(layer)
+            key, weight = self.stored[name], self.base_weight(name)
             assert zeros_per_row(weight) == zeros_per_row(start[key])
             if config.prune.pattern.is_structured:
                 assert (weight.view(len(weight), -1, 4) != 0).sum(-1).max() <= 2
             survived, regrown = (before[name] != 0) & (weight != 0), (before[name] == 0) & (weight != 0)
             assert torch.equal(weight[survived], before[name][survived])
-            assert torch.equal(weight[regrown], dense[key][regrown])
+            effective = effective_weight(weight, *layer.factors("default"), 2.0, torch.float32)
+            torch.testing.assert_close(effective[regrown], dense[key][regrown], rtol=1e-6, atol=0)
             swaps += int(regrown.sum())
         assert record["swaps"] == swaps
         seen.append(swaps)
@@ -88,6 +93,59 @@ def test_pattern_and_values_after_every_refresh(
     total = sum(start[f"{name}.weight"].numel() for name in pruned[1])
     assert metrics["refreshes"][0]["changed_share"] == pytest.approx(2 * seen[0] / total)
     assert 0 < metrics["regrown_share"] < 1
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def stored(
+    request: pytest.FixtureRequest, configure: Callable[..., Config], make_checkpoint: Any, tmp_path: Path
+) -> tuple[Path, tuple[Path, list[str]]]:
+    """A dense and a pruned checkpoint that are not float32; float16 is trained in another dtype."""
+    base, out = make_checkpoint("llama", request.param), tmp_path / "stored"
+    out.mkdir()
+    return base, (out, [layer["name"] for layer in prune.execute(configure(), base, out)["layers"]])
+
+
+def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value(
+    stored: tuple[Path, tuple[Path, list[str]]], configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    base, pruned = stored
+    # an adapter away from zero that hardly moves, and a single refresh
+    options = ("train.init=random", "train.lr=1e-12", "train.refresh.steps=2", "train.refresh.until=0.4")
+    config = configure(*options)
+    trained(config, pruned, tmp_path / "adapter", base)
+    (tmp_path / "merged").mkdir()
+    merge.execute(config, pruned[0], tmp_path / "adapter", tmp_path / "merged")
+    dense, before, merged = (load_file(path / "model.safetensors") for path in (base, pruned[0], tmp_path / "merged"))
+    regrown_places = 0
+    for name, weight in load_file(tmp_path / "adapter" / REFRESHED).items():
+        assert weight.dtype == before[name].dtype
+        survived, regrown = (before[name] != 0) & (weight != 0), (before[name] == 0) & (weight != 0)
+        assert torch.equal(weight[survived], before[name][survived])
+        rounding = torch.finfo(weight.dtype).eps
+        torch.testing.assert_close(merged[name][regrown], dense[name][regrown], rtol=rounding, atol=1e-7)
+        assert not torch.equal(weight[regrown], dense[name][regrown])
+        regrown_places += int(regrown.sum())
+    assert regrown_places > 0
+
+
+def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path
+) -> None:
+    config = configure("train.refresh.steps=2")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pruned[0]), SppConfig(r=4, scale=2.0))
+    refreshing = refresh.prepare(config, model, pruned[0], llama, None)
+    assert refreshing is not None
+    name, layer = next(iter(refreshing.layers.items()))
+    torch.manual_seed(0)
+    statistics = InputMoments(layer.in_features, "cpu")
+    statistics.update(torch.randn(50, layer.in_features) + torch.randn(layer.in_features))
+    weight = refreshing.base_weight(name)
+    for factor, changes in ((0.05, False), (0.5, True), (-0.5, True)):
+        layer.spp_alpha["default"].data.fill_(1)
+        layer.spp_beta["default"].data.fill_((factor - 1) / 2)
+        with torch.no_grad():
+            after = refreshing._exchanged(name, layer, weight, statistics)
+        assert bool(((after != 0) != (weight != 0)).any()) == changes
 
 
 @pytest.mark.parametrize("beta", ["true", "false"])
@@ -123,20 +181,17 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
 
 
 def test_a_resumed_training_ends_with_the_same_weights(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, list[str]],
-    llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stored: tuple[Path, tuple[Path, list[str]]], configure: Callable[..., Config], tmp_path: Path
 ) -> None:
+    llama, pruned = stored
     config = configure(*EVERY_TWO, "train.save_steps=3", "train.dropout=0.1")
     whole = trained(config, pruned, tmp_path / "whole", llama)
 
     with cut_after(5):
         trained(config, pruned, tmp_path / "cut", llama)
-    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-3" / refresh.REFRESHED).is_file()
+    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-3" / REFRESHED).is_file()
     cut = trained(config, pruned, tmp_path / "cut", llama)
-    for name in ("adapter_model.safetensors", refresh.REFRESHED):
+    for name in ("adapter_model.safetensors", REFRESHED):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     swaps = [[entry["swaps"] for entry in metrics["refresh"]["refreshes"]] for metrics in (whole, cut)]
     assert len(swaps[0]) == 4
@@ -147,7 +202,7 @@ def test_off_by_default(configure: Callable[..., Config], pruned: tuple[Path, li
     (tmp_path / "adapter").mkdir()
     metrics = train.execute(configure("train.max_steps=2"), *pruned, tmp_path / "adapter", resume=True)
     assert metrics["refresh"] is None
-    assert not (tmp_path / "adapter" / refresh.REFRESHED).exists()
+    assert not (tmp_path / "adapter" / REFRESHED).exists()
 
 
 def test_nothing_is_exchanged_before_the_first_refresh(
@@ -167,7 +222,7 @@ def test_merging_refuses_another_number_of_zeros(
 ) -> None:
     config = configure(*EVERY_TWO)
     trained(config, pruned, tmp_path / "adapter", llama)
-    path = tmp_path / "adapter" / refresh.REFRESHED
+    path = tmp_path / "adapter" / REFRESHED
     content = load_file(path)
     name = next(iter(content))
     row = content[name][0]
@@ -255,7 +310,7 @@ def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path
         adapter = tmp_path / str(number) / "adapter"
         records.append(json.loads((adapter / "stage.json").read_text())["metrics"])
         adapters.append(load_file(adapter / "adapter_model.safetensors"))
-        matrices.append(load_file(adapter / refresh.REFRESHED))
+        matrices.append(load_file(adapter / REFRESHED))
     for key in ("loss", "kl", "grad_norm"):
         one, two = ([entry[key] for entry in record["history"] if "loss" in entry] for record in records)
         assert two == pytest.approx(one, rel=1e-3), key

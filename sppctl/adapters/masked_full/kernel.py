@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
+from sppctl.adapters.products import moment_of
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ class _MaskedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, values, mask = ctx.saved_tensors
-        grad_x = grad_values = None
+        grad_x = grad_values = grad_bias = None
         rows = grad_output.reshape(-1, values.shape[0]).to(x.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = (rows @ effective_weight(values, mask, x.dtype)).view(x.shape)
@@ -52,10 +53,12 @@ class _MaskedLinear(torch.autograd.Function):
             flat = x.reshape(-1, values.shape[1])
             grad_values = torch.empty_like(values)
             for chunk in row_chunks(values):
-                grad_values[chunk] = rows[:, chunk].t() @ flat
+                grad_values[chunk] = moment_of(rows[:, chunk], flat)
                 if not ctx.straight_through:
                     grad_values[chunk].masked_fill_(mask[chunk] == 0, 0)
-        return grad_x, grad_values, None, None, None
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_values, None, grad_bias, None
 
 
 def masked_linear(
@@ -68,7 +71,7 @@ def masked_linear(
         values: V (m, n) float32.
         mask: (m, n), any dtype; kept where it is not zero. The pruned weight is its own mask.
         weight: (m, n), the frozen weight, for its dtype.
-        bias: (m,) or None, frozen.
+        bias: (m,) or None.
         straight_through: the gradient reaches weights outside the mask too.
 
     Returns:

@@ -29,6 +29,11 @@ class MaskedFullLinear(SparseLinear[MaskedFullConfig]):
         self.masked_full_weight[adapter_name] = nn.Parameter(values)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @torch.no_grad()
+    def start_at(self, adapter_name: str, weight: Tensor) -> None:
+        """Starts an adapter at a weight (out, in) that ``base_layer`` holds rounded, with the same zeros."""
+        self.masked_full_weight[adapter_name].copy_(weight)
+
     def effective_weight(self, weight: Tensor, names: list[str]) -> Tensor:
         """The trained weight under the mask of ``weight``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from sppctl.adapters.tuner import SparseConfig, check_rank_and_dropout
+from sppctl.adapters.tuner import SparseConfig, check_branch
 
 
 class MaskedLoraType(str, enum.Enum):
@@ -36,4 +36,4 @@ class MaskedLoraConfig(SparseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
-        check_rank_and_dropout("MaskedLoraConfig", self.r, self.dropout)
+        check_branch("MaskedLoraConfig", self.r, self.scale, self.dropout)

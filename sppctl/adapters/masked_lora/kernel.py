@@ -5,7 +5,7 @@ W (m, n) is the pruned weight, M = (W != 0) its mask, A (r, n) and B (m, r) are 
     y = x W^T + s dropout(x) (M * (B A))^T
 
 Without dropout it is one product with W_eff = W + s M * (B A), computed in float32 and rounded once to the dtype of W:
-training sees exactly the weight that merging writes. Gradients pass the rounding unchanged. With P = (dy^T x) * M:
+training sees the weight that merging writes in it. Gradients pass the rounding unchanged. With P = (dy^T x) * M:
 
     dB = s P A^T          dA = s B^T P          dx = dy W_eff
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from sppctl.adapters.dropout import dropped_places, zeroed
 from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
+from sppctl.adapters.products import moment_of
 
-Factors = tuple[Tensor, Tensor, float]  # A (r, n) float32, B (m, r) float32, s
+Factors = tuple[Tensor, Tensor, float]  # A (r, n), B (m, r), s
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def effective_weight(weight: Tensor, adapters: list[Factors], dtype: torch.dtype
     for rows in row_chunks(weight):
         total = weight[rows].float()
         for a, b, scale in adapters:
-            total = torch.addmm(total, b[rows], a, alpha=scale)
+            total = torch.addmm(total, b[rows].float(), a.float(), alpha=scale)
         result[rows] = round_under_mask(total, weight[rows], dtype)
     return result
 
@@ -53,20 +54,24 @@ def delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torc
     """s M * (B A), computed in float32 and rounded once; shapes as in effective_weight."""
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for rows in row_chunks(weight):
-        result[rows] = (b[rows] @ a).mul_(scale).masked_fill_(weight[rows] == 0, 0)
+        result[rows] = (b[rows].float() @ a.float()).mul_(scale).masked_fill_(weight[rows] == 0, 0)
     return result
 
 
 def _factor_gradients(
     grad_output: Tensor, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A (r, n) and B (m, r) in float32, from dy (tokens, m) and the branch's input (tokens, n)."""
-    grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
+    """Gradients of A (r, n) and B (m, r), from dy (tokens, m) and the branch's input (tokens, n).
+
+    They are added up in float32 and have the dtypes of A and B: ZeRO-3 rounds those to the model's.
+    """
+    a32 = a.float()
+    grad_a, grad_b = torch.zeros_like(a32), torch.empty(b.shape, dtype=torch.float32, device=b.device)
     for rows in row_chunks(weight):
-        moment = (grad_output[:, rows].t() @ inputs).float().masked_fill_(weight[rows] == 0, 0)
-        torch.mm(moment, a.t(), out=grad_b[rows])
-        grad_a.addmm_(b[rows].t(), moment)
-    return grad_a.mul_(scale), grad_b.mul_(scale)
+        moment = moment_of(grad_output[:, rows], inputs).float().masked_fill_(weight[rows] == 0, 0)
+        torch.mm(moment, a32.t(), out=grad_b[rows])
+        grad_a.addmm_(b[rows].t().float(), moment)
+    return grad_a.mul_(scale).to(a.dtype), grad_b.mul_(scale).to(b.dtype)
 
 
 class _MaskedLoraLinear(torch.autograd.Function):
@@ -96,7 +101,7 @@ class _MaskedLoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
-        grad_x = grad_a = grad_b = None
+        grad_x = grad_bias = grad_a = grad_b = None
         rows = grad_output.reshape(-1, weight.shape[0]).to(x.dtype)
         places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
         if ctx.needs_input_grad[0]:
@@ -107,7 +112,9 @@ class _MaskedLoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             inputs = (x if places is None else zeroed(x, places)).reshape(-1, weight.shape[1])
             grad_a, grad_b = _factor_gradients(rows, inputs, weight, a, b, ctx.scale)
-        return grad_x, None, None, grad_a, grad_b, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
 
 def _factor(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, base: bool) -> Tensor:
@@ -123,7 +130,7 @@ def masked_lora_linear(
     Args:
         x: (..., n).
         weight: (m, n), frozen.
-        bias: (m,) or None, frozen.
+        bias: (m,) or None.
         adapters: (A (r, n), B (m, r), scale, dropout) of each active adapter; their branches add up.
 
     Returns:

@@ -7,7 +7,7 @@ Row i of W belongs to group g(i) = floor(i r / m), so that any m works, also whe
     y  = x W^T + s dropout(x) W'^T               (Eq. 5)
 
 Without dropout the two matrix products are one, with the effective weight W_eff = W * (1 + s alpha[g] beta), which is
-computed in float32 and rounded once to the dtype of W: training sees exactly the weight that merging writes. Gradients
+computed in float32 and rounded once to the dtype of x: training sees the weight that merging writes in it. Gradients
 pass the rounding unchanged. With P = (dy^T x) * W:
 
     dbeta_i  = s sum_n P_in alpha_g(i)n          dalpha_k = s sum_{i in group k} beta_i P_i          dx = dy W_eff
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from sppctl.adapters.dropout import dropped_places, zeroed
 from sppctl.adapters.linear import autocast_inputs
-from sppctl.adapters.products import moment
+from sppctl.adapters.masked import round_under_mask, row_chunks
+from sppctl.adapters.products import moment_of
 
 CPU_CHUNK = 1 << 16  # elements: 256 KiB of float32; smaller pieces cost calls, larger ones leave a core's cache
 GPU_CHUNK = 1 << 24
@@ -40,7 +41,10 @@ def row_groups(out_features: int, r: int, device: torch.device | str | None = No
 
 
 def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W * (1 + s alpha[g] beta), computed in float32 and rounded once; no gradient flows through it.
+    """W * (1 + s alpha[g] beta), computed in float32 and rounded once, for merging; no gradient flows through it.
+
+    A kept weight that rounds to zero becomes the smallest number instead (:func:`round_under_mask`). The forward pass
+    spares itself that search.
 
     Args:
         weight: (m, n) pruned weight, any float dtype.
@@ -50,9 +54,12 @@ def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, 
         dtype: of the result.
 
     Returns:
-        (m, n); zero wherever ``weight`` is zero.
+        (m, n); zero exactly where ``weight`` is zero.
     """
-    return _rowwise(weight, alpha, beta, scale, dtype, base=True)
+    result = _rowwise(weight, alpha, beta, scale, dtype, base=True)
+    for rows in row_chunks(weight):
+        result[rows] = round_under_mask(result[rows], weight[rows], dtype)
+    return result
 
 
 def delta_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -193,12 +200,12 @@ class _SppLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, alpha, beta = ctx.saved_tensors
-        grad_x = grad_alpha = grad_beta = None
+        grad_x = grad_bias = grad_alpha = grad_beta = None
         rows, inputs = grad_output.reshape(-1, weight.shape[0]).to(x.dtype), x.reshape(-1, weight.shape[1])
         places = dropped_places(x, ctx.dropout, ctx.seed) if ctx.dropout else None
         with_base = ctx.base and places is None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            branch_weight = moment(rows, inputs if places is None else zeroed(inputs, places))
+            branch_weight = moment_of(rows, inputs if places is None else zeroed(inputs, places))
             grad_alpha, grad_beta = _adapter_gradients(branch_weight, weight, alpha, beta, ctx.scale, with_base)
         else:
             branch_weight = _rowwise(weight, alpha, beta, ctx.scale, x.dtype, with_base)
@@ -209,7 +216,9 @@ class _SppLinear(torch.autograd.Function):
                 if ctx.base:
                     grad_x.addmm_(rows, weight.to(x.dtype))
             grad_x = grad_x.view(x.shape)
-        return grad_x, None, None, grad_alpha, grad_beta, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, None, grad_bias, grad_alpha, grad_beta, None, None, None
 
 
 def spp_linear(
@@ -223,7 +232,7 @@ def spp_linear(
     Args:
         x: (..., n).
         weight: (m, n), frozen.
-        bias: (m,) or None, frozen.
+        bias: (m,) or None.
         adapters: (alpha (r, n), beta (m, 1), scale, dropout) of each active adapter; their branches add up.
 
     Returns:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from sppctl.adapters.linear import SparseLinear
+from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp.config import SppConfig
 from sppctl.adapters.spp.kernel import delta_weight, effective_weight, spp_linear
+
+NO_BETA = "ones"  # a buffer, or every forward pass would make one anew and keep it for the backward pass
 
 
 class SppLinear(SparseLinear[SppConfig]):
@@ -47,6 +50,8 @@ class SppLinear(SparseLinear[SppConfig]):
             self.spp_beta[adapter_name] = nn.Parameter(
                 torch.empty(self.out_features, 1, dtype=torch.float32, device=device)
             )
+        else:
+            self.register_buffer(NO_BETA, torch.ones(self.out_features, 1, device=device), persistent=False)
         self.reset_adapter_parameters(adapter_name, config.init_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -67,10 +72,8 @@ class SppLinear(SparseLinear[SppConfig]):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """alpha (r, in) and beta (out, 1); without a beta of its own an adapter has ones that are not trained."""
-        alpha = self.spp_alpha[adapter]
-        if adapter in self.spp_beta:
-            return alpha, self.spp_beta[adapter]
-        return alpha, torch.ones(self.out_features, 1, dtype=torch.float32, device=alpha.device)
+        beta = self.spp_beta[adapter] if adapter in self.spp_beta else getattr(self, NO_BETA)
+        return self.spp_alpha[adapter], beta
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s W' (Eq. 4): (out_features, in_features), in the weight's dtype, zero wherever the weight is."""
@@ -84,7 +87,7 @@ class SppLinear(SparseLinear[SppConfig]):
         total = weight.float()
         for name in names:
             total = total + delta_weight(weight, *self.factors(name), self.scaling[name], torch.float32)
-        return total.to(weight.dtype)
+        return round_under_mask(total, weight, weight.dtype)
 
     def adapted(self, x: Tensor, names: list[str]) -> Tensor:
         """Eq. 5 with the named adapters."""

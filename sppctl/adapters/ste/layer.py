@@ -41,15 +41,22 @@ class SteLinear(SparseLinear[SteConfig]):
         self.pattern[adapter_name] = None if config.pattern is None else Pattern.parse(config.pattern)
         values = self._linear().weight.detach().to(torch.float32, copy=True)
         self.ste_weight[adapter_name] = nn.Parameter(values)
-        self.ste_mask[adapter_name] = self._largest(adapter_name, values)
+        self.ste_mask[adapter_name] = self._first_mask(adapter_name, values)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def start_at(self, adapter_name: str, weight: Tensor) -> None:
+        """Starts an adapter at a weight (out, in) that ``base_layer`` holds rounded, with the same zeros."""
+        self.ste_weight[adapter_name].copy_(weight)
+        self.ste_mask[adapter_name].copy_(self._first_mask(adapter_name, self.ste_weight[adapter_name]))
 
     @torch.no_grad()
     def select_mask(self, adapter_name: str) -> int:
         """Chooses the mask anew by the magnitudes of V.
 
         Returns:
-            How many weights have left the mask.
+            How many weights have left the mask. As many have entered, and at the first selection as many more as there
+            were zeros in the places that N:M keeps.
         """
         mask = self._largest(adapter_name, self.ste_weight[adapter_name])
         left = int((self.ste_mask[adapter_name] & ~mask).sum())
@@ -61,6 +68,10 @@ class SteLinear(SparseLinear[SteConfig]):
         if pattern is not None:
             return mask_by_row(values.abs(), pattern)
         return keep_largest_of_rows(values.abs(), (self._linear().weight == 0).sum(1))
+
+    def _first_mask(self, adapter_name: str, values: Tensor) -> Tensor:
+        """The pruned weight's own mask: a group with fewer than N weights that are not zero keeps only these."""
+        return self._largest(adapter_name, values) & (values != 0)
 
     @torch.no_grad()
     def add_decay(self, adapter_name: str, decay: float) -> None:
