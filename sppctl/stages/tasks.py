@@ -36,6 +36,8 @@ def wanted(config: Config) -> list[dict[str, Any]]:
                 "chat_template": config.eval.chat_template or None,
                 "system_prompt": config.eval.system_prompt,
                 "own_tasks": harness.own_tasks(member.task, config.eval.include_path),
+                # another one changes the last bits of likelihoods
+                "batch_size": None if config.eval.batch_size == "auto" else config.eval.batch_size,
             }
             entries.append(entry | {key: value for key, value in optional.items() if value is not None})
     return entries
@@ -47,6 +49,21 @@ def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
         return True
     whole = {key: value for key, value in entry.items() if key != "group"} | {"tasks": entry.get("group")}
     return "group" in entry and whole in done
+
+
+def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a measurement takes the place of another one: of those at several batch sizes the last one stays."""
+    return new | {"batch_size": None} == old | {"batch_size": None}
+
+
+def has_samples(result: dict[str, Any], folder: Path) -> bool:
+    """Whether the files of samples are still those of a result, and not of the same task with other settings."""
+    found = result["metrics"].get("samples_hash", {})
+    return all(_content_hash(folder / samples_name(task)) == expected for task, expected in found.items())
+
+
+def _content_hash(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def measure(
