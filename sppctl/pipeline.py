@@ -238,6 +238,10 @@ def run_all(run: Run, elsewhere: Callable[..., None] | None = None) -> dict[str,
     """
     started = time.perf_counter()
     preflight(run, STAGES)
+    if not _results(run, "merged").is_file():
+        from sppctl.stages import evaluate as evaluation
+
+        evaluation.load_data(run.config)
     if elsewhere is not None:
         elsewhere("prune")
         elsewhere("train")

@@ -28,6 +28,7 @@ from sppctl.stages.perplexities import DenseModel
 from sppctl.stages.subjects import Subject
 
 DEFAULT_WINDOW = 2048
+LOADED_AT_ONCE = 20  # tasks whose data is looked for before a run starts
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
@@ -63,6 +64,17 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def load_data(config: Config) -> None:
+    """Loads the data of the configured tasks, unless they are many, so that what is missing is found at once.
+
+    Raises:
+        StageError: some cannot be had.
+    """
+    names = list(dict.fromkeys(entry["tasks"] for entry in tasks.wanted(config)))
+    if names and len(names) <= LOADED_AT_ONCE:
+        harness.load_tasks(names, config.eval.include_path)
 
 
 def _check_reference(config: Config, skeleton: Any) -> None:
