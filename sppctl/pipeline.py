@@ -149,13 +149,13 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
         jobs.append((subject, distributed.tell(wanted, 0), dense))
     try:
         stage.predict(run.config, jobs)
-        for subject, wanted, dense in jobs:
+        for subject, wanted, _ in jobs:
             results = _results(run, subject.label)
             if not wanted and results.is_file():
                 console.note(f"eval {subject.label}: up to date ({results})")
                 found[subject.label] = stage.read_results(results)
             else:
-                found[subject.label] = stage.execute(run.config, subject, results, wanted, dense)
+                found[subject.label] = stage.execute(run.config, subject, results, wanted, reference)
             perplexities.release()
     finally:
         if reference is not None:

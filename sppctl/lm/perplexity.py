@@ -107,6 +107,7 @@ def window_sums(
     scored: Tensor | None = None,
     compare: Callable[[int, int, int, Tensor], tuple[float, int]] | None = None,
     whole: bool = False,
+    hidden: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Sums over the predicted tokens of every window that count.
 
@@ -122,6 +123,7 @@ def window_sums(
         compare: takes window, first and last position and the float32 logits there; gives the summed KL divergence
             and the number of agreements.
         whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
+        hidden: (windows, seq_len, hidden_size), the model's final hidden states if they are known already.
 
     Yields:
         (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
@@ -138,7 +140,10 @@ def window_sums(
 
     def sums_of(first: int, end: int) -> Tensor:
         batch = windows[first:end].to(model.device)
-        output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
+        if hidden is not None and chunked:
+            output = hidden[first:end].to(model.device)
+        else:
+            output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
         sums = torch.zeros(len(batch), 3, dtype=torch.float64)
         last = batch.shape[1] - 1
         for row in range(len(batch)):

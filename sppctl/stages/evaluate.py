@@ -187,7 +187,7 @@ def execute(
         subject: the checkpoint, or an adapter on one.
         results: its JSON file.
         wanted: entries of :func:`measures`.
-        dense: the model whose predictions are compared; it has made them (:func:`predict`).
+        dense: the model with which others are compared, and perhaps this one itself; after :func:`predict`.
 
     Returns:
         The content of the results file.

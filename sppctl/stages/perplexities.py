@@ -154,9 +154,9 @@ class DenseModel:
         del model
         release()
 
-    def on(self, text: Windows) -> Reference:
-        """Its predictions on the windows of this process."""
-        return self._references[text.key]
+    def on(self, text: Windows) -> Reference | None:
+        """Its predictions on the windows of this process, if it has made them."""
+        return self._references.get(text.key)
 
     def close(self) -> None:
         """Removes what was kept."""
@@ -198,7 +198,8 @@ def measure(
         tokenizer: its tokenizer.
         settings: an entry of :func:`wanted`.
         label: of the checkpoint, for progress.
-        dense: the model to compare with, which has predicted these windows; None: no comparison.
+        dense: the model to compare with, which has predicted these windows. Where the settings name no reference, this
+            model is itself the dense one, and what it has predicted is not computed again.
 
     Returns:
         The fields of :class:`sppctl.lm.perplexity.Perplexity`, ``documents_hash`` of the text, ``compared_with`` what
@@ -212,11 +213,19 @@ def measure(
     text = windows_of(config, tokenizer, settings, model.device)
     windows, own, stride = text.tokens, text.own, settings["stride"]
     scored = perplexity.scored_tokens(len(windows), windows.shape[1], stride)
-    compare = None if dense is None else _comparison(dense, dense.on(text), model)
+    known = None if dense is None else dense.on(text)
+    compared = settings["reference"] is not None
+    compare = hidden = None
+    if compared:
+        assert dense is not None
+        assert known is not None
+        compare = _comparison(dense, known, model)
+    elif known is not None:
+        hidden = known.hidden
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
     done = 0
     with console.Progress(f"{label}: perplexity of {settings['text']}", len(own)) as bar:
-        for batch in perplexity.window_sums(model, windows[own], text.batch_size, scored[own], compare):
+        for batch in perplexity.window_sums(model, windows[own], text.batch_size, scored[own], compare, hidden=hidden):
             sums[own[done : done + len(batch)]] = batch
             done += len(batch)
             nll = sums[own[:done], 0].sum() / scored[own[:done]].sum()
@@ -227,8 +236,8 @@ def measure(
         sums = shared.cpu()
     _check_finite(sums, model, label)
     losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
-    measured = asdict(perplexity.summarise(sums, windows.shape[1], stride, dense is not None))
-    if dense is not None and dense.name != "base":
+    measured = asdict(perplexity.summarise(sums, windows.shape[1], stride, compared))
+    if compared and dense is not None and dense.name != "base":
         measured["compared_with"] = dense.name
     return measured | {"documents_hash": text.documents_hash, "window_nll": losses}
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from sppctl import pipeline
 from sppctl.config import load_config
@@ -135,9 +135,20 @@ def test_one_model_at_a_time(work: Callable[..., Run], alpaca_file: Path, text_f
         return model
 
     monkeypatch.setattr(checkpoint, "load_model", watched)
+    forwards = []
+    forward = LlamaModel.forward
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        forwards.append(options["input_ids"].shape[1] == 64)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
     found = pipeline.evaluate_some(run, ["base", "pruned"])
+    assert sum(forwards) == 2 * 2 * 2  # two batches of two texts, once dense and once pruned
     assert [name for name, _ in loaded] == ["llama", "llama", "pruned"]  # predicts for both texts, is measured
     assert all(result["metrics"]["kl"] > 0 for result in found["pruned"]["results"])
+    alone = pipeline.evaluate_some(Run(run.config, force=True), ["base"])["base"]["results"]
+    assert [result["metrics"] for result in alone] == [result["metrics"] for result in found["base"]["results"]]
     assert not list(run.directory.glob(".reference*"))
 
 
