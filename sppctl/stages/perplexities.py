@@ -147,6 +147,7 @@ class DenseModel:
                 shutil.rmtree(left)
         distributed.barrier()
         self._folder.mkdir()
+        console.note(f"eval: what {self.directory} predicts, to compare others with it")
         model = checkpoint.load_model(self.directory, device, trust_remote_code=self.trust, spread=True)
         for number, (key, text) in enumerate(todo.items()):
             file = self._folder / f"{number}.bin"
