@@ -226,10 +226,14 @@ def test_data_that_is_not_there_is_missed_before_a_run_starts(
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
-    config_file: Path, own_tasks: Path, text_file: Path, tmp_path: Path
+    config_file: Path, own_tasks: Path, text_file: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text()[:70])  # one window for two processes
     names = "eval.tasks=[sums, read, said, drawn]"
     arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", names, "eval.batch_size=2"]
+    other = make_checkpoint("llama", torch.bfloat16)
+    arguments += [f"eval.perplexity=[{text_file}, {short}]", f"eval.divergence={other}"]
     found = []
     torchrun: list[str] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ways = {"one": ([], []), "torchrun": (torchrun, []), "own": ([], ["launch.num_processes=2"])}
@@ -241,12 +245,15 @@ def test_two_processes_give_the_numbers_of_one(
         assert done.returncode == 0, done.stderr
         content = json.loads(done.stdout)
         assert content == json.loads((place / "eval/base.json").read_text())
+        assert not list(place.glob(".reference*"))
         told = shlex.split(content["results"][0]["command"])
         # processes that were started for it are told all but how to print
         assert told == ["sppctl", *own, "--model=base", *["--json"] * (name != "own")]
         files = {path.name: path.read_text() for path in sorted((place / "eval/base.samples").iterdir())}
         found.append(([(entry["settings"], entry["metrics"]) for entry in content["results"]], files))
     assert found[0] == found[1] == found[2]
+    texts = [metrics for settings, metrics in found[0][0] if settings["kind"] == "perplexity"]
+    assert [(metrics["windows"], metrics["kl"] > 0) for metrics in texts] == [(8, True), (1, True)]
     assert list(found[0][1]) == ["drawn.jsonl", "large_sums.jsonl", "read.jsonl", "said.jsonl", "small_sums.jsonl"]
 
 
