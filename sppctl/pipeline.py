@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -132,10 +131,12 @@ def merge(run: Run) -> dict[str, Any]:
 def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Measures checkpoints and adapters by label; what has been measured before is not measured again."""
     from sppctl.stages import evaluate as stage
+    from sppctl.stages import perplexities
     from sppctl.stages.subjects import Subject
 
     found = {}
     reference = _dense_model(run, checkpoints)
+    jobs = []
     for label, path in checkpoints.items():
         subject = Subject.at(label, path)
         results = _results(run, label)
@@ -144,12 +145,21 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
             wanted = stage.measures(run.config, stage.window_of(run.config, subject.directory), dense)
         else:
             wanted = stage.missing(run.config, subject, results, dense)
-        wanted = distributed.tell(wanted, 0)  # the others may have read the file while it was written
-        if not wanted and results.is_file():
-            console.note(f"eval {label}: up to date ({results})")
-            found[label] = stage.read_results(results)
-        else:
-            found[label] = stage.execute(run.config, subject, results, wanted, dense)
+        # the others may have read the file while it was written
+        jobs.append((subject, distributed.tell(wanted, 0), dense))
+    try:
+        stage.predict(run.config, jobs)
+        for subject, wanted, _ in jobs:
+            results = _results(run, subject.label)
+            if not wanted and results.is_file():
+                console.note(f"eval {subject.label}: up to date ({results})")
+                found[subject.label] = stage.read_results(results)
+            else:
+                found[subject.label] = stage.execute(run.config, subject, results, wanted, reference)
+            perplexities.release()
+    finally:
+        if reference is not None:
+            reference.close()
     return found
 
 
@@ -173,8 +183,8 @@ def _dense_model(run: Run, checkpoints: dict[str, Path]) -> Any:
         return None
     if name == "base" and not set(checkpoints) & {"pruned", "merged", "adapter"}:
         return None
-    directory = run.base() if name == "base" else checkpoint.locate(name)
-    return DenseModel(directory, run.config.model.trust_remote_code)
+    directory = run.base() if name == "base" else checkpoint.locate(name, key="eval.divergence")
+    return DenseModel(name, directory, run.config.model.trust_remote_code, run.directory)
 
 
 def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None = None) -> list[dict[str, Any]]:
@@ -228,6 +238,10 @@ def run_all(run: Run, elsewhere: Callable[..., None] | None = None) -> dict[str,
     """
     started = time.perf_counter()
     preflight(run, STAGES)
+    if not _results(run, "merged").is_file():
+        from sppctl.stages import evaluate as evaluation
+
+        evaluation.load_data(run.config)
     if elsewhere is not None:
         elsewhere("prune")
         elsewhere("train")
@@ -266,8 +280,7 @@ def evaluate_some(
         raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; name a text or a task")
     from sppctl.stages.subjects import Subject
 
-    wanted: list[str | None] = [*models] or [None]
-    places = dict(_checkpoint_to_measure(run, model) for model in wanted)
+    places = _checkpoints_to_measure(run, models)
     for label, path in places.items():
         preflight(run, ("eval",), Subject.at(label, path).directory if path is not None else None)
     if elsewhere is not None:
@@ -289,6 +302,19 @@ def _results(run: Run, label: str) -> Path:
     return run.directory / "eval" / f"{label}.json"
 
 
+def _checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | None]:
+    from sppctl.lm import checkpoint
+
+    wanted: list[str | None] = [*models] or [None]
+    places: dict[str, Path | None] = {}
+    for label, path in (_checkpoint_to_measure(run, model) for model in wanted):
+        taken = places.get(label)
+        if path is not None and taken is not None and taken.resolve() != path.resolve():
+            label = f"{label}-{checkpoint.fingerprint(path)[:6]}"
+        places[label] = path
+    return places
+
+
 def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | None]:
     """Label and directory; no directory for the base model, which may have to be unpacked first."""
     from sppctl.lm import checkpoint
@@ -300,9 +326,19 @@ def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | Non
         return model, None
     if model in own and run.record(own[model]) is not None:
         return model, run.path(own[model])
-    directory = checkpoint.locate(model)
+    directory = checkpoint.locate(model, key="--model", adapters=True)
     known = {(run.directory / name).resolve(): name for name in ("base", *own)}
-    return known.get(directory.resolve(), re.sub(r"[^\w.-]+", "-", model).strip("-.")), directory
+    return known.get(directory.resolve()) or _label(model, directory.resolve(), {"base", *own}), directory
+
+
+def _label(model: str, directory: Path, reserved: set[str]) -> str:
+    """A file name for a checkpoint that is not the run's own: its path below this folder, else its whole path."""
+    name = model
+    if Path(model).expanduser().is_dir():
+        here = Path.cwd()
+        name = str(directory.relative_to(here) if directory.is_relative_to(here) else directory)
+    label = re.sub(r"[^\w.-]+", "-", name.replace("/", "--")).strip("-.")
+    return label if label and label not in reserved else f"{directory.parent.name}--{directory.name}"
 
 
 # --- what a stage depends on ------------------------------------------------------------------------------------------
@@ -348,5 +384,7 @@ def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
 
 def _file_hash(key: str, dataset: str) -> dict[str, str]:
     """Identifies local data by content; data known by name needs no more than its name."""
-    path = Path(dataset)
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest()[:16]} if path.is_file() else {}
+    from sppctl.lm import data
+
+    found = data.file_hash(dataset)
+    return {} if found is None else {key: found}

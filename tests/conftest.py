@@ -176,6 +176,9 @@ doc_to_target: "{{{{choices[0]}}}}"
 generation_kwargs: {{max_gen_toks: 4, until: ["."], do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """)
+    said = (folder / "said.yaml").read_text()
+    drawn = said.replace("task: said", "task: drawn").replace("do_sample: false", "do_sample: true, temperature: 1.0")
+    (folder / "drawn.yaml").write_text(drawn)
     (folder / "read.yaml").write_text(f"""{data}{common}
 task: read
 output_type: loglikelihood_rolling

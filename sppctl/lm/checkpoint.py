@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sppctl import distributed
 from sppctl.errors import UserError
 from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles, read_header
 
@@ -52,17 +53,33 @@ def quiet_libraries() -> Iterator[None]:
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def locate(path: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
+def locate(
+    path: str,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    *,
+    key: str = "model.path",
+    adapters: bool = False,
+) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded (or taken from the cache).
 
     Args:
         path: local directory, ``package:NAME`` (found without importing the package), or hub id.
         gguf_file: a file that must lie there.
         revision: of a hub id.
+        key: where the path was given, for errors.
+        adapters: whether a PEFT adapter will do.
 
     Raises:
         UserError: it does not exist, or cannot be had.
     """
+    try:
+        return _located(path, gguf_file, revision, adapters)
+    except UserError as error:
+        raise UserError(re.sub("^model.path:", f"{key}:", str(error))) from error.__cause__
+
+
+def _located(path: str, gguf_file: str | None, revision: str | None, adapters: bool) -> Path:
     if path.startswith("package:"):
         directory = _package_directory(path)
     elif Path(path).expanduser().is_dir():
@@ -77,6 +94,8 @@ def locate(path: str, gguf_file: str | None = None, revision: str | None = None)
     if gguf_file and not (directory / gguf_file).is_file():
         found = ", ".join(sorted(file.name for file in directory.glob("*.gguf"))) or "no .gguf file"
         raise UserError(f"model.gguf_file: {gguf_file} is not in {directory}; there is {found}")
+    if adapters and (directory / "adapter_config.json").is_file():
+        return directory
     if not gguf_file and not (directory / "config.json").is_file():
         gguf = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"; name one in model.gguf_file: {', '.join(gguf)}" if gguf else ""
@@ -233,18 +252,54 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(directory: Path, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A causal language model, in evaluation mode, with plain transformers."""
+def load_model(
+    directory: Path,
+    device: torch.device,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    *,
+    spread: bool = False,
+) -> Any:
+    """A causal language model, in evaluation mode, with plain transformers.
+
+    Args:
+        directory: of the checkpoint.
+        device: that it is on.
+        dtype: of its weights; auto: as they are stored.
+        trust_remote_code: whether its own code may run.
+        spread: whether a model that is too large for one GPU may lie on all of them; its device is that of its
+            embedding then.
+    """
     from transformers import AutoModelForCausalLM
 
+    placed = {"device_map": "auto"} if spread and exceeds(directory, device) else {}
     with quiet_libraries():
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **placed,
         )
-    return model.to(device).eval()
+    return (model if placed else model.to(device)).eval()
+
+
+def exceeds(directory: Path, device: torch.device) -> bool:
+    """Whether weights have to lie on several GPUs.
+
+    Raises:
+        UserError: they have, but there are as many processes as GPUs.
+    """
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return False
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info(device)[0]
+    if size > free and distributed.world_size() > 1:
+        raise UserError(
+            f"{directory} has {size / 2**30:.1f} GiB of weights, more than the {free / 2**30:.1f} GiB that are free on "
+            "a GPU; launch.num_processes=1 lays it over all GPUs"
+        )
+    return size > free
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:

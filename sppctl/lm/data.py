@@ -26,15 +26,17 @@ C4_FIRST_SHARD = {
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
 C4_DOCUMENTS = {"train": 20_000, "validation": 1_100}
+C4_WINDOWS = 256  # of the validation split that the literature measures on
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of one source, and how they are joined into one text."""
+    """Documents of one source, how they are joined into one text, and of how many windows at most one is measured."""
 
     name: str
     documents: list[str]
     joiner: str = "\n\n"
+    windows: int | None = None
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -67,7 +69,8 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
 def _c4(split: str) -> Text:
     """The first documents of the training split, or of the validation split to measure on.
 
-    They are read from its first shard where that file was downloaded, else streamed from the hub.
+    The latter as Wanda and SparseGPT have it: joined by blanks, the first 256 windows of it. They are read from the
+    first shard where that file was downloaded, else streamed from the hub.
     """
     import datasets
     from huggingface_hub import try_to_load_from_cache
@@ -80,9 +83,11 @@ def _c4(split: str) -> Text:
             rows = [json.loads(line) for line in itertools.islice(file, count)]
     elif datasets.config.HF_DATASETS_OFFLINE:
         rows = load_hub("allenai/c4", split, "en")
+        rows = rows.select(range(min(count, len(rows))))
     else:
         rows = load_hub("allenai/c4", split, data_files={split: first}, streaming=True).take(count)
-    return Text("c4", [row["text"] for row in rows], joiner="\n\n")
+    documents = [row["text"] for row in rows]
+    return Text("c4", documents) if split == "train" else Text("c4", documents, joiner=" ", windows=C4_WINDOWS)
 
 
 def _wikitext2(split: str) -> Text:
@@ -287,6 +292,12 @@ def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
         wrong += [] if isinstance(row.get("input") or "", str) else ["input"]
         if wrong:
             raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
+
+
+def file_hash(name: str) -> str | None:
+    """Identifies a local file by content; None for data that is known by name."""
+    path = Path(name)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def content_hash(documents: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sppctl.errors import UserError
+from sppctl import distributed
+from sppctl.errors import StageError, UserError
 from sppctl.lm.perplexity import head_is_last_step, head_logits
 
 
@@ -30,17 +33,20 @@ class Reference:
             file: takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype.
 
         Raises:
-            UserError: the model does more to its logits than its head does, so they cannot be made again.
+            UserError: the model does more to its logits than is known, so they cannot be made again.
+            StageError: the disk is too small.
         """
-        if not head_is_last_step(model, windows[:1, :8].to(model.device)):
+        probe = windows[:1, :8] if len(windows) else torch.arange(8)[None]
+        if not head_is_last_step(model, probe.to(model.device)):
             raise UserError(
                 f"eval.divergence: {model.config.model_type} changes its logits after the output head; set it to null"
             )
-        self.head, self.config, self.device = model.get_output_embeddings(), model.config, model.device
+        self.head, self.config = model.get_output_embeddings(), model.config
         shape = (*windows.shape, self.head.weight.shape[1])
-        self.hidden = torch.from_file(str(file), shared=True, size=windows.numel() * shape[-1], dtype=model.dtype).view(
-            shape
-        )
+        size = windows.numel() * shape[-1]
+        _reserve(file, size * model.dtype.itemsize)
+        mapped = torch.from_file(str(file), shared=True, size=size, dtype=model.dtype) if size else torch.empty(0)
+        self.hidden = mapped.view(shape)
         with torch.no_grad():
             for start in range(0, len(windows), batch_size):
                 batch = windows[start : start + batch_size].to(model.device)
@@ -53,8 +59,27 @@ class Reference:
 
     def log_probs(self, window: int, start: int, stop: int) -> Tensor:
         """log p (stop - start, vocabulary) in float32 for some positions of a window."""
-        hidden = self.hidden[window, start:stop].to(self.device)
+        hidden = self.hidden[window, start:stop].to(self.head.weight.device)
         return F.log_softmax(head_logits(self.head, self.config, hidden), dim=-1)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Takes the room on the disk at once: writing to a mapped file on a full one ends the process by a signal."""
+    problem = None
+    with file.open("wb") as opened:
+        try:
+            if size:
+                os.posix_fallocate(opened.fileno(), 0, size)
+        except OSError as error:
+            free = shutil.disk_usage(file.parent).free
+            problem = (
+                f"the hidden states of the dense model take {size:,} bytes in {file.parent}, where {free:,} are free "
+                f"({error.strerror}); free some, or set eval.divergence to null"
+            )
+    problem = distributed.first(problem)  # all processes end together
+    if problem is not None:
+        file.unlink()
+        raise StageError(problem)
 
 
 def divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
@@ -64,6 +89,6 @@ def divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
         reference: (positions, vocabulary) float32, log-probabilities.
         logits: (positions, vocabulary) float32 of the model that is compared.
     """
-    compared = F.log_softmax(logits, dim=-1)
+    reference, compared = reference.to(logits.device), F.log_softmax(logits, dim=-1)
     kl = F.kl_div(compared, reference, reduction="sum", log_target=True).item()
     return kl, int((reference.argmax(-1) == compared.argmax(-1)).sum())

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,19 @@ def check_tasks(names: list[str], include_path: str | None = None) -> None:
         close = difflib.get_close_matches(unknown[0], [*GROUPS, *known], n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; `lm-eval ls tasks` lists them"
         raise UserError(f"eval.tasks: {unknown[0]} is neither zeroshot nor mmlu nor an lm-eval task{hint}")
+    unsafe = [name for name in foreign for member in members(name, include_path) if _runs_code(member, include_path)]
+    if unsafe:
+        raise UserError(
+            f"eval.tasks: {unsafe[0]} runs code that the model has written, which sppctl does not; use lm_eval itself "
+            "(--confirm_run_unsafe_code), in a sandbox"
+        )
+
+
+def _runs_code(member: Member, include_path: str | None) -> bool:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = _manager_for([member.task], include_path).task_index[member.task]
+    return entry.kind.name == "TASK" and bool(load_yaml(entry.yaml_path, resolve_func=False).get("unsafe_code"))
 
 
 def load_tasks(names: list[str], include_path: str | None = None) -> None:
@@ -121,7 +134,7 @@ def load_tasks(names: list[str], include_path: str | None = None) -> None:
         StageError: it cannot be had.
     """
     try:
-        with _only_progress():
+        with _silently():
             _manager_for(names, include_path).load(names)
     except Exception as error:
         raise _failed(", ".join(names), error) from error
@@ -191,6 +204,7 @@ def evaluate(
     chat_template: bool = False,
     system_prompt: str | None = None,
     include_path: str | None = None,
+    progress: Callable[[str, int], Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Runs one task, or one group of lm-eval, on a loaded model; several processes share the work.
 
@@ -201,15 +215,17 @@ def evaluate(
         num_fewshot: examples in the prompt; None, or a task that insists on none: as the task has it.
         batch_size: requests at a time; None: as many as memory allows.
         limit: first examples of each task; None: all.
-        seed: for few-shot sampling.
+        seed: for few-shot sampling, and for generation that draws.
         chat_template: whether prompts are put into the tokenizer's chat template, few-shot examples as turns.
         system_prompt: system message.
         include_path: folder with tasks of one's own.
+        progress: given what is done and how many of it, a context manager that is told of every one (``advance``).
 
     Returns:
-        ``{"tasks": {task: {metric: value, metric_stderr: value, "metric", "version", "num_fewshot", "samples"}},
-        "mean": {...}, "truncated_prompts": n}``, where the mean is lm-eval's own for a group it defines, else the plain
-        mean over tasks; and for each task what came of each of its samples, see :func:`_sample`.
+        ``{"tasks": {task: {metric: value, metric_stderr: value, "metric", "higher_is_better", "version", "num_fewshot",
+        "samples"}}, "mean": {...}, "truncated_prompts": n}``, where "metric" is the one that tables show, the mean is
+        lm-eval's own for a group it defines, else the plain mean over tasks; and for each task what came of each of its
+        samples, see :func:`_sample`.
 
     Raises:
         StageError: lm-eval failed, for example because a dataset cannot be had.
@@ -223,13 +239,14 @@ def evaluate(
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        with _only_progress():
+        with _silently():
             _seed_everything(seed)
             loaded = _manager_for([name], include_path).load([name])
             for task in loaded["tasks"].values():
                 _set_shots(task, num_fewshot)
                 task.set_fewshot_seed(seed=seed)
-            scorer = Scorer(model, tokenizer, batch_size)
+        scorer = Scorer(model, tokenizer, batch_size, seed=seed, progress=progress)
+        with _without_chatter():
             # simple_evaluate would describe the machine each time, for longer than some tasks take
             found = lm_eval.evaluate(
                 lm=scorer,
@@ -274,8 +291,18 @@ def _failed(name: str, error: Exception) -> StageError:
 
 
 @contextlib.contextmanager
-def _only_progress() -> Iterator[None]:
-    """Keeps stdout for results, and stderr clean where it is no terminal: lm-eval and its `git` write freely."""
+def _without_chatter() -> Iterator[None]:
+    """Keeps stdout for results, and stderr clean of lm-eval's bars where it is no terminal."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """As above, with all that other processes write: lm-eval calls `git` when it loads tasks."""
     with contextlib.redirect_stdout(io.StringIO()):
         if sys.stderr.isatty():
             yield
@@ -302,8 +329,10 @@ def _summary(found: Any) -> dict[str, Any]:
         if task not in found["n-samples"]:
             continue
         values = _plain(metrics)
-        tasks[task] = values | {
-            "metric": "acc" if "acc" in values else next(iter(values), None),
+        direction = found.get("higher_is_better", {}).get(task, {}).get(headline(values))
+        tasks[task] = values | ({} if direction is None else {"higher_is_better": direction})
+        tasks[task] |= {
+            "metric": headline(values),
             "version": found["versions"].get(task),
             "num_fewshot": found["n-shot"].get(task),
             "samples": found["n-samples"][task]["effective"],
@@ -311,6 +340,11 @@ def _summary(found: Any) -> dict[str, Any]:
     top = {task: metrics for task, metrics in found["results"].items() if task in found.get("groups", {})}
     own_mean = [metrics for task, metrics in top.items() if task not in subtasks]
     return {"tasks": tasks, "mean": _plain(own_mean[0]) if own_mean else plain_mean(list(tasks.values()))}
+
+
+def headline(values: dict[str, float]) -> str | None:
+    """The metric that tables show: acc, or the first."""
+    return "acc" if "acc" in values else next(iter(values), None)
 
 
 def plain_mean(tasks: list[dict[str, Any]]) -> dict[str, float]:

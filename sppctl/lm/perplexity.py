@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sppctl.errors import UserError
+from sppctl.lm.activations import free_memory
 
 LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
 # on a CPU for fewer: up to 16 MiB are memory that malloc uses again, where larger blocks are mapped and cleared anew
 # every time, which costs more than the loss; and the loss is taken of 4 MiB, which stay in the cache
 CPU_LOGITS = 1 << 24  # bytes in the model's dtype
 CPU_LOSS = 1 << 20  # elements in float32
+MEMORY_SHARE = 0.5  # of what is free may be taken by logits of whole windows
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,13 @@ def window_sums(
     scored: Tensor | None = None,
     compare: Callable[[int, int, int, Tensor], tuple[float, int]] | None = None,
     whole: bool = False,
+    hidden: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Sums over the predicted tokens of every window that count.
 
     The output head runs on :func:`logit_rows` positions at a time in the model's dtype, the loss is taken in float32. A
-    model that does more to its logits than the head and a soft cap is asked for whole windows of them instead.
+    model that does more to its logits than :func:`capped` knows is asked for whole windows of them instead, as many as
+    fit. A batch that does not fit on a GPU is halved.
 
     Args:
         model: a causal language model of transformers.
@@ -119,18 +123,27 @@ def window_sums(
         compare: takes window, first and last position and the float32 logits there; gives the summed KL divergence
             and the number of agreements.
         whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
+        hidden: (windows, seq_len, hidden_size), the model's final hidden states if they are known already.
 
     Yields:
         (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
     """
+    if not len(windows):
+        return
     chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
     head = model.get_output_embeddings() if chunked else torch.nn.Identity()
     finish = partial(capped, config=model.config) if chunked else Tensor.float
     rows = logit_rows(model, model.dtype if compare is None else torch.float32)
     counts = (scored_tokens(len(windows), windows.shape[1]) if scored is None else scored).tolist()
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size].to(model.device)
-        output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
+    if not (chunked or whole):
+        batch_size = min(batch_size, _whole_windows_that_fit(model, windows.shape[1]))
+
+    def sums_of(first: int, end: int) -> Tensor:
+        batch = windows[first:end].to(model.device)
+        if hidden is not None and chunked:
+            output = hidden[first:end].to(model.device)
+        else:
+            output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
         sums = torch.zeros(len(batch), 3, dtype=torch.float64)
         last = batch.shape[1] - 1
         for row in range(len(batch)):
@@ -141,7 +154,26 @@ def window_sums(
                 if compare is not None:
                     compared = compare(first + row, start, stop, finish(logits))
                     sums[row, 1:] += torch.tensor(compared, dtype=torch.float64)
-        yield sums
+        return sums
+
+    def halved(first: int, end: int) -> Tensor:
+        try:
+            return sums_of(first, end)
+        except torch.OutOfMemoryError:
+            if whole or end - first == 1:  # the processes of a sharded model must make the same calls
+                raise
+        torch.cuda.empty_cache()
+        middle = (first + end) // 2
+        return torch.cat([halved(first, middle), halved(middle, end)])
+
+    for first in range(0, len(windows), batch_size):
+        yield halved(first, min(first + batch_size, len(windows)))
+
+
+def _whole_windows_that_fit(model: Any, seq_len: int) -> int:
+    """Windows whose logits, and one copy of them, fit into memory together."""
+    one = 2 * seq_len * int(model.config.get_text_config().vocab_size) * model.dtype.itemsize
+    return max(1, int(free_memory(model.device) * MEMORY_SHARE / one))
 
 
 def logit_rows(model: Any, dtype: torch.dtype) -> int:
@@ -154,25 +186,31 @@ def logit_rows(model: Any, dtype: torch.dtype) -> int:
 def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], Tensor]) -> float:
     """Summed negative log-likelihood in float32 of the tokens (positions,) under logits (positions, vocabulary)."""
     rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_LOSS // logits.shape[1])
-    parts = zip(logits.split(rows), following.split(rows), strict=True)
+    # of a model that is spread over GPUs the head lies on another one than the embedding
+    parts = zip(logits.split(rows), following.to(logits.device).split(rows), strict=True)
     return sum(F.cross_entropy(finish(part), tokens, reduction="sum").item() for part, tokens in parts)
 
 
 def head_logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
-    """Logits in float32 from final hidden states, soft cap included."""
+    """Logits in float32 from final hidden states, scale and soft cap included."""
     return capped(head(hidden), config)
 
 
 def capped(logits: Tensor, config: Any) -> Tensor:
-    """What the output head gives, in float32 and with the model's soft cap, if it has one."""
-    logits = logits.float()
-    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    """What the output head gives, in float32, with the scale (Cohere, Granite) and soft cap (Gemma 2) of the model."""
+    logits, text_config = logits.float(), config.get_text_config()
+    factor, divisor = getattr(text_config, "logit_scale", None), getattr(text_config, "logits_scaling", None)
+    if isinstance(factor, float):
+        logits = logits * factor
+    if isinstance(divisor, float | int):
+        logits = logits / divisor
+    cap = getattr(text_config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @torch.no_grad()
 def head_is_last_step(model: Any, tokens: Tensor) -> bool:
-    """Whether the model's logits are what its output head and the soft cap make of its final hidden states."""
+    """Whether the model's logits are what its output head and :func:`capped` make of its final hidden states."""
     hidden: list[Tensor] = []
     handle = model.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
     try:
@@ -181,7 +219,7 @@ def head_is_last_step(model: Any, tokens: Tensor) -> bool:
         handle.remove()
     if not hidden:  # OPT calls a part of its base model
         hidden.append(model.base_model(input_ids=tokens, use_cache=False)[0])
-    ours = head_logits(model.get_output_embeddings(), model.config, hidden[0])
+    ours = head_logits(model.get_output_embeddings(), model.config, hidden[0]).to(own.device)
     tolerance = 1e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
     return own.shape == ours.shape and torch.allclose(own, ours, rtol=tolerance, atol=tolerance)
 

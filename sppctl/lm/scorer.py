@@ -7,15 +7,17 @@ each computes every so many of them. Any number of processes thus gives the numb
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
 from sppctl import distributed
+from sppctl.errors import StageError
 from sppctl.lm.activations import free_memory
 
 ALL = 1 << 30
@@ -33,17 +35,28 @@ class Scorer(HFLM):
         truncated: prompts that were too long for the model and lost their beginning, as lm-eval does it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int | None,
+        *,
+        seed: int = 0,
+        progress: Callable[[str, int], Any] | None = None,
+    ) -> None:
         """Wraps a loaded model.
 
         Args:
             model: causal language model of transformers.
             tokenizer: its tokenizer.
             batch_size: requests at a time; None: as many as fit.
+            seed: for generation that draws.
+            progress: given what is done and how many of it, a context manager that is told of every one (``advance``).
         """
         # with "auto" the library asks _detect_batch_size, and hands over all that is to be done at once
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size="auto")
-        self.requests_at_a_time = batch_size
+        self.requests_at_a_time, self.seed, self._progress = batch_size, seed, progress
+        self._stderr = sys.stderr  # for progress, while lm-eval itself is kept from writing
         self.truncated: set[str] = set()
         torch.cuda.empty_cache()
         sharing = distributed.world_size() if self.device.type == "cpu" else 1
@@ -68,7 +81,13 @@ class Scorer(HFLM):
 
     def _own(self, batches: list[list[int]], title: str) -> Iterator[list[int]]:
         own = batches[distributed.rank() :: distributed.world_size()]
-        return iter(tqdm(own, desc=title, unit="batch", disable=not distributed.is_main()))
+        if self._progress is None:
+            yield from own
+            return
+        with contextlib.redirect_stderr(self._stderr), self._progress(title, len(own)) as bar:
+            for batch in own:
+                yield batch
+                bar.advance()
 
     # --- log-likelihoods ----------------------------------------------------------------------------------------------
 
@@ -81,11 +100,13 @@ class Scorer(HFLM):
             if texts is not None and len(context) + len(answer) > longest:
                 self.truncated.add(texts[0])
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
-        for batch in self._own(self._batches(requests), "requests"):
+        for batch in self._own(self._batches(requests), "batches of requests"):
             found = self._score([requests[index] for index in batch])
             scores[batch] = torch.tensor(found, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
         distributed.add_up(shared)
+        if shared.isnan().any():
+            raise StageError(f"logits are not finite (dtype {str(self.model.dtype).removeprefix('torch.')})")
         return [(likelihood, bool(greedy)) for likelihood, greedy in shared.tolist()]
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
@@ -131,14 +152,28 @@ class Scorer(HFLM):
                 self.truncated.add(prompt)
             kinds[repr(options)].append(index)
         batches = []
-        size = self._batch_size_for(self.max_length)
         for kind in kinds.values():
             kind.sort(key=lambda index: (-lengths[index], requests[index].args[0]))
-            batches += [kind[start : start + size] for start in range(0, len(kind), size)]
+            answer = requests[kind[0]].args[1].get("max_gen_toks", self.max_gen_toks)
+            while kind:
+                size = self._batch_size_for(min(lengths[kind[0]] + answer, self.max_length))
+                batches.append(kind[:size])
+                kind = kind[size:]
         texts: dict[int, str] = {}
-        for batch in self._own(batches, "texts"):
-            found = super().generate_until([requests[index] for index in batch], disable_tqdm=True)
-            texts |= dict(zip(batch, found, strict=True))
+        for batch in self._own(batches, "batches of texts"):
+            # what is drawn depends on the batch, not on how many processes there are and what they drew before
+            torch.manual_seed(self.seed + batch[0])
+            texts |= dict(zip(batch, self._generate([requests[index] for index in batch]), strict=True))
         for other in distributed.collect(texts):
             texts |= other
         return [texts[index] for index in range(len(requests))]
+
+    def _generate(self, batch: list[Any]) -> list[str]:
+        try:
+            return super().generate_until(batch, disable_tqdm=True)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return self._generate(batch[:half]) + self._generate(batch[half:])

@@ -7,13 +7,16 @@ which weights; asking twice costs nothing, and other measures are added beside i
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
+from jinja2 import TemplateError
 
 from sppctl import __version__, console, distributed
 from sppctl.errors import UserError
@@ -25,7 +28,7 @@ from sppctl.stages.perplexities import DenseModel
 from sppctl.stages.subjects import Subject
 
 DEFAULT_WINDOW = 2048
-CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
+LOADED_AT_ONCE = 20  # tasks whose data is looked for before a run starts
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
@@ -36,25 +39,25 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     """
     problems = []
     limit = checkpoint.max_window(skeleton.config)
+    window = _window(config, limit)
     if config.eval.seq_len is not None and limit is not None and config.eval.seq_len > limit:
         problems.append(f"eval.seq_len: {config.eval.seq_len} exceeds the model's {limit} positions")
     for name in config.eval.perplexity:
         try:
             text = data.load_text(name, "test", "eval.perplexity")
-            window = config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
             start = text.joiner.join(text.documents)[: 64 * window]
             perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
         except UserError as error:
             problems.append(str(error))
-    if config.eval.stride is not None and config.eval.stride > (config.eval.seq_len or limit or DEFAULT_WINDOW):
-        problems.append(f"eval.stride: {config.eval.stride} would skip tokens between windows; at most eval.seq_len")
-    if config.eval.divergence not in (None, "base"):
+    if config.eval.stride is not None and config.eval.stride > window:
+        problems.append(
+            f"eval.stride: {config.eval.stride} would skip tokens between windows of {window}; at most that"
+        )
+    for check, checked in ((_check_reference, skeleton), (_check_chat, tokenizer)):
         try:
-            checkpoint.locate(config.eval.divergence)
+            check(config, checked)
         except UserError as error:
-            problems.append(f"eval.divergence: {error}")
-    if config.eval.chat_template and config.eval.tasks and not getattr(tokenizer, "chat_template", None):
-        problems.append("eval.chat_template: this model's tokenizer has no chat template; set it to false")
+            problems.append(str(error))
     try:
         harness.check_tasks(config.eval.tasks, config.eval.include_path)
     except UserError as error:
@@ -63,19 +66,63 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         raise UserError("\n".join(problems))
 
 
+def load_data(config: Config) -> None:
+    """Loads the data of the configured tasks, unless they are many, so that what is missing is found at once.
+
+    Raises:
+        StageError: some cannot be had.
+    """
+    names = list(dict.fromkeys(entry["tasks"] for entry in tasks.wanted(config)))
+    if names and len(names) <= LOADED_AT_ONCE:
+        harness.load_tasks(names, config.eval.include_path)
+
+
+def _check_reference(config: Config, skeleton: Any) -> None:
+    """A named reference is there, and has the model's vocabulary."""
+    name = config.eval.divergence
+    if name in (None, "base") or not config.eval.perplexity:
+        return
+    assert name is not None
+    directory = checkpoint.locate(name, key="eval.divergence")
+    other = checkpoint.load_config(directory, config.model.trust_remote_code)
+    theirs, own = (int(found.get_text_config().vocab_size) for found in (other, skeleton.config))
+    if theirs != own:
+        raise UserError(
+            f"eval.divergence: {name} has a vocabulary of {theirs}, this model of {own}; compare models of one family, "
+            "or set it to null"
+        )
+
+
+def _check_chat(config: Config, tokenizer: Any) -> None:
+    """The tokenizer has a chat template, and it takes the system prompt."""
+    if not config.eval.chat_template or not config.eval.tasks:
+        return
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("eval.chat_template: this model's tokenizer has no chat template; set it to false")
+    prompt = config.eval.system_prompt
+    if prompt is None:
+        return
+    chat = [{"role": "system", "content": prompt}, {"role": "user", "content": "Hello"}]
+    try:
+        taken = prompt.strip() in tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        taken = False
+    if not taken:
+        raise UserError("eval.system_prompt: this model's chat template takes no system message; set it to null")
+
+
 def measures(config: Config, window: int, dense: DenseModel | None = None) -> list[dict[str, Any]]:
     """What the configuration asks for: one entry per text and task, with all settings that change its value."""
-    wanted: list[dict[str, Any]] = []
-    for name in config.eval.perplexity:
-        settings = {"kind": "perplexity", "text": name, "seq_len": window, "stride": config.eval.stride}
-        compared = {"reference": dense.fingerprint if dense is not None else None}
-        wanted.append(settings | {"max_tokens": config.eval.max_tokens} | compared)
-    return wanted + tasks.wanted(config)
+    reference = None if dense is None else dense.fingerprint
+    return perplexities.wanted(config, window, reference) + tasks.wanted(config)
 
 
 def window_of(config: Config, directory: Path) -> int:
     """Tokens in a perplexity window: as configured, else min(2048, the model's limit)."""
-    limit = checkpoint.max_window(checkpoint.load_config(directory, config.model.trust_remote_code))
+    return _window(config, checkpoint.max_window(checkpoint.load_config(directory, config.model.trust_remote_code)))
+
+
+def _window(config: Config, limit: int | None) -> int:
     return config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
 
 
@@ -98,8 +145,36 @@ def missing(config: Config, subject: Subject, results: Path, dense: DenseModel |
         return wanted
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
     valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
-    done = [result["settings"] for result in valid]
-    return [settings for settings in wanted if not tasks.is_done(settings, done)]
+    samples = _samples(results, subject)
+    done = [result["settings"] for result in valid if tasks.has_samples(result, samples)]
+    return [settings for settings in wanted if not _of(settings).is_done(settings, done)]
+
+
+def _of(settings: dict[str, Any]) -> ModuleType:
+    return perplexities if settings["kind"] == "perplexity" else tasks
+
+
+def _samples(results: Path, subject: Subject) -> Path:
+    return results.with_name(f"{subject.label}.samples")
+
+
+def predict(config: Config, jobs: Iterable[tuple[Subject, list[dict[str, Any]], DenseModel | None]]) -> None:
+    """Runs the dense model on all windows on which it will be compared, before any other model is loaded.
+
+    Args:
+        config: the configuration.
+        jobs: checkpoints, what will be measured on each, and the model that it is compared with, if any.
+    """
+    device = checkpoint.pick_device(config.model.device)
+    texts: dict[DenseModel, list[perplexities.Windows]] = {}
+    for subject, wanted, dense in jobs:
+        asked = [settings for settings in wanted if settings["kind"] == "perplexity"]
+        if dense is not None and asked:
+            tokenizer = checkpoint.load_tokenizer(subject.directory, config.model.trust_remote_code)
+            windows = [perplexities.windows_of(config, tokenizer, settings, device) for settings in asked]
+            texts.setdefault(dense, []).extend(windows)
+    for dense, found in texts.items():
+        dense.predict(found, device)
 
 
 def execute(
@@ -112,13 +187,13 @@ def execute(
         subject: the checkpoint, or an adapter on one.
         results: its JSON file.
         wanted: entries of :func:`measures`.
-        dense: the model whose predictions are compared.
+        dense: the model with which others are compared, and perhaps this one itself; after :func:`predict`.
 
     Returns:
         The content of the results file.
     """
     content = distributed.tell(read_results(results), 0)
-    samples = results.with_name(f"{subject.label}.samples")
+    samples = _samples(results, subject)
     if content.get("fingerprint") != subject.fingerprint:
         if distributed.is_main():
             shutil.rmtree(samples, ignore_errors=True)
@@ -137,24 +212,27 @@ def execute(
     for settings in wanted:
         started = time.perf_counter()
         if settings["kind"] == "perplexity":
-            metrics = perplexities.measure(
-                model, tokenizer, settings, batch_size=_batch_size(config, device), label=label, dense=dense
-            )
+            metrics = perplexities.measure(config, model, tokenizer, settings, label=label, dense=dense)
         else:
             metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
-        entry = {"settings": settings, "metrics": metrics, "seconds": round(time.perf_counter() - started, 2)}
+        entry = {"settings": settings, "metrics": _finite(metrics), "seconds": round(time.perf_counter() - started, 2)}
         entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
+        entry["batch_size"] = config.eval.batch_size
         entry |= {"tokenizer": checkpoint.tokenizer_fingerprint(subject.directory), "command": console.command_line()}
-        content["results"] = [old for old in content["results"] if old["settings"] != settings] + [entry]
+        kept = [old for old in content["results"] if not _of(settings).replaces(settings, old["settings"])]
+        content["results"] = [*kept, entry]
         if distributed.is_main():
             _write(results, content)
     return content
 
 
-def _batch_size(config: Config, device: torch.device) -> int:
-    if config.eval.batch_size != "auto":
-        return config.eval.batch_size
-    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a number that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions() -> dict[str, str]:
@@ -167,7 +245,7 @@ def _versions() -> dict[str, str]:
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 
@@ -190,6 +268,8 @@ def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | No
         rows.append((name, metrics["value"], None))
         if metrics.get("kl") is not None:
             text = name.removeprefix("ppl ")
+            if "compared_with" in metrics:
+                text += f" (dense: {metrics['compared_with']})"
             rows.append((f"KL(dense || model) {text}", metrics["kl"], None))
             rows.append((f"top-1 agreement {text}", metrics["top1_agreement"], None))
     return rows + tasks.rows([result for result in content["results"] if result["settings"]["kind"] == "tasks"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+import gc
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +15,160 @@ import torch
 from torch import Tensor
 
 from sppctl import console, distributed
-from sppctl.errors import UserError
+from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint, data, perplexity
 from sppctl.lm.divergence import Reference, divergence
+from sppctl.settings import Config
+
+CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
+# settings that say what a text is compared with, and which version of a file it was: of results that differ in nothing
+# else only the newest stays
+PASSING = ("reference", "content")
+
+
+def wanted(config: Config, window: int, reference: str | None) -> list[dict[str, Any]]:
+    """One entry per configured text, with all settings that change its value.
+
+    Args:
+        config: the configuration.
+        window: tokens in a window.
+        reference: fingerprint of the dense model; None: no comparison.
+    """
+    entries = []
+    for name in config.eval.perplexity:
+        entry = {"kind": "perplexity", "text": name, "seq_len": window, "stride": config.eval.stride}
+        entry |= {"max_tokens": config.eval.max_tokens, "reference": reference}
+        content = data.file_hash(name)
+        entries.append(entry if content is None else entry | {"content": content})
+    return entries
+
+
+def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a measurement takes the place of another one of the same text."""
+
+    def lasting(settings: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key not in PASSING}
+
+    return lasting(new) == lasting(old)
+
+
+def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
+    """Whether results hold an entry; where nothing is to be compared, one that was compared will do."""
+    if entry["reference"] is not None:
+        return entry in done
+    return any(entry == old | {"reference": None} for old in done)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text in windows, and which of them this process computes.
+
+    Attributes:
+        tokens: (windows, seq_len), all of them.
+        own: (own windows,) their indices; whole batches, so that every window is computed in the company that it has
+            in a single process.
+        batch_size: windows at a time.
+        documents_hash: of the text.
+    """
+
+    tokens: Tensor
+    own: Tensor
+    batch_size: int
+    documents_hash: str
+
+    @property
+    def key(self) -> str:
+        """Identifies the windows and how they are batched."""
+        count, seq_len = self.tokens.shape
+        step = self.tokens.stride(0)
+        text = self.tokens.as_strided(((count - 1) * step + seq_len,), (1,))  # windows may overlap
+        digest = hashlib.sha256(text.numpy().tobytes()).hexdigest()
+        return f"{digest} {count} {step} {seq_len} {self.batch_size}"
+
+
+def windows_of(config: Config, tokenizer: Any, settings: dict[str, Any], device: torch.device) -> Windows:
+    """The windows of a text.
+
+    Args:
+        config: the configuration, for the batch size.
+        tokenizer: of the model.
+        settings: an entry of :func:`wanted`.
+        device: that the model is on.
+    """
+    text = data.load_text(settings["text"], "test", "eval.perplexity")
+    seq_len, stride = settings["seq_len"], settings["stride"]
+    most = [count for count in (settings["max_tokens"], text.windows and text.windows * seq_len) if count]
+    whole = text.joiner.join(text.documents)
+    tokens = perplexity.text_windows(tokenizer, whole, seq_len, min(most, default=None), settings["text"], stride)
+    batch_size = _batch_size(config, device, len(tokens))
+    batches = torch.arange(len(tokens)).split(batch_size)[distributed.rank() :: distributed.world_size()]
+    own = torch.cat(batches) if batches else torch.arange(0)
+    return Windows(tokens, own, batch_size, data.content_hash(text.documents))
+
+
+def _batch_size(config: Config, device: torch.device, count: int) -> int:
+    """As configured; else at most so many that every process has a batch."""
+    if config.eval.batch_size != "auto":
+        return config.eval.batch_size
+    return min(GPU_BATCH if device.type == "cuda" else CPU_BATCH, math.ceil(count / distributed.world_size()))
+
+
+# --- the dense model --------------------------------------------------------------------------------------------------
 
 
 class DenseModel:
-    """The checkpoint that others are compared with; loaded when first needed, run once per text."""
+    """The checkpoint that others are compared with: run once per text, and gone before another model is loaded."""
 
-    def __init__(self, directory: Path, trust_remote_code: bool) -> None:
-        self.directory, self.trust = directory, trust_remote_code
+    def __init__(self, name: str, directory: Path, trust_remote_code: bool, scratch: Path) -> None:
+        """Names it; nothing is loaded.
+
+        Args:
+            name: as configured.
+            directory: where it lies.
+            trust_remote_code: whether its own code may run.
+            scratch: an existing folder for its hidden states.
+        """
+        self.name, self.directory, self.trust = name, directory, trust_remote_code
         self.fingerprint = checkpoint.fingerprint(directory)
-        self._scratch = tempfile.TemporaryDirectory(prefix="sppctl-reference-")
+        self._scratch = scratch
+        self._folder = scratch / f".reference-{distributed.rank()}"
         self._references: dict[str, Reference] = {}
 
-    def on(self, key: str, windows: Tensor, batch_size: int, device: torch.device) -> Reference:
-        """Its predictions on windows, which ``key`` identifies."""
-        if key not in self._references:
-            model = checkpoint.load_model(self.directory, device, trust_remote_code=self.trust)
-            file = Path(self._scratch.name, f"{len(self._references)}.bin")
-            self._references[key] = Reference(model, windows, batch_size, file)
-        return self._references[key]
+    def predict(self, texts: Iterable[Windows], device: torch.device) -> None:
+        """Runs the model on the windows of this process and keeps what it predicts; it is loaded once for all texts."""
+        todo = {text.key: text for text in texts}
+        if not todo:
+            return
+        if distributed.is_main():
+            for left in self._scratch.glob(".reference-*"):  # by a process that was killed
+                shutil.rmtree(left)
+        distributed.barrier()
+        self._folder.mkdir()
+        console.note(f"eval: what {self.directory} predicts, to compare others with it")
+        model = checkpoint.load_model(self.directory, device, trust_remote_code=self.trust, spread=True)
+        for number, (key, text) in enumerate(todo.items()):
+            file = self._folder / f"{number}.bin"
+            self._references[key] = Reference(model, text.tokens[text.own], text.batch_size, file)
+        del model
+        release()
+
+    def on(self, text: Windows) -> Reference | None:
+        """Its predictions on the windows of this process, if it has made them."""
+        return self._references.get(text.key)
+
+    def close(self) -> None:
+        """Removes what was kept."""
+        self._references.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def release() -> None:
+    """Frees the memory of models that nobody holds any longer."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _comparison(dense: DenseModel, reference: Reference, model: Any) -> Callable[..., tuple[float, int]]:
@@ -49,49 +185,48 @@ def _comparison(dense: DenseModel, reference: Reference, model: Any) -> Callable
     return compare
 
 
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
 def measure(
-    model: Any,
-    tokenizer: Any,
-    settings: dict[str, Any],
-    *,
-    batch_size: int,
-    label: str,
-    dense: DenseModel | None,
+    config: Config, model: Any, tokenizer: Any, settings: dict[str, Any], *, label: str, dense: DenseModel | None
 ) -> dict[str, Any]:
     """Perplexity on one text; of several processes each takes every so many batches.
 
     Args:
+        config: the configuration, for what does not change the numbers.
         model: the loaded model.
         tokenizer: its tokenizer.
-        settings: text, seq_len, stride, max_tokens.
-        batch_size: windows at a time.
+        settings: an entry of :func:`wanted`.
         label: of the checkpoint, for progress.
-        dense: the model to compare with; None: no comparison.
+        dense: the model to compare with, which has predicted these windows. Where the settings name no reference, this
+            model is itself the dense one, and what it has predicted is not computed again.
 
     Returns:
-        The fields of :class:`sppctl.lm.perplexity.Perplexity`, ``documents_hash`` of the text, and ``window_nll``, the
-        summed loss of every window in nats, by which two checkpoints can be compared window by window.
+        The fields of :class:`sppctl.lm.perplexity.Perplexity`, ``documents_hash`` of the text, ``compared_with`` what
+        is not the run's dense model, and ``window_nll``, the summed loss of every window in nats, by which two
+        checkpoints can be compared window by window.
 
     Raises:
         UserError: the dense model has another vocabulary.
+        StageError: the model gives no finite logits.
     """
-    text = data.load_text(settings["text"], "test", "eval.perplexity")
-    seq_len, stride = settings["seq_len"], settings["stride"]
-    whole = text.joiner.join(text.documents)
-    windows = perplexity.text_windows(tokenizer, whole, seq_len, settings["max_tokens"], settings["text"], stride)
-    scored = perplexity.scored_tokens(len(windows), seq_len, stride)
-    # whole batches, so that every window is computed in the company it has in a single process
-    batches = torch.arange(len(windows)).split(batch_size)[distributed.rank() :: distributed.world_size()]
-    own = torch.cat(batches) if batches else torch.arange(0)
-    identity = data.content_hash(text.documents)
-    compare = None
-    if dense is not None and len(own):
-        key = f"{identity} {seq_len} {stride} {settings['max_tokens']}"
-        compare = _comparison(dense, dense.on(key, windows[own], batch_size, model.device), model)
+    text = windows_of(config, tokenizer, settings, model.device)
+    windows, own, stride = text.tokens, text.own, settings["stride"]
+    scored = perplexity.scored_tokens(len(windows), windows.shape[1], stride)
+    known = None if dense is None else dense.on(text)
+    compared = settings["reference"] is not None
+    compare = hidden = None
+    if compared:
+        assert dense is not None
+        assert known is not None
+        compare = _comparison(dense, known, model)
+    elif known is not None:
+        hidden = known.hidden
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
     done = 0
     with console.Progress(f"{label}: perplexity of {settings['text']}", len(own)) as bar:
-        for batch in perplexity.window_sums(model, windows[own], batch_size, scored[own], compare):
+        for batch in perplexity.window_sums(model, windows[own], text.batch_size, scored[own], compare, hidden=hidden):
             sums[own[done : done + len(batch)]] = batch
             done += len(batch)
             nll = sums[own[:done], 0].sum() / scored[own[:done]].sum()
@@ -100,6 +235,20 @@ def measure(
         shared = sums.to(model.device)  # NCCL adds up on GPUs only
         distributed.add_up(shared)
         sums = shared.cpu()
+    _check_finite(sums, model, label)
     losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
-    measured = asdict(perplexity.summarise(sums, seq_len, stride, dense is not None))
-    return measured | {"documents_hash": identity, "window_nll": losses}
+    measured = asdict(perplexity.summarise(sums, windows.shape[1], stride, compared))
+    if compared and dense is not None and dense.name != "base":
+        measured["compared_with"] = dense.name
+    return measured | {"documents_hash": text.documents_hash, "window_nll": losses}
+
+
+def _check_finite(sums: Tensor, model: Any, label: str) -> None:
+    """An infinite loss is a bad model, which is a result; what is no number is a broken one."""
+    broken = sums.isnan().any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise StageError(
+            f"{label}: logits are not finite in window {broken[0] + 1} of {len(sums)} (dtype {dtype}); the weights are "
+            f"damaged, or too large for {dtype}"
+        )

@@ -15,6 +15,8 @@ from sppctl.lm import checkpoint
 from sppctl.lm.safe_files import TensorFile
 from sppctl.stages.refreshed import REFRESHED
 
+ADAPTER, CONFIG, RECORD = "adapter_config.json", "config.json", "stage.json"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -29,17 +31,23 @@ class Subject:
         """The checkpoint or the adapter at ``path``.
 
         Raises:
-            UserError: the adapter's base checkpoint is not where it says, nor beside it.
+            UserError: the adapter's base checkpoint is not beside it, nor where it says, or holds other weights now.
         """
-        settings = path / "adapter_config.json"
+        settings = path / ADAPTER
         if not settings.is_file():
             return cls(label, path)
-        named = Path(json.loads(settings.read_text()).get("base_model_name_or_path") or "pruned")
-        # a run directory that was moved has its pruned checkpoint beside the adapter still
-        for base in (named, path.resolve().parent / "pruned"):
-            if (base / "config.json").is_file():
+        named = json.loads(settings.read_text()).get("base_model_name_or_path") or "pruned"
+        record = path / RECORD
+        trained_on = json.loads(record.read_text())["inputs"]["pruned"] if record.is_file() else None
+        # in a run directory that was moved or copied, what the adapter names is another run's
+        places = [place for place in (path.resolve().parent / "pruned", Path(named)) if (place / CONFIG).is_file()]
+        for base in places or [_from_the_hub(path, named)]:
+            if trained_on in (None, checkpoint.fingerprint(base)):
                 return cls(label, base, path)
-        raise UserError(f"{path} adapts {named}, which is not there; put the pruned checkpoint beside it as pruned/")
+        raise UserError(
+            f"{path} was trained on other weights than {places[0] if places else named} holds now; "
+            "train again (sppctl train --force)"
+        )
 
     @property
     def place(self) -> Path:
@@ -54,13 +62,22 @@ class Subject:
 
     def load(self, device: torch.device, trust_remote_code: bool) -> Any:
         """The model, in evaluation mode; adapted layers in place of plain ones if there is an adapter."""
-        model = checkpoint.load_model(self.directory, device, trust_remote_code=trust_remote_code)
+        model = checkpoint.load_model(self.directory, device, trust_remote_code=trust_remote_code, spread=True)
         if self.adapter is None:
             return model
         from peft import PeftModel
 
         _refresh(model, self.adapter)
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
+
+
+def _from_the_hub(adapter: Path, name: str) -> Path:
+    try:
+        return checkpoint.locate(name)
+    except UserError as error:
+        raise UserError(
+            f"{adapter} adapts {name}, which is not there; put the pruned checkpoint beside it as pruned/"
+        ) from error
 
 
 @torch.no_grad()

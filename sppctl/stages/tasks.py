@@ -36,6 +36,8 @@ def wanted(config: Config) -> list[dict[str, Any]]:
                 "chat_template": config.eval.chat_template or None,
                 "system_prompt": config.eval.system_prompt,
                 "own_tasks": harness.own_tasks(member.task, config.eval.include_path),
+                # another one changes the last bits of likelihoods
+                "batch_size": None if config.eval.batch_size == "auto" else config.eval.batch_size,
             }
             entries.append(entry | {key: value for key, value in optional.items() if value is not None})
     return entries
@@ -47,6 +49,21 @@ def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
         return True
     whole = {key: value for key, value in entry.items() if key != "group"} | {"tasks": entry.get("group")}
     return "group" in entry and whole in done
+
+
+def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a measurement takes the place of another one: of those at several batch sizes the last one stays."""
+    return new | {"batch_size": None} == old | {"batch_size": None}
+
+
+def has_samples(result: dict[str, Any], folder: Path) -> bool:
+    """Whether the files of samples are still those of a result, and not of the same task with other settings."""
+    found = result["metrics"].get("samples_hash", {})
+    return all(_content_hash(folder / samples_name(task)) == expected for task, expected in found.items())
+
+
+def _content_hash(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def measure(
@@ -80,6 +97,7 @@ def measure(
         chat_template=settings.get("chat_template", False),
         system_prompt=settings.get("system_prompt"),
         include_path=config.eval.include_path,
+        progress=lambda what, count: console.Progress(f"{label}: {name}, {what}", count),
     )
     if metrics["truncated_prompts"]:
         console.warn(
@@ -120,6 +138,13 @@ def title(settings: dict[str, Any], name: str | None = None) -> str:
     return " ".join(words) + cut
 
 
+def _as_measured(family: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings with the number of examples that really stood in the prompts: a task may insist on its own."""
+    shots = {values.get("num_fewshot") for result in family for values in result["metrics"]["tasks"].values()}
+    settings: dict[str, Any] = family[0]["settings"]
+    return settings | {"num_fewshot": shots.pop()} if len(shots) == 1 and None not in shots else settings
+
+
 def rows(results: list[dict[str, Any]]) -> list[Row]:
     """Name, value and acc_norm of every task and group among the results of a checkpoint."""
     families: dict[str, list[dict[str, Any]]] = {}
@@ -137,39 +162,53 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
 
 def _whole_rows(result: dict[str, Any]) -> list[Row]:
     """A task, or a group that lm-eval ran in one go."""
-    name, metrics = title(result["settings"]), result["metrics"]
+    name, metrics = title(_as_measured([result])), result["metrics"]
     tasks = metrics["tasks"] if len(metrics["tasks"]) <= SHOWN else {}
     if len(metrics["tasks"]) == 1 and result["settings"]["tasks"] in tasks:
-        return [_task_row(name, next(iter(tasks.values())))]
-    mean = (f"{name} mean", metrics["mean"].get("acc"), metrics["mean"].get("acc_norm"))
-    return [mean, *(_task_row(f"  {task} ({name})", values) for task, values in tasks.items())]
+        return [_row(name, next(iter(tasks.values())))]
+    return [
+        _row(f"{name} mean", metrics["mean"]),
+        *(_row(f"  {task} ({name})", values) for task, values in tasks.items()),
+    ]
 
 
 def _group_rows(family: list[dict[str, Any]]) -> list[Row]:
     settings, metrics = family[0]["settings"], family[0]["metrics"]
-    name = title(settings, settings["group"])
+    name = title(_as_measured(family), settings["group"])
     part = f" of {len(family)} of {metrics['members']} tasks" if len(family) < metrics["members"] else ""
     whole = group_mean(family, settings["group"])
-    found: list[Row] = [(f"{name} mean{part}", whole.get("acc"), whole.get("acc_norm"))]
+    found = [_row(f"{name} mean{part}", whole)]
     if metrics["members"] > SHOWN:
         parts = dict.fromkeys(group for result in family for group in list(result["metrics"]["groups"])[1:])
         means = {group: group_mean(family, group) for group in parts}
-        return found + [(f"  {group} ({name})", mean.get("acc"), mean.get("acc_norm")) for group, mean in means.items()]
+        return found + [_row(f"  {group} ({name})", mean) for group, mean in means.items()]
     for result in family:
         for task, values in result["metrics"]["tasks"].items():
-            found.append(_task_row(f"  {task} ({name})", values))
+            found.append(_row(f"  {task} ({name})", values))
     return found
 
 
-def _task_row(name: str, values: dict[str, Any]) -> Row:
-    metric = values.get("metric") or ("acc" if "acc" in values else next(iter(values)))
+def _row(name: str, values: dict[str, Any]) -> Row:
+    """The metric that counts, named behind the title unless it is acc: :func:`is_share` reads it there."""
+    metric = values.get("metric") or harness.headline(values)
+    if metric is None:
+        return name, None, None
     words = "" if metric == "acc" else f" {metric.replace('_', ' ')}" + " (lm-eval)" * metric.endswith("perplexity")
     return f"{name}{words}", values.get(metric), values.get("acc_norm")
 
 
+_TITLE = r"\S+?( \d+-shot)?( chat)?( system prompt)?(, limit \d+)?"
+_ROW = re.compile(rf"({_TITLE}( mean)?( of \d+ of \d+ tasks)?|  \S+ \({_TITLE}\))(?P<metric> .+)?")
+_SHARES = re.compile(r" ((.* )?acc(uracy)?( .*)?|(quasi )?(prefix )?exact match|em|f1|pass@\d+)")
+
+
 def is_share(name: str) -> bool:
-    """Whether a row's value is a share of samples, shown in percent, rather than a perplexity or the like."""
-    return not (name.startswith(("ppl ", "KL(")) or "perplexity" in name or "bits per byte" in name)
+    """Whether a row's value is a share of samples, shown in percent, rather than a perplexity, a BLEU or the like."""
+    if name.startswith(("ppl ", "KL(", "top-1 agreement ")):
+        return name.startswith("top-1")
+    row = _ROW.fullmatch(name)
+    metric = None if row is None else row["metric"]
+    return row is not None and (metric is None or _SHARES.fullmatch(metric) is not None)
 
 
 def group_mean(family: list[dict[str, Any]], group: str) -> dict[str, float]:

@@ -270,6 +270,14 @@ def test_c4_is_read_from_the_shard_that_was_downloaded(tmp_path: Path, monkeypat
     assert data.load_text("c4", "train", KEY).documents == ["document 0", "document 1", "document 2"]
 
 
+def test_c4_is_measured_on_as_in_the_literature(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": [f"document {number}" for number in range(1200)]})
+    monkeypatch.setattr(data, "load_hub", lambda repository, split, *_: rows if split == "validation" else None)
+    text = data.load_text("c4", "test", KEY)
+    assert (len(text.documents), text.documents[-1]) == (1100, "document 1099")
+    assert (text.joiner, text.windows) == (" ", 256)
+
+
 @pytest.mark.shared
 def test_c4_of_the_mirror(from_mirror: FromMirror) -> None:
     found = from_mirror("data.load_text('c4', 'train', 'key').documents")

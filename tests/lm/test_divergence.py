@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import FAMILIES
 from torch import Tensor
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
-from sppctl.errors import UserError
+from sppctl.errors import StageError, UserError
 from sppctl.lm import perplexity
 from sppctl.lm.checkpoint import load_model
 from sppctl.lm.divergence import Reference, divergence
@@ -108,3 +109,41 @@ def test_a_head_that_is_not_the_last_step_cannot_be_a_reference(
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(UserError, match=r"eval\.divergence: llama changes its logits"):
         Reference(model, WINDOWS, 2, tmp_path / "hidden.bin")
+
+
+SIZES = {
+    "vocab_size": 250,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "config", [GraniteConfig(**SIZES, logits_scaling=8.0), CohereConfig(**SIZES, logit_scale=0.25)]
+)
+def test_scaled_logits(config: Any, tmp_path: Path) -> None:
+    dense, sparse = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    for model in (dense, sparse):
+        model.get_output_embeddings().weight.data *= 100
+    found = compare(dense, sparse, tmp_path / "hidden.bin")
+    kl, agreement = literal(dense, sparse, WINDOWS)
+    assert found.kl == pytest.approx(kl, rel=1e-4)
+    assert found.top1_agreement == pytest.approx(agreement)
+
+
+def test_a_full_disk_is_said_before_anything_is_computed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    model = load(llama)
+    monkeypatch.setattr(model.base_model, "forward", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("sppctl.lm.divergence.head_is_last_step", lambda *_: True)
+    words = rf"take 15,360 bytes in {tmp_path}, where [\d,]+ are free \(No space left on device\)"  # 5 x 24 x 32 x 4
+    with pytest.raises(StageError, match=words):
+        Reference(model, WINDOWS, 2, tmp_path / "hidden.bin")
+    assert not list(tmp_path.iterdir())

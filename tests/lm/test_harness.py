@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 
 from sppctl.errors import StageError, UserError
 from sppctl.lm import harness
@@ -119,6 +120,7 @@ def found(results: dict[str, dict[str, Any]], groups: dict[str, list[str]] | Non
 
 def test_one_task() -> None:
     results = found({"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75}})
+    results["higher_is_better"] = {"piqa": {"acc": True, "acc_norm": True}}
     assert _summary(results) == {
         "tasks": {
             "piqa": {
@@ -126,6 +128,7 @@ def test_one_task() -> None:
                 "acc_stderr": 0.1,
                 "acc_norm": 0.75,
                 "metric": "acc",
+                "higher_is_better": True,
                 "version": 1.0,
                 "num_fewshot": 0,
                 "samples": 10,  # with a limit, of those that were measured
@@ -240,7 +243,6 @@ def test_truncated_prompts_are_counted(llama: Path, own_tasks: Path) -> None:
 def test_batches_are_those_of_the_library(llama: Path, own_tasks: Path, task: str) -> None:
     """The very numbers, to the last bit, of lm-eval's own model with as many requests at a time."""
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
     logged = []
@@ -255,8 +257,6 @@ def test_batches_are_those_of_the_library(llama: Path, own_tasks: Path, task: st
 
 
 def test_a_batch_that_does_not_fit_is_halved(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.models.huggingface import HFLM
-
     expected = run(llama, own_tasks, batch_size=16)
     score = HFLM._loglikelihood_tokens
     refused = []
@@ -283,8 +283,72 @@ def test_batches_grow_as_requests_become_shorter(llama: Path) -> None:
     assert scorer._batch_size_for(128) == 1
 
 
+def test_batches_of_generation_are_sized_by_their_prompts(
+    llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(llama, own_tasks, "said")
+    sizes: list[int] = []
+    original = HFLM.generate_until
+
+    def counted(self: Any, requests: list[Any], **options: Any) -> Any:
+        sizes.append(len(requests))
+        return original(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "generate_until", counted)
+    monkeypatch.setattr(Scorer, "max_length", 8192)
+    assert run(llama, own_tasks, "said", batch_size=None) == expected
+    assert sizes == [4]  # all of them, though one of 8,192 tokens would fill a batch
+
+
+def test_generation_that_does_not_fit_is_halved(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(llama, own_tasks, "said", batch_size=4)
+    original, refused = HFLM.generate_until, []
+
+    def small_device(self: Any, requests: list[Any], **options: Any) -> Any:
+        if len(requests) > 1:
+            refused.append(len(requests))
+            raise torch.OutOfMemoryError
+        return original(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "generate_until", small_device)
+    assert run(llama, own_tasks, "said", batch_size=4) == expected
+    assert refused == [4, 2, 2]
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(llama: Path, own_tasks: Path) -> None:
+    one, again, other = (texts_of(llama, own_tasks, seed) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def texts_of(llama: Path, own_tasks: Path, seed: int) -> list[Any]:
+    import lm_eval
+
+    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    torch.manual_seed(torch.seed())  # whatever was drawn before
+    found = lm_eval.evaluate(
+        lm=Scorer(model, tokenizer, 2, seed=seed),
+        task_dict=harness._task_manager(str(own_tasks), whole=False).load(["drawn"]),
+        bootstrap_iters=0,
+    )
+    return [sample["resps"] for sample in found["samples"]["drawn"]]
+
+
+def test_a_model_that_gives_no_numbers_fails(llama: Path, own_tasks: Path) -> None:
+    model = load_model(llama, torch.device("cpu"))
+    model.get_output_embeddings().weight.data *= float("nan")
+    options: dict[str, Any] = {"num_fewshot": None, "batch_size": 2, "limit": 2, "seed": 0}
+    with pytest.raises(StageError, match=r"small_sums: logits are not finite \(dtype float32\)"):
+        harness.evaluate(model, load_tokenizer(llama), "small_sums", include_path=str(own_tasks), **options)
+
+
+def test_tasks_that_run_what_the_model_writes_are_refused() -> None:
+    for name in ("humaneval", "mbpp_plus"):  # the latter includes another file
+        with pytest.raises(UserError, match=rf"eval\.tasks: {name} runs code that the model has written"):
+            check_tasks(["boolq", name])
+
+
 def test_the_library_writes_nothing_where_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
-    with contextlib.suppress(RuntimeError), harness._only_progress():
+    with contextlib.suppress(RuntimeError), harness._silently():
         print("to stdout")
         os.write(2, b"to stderr")
         raise RuntimeError

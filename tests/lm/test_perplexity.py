@@ -257,3 +257,37 @@ def test_on_a_cpu_fewer_logits_are_made_for_a_large_vocabulary(llama: Path, monk
     assert perplexity.logit_rows(model, torch.bfloat16) == 6
     monkeypatch.setattr(perplexity, "CPU_LOGITS", VOCAB - 1)
     assert perplexity.logit_rows(model, torch.bfloat16) == 1
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_is_halved(llama: Path, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    model = load_sharp(llama)
+    windows = text_windows(tokenizer, text, SEQ_LEN, None, "text")
+    expected = torch.cat(list(window_losses(model, windows, 1)))
+    forward, refused = model.base_model.forward, []
+
+    def small_device(input_ids: Tensor, **options: Any) -> Any:
+        if len(input_ids) > 2:
+            refused.append(len(input_ids))
+            raise torch.OutOfMemoryError
+        return forward(input_ids=input_ids, **options)
+
+    model.base_model.forward = small_device
+    assert torch.cat(list(window_losses(model, windows, 6))) == pytest.approx(expected, rel=1e-6)
+    assert refused == [6, 3, 3]
+
+
+def test_whole_logits_come_for_as_many_windows_as_fit(
+    llama: Path, tokenizer: PreTrainedTokenizerFast, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_sharp(llama)
+    windows = text_windows(tokenizer, text, SEQ_LEN, None, "text")
+    monkeypatch.setattr(perplexity, "head_is_last_step", lambda *_: False)
+    monkeypatch.setattr(perplexity, "free_memory", lambda _: 2 * 5 * SEQ_LEN * VOCAB * 4 * 2)
+    assert [len(losses) for losses in window_losses(model, windows, 6)] == [5, 1]
+
+
+def test_no_windows(llama: Path) -> None:
+    assert not list(window_sums(load_model(llama, CPU), torch.zeros(0, SEQ_LEN, dtype=torch.int64), 4))

@@ -155,12 +155,85 @@ def test_the_mean_of_a_group_is_that_of_the_library(
     assert sizes == [9, 4]  # so that the two kinds of mean differ
 
 
+def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    samples = tmp_path / "run/eval/base.samples/small_sums.jsonl"
+    full = measure(names="small_sums")
+    assert measure(names="small_sums") == full
+    before = samples.read_text()
+    measure("eval.limit=2", names="small_sums")
+    assert len(samples.read_text().splitlines()) == 2
+    again = measure(names="small_sums")
+    assert samples.read_text() == before
+    assert [entry["settings"]["limit"] for entry in again["results"]] == [2, None]
+
+
+def test_another_batch_size_is_measured_and_recorded(measure: Callable[..., dict[str, Any]]) -> None:
+    def sizes(content: dict[str, Any]) -> list[tuple[Any, Any]]:
+        return [(entry["batch_size"], entry["settings"].get("batch_size")) for entry in content["results"]]
+
+    assert sizes(measure(names="small_sums")) == [("auto", None)]
+    assert sizes(measure("eval.batch_size=2", names="small_sums")) == [(2, 2)]  # in its place: the name is the same
+
+
+def test_the_number_of_examples_is_that_of_the_prompts(
+    measure: Callable[..., dict[str, Any]], own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        rows_of(measure("eval.num_fewshot=1", "eval.limit=2", names="small_sums"))[0][0] == "small_sums 1-shot, limit 2"
+    )
+    set_shots = harness._set_shots
+    monkeypatch.setattr(harness, "_set_shots", lambda task, _: set_shots(task, None))  # a task that insists on its own
+    content = measure("eval.num_fewshot=3", "eval.limit=2", names="small_sums")
+    assert [name for name, *_ in rows_of(content)][1:] == ["small_sums, limit 2"]
+
+
+def test_a_long_task_tells_of_its_progress(measure: Callable[..., dict[str, Any]], capfd: Any) -> None:
+    measure(names="small_sums")
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("base: small_sums, batches of requests: ") for line in lines)
+    assert not [line for line in lines if "it/s" in line]
+
+
+def test_a_system_prompt_that_a_template_refuses(llama: Path, own_tasks: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    options = [f"eval.include_path={own_tasks}", "eval.tasks=[read]", "eval.chat_template=true"]
+    config = load_config(None, [*options, "eval.system_prompt=Add."])
+    for template in (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=r"eval\.system_prompt: this model's chat template takes no system message"):
+            evaluate._check_chat(config, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    evaluate._check_chat(config, tokenizer)
+
+
+def test_data_that_is_not_there_is_missed_before_a_run_starts(
+    config_file: Path, own_tasks: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    task = (own_tasks / "small_sums.yaml").read_text().replace(str(own_tasks), str(tmp_path / "nowhere"))
+    (folder / "small_sums.yaml").write_text(task)
+    run = Run(load_config(str(config_file), [f"eval.include_path={folder}", "eval.tasks=[small_sums]"]))
+    with pytest.raises(StageError, match=r"lm-eval could not run small_sums: .*nowhere"):
+        pipeline.run_all(run)
+    assert not run.directory.exists()
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
-    config_file: Path, own_tasks: Path, text_file: Path, tmp_path: Path
+    config_file: Path, own_tasks: Path, text_file: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    names = "eval.tasks=[sums, read, said]"
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text()[:70])  # one window for two processes
+    names = "eval.tasks=[sums, read, said, drawn]"
     arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", names, "eval.batch_size=2"]
+    other = make_checkpoint("llama", torch.bfloat16)
+    arguments += [f"eval.perplexity=[{text_file}, {short}]", f"eval.divergence={other}"]
     found = []
     torchrun: list[str] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ways = {"one": ([], []), "torchrun": (torchrun, []), "own": ([], ["launch.num_processes=2"])}
@@ -172,13 +245,16 @@ def test_two_processes_give_the_numbers_of_one(
         assert done.returncode == 0, done.stderr
         content = json.loads(done.stdout)
         assert content == json.loads((place / "eval/base.json").read_text())
+        assert not list(place.glob(".reference*"))
         told = shlex.split(content["results"][0]["command"])
         # processes that were started for it are told all but how to print
         assert told == ["sppctl", *own, "--model=base", *["--json"] * (name != "own")]
         files = {path.name: path.read_text() for path in sorted((place / "eval/base.samples").iterdir())}
         found.append(([(entry["settings"], entry["metrics"]) for entry in content["results"]], files))
     assert found[0] == found[1] == found[2]
-    assert list(found[0][1]) == ["large_sums.jsonl", "read.jsonl", "said.jsonl", "small_sums.jsonl"]
+    texts = [metrics for settings, metrics in found[0][0] if settings["kind"] == "perplexity"]
+    assert [(metrics["windows"], metrics["kl"] > 0) for metrics in texts] == [(8, True), (1, True)]
+    assert list(found[0][1]) == ["drawn.jsonl", "large_sums.jsonl", "read.jsonl", "said.jsonl", "small_sums.jsonl"]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -212,6 +288,47 @@ def test_word_perplexity_says_whose_it_is() -> None:
     assert rows_of(content) == [("wikitext word perplexity (lm-eval)", 31.5, None)]
     assert not tasks.is_share("wikitext word perplexity (lm-eval)")
     assert tasks.is_share("  boolq (zeroshot)")
+
+
+def test_a_group_without_acc_shows_what_it_averages() -> None:
+    rules = {"exact_match": True, "math_verify": True}
+    family = [result(name, 0.5, 10, "math", {"math": rules}, 2) for name in ("algebra", "geometry")]
+    for score, entry in enumerate(family):
+        values = {"exact_match": score, "exact_match_stderr": 0.1, "metric": "exact_match", "samples": 10}
+        entry["metrics"]["tasks"] = {entry["settings"]["tasks"]: values}
+    names = [
+        "math 5-shot mean exact match",
+        "  algebra (math 5-shot) exact match",
+        "  geometry (math 5-shot) exact match",
+    ]
+    assert tasks.rows(family) == list(zip(names, (0.5, 0, 1), (None,) * 3, strict=True))
+    whole = {"settings": family[0]["settings"] | {"tasks": "bbh"}, "metrics": {"mean": {"exact_match": 0.25}}}
+    del whole["settings"]["group"]
+    whole["metrics"]["tasks"] = {"a": {"exact_match": 0.25}, "b": {"exact_match": 0.25}}
+    assert tasks.rows([whole])[0] == ("bbh 5-shot mean exact match", 0.25, None)
+    assert all(tasks.is_share(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("boolq", True),
+        ("gsm8k 5-shot chat system prompt, limit 10 exact match", True),
+        ("sums mean of 1 of 2 tasks", True),
+        ("squad, limit 3 f1", True),
+        ("humaneval pass@1", True),
+        ("ifeval prompt level strict acc", True),
+        ("wmt16 5-shot bleu", False),
+        ("  a_task (a_group 2-shot) ter", False),
+        ("a_group mean rmse", False),
+        ("wikitext word perplexity (lm-eval)", False),
+        ("ppl wikitext2 @2048", False),
+        ("KL(dense || model) wikitext2 @2048", False),
+        ("top-1 agreement wikitext2 @2048", True),
+    ],
+)
+def test_what_is_shown_in_percent(name: str, share: bool) -> None:
+    assert tasks.is_share(name) == share
 
 
 def test_results_of_whole_groups_are_shown_as_before() -> None:

@@ -1,0 +1,297 @@
+"""Perplexity and divergence of checkpoints, and what is remembered of them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaModel
+
+from sppctl import pipeline
+from sppctl.config import load_config
+from sppctl.errors import StageError, UserError
+from sppctl.lm import checkpoint, data
+from sppctl.run_directory import Run
+from sppctl.stages import evaluate, perplexities
+from sppctl.stages.evaluate import rows_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def work(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """work("key=value", ...) -> the run of the tiny configuration; other files are beside its directory."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: Run(load_config(str(config_file), list(overrides)))
+
+
+def changed(source: Path, out: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a checkpoint with other matrices."""
+    shutil.copytree(source, out)
+    weights = load_file(out / "model.safetensors")
+    new = {name: change(weight) if weight.dim() > 1 else weight for name, weight in weights.items()}
+    save_file(new, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_changed_is_measured_again(work: Callable[..., Run], tmp_path: Path, text_file: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text(text_file.read_text())
+    (before,) = pipeline.evaluate_some(work("eval.perplexity=[mine.txt]"), ["base"])["base"]["results"]
+    mine.write_text(text_file.read_text()[::-1])
+    (after,) = pipeline.evaluate_some(work("eval.perplexity=[mine.txt]"), ["base"])["base"]["results"]
+    assert after["metrics"]["nll"] != before["metrics"]["nll"]
+    assert after["settings"]["content"] == data.file_hash("mine.txt") != before["settings"]["content"]
+
+
+def test_of_some_texts_only_the_first_windows_count(
+    work: Callable[..., Run], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = data.Text("c4", ["a" * 90, "b" * 90], joiner=" ", windows=2)
+    monkeypatch.setattr(data, "load_text", lambda *_: text)
+    config = work("eval.max_tokens=null").config
+    settings = {"text": "c4", "seq_len": 64, "stride": None, "max_tokens": None}
+    windows = perplexities.windows_of(config, tokenizer, settings, CPU).tokens
+    assert tokenizer.decode(windows.flatten()) == "a" * 90 + " " + "b" * 37
+    assert len(perplexities.windows_of(config, tokenizer, settings | {"stride": 32}, CPU).tokens) == 3
+
+
+def test_every_process_has_a_batch(
+    work: Callable[..., Run], tokenizer: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = work("eval.max_tokens=192").config  # three windows
+    (settings,) = perplexities.wanted(config, 64, None)
+    own = []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        own.append(perplexities.windows_of(config, tokenizer, settings, CPU).own.tolist())
+    assert own == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(("stride", "fits"), [(64, True), (65, False)])
+def test_a_stride_is_at_most_the_window(work: Callable[..., Run], stride: int, fits: bool) -> None:
+    check = lambda run: pipeline.preflight(run, ("eval",))  # noqa: E731
+    if fits:
+        check(work(f"eval.stride={stride}"))
+        return
+    with pytest.raises(UserError, match=r"eval\.stride: 65 would skip tokens between windows of 64"):
+        check(work(f"eval.stride={stride}"))
+
+
+def test_the_default_window_bounds_the_stride(work: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "DEFAULT_WINDOW", 64)  # of 128 positions
+    with pytest.raises(UserError, match=r"between windows of 64"):
+        pipeline.preflight(work("eval.seq_len=null", "eval.stride=65"), ("eval",))
+
+
+# --- the dense model --------------------------------------------------------------------------------------------------
+
+
+def test_one_model_at_a_time(work: Callable[..., Run], alpaca_file: Path, text_file: Path, monkeypatch: Any) -> None:
+    run = work(f"eval.perplexity=[{text_file}, {alpaca_file}]")
+    pipeline.prune(run)
+    loaded: list[tuple[str, Any]] = []
+    load = checkpoint.load_model
+
+    def watched(directory: Path, *args: Any, **options: Any) -> Any:
+        gc.collect()
+        assert not [name for name, model in loaded if model() is not None]
+        model = load(directory, *args, **options)
+        loaded.append((directory.name, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(checkpoint, "load_model", watched)
+    forwards = []
+    forward = LlamaModel.forward
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        forwards.append(options["input_ids"].shape[1] == 64)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    found = pipeline.evaluate_some(run, ["base", "pruned"])
+    assert sum(forwards) == 2 * 2 * 2  # two batches of two texts, once dense and once pruned
+    assert [name for name, _ in loaded] == ["llama", "llama", "pruned"]  # predicts for both texts, is measured
+    assert all(result["metrics"]["kl"] > 0 for result in found["pruned"]["results"])
+    alone = pipeline.evaluate_some(Run(run.config, force=True), ["base"])["base"]["results"]
+    assert [result["metrics"] for result in alone] == [result["metrics"] for result in found["base"]["results"]]
+    assert not list(run.directory.glob(".reference*"))
+
+
+def test_what_a_killed_process_kept_is_removed(work: Callable[..., Run]) -> None:
+    run = work()
+    pipeline.prune(run)
+    for rank in range(2):
+        (run.directory / f".reference-{rank}").mkdir()
+    pipeline.evaluate_some(run, ["pruned"])
+    assert not list(run.directory.glob(".reference*"))
+
+
+def test_another_reference_takes_the_place_of_the_one_before(
+    work: Callable[..., Run], llama: Path, tmp_path: Path
+) -> None:
+    pipeline.prune(work())
+    changed(llama, tmp_path / "other", lambda weight: weight * 1.1)
+    name = evaluate.result_name(pipeline.evaluate_some(work(), ["pruned"])["pruned"]["results"][0]["settings"])
+    text = name.removeprefix("ppl ")
+    content = pipeline.evaluate_some(work("eval.divergence=other"), ["pruned"])["pruned"]
+    names = [name, f"KL(dense || model) {text} (dense: other)", f"top-1 agreement {text} (dense: other)"]
+    assert [row for row, *_ in rows_of(content)] == names
+    # without a comparison nothing is missing, and nothing is lost
+    assert pipeline.evaluate_some(work("eval.divergence=null"), ["pruned"])["pruned"] == content
+
+
+def test_a_reference_with_another_vocabulary_is_refused_at_once(
+    work: Callable[..., Run], llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text()) | {"vocab_size": 300}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"eval\.divergence: other has a vocabulary of 300, this model of 260"):
+        pipeline.preflight(work("eval.divergence=other"), ("eval",))
+    with pytest.raises(UserError, match=r"^eval\.divergence: \./nowhere does not exist"):
+        pipeline.preflight(work("eval.divergence=./nowhere"), ("eval",))
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_finite_logits_fails(work: Callable[..., Run], llama: Path, tmp_path: Path) -> None:
+    changed(llama, tmp_path / "broken", lambda weight: weight * math.nan)
+    words = r"broken: logits are not finite in window 1 of 8 \(dtype float32\)"
+    with pytest.raises(StageError, match=words):
+        pipeline.evaluate_some(work(), ["broken"])
+    assert not (tmp_path / "run/eval/broken.json").exists()
+
+
+def test_an_infinite_perplexity_is_null(work: Callable[..., Run], llama: Path, tmp_path: Path) -> None:
+    changed(llama, tmp_path / "hopeless", lambda weight: weight * 1e6)
+    content = pipeline.evaluate_some(work(), ["hopeless"])["hopeless"]
+    assert content["results"][0]["metrics"]["value"] is None
+    assert content["results"][0]["metrics"]["nll"] > 700
+    assert json.loads((tmp_path / "run/eval/hopeless.json").read_text(), parse_constant=pytest.fail) == content
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(work: Callable[..., Run]) -> Run:
+    """A run up to its adapter; where the current directory is, paths are relative."""
+    run = work("run.dir=run", "train.max_steps=1")
+    pipeline.prune(run)
+    pipeline.train(run)
+    return run
+
+
+def test_an_adapter_on_weights_it_was_not_trained_on(trained: Run, work: Callable[..., Run], tmp_path: Path) -> None:
+    first = pipeline.evaluate_some(trained, ["adapter"])["adapter"]
+    shutil.copytree("run", "copy")
+    # beside the copy lie the right weights, whatever becomes of the original's
+    again = Run(load_config("tiny.yaml", ["run.dir=run", "prune.pattern=4:8"]), force=True)
+    pipeline.prune(again)
+    moved = pipeline.evaluate_some(work("run.dir=copy", "eval.max_tokens=256"), ["adapter"])["adapter"]
+    assert moved["fingerprint"] == first["fingerprint"]
+    words = r"run/adapter was trained on other weights than .*pruned holds now; train again \(sppctl train --force\)"
+    for model in ("adapter", "run/adapter"):
+        with pytest.raises(UserError, match=words):
+            pipeline.evaluate_some(trained, [model])
+
+
+def test_an_adapter_anywhere(trained: Run, work: Callable[..., Run], tmp_path: Path) -> None:
+    shutil.copytree("run/adapter", "mine")
+    inside = pipeline.evaluate_some(trained, ["adapter"])["adapter"]
+    elsewhere = pipeline.evaluate_some(work("run.dir=other", "eval.divergence=null"), ["mine"])["mine"]
+    assert elsewhere["fingerprint"] == inside["fingerprint"]
+    assert elsewhere["results"][0]["metrics"]["nll"] == inside["results"][0]["metrics"]["nll"]
+    settings = json.loads(Path("mine/adapter_config.json").read_text()) | {"base_model_name_or_path": "./gone"}
+    Path("mine/adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"mine adapts \./gone, which is not there"):
+        pipeline.evaluate_some(work("run.dir=other"), ["mine"])
+
+
+def test_a_model_that_is_not_there_names_the_option(work: Callable[..., Run]) -> None:
+    with pytest.raises(UserError, match=r"^--model: \./nowhere does not exist"):
+        pipeline.evaluate_some(work(), ["./nowhere"])
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labels(run: Run, *models: str) -> list[str]:
+    return list(pipeline._checkpoints_to_measure(run, list(models)))
+
+
+def test_every_checkpoint_has_a_name_of_its_own(
+    work: Callable[..., Run], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x/a/b", "x/a-b", "merged", "odd name", "odd+name"):
+        shutil.copytree(llama, tmp_path / name)
+    run = work()
+    assert labels(run, "x/a/b", "x/a-b", "./x/a-b", "merged") == ["x--a--b", "x--a-b", f"{tmp_path.name}--merged"]
+    first, second = labels(run, "odd name", "odd+name")
+    assert first == "odd-name"
+    assert second == f"odd-name-{checkpoint.fingerprint(tmp_path / 'odd+name')[:6]}"
+    monkeypatch.chdir(tmp_path / "x/a/b")
+    assert labels(run, ".") == ["a--b"]
+    assert labels(run, "../b", "../../a-b")[1] == f"{tmp_path}/x/a-b".strip("/").replace("/", "--")
+
+
+# --- large models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gpus", "free", "spread"), [(2, 1 << 30, False), (2, 10, True), (1, 10, False)])
+def test_a_model_that_exceeds_a_gpu_lies_on_several(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, free: int, spread: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+    asked = {}
+
+    def load(*_: Any, **options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(eval=lambda: None, to=lambda _: SimpleNamespace(eval=lambda: None))
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    checkpoint.load_model(llama, torch.device("cuda", 0), spread=True)
+    assert asked.get("device_map") == ("auto" if spread else None)
+    checkpoint.load_model(llama, torch.device("cuda", 0))
+    assert not checkpoint.exceeds(llama, CPU)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if spread:
+        with pytest.raises(UserError, match=r"launch\.num_processes=1 lays it over all GPUs"):
+            checkpoint.exceeds(llama, torch.device("cuda", 0))
+
+
+def test_a_model_with_a_device_map_is_measured_like_any_other(
+    work: Callable[..., Run], own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = work(f"eval.include_path={own_tasks}", "eval.tasks=[small_sums, said]", "eval.limit=2")
+    pipeline.prune(run)
+    plain = pipeline.evaluate_some(run, ["pruned"])["pruned"]
+    load = checkpoint.load_model
+
+    def mapped(directory: Path, *_: Any, **__: Any) -> Any:
+        from accelerate import dispatch_model
+
+        parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+        return dispatch_model(load(directory, CPU), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+
+    monkeypatch.setattr(checkpoint, "load_model", mapped)
+    spread = pipeline.evaluate_some(Run(run.config, force=True), ["pruned"])["pruned"]
+    assert [result["metrics"] for result in spread["results"]] == [result["metrics"] for result in plain["results"]]
+    assert len(spread["results"]) == 3
