@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
-from sppctl.stages import measures, plots, provenance, report_html, significance
+from sppctl.stages import measures, plots, provenance, records, report_html, significance
 from sppctl.stages import report_tables as tables
-from sppctl.stages.evaluate import read_results
-
-ORDER = ("base", "pruned", "adapter", "merged")
-STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -24,30 +20,22 @@ def collect(run_dir: Path) -> dict[str, Any]:
     Returns:
         ``{"run", "config": resolved.yaml or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
         "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
-        checkpoints that were measured on the same samples or windows, ``notes`` say what they leave out,
+        checkpoints that were measured on the same samples or windows, ``notes`` say what is left out,
         ``table`` has a :class:`sppctl.stages.measures.Row` for each checkpoint.
 
     Raises:
         UserError: a record is damaged.
     """
-    stages = {}
-    for directory, stage in STAGES.items():
-        record = run_dir / directory / "stage.json"
-        if record.is_file():
-            try:
-                stages[stage] = json.loads(record.read_text())
-            except ValueError as error:
-                raise UserError(f"{record} is damaged ({error}); sppctl {stage} --force redoes it") from error
-    found = {path.stem: read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
-    labels = [label for label in ORDER if label in found] + [label for label in found if label not in ORDER]
+    stages, checkpoints, outdated = records.read(run_dir)
     resolved = run_dir / "resolved.yaml"
     run: dict[str, Any] = {
         "run": str(run_dir),
         "config": resolved.read_text() if resolved.is_file() else None,
         "stages": stages,
-        "checkpoints": {label: found[label] for label in labels},
+        "checkpoints": checkpoints,
     }
-    run["comparisons"], run["notes"] = comparisons(run_dir, run["checkpoints"])
+    run["comparisons"], notes = comparisons(run_dir, checkpoints)
+    run["notes"] = outdated + notes
     run["table"] = [asdict(row) for row in measures.rows(run)]
     return run
 

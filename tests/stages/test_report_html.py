@@ -191,19 +191,25 @@ def test_perplexities_of_a_training_are_a_panel_of_their_own() -> None:
 # --- the page in a browser --------------------------------------------------------------------------------------------
 
 
+# nothing that the browser does for itself, and no network whatever a page asks for
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+QUIET += ["--disable-sync", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
+
+
 def opened(path: Path, folder: Path) -> tuple[list[str], set[str], bytes]:
-    """Lines that a browser wrote to its console, addresses that it asked for, and a picture of the page."""
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--window-size=1200,1600"]
+    """Lines that a browser wrote to its console, addresses that the page asked for, and a picture of it."""
+    command = [str(BROWSER), *QUIET, f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1600"]
     command += [f"--log-net-log={folder / 'net.json'}", f"--screenshot={folder / 'page.png'}", path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    events = json.loads((folder / "net.json").read_text())["events"]
-    return (
-        console,
-        {event["params"]["url"] for event in events if "url" in event.get("params", {})},
-        (folder / "page.png").read_bytes(),
-    )
+    events = [event.get("params", {}) for event in json.loads((folder / "net.json").read_text())["events"]]
+    return console, addresses_of(events), (folder / "page.png").read_bytes()
+
+
+def addresses_of(events: list[dict[str, Any]]) -> set[str]:
+    """Addresses in a browser's log of its network; its own requests, for updates and the like, come from no page."""
+    started = [event for event in events if "url" in event and "initiator" in event]
+    return {event["url"] for event in started if event["initiator"] != "not an origin"}
 
 
 @pytest.mark.slow
