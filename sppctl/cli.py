@@ -429,10 +429,10 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.show_json(runs)
         return
-    from sppctl.stages import measures, provenance, report_tables
+    from sppctl.stages import over_runs, provenance, report_tables
 
     if len(runs) > 1:
-        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(measures.rows_of_all(runs)))
+        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(over_runs.rows_of_all(runs)))
     for found in runs:
         console.show_table(found["run"], *report_tables.table(found))
         for fact in provenance.facts(found):

@@ -188,7 +188,7 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
     Returns:
         What :func:`sppctl.stages.report.collect` found, by run.
     """
-    from sppctl.stages import measures, report_tables
+    from sppctl.stages import over_runs, report_latex
     from sppctl.stages import report as stage
 
     runs = []
@@ -210,7 +210,7 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         stage.write(content, place)
     console.note(f"report: {list(places)[-1] / 'report.html'}")
     if latex is not None:
-        stage.save(latex, report_tables.to_latex(measures.rows_of_all(runs)))
+        stage.save(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
         console.note(f"report: {latex}")
     return runs
 

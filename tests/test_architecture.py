@@ -51,6 +51,7 @@ MAY_IMPORT = {
         "errors",
         "distributed",
         "launch",
+        "yaml12",
     },
     "lm": {"pruning", "pattern", "errors", "distributed"},
     "adapters": {"pruning", "pattern"},

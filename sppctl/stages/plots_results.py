@@ -12,8 +12,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppctl.stages.measures import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Row, names
+from sppctl.stages import over_runs
+from sppctl.stages.measures import Row, names
 from sppctl.stages.plots import COLOURS, STYLE
+from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,14 +126,17 @@ def _row_name(row: Row, rows: Sequence[Row]) -> str:
     """The checkpoint, with as much of how it was made as tells it from the others."""
     if sum(other.checkpoint == row.checkpoint for other in rows) == 1:
         return row.checkpoint
-    made = " ".join(word for word in (row.method, row.pattern, row.training) if word)
-    twins = [other for other in rows if _made(other) == _made(row)]
-    name = f"{row.checkpoint} {made}"
+    name = _made(row, rows)
+    twins = [other for other in rows if _made(other, rows) == name]
     return name if len(twins) == 1 else f"{name} ({row.run.rstrip('/').rpartition('/')[2]})"
 
 
-def _made(row: Row) -> tuple[str | None, ...]:
-    return row.checkpoint, row.method, row.pattern, row.training
+def _made(row: Row, rows: Sequence[Row]) -> str:
+    words = [word for word in (row.checkpoint, row.method, row.pattern, row.training) if word]
+    names = over_runs.short_names(list(rows))
+    for key, value in row.settings.items():  # a number alone would say nothing
+        words.append(f"{names[key]} {value}" if isinstance(value, int | float) else str(value))
+    return " ".join(words)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
-from sppctl.stages import measures, plots, provenance, records, report_html, significance
+from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
 
 
@@ -35,7 +35,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "checkpoints": checkpoints,
     }
     run["comparisons"], notes = comparisons(run_dir, checkpoints)
-    run["notes"] = outdated + notes
+    run["notes"] = outdated + readings.measured(run)[1] + notes
     run["table"] = [asdict(row) for row in measures.rows(run)]
     return run
 
@@ -76,9 +76,12 @@ def markdown(runs: list[dict[str, Any]], directory: Path = Path()) -> str:
     """
     parts = []
     if len(runs) > 1:
-        found = measures.rows_of_all(runs)
+        found = over_runs.rows_of_all(runs)
         if found:
             lines = [f"# {len(runs)} runs", "", *_section(tables.value_table(found)), ""]
+            seeds = tables.seed_table(found)
+            if seeds[1]:
+                lines += ["## Over seeds", "", *_section(seeds, [report_html.OVER_SEEDS]), ""]
             parts.append(
                 "\n".join(
                     [
@@ -163,7 +166,7 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
     Raises:
         UserError: nothing can be written there.
     """
-    found = measures.rows_of_all(runs)
+    found = over_runs.rows_of_all(runs)
     content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
     save(directory / "report.md", markdown(runs, directory))
     save(directory / "report.csv", tables.to_csv(found))

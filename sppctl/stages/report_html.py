@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from html import escape
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 from sppctl import __version__
-from sppctl.stages import measures, plots, plots_results, provenance
+from sppctl.stages import measures, over_runs, plots, plots_results, provenance
 from sppctl.stages import report_tables as tables
 
 PROVENANCE: dict[str, Callable[[dict[str, Any]], tables.Table]] = {
@@ -23,6 +23,7 @@ PAIRED = (
     "percentage points for accuracies, in nats per token for losses (over windows); p, two-sided, is how often a "
     "resampled mean, centred on zero, is at least as far from zero. It is not corrected for the number of rows."
 )
+OVER_SEEDS = "Mean ± standard deviation over the runs that differ in nothing but run.seed."
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 78rem; padding: 1.5rem; background: #fff; color: #1a1a1a;
@@ -40,16 +41,19 @@ th { border-bottom: 1px solid #1a1a1a; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 tbody tr:nth-child(even) { background: #f3f3f3; }
-.wide th { white-space: normal; min-width: 4.2rem; }
+.wide th { white-space: normal; min-width: 3.6rem; }
+.wide thead tr:first-child th { border-bottom: 0; }
+.wide thead tr:first-child th.span { text-align: center; border-bottom: 1px solid #888; }
 figure { margin: 1rem 0; }
 figure svg { max-width: 100%; height: auto; display: block; }
 figcaption, .note { color: #444; font-size: .85rem; max-width: 44rem; }
 pre { background: #f3f3f3; padding: .7rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .95em; }
 summary { cursor: pointer; }
+@page { size: landscape; margin: 12mm; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { overflow: visible; }
   figure, tr, h2, h3 { break-inside: avoid; } h2, h3 { break-after: avoid; } .wide table { font-size: .65rem; }
-  th, td { white-space: normal; } }
+  th, td { white-space: normal; padding-right: .4rem; } .wide th, td.long { min-width: 0; } }
 """
 LONG = 60  # characters from which the text of a cell is broken into lines
 HEAD = """<!DOCTYPE html>
@@ -82,7 +86,8 @@ class _Page:
     def table(self, table: tables.Table, kind: str = "") -> None:
         header, rows = table
         sides = [' class="text"' if name in tables.TEXT_COLUMNS else "" for name in header]
-        head = "".join(f'<th scope="col"{side}>{_inline(name)}</th>' for name, side in zip(header, sides, strict=True))
+        names = [tables.head(name)[1] for name in header] if kind == "wide" else header
+        head = "".join(f'<th scope="col"{side}>{_inline(name)}</th>' for name, side in zip(names, sides, strict=True))
         body = []
         for row in rows:
             cells = []
@@ -90,7 +95,8 @@ class _Page:
                 kind_of_cell = ' class="text long"' if len(text) > LONG else side
                 cells.append(f"<td{kind_of_cell}>{_inline(text)}</td>")
             body.append(f"<tr>{''.join(cells)}</tr>")
-        self.add(f'<div class="scroll {kind}"><table>', f"<thead><tr>{head}</tr></thead>", "<tbody>", *body)
+        above = _spanning(header) if kind == "wide" else ""
+        self.add(f'<div class="scroll {kind}"><table>', f"<thead>{above}<tr>{head}</tr></thead>", "<tbody>", *body)
         self.add("</tbody></table></div>")
 
     def figure(self, make: Callable[[], Any], caption: str) -> None:
@@ -102,6 +108,16 @@ def _inline(text: str) -> str:
     """Markdown's code in a cell becomes HTML's; spaces at the start keep a task below its mean."""
     words = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text, quote=False))
     return "&emsp;" + words.lstrip() if words.startswith("  ") else words
+
+
+def _spanning(header: list[str]) -> str:
+    """The upper head: what neighbouring columns share, once."""
+    cells = []
+    for shared, columns in groupby(tables.head(name)[0] for name in header):
+        title = {"- base": "difference to base"}.get(shared, shared)
+        side = ' class="span"' if shared else ""
+        cells.append(f'<th scope="colgroup" colspan="{len(list(columns))}"{side}>{escape(title)}</th>')
+    return f"<tr>{''.join(cells)}</tr>" if any(tables.head(name)[0] for name in header) else ""
 
 
 def page(runs: list[dict[str, Any]]) -> str:
@@ -123,11 +139,16 @@ def page(runs: list[dict[str, Any]]) -> str:
 
 
 def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
-    found = measures.rows_of_all(runs)
+    found = over_runs.rows_of_all(runs)
     if not found:
         return
     content.heading(2, "All runs")
     content.table(tables.value_table(found), "wide")
+    seeds = tables.seed_table(found)
+    if seeds[1]:
+        content.heading(3, "Over seeds")
+        content.table(seeds, "wide")
+        content.note(OVER_SEEDS)
     content.table(tables.gap_table([row for row in found if row.difference]), "wide")
     content.note(tables.note_on_differences(found))
     if plots_results.bar_names(found):

@@ -13,7 +13,7 @@ import pytest
 from made_up_runs import write_run
 
 from sppctl import pipeline
-from sppctl.stages import measures, plots_results
+from sppctl.stages import measures, over_runs, plots_results
 from sppctl.stages.report import collect
 from sppctl.stages.report_html import page
 
@@ -156,15 +156,15 @@ def test_a_perplexity_that_is_infinite_is_not_drawn(runs: Path) -> None:
 
 
 def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
-    found = measures.rows_of_all([collect(runs / "one"), collect(runs / "two")])
+    found = over_runs.rows_of_all([collect(runs / "one"), collect(runs / "two")])
     axes = plots_results.bars(found).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "base dense (one)",
-        "pruned wanda 2:4",
-        "merged wanda 2:4 spp",
+        "pruned wanda 2:4 seed 0",
+        "merged wanda 2:4 spp seed 0",
         "base dense (two)",
-        "pruned wanda 4:8",
-        "merged wanda 4:8 masked_full",
+        "pruned wanda 4:8 seed 1",
+        "merged wanda 4:8 masked_full seed 1",
     ]
 
 
