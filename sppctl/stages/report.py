@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sppctl import console
 from sppctl.errors import UserError
 from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
@@ -170,7 +170,7 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
     content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
     save(directory / "report.md", markdown(runs, directory))
     save(directory / "report.csv", tables.to_csv(found))
-    save(directory / "report.json", json.dumps(content, indent=2) + "\n")
+    save(directory / "report.json", console.to_json(content) + "\n")
     save(directory / "report.html", report_html.page(runs))
     layers = pruned_layers(runs[0])
     if len(runs) == 1 and layers:
