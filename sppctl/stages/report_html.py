@@ -186,7 +186,10 @@ def _results(content: _Page, run: dict[str, Any]) -> None:
         caption = "Perplexity and divergence from the dense model; whiskers are one standard error over windows"
         content.figure(lambda: plots_results.bars(found), caption)
     if plots_results.task_names(found):
-        content.figure(lambda: plots_results.dots(found), "Accuracies and agreement with the dense model")
+        content.figure(
+            lambda: plots_results.dots(found),
+            "Accuracies and agreement with the dense model; whiskers: one standard error",
+        )
     differences = tables.comparison_table(run)
     if differences[1]:
         content.heading(3, "Distance to the dense model")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -166,6 +167,60 @@ def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
         "pruned wanda 4:8 seed 1",
         "merged wanda 4:8 masked_full seed 1",
     ]
+
+
+def many(run: dict[str, Any], labels: list[str]) -> list[measures.Row]:
+    """The rows of a run beside further checkpoints."""
+    further = dict.fromkeys(labels, run["checkpoints"]["merged"])
+    return measures.rows(run | {"checkpoints": run["checkpoints"] | further})
+
+
+@pytest.mark.parametrize("number", [0, 2, 6, 20])
+def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(runs: Path, number: int) -> None:
+    found = many(collect(runs / "one"), [f"a-checkpoint-from-elsewhere-{index}" for index in range(number)])
+    figure = plots_results.dots(found)
+    figure.savefig(io.BytesIO())  # lays it out
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
+    markers = [container[0] for container in figure.axes[0].containers]
+    looks = {(line.get_marker(), line.get_color()) for line in markers}  # type: ignore[union-attr]
+    assert len(looks) == len(found) == len(legend.get_texts()) == 3 + number
+
+
+def test_whiskers_of_accuracies_are_their_standard_errors(runs: Path) -> None:
+    (pruned,) = (row for row in measures.rows(collect(runs / "one")) if row.checkpoint == "pruned")
+    (container,) = plots_results.dots([pruned]).axes[0].containers
+    ends = [line[:, 0] for line in container[2][0].get_segments()]  # type: ignore[index]
+    drawn = dict(zip(plots_results.task_names([pruned]), ends, strict=True))
+    assert drawn["  rte (zeroshot, limit 200)"] == pytest.approx([48.5 - 3.5, 48.5 + 3.5])
+
+
+def test_divergences_of_a_panel_have_equal_decimals(runs: Path) -> None:
+    run = collect(runs / "one")
+    run["checkpoints"]["pruned"]["results"][0]["metrics"]["kl"] = 1.8
+    divergence = plots_results.bars(measures.rows(run)).axes[1]
+    assert [text.get_text() for text in divergence.texts] == ["1.80", "0.52"]
+    run["checkpoints"]["merged"]["results"][0]["metrics"]["kl"] = 0.00123
+    divergence = plots_results.bars(measures.rows(run)).axes[1]
+    assert [text.get_text() for text in divergence.texts] == ["1.8000", "0.0012"]
+
+
+def test_bars_fill_their_panel_however_many_there_are(runs: Path) -> None:
+    axes = plots_results.bars(many(collect(runs / "one"), [str(index) for index in range(40)])).axes[0]
+    low, high = axes.get_ylim()
+    assert (low, high) == pytest.approx((43 - 0.4, -0.6))
+
+
+def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:
+    history = [{"loss": 4.6 - 0.06 * step, "step": step} for step in range(1, 36)]
+    figure = plots_results.losses(plots_results.loss_curves(history, (37, 2.51)))
+    figure.savefig(io.BytesIO())
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert all(box.y0 > axes.bbox.y0 for box in boxes)
+    assert not boxes[0].overlaps(boxes[1])
 
 
 def test_losses_of_a_training() -> None:
