@@ -263,7 +263,7 @@ def sweep(
 
     read = grid.load_sweep(names[0], overrides)
     if dry_run or slurm is not None:
-        sweeping.check(read)
+        sweeping.check(read, made=not dry_run)
         entries = sweeping.plan(read)
         if slurm is not None and not dry_run:
             console.note(f"sweep: {sweep_jobs.write(read, slurm, overrides)} submits the jobs")
@@ -271,6 +271,7 @@ def sweep(
             console.show_json(entries)
         else:
             _print_plan_of_sweep(entries, sweeping.totals(entries))
+        sweeping.check_made(read)
         return
     collected, failed = sweeping.execute(read, only, debug)
     if collected:
@@ -389,11 +390,14 @@ def config(
 
 def _print_plan_of_sweep(entries: list[dict[str, Any]], totals: dict[str, int]) -> None:
     rows = [
-        (entry["directory"], ", ".join(entry["stages"]), ", ".join(entry["made"]) or "-", ", ".join(entry["runs"]))
-        for entry in entries
+        (entry["directory"], ", ".join(entry["stages"]), _there(entry), ", ".join(entry["runs"])) for entry in entries
     ]
     console.show_table("plan", ("directory", "stages", "there", "for"), rows)
     print("; ".join(f"{stage}: {number}" for stage, number in totals.items()))
+
+
+def _there(entry: dict[str, Any]) -> str:
+    return ", ".join([*entry["made"], *(f"{stage} (other settings)" for stage in entry["other_settings"])]) or "-"
 
 
 def _print_stage(record: dict[str, Any], as_json: bool) -> None:

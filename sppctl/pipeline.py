@@ -122,7 +122,7 @@ def merge(run: Run) -> dict[str, Any]:
             f"{run.path('train')} was trained on other weights than {run.path('prune')} holds now; "
             "train again (sppctl train --force)"
         )
-    settings = {"merge": result_keys(run.config.merge)}
+    settings = settings_of(run.config, "merge")
     inputs = {"pruned": pruned["output"], "adapter": checkpoint.fingerprint(run.path("train"))}
     return run.perform(
         "merge", settings, inputs, lambda out: stage.execute(run.config, run.path("prune"), run.path("train"), out)
@@ -318,12 +318,19 @@ def _prune_settings(config: Config) -> dict[str, Any]:
     return {"model": result_keys(config.model)} | _settings(config, "prune")
 
 
+def settings_of(config: Config, stage: str) -> dict[str, Any]:
+    """The part of a configuration on which the record of prune, train or merge depends."""
+    if stage == "merge":
+        return {"merge": result_keys(config.merge)}
+    return _prune_settings(config) if stage == "prune" else _settings(config, stage)
+
+
 def _need(run: Run, stage: str) -> dict[str, Any]:
     """The record of a stage that must be there, and must be what the configuration describes."""
     record = run.record(stage)
     if record is None:
         raise UserError(f"{run.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
-    settings = _prune_settings(run.config) if stage == "prune" else _settings(run.config, stage)
+    settings = settings_of(run.config, stage)
     if record["settings"] != settings:
         raise UserError(
             f"{run.path(stage)} was made with {differences(record, settings, record['inputs'])}; "
