@@ -284,7 +284,7 @@ def sweep(
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
     expect: Annotated[
-        str | None, typer.Option(help="Pattern that every sparse matrix must keep to, or exit 1.")
+        str | None, typer.Option(help="Pattern that every pruned matrix must keep to, or exit 1.")
     ] = None,
     json: Json = False,
     debug: Debug = False,
@@ -299,8 +299,9 @@ def inspect(
     from sppctl.lm.checkpoint import locate_weights
     from sppctl.stages import inspect as stage
 
-    matrices, summary = stage.measure(locate_weights(checkpoint), expected)
-    wrong = stage.violations(matrices, expected) if expected is not None else []
+    directory = locate_weights(checkpoint)
+    matrices, summary = stage.measure(directory, expected)
+    wrong = stage.violations(matrices, expected, stage.recorded_layers(directory)) if expected is not None else []
     if json:
         console.show_json(
             {"summary": summary, "violations": wrong, "matrices": [asdict(matrix) for matrix in matrices]}
