@@ -14,10 +14,12 @@ import typer
 
 from sppctl import __version__, console, distributed, launch
 from sppctl.config import flatten, load_config, quoted, schema, to_dict, to_yaml
-from sppctl.errors import StageError, UserError
+from sppctl.errors import StageError, UserError, named_as_given
 from sppctl.run_directory import Run
 from sppctl.settings import Config
 
+# commands on any checkpoint have no configuration; what its keys are called there
+AS_ARGUMENTS = {"model.path": "CHECKPOINT", "model.device": "--device"}
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -299,7 +301,8 @@ def inspect(
     from sppctl.lm.checkpoint import locate_weights
     from sppctl.stages import inspect as stage
 
-    directory = locate_weights(checkpoint)
+    with named_as_given(AS_ARGUMENTS):
+        directory = locate_weights(checkpoint)
     matrices, summary = stage.measure(directory, expected)
     wrong = stage.violations(matrices, expected, stage.recorded_layers(directory)) if expected is not None else []
     if json:
@@ -336,7 +339,8 @@ def bench(
     from sppctl.stages import bench as stage
     from sppctl.stages import bench_text
 
-    found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
+    with named_as_given(AS_ARGUMENTS):
+        found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(found)
         return

@@ -191,6 +191,7 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
     from sppctl.stages import over_runs, report_latex
     from sppctl.stages import report as stage
 
+    run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # each once
     runs = []
     for path in run_dirs:
         collected = stage.collect(path)
@@ -203,6 +204,8 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         places = {output or run_dirs[0]: runs}
     else:
         shared = output or Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
+        if output is None and shared == Path(shared.anchor):
+            raise UserError("these runs share no folder; name one for the report over all (--output)")
         if shared.resolve() in [path.resolve() for path in run_dirs]:
             raise UserError(f"{shared} is itself one of the runs; name a folder for the report over all (--output)")
         places = {path: [run] for path, run in zip(run_dirs, runs, strict=True)} | {shared: runs}

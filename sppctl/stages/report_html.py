@@ -69,8 +69,9 @@ HEAD = """<!DOCTYPE html>
 class _Page:
     """The parts of the page in their order; figures get identifiers that no other figure has."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3) -> None:
         self.parts: list[str] = []
+        self.depth = depth  # of the headings of a run's sections
         self._figures = count(1)
 
     def add(self, *parts: str) -> None:
@@ -79,6 +80,9 @@ class _Page:
     def heading(self, level: int, words: str, identity: str = "") -> None:
         name = f' id="{identity}"' if identity else ""
         self.add(f"<h{level}{name}>{escape(words)}</h{level}>")
+
+    def section(self, words: str) -> None:
+        self.heading(self.depth, words)
 
     def note(self, words: str) -> None:
         self.add(f'<p class="note">{escape(words)}</p>')
@@ -123,7 +127,7 @@ def _spanning(header: list[str]) -> str:
 def page(runs: list[dict[str, Any]]) -> str:
     """The whole page."""
     title = runs[0]["run"] if len(runs) == 1 else f"{len(runs)} runs"
-    content = _Page()
+    content = _Page(depth=2 if len(runs) == 1 else 3)
     content.heading(1, f"sppctl report: {title}")
     if len(runs) > 1:
         links = (f'<li><a href="#run{at}">{escape(run["run"])}</a></li>' for at, run in enumerate(runs))
@@ -167,20 +171,20 @@ def _run(content: _Page, run: dict[str, Any]) -> None:
     _training(content, run)
     layers = run["stages"].get("prune", {}).get("metrics", {}).get("layers", [])
     if layers:
-        content.heading(3, "Pruning")
+        content.section("Pruning")
         error = plots.error_measure(layers).replace("_", " ")
         content.figure(lambda: plots.draw(layers), f"{error.capitalize()} and sparsity by block and module type")
         content.table(tables.type_table(layers))
     seconds, sizes = plots_results.costs_of(run)
     if seconds or sizes:
-        content.heading(3, "Time and size")
+        content.section("Time and size")
         content.figure(lambda: plots_results.costs(seconds, sizes), "Time of each stage, size of each checkpoint")
     _made(content, run)
 
 
 def _results(content: _Page, run: dict[str, Any]) -> None:
     found = measures.rows(run)
-    content.heading(3, "Results")
+    content.section("Results")
     content.table(tables.table(run))
     if plots_results.bar_names(found):
         caption = "Perplexity and divergence from the dense model; whiskers are one standard error over windows"
@@ -192,7 +196,7 @@ def _results(content: _Page, run: dict[str, Any]) -> None:
         )
     differences = tables.comparison_table(run)
     if differences[1]:
-        content.heading(3, "Distance to the dense model")
+        content.section("Distance to the dense model")
         content.table(differences)
         content.note(tables.note_on_differences(found))
 
@@ -200,13 +204,13 @@ def _results(content: _Page, run: dict[str, Any]) -> None:
 def _paired(content: _Page, run: dict[str, Any]) -> None:
     significant, flipped = tables.significance_table(run["comparisons"]), tables.flip_table(run["comparisons"])
     if significant[1]:
-        content.heading(3, "On the same samples")
+        content.section("On the same samples")
         content.table(significant)
         content.note(PAIRED)
     for note in run["notes"]:
         content.note(note)
     if flipped[1]:
-        content.heading(3, "Flipped answers")
+        content.section("Flipped answers")
         content.table(flipped)
         content.note("Answers whose likeliest choice is another one; a small difference of accuracies can hide many.")
 
@@ -218,13 +222,13 @@ def _training(content: _Page, run: dict[str, Any]) -> None:
     end = (metrics["steps"], metrics.get("validation_loss"))
     curves = plots_results.loss_curves(metrics.get("history", []), end)
     if curves:
-        content.heading(3, "Training")
+        content.section("Training")
         content.figure(lambda: plots_results.losses(curves), f"By optimizer step: {', '.join(curves)}")
 
 
 def _made(content: _Page, run: dict[str, Any]) -> None:
     commands = provenance.commands(run)
-    content.heading(3, "How it was made")
+    content.section("How it was made")
     if commands:
         content.add("<pre>" + escape("\n".join(commands)) + "</pre>")
     for title, table in PROVENANCE.items():

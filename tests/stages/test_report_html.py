@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -105,9 +106,16 @@ def test_the_page_says_what_was_measured_and_how_it_was_made(runs: Path) -> None
     ):
         assert words in text
     assert "<details><summary>Configuration" in text
-    headings = re.findall(r"<h3>(.*?)</h3>", text)
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings[:4] == ["Results", "Distance to the dense model", "On the same samples", "Flipped answers"]
     assert headings[4:] == ["Training", "Pruning", "Time and size", "How it was made"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
+def test_headings_skip_no_level(runs: Path, name: str) -> None:
+    levels = [int(level) for level in re.findall(r"<h(\d)", (runs / name).read_text())]
+    assert levels[0] == 1
+    assert all(later <= before + 1 for before, later in itertools.pairwise(levels))
 
 
 def test_the_same_records_give_the_same_page(runs: Path) -> None:
@@ -123,8 +131,8 @@ def test_a_page_of_a_run_in_parts(gone: list[str], tmp_path: Path) -> None:
     text = page([collect(one)])
     Checked(text)
     assert ("No checkpoint of this run has been measured yet" in text) == ("eval" in gone)
-    assert ("<h3>Training</h3>" in text) == ("adapter" not in gone)
-    assert ("<h3>Pruning</h3>" in text) == ("pruned" not in gone)
+    assert ("<h2>Training</h2>" in text) == ("adapter" not in gone)
+    assert ("<h2>Pruning</h2>" in text) == ("pruned" not in gone)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
