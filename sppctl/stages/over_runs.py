@@ -1,14 +1,17 @@
-"""Several runs side by side: in which configuration keys they differ, and how much a number depends on the seed."""
+"""Several runs side by side: in which configuration keys they differ, what depends on the seed, which is better."""
 
 from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sppctl.config import config_keys, flatten, result_keys
 from sppctl.settings import Config
+from sppctl.stages import significance
 from sppctl.stages.measures import Row, rows
 from sppctl.yaml12 import parse_yaml
 
@@ -68,9 +71,9 @@ def short_names(found: list[Row]) -> dict[str, str]:
     return {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
 
 
-def places(found: list[Row]) -> dict[str, str]:
+def places(runs: Iterable[str]) -> dict[str, str]:
     """The directories of runs as seen from the folder that they share."""
-    runs = list(dict.fromkeys(row.run for row in found))
+    runs = list(dict.fromkeys(runs))
     if len(runs) < 2:
         return {run: run for run in runs}
     shared = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in runs])
@@ -118,3 +121,28 @@ def over_seeds(found: list[Row]) -> list[OverSeeds]:
         rest = {key: value for key, value in group[0].settings.items() if key != SEED}
         aggregated.append(OverSeeds(replace(group[0], settings=rest), len(one), values))
     return aggregated
+
+
+# --- on the same samples ----------------------------------------------------------------------------------------------
+
+
+def comparisons(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The merged checkpoint of every run against that of the first one that has one, as those within a run.
+
+    Of tasks the means are compared, or the tasks where there is no mean.
+    """
+    having = [run for run in runs if "merged" in run["checkpoints"]]
+    names = places(run["run"] for run in runs)
+    results = [run["checkpoints"]["merged"]["results"] for run in having]
+    samples = [
+        significance.read_samples(Path(run["run"]) / "eval/merged.samples", own)[0]
+        for run, own in zip(having, results, strict=True)
+    ]
+    found = []
+    for at in range(1, len(having)):
+        entries = significance.compare_tasks(samples[0], samples[at])
+        means = [entry for entry in entries if " mean" in entry["name"]]
+        entries = significance.compare_texts(results[0], results[at]) + (means or entries)
+        if entries:
+            found.append({"first": names[having[0]["run"]], "second": names[having[at]["run"]], "entries": entries})
+    return found

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sppctl.stages import tasks
+from sppctl.stages import significance, tasks
 from sppctl.stages.evaluate import result_name, rows_of
 
 PERPLEXITY, DIVERGENCE, AGREEMENT, ACCURACY, OTHER = "perplexity", "kl", "agreement", "accuracy", "other"
@@ -125,9 +125,7 @@ def _hidden_of_text(name: str, result: dict[str, Any]) -> Hidden:
 
 def _hidden_of_tasks(results: Results) -> Hidden:
     found = {}
-    few = [result["settings"]["num_fewshot"] for result in results]
-    few += [values.get("num_fewshot") for result in results for values in result["metrics"]["tasks"].values()]
-    if any(few) and "seed" in results[0]["settings"]:  # the seed draws the examples, and nothing where there are none
+    if "seed" in results[0]["settings"] and any(significance.draws_examples(result) for result in results):
         found["seed"] = str(results[0]["settings"]["seed"])
     own = sorted({result["settings"]["own_tasks"] for result in results if "own_tasks" in result["settings"]})
     return found | ({"tasks": " ".join(own)} if own else {})

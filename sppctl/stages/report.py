@@ -82,6 +82,9 @@ def markdown(runs: list[dict[str, Any]], directory: Path = Path()) -> str:
             seeds = tables.seed_table(found)
             if seeds[1]:
                 lines += ["## Over seeds", "", *_section(seeds, [report_html.OVER_SEEDS]), ""]
+            between = tables.significance_table(over_runs.comparisons(runs))
+            if between[1]:
+                lines += [f"## {report_html.BETWEEN}", "", *_section(between, [report_html.PAIRED]), ""]
             parts.append(
                 "\n".join(
                     [
@@ -167,7 +170,8 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
         UserError: nothing can be written there.
     """
     found = over_runs.rows_of_all(runs)
-    content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
+    together = {"table": [asdict(row) for row in found], "comparisons": over_runs.comparisons(runs), "runs": runs}
+    content = runs[0] if len(runs) == 1 else together
     save(directory / "report.md", markdown(runs, directory))
     save(directory / "report.csv", tables.to_csv(found))
     save(directory / "report.json", console.to_json(content) + "\n")

@@ -23,6 +23,7 @@ PAIRED = (
     "percentage points for accuracies, in nats per token for losses (over windows); p, two-sided, is how often a "
     "resampled mean, centred on zero, is at least as far from zero. It is not corrected for the number of rows."
 )
+BETWEEN = "Merged checkpoints on the same samples, against the first run"
 OVER_SEEDS = "Mean ± standard deviation over the runs that differ in nothing but run.seed."
 STYLE = """
 :root { color-scheme: light; }
@@ -148,6 +149,7 @@ def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
         return
     content.heading(2, "All runs")
     content.table(tables.value_table(found), "wide")
+    content.note(tables.HEADS_MEAN)
     seeds = tables.seed_table(found)
     if seeds[1]:
         content.heading(3, "Over seeds")
@@ -155,6 +157,11 @@ def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
         content.note(OVER_SEEDS)
     content.table(tables.gap_table([row for row in found if row.difference]), "wide")
     content.note(tables.note_on_differences(found))
+    between = tables.significance_table(over_runs.comparisons(runs))
+    if between[1]:
+        content.section(BETWEEN)
+        content.table(between)
+        content.note(PAIRED)
     if plots_results.bar_names(found):
         content.figure(lambda: plots_results.bars(found), "Perplexity and divergence from the dense model, all runs")
 

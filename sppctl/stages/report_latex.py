@@ -6,7 +6,7 @@ import itertools
 import re
 
 from sppctl.stages.measures import Row
-from sppctl.stages.report_tables import TEXT_COLUMNS, head, wide_table
+from sppctl.stages.report_tables import HEADS_MEAN, TEXT_COLUMNS, head, wide_table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -37,7 +37,7 @@ def to_latex(found: list[Row]) -> str:
     caption = (
         r"Perplexities; accuracies and sparsity in percent, their differences to the dense model (-- base) in "
         r"percentage points. Gap recovered in percent: $(x - \mathrm{pruned}) / (\mathrm{base} - \mathrm{pruned})$, "
-        r"of perplexities the logarithms."
+        r"of perplexities the logarithms. " + escape(HEADS_MEAN)
     )
     heads = [head(name) for name in header]
     titles = " & ".join(r"\shortstack[r]{" + _broken(escape(name)) + "}" for _, name in heads)

@@ -137,6 +137,12 @@ def flip_table(comparisons: list[dict[str, Any]]) -> Table:
     return header, lines
 
 
+HEADS_MEAN = (
+    "ppl: perplexity; KL: divergence from the dense model, in nats per token; top-1: share of tokens that both models "
+    "find likeliest; mean: over the tasks beside it."
+)
+
+
 def note_on_differences(found: list[Row]) -> str:
     """What the numbers of :func:`comparison_table` and :func:`gap_table` are."""
     words = "Differences of accuracies are percentage points"
@@ -208,7 +214,7 @@ def head(name: str) -> tuple[str, str]:
 
 
 def _identities(found: list[Row]) -> Table:
-    places, keys = over_runs.places(found), over_runs.short_names(found)
+    places, keys = over_runs.places(row.run for row in found), over_runs.short_names(found)
     several = len(places) > 1
     header = ["run"] * several + [*MADE, *keys.values()]
     lines = []

@@ -129,13 +129,20 @@ def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str,
         for task, own in result["metrics"].get("samples_hash", {}).items():
             if own in files:
                 owned.add(own)
-                settings = {key: value for key, value in result["settings"].items() if key != "group"}
+                idle = {"group"} if draws_examples(result) else {"group", "seed"}
+                settings = {key: value for key, value in result["settings"].items() if key not in idle}
                 key = json.dumps(settings | {"tasks": task}, sort_keys=True)
                 samples = [json.loads(line) for line in files[own][1].splitlines()]
                 sizes = _sizes(result, results)
                 found[key] = _task(task, result, samples, sizes, found.get(key))
     left = [path for own, (path, _) in files.items() if own not in owned]
     return found, [f"{path} belongs to another evaluation and is left out" for path in left]
+
+
+def draws_examples(result: dict[str, Any]) -> bool:
+    """Whether the tasks of a result have few-shot examples; without any, its seed changes nothing."""
+    few = [result["settings"]["num_fewshot"]]
+    return any(few + [values.get("num_fewshot") for values in result["metrics"]["tasks"].values()])
 
 
 def _task(

@@ -12,7 +12,7 @@ from made_up_runs import DENSE, write_run
 
 from sppctl import pipeline
 from sppctl.stages import plots_results
-from sppctl.stages.over_runs import over_seeds, places, rows_of_all, short_names
+from sppctl.stages.over_runs import comparisons, over_seeds, places, rows_of_all, short_names
 from sppctl.stages.report import collect
 from sppctl.stages.report_tables import seed_table, to_csv, value_table
 
@@ -122,5 +122,30 @@ def test_the_report_over_runs_has_both_tables(folder: Path) -> None:
     }
 
 
+def test_merged_checkpoints_of_runs_on_the_same_samples(tmp_path: Path) -> None:
+    runs = [collect(write_run(tmp_path / name, training=name)) for name in ("spp", "lora")]
+    better = runs[1]["checkpoints"]["merged"]["results"][0]["metrics"]
+    better["window_nll"] = [loss - 51.1 for loss in better["window_nll"]]
+    (pair,) = comparisons(runs)
+    assert (pair["first"], pair["second"]) == ("spp", "lora")
+    text, mean = pair["entries"]
+    assert text["name"] == "wikitext2"
+    assert text["difference"] == pytest.approx(-0.1)
+    assert (mean["name"], mean["samples"], mean["difference"]) == ("zeroshot, limit 200 mean", 1400, 0)
+    assert comparisons(runs[:1]) == []
+    assert [entry["name"] for entry in comparisons([runs[0], runs[0] | {"checkpoints": {}}, runs[1]])[0]["entries"]]
+    pipeline.report([tmp_path / "spp", tmp_path / "lora"])
+    for name, words in (("report.md", "| spp to lora | "), ("report.html", ">spp to lora<"), ("report.json", '"lora"')):
+        assert words in (tmp_path / name).read_text()
+
+
+def test_another_seed_is_compared_where_it_draws_nothing(tmp_path: Path) -> None:
+    runs = [collect(write_run(tmp_path / name)) for name in ("one", "two")]
+    runs[1]["checkpoints"]["merged"]["results"][1]["settings"]["seed"] = 5
+    assert len(comparisons(runs)[0]["entries"]) == 2
+    runs[1]["checkpoints"]["merged"]["results"][1]["settings"]["num_fewshot"] = 5
+    assert len(comparisons(runs)[0]["entries"]) == 1
+
+
 def test_runs_are_named_from_the_folder_that_they_share(runs: list[dict[str, Any]]) -> None:
-    assert list(places(rows_of_all(runs)).values()) == ["r16-s0", "r16-s1", "r8-s0", "r8-s1"]
+    assert list(places(run["run"] for run in runs).values()) == ["r16-s0", "r16-s1", "r8-s0", "r8-s1"]
