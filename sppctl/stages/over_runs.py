@@ -129,7 +129,7 @@ def over_seeds(found: list[Row]) -> list[OverSeeds]:
 def comparisons(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The merged checkpoint of every run against that of the first one that has one, as those within a run.
 
-    Of tasks the means are compared, or the tasks where there is no mean.
+    Of tasks the means are compared, or the tasks where there is no mean; texts if their tokens are the same.
     """
     having = [run for run in runs if "merged" in run["checkpoints"]]
     names = places(run["run"] for run in runs)
@@ -142,7 +142,14 @@ def comparisons(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for at in range(1, len(having)):
         entries = significance.compare_tasks(samples[0], samples[at])
         means = [entry for entry in entries if " mean" in entry["name"]]
-        entries = significance.compare_texts(results[0], results[at]) + (means or entries)
+        alike = _with_tokenizer(results[at], results[0])
+        entries = significance.compare_texts(results[0], alike) + (means or entries)
         if entries:
             found.append({"first": names[having[0]["run"]], "second": names[having[at]["run"]], "entries": entries})
     return found
+
+
+def _with_tokenizer(results: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results on tokens of a tokenizer that the others have too: windows of other tokens are no pairs."""
+    known = [result.get("tokenizer") for result in others]
+    return [result for result in results if result.get("tokenizer") in known]

@@ -68,13 +68,21 @@ def bars(found: Sequence[Row]) -> Figure:
 
     drawn = bar_names(found)
     panels = [[row for row in found if _finite(row, name)] for name in drawn]
-    heights = [0.24 * len(rows) + 0.75 for rows in panels]
+    titles = [_title(name, rows) for name, rows in zip(drawn, panels, strict=True)]
+    heights = [0.24 * len(rows) + 0.75 + 0.15 * title.count("\n") for rows, title in zip(panels, titles, strict=True)]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)
     looks = _looks(found)
-    for axes, name, rows in zip(grid[:, 0], drawn, panels, strict=True):
+    for axes, name, rows, title in zip(grid[:, 0], drawn, panels, titles, strict=True):
         _panel(axes, name, rows, looks)
+        axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     return figure
+
+
+def _title(name: str, rows: Sequence[Row]) -> str:
+    """The name in lines as wide as the axes beside the labels, in inches at this size of letters."""
+    labels = 0.075 * max(len(_row_name(row, rows)) for row in rows)
+    return textwrap.fill(name.removeprefix("ppl "), max(20, int((WIDTH - labels - 0.2) / 0.09)))
 
 
 def _finite(row: Row, name: str) -> bool:
@@ -105,7 +113,6 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[st
         axes.set_xlim(0, 1.18 * max(value + error for value, error in zip(values, errors, strict=True)) or 1)
     words = "perplexity, lower is better" if perplexity else "nats per token, lower is better"
     axes.set_xlabel(words + (", logarithmic axis" if logarithmic else ""))
-    axes.set_title(name.removeprefix("ppl "), loc="left", fontsize=9, fontweight="bold")
 
 
 def _digits(values: Sequence[float]) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -145,6 +146,26 @@ def test_another_seed_is_compared_where_it_draws_nothing(tmp_path: Path) -> None
     assert len(comparisons(runs)[0]["entries"]) == 2
     runs[1]["checkpoints"]["merged"]["results"][1]["settings"]["num_fewshot"] = 5
     assert len(comparisons(runs)[0]["entries"]) == 1
+
+
+def test_windows_of_other_tokens_are_no_pairs(tmp_path: Path) -> None:
+    runs = [collect(write_run(tmp_path / name)) for name in ("one", "two")]
+    for run, tokenizer in zip(runs, ("a", "b"), strict=True):
+        run["checkpoints"]["merged"]["results"][0]["tokenizer"] = tokenizer
+    assert [entry["measure"] for entry in comparisons(runs)[0]["entries"]] == ["acc"]
+
+
+def test_long_titles_and_labels_stay_inside(runs: list[dict[str, Any]]) -> None:
+    text = "/a/long/way/to/the/text/that/was/read.txt"
+    changed = copy.deepcopy(runs)
+    for run in changed:
+        for content in run["checkpoints"].values():
+            content["results"][0]["settings"]["text"] = text
+    figure = plots_results.bars(rows_of_all(changed))
+    figure.savefig(io.BytesIO())
+    for axes in figure.axes:
+        assert axes.get_title(loc="left").replace("\n", "").replace(" ", "").count("/a/long/way") == 1
+        assert axes._left_title.get_window_extent().x1 <= figure.bbox.width  # type: ignore[attr-defined]
 
 
 def test_runs_are_named_from_the_folder_that_they_share(runs: list[dict[str, Any]]) -> None:
