@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from sppctl.machine import cpu_name
 
 
 def add_clock(parser: ArgumentParser) -> None:
@@ -28,17 +29,7 @@ def describe(device: torch.device) -> str:
     """Name of the processor or the GPU, threads, the instructions that PyTorch uses, and versions."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads, {_instructions()}, torch {torch.__version__}"
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return platform.processor() or platform.machine()
-    names = [
-        line.split(":")[1].strip() for line in information.read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.machine()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, {_instructions()}, torch {torch.__version__}"
 
 
 def _instructions() -> str:

@@ -14,10 +14,12 @@ import typer
 
 from sppctl import __version__, console, distributed, launch
 from sppctl.config import flatten, load_config, quoted, schema, to_dict, to_yaml
-from sppctl.errors import StageError, UserError
+from sppctl.errors import StageError, UserError, named_as_given
 from sppctl.run_directory import Run
 from sppctl.settings import Config
 
+# commands on any checkpoint have no configuration; what its keys are called there
+AS_ARGUMENTS = {"model.path": "CHECKPOINT", "model.device": "--device"}
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -263,7 +265,7 @@ def sweep(
 
     read = grid.load_sweep(names[0], overrides)
     if dry_run or slurm is not None:
-        sweeping.check(read)
+        sweeping.check(read, made=not dry_run)
         entries = sweeping.plan(read)
         if slurm is not None and not dry_run:
             console.note(f"sweep: {sweep_jobs.write(read, slurm, overrides)} submits the jobs")
@@ -271,6 +273,7 @@ def sweep(
             console.show_json(entries)
         else:
             _print_plan_of_sweep(entries, sweeping.totals(entries))
+        sweeping.check_made(read)
         return
     collected, failed = sweeping.execute(read, only, debug)
     if collected:
@@ -283,7 +286,7 @@ def sweep(
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
     expect: Annotated[
-        str | None, typer.Option(help="Pattern that every sparse matrix must keep to, or exit 1.")
+        str | None, typer.Option(help="Pattern that every pruned matrix must keep to, or exit 1.")
     ] = None,
     json: Json = False,
     debug: Debug = False,
@@ -298,8 +301,10 @@ def inspect(
     from sppctl.lm.checkpoint import locate_weights
     from sppctl.stages import inspect as stage
 
-    matrices, summary = stage.measure(locate_weights(checkpoint), expected)
-    wrong = stage.violations(matrices, expected) if expected is not None else []
+    with named_as_given(AS_ARGUMENTS):
+        directory = locate_weights(checkpoint)
+    matrices, summary = stage.measure(directory, expected)
+    wrong = stage.violations(matrices, expected, stage.recorded_layers(directory)) if expected is not None else []
     if json:
         console.show_json(
             {"summary": summary, "violations": wrong, "matrices": [asdict(matrix) for matrix in matrices]}
@@ -334,7 +339,8 @@ def bench(
     from sppctl.stages import bench as stage
     from sppctl.stages import bench_text
 
-    found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
+    with named_as_given(AS_ARGUMENTS):
+        found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(found)
         return
@@ -389,11 +395,14 @@ def config(
 
 def _print_plan_of_sweep(entries: list[dict[str, Any]], totals: dict[str, int]) -> None:
     rows = [
-        (entry["directory"], ", ".join(entry["stages"]), ", ".join(entry["made"]) or "-", ", ".join(entry["runs"]))
-        for entry in entries
+        (entry["directory"], ", ".join(entry["stages"]), _there(entry), ", ".join(entry["runs"])) for entry in entries
     ]
     console.show_table("plan", ("directory", "stages", "there", "for"), rows)
     print("; ".join(f"{stage}: {number}" for stage, number in totals.items()))
+
+
+def _there(entry: dict[str, Any]) -> str:
+    return ", ".join([*entry["made"], *(f"{stage} (other settings)" for stage in entry["other_settings"])]) or "-"
 
 
 def _print_stage(record: dict[str, Any], as_json: bool) -> None:
@@ -429,10 +438,10 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.show_json(runs)
         return
-    from sppctl.stages import measures, provenance, report_tables
+    from sppctl.stages import over_runs, provenance, report_tables
 
     if len(runs) > 1:
-        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(measures.rows_of_all(runs)))
+        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(over_runs.rows_of_all(runs)))
     for found in runs:
         console.show_table(found["run"], *report_tables.table(found))
         for fact in provenance.facts(found):

@@ -1,5 +1,10 @@
 """The ways in which a command can end badly, with their exit codes."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Wrong usage, configuration or input: found before anything expensive, exit code 2."""
@@ -17,3 +22,15 @@ class Stopped(StageError):  # noqa: N818
     """A signal asked for the end and the work was saved: exit code 143, as of a process ended by SIGTERM."""
 
     exit_code = 143
+
+
+@contextlib.contextmanager
+def named_as_given(names: dict[str, str]) -> Iterator[None]:
+    """Lets errors name the arguments that were given in place of configuration keys (``model.path``) that were not."""
+    try:
+        yield
+    except UserError as error:
+        words = str(error)
+        for key, name in names.items():
+            words = words.replace(f"{key}:", f"{name}:")
+        raise UserError(words) from error

@@ -121,7 +121,7 @@ def merge(run: Run) -> dict[str, Any]:
             f"{run.path('train')} was trained on other weights than {run.path('prune')} holds now; "
             "train again (sppctl train --force)"
         )
-    settings = {"merge": result_keys(run.config.merge)}
+    settings = settings_of(run.config, "merge")
     inputs = {"pruned": pruned["output"], "adapter": checkpoint.fingerprint(run.path("train"))}
     return run.perform(
         "merge", settings, inputs, lambda out: stage.execute(run.config, run.path("prune"), run.path("train"), out)
@@ -198,9 +198,10 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
     Returns:
         What :func:`sppctl.stages.report.collect` found, by run.
     """
-    from sppctl.stages import measures, report_tables
+    from sppctl.stages import over_runs, report_latex
     from sppctl.stages import report as stage
 
+    run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # each once
     runs = []
     for path in run_dirs:
         collected = stage.collect(path)
@@ -213,6 +214,8 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         places = {output or run_dirs[0]: runs}
     else:
         shared = output or Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
+        if output is None and shared == Path(shared.anchor):
+            raise UserError("these runs share no folder; name one for the report over all (--output)")
         if shared.resolve() in [path.resolve() for path in run_dirs]:
             raise UserError(f"{shared} is itself one of the runs; name a folder for the report over all (--output)")
         places = {path: [run] for path, run in zip(run_dirs, runs, strict=True)} | {shared: runs}
@@ -220,7 +223,7 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         stage.write(content, place)
     console.note(f"report: {list(places)[-1] / 'report.html'}")
     if latex is not None:
-        stage.save(latex, report_tables.to_latex(measures.rows_of_all(runs)))
+        stage.save(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
         console.note(f"report: {latex}")
     return runs
 
@@ -354,12 +357,19 @@ def _prune_settings(config: Config) -> dict[str, Any]:
     return {"model": result_keys(config.model)} | _settings(config, "prune")
 
 
+def settings_of(config: Config, stage: str) -> dict[str, Any]:
+    """The part of a configuration on which the record of prune, train or merge depends."""
+    if stage == "merge":
+        return {"merge": result_keys(config.merge)}
+    return _prune_settings(config) if stage == "prune" else _settings(config, stage)
+
+
 def _need(run: Run, stage: str) -> dict[str, Any]:
     """The record of a stage that must be there, and must be what the configuration describes."""
     record = run.record(stage)
     if record is None:
         raise UserError(f"{run.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
-    settings = _prune_settings(run.config) if stage == "prune" else _settings(run.config, stage)
+    settings = settings_of(run.config, stage)
     if record["settings"] != settings:
         raise UserError(
             f"{run.path(stage)} was made with {differences(record, settings, record['inputs'])}; "

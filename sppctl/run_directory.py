@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, console, distributed
+from sppctl import __version__, console, distributed, machine
 from sppctl.config import flatten, to_yaml
 from sppctl.errors import StageError, UserError
 from sppctl.settings import Config
@@ -197,6 +196,7 @@ class Run:
         if distributed.is_main():
             self._prepare(partial, stage, identity, resumable)
         distributed.barrier()
+        machine.reset_peak_memory()
         started = time.perf_counter()
         try:
             metrics = work(partial)
@@ -213,8 +213,8 @@ class Run:
             "seed": self.config.run.seed,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "wall_time_s": round(time.perf_counter() - started, 2),
-            "peak_memory_mb": _peak_memory_mb(),
-            "hardware": _hardware(),
+            "peak_memory_mb": machine.peak_memory_mb(),
+            "hardware": machine.describe(),
             "versions": _versions(),
             "command": console.command_line(),
             "metrics": metrics,
@@ -291,24 +291,6 @@ def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[s
         f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
     ]
     return "; ".join(changed) or "an older version of sppctl"
-
-
-def _peak_memory_mb() -> dict[str, float]:
-    """Of this process since it started, and of the GPU."""
-    import torch
-
-    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
-    if torch.cuda.is_available():
-        peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return peak
-
-
-def _hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} visible)"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _versions() -> dict[str, str]:

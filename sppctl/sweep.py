@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -19,14 +20,18 @@ from sppctl import console, distributed, launch, pipeline
 from sppctl.config import result_keys
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import REPORT, Member, Sweep, raise_problems
-from sppctl.run_directory import Run
+from sppctl.run_directory import DIRECTORIES, Run, differences
 
 # what is taken over from a member: its checkpoint's directory, and the label of the results
 FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")
 
 
-def check(sweep: Sweep) -> None:
+def check(sweep: Sweep, made: bool = True) -> None:
     """Everything that can be checked before the first stage of any run.
+
+    Args:
+        sweep: the sweep.
+        made: whether what is there must have been made with the settings of now.
 
     Raises:
         UserError: every problem, one per line, with the runs that have it.
@@ -37,7 +42,34 @@ def check(sweep: Sweep) -> None:
         for member in sweep.runs_of(dense):
             for line in _problems(member, loaded):
                 problems.setdefault(line, []).append(member.name)
+    if made:
+        problems |= _made_otherwise(sweep)
     raise_problems(problems, len(sweep.runs))
+
+
+def check_made(sweep: Sweep) -> None:
+    """Raises UserError, with a line for each, if stages that are there were made with other settings."""
+    raise_problems(_made_otherwise(sweep), len(sweep.runs))
+
+
+def _made_otherwise(sweep: Sweep) -> dict[str, list[str]]:
+    lines = [line for member in sweep.members() for line in _changed(sweep, member).values()]
+    return {line: list(sweep.runs) for line in lines}
+
+
+def _changed(sweep: Sweep, member: Member) -> dict[str, str]:
+    """The stages of a member that were made with other settings or rest on such, and how to redo them."""
+    run = Run(member.config)
+    found: dict[str, str] = {}
+    for stage in [] if member.name in sweep.dense else DIRECTORIES:
+        record, settings = run.record(stage), pipeline.settings_of(member.config, stage)
+        if record is None or (record["settings"] == settings and not found):
+            continue
+        other = record["settings"] != settings
+        made = f"was made with {differences(record, settings, record['inputs'])}" if other else "rests on that"
+        redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
+        found[stage] = f"{run.path(stage)} {made}; {redo} redoes it, another run.dir keeps it"
+    return found
 
 
 def _problems(member: Member, loaded: tuple[Any, Any]) -> Iterator[str]:
@@ -50,7 +82,11 @@ def _problems(member: Member, loaded: tuple[Any, Any]) -> Iterator[str]:
 
 
 def plan(sweep: Sweep) -> list[dict[str, Any]]:
-    """The work of a sweep: an entry per directory with its stages, those that are there, and the runs that share it."""
+    """The work of a sweep: an entry per directory.
+
+    Each has the ``directory``, its ``stages``, those that are ``made``, those made with ``other_settings``, and the
+    ``runs`` that share it.
+    """
     entries = []
     for member in sweep.members():
         if member.name in sweep.dense:
@@ -60,8 +96,10 @@ def plan(sweep: Sweep) -> list[dict[str, Any]]:
         else:
             stages = ["train", "merge", "eval merged"]
         runs = [run.name for run in sweep.runs_of(member)]
-        made = [stage for stage in stages if _exists(Run(member.config), stage)]
-        entries.append({"directory": member.config.run.dir, "stages": stages, "made": made, "runs": runs})
+        other = list(_changed(sweep, member))
+        made = [stage for stage in stages if _exists(Run(member.config), stage) and stage not in other]
+        work = {"stages": stages, "made": made, "other_settings": other, "runs": runs}
+        entries.append({"directory": member.config.run.dir} | work)
     return entries
 
 

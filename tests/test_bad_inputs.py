@@ -636,7 +636,8 @@ TEXTS = [
 CHECKPOINTS = [
     Case("merge before anything", "merge {config}", ("pruned does not exist", "sppctl prune")),
     Case("train before prune", "train {config}", ("pruned does not exist", "sppctl prune")),
-    Case("inspect nothing", "inspect ./nowhere", ("./nowhere does not exist",)),
+    Case("inspect nothing", "inspect ./nowhere", ("CHECKPOINT: ./nowhere does not exist",)),
+    Case("bench nothing", "bench ./nowhere", ("CHECKPOINT: ./nowhere does not exist",)),
     Case("inspect truncated weights", "inspect model", ("model.safetensors is truncated", "again"), truncate),
     Case("inspect with a bad pattern", "inspect model --expect 4:2", ("--expect", "'4:2'", "0 < N < M")),
     Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,7 @@ def test_a_dry_run_says_what_is_shared_and_writes_nothing(
         "directory": str(tmp_path / "sweep" / "dense"),
         "stages": ["eval base"],
         "made": [],
+        "other_settings": [],
         "runs": names,
     }
     assert entries[1]["stages"] == ["prune", "eval pruned"]
@@ -238,6 +240,42 @@ def test_a_dry_run_says_what_is_shared_and_writes_nothing(
         "eval merged": 4,
     }
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "small.yaml"}
+
+
+def test_changed_settings_are_told_all_at_once(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["prune.method=magnitude", "prune.pattern=2:4"]
+    read = load_sweep(str(sweep_file), fixed)
+    folder = tmp_path / "sweep"
+    for member in [*read.pruned.values(), *read.runs.values()]:
+        for stage in ("prune", "train", "merge"):
+            if member.name in read.runs or stage == "prune":
+                path = Run(member.config).path(stage)
+                path.mkdir(parents=True)
+                record = {"settings": pipeline.settings_of(member.config, stage), "inputs": {}}
+                record |= {"fingerprint": "", "metrics": {}}
+                (path / "stage.json").write_text(json.dumps(record))
+    sweep.check(read)
+    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "--dry-run", *fixed, "train.max_steps=3"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out.replace("\n", " ").count("other settings") == 4  # training and merging of two runs
+    errors = said.err.strip().splitlines()
+    assert [line.partition(" ")[2].partition(";")[0] for line in errors] == [
+        f"{folder}/spp/adapter was made with train.max_steps = 2, now 3",
+        f"{folder}/spp/merged rests on that",
+        f"{folder}/masked_lora/adapter was made with train.max_steps = 2, now 3",
+        f"{folder}/masked_lora/merged rests on that",
+    ]
+    stage, *arguments, force = shlex.split(errors[0].partition("; sppctl ")[2].partition(" redoes it")[0])
+    assert (stage, force) == ("train", "--force")
+    changed = load_sweep(str(sweep_file), [*fixed, "train.max_steps=3"])
+    assert load_config(arguments[0], arguments[1:]) == changed.runs["spp"].config
+    with pytest.raises(UserError, match=r"train\.max_steps = 2, now 3"):
+        sweep.execute(changed)
 
 
 @pytest.mark.slow

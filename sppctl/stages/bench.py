@@ -16,6 +16,7 @@ from sppctl.errors import UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.semi_structured import TwoWeights, no_kernel, relative_difference, takes
+from sppctl.machine import cpu_name
 from sppctl.pattern import Pattern
 from sppctl.stages.bench_text import notes
 from sppctl.stages.inspect import holds, measure
@@ -84,7 +85,7 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
     return {
         "checkpoint": path,
         "fingerprint": checkpoint.fingerprint(directory),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -115,6 +116,10 @@ def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
     refused: list[str] = []
     if reason is None and not semi:
         reason = "no linear layer of the checkpoint is 2:4, the one pattern that GPUs accelerate; dense timings only"
+        if any(_is_transposed_2_4(layer) for layer in model.modules()):
+            reason = (
+                "the 2:4 layers are Conv1D (GPT-2), whose weights no 2:4 kernel takes as stored; dense timings only"
+            )
     if reason is None:
         fitting = [layer for layer in semi.values() if takes(layer.weight.shape, model.dtype)]
         refused = [name for name, layer in semi.items() if layer not in fitting]
@@ -134,6 +139,11 @@ def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
         "shapes_not_taken": refused,
         "reason": reason,
     }
+
+
+def _is_transposed_2_4(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' ``Conv1D``, which stores (in, out), with 2:4 weights."""
+    return type(layer).__name__ == "Conv1D" and holds(layer.get_parameter("weight").detach().t(), TWO_FOUR)
 
 
 @torch.no_grad()

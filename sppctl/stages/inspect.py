@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,16 @@ def _tightest(patterns: list[Pattern]) -> list[Pattern]:
     return sorted((p for p in patterns if not any(implies(q, p) for q in patterns)), key=str)
 
 
-def violations(measured: list[MatrixSparsity], expected: Pattern) -> list[str]:
-    """One line for each sparse matrix that does not keep to a pattern; dense matrices are not expected to.
+def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Sequence[str] | None = None) -> list[str]:
+    """One line for each matrix that does not keep to a pattern though it should.
 
     A ratio is met by a matrix with at least that share of zeros, up to one weight per row.
+
+    Args:
+        measured: matrices of a checkpoint.
+        expected: the pattern.
+        layers: modules that were pruned; None: not known, so a dense matrix should be sparse if those of its name in
+            other blocks are.
     """
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     if not sparse:
@@ -126,7 +133,37 @@ def violations(measured: list[MatrixSparsity], expected: Pattern) -> list[str]:
                 found.append(f"{matrix.name}: not {expected} (sparsity {matrix.sparsity:.4f})")
         elif matrix.zeros < expected.num_pruned(matrix.shape[-1]) * math.prod(matrix.shape[:-1]):
             found.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
-    return found
+    return found + list(_left_dense(measured, layers))
+
+
+def _left_dense(measured: list[MatrixSparsity], layers: Sequence[str] | None) -> Iterator[str]:
+    dense = [matrix.name for matrix in measured if not matrix.is_sparse]
+    if layers is not None:
+        for name in dense:
+            module = name.removesuffix(".weight")
+            # a checkpoint of the bare model leaves out the prefix
+            if any(layer == module or layer.endswith(f".{module}") for layer in layers):
+                yield f"{name}: dense, though its record says that it was pruned"
+        return
+    sparse = {_in_any_block(matrix.name): matrix.name for matrix in measured if matrix.is_sparse}
+    for name in dense:
+        if _in_any_block(name) in sparse:
+            yield f"{name}: dense, though {sparse[_in_any_block(name)]} is sparse"
+
+
+def _in_any_block(name: str) -> str:
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def recorded_layers(directory: Path) -> list[str] | None:
+    """The modules that were pruned, if the record of that lies in a checkpoint or beside it in a run; else None."""
+    own = directory / "stage.json"
+    for path in (own, directory.parent / "pruned" / "stage.json") if own.is_file() else ():
+        try:
+            return [str(layer["name"]) for layer in json.loads(path.read_text())["metrics"]["layers"]]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # none, or that of a stage that prunes nothing
+    return None
 
 
 def measure(directory: Path, also: Pattern | None = None) -> tuple[list[MatrixSparsity], dict[str, Any]]:

@@ -7,36 +7,15 @@ taking logarithms: 0 is the pruned model, 1 the dense one. Where pruning did no 
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from sppctl.stages.evaluate import result_name, rows_of
+from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Measure, measured, seed_of
 
-PERPLEXITY, DIVERGENCE, AGREEMENT, ACCURACY, OTHER = "perplexity", "kl", "agreement", "accuracy", "other"
 GAP_FORMULA = (
     "gap recovered = (x - pruned) / (base - pruned), where x is the checkpoint's value; of perplexities the logarithms "
     "are compared"
 )
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number of one checkpoint.
-
-    Attributes:
-        name: as tables call it, with what limits it.
-        kind: perplexity, kl (nats per token), agreement, accuracy (shares of 1), or other.
-        value: None where lm-eval gave none.
-        norm: acc_norm beside an accuracy.
-        stderr: of the mean loss in nats for a perplexity, of the divergence; accuracies have theirs in the results.
-    """
-
-    name: str
-    kind: str
-    value: float | None
-    norm: float | None = None
-    stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +33,7 @@ class Row:
         measures: by name.
         difference: value - base by name, for what both have.
         recovered: share of the gap by name, for what base, pruned and this one have.
+        settings: beside other runs, the configuration keys in which they differ, those that made this checkpoint.
     """
 
     run: str
@@ -67,24 +47,7 @@ class Row:
     measures: dict[str, Measure]
     difference: dict[str, float]
     recovered: dict[str, float]
-
-
-def measures_of(content: dict[str, Any]) -> dict[str, Measure]:
-    """The measures of a results file, by name, in their order."""
-    errors: dict[str, float | None] = {}
-    for result in content["results"]:
-        if result["settings"]["kind"] == "perplexity":
-            name = result_name(result["settings"])
-            errors[name] = result["metrics"].get("stderr")
-            errors[f"KL(dense || model) {name.removeprefix('ppl ')}"] = result["metrics"].get("kl_stderr")
-    return {name: Measure(name, _kind(name), value, norm, errors.get(name)) for name, value, norm in rows_of(content)}
-
-
-def _kind(name: str) -> str:
-    for start, kind in (("ppl ", PERPLEXITY), ("KL(", DIVERGENCE), ("top-1 agreement", AGREEMENT)):
-        if name.startswith(start):
-            return kind
-    return OTHER if re.search(r"perplexity|bits.per.byte", name) else ACCURACY
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def gap_recovered(kind: str, base: float | None, pruned: float | None, value: float | None) -> float | None:
@@ -100,19 +63,19 @@ def gap_recovered(kind: str, base: float | None, pruned: float | None, value: fl
 
 def rows(run: dict[str, Any]) -> list[Row]:
     """A row per checkpoint of a collected run."""
-    measured = {label: measures_of(content) for label, content in run["checkpoints"].items()}
-    base, pruned = measured.get("base", {}), measured.get("pruned", {})
+    found_by_label, _ = measured(run)
+    base, pruned = found_by_label.get("base", {}), found_by_label.get("pruned", {})
     stages = run["stages"]
     prune, train = (stages.get(stage, {}).get("metrics", {}) for stage in ("prune", "train"))
-    seed = next((record["seed"] for record in stages.values() if "seed" in record), None)
+    seed = seed_of(run)
     found = []
-    for label, own in measured.items():
+    for label, own in found_by_label.items():
         content = run["checkpoints"][label]
         sparse = label in ("pruned", "adapter", "merged")
         recovered = {
             name: gap_recovered(measure.kind, _value(base, name), _value(pruned, name), measure.value)
             for name, measure in own.items()
-            if label not in ("base", "pruned")
+            if label in ("adapter", "merged")  # the gap of this run is no other checkpoint's
         }
         found.append(
             Row(
@@ -150,18 +113,6 @@ def pattern_words(sparsity: dict[str, Any]) -> str:
     if sparsity["patterns"]:
         return ", ".join(sparsity["patterns"])
     return "unstructured" if sparsity["sparse_matrices"] else "dense"
-
-
-def rows_of_all(runs: list[dict[str, Any]]) -> list[Row]:
-    """The rows of several runs; a checkpoint that runs share, with the same numbers, stands there once."""
-    found: list[Row] = []
-    seen = []
-    for row in (row for run in runs for row in rows(run)):
-        identity = (row.fingerprint, row.checkpoint, row.measures)
-        if row.fingerprint is None or identity not in seen:
-            found.append(row)
-            seen.append(identity)
-    return found
 
 
 def names(found: list[Row]) -> list[str]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppctl.stages.measures import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Row, names
+from sppctl.stages import over_runs
+from sppctl.stages.measures import Row, names
 from sppctl.stages.plots import COLOURS, STYLE
+from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 BARS = {"base": ("#ffffff", ""), "pruned": ("#E69F00", "///"), "adapter": ("#56B4E9", "..."), "merged": ("#0072B2", "")}
 FURTHER = (("#CC79A7", "xxx"), ("#009E73", "---"), ("#D55E00", "\\\\\\"))
 MARKS = {"base": "s", "pruned": "v", "adapter": "D", "merged": "o"}
-FURTHER_MARKS = "^P*X<>"
+FURTHER_MARKS = "^P*X<>phd8"  # ten, and three fills: thirty that differ
 LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis could not be told from nothing
 WIDTH = 7.0  # inches: a page's text
 
@@ -65,13 +68,21 @@ def bars(found: Sequence[Row]) -> Figure:
 
     drawn = bar_names(found)
     panels = [[row for row in found if _finite(row, name)] for name in drawn]
-    heights = [0.24 * len(rows) + 0.75 for rows in panels]
+    titles = [_title(name, rows) for name, rows in zip(drawn, panels, strict=True)]
+    heights = [0.24 * len(rows) + 0.75 + 0.15 * title.count("\n") for rows, title in zip(panels, titles, strict=True)]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)
     looks = _looks(found)
-    for axes, name, rows in zip(grid[:, 0], drawn, panels, strict=True):
+    for axes, name, rows, title in zip(grid[:, 0], drawn, panels, titles, strict=True):
         _panel(axes, name, rows, looks)
+        axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     return figure
+
+
+def _title(name: str, rows: Sequence[Row]) -> str:
+    """The name in lines as wide as the axes beside the labels, in inches at this size of letters."""
+    labels = 0.075 * max(len(_row_name(row, rows)) for row in rows)
+    return textwrap.fill(name.removeprefix("ppl "), max(20, int((WIDTH - labels - 0.2) / 0.09)))
 
 
 def _finite(row: Row, name: str) -> bool:
@@ -83,6 +94,7 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[st
     chosen = [row.measures[name] for row in rows]
     values = [float(measure.value or 0.0) for measure in chosen]
     perplexity = chosen[0].kind == PERPLEXITY
+    digits = 2 if perplexity else _digits(values)
     logarithmic = perplexity and max(values) > LOG_FROM * min(values)
     # of the mean loss, so that of the perplexity is to first order its product with the perplexity
     errors = [
@@ -92,7 +104,7 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[st
     for index, (value, error) in enumerate(zip(values, errors, strict=True)):
         if error:
             axes.errorbar(value, index, xerr=error, color="black", capsize=2.5, linewidth=1, fmt="none")
-        written = f"{value:.2f}" if perplexity and value < 1e5 else f"{value:.3g}"
+        written = f"{value:.{digits}f}" if value < 1e5 else f"{value:.3g}"
         axes.annotate(written, (value + error, index), (5, 0), textcoords="offset points", va="center")
     if logarithmic:
         axes.set_xscale("log")
@@ -101,7 +113,12 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[st
         axes.set_xlim(0, 1.18 * max(value + error for value, error in zip(values, errors, strict=True)) or 1)
     words = "perplexity, lower is better" if perplexity else "nats per token, lower is better"
     axes.set_xlabel(words + (", logarithmic axis" if logarithmic else ""))
-    axes.set_title(name.removeprefix("ppl "), loc="left", fontsize=9, fontweight="bold")
+
+
+def _digits(values: Sequence[float]) -> int:
+    """Decimals of the numbers at bars: the same for all, enough for two figures of the smallest."""
+    smallest = min((value for value in values if value > 0), default=1.0)
+    return min(6, max(2, 1 - math.floor(math.log10(smallest))))
 
 
 def _horizontal(axes: Axes, labels: list[str], values: list[float], looks: Sequence[tuple[str, str]]) -> None:
@@ -110,7 +127,7 @@ def _horizontal(axes: Axes, labels: list[str], values: list[float], looks: Seque
         bar.set(facecolor=fill, hatch=hatch)
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.4, -0.6)  # downwards, and no empty band however many there are
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
 
@@ -124,14 +141,17 @@ def _row_name(row: Row, rows: Sequence[Row]) -> str:
     """The checkpoint, with as much of how it was made as tells it from the others."""
     if sum(other.checkpoint == row.checkpoint for other in rows) == 1:
         return row.checkpoint
-    made = " ".join(word for word in (row.method, row.pattern, row.training) if word)
-    twins = [other for other in rows if _made(other) == _made(row)]
-    name = f"{row.checkpoint} {made}"
+    name = _made(row, rows)
+    twins = [other for other in rows if _made(other, rows) == name]
     return name if len(twins) == 1 else f"{name} ({row.run.rstrip('/').rpartition('/')[2]})"
 
 
-def _made(row: Row) -> tuple[str | None, ...]:
-    return row.checkpoint, row.method, row.pattern, row.training
+def _made(row: Row, rows: Sequence[Row]) -> str:
+    words = [word for word in (row.checkpoint, row.method, row.pattern, row.training) if word]
+    names = over_runs.short_names(list(rows))
+    for key, value in row.settings.items():  # a number alone would say nothing
+        words.append(f"{names[key]} {value}" if isinstance(value, int | float) else str(value))
+    return " ".join(words)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -144,27 +164,48 @@ def task_names(found: Sequence[Row]) -> list[str]:
 
 
 def dots(found: Sequence[Row]) -> Figure:
-    """A line per task, a marker per checkpoint of one run."""
+    """A line per task, a marker per checkpoint of one run; the whisker is one standard error."""
     from matplotlib.figure import Figure
 
     drawn = task_names(found)
-    figure = Figure(figsize=(WIDTH, 0.3 * len(drawn) + 1.1), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
     looks = _looks(found)
     others = [row.checkpoint for row in found if row.checkpoint not in MARKS]
     marks = MARKS | {label: FURTHER_MARKS[index % len(FURTHER_MARKS)] for index, label in enumerate(others)}
-    for row in found:
-        places = [(100 * (row.measures[name].value or 0), at) for at, name in enumerate(drawn) if _finite(row, name)]
-        if places:
+    step = min(0.16, 0.6 / len(found))  # the markers of a task stand one below the other, so that all whiskers show
+    for index, row in enumerate(found):
+        shift = step * (index - (len(found) - 1) / 2)
+        own = [(row.measures[name], at + shift) for at, name in enumerate(drawn) if _finite(row, name)]
+        if own:
             fill, _ = looks[row.checkpoint]
-            style: dict[str, Any] = {"color": fill, "markeredgecolor": "black", "markeredgewidth": 0.8, "markersize": 7}
-            axes.plot(*zip(*places, strict=True), marks[row.checkpoint], label=row.checkpoint, **style)
+            style: dict[str, Any] = {"color": fill, "markeredgecolor": "black", "markeredgewidth": 0.8, "markersize": 6}
+            style |= {"ecolor": "black", "elinewidth": 0.8, "label": textwrap.fill(row.checkpoint, 70)}
+            shares = [100 * (measure.value or 0) for measure, _ in own]
+            errors = [100 * (measure.stderr or 0) for measure, _ in own]
+            axes.errorbar(shares, [at for _, at in own], xerr=errors, fmt=marks[row.checkpoint], **style)
     axes.set_yticks(range(len(drawn)), [name.strip() for name in drawn])
     axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set_xlabel("accuracy or agreement, %, higher is better")
-    figure.legend(loc="outside upper right", ncols=len(found))
+    height = (0.3 + 0.08 * max(0, len(found) - 3)) * len(drawn) + 0.8
+    figure.set_size_inches(WIDTH, height)
+    figure.set_size_inches(WIDTH, height + _legend(figure))
     return figure
+
+
+def _legend(figure: Figure) -> float:
+    """Puts a legend above the axes, in as many columns as the figure is wide for; returns its height in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(sum(len(axes.get_legend_handles_labels()[1]) for axes in figure.axes), 0, -1):
+        legend = figure.legend(loc="outside upper right", ncols=columns)
+        box = legend.get_window_extent(renderer)  # type: ignore[arg-type]
+        if box.width <= figure.bbox.width or columns == 1:
+            return float(box.height / figure.dpi)
+        legend.remove()
+    return 0.0
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -202,7 +243,7 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     }
     # points from the end of a line to its number, so that two losses that end together can be read
     higher = "validation" in curves and "training" in curves and curves["validation"][-1][1] < curves["training"][-1][1]
-    shifts = {"training": 2 if higher else -9, "validation": -9 if higher else 2, "perplexity": -3}
+    shifts = {"training": 3 if higher else -13, "validation": -13 if higher else 3, "perplexity": -3}
     for name, points in curves.items():
         axes = grid[-1 if name == "perplexity" else 0, 0]
         colour, line, marker = looks[name]
@@ -216,7 +257,8 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
         grid[0, 0].legend()
     grid[-1, 0].set_xlabel("optimizer step")
     grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    grid[-1, 0].margins(x=0.08)
+    for axes in grid[:, 0]:
+        axes.margins(x=0.09, y=0.18)  # room for the numbers at the ends
     if below:
         grid[-1, 0].set_ylabel("perplexity")
     return figure

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sppctl import console
 from sppctl.errors import UserError
-from sppctl.stages import measures, plots, provenance, report_html, significance
+from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
-from sppctl.stages.evaluate import read_results
-
-ORDER = ("base", "pruned", "adapter", "merged")
-STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -24,30 +20,22 @@ def collect(run_dir: Path) -> dict[str, Any]:
     Returns:
         ``{"run", "config": resolved.yaml or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
         "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
-        checkpoints that were measured on the same samples or windows, ``notes`` say what they leave out,
+        checkpoints that were measured on the same samples or windows, ``notes`` say what is left out,
         ``table`` has a :class:`sppctl.stages.measures.Row` for each checkpoint.
 
     Raises:
         UserError: a record is damaged.
     """
-    stages = {}
-    for directory, stage in STAGES.items():
-        record = run_dir / directory / "stage.json"
-        if record.is_file():
-            try:
-                stages[stage] = json.loads(record.read_text())
-            except ValueError as error:
-                raise UserError(f"{record} is damaged ({error}); sppctl {stage} --force redoes it") from error
-    found = {path.stem: read_results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
-    labels = [label for label in ORDER if label in found] + [label for label in found if label not in ORDER]
+    stages, checkpoints, outdated = records.read(run_dir)
     resolved = run_dir / "resolved.yaml"
     run: dict[str, Any] = {
         "run": str(run_dir),
         "config": resolved.read_text() if resolved.is_file() else None,
         "stages": stages,
-        "checkpoints": {label: found[label] for label in labels},
+        "checkpoints": checkpoints,
     }
-    run["comparisons"], run["notes"] = comparisons(run_dir, run["checkpoints"])
+    run["comparisons"], notes = comparisons(run_dir, checkpoints)
+    run["notes"] = outdated + readings.measured(run)[1] + notes
     run["table"] = [asdict(row) for row in measures.rows(run)]
     return run
 
@@ -88,9 +76,15 @@ def markdown(runs: list[dict[str, Any]], directory: Path = Path()) -> str:
     """
     parts = []
     if len(runs) > 1:
-        found = measures.rows_of_all(runs)
+        found = over_runs.rows_of_all(runs)
         if found:
             lines = [f"# {len(runs)} runs", "", *_section(tables.value_table(found)), ""]
+            seeds = tables.seed_table(found)
+            if seeds[1]:
+                lines += ["## Over seeds", "", *_section(seeds, [report_html.OVER_SEEDS]), ""]
+            between = tables.significance_table(over_runs.comparisons(runs))
+            if between[1]:
+                lines += [f"## {report_html.BETWEEN}", "", *_section(between, [report_html.PAIRED]), ""]
             parts.append(
                 "\n".join(
                     [
@@ -175,11 +169,12 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
     Raises:
         UserError: nothing can be written there.
     """
-    found = measures.rows_of_all(runs)
-    content = runs[0] if len(runs) == 1 else {"table": [asdict(row) for row in found], "runs": runs}
+    found = over_runs.rows_of_all(runs)
+    together = {"table": [asdict(row) for row in found], "comparisons": over_runs.comparisons(runs), "runs": runs}
+    content = runs[0] if len(runs) == 1 else together
     save(directory / "report.md", markdown(runs, directory))
     save(directory / "report.csv", tables.to_csv(found))
-    save(directory / "report.json", json.dumps(content, indent=2) + "\n")
+    save(directory / "report.json", console.to_json(content) + "\n")
     save(directory / "report.html", report_html.page(runs))
     layers = pruned_layers(runs[0])
     if len(runs) == 1 and layers:

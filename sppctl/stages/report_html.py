@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from html import escape
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 from sppctl import __version__
-from sppctl.stages import measures, plots, plots_results, provenance
+from sppctl.stages import measures, over_runs, plots, plots_results, provenance
 from sppctl.stages import report_tables as tables
 
 PROVENANCE: dict[str, Callable[[dict[str, Any]], tables.Table]] = {
@@ -23,6 +23,8 @@ PAIRED = (
     "percentage points for accuracies, in nats per token for losses (over windows); p, two-sided, is how often a "
     "resampled mean, centred on zero, is at least as far from zero. It is not corrected for the number of rows."
 )
+BETWEEN = "Merged checkpoints on the same samples, against the first run"
+OVER_SEEDS = "Mean ± standard deviation over the runs that differ in nothing but run.seed."
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 78rem; padding: 1.5rem; background: #fff; color: #1a1a1a;
@@ -40,16 +42,19 @@ th { border-bottom: 1px solid #1a1a1a; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 tbody tr:nth-child(even) { background: #f3f3f3; }
-.wide th { white-space: normal; min-width: 4.2rem; }
+.wide th { white-space: normal; min-width: 3.6rem; }
+.wide thead tr:first-child th { border-bottom: 0; }
+.wide thead tr:first-child th.span { text-align: center; border-bottom: 1px solid #888; }
 figure { margin: 1rem 0; }
 figure svg { max-width: 100%; height: auto; display: block; }
 figcaption, .note { color: #444; font-size: .85rem; max-width: 44rem; }
 pre { background: #f3f3f3; padding: .7rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .95em; }
 summary { cursor: pointer; }
+@page { size: landscape; margin: 12mm; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { overflow: visible; }
   figure, tr, h2, h3 { break-inside: avoid; } h2, h3 { break-after: avoid; } .wide table { font-size: .65rem; }
-  th, td { white-space: normal; } }
+  th, td { white-space: normal; padding-right: .4rem; } .wide th, td.long { min-width: 0; } }
 """
 LONG = 60  # characters from which the text of a cell is broken into lines
 HEAD = """<!DOCTYPE html>
@@ -65,8 +70,9 @@ HEAD = """<!DOCTYPE html>
 class _Page:
     """The parts of the page in their order; figures get identifiers that no other figure has."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3) -> None:
         self.parts: list[str] = []
+        self.depth = depth  # of the headings of a run's sections
         self._figures = count(1)
 
     def add(self, *parts: str) -> None:
@@ -76,13 +82,17 @@ class _Page:
         name = f' id="{identity}"' if identity else ""
         self.add(f"<h{level}{name}>{escape(words)}</h{level}>")
 
+    def section(self, words: str) -> None:
+        self.heading(self.depth, words)
+
     def note(self, words: str) -> None:
         self.add(f'<p class="note">{escape(words)}</p>')
 
     def table(self, table: tables.Table, kind: str = "") -> None:
         header, rows = table
         sides = [' class="text"' if name in tables.TEXT_COLUMNS else "" for name in header]
-        head = "".join(f'<th scope="col"{side}>{_inline(name)}</th>' for name, side in zip(header, sides, strict=True))
+        names = [tables.head(name)[1] for name in header] if kind == "wide" else header
+        head = "".join(f'<th scope="col"{side}>{_inline(name)}</th>' for name, side in zip(names, sides, strict=True))
         body = []
         for row in rows:
             cells = []
@@ -90,7 +100,8 @@ class _Page:
                 kind_of_cell = ' class="text long"' if len(text) > LONG else side
                 cells.append(f"<td{kind_of_cell}>{_inline(text)}</td>")
             body.append(f"<tr>{''.join(cells)}</tr>")
-        self.add(f'<div class="scroll {kind}"><table>', f"<thead><tr>{head}</tr></thead>", "<tbody>", *body)
+        above = _spanning(header) if kind == "wide" else ""
+        self.add(f'<div class="scroll {kind}"><table>', f"<thead>{above}<tr>{head}</tr></thead>", "<tbody>", *body)
         self.add("</tbody></table></div>")
 
     def figure(self, make: Callable[[], Any], caption: str) -> None:
@@ -104,10 +115,20 @@ def _inline(text: str) -> str:
     return "&emsp;" + words.lstrip() if words.startswith("  ") else words
 
 
+def _spanning(header: list[str]) -> str:
+    """The upper head: what neighbouring columns share, once."""
+    cells = []
+    for shared, columns in groupby(tables.head(name)[0] for name in header):
+        title = {"- base": "difference to base"}.get(shared, shared)
+        side = ' class="span"' if shared else ""
+        cells.append(f'<th scope="colgroup" colspan="{len(list(columns))}"{side}>{escape(title)}</th>')
+    return f"<tr>{''.join(cells)}</tr>" if any(tables.head(name)[0] for name in header) else ""
+
+
 def page(runs: list[dict[str, Any]]) -> str:
     """The whole page."""
     title = runs[0]["run"] if len(runs) == 1 else f"{len(runs)} runs"
-    content = _Page()
+    content = _Page(depth=2 if len(runs) == 1 else 3)
     content.heading(1, f"sppctl report: {title}")
     if len(runs) > 1:
         links = (f'<li><a href="#run{at}">{escape(run["run"])}</a></li>' for at, run in enumerate(runs))
@@ -123,13 +144,24 @@ def page(runs: list[dict[str, Any]]) -> str:
 
 
 def _overview(content: _Page, runs: list[dict[str, Any]]) -> None:
-    found = measures.rows_of_all(runs)
+    found = over_runs.rows_of_all(runs)
     if not found:
         return
     content.heading(2, "All runs")
     content.table(tables.value_table(found), "wide")
+    content.note(tables.HEADS_MEAN)
+    seeds = tables.seed_table(found)
+    if seeds[1]:
+        content.heading(3, "Over seeds")
+        content.table(seeds, "wide")
+        content.note(OVER_SEEDS)
     content.table(tables.gap_table([row for row in found if row.difference]), "wide")
     content.note(tables.note_on_differences(found))
+    between = tables.significance_table(over_runs.comparisons(runs))
+    if between[1]:
+        content.section(BETWEEN)
+        content.table(between)
+        content.note(PAIRED)
     if plots_results.bar_names(found):
         content.figure(lambda: plots_results.bars(found), "Perplexity and divergence from the dense model, all runs")
 
@@ -146,29 +178,32 @@ def _run(content: _Page, run: dict[str, Any]) -> None:
     _training(content, run)
     layers = run["stages"].get("prune", {}).get("metrics", {}).get("layers", [])
     if layers:
-        content.heading(3, "Pruning")
+        content.section("Pruning")
         error = plots.error_measure(layers).replace("_", " ")
         content.figure(lambda: plots.draw(layers), f"{error.capitalize()} and sparsity by block and module type")
         content.table(tables.type_table(layers))
     seconds, sizes = plots_results.costs_of(run)
     if seconds or sizes:
-        content.heading(3, "Time and size")
+        content.section("Time and size")
         content.figure(lambda: plots_results.costs(seconds, sizes), "Time of each stage, size of each checkpoint")
     _made(content, run)
 
 
 def _results(content: _Page, run: dict[str, Any]) -> None:
     found = measures.rows(run)
-    content.heading(3, "Results")
+    content.section("Results")
     content.table(tables.table(run))
     if plots_results.bar_names(found):
         caption = "Perplexity and divergence from the dense model; whiskers are one standard error over windows"
         content.figure(lambda: plots_results.bars(found), caption)
     if plots_results.task_names(found):
-        content.figure(lambda: plots_results.dots(found), "Accuracies and agreement with the dense model")
+        content.figure(
+            lambda: plots_results.dots(found),
+            "Accuracies and agreement with the dense model; whiskers: one standard error",
+        )
     differences = tables.comparison_table(run)
     if differences[1]:
-        content.heading(3, "Distance to the dense model")
+        content.section("Distance to the dense model")
         content.table(differences)
         content.note(tables.note_on_differences(found))
 
@@ -176,13 +211,13 @@ def _results(content: _Page, run: dict[str, Any]) -> None:
 def _paired(content: _Page, run: dict[str, Any]) -> None:
     significant, flipped = tables.significance_table(run["comparisons"]), tables.flip_table(run["comparisons"])
     if significant[1]:
-        content.heading(3, "On the same samples")
+        content.section("On the same samples")
         content.table(significant)
         content.note(PAIRED)
     for note in run["notes"]:
         content.note(note)
     if flipped[1]:
-        content.heading(3, "Flipped answers")
+        content.section("Flipped answers")
         content.table(flipped)
         content.note("Answers whose likeliest choice is another one; a small difference of accuracies can hide many.")
 
@@ -194,13 +229,13 @@ def _training(content: _Page, run: dict[str, Any]) -> None:
     end = (metrics["steps"], metrics.get("validation_loss"))
     curves = plots_results.loss_curves(metrics.get("history", []), end)
     if curves:
-        content.heading(3, "Training")
+        content.section("Training")
         content.figure(lambda: plots_results.losses(curves), f"By optimizer step: {', '.join(curves)}")
 
 
 def _made(content: _Page, run: dict[str, Any]) -> None:
     commands = provenance.commands(run)
-    content.heading(3, "How it was made")
+    content.section("How it was made")
     if commands:
         content.add("<pre>" + escape("\n".join(commands)) + "</pre>")
     for title, table in PROVENANCE.items():

@@ -1,4 +1,4 @@
-"""Collected runs -> tables, as header and rows of text, and those as Markdown, CSV and LaTeX."""
+"""Collected runs -> tables, as header and rows of text, and those as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import re
 from typing import Any
 
-from sppctl.stages import measures, plots
-from sppctl.stages.measures import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Row
+from sppctl.stages import measures, over_runs, plots
+from sppctl.stages.measures import Row
+from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -26,20 +27,22 @@ TEXT_COLUMNS = {
         "text or tasks",
         "dtype",
     ),
-    *("device", "measured on"),
+    *("device", "measured on", "model"),
 }
 CSV_COLUMNS = [
     *("run", "checkpoint", "method", "pattern", "training", "seed", "sparsity", "bytes", "fingerprint"),
     *("measure", "kind", "value", "stderr", "acc_norm", "difference_to_base", "gap_recovered"),
 ]
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-} | {character: f"\\{character}" for character in "&%$#_{}"}
+
+MADE = ("checkpoint", "method", "pattern", "training")
+# how names of columns begin or end that share something with their neighbours
+HEADS = (
+    r"(?P<own>.+) (?P<shared>- base)",
+    r"(?P<shared>gap recovered), (?P<own>.+)",
+    r"(?P<own>ppl|KL|top-1)(?:\(dense \|\| model\)| agreement)? (?P<shared>.+)",
+    r"(?P<own>.+) \((?P<shared>(?!lm-eval)[^()]+)\)(?P<more>.*)",
+    r"(?P<shared>.+) (?P<own>mean)(?P<more>.*)",
+)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -134,6 +137,12 @@ def flip_table(comparisons: list[dict[str, Any]]) -> Table:
     return header, lines
 
 
+HEADS_MEAN = (
+    "ppl: perplexity; KL: divergence from the dense model, in nats per token; top-1: share of tokens that both models "
+    "find likeliest; mean: over the tasks beside it."
+)
+
+
 def note_on_differences(found: list[Row]) -> str:
     """What the numbers of :func:`comparison_table` and :func:`gap_table` are."""
     words = "Differences of accuracies are percentage points"
@@ -146,7 +155,9 @@ def note_on_differences(found: list[Row]) -> str:
 def value_table(found: list[Row]) -> Table:
     """The paper's shape: a row per checkpoint, a column per measure."""
     header, lines = _identities(found)
-    columns = measures.names(found)
+    texts = {name: head(name)[0] for name in measures.names(found)}
+    order = list(texts.values())  # what belongs to one text or group stands together
+    columns = sorted(texts, key=lambda name: order.index(texts[name]))
     header += ["sparsity", *(name.strip() for name in columns)]
     for line, row in zip(lines, found, strict=True):
         line += [_percent(row.sparsity["sparsity"]), *(cell(row, name) for name in columns)]
@@ -172,14 +183,52 @@ def wide_table(found: list[Row]) -> Table:
     return [*first[0], *second[0][own:]], lines
 
 
+def seed_table(found: list[Row]) -> Table:
+    """Header and rows: mean and standard deviation of what differs in nothing but the seed."""
+    groups = over_runs.over_seeds(found)
+    keys = over_runs.short_names([group.row for group in groups])
+    columns = [
+        name for name in measures.names([group.row for group in groups]) if any(g.values.get(name) for g in groups)
+    ]
+    header = [*MADE, *keys.values(), "seeds", *(name.strip() for name in columns)]
+    lines = []
+    for group in groups:
+        cells = [*_made(group.row), *(_setting(group.row, key) for key in keys), str(group.seeds)]
+        for name in columns:
+            spread = group.spread(name)
+            words = [_written(group.row.measures[name].kind, value) for value in spread or ()]
+            cells.append(" ± ".join(words) or "-")
+        lines.append(cells)
+    return header, lines
+
+
+def head(name: str) -> tuple[str, str]:
+    """The name of a column in two parts, what neighbours share and what is its own: a group and its task."""
+    name = name.strip()
+    for pattern in HEADS:
+        found = re.fullmatch(pattern, name)
+        if found is not None:
+            parts = found.groupdict()
+            return parts["shared"], parts["own"] + (parts.get("more") or "")
+    return "", name
+
+
 def _identities(found: list[Row]) -> Table:
-    several = len({row.run for row in found}) > 1
-    header = ["run"] * several + ["checkpoint", "method", "pattern", "training"]
+    places, keys = over_runs.places(row.run for row in found), over_runs.short_names(found)
+    several = len(places) > 1
+    header = ["run"] * several + [*MADE, *keys.values()]
     lines = []
     for row in found:
-        words = [row.checkpoint, row.method or "-", row.pattern or "-", row.training or "-"]
-        lines.append([row.run] * several + words)
+        lines.append([places[row.run]] * several + [*_made(row), *(_setting(row, key) for key in keys)])
     return header, lines
+
+
+def _made(row: Row) -> list[str]:
+    return [row.checkpoint, row.method or "-", row.pattern or "-", row.training or "-"]
+
+
+def _setting(row: Row, key: str) -> str:
+    return str(row.settings[key]) if key in row.settings else "-"
 
 
 def cell(row: Row, name: str, with_norm: bool = False) -> str:
@@ -187,14 +236,16 @@ def cell(row: Row, name: str, with_norm: bool = False) -> str:
     measure = row.measures.get(name)
     if measure is None or measure.value is None:
         return "-"
-    value = measure.value
-    if measure.kind == PERPLEXITY:
+    norm = f" (norm {measure.norm:.2%})" if with_norm and measure.norm is not None else ""
+    return _written(measure.kind, measure.value) + norm
+
+
+def _written(kind: str, value: float) -> str:
+    if kind == PERPLEXITY:
         return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
-    if measure.kind == DIVERGENCE:
+    if kind == DIVERGENCE:
         return f"{value:.4f}"
-    if measure.kind in (ACCURACY, AGREEMENT):
-        return f"{value:.2%}" + (f" (norm {measure.norm:.2%})" if with_norm and measure.norm is not None else "")
-    return f"{value:.2f}"
+    return f"{value:.2%}" if kind in (ACCURACY, AGREEMENT) else f"{value:.2f}"
 
 
 def _difference(row: Row, name: str) -> str:
@@ -223,72 +274,21 @@ def grid(header: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def to_csv(found: list[Row]) -> str:
-    """One line per checkpoint and measure, with unrounded numbers; a checkpoint without measures has one line."""
+    """One line per checkpoint and measure, unrounded; a checkpoint without measures has one line.
+
+    Columns for the settings in which runs differ follow the fixed ones.
+    """
+    keys = [key for key in over_runs.short_names(found) if key != over_runs.SEED]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow([*CSV_COLUMNS, *keys])
     for row in found:
         own = [row.run, row.checkpoint, row.method, row.pattern, row.training, row.seed, row.sparsity["sparsity"]]
         own += [row.sparsity["bytes"], row.fingerprint]
+        settings = [row.settings.get(key) for key in keys]
         for name, measure in row.measures.items():
             numbers = [measure.value, measure.stderr, measure.norm, row.difference.get(name), row.recovered.get(name)]
-            writer.writerow([*own, name.strip(), measure.kind, *numbers])
+            writer.writerow([*own, name.strip(), measure.kind, *numbers, *settings])
         if not row.measures:
-            writer.writerow([*own, *[None] * (len(CSV_COLUMNS) - len(own))])
+            writer.writerow([*own, *[None] * (len(CSV_COLUMNS) - len(own)), *settings])
     return text.getvalue()
-
-
-def escape(text: str) -> str:
-    """Text that LaTeX sets as it is."""
-    return "".join(SPECIAL.get(character, character) for character in text)
-
-
-def to_latex(found: list[Row]) -> str:
-    """A table of the package booktabs; percentages without their sign, which the caption has."""
-    header, lines = wide_table(found)
-    sides = "".join("l" if name in TEXT_COLUMNS else "r" for name in header)
-    body = []
-    before = None
-    for row, line in zip(found, lines, strict=True):
-        if before not in (None, row.run):
-            body.append(r"\midrule")
-        before = row.run
-        body.append(" & ".join(_typeset(text) for text in line) + r" \\")
-    caption = (
-        r"Perplexities; accuracies and sparsity in percent, their differences to the dense model (-- base) in "
-        r"percentage points. Gap recovered in percent: $(x - \mathrm{pruned}) / (\mathrm{base} - \mathrm{pruned})$, "
-        r"of perplexities the logarithms."
-    )
-    head = " & ".join(r"\shortstack[r]{" + _broken(escape(name)) + "}" for name in header)
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}; made by sppctl report",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{{sides}}}",
-            r"\toprule",
-            rf"{head} \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _broken(name: str) -> str:
-    """The head of a column on several lines."""
-    return name.replace(" (", r"\\ (").replace(", ", r",\\ ")
-
-
-def _typeset(text: str) -> str:
-    """A cell in LaTeX: a dash for nothing, numbers with a minus that is one and without the sign of percent."""
-    if text == "-":
-        return "--"
-    number = re.fullmatch(r"([+-]?)(\d[\d.e+]*)%?", text)
-    if number is None:
-        return escape(text)
-    return {"-": "$-$"}.get(number[1], number[1]) + number[2]

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,15 @@ class TaskSamples:
         groups: the groups it is averaged in, with whether by samples (else by tasks).
         alone: whether it has a row of its own; not in a group of many tasks.
         samples: in the order of lm-eval.
+        sizes: tasks of each of these groups; 0 where that is not known, which is a part of a group that is measured in
+            part.
     """
 
     name: str
     groups: dict[str, bool]
     alone: bool
     samples: list[Sample]
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str, TaskSamples], list[str]]:
@@ -126,21 +129,56 @@ def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str,
         for task, own in result["metrics"].get("samples_hash", {}).items():
             if own in files:
                 owned.add(own)
-                settings = {key: value for key, value in result["settings"].items() if key != "group"}
+                idle = {"group"} if draws_examples(result) else {"group", "seed"}
+                settings = {key: value for key, value in result["settings"].items() if key not in idle}
                 key = json.dumps(settings | {"tasks": task}, sort_keys=True)
                 samples = [json.loads(line) for line in files[own][1].splitlines()]
-                found[key] = _task(task, result, samples, found[key].groups if key in found else {})
+                sizes = _sizes(result, results)
+                found[key] = _task(task, result, samples, sizes, found.get(key))
     left = [path for own, (path, _) in files.items() if own not in owned]
     return found, [f"{path} belongs to another evaluation and is left out" for path in left]
 
 
-def _task(task: str, result: dict[str, Any], samples: list[Sample], known: dict[str, bool]) -> TaskSamples:
+def draws_examples(result: dict[str, Any]) -> bool:
+    """Whether the tasks of a result have few-shot examples; without any, its seed changes nothing."""
+    few = [result["settings"]["num_fewshot"]]
+    return any(few + [values.get("num_fewshot") for values in result["metrics"]["tasks"].values()])
+
+
+def _task(
+    task: str, result: dict[str, Any], samples: list[Sample], sizes: dict[str, int], known: TaskSamples | None
+) -> TaskSamples:
     """A task, in the groups of ``result`` and in those it is known to be in."""
     settings, metrics = result["settings"], result["metrics"]
     limit = f", limit {settings['limit']}" if settings["limit"] is not None else ""
-    groups = metrics.get("groups") or ({settings["tasks"]: {}} if len(metrics["tasks"]) > 1 else {})
-    means = known | {f"{group}{limit} mean": bool(rules.get("acc")) for group, rules in groups.items()}
-    return TaskSamples(f"{task}{limit}", means, metrics.get("members", len(metrics["tasks"])) <= SHOWN, samples)
+    groups = {f"{group}{limit} mean": bool(rules.get("acc")) for group, rules in _groups(result).items()}
+    sizes = {f"{group}{limit} mean": size for group, size in sizes.items()}
+    alone = metrics.get("members", len(metrics["tasks"])) <= SHOWN
+    found = TaskSamples(f"{task}{limit}", groups, alone, samples, sizes)
+    return found if known is None else replace(found, groups=known.groups | groups, sizes=known.sizes | sizes)
+
+
+def _groups(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The groups of a result's tasks, the one that was asked for first, and their rules."""
+    settings, metrics = result["settings"], result["metrics"]
+    return metrics.get("groups") or ({settings["tasks"]: {}} if len(metrics["tasks"]) > 1 else {})
+
+
+def _sizes(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, int]:
+    """How many tasks the groups of a result have."""
+    metrics = result["metrics"]
+    asked, *parts = _groups(result) or [""]
+    whole = metrics.get("members", len(metrics["tasks"]))
+    if not parts:
+        return {asked: whole} if asked else {}
+    family = [one["metrics"] for one in results if _shared(one["settings"]) == _shared(result["settings"])]
+    complete = len(family) == whole
+    return {asked: whole} | {part: sum(part in one["groups"] for one in family) * complete for part in parts}
+
+
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the tasks of a group have in common that are measured one by one."""
+    return {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
 
 
 def match(first: list[Sample], second: list[Sample]) -> tuple[list[tuple[Sample, Sample]], int]:
@@ -203,8 +241,10 @@ def compare_tasks(first: dict[str, TaskSamples], second: dict[str, TaskSamples])
     means = []
     for group, by_samples in groups.items():
         keys = [key for key, task in first.items() if group in task.groups]
-        if len(keys) > 1 and all(key in draws for key in keys):
-            means.append(_group(group, [entries[key] for key in keys], [draws[key] for key in keys], by_samples))
+        size = first[keys[0]].sizes.get(group, len(keys))
+        if len(keys) > 1 and size and all(key in draws for key in keys):
+            name = group if len(keys) == size else f"{group} of {len(keys)} of {size} tasks"
+            means.append(_group(name, [entries[key] for key in keys], [draws[key] for key in keys], by_samples))
     return means + [entry for key, entry in entries.items() if first[key].alone or "note" in entry]
 
 
@@ -239,8 +279,9 @@ def compare_texts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> 
         second: of the other one.
 
     Returns:
-        One entry per text: name, windows as samples, mean losses in nats, :class:`Paired`; without what was measured
-        when windows were not yet recorded. Windows of one text are not quite independent of each other.
+        One entry per text: name, windows as samples, mean losses in nats, :class:`Paired`, and a note where losses are
+        not finite; without what was measured when windows were not yet recorded. Windows of one text are not quite
+        independent of each other.
     """
     theirs = {_text(result): result["metrics"] for result in second if result["settings"]["kind"] == "perplexity"}
     entries = []
@@ -253,11 +294,17 @@ def compare_texts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> 
         ):
             continue
         tokens = np.array(_scored(metrics), dtype=np.float64)
-        sums = np.array([metrics["window_nll"], other["window_nll"]])
-        before, after = (float(losses.sum() / tokens.sum()) for losses in sums)
-        means = resampled_means(sums[1] - sums[0], tokens)
+        sums = np.array([metrics["window_nll"], other["window_nll"]], dtype=np.float64)  # None becomes NaN
+        finite = np.isfinite(sums).all(axis=0)
+        tokens, sums = tokens[finite], sums[:, finite]
         entry = {"name": result["settings"]["text"], "measure": "nll", "samples": len(tokens)}
-        entries.append(entry | {"first": before, "second": after} | asdict(paired(after - before, means)))
+        if not finite.all():
+            entry["note"] = f"{int((~finite).sum())} windows have no finite loss and are left out"
+        if len(tokens):
+            before, after = (float(losses.sum() / tokens.sum()) for losses in sums)
+            means = resampled_means(sums[1] - sums[0], tokens)
+            entry |= {"first": before, "second": after} | asdict(paired(after - before, means))
+        entries.append(entry)
     return entries
 
 

@@ -127,16 +127,25 @@ def _stages(
     place = f"run.dir={directory.name}"
     return {
         "pruned": common
-        | {"wall_time_s": 17.2, "inputs": {"base": "b" * 16}, "output": "e" * 16, "command": f"sppctl prune {place}"}
+        | {
+            "wall_time_s": 17.2,
+            "inputs": {"base": "b" * 16},
+            "output": f"p{directory.name}",
+            "command": f"sppctl prune {place}",
+        }
         | {"metrics": pruned | {"layers": layers, "calibration": calibration}},
         "adapter": common
         | {
             "wall_time_s": 166.0,
-            "inputs": {"pruned": "e" * 16},
+            "inputs": {"pruned": f"p{directory.name}"},
             "command": f"sppctl train {place}",
             "metrics": trained,
         },
         "merged": common
-        | {"wall_time_s": 2.1, "inputs": {"pruned": "e" * 16, "adapter": "f" * 16}, "output": "a" * 16}
+        | {
+            "wall_time_s": 2.1,
+            "inputs": {"pruned": f"p{directory.name}", "adapter": "f" * 16},
+            "output": f"m{directory.name}",
+        }
         | {"command": f"sppctl merge {place}", "metrics": merged},
     }

@@ -206,6 +206,17 @@ def test_a_kernel_that_refuses_is_a_reason(pruned: Callable[..., Path], monkeypa
     assert "refuses this GPU or model" in kernel["reason"]
 
 
+def test_transposed_layers_have_no_kernel_and_it_is_said(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "no_kernel", lambda *_: None)
+    model = load_model(make_checkpoint("gpt2"), torch.device("cpu"))
+    assert "no linear layer of the checkpoint is 2:4" in bench.two_weights(model)[1]["reason"]
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.view(-1, 4, model.transformer.h[0].mlp.c_fc.nf)[:, 2:] = 0
+    assert "2:4 layers are Conv1D (GPT-2)" in bench.two_weights(model)[1]["reason"]
+
+
 def test_difference_by_hand() -> None:
     assert relative_difference(torch.tensor([-4.0, 2.0]), torch.tensor([-3.0, 2.5])) == 0.25
 
@@ -289,7 +300,7 @@ def _main() -> None:
         (["--batch", "1,0"], "--batch: 0"),
         (["--repeats", "0"], "--repeats: 0"),
         (["--new", "0"], "--new: 0"),
-        (["--device", "moon"], "moon is not usable"),
+        (["--device", "moon"], "--device: moon is not usable"),
     ],
 )
 def test_wrong_options_end_with_one_line(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.pattern import Pattern
-from sppctl.stages.inspect import MatrixSparsity, holds, matrices, measure, sentence, summarise, violations
+from sppctl.stages.inspect import (
+    MatrixSparsity,
+    holds,
+    matrices,
+    measure,
+    recorded_layers,
+    sentence,
+    summarise,
+    violations,
+)
 
 
 def pattern(text: str) -> Pattern:
@@ -234,6 +244,34 @@ def test_an_expectation_of_sparsity_is_not_met_by_a_dense_checkpoint(llama: Path
     measured, _ = measure(llama)
     for text in ("2:4", "0.5"):
         assert violations(measured, pattern(text)) == ["no matrix is sparse at all"]
+
+
+def test_a_model_that_is_half_dense_meets_no_expectation(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{block}.self_attn.q_proj.weight": TWO_OF_FOUR.clone() for block in range(2)}
+    tensors |= {"model.layers.0.mlp.gate.weight": torch.ones(4, 16), "lm_head.weight": torch.ones(4, 16)}
+    tensors["model.layers.1.self_attn.q_proj.weight"] = torch.ones(2, 16)
+    measured = list(inspected(tmp_path, **tensors).values())
+    assert violations(measured, pattern("2:4")) == [
+        "model.layers.1.self_attn.q_proj.weight: dense, though model.layers.0.self_attn.q_proj.weight is sparse"
+    ]
+    assert violations(measured, pattern("2:4"), ["model.layers.0.self_attn.q_proj"]) == []  # pruned as it was asked
+    listed = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate"]
+    assert violations(measured, pattern("0.5"), listed) == [
+        "model.layers.0.mlp.gate.weight: dense, though its record says that it was pruned",
+        "model.layers.1.self_attn.q_proj.weight: dense, though its record says that it was pruned",
+    ]
+
+
+def test_what_was_pruned_is_known_from_the_record_of_the_run(tmp_path: Path) -> None:
+    for name, metrics in (("pruned", {"layers": [{"name": "model.layers.0.fc"}]}), ("merged", {"matrices": 1})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stage.json").write_text(json.dumps({"metrics": metrics}))
+    assert recorded_layers(tmp_path / "pruned") == recorded_layers(tmp_path / "merged") == ["model.layers.0.fc"]
+    (tmp_path / "other").mkdir()
+    assert recorded_layers(tmp_path / "other") is None
+    (tmp_path / "merged/stage.json").write_text("{")
+    (tmp_path / "pruned/stage.json").write_text("[]")
+    assert recorded_layers(tmp_path / "merged") is None
 
 
 def test_an_unusual_pattern_can_be_expected(tmp_path: Path) -> None:

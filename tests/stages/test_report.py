@@ -383,6 +383,20 @@ def test_the_report_of_several_runs_never_replaces_that_of_one(tmp_path: Path) -
     assert not (tmp_path / "one/report.md").exists()
 
 
+def test_runs_that_share_no_folder_need_one_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two")]
+    monkeypatch.setattr("os.path.commonpath", lambda _: "/")
+    with pytest.raises(UserError, match=r"share no folder; name one .*--output"):
+        pipeline.report(runs)
+    assert not (tmp_path / "one/report.md").exists()
+
+
+def test_a_run_given_twice_is_one_run(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    assert len(pipeline.report([one, one / "eval/.."])) == 1
+    assert not (tmp_path / "report.md").exists()
+
+
 def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written.*--output"):

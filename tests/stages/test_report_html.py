@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +15,7 @@ import pytest
 from made_up_runs import write_run
 
 from sppctl import pipeline
-from sppctl.stages import measures, plots_results
+from sppctl.stages import measures, over_runs, plots_results
 from sppctl.stages.report import collect
 from sppctl.stages.report_html import page
 
@@ -104,9 +106,16 @@ def test_the_page_says_what_was_measured_and_how_it_was_made(runs: Path) -> None
     ):
         assert words in text
     assert "<details><summary>Configuration" in text
-    headings = re.findall(r"<h3>(.*?)</h3>", text)
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings[:4] == ["Results", "Distance to the dense model", "On the same samples", "Flipped answers"]
     assert headings[4:] == ["Training", "Pruning", "Time and size", "How it was made"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
+def test_headings_skip_no_level(runs: Path, name: str) -> None:
+    levels = [int(level) for level in re.findall(r"<h(\d)", (runs / name).read_text())]
+    assert levels[0] == 1
+    assert all(later <= before + 1 for before, later in itertools.pairwise(levels))
 
 
 def test_the_same_records_give_the_same_page(runs: Path) -> None:
@@ -122,8 +131,8 @@ def test_a_page_of_a_run_in_parts(gone: list[str], tmp_path: Path) -> None:
     text = page([collect(one)])
     Checked(text)
     assert ("No checkpoint of this run has been measured yet" in text) == ("eval" in gone)
-    assert ("<h3>Training</h3>" in text) == ("adapter" not in gone)
-    assert ("<h3>Pruning</h3>" in text) == ("pruned" not in gone)
+    assert ("<h2>Training</h2>" in text) == ("adapter" not in gone)
+    assert ("<h2>Pruning</h2>" in text) == ("pruned" not in gone)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -156,16 +165,70 @@ def test_a_perplexity_that_is_infinite_is_not_drawn(runs: Path) -> None:
 
 
 def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
-    found = measures.rows_of_all([collect(runs / "one"), collect(runs / "two")])
+    found = over_runs.rows_of_all([collect(runs / "one"), collect(runs / "two")])
     axes = plots_results.bars(found).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "base dense (one)",
-        "pruned wanda 2:4",
-        "merged wanda 2:4 spp",
+        "pruned wanda 2:4 seed 0",
+        "merged wanda 2:4 spp seed 0",
         "base dense (two)",
-        "pruned wanda 4:8",
-        "merged wanda 4:8 masked_full",
+        "pruned wanda 4:8 seed 1",
+        "merged wanda 4:8 masked_full seed 1",
     ]
+
+
+def many(run: dict[str, Any], labels: list[str]) -> list[measures.Row]:
+    """The rows of a run beside further checkpoints."""
+    further = dict.fromkeys(labels, run["checkpoints"]["merged"])
+    return measures.rows(run | {"checkpoints": run["checkpoints"] | further})
+
+
+@pytest.mark.parametrize("number", [0, 2, 6, 20])
+def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(runs: Path, number: int) -> None:
+    found = many(collect(runs / "one"), [f"a-checkpoint-from-elsewhere-{index}" for index in range(number)])
+    figure = plots_results.dots(found)
+    figure.savefig(io.BytesIO())  # lays it out
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
+    markers = [container[0] for container in figure.axes[0].containers]
+    looks = {(line.get_marker(), line.get_color()) for line in markers}  # type: ignore[union-attr]
+    assert len(looks) == len(found) == len(legend.get_texts()) == 3 + number
+
+
+def test_whiskers_of_accuracies_are_their_standard_errors(runs: Path) -> None:
+    (pruned,) = (row for row in measures.rows(collect(runs / "one")) if row.checkpoint == "pruned")
+    (container,) = plots_results.dots([pruned]).axes[0].containers
+    ends = [line[:, 0] for line in container[2][0].get_segments()]  # type: ignore[index]
+    drawn = dict(zip(plots_results.task_names([pruned]), ends, strict=True))
+    assert drawn["  rte (zeroshot, limit 200)"] == pytest.approx([48.5 - 3.5, 48.5 + 3.5])
+
+
+def test_divergences_of_a_panel_have_equal_decimals(runs: Path) -> None:
+    run = collect(runs / "one")
+    run["checkpoints"]["pruned"]["results"][0]["metrics"]["kl"] = 1.8
+    divergence = plots_results.bars(measures.rows(run)).axes[1]
+    assert [text.get_text() for text in divergence.texts] == ["1.80", "0.52"]
+    run["checkpoints"]["merged"]["results"][0]["metrics"]["kl"] = 0.00123
+    divergence = plots_results.bars(measures.rows(run)).axes[1]
+    assert [text.get_text() for text in divergence.texts] == ["1.8000", "0.0012"]
+
+
+def test_bars_fill_their_panel_however_many_there_are(runs: Path) -> None:
+    axes = plots_results.bars(many(collect(runs / "one"), [str(index) for index in range(40)])).axes[0]
+    low, high = axes.get_ylim()
+    assert (low, high) == pytest.approx((43 - 0.4, -0.6))
+
+
+def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:
+    history = [{"loss": 4.6 - 0.06 * step, "step": step} for step in range(1, 36)]
+    figure = plots_results.losses(plots_results.loss_curves(history, (37, 2.51)))
+    figure.savefig(io.BytesIO())
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert all(box.y0 > axes.bbox.y0 for box in boxes)
+    assert not boxes[0].overlaps(boxes[1])
 
 
 def test_losses_of_a_training() -> None:
@@ -191,19 +254,31 @@ def test_perplexities_of_a_training_are_a_panel_of_their_own() -> None:
 # --- the page in a browser --------------------------------------------------------------------------------------------
 
 
+# nothing that the browser does for itself, and no network whatever a page asks for
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+QUIET += ["--disable-sync", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr"]
+
+
 def opened(path: Path, folder: Path) -> tuple[list[str], set[str], bytes]:
-    """Lines that a browser wrote to its console, addresses that it asked for, and a picture of the page."""
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--window-size=1200,1600"]
+    """Lines that a browser wrote to its console, addresses that the page asked for, and a picture of it."""
+    command = [str(BROWSER), *QUIET, f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1600"]
     command += [f"--log-net-log={folder / 'net.json'}", f"--screenshot={folder / 'page.png'}", path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    events = json.loads((folder / "net.json").read_text())["events"]
-    return (
-        console,
-        {event["params"]["url"] for event in events if "url" in event.get("params", {})},
-        (folder / "page.png").read_bytes(),
-    )
+    events = [event.get("params", {}) for event in json.loads((folder / "net.json").read_text())["events"]]
+    return console, addresses_of(events), (folder / "page.png").read_bytes()
+
+
+def addresses_of(events: list[dict[str, Any]]) -> set[str]:
+    """Addresses in a browser's log of its network; its own requests, for updates and the like, come from no page."""
+    started = [event for event in events if "url" in event and "initiator" in event]
+    return {event["url"] for event in started if event["initiator"] != "not an origin"}
+
+
+def test_what_the_browser_asks_for_itself_is_not_the_pages() -> None:
+    update = {"url": "https://update.googleapis.com/", "initiator": "not an origin"}
+    ours = {"url": "https://example.org/", "initiator": None}
+    assert addresses_of([update, ours, {"url": "https://update.googleapis.com/"}, {}]) == {"https://example.org/"}
 
 
 @pytest.mark.slow
@@ -222,8 +297,10 @@ def test_a_browser_opens_the_page_in_silence(runs: Path, name: str, tmp_path: Pa
 def test_the_browser_would_tell(tmp_path: Path) -> None:
     """What the test above rests on: a page that does what ours must not is noticed."""
     bad = tmp_path / "bad.html"
-    bad.write_text('<img src="http://127.0.0.1:9/x.png"><script>console.error("oh no")</script>')
+    outside = {"http://127.0.0.1:9/x.png", "https://example.org/y.png"}
+    pictures = "".join(f'<img src="{address}">' for address in sorted(outside))
+    bad.write_text(f'{pictures}<script>console.error("oh no")</script>')
     console, addresses, picture = opened(bad, tmp_path)
     assert any("oh no" in line for line in console)
-    assert addresses == {"http://127.0.0.1:9/x.png"}
+    assert addresses == outside
     assert len(picture) < 50_000

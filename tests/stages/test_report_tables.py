@@ -3,24 +3,25 @@ from __future__ import annotations
 import csv
 import io
 import math
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
-from made_up_runs import DENSE, SPARSE, write_run
+from made_up_runs import SPARSE, write_run
 
 from sppctl.stages import measures
-from sppctl.stages.measures import ACCURACY, DIVERGENCE, PERPLEXITY, gap_recovered, rows, rows_of_all
+from sppctl.stages.measures import gap_recovered, rows
+from sppctl.stages.over_runs import rows_of_all
 from sppctl.stages.provenance import version_table
+from sppctl.stages.readings import ACCURACY, DIVERGENCE, PERPLEXITY
 from sppctl.stages.report import collect
+from sppctl.stages.report_latex import escape, to_latex
 from sppctl.stages.report_tables import (
     CSV_COLUMNS,
-    escape,
     flip_table,
     gap_table,
     significance_table,
     to_csv,
-    to_latex,
     value_table,
     wide_table,
 )
@@ -88,22 +89,13 @@ def test_perplexities_first_and_kl_in_nats(collected: list[dict[str, Any]]) -> N
     assert lines[1][header.index("top-1 agreement wikitext2 @512")] == "44.00%"
 
 
-def test_a_checkpoint_that_runs_share_stands_there_once(tmp_path: Path) -> None:
-    one = collect(write_run(tmp_path / "one"))
-    other = collect(write_run(tmp_path / "two", seed=1))
-    other["checkpoints"]["base"] = one["checkpoints"]["base"]
-    assert [row.checkpoint for row in rows_of_all([one, other])] == ["base", "pruned", "merged", "pruned", "merged"]
-    found = rows_of_all([{**one, "checkpoints": {"base": {"sparsity": DENSE, "results": []}}}] * 2)
-    assert len(found) == 2  # nothing says that they are the same
-
-
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_over_runs(collected: list[dict[str, Any]]) -> None:
     found = rows_of_all(collected)
     header, lines = wide_table(found)
-    assert header[:6] == ["run", "checkpoint", "method", "pattern", "training", "sparsity"]
+    assert header[:7] == ["run", "checkpoint", "method", "pattern", "training", "seed", "sparsity"]
     assert header[-4:] == [
         "ppl wikitext2 @512 - base",
         "zeroshot, limit 200 mean - base",
@@ -111,10 +103,10 @@ def test_the_table_over_runs(collected: list[dict[str, Any]]) -> None:
         "gap recovered, zeroshot, limit 200 mean",
     ]
     assert {len(line) for line in lines} == {len(header)}
-    assert [line[1:6] for line in lines[3:]] == [
-        ["base", "-", "dense", "-", "dense"],
-        ["pruned", "wanda", "4:8", "-", "50.00%"],
-        ["merged", "wanda", "4:8", "spp", "50.00%"],
+    assert [line[:7] for line in lines[3:]] == [
+        ["two_%", "base", "-", "dense", "-", "-", "dense"],
+        ["two_%", "pruned", "wanda", "4:8", "-", "1", "50.00%"],
+        ["two_%", "merged", "wanda", "4:8", "spp", "1", "50.00%"],
     ]
     assert lines[1][-4] == "+46.40"
     assert gap_table(found[:3])[0][0] == "checkpoint"  # a single run needs no name
@@ -192,8 +184,14 @@ def test_latex_table(collected: list[dict[str, Any]]) -> None:
     text = to_latex(found)
     columns = len(wide_table(found)[0])
     start, end = text.index(r"\toprule"), text.index(r"\bottomrule")
-    body = [line for line in text[start:end].splitlines() if line.endswith(r"\\")]
+    above, *body = [line for line in text[start:end].splitlines() if line.endswith(r"\\")]
     assert len(body) == 1 + len(found)
+    spans = [int(size) for size in re.findall(r"\\multicolumn{(\d+)}", above)]
+    assert sum(spans) == columns
+    assert above.count("zeroshot, limit 200") == above.count("difference to base") == 1
+    assert r"\shortstack[r]{arc\_easy} & " in body[0]
+    assert r"\begin{table*}" in text
+    assert r"\label{tab:sppctl}" in text
     for line in body:
         assert line.replace(r"\&", "").count(" & ") == columns - 1
     assert text.count(r"\midrule") == 2  # below the head, and between the runs

@@ -204,6 +204,24 @@ def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> N
     assert read_samples(tmp_path / "nowhere", results) == ({}, [])
 
 
+def test_the_mean_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
+    rules: dict[str, Any] = {"all": {"acc": True}, "part": {"acc": True}}
+    results = []
+    for name in ("a", "b"):
+        own = write_samples(tmp_path / f"{name}.jsonl", [sample(name, 1)])
+        results.append(result(name, own, groups=rules, members=3))
+    found, _ = read_samples(tmp_path, results)
+    assert [entry["name"] for entry in compare_tasks(found, found)][:1] == ["all, limit 5 mean of 2 of 3 tasks"]
+    assert not any("part" in entry["name"] for entry in compare_tasks(found, found))
+    results.append(result("c", write_samples(tmp_path / "c.jsonl", [sample("c", 1)]), groups={"all": {}}, members=3))
+    found, _ = read_samples(tmp_path, results)
+    assert [entry["name"] for entry in compare_tasks(found, found)][:2] == ["all, limit 5 mean", "part, limit 5 mean"]
+    (tmp_path / "a.jsonl").unlink()
+    found, _ = read_samples(tmp_path, results)
+    names = [entry["name"] for entry in compare_tasks(found, found)]
+    assert names[0] == "all, limit 5 mean of 2 of 3 tasks"
+
+
 def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
     own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
     zero, other, elsewhere = (result("rte", own) for _ in range(3))
@@ -244,3 +262,15 @@ def test_other_texts_and_older_results_are_not_compared() -> None:
     old = measured([1.0])
     del old[0]["metrics"]["window_nll"]
     assert compare_texts(old, measured([1.0])) == compare_texts(measured([1.0]), old) == []
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan"), None])
+def test_windows_without_a_finite_loss_are_left_out_and_said(broken: float | None) -> None:
+    second = measured([4.0, 8.0, 4.0])
+    second[0]["metrics"]["window_nll"][0] = broken
+    (entry,) = compare_texts(measured([4.0, 4.0, 4.0]), second)
+    assert (entry["samples"], entry["first"], entry["second"]) == (2, 1.0, 1.5)
+    assert entry["note"] == "1 windows have no finite loss and are left out"
+    second[0]["metrics"]["window_nll"] = [broken] * 3
+    (entry,) = compare_texts(measured([4.0, 4.0, 4.0]), second)
+    assert "p" not in entry

@@ -1,0 +1,136 @@
+"""What a run has recorded: read, checked for being whole, and without what belongs to weights that are gone.
+
+A stage that is redone leaves the measures of its older weights behind, and the checkpoints that were made from them.
+Their numbers would stand under the new stage's name, so they are left out, and a note says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sppctl.errors import UserError
+from sppctl.lm import checkpoint
+from sppctl.stages.evaluate import read_results
+
+ORDER = ("base", "pruned", "adapter", "merged")
+STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
+# without these no table can be made
+METRICS = {
+    "prune": ("method", "pattern", "matrices", "mean_relative_output_error"),
+    "train": ("method", "trainable_parameters", "trainable_share", "steps", "tokens", "validation_loss"),
+    "merge": ("matrices", "zeros", "moved_share"),
+}
+SPARSITY = ("sparsity", "patterns", "sparse_matrices", "bytes")
+
+Records = dict[str, dict[str, Any]]
+
+
+def read(run_dir: Path) -> tuple[Records, Records, list[str]]:
+    """The records of a run that belong together.
+
+    Returns:
+        ``stage.json`` by stage; results files by label, in the order of the pipeline; a note for each that is left out.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    stages = {stage: found for folder, stage in STAGES.items() if (found := _stage(run_dir / folder, stage))}
+    found = {path.stem: _results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
+    results = {label: found[label] for label in sorted(found, key=lambda label: (*ORDER, label).index(label))}
+    notes = []
+    for stage, note in _outdated_stages(run_dir, stages):
+        del stages[stage]
+        notes.append(note)
+    for label, note in _outdated_results(run_dir, stages, results):
+        del results[label]
+        notes.append(note)
+    return stages, results, notes
+
+
+# --- whole ------------------------------------------------------------------------------------------------------------
+
+
+def _stage(folder: Path, stage: str) -> dict[str, Any] | None:
+    path = folder / "stage.json"
+    if not path.is_file():
+        return None
+    remedy = f"sppctl {stage} --force redoes it"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    keys = ["wall_time_s", *(f"metrics.{key}" for key in METRICS[stage])]
+    _check(path, record, keys, remedy)
+    return record
+
+
+def _results(path: Path) -> dict[str, Any]:
+    content = read_results(path)
+    remedy = "delete it and run sppctl eval again"
+    _check(path, content, ["results", *(f"sparsity.{key}" for key in SPARSITY)], remedy)
+    for number, result in enumerate(content["results"]):
+        of_kind = {"perplexity": ("settings.text", "metrics.value"), "tasks": ("settings.tasks", "metrics.tasks")}
+        _check(path, result, ["settings.kind"], f"{remedy}; entry {number} of its results")
+        _check(
+            path, result, list(of_kind.get(result["settings"]["kind"], ())), f"{remedy}; entry {number} of its results"
+        )
+    return content
+
+
+def _check(path: Path, content: Any, keys: list[str], remedy: str) -> None:
+    """Raises UserError if a record lacks one of the keys, each written with dots."""
+    for key in keys:
+        inner = content
+        for part in key.split("."):
+            if not isinstance(inner, dict) or part not in inner:
+                raise UserError(f"{path} is damaged (it has no {key}); {remedy}")
+            inner = inner[part]
+
+
+# --- of the weights that are there ------------------------------------------------------------------------------------
+
+
+def _outdated_stages(run_dir: Path, stages: Records) -> Iterator[tuple[str, str]]:
+    """The stages that were made from other weights than those beside them, which tables would call theirs."""
+    pruned = stages.get("prune", {}).get("output")
+    gone = set()
+    for stage, folder in (("train", "adapter"), ("merge", "merged")):
+        used = stages.get(stage, {}).get("inputs", {})
+        if _differ(used.get("pruned"), pruned):
+            gone.add(stage)
+            yield stage, f"{run_dir / folder} was made from other weights than pruned/ holds; sppctl {stage} --force"
+    adapter = _adapter(run_dir)
+    if "merge" not in gone and _differ(stages.get("merge", {}).get("inputs", {}).get("adapter"), adapter):
+        yield "merge", f"{run_dir / 'merged'} was merged with another adapter than adapter/ holds; sppctl merge --force"
+
+
+def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Iterator[tuple[str, str]]:
+    pruned = stages.get("prune", {}).get("output")
+    adapter = _adapter(run_dir)
+    held = {
+        "base": stages.get("prune", {}).get("inputs", {}).get("base"),
+        "pruned": pruned,
+        "adapter": f"{pruned}+{adapter}" if pruned and adapter else None,
+        "merged": stages.get("merge", {}).get("output"),
+    }
+    for label in [label for label in held if label in results]:
+        path = run_dir / "eval" / f"{label}.json"
+        stage = STAGES.get(label)
+        if _differ(results[label].get("fingerprint"), held[label]):
+            what = "pruned/ was made from" if label == "base" else f"{label}/ holds"
+            yield label, f"{path} measures other weights than {what}; sppctl eval --model {label}"
+        elif stage is not None and stage not in stages and (run_dir / label / "stage.json").is_file():
+            yield label, f"{path} measures weights that are left out with their stage"
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    """Older records lack some."""
+    return None not in (one, other) and one != other
+
+
+def _adapter(run_dir: Path) -> str | None:
+    folder = run_dir / "adapter"
+    return checkpoint.fingerprint(folder) if any(folder.glob("*.safetensors")) else None
