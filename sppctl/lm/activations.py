@@ -9,7 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from sppctl.lm.blocks import BlockCall, BlockStack
+from sppctl.lm.block_call import BlockCall
+from sppctl.lm.blocks import BlockStack
 
 CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
 GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each

@@ -108,8 +108,7 @@ class BlockWork:
         self._learn_shared()
         for name in self.plain:
             self.inputs[name] = self.inputs[self.leaders[name]]
-        for inputs in {id(found): found for found in [*self.inputs.values(), *self.everything.values()]}.values():
-            inputs.reduce()
+        self._reduce()
 
     def _prune_on_the_way(self, activations: Activations) -> list[LayerRecord]:
         """One forward, all micro-batches in step: where they meet, a group of layers is pruned."""
@@ -148,7 +147,7 @@ class BlockWork:
         inputs = LayerInputs(statistics, self.targets[names[0]].in_features, self.stack.device)
         for _, args, _ in calls:
             inputs.update(args[0])
-        inputs.reduce()
+        inputs.reduce(names[0], self.stack.dtype)
         return self._prune_group(names, inputs)
 
     def _prune_arrived_experts(self, owner: str, calls: list[Call]) -> list[LayerRecord]:
@@ -160,8 +159,7 @@ class BlockWork:
                 self._prepare_experts(owner, targets, PRUNERS[self.plan.method].statistics or InputNorms)
                 for call in calls:
                     self._collect_experts(owner, *call)
-                for inputs in {id(i): i for i in [*self.inputs.values(), *self.everything.values()]}.values():
-                    inputs.reduce()
+                self._reduce()
                 records += self._prune_experts(targets)
                 self.inputs.clear()
         return records
@@ -206,6 +204,14 @@ class BlockWork:
             if name not in self.leaders:
                 raise StageError(f"{name} received no calibration input; leave it out (prune.skip) or use magnitude")
         self.shared.learn(self._relative(self.plain), {self._short(n): self._short(m) for n, m in self.leaders.items()})
+
+    def _reduce(self) -> None:
+        """Adds up what all processes have seen: once for layers that share their inputs."""
+        done: set[int] = set()
+        for name, inputs in [*self.inputs.items(), *self.everything.items()]:
+            if id(inputs) not in done:
+                done.add(id(inputs))
+                inputs.reduce(name, self.stack.dtype)
 
     def _collect(self, make: Callable[..., Any], name: str, inputs: Tensor) -> None:
         if self._leads(name, inputs):
