@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sppctl import cli
+from sppctl import cli, pruning
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
@@ -163,6 +164,30 @@ def test_the_bytes_of_kept_weights_do_not_change_unless_repaired(
         kept = after[name] != 0
         same.append(torch.equal(after[name][kept], before[name][kept]))
     assert all(same) if method != "sparsegpt" else not any(same)
+
+
+@pytest.mark.parametrize("order", ["block", "module"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
+def test_inputs_that_are_not_finite_end_the_run(
+    method: str,
+    order: str,
+    configure: Callable[..., Config],
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One token of the last window, which the check of the first does not see, overflows in a block."""
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    weights = weights_of(base)
+    weights["model.embed_tokens.weight"][:, 0] = 0.0
+    weights["model.embed_tokens.weight"][255] = torch.eye(32)[0]
+    weights["model.layers.0.self_attn.v_proj.weight"][:, 0] = 3e38
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    fix_windows(monkeypatch, random_windows(4, 24))[3, 5] = 255
+    config = configure(f"prune.method={method}", f"prune.order={order}", "prune.batch_size=2")
+    with pytest.raises(StageError, match=r"layers\.0\.self_attn\.o_proj: its calibration inputs are not finite: "):
+        pruned(config, base, tmp_path / "out")
 
 
 # --- which pattern where ----------------------------------------------------------------------------------------------
@@ -567,7 +592,7 @@ prune._summary = then_die
 DONE = {"write of block 2": 2, "block 0 done": 1, "block 2 done": 3, "all blocks done": 4}  # the others: none
 START = """
 import os, signal, sys
-from sppctl import cli
+from sppctl import cli, pruning
 from sppctl.lm import checkpoint, safe_files
 from sppctl.stages import prune, walk
 def die():
@@ -776,13 +801,24 @@ def test_sparsegpt_repairs_under_a_given_mask(
     assert sum(new for new, _ in errors) < 0.95 * sum(old for _, old in errors)
 
 
-def test_dsnot_starts_from_a_given_mask(configure: Callable[..., Config], deep: Path, tmp_path: Path) -> None:
+def test_dsnot_starts_from_a_given_mask(
+    configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Tensor] = []
+    update_mask = pruning.update_mask
+
+    def spy(weight: Tensor, mask: Tensor, *args: Any) -> Tensor:
+        begun.append(mask)
+        return update_mask(weight, mask, *args)
+
     start, _ = pruned(configure("prune.method=magnitude"), deep, tmp_path / "start")
+    monkeypatch.setattr(pruning, "update_mask", spy)
     options = "prune.method=dsnot", f"prune.mask_from={tmp_path / 'start'}"
     after, metrics = pruned(configure(*options), deep, tmp_path / "out")
     names = [f"{layer['name']}.weight" for layer in metrics["layers"]]
+    assert all(torch.equal(mask, start[name] != 0) for mask, name in zip(begun, names, strict=True))
     assert all((kept_per_group(after[name]) == 2).all() for name in names)
-    assert 0.8 < agreement(start, after, names) < 1
+    assert 0.5 < agreement(start, after, names) < 1
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
