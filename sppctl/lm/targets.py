@@ -52,13 +52,21 @@ class Target:
         """Whether it is a plain ``nn.Linear``."""
         return self.expert is None and not self.transposed
 
-    def view(self, model: nn.Module) -> Tensor:
-        """The matrix (out_features, in_features) as a view into the model's parameter."""
+    def whole(self, model: nn.Module) -> Tensor:
+        """The model's parameter that holds the matrix."""
         parameter = model.get_submodule(self.owner)._parameters[self.parameter]
         assert parameter is not None
+        return parameter.data
+
+    def view(self, model: nn.Module) -> Tensor:
+        """The matrix (out_features, in_features) as a view into the model's parameter."""
+        return self.within(self.whole(model))
+
+    def within(self, whole: Tensor) -> Tensor:
+        """The matrix as a view into a tensor of the parameter's shape."""
         if self.expert is not None:
-            return parameter.data[self.expert, self.first_row : self.first_row + self.out_features]
-        return parameter.data.t() if self.transposed else parameter.data
+            return whole[self.expert, self.first_row : self.first_row + self.out_features]
+        return whole.t() if self.transposed else whole
 
 
 def is_fused_experts(module: nn.Module) -> bool:

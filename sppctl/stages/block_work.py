@@ -64,11 +64,11 @@ class BlockWork:
             return self._prune_all()
         if self.plan.order == "module":
             return self._prune_on_the_way(self.activations)
-        dense: list[Tensor] | None = [] if self.plan.reconstruct_epochs else None
+        dense = self.activations.beside() if self.plan.reconstruct_epochs and self.targets else None
         self.gather(PRUNERS[self.plan.method].statistics or InputNorms, dense=dense)
         records = self._prune_all()
         self.inputs.clear()
-        if dense is not None and self.targets:
+        if dense is not None:
             self.reconstruction = reconstruct(
                 self.stack,
                 self.index,
@@ -83,13 +83,13 @@ class BlockWork:
                 weight.copy_(self._as_written(target, weight))
         return records
 
-    def gather(self, make: Callable[..., Any], keep: bool = False, dense: list[Tensor] | None = None) -> None:
+    def gather(self, make: Callable[..., Any], keep: bool = False, dense: Tensor | None = None) -> None:
         """Runs the dense block on all windows and collects what each target is given.
 
         Args:
             make: class of the statistics.
             keep: the dense output becomes the next block's input.
-            dense: takes the block's outputs, on the CPU.
+            dense: takes the block's outputs, (windows, tokens, width).
         """
         assert self.activations is not None
         for owner, targets in self.experts.items():
@@ -104,7 +104,7 @@ class BlockWork:
                 if keep:
                     self.activations.store(rows, output)
                 if dense is not None:
-                    dense.append(output.cpu())
+                    dense[rows] = output.to(dense.device)
         self._learn_shared()
         for name in self.plain:
             self.inputs[name] = self.inputs[self.leaders[name]]

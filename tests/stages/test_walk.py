@@ -642,7 +642,7 @@ def run_prune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         ("block 0 done", ["prune.method=dsnot"]),
         ("block 2 done", ["prune.method=sparsegpt", "prune.order=module"]),
         ("block 2 done", ["prune.memory=disk", "prune.batch_size=3"]),
-        ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3"]),
+        ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3", "prune.memory=disk"]),
         ("block 2 done", ["prune.method=sparsegpt", "model.dtype=bfloat16"]),
         ("block 0 done", ["prune.method=magnitude"]),
     ],
@@ -892,6 +892,27 @@ def test_tuning_keeps_zeros_and_lowers_the_blocks_error(
     touched = {stored(layer["name"], family) for layer in metrics["layers"]}
     before = weights_of(base)
     assert all(torch.equal(tuned[name], before[name]) for name in before.keys() - touched)
+
+
+@pytest.mark.parametrize("options", [["prune.skip=['*.experts.0.*']"], ["prune.targets=[gate_proj, down_proj]"]])
+def test_matrices_of_a_mixture_that_are_no_targets_are_not_tuned(
+    options: list[str],
+    configure: Callable[..., Config],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = make_checkpoint("mixtral")
+    tuning = "prune.reconstruct_epochs=3", "prune.reconstruct_lr=1e-3"
+    config = configure("prune.targets=all-linear", *tuning, *options)
+    tuned, metrics = pruned(config, base, tmp_path / "tuned")
+    assert all(errors["after"] < errors["before"] for errors in metrics["reconstruction"].values())
+    touched = {stored(layer["name"], "mixtral") for layer in metrics["layers"]}
+    before = weights_of(base)
+    assert {name for name in before if not torch.equal(tuned[name], before[name])} == touched
+    interrupted(config, base, tmp_path / "out", monkeypatch, blocks=1)
+    prune.execute(config, base, tmp_path / "out")
+    assert shards(tmp_path / "out") == shards(tmp_path / "tuned")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
