@@ -19,6 +19,7 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, check_weight
+from sppctl.stages.given_masks import given_mask
 from sppctl.stages.in_step import in_step, wait_at
 from sppctl.stages.layers import LayerInputs, LayerRecord, Plan, SharedInputs, measure
 from sppctl.stages.reconstruct import reconstruct
@@ -331,24 +332,8 @@ class BlockWork:
     def _masks(self, names: list[str], patterns: list[Pattern]) -> list[Tensor] | None:
         if self.plan.masks is None:
             return None
-        masks = []
-        for name, pattern in zip(names, patterns, strict=True):
-            target = self.targets[name]
-            mask = (self.stack.matrix(target, self.plan.masks) != 0).to(self.stack.device)
-            shape = (target.out_features, target.in_features)
-            if mask.shape != shape:
-                raise StageError(
-                    f"{name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
-                    "it has to be a pruned copy of the same model"
-                )
-            if pattern.num_pruned(mask.numel()) and bool(mask.all()):
-                raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}: nothing is pruned there")
-            if pattern.keep is not None and pattern.group is not None:
-                kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
-                if bool((kept > pattern.keep).any()):
-                    raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}")
-            masks.append(mask)
-        return masks
+        pairs = zip(names, patterns, strict=True)
+        return [given_mask(self.stack, self.targets[name], pattern, self.plan.masks) for name, pattern in pairs]
 
 
 def _meet(place: int, *call: Any) -> None:

@@ -17,6 +17,7 @@ from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.stages.block_work import BlockWork
+from sppctl.stages.given_masks import warn_of_sparser
 from sppctl.stages.layers import Plan, SharedInputs
 
 
@@ -92,6 +93,8 @@ def prune_blocks(
             activations.run(index)
         stack.release_block(index)
         yield entry
+    if plan.masks is not None:
+        warn_of_sparser([layer for entry in journal.blocks for layer in entry["layers"]])
 
 
 @torch.no_grad()

@@ -841,6 +841,47 @@ def test_a_mask_of_another_pattern_is_refused(configure: Callable[..., Config], 
             pruned(config, llama, tmp_path / method)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_a_mask_with_fewer_zeros_than_the_pattern_is_refused(
+    method: str, configure: Callable[..., Config], llama: Path, tmp_path: Path
+) -> None:
+    pruned(configure("prune.pattern=0.1"), llama, tmp_path / "tenth")
+    config = configure(f"prune.method={method}", "prune.pattern=0.5", f"prune.mask_from={tmp_path / 'tenth'}")
+    message = r"is not 0\.5: a share of 0\.09375 is zero; set prune\.pattern"  # 3 of 32
+    with pytest.raises(StageError, match=message):
+        pruned(config, llama, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_masks_of_all_methods_fit_their_own_pattern(
+    method: str,
+    configure: Callable[..., Config],
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However each rounds its counts."""
+    pattern = "prune.pattern=0.53"
+    mask, _ = pruned(configure(f"prune.method={method}", pattern, "prune.block_size=16"), llama, tmp_path / "mask")
+    for other in ("magnitude", "wanda", "sparsegpt", "dsnot"):
+        config = configure(f"prune.method={other}", pattern, f"prune.mask_from={tmp_path / 'mask'}")
+        after, metrics = pruned(config, llama, tmp_path / other)
+        for name in (f"{layer['name']}.weight" for layer in metrics["layers"]):
+            assert (after[name] == 0).sum() == (mask[name] == 0).sum()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_mask_with_more_zeros_than_the_pattern_is_told(
+    configure: Callable[..., Config], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned(configure("prune.pattern=1:4", "prune.skip=['*.0.*']"), llama, tmp_path / "mask")
+    options = "prune.skip=['*.0.*']", f"prune.mask_from={tmp_path / 'mask'}", "prune.method=sparsegpt"
+    _, metrics = pruned(configure(*options), llama, tmp_path / "out")
+    assert metrics["sparsity"] == 0.75
+    warning = "warning: 7 masks of prune.mask_from have more zeros than prune.pattern: "
+    assert f"{warning}model.layers.1.self_attn.q_proj has 0.75, 2:4 asks for 0.5, ..." in capsys.readouterr().err
+
+
 def test_a_mask_of_another_shape_is_refused(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> None:
     weights, _ = pruned(configure(), llama, tmp_path / "other")
     name = "model.layers.0.mlp.up_proj.weight"
