@@ -20,7 +20,7 @@ from sppctl.lm.block_call import BlockCall, hidden_of
 from sppctl.lm.checkpoint import load_config, quiet_libraries
 from sppctl.lm.heap import Heap
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts
+from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts, unseen
 
 
 class Skeleton:
@@ -63,6 +63,12 @@ class Skeleton:
             UserError: a name that matches nothing.
         """
         return select(find_targets(self.blocks, self.blocks_name), names, skip or [], key)
+
+    def unseen(self) -> str | None:
+        """What of the blocks no target can name and so stays dense, in words; None: nothing."""
+        names, share = unseen(self.blocks, self.blocks_name)
+        more = ", ..." if len(names) > 1 else ""
+        return f"{names[0]}{more} ({share:.0%} of the blocks' matrices)" if names else None
 
 
 class BlockStack(Skeleton):

@@ -72,9 +72,22 @@ class Target:
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module holds a mixture's experts as (experts, 2 x intermediate, hidden) and (experts, hidden, ...)."""
     gate_up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
-    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3 or not hasattr(module, "act_fn"):
+    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
+        return False
+    if not hasattr(module, "act_fn") and not hasattr(module, "_apply_gate"):
+        return False
+    # gate above up, not row by row in turn, and nothing added that a product of matrices alone would miss
+    if not getattr(module, "is_concatenated", True) or "gate_up_proj_bias" in module._parameters:
         return False
     return gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
+
+
+def gated(module: nn.Module, gate_up: Tensor) -> Tensor:
+    """What fused experts make of gate and up, (tokens, 2 x intermediate): the input of down, (tokens, intermediate)."""
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up)  # type: ignore[operator, no-any-return]
+    gate, up = gate_up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[operator, no-any-return]
 
 
 def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
@@ -93,6 +106,20 @@ def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
             for target in _experts(name, module):
                 found[target.name] = target
     return found
+
+
+def unseen(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[str], float]:
+    """Parameters of a mixture's experts in a form that is not known here, and their share of the blocks' matrices."""
+    known = {f"{target.owner}.{target.parameter}" for target in find_targets(blocks, blocks_name).values()}
+    sizes = {
+        f"{blocks_name}.{path}.{leaf}": parameter
+        for path, module in blocks.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() >= 2
+    }
+    names = [name for name, parameter in sizes.items() if parameter.dim() >= 3 and name not in known]
+    return names, sum(sizes[name].numel() for name in names) / sum(parameter.numel() for parameter in sizes.values())
 
 
 def _experts(owner: str, module: nn.Module) -> Iterator[Target]:

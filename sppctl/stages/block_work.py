@@ -16,7 +16,7 @@ from sppctl.errors import StageError
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target
+from sppctl.lm.targets import Target, gated
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, check_weight
 from sppctl.stages.given_masks import given_mask
@@ -244,8 +244,7 @@ class BlockWork:
                 inputs.update(tokens)
             down = self.inputs.get(f"{owner}.{expert}.down_proj")
             if down is not None and len(tokens):
-                gate, up = nn.functional.linear(tokens, gate_up[expert]).chunk(2, dim=-1)
-                down.update(module.act_fn(gate) * up)  # type: ignore[operator]
+                down.update(gated(module, nn.functional.linear(tokens, gate_up[expert])))
 
     # --- pruning ------------------------------------------------------------------------------------------------------
 

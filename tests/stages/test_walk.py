@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, byte_tokenizer
+from conftest import FAMILIES, GROUPED, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from sppctl import cli, pruning
 from sppctl.config import load_config
@@ -538,6 +538,17 @@ def test_a_method_without_inputs_needs_no_fall_back(
     config = configure("prune.method=magnitude", "prune.targets=all-linear", "prune.reconstruct_epochs=1")
     _, metrics = pruned(config, make_checkpoint("qwen3_moe"), tmp_path / "out")
     assert metrics["fallbacks"] == 0
+
+
+def test_experts_that_stay_dense_are_told(
+    configure: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(GptOssConfig(**GROUPED, num_local_experts=4)).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    pruned(configure("prune.method=magnitude", "prune.targets=all-linear"), base, tmp_path / "out")
+    warning = "stay dense: model.layers.0.mlp.experts.gate_up_proj, ... (83% of the blocks' matrices)"
+    assert warning in capsys.readouterr().err
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
