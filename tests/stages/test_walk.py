@@ -23,6 +23,8 @@ from sppctl import cli, pruning
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
+from sppctl.lm.activations import Activations
+from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.calibration import Windows
 from sppctl.lm.data import Text
@@ -408,6 +410,34 @@ def test_module_order_of_other_forms(
         assert (kept_per_group(seen(after[stored(layer["name"], family)], family)) == 2).all(), layer["name"]
 
 
+@pytest.mark.parametrize("options", [["prune.method=wanda"], ["prune.pattern=0.5", "prune.allocation=owl"]], ids=str)
+@pytest.mark.parametrize("order", ["block", "module"])
+def test_no_block_is_run_for_nothing(
+    order: str,
+    options: list[str],
+    configure: Callable[..., Config],
+    deep: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks 0 and 2 of 4 are pruned: block 1 has only to hand on, block 3 and the end of block 2 matter to nobody."""
+    runs = [0, 0, 0, 0]
+    call = Activations.call
+
+    def count(self: Activations, index: int, rows: slice) -> BlockCall:
+        runs[index] += rows.stop - rows.start
+        return call(self, index, rows)
+
+    monkeypatch.setattr(Activations, "call", count)
+    config = configure(f"prune.order={order}", "prune.skip=['*.1.*', '*.3.*']", "prune.batch_size=1", *options)
+    pruned(config, deep, tmp_path / "out")
+    # four windows; in module order, one more shows which layers share their inputs
+    expected = [8, 4, 4, 0] if order == "block" else [5, 4, 4, 0]
+    if "prune.allocation=owl" in options:  # a pass of its own
+        expected = [number + 4 for number in expected[:3]] + [0]
+    assert runs == expected
+
+
 def test_module_order_that_cannot_be_held_is_refused(
     configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -699,7 +729,15 @@ def interrupted(config: Config, base: Path, out: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("torn", ['{"block": 2, "lay', '{"block": 2, "layers": [], "reconstruction": null}'])
-@pytest.mark.parametrize("options", [["prune.method=dsnot"], ["prune.pattern=0.5", "prune.allocation=owl"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["prune.method=dsnot"],
+        ["prune.pattern=0.5", "prune.allocation=owl"],
+        ["prune.method=sparsegpt", "prune.skip=['*.1.*', '*.3.*']"],
+        ["prune.method=sparsegpt", "prune.order=module", "prune.skip=['*.1.*', '*.3.*']"],
+    ],
+)
 def test_a_torn_line_of_the_journal_is_no_finished_block(
     torn: str,
     options: list[str],
