@@ -269,7 +269,7 @@ class BlockWork:
                 seen = inputs.statistics.num_tokens
                 if target.name.endswith("down_proj"):
                     words = f"magnitude: saw {seen} tokens"
-                    records += self._prune_group([target.name], None, fallback=words, method="magnitude")
+                    records += self._prune_group([target.name], inputs, fallback=words, method="magnitude")
                 else:
                     words = f"inputs of all experts: saw {seen} tokens"
                     records += self._prune_group([target.name], self.everything[target.owner], fallback=words)

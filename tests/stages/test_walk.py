@@ -531,6 +531,10 @@ def test_an_expert_that_saw_too_few_tokens(
     found = {layer["name"]: layer["fallback"] for layer in metrics["layers"]}
     assert {name: words for name, words in found.items() if ".experts." in name} == expected
     assert not any(words for name, words in found.items() if ".experts." not in name)
+    # a fall-back has an error like all others, where there is an input to measure it on
+    errors = {layer["name"]: layer["relative_output_error"] for layer in metrics["layers"]}
+    silent = [f"experts.{expert}.down_proj" for expert, count in enumerate(counts) if count == 0]
+    assert [name for name, error in errors.items() if error is None] == [f"model.layers.0.mlp.{n}" for n in silent]
     told = [words for words in expected.values() if words]
     assert metrics["fallbacks"] == len(told) > 0
     warning = f"warning: {len(told)} matrices of experts that saw too few tokens had a fall-back: "
