@@ -30,8 +30,11 @@ class Skeleton:
         """Builds the model of a transformers configuration on the meta device.
 
         Raises:
-            UserError: it is no causal language model, or has no list of decoder blocks.
+            UserError: it is no causal language model, is quantised, or has no list of decoder blocks.
         """
+        if quantised := getattr(config, "quantization_config", None):
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            raise UserError(f"model.path: quantised weights ({kind}) cannot be pruned; use the original checkpoint")
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -100,6 +103,10 @@ class BlockStack(Skeleton):
         self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
         self._heap = Heap()
+        base = getattr(self.model, self.base_prefix)
+        tensors = base.state_dict()
+        for name in _stored_tensors(base):  # what is missing is missed before anything is done
+            self._parts(f"{self.base_prefix}.{name}", tensors[name].shape)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -309,11 +316,19 @@ def _stored_tensors(module: nn.Module) -> list[str]:
 
 
 def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
-    floating = [spec.dtype for spec in map(files.spec, files) if spec.dtype.is_floating_point]
+    floating = {name: files.spec(name).dtype for name in files if files.spec(name).dtype.is_floating_point}
     if not floating:
         raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")
+    for name, dtype in floating.items():
+        if dtype.itemsize == 1:
+            short = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{files.directory}: {name} is stored as {short}; quantised checkpoints cannot be pruned, "
+                "use one in bfloat16, float16 or float32"
+            )
+    dtypes = list(floating.values())
     configured = getattr(config, "dtype", None)
-    return configured if configured in floating else max(set(floating), key=floating.count)
+    return configured if configured in dtypes else max(set(dtypes), key=dtypes.count)
 
 
 def overflow_advice(dtype: torch.dtype) -> str:

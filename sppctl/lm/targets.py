@@ -195,7 +195,10 @@ def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
     for name in _spellings(parameter, base_prefix):
         if name in files:
             return name
-    raise UserError(f"{files.directory} holds no tensor {parameter}, which its config.json implies; wrong files?")
+    raise UserError(
+        f"{files.directory} holds no tensor {parameter}, which its config.json implies: these are the weights of "
+        "another model, or sppctl does not know the names in this architecture's checkpoints (families: docs/pruning.md)"
+    )
 
 
 def stored_parts(files: TensorFiles, parameter: str, shape: tuple[int, ...], base_prefix: str) -> list[Part]:

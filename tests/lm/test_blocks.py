@@ -155,7 +155,7 @@ def test_a_buffer_that_is_missing(tmp_path: Path) -> None:
 
     directory = rewritten(biased("glm4_moe", tmp_path / "whole"), tmp_path / "other", remove)
     with pytest.raises(UserError, match=f"holds no tensor {name}"):
-        open_stack(directory).check_replay(ids(1), lambda _: None)
+        BlockStack(directory, CPU)
 
 
 def test_blocks_that_are_given_more_of_the_tokens_are_refused(tmp_path: Path) -> None:
@@ -405,8 +405,8 @@ def test_a_tensor_that_is_missing(llama: Path, tmp_path: Path) -> None:
     def remove(tensors: dict[str, Tensor]) -> None:
         del tensors[name]
 
-    with pytest.raises(UserError, match=f"holds no tensor {name}"):
-        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU).load_block(1)
+    with pytest.raises(UserError, match=f"holds no tensor {name}, .*docs/pruning.md"):
+        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU)
 
 
 def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
@@ -416,6 +416,23 @@ def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="holds no floating-point weights"):
         BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+
+
+def test_single_bytes_are_refused(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    with pytest.raises(UserError, match=rf"{name} is stored as float8_e4m3fn; .*use one in bfloat16"):
+        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+
+
+def test_a_quantised_model_is_refused_by_its_configuration(llama: Path) -> None:
+    config = load_config(llama)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match=r"model\.path: quantised weights \(gptq\) cannot be pruned"):
+        Skeleton(config)
 
 
 def test_a_model_that_generates_no_text_is_refused() -> None:
