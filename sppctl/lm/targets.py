@@ -197,7 +197,7 @@ def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
             return name
     raise UserError(
         f"{files.directory} holds no tensor {parameter}, which its config.json implies: these are the weights of "
-        "another model, or sppctl does not know the names in this architecture's checkpoints (families: docs/pruning.md)"
+        "another model, or sppctl does not know the names in this architecture's files (families: docs/pruning.md)"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -1085,6 +1086,34 @@ def test_two_processes_make_the_masks_of_one(
     for first, second in zip(alone["layers"], record["metrics"]["layers"], strict=True):
         assert (first["name"], first["damp"]) == (second["name"], second["damp"])
     assert "up to date" in run_prune([*common, f"run.dir={tmp_path / 'two'}"])
+
+
+@pytest.mark.slow
+def test_two_killed_processes_continue_to_the_same_bytes(config_file: Path, deep: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        return [str(config_file), f"model.path={deep}", "prune.method=sparsegpt", f"run.dir={tmp_path / name}"]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = START + DEATHS["block 2 done"] + "cli.main()"
+    shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, "prune", *arguments("killed")],
+            stderr=subprocess.DEVNULL,
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    codes = [process.wait(timeout=120) for process in processes]
+    assert codes[0] == -9
+    done = in_processes(arguments("killed"), 2)
+    assert "prune: 3 of 4 blocks are done" in done.stderr
+    assert in_processes(arguments("whole"), 2).returncode == 0
+    killed_run, whole = (shards(tmp_path / name / "pruned") for name in ("killed", "whole"))
+    assert killed_run
+    assert killed_run == whole
 
 
 @pytest.mark.slow
