@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
-from sppctl.lm.blocks import BlockCall, BlockStack
+from sppctl import distributed
+from sppctl.errors import StageError
+from sppctl.lm.block_call import BlockCall
+from sppctl.lm.blocks import BlockStack
 
 CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
 GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each
@@ -42,8 +46,9 @@ class Activations:
         self.stack = stack
         samples, seq_len = windows.shape
         size = batch_size if isinstance(batch_size, int) else windows_at_a_time(stack, samples, seq_len)
-        self.place = _place(stack, samples * seq_len, memory)
-        self._hidden = self._allocate((samples, seq_len, stack.width), path)
+        self._memory, self._path = memory, path
+        self.place, self._hidden = self._allocate((samples, seq_len, stack.width), path)
+        self._beside: Tensor | None = None
         self._slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
         self._calls: dict[int, list[BlockCall]] = {}
         for rows in self._slices:
@@ -52,12 +57,22 @@ class Activations:
             self._calls.setdefault(len(hidden), calls)
             self._hidden[rows] = hidden.to(self._hidden.device)
 
-    def _allocate(self, shape: tuple[int, int, int], path: Path) -> Tensor:
-        if self.place == "disk":
-            count = math.prod(shape)
-            return torch.from_file(str(path), shared=True, size=count, dtype=self.stack.dtype).view(shape)
-        device = self.stack.device if self.place == "device" else torch.device("cpu")
-        return torch.empty(shape, dtype=self.stack.dtype, device=device)
+    def _allocate(self, shape: tuple[int, ...], path: Path) -> tuple[str, Tensor]:
+        count = math.prod(shape)
+        place = _place(self.stack, count * self.stack.dtype.itemsize, self._memory)
+        if place == "disk":
+            _reserve(path, count * self.stack.dtype.itemsize)
+            return place, torch.from_file(str(path), shared=True, size=count, dtype=self.stack.dtype).view(shape)
+        device = self.stack.device if place == "device" else torch.device("cpu")
+        return place, torch.empty(shape, dtype=self.stack.dtype, device=device)
+
+    def beside(self) -> Tensor:
+        """Room for the hidden states of another point of the model, (samples, tokens, width): always the same."""
+        if self._beside is None:
+            _, self._beside = self._allocate(
+                tuple(self._hidden.shape), self._path.with_name(f"{self._path.name}.beside")
+            )
+        return self._beside
 
     @property
     def batch_size(self) -> int:
@@ -98,10 +113,23 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _place(stack: BlockStack, tokens: int, memory: str) -> str:
+def _place(stack: BlockStack, needed: int, memory: str) -> str:
     if memory != "auto":
         return "ram" if memory == "device" and stack.device.type == "cpu" else memory
-    needed = tokens * stack.width * stack.dtype.itemsize
     if stack.device.type == "cuda" and needed < GPU_SHARE * free_memory(stack.device):
         return "device"
-    return "ram" if needed < RAM_SHARE * free_memory(torch.device("cpu")) else "disk"
+    share = RAM_SHARE / distributed.local_world_size()
+    return "ram" if needed < share * free_memory(torch.device("cpu")) else "disk"
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Takes the file's blocks at once: a write into a mapped file on a full disk would end the process."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise StageError(
+            f"prune.memory: no room for the hidden states, {size / 2**20:.0f} MiB, in {path} ({error.strerror}); "
+            "free some, set prune.memory=ram, or lower prune.calibration.samples"
+        ) from error

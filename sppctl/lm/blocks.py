@@ -8,7 +8,6 @@ whatever an architecture passes (rotary embeddings, sliding-window masks, a diff
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sppctl.errors import StageError, UserError
+from sppctl.lm.block_call import BlockCall, hidden_of
 from sppctl.lm.checkpoint import load_config, quiet_libraries
 from sppctl.lm.heap import Heap
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """How the model calls one block: everything but the hidden states, the first argument."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_by_name: bool
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
-        """Splits a call into its hidden states and the rest."""
-        if args:
-            return cls(args[1:], kwargs, False), args[0]
-        rest = dict(kwargs)
-        hidden = rest.pop("hidden_states")
-        return cls((), rest, True), hidden
-
-    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Runs the block on other hidden states; (batch, tokens, width) in and out."""
-        if self.hidden_by_name:
-            return _hidden_of(block(hidden_states=hidden, **self.kwargs))
-        return _hidden_of(block(hidden, *self.args, **self.kwargs))
+from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts, unseen
 
 
 class Skeleton:
@@ -54,8 +30,11 @@ class Skeleton:
         """Builds the model of a transformers configuration on the meta device.
 
         Raises:
-            UserError: it is no causal language model, or has no list of decoder blocks.
+            UserError: it is no causal language model, is quantised, or has no list of decoder blocks.
         """
+        if quantised := getattr(config, "quantization_config", None):
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            raise UserError(f"model.path: quantised weights ({kind}) cannot be pruned; use the original checkpoint")
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
@@ -88,12 +67,26 @@ class Skeleton:
         """
         return select(find_targets(self.blocks, self.blocks_name), names, skip or [], key)
 
+    def unseen(self) -> str | None:
+        """What of the blocks no target can name and so stays dense, in words; None: nothing."""
+        names, share = unseen(self.blocks, self.blocks_name)
+        more = ", ..." if len(names) > 1 else ""
+        return f"{names[0]}{more} ({share:.0%} of the blocks' matrices)" if names else None
+
 
 class BlockStack(Skeleton):
     """The decoder of a checkpoint whose blocks are loaded one at a time."""
 
-    def __init__(self, directory: Path, device: torch.device, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, directory: Path, device: torch.device, trust_remote_code: bool = False, dtype: str = "auto"
+    ) -> None:
         """Builds the model without weights and opens the files that hold them.
+
+        Args:
+            directory: of the checkpoint.
+            device: that blocks are run on.
+            trust_remote_code: whether the checkpoint's own code may be run.
+            dtype: to compute in; auto: as stored.
 
         Raises:
             UserError: damaged files, no causal language model, or no decoder blocks.
@@ -101,14 +94,19 @@ class BlockStack(Skeleton):
         self.files = TensorFiles(directory)
         self.device = device
         config = load_config(directory, trust_remote_code)
-        dtype = _stored_dtype(self.files, config)
-        if dtype == torch.float16 and device.type == "cpu":
-            dtype = torch.float32  # CPUs lack most float16 kernels; every float16 is exact in float32
-        super().__init__(config, dtype, trust_remote_code)
-        self.dtype = dtype
+        self.dtype = _stored_dtype(self.files, config)
+        if dtype != "auto":
+            self.dtype = getattr(torch, dtype)
+        if self.dtype == torch.float16 and device.type == "cpu":
+            self.dtype = torch.float32  # CPUs lack most float16 kernels; every float16 is exact in float32
+        super().__init__(config, self.dtype, trust_remote_code)
         self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
         self._heap = Heap()
+        base = getattr(self.model, self.base_prefix)
+        tensors = base.state_dict()
+        for name in _stored_tensors(base):  # what is missing is missed before anything is done
+            self._parts(f"{self.base_prefix}.{name}", tensors[name].shape)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -118,19 +116,18 @@ class BlockStack(Skeleton):
     def load_embeddings(self) -> None:
         """Loads everything the blocks need before them: embeddings, norms, position tables; not the output head."""
         base = getattr(self.model, self.base_prefix)
-        inside = self.blocks_name + "."
-        prefix = self.base_prefix
-        for name, _ in base.named_parameters():
-            if not f"{prefix}.{name}".startswith(inside):
-                self._load(f"{prefix}.{name}")
-        for buffer_name, buffer in base.named_buffers():
-            owner, _, leaf = buffer_name.rpartition(".")
+        for name, buffer in base.named_buffers():
+            owner, _, leaf = name.rpartition(".")
             base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        inside = self.blocks_name + "."
+        for name in (f"{self.base_prefix}.{name}" for name in _stored_tensors(base)):
+            if not name.startswith(inside):
+                self._load(name)
 
     def load_block(self, index: int, files: TensorFiles | None = None) -> nn.Module:
         """Loads the weights of one block, from the checkpoint or other ``files`` like it; release it afterwards."""
         block = self.blocks[index]
-        for name, _ in list(block.named_parameters()):
+        for name in _stored_tensors(block):
             self._load(f"{self.blocks_name}.{index}.{name}", files)
         return block
 
@@ -174,21 +171,22 @@ class BlockStack(Skeleton):
         return stored_parts(self.files, parameter, tuple(shape), self.base_prefix)
 
     def release_block(self, index: int) -> None:
-        """Frees the weights of one block."""
+        """Frees the weights of one block; its buffers, a few numbers, stay."""
         for module in self.blocks[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         self._heap.give_back()
 
-    def _load(self, parameter: str, files: TensorFiles | None = None) -> None:
-        owner, _, leaf = parameter.rpartition(".")
+    def _load(self, name: str, files: TensorFiles | None = None) -> None:
+        owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
-        expected = module._parameters[leaf]
-        assert expected is not None
+        expected = getattr(module, leaf)
         # the dtype the model itself would use: some keep single modules in float32
-        loaded = torch.empty(expected.shape, dtype=expected.dtype, device=self.device)
-        for part in self._parts(parameter, expected.shape):
+        exact = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        dtype = torch.float32 if exact and expected.dtype.is_floating_point else expected.dtype
+        loaded = torch.empty(expected.shape, dtype=dtype, device=self.device)
+        for part in self._parts(name, expected.shape):
             tensor, place = (files or self.files).read(part.name), part.of(loaded)
             if tensor.shape != place.shape:
                 raise UserError(
@@ -198,7 +196,10 @@ class BlockStack(Skeleton):
             if not torch.isfinite(tensor).all():
                 raise StageError(f"{self.files.directory}: {part.name} holds NaN or infinite values; it is broken")
             place.copy_(tensor)
-        module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
+        else:
+            module._buffers[leaf] = loaded
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
@@ -235,17 +236,24 @@ class BlockStack(Skeleton):
             on_block: called with the index of each block that passed.
 
         Raises:
-            StageError: a replayed block differs from the model's own in any bit, or a weight is not finite.
+            StageError: a replayed block differs from the model's own in any bit, a block is given more of the tokens
+                than their hidden states, or a weight or a hidden state is not finite.
         """
         self._learn_return_type(input_ids[:, :1])
         _, calls = self.record(input_ids)
+        self._check_calls(calls, self.record(input_ids.roll(1, dims=1))[1])
+        kind = type(self.model).__name__
 
         def compare(index: int, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             _, hidden = BlockCall.of(args, kwargs)
-            # .forward, not the module itself: a call would run these hooks again
-            if not torch.equal(calls[index](block.forward, hidden), _hidden_of(output)):
+            if not torch.isfinite(hidden_of(output)).all():
                 raise StageError(
-                    f"replaying block {index} of {type(self.model).__name__} does not give the model's own hidden "
+                    f"block {index} of {kind} gives hidden states that are not finite: {overflow_advice(self.dtype)}"
+                )
+            # .forward, not the module itself: a call would run these hooks again
+            if not torch.equal(calls[index](block.forward, hidden), hidden_of(output)):
+                raise StageError(
+                    f"replaying block {index} of {kind} does not give the model's own hidden "
                     "states, so it would be pruned on wrong inputs; please report this architecture"
                 )
             self.release_block(index)
@@ -261,6 +269,16 @@ class BlockStack(Skeleton):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _check_calls(self, calls: list[BlockCall], others: list[BlockCall]) -> None:
+        """Calls for one window serve all of its shape: they must not depend on its tokens."""
+        for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+            argument = call.differing(other, self.blocks[index])
+            if argument is not None:
+                raise StageError(
+                    f"block {index} of {type(self.model).__name__} is given {argument}, which depends on the tokens, "
+                    "not on the hidden states alone; this architecture can only be pruned by prune.method=magnitude"
+                )
 
     def _load_before(self, index: int, *_: Any) -> None:
         self.load_block(index)
@@ -286,19 +304,41 @@ class BlockStack(Skeleton):
         getattr(self.model, self.base_prefix)(input_ids=input_ids, use_cache=False)
 
 
+def _stored_tensors(module: nn.Module) -> list[str]:
+    """Names of what a checkpoint stores of a module: parameters, and buffers such as a router's biases."""
+    buffers = [
+        f"{path}.{leaf}" if path else leaf
+        for path, inner in module.named_modules()
+        for leaf, buffer in inner._buffers.items()
+        if buffer is not None and leaf not in inner._non_persistent_buffers_set
+    ]
+    return [name for name, _ in module.named_parameters()] + buffers
+
+
 def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
-    floating = [spec.dtype for spec in map(files.spec, files) if spec.dtype.is_floating_point]
+    floating = {name: files.spec(name).dtype for name in files if files.spec(name).dtype.is_floating_point}
     if not floating:
         raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")
+    for name, dtype in floating.items():
+        if dtype.itemsize == 1:
+            short = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{files.directory}: {name} is stored as {short}; quantised checkpoints cannot be pruned, "
+                "use one in bfloat16, float16 or float32"
+            )
+    dtypes = list(floating.values())
     configured = getattr(config, "dtype", None)
-    return configured if configured in floating else max(set(floating), key=floating.count)
+    return configured if configured in dtypes else max(set(dtypes), key=dtypes.count)
+
+
+def overflow_advice(dtype: torch.dtype) -> str:
+    """What to do about numbers that are not finite though all weights are."""
+    short = str(dtype).removeprefix("torch.")
+    wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+    if dtype == torch.float32:
+        return "they overflow float32, so the checkpoint is broken"
+    return f"most likely they overflow {short}; set model.dtype={wider}"
 
 
 class _FirstBlockDoneError(Exception):
     """Leaves the model's forward after the first block."""
-
-
-def _hidden_of(output: Any) -> Tensor:
-    hidden = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(hidden, Tensor)
-    return hidden

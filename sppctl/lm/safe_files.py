@@ -29,11 +29,19 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
+_PACKED = {"F4", "F6_E2M3", "F6_E3M2"}  # several to a byte: torch has no such numbers
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -61,7 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The tensors of a safetensors file and its metadata.
 
     Raises:
-        UserError: not safetensors, or cut short.
+        UserError: not safetensors, cut short, or with a dtype that torch does not have.
     """
     size = path.stat().st_size
     try:
@@ -72,6 +80,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
         base = 8 + length
+        foreign = [f"{name} has dtype {entry['dtype']}" for name, entry in header.items() if entry["dtype"] in _PACKED]
+        if foreign:
+            raise UserError(f"{path}: {foreign[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
         specs = {
             name: TensorSpec(
                 _DTYPES[entry["dtype"]],

@@ -52,21 +52,42 @@ class Target:
         """Whether it is a plain ``nn.Linear``."""
         return self.expert is None and not self.transposed
 
-    def view(self, model: nn.Module) -> Tensor:
-        """The matrix (out_features, in_features) as a view into the model's parameter."""
+    def whole(self, model: nn.Module) -> Tensor:
+        """The model's parameter that holds the matrix."""
         parameter = model.get_submodule(self.owner)._parameters[self.parameter]
         assert parameter is not None
+        return parameter.data
+
+    def view(self, model: nn.Module) -> Tensor:
+        """The matrix (out_features, in_features) as a view into the model's parameter."""
+        return self.within(self.whole(model))
+
+    def within(self, whole: Tensor) -> Tensor:
+        """The matrix as a view into a tensor of the parameter's shape."""
         if self.expert is not None:
-            return parameter.data[self.expert, self.first_row : self.first_row + self.out_features]
-        return parameter.data.t() if self.transposed else parameter.data
+            return whole[self.expert, self.first_row : self.first_row + self.out_features]
+        return whole.t() if self.transposed else whole
 
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module holds a mixture's experts as (experts, 2 x intermediate, hidden) and (experts, hidden, ...)."""
     gate_up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
-    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3 or not hasattr(module, "act_fn"):
+    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
+        return False
+    if not hasattr(module, "act_fn") and not hasattr(module, "_apply_gate"):
+        return False
+    # gate above up, not row by row in turn, and nothing added that a product of matrices alone would miss
+    if not getattr(module, "is_concatenated", True) or "gate_up_proj_bias" in module._parameters:
         return False
     return gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
+
+
+def gated(module: nn.Module, gate_up: Tensor) -> Tensor:
+    """What fused experts make of gate and up, (tokens, 2 x intermediate): the input of down, (tokens, intermediate)."""
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(gate_up)  # type: ignore[operator, no-any-return]
+    gate, up = gate_up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[operator, no-any-return]
 
 
 def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
@@ -85,6 +106,20 @@ def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
             for target in _experts(name, module):
                 found[target.name] = target
     return found
+
+
+def unseen(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[str], float]:
+    """Parameters of a mixture's experts in a form that is not known here, and their share of the blocks' matrices."""
+    known = {f"{target.owner}.{target.parameter}" for target in find_targets(blocks, blocks_name).values()}
+    sizes = {
+        f"{blocks_name}.{path}.{leaf}": parameter
+        for path, module in blocks.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() >= 2
+    }
+    names = [name for name, parameter in sizes.items() if parameter.dim() >= 3 and name not in known]
+    return names, sum(sizes[name].numel() for name in names) / sum(parameter.numel() for parameter in sizes.values())
 
 
 def _experts(owner: str, module: nn.Module) -> Iterator[Target]:
@@ -160,7 +195,10 @@ def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
     for name in _spellings(parameter, base_prefix):
         if name in files:
             return name
-    raise UserError(f"{files.directory} holds no tensor {parameter}, which its config.json implies; wrong files?")
+    raise UserError(
+        f"{files.directory} holds no tensor {parameter}, which its config.json implies: these are the weights of "
+        "another model, or sppctl does not know the names in this architecture's files (families: docs/pruning.md)"
+    )
 
 
 def stored_parts(files: TensorFiles, parameter: str, shape: tuple[int, ...], base_prefix: str) -> list[Part]:

@@ -31,6 +31,8 @@ def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
         smaller, equal = part < threshold, part == threshold
         wanted = num_pruned - smaller.sum(-1, keepdim=True)
         mask[start : start + step] = ~(smaller | (equal & (equal.cumsum(-1) <= wanted)))
+    # NaN is neither smaller nor equal
+    assert int(mask.sum()) == mask.numel() - num_pruned * scores.shape[0], "scores that are not finite"
     return mask
 
 

@@ -27,7 +27,7 @@ def prune_sparsegpt(
 
     Each layer's mask is chosen by itself, per block of ``block_size`` columns over all its rows (ratio) or per group of
     M (N:M), by w^2 / [U_jj]^2 on the weights as updated so far; the error of each column is spread over the columns to
-    its right.
+    its right. Weights of inputs that never fired go first, and cost nothing where they stay.
 
     Args:
         weights: (out_features, in_features) of each layer, any float dtype; computed in float32.
@@ -45,7 +45,7 @@ def prune_sparsegpt(
     """
     factor, dead, damp = statistics.inverse_factor(damp)
     work = torch.cat([weight.float() for weight in weights])
-    work[:, dead] = 0
+    scale = factor.diagonal().masked_fill(dead, torch.inf)
     group = math.lcm(*(pattern.group or 1 for pattern in patterns))
     block_size = -(-block_size // group) * group
     tile = -(-TILE // group) * group
@@ -54,7 +54,8 @@ def prune_sparsegpt(
     kept = torch.empty_like(work, dtype=torch.bool) if masks is None else torch.cat(masks)
     for start in range(0, work.shape[1], block_size):
         columns = slice(start, min(start + block_size, work.shape[1]))
-        solver = _Block(work[:, columns], factor[columns, columns], kept[:, columns], layers, patterns, masks is None)
+        part = work[:, columns], factor[columns, columns], scale[columns], kept[:, columns]
+        solver = _Block(*part, layers, patterns, masks is None)
         errors = solver.solve(tile)
         work[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
@@ -69,12 +70,13 @@ class _Block:
         self,
         work: Tensor,
         upper: Tensor,
+        scale: Tensor,
         kept: Tensor,
         layers: list[slice],
         patterns: list[Pattern],
         choose: bool,
     ) -> None:
-        self.work, self.upper, self.kept = work, upper, kept
+        self.work, self.upper, self.scale, self.kept = work, upper, scale, kept
         self.diagonal = upper.diagonal()
         self.layers = list(zip(layers, patterns, strict=True)) if choose else []
 
@@ -82,7 +84,7 @@ class _Block:
         """Prunes the columns; returns their scaled errors (rows, columns)."""
         for rows, pattern in self.layers:
             if not pattern.is_structured:
-                scores = (self.work[rows] / self.diagonal).square()
+                scores = (self.work[rows] / self.scale).square()
                 mask = keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel()))
                 self.kept[rows] = mask.view(scores.shape)
         errors = torch.empty_like(self.work)
@@ -101,7 +103,7 @@ class _Block:
             for rows, pattern in self.layers:
                 if pattern.keep is not None and pattern.group is not None and column % pattern.group == 0:
                     group = slice(place, place + pattern.group)
-                    scores = (tile[group, rows].t() / self.diagonal[column : column + pattern.group]).square()
+                    scores = (tile[group, rows].t() / self.scale[column : column + pattern.group]).square()
                     mask = keep_largest_in_groups(scores.contiguous(), pattern.keep, pattern.group)
                     self.kept[rows, column : column + pattern.group] = mask
             error = (tile[place] / self.diagonal[column]).masked_fill_(self.kept[:, column], 0)

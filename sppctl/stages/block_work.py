@@ -16,9 +16,10 @@ from sppctl.errors import StageError
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target
+from sppctl.lm.targets import Target, gated
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, check_weight
+from sppctl.stages.given_masks import given_mask
 from sppctl.stages.in_step import in_step, wait_at
 from sppctl.stages.layers import LayerInputs, LayerRecord, Plan, SharedInputs, measure
 from sppctl.stages.reconstruct import reconstruct
@@ -64,11 +65,11 @@ class BlockWork:
             return self._prune_all()
         if self.plan.order == "module":
             return self._prune_on_the_way(self.activations)
-        dense: list[Tensor] | None = [] if self.plan.reconstruct_epochs else None
+        dense = self.activations.beside() if self.plan.reconstruct_epochs and self.targets else None
         self.gather(PRUNERS[self.plan.method].statistics or InputNorms, dense=dense)
         records = self._prune_all()
         self.inputs.clear()
-        if dense is not None and self.targets:
+        if dense is not None:
             self.reconstruction = reconstruct(
                 self.stack,
                 self.index,
@@ -83,13 +84,13 @@ class BlockWork:
                 weight.copy_(self._as_written(target, weight))
         return records
 
-    def gather(self, make: Callable[..., Any], keep: bool = False, dense: list[Tensor] | None = None) -> None:
+    def gather(self, make: Callable[..., Any], keep: bool = False, dense: Tensor | None = None) -> None:
         """Runs the dense block on all windows and collects what each target is given.
 
         Args:
             make: class of the statistics.
             keep: the dense output becomes the next block's input.
-            dense: takes the block's outputs, on the CPU.
+            dense: takes the block's outputs, (windows, tokens, width).
         """
         assert self.activations is not None
         for owner, targets in self.experts.items():
@@ -104,12 +105,11 @@ class BlockWork:
                 if keep:
                     self.activations.store(rows, output)
                 if dense is not None:
-                    dense.append(output.cpu())
+                    dense[rows] = output.to(dense.device)
         self._learn_shared()
         for name in self.plain:
             self.inputs[name] = self.inputs[self.leaders[name]]
-        for inputs in {id(found): found for found in [*self.inputs.values(), *self.everything.values()]}.values():
-            inputs.reduce()
+        self._reduce()
 
     def _prune_on_the_way(self, activations: Activations) -> list[LayerRecord]:
         """One forward, all micro-batches in step: where they meet, a group of layers is pruned."""
@@ -148,7 +148,7 @@ class BlockWork:
         inputs = LayerInputs(statistics, self.targets[names[0]].in_features, self.stack.device)
         for _, args, _ in calls:
             inputs.update(args[0])
-        inputs.reduce()
+        inputs.reduce(names[0], self.stack.dtype)
         return self._prune_group(names, inputs)
 
     def _prune_arrived_experts(self, owner: str, calls: list[Call]) -> list[LayerRecord]:
@@ -160,8 +160,7 @@ class BlockWork:
                 self._prepare_experts(owner, targets, PRUNERS[self.plan.method].statistics or InputNorms)
                 for call in calls:
                     self._collect_experts(owner, *call)
-                for inputs in {id(i): i for i in [*self.inputs.values(), *self.everything.values()]}.values():
-                    inputs.reduce()
+                self._reduce()
                 records += self._prune_experts(targets)
                 self.inputs.clear()
         return records
@@ -207,6 +206,14 @@ class BlockWork:
                 raise StageError(f"{name} received no calibration input; leave it out (prune.skip) or use magnitude")
         self.shared.learn(self._relative(self.plain), {self._short(n): self._short(m) for n, m in self.leaders.items()})
 
+    def _reduce(self) -> None:
+        """Adds up what all processes have seen: once for layers that share their inputs."""
+        done: set[int] = set()
+        for name, inputs in [*self.inputs.items(), *self.everything.items()]:
+            if id(inputs) not in done:
+                done.add(id(inputs))
+                inputs.reduce(name, self.stack.dtype)
+
     def _collect(self, make: Callable[..., Any], name: str, inputs: Tensor) -> None:
         if self._leads(name, inputs):
             if name not in self.inputs:
@@ -237,8 +244,7 @@ class BlockWork:
                 inputs.update(tokens)
             down = self.inputs.get(f"{owner}.{expert}.down_proj")
             if down is not None and len(tokens):
-                gate, up = nn.functional.linear(tokens, gate_up[expert]).chunk(2, dim=-1)
-                down.update(module.act_fn(gate) * up)  # type: ignore[operator]
+                down.update(gated(module, nn.functional.linear(tokens, gate_up[expert])))
 
     # --- pruning ------------------------------------------------------------------------------------------------------
 
@@ -263,7 +269,7 @@ class BlockWork:
                 seen = inputs.statistics.num_tokens
                 if target.name.endswith("down_proj"):
                     words = f"magnitude: saw {seen} tokens"
-                    records += self._prune_group([target.name], None, fallback=words, method="magnitude")
+                    records += self._prune_group([target.name], inputs, fallback=words, method="magnitude")
                 else:
                     words = f"inputs of all experts: saw {seen} tokens"
                     records += self._prune_group([target.name], self.everything[target.owner], fallback=words)
@@ -325,24 +331,8 @@ class BlockWork:
     def _masks(self, names: list[str], patterns: list[Pattern]) -> list[Tensor] | None:
         if self.plan.masks is None:
             return None
-        masks = []
-        for name, pattern in zip(names, patterns, strict=True):
-            target = self.targets[name]
-            mask = (self.stack.matrix(target, self.plan.masks) != 0).to(self.stack.device)
-            shape = (target.out_features, target.in_features)
-            if mask.shape != shape:
-                raise StageError(
-                    f"{name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
-                    "it has to be a pruned copy of the same model"
-                )
-            if pattern.num_pruned(mask.numel()) and bool(mask.all()):
-                raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}: nothing is pruned there")
-            if pattern.keep is not None and pattern.group is not None:
-                kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
-                if bool((kept > pattern.keep).any()):
-                    raise StageError(f"{name}: the mask of prune.mask_from is not {pattern}")
-            masks.append(mask)
-        return masks
+        pairs = zip(names, patterns, strict=True)
+        return [given_mask(self.stack, self.targets[name], pattern, self.plan.masks) for name, pattern in pairs]
 
 
 def _meet(place: int, *call: Any) -> None:

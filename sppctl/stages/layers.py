@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sppctl import distributed
+from sppctl.errors import StageError
+from sppctl.lm.blocks import overflow_advice
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target
 from sppctl.pattern import Pattern
@@ -90,13 +92,23 @@ class LayerInputs:
         if self.sample is None:
             self.sample = rows[:ERROR_ROWS].clone()
 
-    def reduce(self) -> None:
-        """Adds up the statistics of all processes."""
+    def reduce(self, name: str, dtype: torch.dtype) -> None:
+        """Adds up the statistics of all processes.
+
+        Args:
+            name: of a layer that is given these inputs.
+            dtype: of the model.
+
+        Raises:
+            StageError: they are not finite.
+        """
         if distributed.world_size() > 1:
             device = self.statistics.totals()[0].device
             count = torch.tensor(float(self.statistics.num_tokens), device=device, dtype=torch.float64)
             distributed.add_up(count, *self.statistics.totals())
             self.statistics.num_tokens = int(count.item())
+        if not all(torch.isfinite(total).all() for total in self.statistics.totals()):
+            raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")
 
 
 class SharedInputs:

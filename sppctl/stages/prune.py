@@ -113,8 +113,10 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     prune = config.prune
     device = checkpoint.pick_device(config.model.device)
     distributed.connect(device)
-    stack = BlockStack(base, device, config.model.trust_remote_code)
+    stack = BlockStack(base, device, config.model.trust_remote_code, config.model.dtype)
     targets = stack.targets(prune.targets, prune.skip)
+    if unseen := stack.unseen():
+        console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unseen}")
     windows: Tensor | None = None
     metrics: dict[str, Any] = {}
     if needs_inputs(prune):

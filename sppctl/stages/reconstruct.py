@@ -19,19 +19,19 @@ def reconstruct(
     index: int,
     targets: dict[str, Target],
     activations: Activations,
-    dense: list[Tensor],
+    dense: Tensor,
     *,
     epochs: int,
     lr: float,
 ) -> dict[str, float]:
-    """Tunes the parameters that hold the targets by Adam on the mean squared error of the block's output.
+    """Tunes the kept weights of the targets by Adam on the mean squared error of the block's output.
 
     Args:
         stack: with block ``index`` loaded and pruned.
         index: of the block.
         targets: its pruned matrices.
         activations: the block's inputs.
-        dense: what the dense block made of them, a tensor (windows, tokens, width) per micro-batch.
+        dense: what the dense block made of them, (windows, tokens, width).
         epochs: passes over the windows.
         lr: learning rate.
 
@@ -40,29 +40,28 @@ def reconstruct(
     """
     block = stack.blocks[index]
     prefix = f"{stack.blocks_name}.{index}."
-    parameters = {f"{t.owner.removeprefix(prefix)}.{t.parameter}": t for t in targets.values()}
-    stored = {name: block.get_parameter(name) for name in parameters}
-    masks = {name: parameter.data != 0 for name, parameter in stored.items()}
+    masks = _kept(stack, targets, prefix)
+    stored = {name: block.get_parameter(name) for name in masks}
     pruned = {name: parameter.data.clone() for name, parameter in stored.items()}
     masters = {name: weight.float().clone().requires_grad_() for name, weight in pruned.items()}
     before = _error(stack, index, activations, dense)
     optimizer = torch.optim.Adam(masters.values(), lr=lr)
     with torch.enable_grad():
         for _ in range(epochs):
-            for rows, wanted in zip(activations.batches, dense, strict=True):
-                weights = {n: (m * masks[n]).to(stored[n].dtype) for n, m in masters.items()}
+            for rows in activations.batches:
+                weights = {n: torch.where(masks[n], m.to(pruned[n].dtype), pruned[n]) for n, m in masters.items()}
 
                 def run(*args: Any, weights: dict[str, Tensor] = weights, **kwargs: Any) -> Any:
                     return functional_call(block, weights, args, kwargs)
 
                 output = activations.call(index, rows)(run, activations.inputs(rows))
-                target = wanted.to(output.device)
+                target = dense[rows].to(output.device)
                 loss = F.mse_loss(output.float(), target.float()) / target.float().square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
     for name, parameter in stored.items():
-        parameter.data.copy_(masters[name].detach() * masks[name])
+        parameter.data.copy_(torch.where(masks[name], masters[name].detach().to(parameter.dtype), pruned[name]))
     after = _error(stack, index, activations, dense)
     if not after < before:
         for name, parameter in stored.items():
@@ -71,13 +70,24 @@ def reconstruct(
     return {"before": before, "after": after}
 
 
+def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[str, Tensor]:
+    """Which weights of each parameter are tuned; a mixture's fused ones hold matrices that are no targets as well."""
+    kept: dict[str, Tensor] = {}
+    for target in targets.values():
+        name = f"{target.owner.removeprefix(prefix)}.{target.parameter}"
+        if name not in kept:
+            kept[name] = torch.zeros_like(target.whole(stack.model), dtype=torch.bool)
+        target.within(kept[name]).copy_(target.view(stack.model) != 0)
+    return kept
+
+
 @torch.no_grad()
-def _error(stack: BlockStack, index: int, activations: Activations, dense: list[Tensor]) -> float:
+def _error(stack: BlockStack, index: int, activations: Activations, dense: Tensor) -> float:
     """||output - dense output|| / ||dense output|| of the block as it is now."""
     change, size = 0.0, 0.0
-    for rows, wanted in zip(activations.batches, dense, strict=True):
+    for rows in activations.batches:
         output = activations.call(index, rows)(stack.blocks[index], activations.inputs(rows)).float()
-        target = wanted.to(output.device).float()
+        target = dense[rows].to(output.device).float()
         change += (output - target).square().sum().item()
         size += target.square().sum().item()
     return (change / max(size, 1e-30)) ** 0.5

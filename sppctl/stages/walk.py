@@ -17,6 +17,7 @@ from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.stages.block_work import BlockWork
+from sppctl.stages.given_masks import warn_of_sparser
 from sppctl.stages.layers import Plan, SharedInputs
 
 
@@ -62,21 +63,25 @@ def prune_blocks(
         Per block: ``{"block", "layers": [LayerRecord as dict], "reconstruction": errors before and after or None}``.
     """
     groups = SharedInputs()
+    last = _last_with_targets(stack, plan)
+    if len(journal.blocks) > last:
+        activations = None  # nothing is left that needs them
     for index in range(len(stack)):
+        targets = plan.in_block(f"{stack.blocks_name}.{index}.")
+        feeding = activations if index < last else None
         if index < len(journal.blocks):
-            if activations is not None:
+            if feeding is not None:
                 stack.load_block(index)
-                for target in plan.in_block(f"{stack.blocks_name}.{index}.").values():
+                for target in targets.values():
                     target.view(stack.model).copy_(stack.matrix(target, out))
-                activations.run(index)
+                feeding.run(index)
                 stack.release_block(index)
             yield journal.blocks[index]
             continue
         entry: dict[str, Any] = {"block": index, "layers": [], "reconstruction": None}
-        prefix = f"{stack.blocks_name}.{index}."
-        targets = plan.in_block(prefix)
-        if targets or activations is not None:
+        if targets or feeding is not None:
             stack.load_block(index)
+        if targets:
             work = BlockWork(stack, index, targets, plan, activations, groups, out)
             records = work.prune()
             entry["layers"] = [asdict(record) for record in records]
@@ -88,19 +93,25 @@ def prune_blocks(
                     out.files[name].sync()
         distributed.barrier()
         journal.append(entry)
-        if activations is not None and plan.order == "block":
-            activations.run(index)
+        # in module order the pass that pruned the block has fed the next
+        if feeding is not None and (plan.order == "block" or not targets):
+            feeding.run(index)
         stack.release_block(index)
         yield entry
+    if plan.masks is not None:
+        warn_of_sparser([layer for entry in journal.blocks for layer in entry["layers"]])
 
 
 @torch.no_grad()
 def dense_pass(
     stack: BlockStack, plan: Plan, activations: Activations, make: Callable[..., Any]
 ) -> Iterator[list[Tensor]]:
-    """Runs the dense model once and yields, per block, the Wanda scores of its targets (out_features, in_features)."""
+    """Runs the dense model once and yields, per block, the Wanda scores of its targets (out_features, in_features).
+
+    It ends with the last block that has targets.
+    """
     shared = SharedInputs()
-    for index in range(len(stack)):
+    for index in range(_last_with_targets(stack, plan) + 1):
         targets = plan.in_block(f"{stack.blocks_name}.{index}.")
         stack.load_block(index)
         work = BlockWork(stack, index, targets, plan, activations, shared)
@@ -110,3 +121,8 @@ def dense_pass(
             for name, target in targets.items()
         ]
         stack.release_block(index)
+
+
+def _last_with_targets(stack: BlockStack, plan: Plan) -> int:
+    """The last block that is pruned: nobody reads what it and later ones give."""
+    return max(index for index in range(len(stack)) if plan.in_block(f"{stack.blocks_name}.{index}."))

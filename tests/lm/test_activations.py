@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from conftest import FAMILIES, VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sppctl.errors import StageError
 from sppctl.lm import activations as module
 from sppctl.lm.activations import Activations, windows_at_a_time
 from sppctl.lm.blocks import BlockStack
@@ -185,6 +188,37 @@ def test_what_does_not_fit_into_memory_goes_to_the_disk(
     for free, place in ((2 * needed + 2, "ram"), (2 * needed - 2, "disk")):
         monkeypatch.setattr(module, "free_memory", lambda _, free=free: free)
         assert Activations(stack, windows(), 2, "auto", tmp_path / "hidden").place == place
+
+
+def test_processes_of_a_machine_share_its_memory(
+    stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda _: 4 * 5 * 24 * stack.width * 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for local, place in (("1", "ram"), ("2", "disk"), (None, "disk")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        assert Activations(stack, windows(), 2, "auto", tmp_path / "hidden").place == place
+
+
+def test_a_full_disk_is_said_before_anything_is_written_to_it(
+    stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    with pytest.raises(StageError, match=r"prune\.memory: no room .* 0 MiB, in .*/hidden \(No space left on device\)"):
+        Activations(stack, windows(), 2, "disk", tmp_path / "hidden")
+
+
+@pytest.mark.parametrize("memory", ["ram", "disk"])
+def test_another_point_of_the_model_waits_in_the_same_place(memory: str, stack: BlockStack, tmp_path: Path) -> None:
+    kept = Activations(stack, windows(), 2, memory, tmp_path / "hidden")
+    before = everything(kept)
+    kept.beside().fill_(7)
+    assert kept.beside().shape == before.shape
+    assert torch.equal(everything(kept), before)
+    assert {path.name for path in tmp_path.iterdir()} == ({"hidden", "hidden.beside"} if memory == "disk" else set())
 
 
 @pytest.mark.parametrize("memory", ["ram", "disk"])

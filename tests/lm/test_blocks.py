@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB
+from conftest import FAMILIES, GROUPED, VOCAB
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    DeepseekV3Config,
+    Gemma4TextConfig,
+    Glm4MoeConfig,
+    T5Config,
+)
 
 from sppctl.errors import StageError, UserError
-from sppctl.lm.blocks import BlockCall, BlockStack, Skeleton
+from sppctl.lm.block_call import BlockCall
+from sppctl.lm.blocks import BlockStack, Skeleton
 from sppctl.lm.checkpoint import load_config
 
 CPU = torch.device("cpu")
@@ -23,6 +31,33 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def ids(batch: int, length: int = LENGTH) -> Tensor:
     return torch.randint(0, VOCAB - 4, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+MIXTURE = GROUPED | {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+BIASED = {  # routers with a bias that is a buffer, not a parameter
+    "glm4_moe": lambda: Glm4MoeConfig(**MIXTURE),
+    "deepseek_v3": lambda: DeepseekV3Config(**MIXTURE | LATENT | {"num_key_value_heads": 4, "head_dim": 4}),
+}
+
+
+def biased(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint whose router sends tokens elsewhere than it would without its bias."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BIASED[family](), dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = torch.tensor([0.6, 1e-5, 0.0, 0.3003])  # not exact in bfloat16
+    model.save_pretrained(directory)
+    return directory
 
 
 def open_stack(directory: Path) -> BlockStack:
@@ -92,6 +127,64 @@ def test_walking_the_blocks_gives_the_models_own_hidden_states(
         assert hidden.dtype == dtype
         assert torch.equal(hidden, after), f"output of block {index}"
         stack.release_block(index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", BIASED)
+@torch.no_grad()
+def test_buffers_of_a_checkpoint_are_loaded(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = biased(family, tmp_path / family, dtype)
+    own = AutoModelForCausalLM.from_pretrained(directory).eval()
+    expected = own_hidden_states(directory, ids(1))
+    stack = open_stack(directory)
+    hidden, calls = stack.record(ids(1))
+    for index, (_, after) in enumerate(expected):
+        block = stack.load_block(index)
+        bias, wanted = (blocks[index].mlp.gate.e_score_correction_bias for blocks in (stack.blocks, own.model.layers))
+        assert bias.dtype == wanted.dtype == torch.float32
+        assert torch.equal(bias, wanted)
+        hidden = calls[index](block, hidden)
+        assert torch.equal(hidden, after), f"output of block {index}"
+
+
+def test_a_buffer_that_is_missing(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+    def remove(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    directory = rewritten(biased("glm4_moe", tmp_path / "whole"), tmp_path / "other", remove)
+    with pytest.raises(UserError, match=f"holds no tensor {name}"):
+        BlockStack(directory, CPU)
+
+
+def test_blocks_that_are_given_more_of_the_tokens_are_refused(tmp_path: Path) -> None:
+    config = Gemma4TextConfig(
+        **GROUPED,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(StageError, match=r"block 0 of Gemma4ForCausalLM is given per_layer_input, .*magnitude"):
+        open_stack(tmp_path).check_replay(ids(1), lambda _: None)
+
+
+@pytest.mark.parametrize(("dtype", "advice"), [(torch.bfloat16, "float32"), (torch.float32, None)], ids=str)
+def test_hidden_states_that_overflow_are_no_fault_of_the_architecture(
+    dtype: torch.dtype, advice: str | None, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.input_layernorm.weight"].fill_(1e38)
+        tensors["model.layers.0.self_attn.v_proj.weight"].fill_(1e20)
+
+    directory = rewritten(make_checkpoint("llama", dtype=dtype), tmp_path / "large", enlarge)
+    fix = rf"most likely they overflow bfloat16; set model\.dtype={advice}$" if advice else "the checkpoint is broken"
+    with pytest.raises(StageError, match=rf"block 0 of LlamaForCausalLM gives .* not finite: .*{fix}"):
+        open_stack(directory).check_replay(ids(1), lambda _: None)
 
 
 def test_the_arguments_are_each_blocks_own(make_checkpoint: Callable[..., Path]) -> None:
@@ -312,8 +405,8 @@ def test_a_tensor_that_is_missing(llama: Path, tmp_path: Path) -> None:
     def remove(tensors: dict[str, Tensor]) -> None:
         del tensors[name]
 
-    with pytest.raises(UserError, match=f"holds no tensor {name}"):
-        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU).load_block(1)
+    with pytest.raises(UserError, match=f"holds no tensor {name}, .*docs/pruning.md"):
+        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU)
 
 
 def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
@@ -323,6 +416,23 @@ def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="holds no floating-point weights"):
         BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+
+
+def test_single_bytes_are_refused(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    with pytest.raises(UserError, match=rf"{name} is stored as float8_e4m3fn; .*use one in bfloat16"):
+        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+
+
+def test_a_quantised_model_is_refused_by_its_configuration(llama: Path) -> None:
+    config = load_config(llama)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match=r"model\.path: quantised weights \(gptq\) cannot be pruned"):
+        Skeleton(config)
 
 
 def test_a_model_that_generates_no_text_is_refused() -> None:
@@ -362,6 +472,13 @@ def test_float16_is_computed_in_float32_on_a_cpu(make_checkpoint: Callable[..., 
     passed: list[int] = []
     stack.check_replay(ids(1), passed.append)
     assert passed == [0, 1]
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_computes_in_the_dtype_that_is_asked_for(wanted: str, make_checkpoint: Callable[..., Path]) -> None:
+    stack = BlockStack(make_checkpoint("llama", dtype=torch.float16), CPU, dtype=wanted)
+    stack.load_embeddings()
+    assert stack.record(ids(1))[0].dtype == stack.load_block(0).mlp.up_proj.weight.dtype == getattr(torch, wanted)
 
 
 def test_the_stored_dtype_counts_where_the_configuration_disagrees(llama: Path, tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ DTYPES = [
     torch.bool,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
 ]
 
 
@@ -138,6 +142,13 @@ def test_overwriting_one_tensor_leaves_every_other_byte(tmp_path: Path) -> None:
     assert after[: spec.start] == before[: spec.start]
     assert after[spec.start : spec.stop] == struct.pack("<15f", *[7.0] * 15)
     assert after[spec.stop :] == before[spec.stop :]
+
+
+def test_a_dtype_that_torch_does_not_have_is_named(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    path = write_raw(tmp_path / "a.safetensors", header, b"00")
+    with pytest.raises(UserError, match=r"a\.safetensors: a has dtype F4, which sppctl cannot read; use a checkpoint"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,11 +20,13 @@ from sppctl.lm.targets import (
     Part,
     Target,
     find_targets,
+    gated,
     is_fused_experts,
     matches,
     select,
     stored_name,
     stored_parts,
+    unseen,
 )
 
 CPU = torch.device("cpu")
@@ -73,6 +75,36 @@ def files_with(directory: Path, *names: str) -> TensorFiles:
     directory.mkdir(exist_ok=True)
     save_file({name: torch.zeros(1) for name in names}, directory / "model.safetensors")
     return TensorFiles(directory)
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def test_experts_that_add_biases_or_alternate_gate_and_up_are_not_taken_apart() -> None:
+    assert is_fused_experts(Experts())
+    biased, alternating = Experts(), Experts()
+    biased.gate_up_proj_bias = nn.Parameter(torch.zeros(3, 8))
+    alternating.is_concatenated = False
+    assert not is_fused_experts(biased)
+    assert not is_fused_experts(alternating)
+
+
+def test_the_gate_is_the_models_own() -> None:
+    inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    experts = Experts()
+    assert torch.equal(gated(experts, inputs), nn.functional.silu(inputs[:, :4]) * inputs[:, 4:])
+    experts._apply_gate = lambda product: product[:, :4] * 3
+    assert torch.equal(gated(experts, inputs), inputs[:, :4] * 3)
+
+
+def test_experts_of_another_form_are_told_of(model: nn.Module) -> None:
+    assert unseen(model.h, "h") == ([], 0)
+    model.h[1].convolution = nn.Conv1d(6, 6, 4, groups=6)
+    assert unseen(model.h, "h") == ([], 0)
+    model.h[1].experts.is_concatenated = False
+    names, share = unseen(model.h, "h")
+    assert names == ["h.1.experts.gate_up_proj", "h.1.experts.down_proj"]
+    assert share == 216 / (2 * (24 + 48 + 216))  # of lin, conv and experts, twice
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

@@ -64,3 +64,8 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = keep_largest(scores, 5)
     monkeypatch.setattr("sppctl.pruning.masks.CHUNK_ELEMENTS", 20)
     assert torch.equal(keep_largest(scores, 5), whole)
+
+
+def test_scores_that_are_not_finite_give_no_mask() -> None:
+    with pytest.raises(AssertionError, match="not finite"):
+        keep_largest(torch.full((2, 4), torch.nan), 2)

@@ -141,6 +141,30 @@ def test_an_input_that_never_fires_is_pruned_first(method: str) -> None:
     assert torch.isfinite(pruned).all()
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
+@pytest.mark.parametrize("pattern", [0.125, 0.25, 0.5, "2:4", "3:4", "1:4"])
+def test_inputs_that_never_fire_leave_the_counts_exact(method: str, pattern: str | float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, inputs = torch.randn(8, 16, generator=generator), torch.randn(64, 16, generator=generator)
+    inputs[:, [1, 4, 5, 6]] = 0
+    pruned = prune_linear(weight, inputs, method=method, pattern=pattern)
+    parsed = Pattern.parse(pattern)
+    assert (pruned == 0).sum() == weight.numel() * parsed.sparsity
+    if parsed.is_structured:
+        assert ((pruned != 0).view(8, -1, 4).sum(-1) == parsed.keep).all()
+    dead = pruned[:, [1, 4, 5, 6]]
+    assert torch.equal(dead[dead != 0], weight[:, [1, 4, 5, 6]][dead != 0])  # nothing is made good there
+
+
+def test_sparsegpt_keeps_a_given_mask_where_inputs_never_fire() -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, inputs = torch.randn(8, 16, generator=generator), torch.randn(64, 16, generator=generator)
+    inputs[:, [1, 4, 5, 6]] = 0
+    mask = torch.rand(8, 16, generator=generator) < 0.5
+    pruned = prune_linear(weight, inputs, method="sparsegpt", pattern=0.5, mask=mask)
+    assert torch.equal(pruned != 0, mask)
+
+
 def test_damping_rises_until_the_factorisation_succeeds_and_is_reported() -> None:
     hessian = Hessian(4, "cpu")
     hessian.moment = torch.tensor([[1.0, 1.04, 0, 0], [1.04, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]])  # indefinite

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, byte_tokenizer
+from conftest import FAMILIES, GROUPED, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
-from sppctl import cli
+from sppctl import cli, pruning
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
+from sppctl.lm.activations import Activations
+from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.calibration import Windows
 from sppctl.lm.data import Text
@@ -163,6 +167,30 @@ def test_the_bytes_of_kept_weights_do_not_change_unless_repaired(
         kept = after[name] != 0
         same.append(torch.equal(after[name][kept], before[name][kept]))
     assert all(same) if method != "sparsegpt" else not any(same)
+
+
+@pytest.mark.parametrize("order", ["block", "module"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
+def test_inputs_that_are_not_finite_end_the_run(
+    method: str,
+    order: str,
+    configure: Callable[..., Config],
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One token of the last window, which the check of the first does not see, overflows in a block."""
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    weights = weights_of(base)
+    weights["model.embed_tokens.weight"][:, 0] = 0.0
+    weights["model.embed_tokens.weight"][255] = torch.eye(32)[0]
+    weights["model.layers.0.self_attn.v_proj.weight"][:, 0] = 3e38
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    fix_windows(monkeypatch, random_windows(4, 24))[3, 5] = 255
+    config = configure(f"prune.method={method}", f"prune.order={order}", "prune.batch_size=2")
+    with pytest.raises(StageError, match=r"layers\.0\.self_attn\.o_proj: its calibration inputs are not finite: "):
+        pruned(config, base, tmp_path / "out")
 
 
 # --- which pattern where ----------------------------------------------------------------------------------------------
@@ -383,6 +411,34 @@ def test_module_order_of_other_forms(
         assert (kept_per_group(seen(after[stored(layer["name"], family)], family)) == 2).all(), layer["name"]
 
 
+@pytest.mark.parametrize("options", [["prune.method=wanda"], ["prune.pattern=0.5", "prune.allocation=owl"]], ids=str)
+@pytest.mark.parametrize("order", ["block", "module"])
+def test_no_block_is_run_for_nothing(
+    order: str,
+    options: list[str],
+    configure: Callable[..., Config],
+    deep: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks 0 and 2 of 4 are pruned: block 1 has only to hand on, block 3 and the end of block 2 matter to nobody."""
+    runs = [0, 0, 0, 0]
+    call = Activations.call
+
+    def count(self: Activations, index: int, rows: slice) -> BlockCall:
+        runs[index] += rows.stop - rows.start
+        return call(self, index, rows)
+
+    monkeypatch.setattr(Activations, "call", count)
+    config = configure(f"prune.order={order}", "prune.skip=['*.1.*', '*.3.*']", "prune.batch_size=1", *options)
+    pruned(config, deep, tmp_path / "out")
+    # four windows; in module order, one more shows which layers share their inputs
+    expected = [8, 4, 4, 0] if order == "block" else [5, 4, 4, 0]
+    if "prune.allocation=owl" in options:  # a pass of its own
+        expected = [number + 4 for number in expected[:3]] + [0]
+    assert runs == expected
+
+
 def test_module_order_that_cannot_be_held_is_refused(
     configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,6 +532,10 @@ def test_an_expert_that_saw_too_few_tokens(
     found = {layer["name"]: layer["fallback"] for layer in metrics["layers"]}
     assert {name: words for name, words in found.items() if ".experts." in name} == expected
     assert not any(words for name, words in found.items() if ".experts." not in name)
+    # a fall-back has an error like all others, where there is an input to measure it on
+    errors = {layer["name"]: layer["relative_output_error"] for layer in metrics["layers"]}
+    silent = [f"experts.{expert}.down_proj" for expert, count in enumerate(counts) if count == 0]
+    assert [name for name, error in errors.items() if error is None] == [f"model.layers.0.mlp.{n}" for n in silent]
     told = [words for words in expected.values() if words]
     assert metrics["fallbacks"] == len(told) > 0
     warning = f"warning: {len(told)} matrices of experts that saw too few tokens had a fall-back: "
@@ -513,6 +573,17 @@ def test_a_method_without_inputs_needs_no_fall_back(
     config = configure("prune.method=magnitude", "prune.targets=all-linear", "prune.reconstruct_epochs=1")
     _, metrics = pruned(config, make_checkpoint("qwen3_moe"), tmp_path / "out")
     assert metrics["fallbacks"] == 0
+
+
+def test_experts_that_stay_dense_are_told(
+    configure: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(GptOssConfig(**GROUPED, num_local_experts=4)).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    pruned(configure("prune.method=magnitude", "prune.targets=all-linear"), base, tmp_path / "out")
+    warning = "stay dense: model.layers.0.mlp.experts.gate_up_proj, ... (83% of the blocks' matrices)"
+    assert warning in capsys.readouterr().err
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
@@ -567,7 +638,7 @@ prune._summary = then_die
 DONE = {"write of block 2": 2, "block 0 done": 1, "block 2 done": 3, "all blocks done": 4}  # the others: none
 START = """
 import os, signal, sys
-from sppctl import cli
+from sppctl import cli, pruning
 from sppctl.lm import checkpoint, safe_files
 from sppctl.stages import prune, walk
 def die():
@@ -617,7 +688,7 @@ def run_prune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         ("block 0 done", ["prune.method=dsnot"]),
         ("block 2 done", ["prune.method=sparsegpt", "prune.order=module"]),
         ("block 2 done", ["prune.memory=disk", "prune.batch_size=3"]),
-        ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3"]),
+        ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3", "prune.memory=disk"]),
         ("block 2 done", ["prune.method=sparsegpt", "model.dtype=bfloat16"]),
         ("block 0 done", ["prune.method=magnitude"]),
     ],
@@ -663,7 +734,15 @@ def interrupted(config: Config, base: Path, out: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("torn", ['{"block": 2, "lay', '{"block": 2, "layers": [], "reconstruction": null}'])
-@pytest.mark.parametrize("options", [["prune.method=dsnot"], ["prune.pattern=0.5", "prune.allocation=owl"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["prune.method=dsnot"],
+        ["prune.pattern=0.5", "prune.allocation=owl"],
+        ["prune.method=sparsegpt", "prune.skip=['*.1.*', '*.3.*']"],
+        ["prune.method=sparsegpt", "prune.order=module", "prune.skip=['*.1.*', '*.3.*']"],
+    ],
+)
 def test_a_torn_line_of_the_journal_is_no_finished_block(
     torn: str,
     options: list[str],
@@ -776,13 +855,24 @@ def test_sparsegpt_repairs_under_a_given_mask(
     assert sum(new for new, _ in errors) < 0.95 * sum(old for _, old in errors)
 
 
-def test_dsnot_starts_from_a_given_mask(configure: Callable[..., Config], deep: Path, tmp_path: Path) -> None:
+def test_dsnot_starts_from_a_given_mask(
+    configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Tensor] = []
+    update_mask = pruning.update_mask
+
+    def spy(weight: Tensor, mask: Tensor, *args: Any) -> Tensor:
+        begun.append(mask)
+        return update_mask(weight, mask, *args)
+
     start, _ = pruned(configure("prune.method=magnitude"), deep, tmp_path / "start")
+    monkeypatch.setattr(pruning, "update_mask", spy)
     options = "prune.method=dsnot", f"prune.mask_from={tmp_path / 'start'}"
     after, metrics = pruned(configure(*options), deep, tmp_path / "out")
     names = [f"{layer['name']}.weight" for layer in metrics["layers"]]
+    assert all(torch.equal(mask, start[name] != 0) for mask, name in zip(begun, names, strict=True))
     assert all((kept_per_group(after[name]) == 2).all() for name in names)
-    assert 0.8 < agreement(start, after, names) < 1
+    assert 0.5 < agreement(start, after, names) < 1
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -803,6 +893,47 @@ def test_a_mask_of_another_pattern_is_refused(configure: Callable[..., Config], 
         config = configure(f"prune.method={method}", f"prune.mask_from={tmp_path / 'half'}")
         with pytest.raises(StageError, match=r"layers\.0\..*the mask of prune\.mask_from is not 2:4"):
             pruned(config, llama, tmp_path / method)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_a_mask_with_fewer_zeros_than_the_pattern_is_refused(
+    method: str, configure: Callable[..., Config], llama: Path, tmp_path: Path
+) -> None:
+    pruned(configure("prune.pattern=0.1"), llama, tmp_path / "tenth")
+    config = configure(f"prune.method={method}", "prune.pattern=0.5", f"prune.mask_from={tmp_path / 'tenth'}")
+    message = r"is not 0\.5: a share of 0\.09375 is zero; set prune\.pattern"  # 3 of 32
+    with pytest.raises(StageError, match=message):
+        pruned(config, llama, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_masks_of_all_methods_fit_their_own_pattern(
+    method: str,
+    configure: Callable[..., Config],
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However each rounds its counts."""
+    pattern = "prune.pattern=0.53"
+    mask, _ = pruned(configure(f"prune.method={method}", pattern, "prune.block_size=16"), llama, tmp_path / "mask")
+    for other in ("magnitude", "wanda", "sparsegpt", "dsnot"):
+        config = configure(f"prune.method={other}", pattern, f"prune.mask_from={tmp_path / 'mask'}")
+        after, metrics = pruned(config, llama, tmp_path / other)
+        for name in (f"{layer['name']}.weight" for layer in metrics["layers"]):
+            assert (after[name] == 0).sum() == (mask[name] == 0).sum()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_mask_with_more_zeros_than_the_pattern_is_told(
+    configure: Callable[..., Config], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned(configure("prune.pattern=1:4", "prune.skip=['*.0.*']"), llama, tmp_path / "mask")
+    options = "prune.skip=['*.0.*']", f"prune.mask_from={tmp_path / 'mask'}", "prune.method=sparsegpt"
+    _, metrics = pruned(configure(*options), llama, tmp_path / "out")
+    assert metrics["sparsity"] == 0.75
+    warning = "warning: 7 masks of prune.mask_from have more zeros than prune.pattern: "
+    assert f"{warning}model.layers.1.self_attn.q_proj has 0.75, 2:4 asks for 0.5, ..." in capsys.readouterr().err
 
 
 def test_a_mask_of_another_shape_is_refused(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> None:
@@ -856,6 +987,27 @@ def test_tuning_keeps_zeros_and_lowers_the_blocks_error(
     touched = {stored(layer["name"], family) for layer in metrics["layers"]}
     before = weights_of(base)
     assert all(torch.equal(tuned[name], before[name]) for name in before.keys() - touched)
+
+
+@pytest.mark.parametrize("options", [["prune.skip=['*.experts.0.*']"], ["prune.targets=[gate_proj, down_proj]"]])
+def test_matrices_of_a_mixture_that_are_no_targets_are_not_tuned(
+    options: list[str],
+    configure: Callable[..., Config],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = make_checkpoint("mixtral")
+    tuning = "prune.reconstruct_epochs=3", "prune.reconstruct_lr=1e-3"
+    config = configure("prune.targets=all-linear", *tuning, *options)
+    tuned, metrics = pruned(config, base, tmp_path / "tuned")
+    assert all(errors["after"] < errors["before"] for errors in metrics["reconstruction"].values())
+    touched = {stored(layer["name"], "mixtral") for layer in metrics["layers"]}
+    before = weights_of(base)
+    assert {name for name in before if not torch.equal(tuned[name], before[name])} == touched
+    interrupted(config, base, tmp_path / "out", monkeypatch, blocks=1)
+    prune.execute(config, base, tmp_path / "out")
+    assert shards(tmp_path / "out") == shards(tmp_path / "tuned")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -934,6 +1086,34 @@ def test_two_processes_make_the_masks_of_one(
     for first, second in zip(alone["layers"], record["metrics"]["layers"], strict=True):
         assert (first["name"], first["damp"]) == (second["name"], second["damp"])
     assert "up to date" in run_prune([*common, f"run.dir={tmp_path / 'two'}"])
+
+
+@pytest.mark.slow
+def test_two_killed_processes_continue_to_the_same_bytes(config_file: Path, deep: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        return [str(config_file), f"model.path={deep}", "prune.method=sparsegpt", f"run.dir={tmp_path / name}"]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = START + DEATHS["block 2 done"] + "cli.main()"
+    shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, "prune", *arguments("killed")],
+            stderr=subprocess.DEVNULL,
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    codes = [process.wait(timeout=120) for process in processes]
+    assert codes[0] == -9
+    done = in_processes(arguments("killed"), 2)
+    assert "prune: 3 of 4 blocks are done" in done.stderr
+    assert in_processes(arguments("whole"), 2).returncode == 0
+    killed_run, whole = (shards(tmp_path / name / "pruned") for name in ("killed", "whole"))
+    assert killed_run
+    assert killed_run == whole
 
 
 @pytest.mark.slow

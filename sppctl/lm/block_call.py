@@ -1,0 +1,62 @@
+"""How a model calls one of its decoder blocks: recorded once, repeated with other hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one block: everything but the hidden states, the first argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_by_name: bool
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
+        """Splits a call into its hidden states and the rest."""
+        if args:
+            return cls(args[1:], kwargs, False), args[0]
+        rest = dict(kwargs)
+        hidden = rest.pop("hidden_states")
+        return cls((), rest, True), hidden
+
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Runs the block on other hidden states; (batch, tokens, width) in and out."""
+        if self.hidden_by_name:
+            return hidden_of(block(hidden_states=hidden, **self.kwargs))
+        return hidden_of(block(hidden, *self.args, **self.kwargs))
+
+    def differing(self, other: BlockCall, block: nn.Module) -> str | None:
+        """Name of an argument whose tensors differ from those of another call of the same block; None: none does."""
+        names = list(inspect.signature(block.forward).parameters)[1 : 1 + len(self.args)]
+        own, others = zip(names, self.args, strict=False), zip(names, other.args, strict=False)
+        mine, theirs = dict(own) | self.kwargs, dict(others) | other.kwargs
+        for name, value in mine.items():
+            pairs = zip_longest(_tensors_in(value), _tensors_in(theirs.get(name)))
+            if any(one is None or two is None or not torch.equal(one, two) for one, two in pairs):
+                return name
+        return None
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block returns, alone or first of several."""
+    hidden = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(entry)

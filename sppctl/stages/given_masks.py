@@ -1,0 +1,59 @@
+"""Masks from another checkpoint (``prune.mask_from``): read matrix by matrix, and held against the pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sppctl import console
+from sppctl.errors import StageError
+from sppctl.lm.blocks import BlockStack
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import Target
+from sppctl.pattern import Pattern
+
+
+def given_mask(stack: BlockStack, target: Target, pattern: Pattern, files: TensorFiles) -> Tensor:
+    """The mask of one matrix, (out_features, in_features), True = kept: its zeros in ``files``.
+
+    Raises:
+        StageError: another shape, or a mask that keeps more than the pattern allows.
+    """
+    mask = (stack.matrix(target, files) != 0).to(stack.device)
+    shape = (target.out_features, target.in_features)
+    if mask.shape != shape:
+        raise StageError(
+            f"{target.name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
+            "it has to be a pruned copy of the same model"
+        )
+    if pattern.keep is not None and pattern.group is not None:
+        kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
+        if bool((kept > pattern.keep).any()):
+            raise StageError(f"{target.name}: the mask of prune.mask_from is not {pattern}")
+    zeros = mask.numel() - int(mask.sum())
+    if zeros < mask.numel() * pattern.sparsity - _rounding(shape):
+        raise StageError(
+            f"{target.name}: the mask of prune.mask_from is not {pattern}: a share of {zeros / mask.numel():.4g} is "
+            "zero; set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
+        )
+    return mask
+
+
+def warn_of_sparser(layers: list[dict[str, Any]]) -> None:
+    """Says which layers' masks have clearly more zeros than the pattern asks for; their records hold the share."""
+    found = []
+    for layer in layers:
+        size = layer["shape"][0] * layer["shape"][1]
+        asked = Pattern.parse(layer["pattern"]).sparsity
+        if size * layer["sparsity"] > size * asked + _rounding(layer["shape"]):
+            found.append(f"{layer['name']} has {layer['sparsity']:.4g}, {layer['pattern']} asks for {asked:.4g}")
+    if found:
+        first = found[0] + (", ..." if len(found) > 1 else "")
+        console.warn(f"{len(found)} masks of prune.mask_from have more zeros than prune.pattern: {first}")
+
+
+def _rounding(shape: Sequence[int]) -> int:
+    """Zeros more or fewer that say nothing: methods round the count down in every row, or every block of columns."""
+    return max(shape)
