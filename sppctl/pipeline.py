@@ -64,11 +64,11 @@ def preflight(
 
 
 def _checks(tokenizer: Any) -> dict[str, Callable[..., None]]:
-    from sppctl.stages import evaluate, prune, train
+    from sppctl.stages import evaluate, prune_checks, train
     from sppctl.stages import merge as merging
 
     return {
-        "prune": prune.preflight,
+        "prune": partial(prune_checks.preflight, tokenizer=tokenizer),
         "train": partial(train.preflight, tokenizer=tokenizer),
         "merge": merging.preflight,
         "eval": partial(evaluate.preflight, tokenizer=tokenizer),
@@ -349,4 +349,10 @@ def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
 def _file_hash(key: str, dataset: str) -> dict[str, str]:
     """Identifies local data by content; data known by name needs no more than its name."""
     path = Path(dataset)
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest()[:16]} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return {key: digest.hexdigest()[:16]}
