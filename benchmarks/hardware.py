@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+_CLEAR = Path("/proc/self/clear_refs")  # of Linux; 5 resets the peak that the kernel keeps
+
 
 def add_clock(parser: ArgumentParser) -> None:
     """The option that the scripts share."""
@@ -29,6 +31,25 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{_cpu_name()}, {torch.get_num_threads()} threads, {_instructions()}, torch {torch.__version__}"
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forgets the peak of memory so far, of this process and of the GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak(device: torch.device) -> str:
+    """MiB at the most since :func:`reset_peak`: resident, and allocated on the GPU if that is the device."""
+    words = []
+    if _CLEAR.exists():
+        found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        words.append(f"{int(found.split()[1]) / 1024:.0f}")
+    if device.type == "cuda":
+        words.append(f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} GPU")
+    return ", ".join(words) or "-"
 
 
 def _cpu_name() -> str:
