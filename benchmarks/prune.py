@@ -3,14 +3,13 @@
     python benchmarks/prune.py CHECKPOINT [--samples 64 --seq-len 512 --repeats 3]
 
 The baseline is the walker's own dense forward: every block loaded and run once on all windows, no output head. Each
-figure is a median. Shares say where SparseGPT's own time goes. A row is printed when it is measured.
+figure is a median. Shares say where SparseGPT's own time goes; columns are its loop over columns, with masks and all
+updates. Peak memory is the largest of a case's rounds. A row is printed when it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -18,13 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hardware
 import torch
 
+from sppctl import pruning
 from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
+from sppctl.machine import peak_memory_mb, reset_peak_memory
 from sppctl.pattern import Pattern
-from sppctl.pruning import sparsegpt
 from sppctl.pruning.stats import Hessian
 from sppctl.stages.layers import Plan
 from sppctl.stages.walk import Journal, prune_blocks
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = checkpoint.pick_device(arguments.device)
-    print(f"{hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(hardware.describe(device))
     windows = torch.randint(0, 250, (arguments.samples, arguments.seq_len), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.checkpoint, windows, Pattern.parse(arguments.pattern), device, Path(scratch))
@@ -58,14 +59,15 @@ def main() -> None:
         print(
             f"{len(bench.stack)} blocks, {windows.numel()} tokens, {arguments.pattern}; first forward: {warm_up:.1f} s"
         )
-        print("| method, order | seconds | forwards | share: Hessian | factorisation | columns |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+        print("| method, order | seconds | forwards | share: Hessian | factorisation | columns | peak MiB |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         for method, order in (case for case in CASES if case[0] in arguments.methods):
+            reset_peak_memory()
             rounds = [measured(bench, method, order, device) for _ in range(arguments.repeats)]
             seconds, forwards, *shares = (statistics.median(column) for column in zip(*rounds, strict=True))
             words = " | ".join(f"{share:.0%}" if share else "-" for share in shares)
-            print(f"| {method}, {order} | {seconds:.1f} | {forwards:.2f} | {words} |", flush=True)
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+            peak = ", ".join(f"{value:.0f} ({place})" for place, value in peak_memory_mb().items())
+            print(f"| {method}, {order} | {seconds:.1f} | {forwards:.2f} | {words} | {peak} |", flush=True)
 
 
 def measured(bench: Bench, method: str, order: str, device: torch.device) -> tuple[float, ...]:
@@ -74,18 +76,10 @@ def measured(bench: Bench, method: str, order: str, device: torch.device) -> tup
     A forward is run before and after: what else the machine does hits the baseline and the case alike.
     """
     before = timed(bench.forward, device)
-    with parts() as spent:
+    with parts(device) as spent:
         seconds = timed(lambda: bench.prune(method, order), device)
     baseline = (before + timed(bench.forward, device)) / 2
     return seconds, seconds / baseline, *(value / seconds for value in spent.values())
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Bench:
@@ -125,34 +119,39 @@ class Bench:
 def timed(work: Callable[[], None], device: torch.device) -> float:
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(device)
     return time.perf_counter() - started
 
 
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
-def parts() -> Iterator[dict[str, float]]:
-    """Seconds in the Hessian's sums (H), its factorisation (F) and the column loop with its masks (C)."""
+def parts(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds in the Hessian's sums (H), its factorisation (F) and the rest of SparseGPT, its columns (C)."""
     spent = {"H": 0.0, "F": 0.0, "C": 0.0}
-    originals = (Hessian.update, Hessian._factorise, sparsegpt._Block.solve)
+    originals = (Hessian.update, Hessian._factorise, pruning.prune_sparsegpt)
 
     def watched(key: str, function: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object, **kwargs: object) -> object:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[key] += time.perf_counter() - started
+            # a GPU still works on what came before, and afterwards on this
+            result: list[object] = []
+            synchronise(device)
+            spent[key] += timed(lambda: result.append(function(*args, **kwargs)), device)
+            return result[0]
 
         return run
 
     Hessian.update = watched("H", originals[0])  # type: ignore[method-assign, assignment]
     Hessian._factorise = watched("F", originals[1])  # type: ignore[method-assign, assignment]
-    sparsegpt._Block.solve = watched("C", originals[2])  # type: ignore[method-assign, assignment]
+    pruning.prune_sparsegpt = watched("C", originals[2])  # type: ignore[assignment]
     try:
         yield spent
     finally:
-        Hessian.update, Hessian._factorise, sparsegpt._Block.solve = originals  # type: ignore[method-assign]
+        spent["C"] -= spent["F"]  # which it calls
+        Hessian.update, Hessian._factorise, pruning.prune_sparsegpt = originals  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

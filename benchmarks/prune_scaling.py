@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hardware
 import torch
-from prune import hardware
 
 SIZES = {
     "hidden 576, 8 blocks": ("--hidden", "576", "--intermediate", "1536", "--heads", "9", "--layers", "8"),
@@ -31,9 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="wanda")
     method = parser.parse_args().method
-    print(
-        f"{method} 2:4, windows of 256 tokens, {len(os.sched_getaffinity(0))} cores of {hardware(torch.device('cpu'))}"
-    )
+    cores = len(os.sched_getaffinity(0))
+    print(f"{method} 2:4, windows of 256 tokens, {cores} cores; {hardware.describe(torch.device('cpu'))}")
     print(
         "| model | weights, MB | windows | processes | seconds | peak MiB |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     )

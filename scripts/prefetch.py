@@ -6,6 +6,7 @@ Called by prefetch.sh, once with the network and once without: what opens offlin
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 
@@ -32,6 +33,9 @@ def prefetch(path: str) -> None:
     for split in [split for split, read in splits.items() if read and not offline]:
         # the whole shard: what is streamed leaves nothing in the cache
         hf_hub_download("allenai/c4", data.C4_FIRST_SHARD[split], repo_type="dataset")
+    calibration = config.prune.calibration
+    if not offline and data.is_hub_id(calibration.dataset) and not Path(calibration.dataset).is_file():
+        data.load_hub(calibration.dataset, calibration.split)
     pipeline.preflight(Run(config, force=True), ("prune", "train", "eval"))
     wanted = [entry["tasks"] for entry in tasks.wanted(config)]
     if wanted:

@@ -175,7 +175,7 @@ def _nearest(key: str) -> str:
     leaves = {name.rpartition(".")[2]: name for name in reversed(inside or every)}
     close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
     if not close:
-        return f"; the keys of {section} are {', '.join(inside)}" if inside else "; see `sppctl config --schema`"
+        return f"; see `sppctl config --schema`{f', section {section}' if inside else ''}"
     return f"; did you mean {leaves[close[0]]}?"
 
 
@@ -256,6 +256,8 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if config.prune.order == "module" and config.prune.reconstruct_epochs:
         yield "prune.reconstruct_epochs: needs the dense block's output, which prune.order module never computes"
+    if config.prune.mask_from is not None and config.prune.allocation != "uniform":
+        yield "prune.allocation: the mask of prune.mask_from says where the zeros are; leave out one of the two"
     for key, names in (("prune.targets", config.prune.targets), ("train.targets", config.train.targets)):
         if names == []:
             yield f"{key}: an empty list; name at least one layer"

@@ -63,11 +63,11 @@ def preflight(
 
 
 def _checks(tokenizer: Any) -> dict[str, Callable[..., None]]:
-    from sppctl.stages import evaluate, prune, train
+    from sppctl.stages import evaluate, prune_checks, train
     from sppctl.stages import merge as merging
 
     return {
-        "prune": prune.preflight,
+        "prune": partial(prune_checks.preflight, tokenizer=tokenizer),
         "train": partial(train.preflight, tokenizer=tokenizer),
         "merge": merging.preflight,
         "eval": partial(evaluate.preflight, tokenizer=tokenizer),

@@ -81,6 +81,7 @@ class CalibrationConfig:
         "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), "
         "or a local .txt, .jsonl, .json or .parquet file",
     )
+    split: str = _key("train", "split of a hub data set")
     column: str | None = _key(None, "column that holds the text; null or auto: text, or instruction and output")
     samples: int = _key(128, "number of windows", low=1)
     seq_len: int = _key(2048, "tokens in a window", low=2)

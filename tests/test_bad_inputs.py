@@ -310,7 +310,7 @@ MODELS = [
     Case(
         "weights of another shape",
         "prune {config} --model model",
-        ("mlp.", "shape (48, 32)", "(64, 32)", "do not belong together"),
+        ("mlp.", "shape (48, 32)", "(64, 32)", "do not belong to this model"),
         claim_another_shape,
     ),
     Case(
@@ -421,7 +421,11 @@ PRUNING = [
         "OWL beyond 0 and 1",
         "prune {config} prune.pattern=0.5 prune.allocation=owl prune.owl_lambda=0.99",
         ("prune.allocation: OWL with a spread of 0.99 round 0.5", "lower the spread"),
-        code=1,
+    ),
+    Case(
+        "a mask and ratios",
+        "prune {config} prune.pattern=0.5 prune.allocation=owl prune.mask_from=model",
+        ("prune.allocation: the mask of prune.mask_from says where the zeros are",),
     ),
     Case(
         "mask_from missing",
@@ -454,9 +458,8 @@ PRUNING = [
     Case(
         "mask_from a model of other shapes",
         "prune {config} --method sparsegpt prune.pattern=0.5 prune.mask_from=model",
-        ("model.layers.0.self_attn.k_proj: the mask of prune.mask_from", "(32, 32)", "(16, 32)"),
+        ("prune.mask_from: model: model.layers.0.self_attn.k_proj.weight", "(32, 32)", "(16, 32)"),
         half_of_another_model,
-        code=1,
     ),
     Case(
         "tuning blocks that are never run dense",

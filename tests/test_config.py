@@ -235,8 +235,8 @@ def test_all_problems_come_in_one_message_with_their_source(load: Load, tmp_path
 @pytest.mark.parametrize(
     ("key", "suggestion"),
     [
-        ("train.learning_rate", "the keys of train are train.method, train.rank"),
-        ("prune.zzz", "the keys of prune are prune.method, prune.pattern"),
+        ("train.learning_rate", "see `sppctl config --schema`, section train"),
+        ("prune.zzz", "see `sppctl config --schema`, section prune"),
         ("rank", "did you mean train.rank?"),
         ("patern", "did you mean prune.pattern?"),
         ("prune.calibration.sample", "did you mean prune.calibration.samples?"),

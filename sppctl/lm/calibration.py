@@ -21,7 +21,7 @@ from sppctl.lm import cache
 from sppctl.lm.data import Text, content_hash
 
 WindowsKind = Literal["auto", "random-document", "concatenate"]
-CACHE_FORMAT = 1  # raised when windows are drawn in another way, so that no older file is taken for the same
+CACHE_FORMAT = 2  # raised when windows are drawn in another way, so that no older file is taken for the same
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Windows:
 
     Attributes:
         tokens: (samples, seq_len) int64.
-        made: ``random-document`` or ``concatenate``, the way they were made.
+        made: ``random-document``, ``concatenate`` or ``random-offset``, the way they were made.
     """
 
     tokens: Tensor
@@ -52,6 +52,7 @@ def calibration_windows(tokenizer: Any, text: Text, *, samples: int, seq_len: in
             "format": CACHE_FORMAT,
             "documents": content_hash(text.documents),
             "joiner": text.joiner,
+            "running": text.running,
             "tokenizer": cache.tokenizer_identity(tokenizer),
             "samples": samples,
             "seq_len": seq_len,
@@ -97,13 +98,17 @@ def draw_windows(
         seed: of the choice.
         windows: ``random-document``, as published: a random document longer than a window, a random offset in it.
             ``concatenate``: documents are joined in random order and cut into windows, of which some are chosen, none
-            twice. ``auto``: the first, or the second where a source has too few documents longer than a window.
+            twice. ``auto``: the first, or the second where a source has too few documents longer than a window. A
+            running text is joined in its own order instead and tokenised as a whole, and windows start anywhere in it,
+            as published for WikiText-2, unless ``random-document`` is asked for.
 
     Raises:
         UserError: too little text, or too few long documents.
     """
-    order = list(text.documents)
     chooser = random.Random(seed)
+    if text.running and windows != "random-document":
+        return _anywhere(_tokens(tokenizer, text.joiner.join(text.documents)), text.name, samples, seq_len, chooser)
+    order = list(text.documents)
     chooser.shuffle(order)
     if windows != "concatenate":
         pieces = _random_pieces(tokenizer, order, samples, seq_len, chooser)
@@ -115,20 +120,31 @@ def draw_windows(
                 f"random-document needs {samples}: "
                 "use concatenate or auto, fewer samples, a shorter seq_len or more text"
             )
-    needed = samples * seq_len
     joined: list[int] = []
     for document in order:
-        if len(joined) >= needed:
+        if len(joined) >= samples * seq_len:
             break
         if document.strip():
             joined += _tokens(tokenizer, document + text.joiner)
-    if len(joined) < needed:
-        raise UserError(
-            f"prune.calibration: {text.name} has {len(joined)} tokens, {samples} windows of {seq_len} need {needed}; "
-            f"{needed - len(joined)} are missing: use fewer samples, a shorter seq_len or more text"
-        )
+    _check_length(joined, text.name, samples, seq_len)
     starts = [number * seq_len for number in sorted(chooser.sample(range(len(joined) // seq_len), samples))]
     return Windows(_stacked([joined[start : start + seq_len] for start in starts], seq_len), "concatenate")
+
+
+def _anywhere(tokens: list[int], name: str, samples: int, seq_len: int, chooser: random.Random) -> Windows:
+    """Windows that start at random tokens of one text."""
+    _check_length(tokens, name, samples, seq_len)
+    starts = [chooser.randint(0, len(tokens) - seq_len) for _ in range(samples)]
+    return Windows(_stacked([tokens[start : start + seq_len] for start in starts], seq_len), "random-offset")
+
+
+def _check_length(tokens: list[int], name: str, samples: int, seq_len: int) -> None:
+    missing = samples * seq_len - len(tokens)
+    if missing > 0:
+        raise UserError(
+            f"prune.calibration: {name} has {len(tokens)} tokens, {samples} windows of {seq_len} need "
+            f"{samples * seq_len}; {missing} are missing: use fewer samples, a shorter seq_len or more text"
+        )
 
 
 def _random_pieces(

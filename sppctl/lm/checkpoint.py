@@ -20,7 +20,7 @@ import torch
 
 from sppctl import distributed
 from sppctl.errors import UserError
-from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles, read_header
+from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles, read_header
 
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -128,9 +128,21 @@ def _download(repository: str, gguf_file: str | None, revision: str | None) -> P
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*SIDE_FILES, gguf_file or "*.safetensors"]
+    def fetch(*patterns: str) -> Path:
+        # no folders: they hold other formats and earlier stages of training
+        outside = None if gguf_file and "/" in gguf_file else "*/*"
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=outside)
+        )
+
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        directory = fetch(*SIDE_FILES, gguf_file or SINGLE_NAME)
+        if gguf_file is None and not (directory / SINGLE_NAME).is_file():
+            index = directory / INDEX_NAME
+            # a repository may hold the same weights once more in a form of its own (consolidated.safetensors)
+            shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"*.safetensors"}
+            directory = fetch(*sorted(shards))
+        return directory
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -248,7 +260,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"model.device: {name} is not usable here ({str(error).splitlines()[0]}); try auto") from error
+        # of what torch says to users of exotic devices only the first sentence is about the device
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"model.device: {name} is not usable here ({reason}); try auto") from error
     return device
 
 

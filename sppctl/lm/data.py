@@ -8,10 +8,11 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sppctl.errors import UserError
 from sppctl.lm.prompts import formatted
@@ -27,16 +28,28 @@ C4_FIRST_SHARD = {
 }
 C4_DOCUMENTS = {"train": 20_000, "validation": 1_100}
 C4_WINDOWS = 256  # of the validation split that the literature measures on
+# what calibration reads of a source at most: of web pages more than enough for hundreds of windows of long documents
+MOST_DOCUMENTS = 20_000
+MOST_CHARACTERS = 200_000_000
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of one source, how they are joined into one text, and of how many windows at most one is measured."""
+    """Documents of one source, and how they are joined into one text.
+
+    Attributes:
+        name: of the source.
+        documents: in the source's order.
+        joiner: between two of them.
+        windows: how many of the joined text are measured at most; None: all.
+        running: they follow each other as the paragraphs of one text.
+    """
 
     name: str
     documents: list[str]
     joiner: str = "\n\n"
     windows: int | None = None
+    running: bool = False
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -54,8 +67,15 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
         repository, _, config = repository.partition(":")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    try:
+    with _had(repository, split):
         return datasets.load_dataset(repository, config, split=split, **options)
+
+
+@contextmanager
+def _had(repository: str, split: str) -> Iterator[None]:
+    """Says in one line why a hub dataset cannot be had; what is streamed is fetched only while its rows are read."""
+    try:
+        yield
     except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # datasets tells on the second line which configurations there are
@@ -86,13 +106,14 @@ def _c4(split: str) -> Text:
         rows = rows.select(range(min(count, len(rows))))
     else:
         rows = load_hub("allenai/c4", split, data_files={split: first}, streaming=True).take(count)
-    documents = [row["text"] for row in rows]
+    with _had("allenai/c4", split):
+        documents = [row["text"] for row in rows]
     return Text("c4", documents) if split == "train" else Text("c4", documents, joiner=" ", windows=C4_WINDOWS)
 
 
 def _wikitext2(split: str) -> Text:
     rows = load_hub("Salesforce/wikitext", split, "wikitext-2-raw-v1")
-    return Text("wikitext2", list(rows["text"]))
+    return Text("wikitext2", list(rows["text"]), running=True)
 
 
 def _alpaca(split: str) -> Text:
@@ -128,7 +149,7 @@ def _prose(_: str) -> Text:
 _TEXTS = {"c4": _c4, "wikitext2": _wikitext2, "alpaca": _alpaca, "instructions": _instructions, "prose": _prose}
 
 
-def load_text(name: str, split: str, key: str, column: str | None = None) -> Text:
+def load_text(name: str, split: str, key: str, column: str | None = None, part: bool = False) -> Text:
     """The documents behind a name.
 
     Args:
@@ -137,6 +158,8 @@ def load_text(name: str, split: str, key: str, column: str | None = None) -> Tex
         split: ``train`` or ``test``, where the source has splits.
         key: the configuration key, for errors.
         column: that holds the documents of a file of rows or a hub dataset; None: as above.
+        part: the first MOST_DOCUMENTS rows will do, or fewer that hold MOST_CHARACTERS: of JSON lines and of the hub
+            no more is read.
 
     Raises:
         UserError: no such source, no such column, or nothing in it.
@@ -146,17 +169,13 @@ def load_text(name: str, split: str, key: str, column: str | None = None) -> Tex
     if name in _TEXTS:
         text = _TEXTS[name](split)
     elif Path(name).is_file():
-        text = _local_text(Path(name), key, column)
+        text = _local_text(Path(name), key, column, part)
     elif Path(name).is_dir():
         files = sorted(path.name for path in Path(name).iterdir() if path.is_file())
         inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
         raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
     elif is_hub_id(name):
-        rows = load_hub(name, split)
-        columns = getattr(rows, "column_names", None)
-        if columns:  # spare decoding what is not read
-            rows = rows.select_columns(_readable(columns, column))
-        text = Text(name, _documents(list(rows), column, name, key, columns))
+        text = _hub_text(name, split, key, column, part)
     else:
         raise UserError(f"{key}: {name} is no file and none of {', '.join(_TEXTS)}, nor a hub id (OWNER/NAME)")
     if not any(document.strip() for document in text.documents):
@@ -175,13 +194,42 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 
 
-def _local_text(path: Path, key: str, column: str | None) -> Text:
+def _hub_text(name: str, split: str, key: str, column: str | None, part: bool) -> Text:
+    import datasets
+
+    # what is streamed comes without its size, so slices of splits cannot be; offline it comes from the cache
+    streamed = part and split.isidentifier() and not datasets.config.HF_DATASETS_OFFLINE
+    rows = load_hub(name, split, streaming=True) if streamed else load_hub(name, split)
+    with _had(name, split):
+        columns = getattr(rows, "column_names", None)
+        if columns:  # spare decoding what is not read
+            rows = rows.select_columns(_readable(columns, column))
+        found = list(_first(rows) if part else rows)
+    return Text(name, _documents(found, column, name, key, columns))
+
+
+def _first(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The first rows, as many as calibration reads at most."""
+    characters = 0
+    for row in itertools.islice(rows, MOST_DOCUMENTS):
+        yield row
+        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        if characters >= MOST_CHARACTERS:
+            return
+
+
+def _local_text(path: Path, key: str, column: str | None, part: bool) -> Text:
     _check_packing(path, key)
+    if part and _form(path) in (".jsonl", ".json"):
+        found = list(_first(_json_rows(path, key)))
+        return Text(path.name, _documents(found, column, str(path), key, None))
     if _form(path) in ROW_FILES:
         rows, columns = file_rows(path, key, column)
+        rows = list(_first(rows)) if part else rows
         return Text(path.name, _documents(rows, column, str(path), key, columns))
     try:
-        return Text(path.name, [_content(path)])
+        with _opened(path) as file:
+            return Text(path.name, [file.read()])
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {path} is not UTF-8 text ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -211,11 +259,10 @@ def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[dic
     return rows, list(dict.fromkeys(str(name) for row in rows for name in row))
 
 
-def _content(path: Path) -> str:
+def _opened(path: Path) -> IO[str]:
     if path.suffix.lower() == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    return path.read_text(encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
 
 
 def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -262,23 +309,33 @@ def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     Raises:
         UserError: neither.
     """
-    where = ""
+    return list(_json_rows(path, key))
+
+
+def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    for row in _json_values(path, key):
+        if not isinstance(row, dict):
+            raise UserError(f"{key}: {path} must hold one JSON object per row")
+        yield row
+
+
+def _json_values(path: Path, key: str) -> Iterator[Any]:
+    """The values of JSON lines, no more of which are read than are taken, or those of a list, which is read whole."""
+    where, first = "", True
     try:
-        content = _content(path)
-        if content.lstrip().startswith("["):
-            rows = json.loads(content)
-        else:
-            rows = []
-            for number, line in enumerate(content.split("\n"), start=1):  # splitlines would cut at U+2028 in a text
-                where = f", line {number},"
-                if line.strip():
-                    rows.append(json.loads(line))
+        with _opened(path) as file:
+            for number, line in enumerate(file, start=1):  # unlike splitlines not cut at U+2028 in a text
+                if not line.strip():
+                    continue
+                if first and line.lstrip().startswith("["):
+                    yield from json.loads(line + file.read())
+                    return
+                where, first = f", line {number},", False
+                yield json.loads(line)
+                where = ""
     except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = getattr(error, "msg", error)
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{key}: {path} must hold one JSON object per row")
-    return rows
 
 
 def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
@@ -297,7 +354,13 @@ def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
 def file_hash(name: str) -> str | None:
     """Identifies a local file by content; None for data that is known by name."""
     path = Path(name)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def content_hash(documents: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from sppctl.settings import Config
 from sppctl.stages import footprint
 from sppctl.stages.footprint import FLOAT
 from sppctl.stages.prune import needs_inputs
+from sppctl.stages.prune_checks import WAITING_WIDTHS
 
 
 def pruning(config: Config, skeleton: Skeleton, stored: torch.dtype) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def pruning(config: Config, skeleton: Skeleton, stored: torch.dtype) -> dict[str
     - embeddings and norms outside the blocks, and the largest block
     - hidden states of all windows, which ``prune.memory`` may keep elsewhere than on the device
     - activations inside a block (``BLOCK_WIDTHS`` hidden states) for the windows that run together; batch_size ``auto``
-      is counted as ``CPU_TOKENS`` tokens, on a GPU it takes up to a quarter of what is free
+      is counted as ``CPU_TOKENS`` tokens, on a GPU it takes up to a quarter of what is free; in module order all
+      windows wait inside a block besides (``WAITING_WIDTHS`` hidden states)
     - statistics of every distinct input (n features): wanda 4 n, dsnot 8 n, sparsegpt 4 n^2 and the inputs in float32
     - solving: the layers that share an input, before and after; their scores in float32 and mask; for sparsegpt the
       weights in float32 and four matrices (n, n) of the factorisation instead
@@ -41,7 +43,7 @@ def pruning(config: Config, skeleton: Skeleton, stored: torch.dtype) -> dict[str
             working = 16 * n * n if statistics is Hessian else 0
             solve = max(solve, (2 * d + FLOAT + 1) * elements + working)
             distinct.append(n)
-    windows = settings.samples if prune.order == "module" else prune.batch_size
+    windows = prune.batch_size
     if windows == "auto":
         windows = max(1, CPU_TOKENS // settings.seq_len)
     running = min(settings.samples, int(windows)) * settings.seq_len
@@ -60,6 +62,8 @@ def pruning(config: Config, skeleton: Skeleton, stored: torch.dtype) -> dict[str
     if needs_inputs(prune):
         parts["hidden_states"] = settings.samples * settings.seq_len * width * d
         parts["running"] = running * width * d * BLOCK_WIDTHS
+        if prune.order == "module":
+            parts["running"] += parts["hidden_states"] * WAITING_WIDTHS
         if statistics is Hessian:
             parts["running"] += running * max(distinct) * FLOAT
     if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments

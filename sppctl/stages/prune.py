@@ -8,62 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from sppctl import console, distributed, launch
+from sppctl import console, distributed
 from sppctl.errors import StageError, UserError
-from sppctl.lm import calibration, checkpoint, data
-from sppctl.lm.activations import BLOCK_WIDTHS, Activations, free_memory
+from sppctl.lm import checkpoint
+from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack, Skeleton
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target, matches
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, allocate
 from sppctl.settings import Config, PruneConfig
+from sppctl.stages import calibrate
 from sppctl.stages.layers import Plan
 from sppctl.stages.walk import Journal, dense_pass, prune_blocks
 
 # what an unfinished attempt leaves in its directory for the next one; gone when the stage is published
 JOURNAL, COPIED, ALLOCATION, ACTIVATIONS = "journal.jsonl", "copied", "allocation.json", "activations.bin"
-
-
-def preflight(config: Config, skeleton: Skeleton) -> None:
-    """Checks all that can be checked without weights: targets, divisibility, window length, the text's existence.
-
-    Raises:
-        UserError: with everything that is wrong.
-    """
-    prune = config.prune
-    problems = []
-    try:
-        targets = skeleton.targets(prune.targets, prune.skip)
-        for name, pattern in planned_patterns(prune, targets, skeleton).items():
-            try:
-                pattern.check_in_features(targets[name].in_features, name)
-            except ValueError as error:
-                key = "prune.pattern" if pattern == prune.pattern else "prune.overrides"
-                raise UserError(f"{key}: {error}") from error
-    except UserError as error:
-        problems.append(str(error))
-    if prune.allocation != "uniform" and prune.pattern.is_structured:
-        problems.append(f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}")
-    if prune.reconstruct_epochs and launch.num_processes(config) > 1:
-        problems.append("prune.reconstruct_epochs: tunes in one process; set launch.num_processes=1")
-    if prune.mask_from is not None:
-        try:
-            TensorFiles(checkpoint.locate(prune.mask_from))
-        except UserError as error:
-            problems.append(f"prune.mask_from: {str(error).removeprefix('model.path: ')}")
-    if needs_inputs(prune):
-        limit = checkpoint.max_window(skeleton.config)
-        if limit is not None and prune.calibration.seq_len > limit:
-            problems.append(
-                f"prune.calibration.seq_len: {prune.calibration.seq_len} exceeds the model's {limit} positions"
-            )
-        try:
-            _calibration_text(prune)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def needs_inputs(prune: PruneConfig) -> bool:
@@ -94,12 +54,6 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     return patterns
 
 
-def _calibration_text(prune: PruneConfig) -> data.Text:
-    settings = prune.calibration
-    column = None if settings.column == "auto" else settings.column
-    return data.load_text(settings.dataset, "train", "prune.calibration.dataset", column)
-
-
 def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
 
@@ -120,12 +74,9 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     windows: Tensor | None = None
     metrics: dict[str, Any] = {}
     if needs_inputs(prune):
-        windows, metrics = _calibrate(config, base)
-        if len(windows) < distributed.world_size():  # all processes see it, so all end with it
-            raise UserError(
-                f"prune.calibration.samples: {len(windows)} are fewer than the {distributed.world_size()} processes"
-            )
-        windows = windows[distributed.rank() :: distributed.world_size()]
+        tokenizer = checkpoint.load_tokenizer(base, config.model.trust_remote_code)
+        every, metrics["calibration"] = calibrate.windows_of(config, tokenizer)
+        windows = every[distributed.rank() :: distributed.world_size()]
         stack.load_embeddings()
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
@@ -187,13 +138,6 @@ def _copy(config: Config, base: Path, out: Path) -> TensorFiles:
 
 
 def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:
-    if prune.order == "module":  # the pass stops at each layer until all windows are there
-        needed = windows.numel() * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
-        if needed > free_memory(stack.device):
-            raise StageError(
-                f"prune.order: module holds all windows inside a block, some {needed / 2**30:.1f} GiB; "
-                "use order block, or fewer or shorter windows"
-            )
     return Activations(stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
 
 
@@ -235,9 +179,7 @@ def _owl(
     if saved.exists():
         ratios = dict(json.loads(saved.read_text()))
     else:
-        activations = Activations(
-            stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}"
-        )
+        activations = _embed(stack, windows, prune, out)
         blocks, shares, sizes = [], [], []  # of the blocks that have something to prune
         with console.Progress("weighing outliers (OWL)", len(stack)) as bar:
             passed = dense_pass(stack, Plan("wanda", free, patterns), activations, InputNorms)
@@ -261,19 +203,3 @@ def _owl(
         prefix = f"{stack.blocks_name}.{index}."
         patterns |= {name: Pattern(ratio=ratio) for name in free if name.startswith(prefix)}
     return patterns
-
-
-def _calibrate(config: Config, base: Path) -> tuple[Tensor, dict[str, Any]]:
-    text, settings = _calibration_text(config.prune), config.prune.calibration
-    windows = calibration.calibration_windows(
-        checkpoint.load_tokenizer(base, config.model.trust_remote_code),
-        text,
-        samples=settings.samples,
-        seq_len=settings.seq_len,
-        seed=config.run.seed,
-        windows=settings.windows,
-    )
-    tokens = windows.tokens
-    source = {"dataset": text.name, "windows": windows.made, "documents_hash": data.content_hash(text.documents)}
-    shape = {"samples": len(tokens), "seq_len": tokens.shape[1], "windows_hash": windows.hash}
-    return tokens, {"calibration": source | shape}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sppctl.errors import UserError
@@ -155,6 +155,32 @@ def test_concatenate_with_too_little_text(tokenizer: PreTrainedTokenizerFast) ->
         draw_windows(tokenizer, text, samples=6, seq_len=20, seed=0, windows="concatenate")
 
 
+def test_a_running_text_is_joined_in_its_order_and_tokenised_once() -> None:
+    marks = byte_tokenizer()
+    marks.add_special_tokens({"bos_token": "<s>"})
+    marks._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", marks.bos_token_id)]
+    )
+    paragraphs = ["", " = Title = \n", *documents(40, 15)]
+    text = Text("mine", paragraphs, joiner="\n\n", running=True)
+    whole = marks("\n\n".join(paragraphs))["input_ids"]
+    assert whole.count(marks.bos_token_id) == 1
+    drawn = draw_windows(marks, text, samples=20, seq_len=30, seed=0)
+    assert drawn.made == "random-offset"
+    pieces = [whole[start : start + 30] for start in range(len(whole) - 29)]
+    starts = [pieces.index(row) for row in drawn.tokens.tolist()]
+    assert len(set(starts)) > 15
+    assert starts != sorted(starts)
+    assert any(start % 30 for start in starts)
+    assert torch.equal(draw_windows(marks, text, samples=20, seq_len=30, seed=0).tokens, drawn.tokens)
+    concatenated = draw_windows(marks, text, samples=20, seq_len=30, seed=0, windows="concatenate")
+    assert torch.equal(concatenated.tokens, drawn.tokens)
+    with pytest.raises(UserError, match="random-document needs 20"):
+        draw_windows(marks, text, samples=20, seq_len=30, seed=0, windows="random-document")
+    with pytest.raises(UserError, match=rf"mine has {len(whole)} tokens, 40 windows of 30 need 1200; "):
+        draw_windows(marks, text, samples=40, seq_len=30, seed=0)
+
+
 def test_windows_are_identified_by_their_tokens() -> None:
     tokens = torch.arange(12).view(3, 4)
     assert Windows(tokens, "random-document").hash == Windows(tokens.clone(), "concatenate").hash
@@ -219,6 +245,7 @@ def test_whatever_matters_makes_other_windows(counting: Counting, cache: Path) -
         (TEXT, {}),
         (Text("mine", TEXT.documents[::-1]), {}),
         (Text("mine", TEXT.documents, joiner="--"), {}),
+        (Text("mine", TEXT.documents, running=True), {}),
         (TEXT, {"samples": 5}),
         (TEXT, {"seq_len": 21}),
         (TEXT, {"seed": 1}),

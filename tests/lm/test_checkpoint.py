@@ -8,7 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -113,8 +115,6 @@ def test_what_does_not_exist_is_said(path: str) -> None:
 
 
 def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     def refuse(*_: object, **__: object) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
@@ -123,23 +123,40 @@ def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
         locate("owner/name")
 
 
-def test_a_hub_id_downloads_only_what_is_needed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+COPIES = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
-    asked: dict[str, object] = {}
 
-    def download(repository: str, **options: object) -> str:
-        asked.update(options, repository=repository)
-        return str(llama)
+@pytest.mark.parametrize(
+    ("weights", "gguf_file", "wanted"),
+    [
+        (["model.safetensors"], None, ["model.safetensors"]),
+        ([*SHARDS, "model.safetensors.index.json"], None, [*SHARDS, "model.safetensors.index.json"]),
+        (["small.gguf", "large.gguf", "model.safetensors"], "small.gguf", ["small.gguf"]),
+        (["q4/small.gguf"], "q4/small.gguf", ["onnx/config.json", "q4/small.gguf"]),
+    ],
+    ids=["one file", "shards", "gguf", "gguf in a folder"],
+)
+def test_a_hub_id_downloads_only_what_is_needed(
+    weights: list[str], gguf_file: str | None, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = dict.fromkeys(["config.json", "tokenizer.json", *COPIES, *weights], "")
+    if "model.safetensors.index.json" in repository:
+        repository["model.safetensors.index.json"] = json.dumps(
+            {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
+        )
+
+    def download(name: str, revision: str | None, **patterns: Any) -> str:
+        assert (name, revision) == ("owner/name", "v2")
+        for path in huggingface_hub.utils.filter_repo_objects(repository, **patterns):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text(repository[path])
+        return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate("owner/name", revision="v2") == llama
-    assert (asked["repository"], asked["revision"]) == ("owner/name", "v2")
-    patterns = asked["allow_patterns"]
-    assert isinstance(patterns, list)
-    assert "*.safetensors" in patterns
-    assert "*.json" in patterns
-    assert "*.bin" not in patterns
+    assert locate("owner/name", gguf_file, revision="v2") == tmp_path
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"config.json", "tokenizer.json", *wanted}
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -286,6 +303,15 @@ def test_devices() -> None:
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(UserError, match=rf"model\.device: {name} is not usable here .*try auto"):
         pick_device(name)
+
+
+def test_a_device_is_refused_in_one_short_line() -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("MPS is usable here")
+    with pytest.raises(UserError) as caught:
+        pick_device("mps")
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)
 
 
 def test_the_model_is_plain_transformers(llama: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,79 @@ def test_a_hub_dataset_is_read_without_its_other_columns(monkeypatch: pytest.Mon
         data.load_text("owner/name", "train", KEY, "txt")
 
 
+class Streamed:
+    """Rows that are counted as they are fetched, of which the fourth cannot be had."""
+
+    column_names = None
+
+    def __init__(self) -> None:
+        self.fetched = 0
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for number in range(3):
+            self.fetched += 1
+            yield {"text": f"Document {number}."}
+        raise ConnectionError("no network")
+
+
+def test_a_part_of_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Streamed()
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: asked.append(options) or rows)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
+    monkeypatch.setattr(data, "MOST_DOCUMENTS", 2)
+    documents = ["Document 0.", "Document 1."]
+    assert data.load_text("owner/name", "validation", KEY, part=True).documents == documents
+    assert asked == [{"split": "validation", "streaming": True}]
+    assert rows.fetched == 2
+    monkeypatch.setattr(data, "MOST_DOCUMENTS", 20)
+    monkeypatch.setattr(data, "MOST_CHARACTERS", len("".join(documents)))
+    assert data.load_text("owner/name", "train", KEY, part=True).documents == documents
+    monkeypatch.setattr(data, "MOST_CHARACTERS", 1000)
+    with pytest.raises(UserError, match=r"dataset owner/name \(train\) cannot be had: no network; check the name"):
+        data.load_text("owner/name", "train", KEY, part=True)
+
+
+@pytest.mark.parametrize(("split", "offline"), [("train", True), ("train[50%:]", False)])
+def test_offline_and_of_slices_a_part_is_taken_from_the_cache(
+    split: str, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = datasets.Dataset.from_list([{"text": f"Document {number}."} for number in range(5)])
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: asked.append(options) or rows)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", offline)
+    monkeypatch.setattr(data, "MOST_DOCUMENTS", 2)
+    assert data.load_text("owner/name", split, KEY, part=True).documents == ["Document 0.", "Document 1."]
+    assert asked == [{"split": split}]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_of_json_lines_no_more_is_read_than_is_needed(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("mine.jsonl.gz" if packed else "mine.jsonl")
+    with gzip.open(path, "wt") if packed else path.open("w") as file:
+        file.write('{"text": "One."}\n\n{"text": "Two."}\nno JSON\n')
+    with pytest.raises(UserError, match=r"line 4, cannot be read as JSON"):
+        data.load_text(str(path), "train", KEY, part=True)
+    monkeypatch.setattr(data, "MOST_DOCUMENTS", 2)
+    assert data.load_text(str(path), "train", KEY, part=True).documents == ["One.", "Two."]
+    with pytest.raises(UserError, match=r"line 4, cannot be read as JSON"):
+        data.load_text(str(path), "train", KEY)
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_a_part_of_what_is_read_whole(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"Document {number}."} for number in range(5)]
+    if form == "json":
+        (tmp_path / "mine.json").write_text(json.dumps(rows, indent=1))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "mine.parquet")
+    monkeypatch.setattr(data, "MOST_DOCUMENTS", 2)
+    found = data.load_text(str(tmp_path / f"mine.{form}"), "train", KEY, part=True)
+    assert found.documents == ["Document 0.", "Document 1."]
+
+
 def test_the_configurations_of_a_hub_dataset_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")
@@ -290,6 +363,7 @@ def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
     text = from_mirror("vars(data.load_text('wikitext2', 'test', 'key'))")
     assert len(text["documents"]) == 4358
     assert text["joiner"] == "\n\n"
+    assert text["running"]
     assert text["documents"][:2] == ["", " = Robert Boulter = \n"]
 
 

@@ -15,11 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from sppctl.config import load_config
 from sppctl.errors import StageError
-from sppctl.lm.calibration import Windows
-from sppctl.lm.data import Text
 from sppctl.pruning import prune_linear
 from sppctl.settings import Config
-from sppctl.stages import prune
+from sppctl.stages import calibrate, prune
 
 
 @pytest.fixture
@@ -42,9 +40,7 @@ def test_layers_see_the_inputs_of_blocks_pruned_before_them(
 ) -> None:
     """Against a literal walk: hooks on a plain model, block by block, one window at a time."""
     windows = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(prune, "_calibration_text", lambda _: Text("fixed", ["-"]))
-    fixed = Windows(windows, "fixed")
-    monkeypatch.setattr(prune.calibration, "calibration_windows", lambda *_, **__: fixed)
+    monkeypatch.setattr(calibrate, "windows_of", lambda *_: (windows, {}))
     after, _ = pruned(configure(f"prune.method={method}"), llama, tmp_path / "out")
 
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
@@ -73,7 +69,7 @@ def test_layers_see_the_inputs_of_blocks_pruned_before_them(
 def test_magnitude_needs_no_calibration(
     configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prune.calibration, "calibration_windows", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr(calibrate, "windows_of", lambda *_: pytest.fail("calibrated"))
     _, metrics = pruned(configure("prune.method=magnitude", "prune.pattern=0.7"), llama, tmp_path / "out")
     assert {layer["relative_output_error"] for layer in metrics["layers"]} == {None}
     for layer in metrics["layers"]:
@@ -97,7 +93,7 @@ def test_calibration_text_of_a_column(configure: Callable[..., Config], tmp_path
     path.write_text('{"text": "One.", "story": "1"}\n')
     for column, document in (("story", "1"), ("auto", "One."), ("null", "One.")):
         config = configure(f"prune.calibration.dataset={path}", f"prune.calibration.column={column}")
-        assert prune._calibration_text(config.prune).documents == [document]
+        assert calibrate.calibration_text(config.prune).documents == [document]
 
 
 def test_only_targets_are_pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> None:

@@ -27,13 +27,11 @@ from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
 from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import Skeleton
-from sppctl.lm.calibration import Windows
-from sppctl.lm.data import Text
 from sppctl.pattern import Pattern
 from sppctl.pruning import Hessian, allocate, prune_linear
 from sppctl.pruning.sparsegpt import prune_sparsegpt
 from sppctl.settings import Config
-from sppctl.stages import block_work, prune, walk
+from sppctl.stages import block_work, calibrate, prune, walk
 
 MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -107,8 +105,7 @@ def agreement(first: dict[str, Tensor], second: dict[str, Tensor], names: list[s
 
 def fix_windows(monkeypatch: pytest.MonkeyPatch, windows: Tensor) -> Tensor:
     """Calibrates on these windows, whatever is configured."""
-    monkeypatch.setattr(prune, "_calibration_text", lambda _: Text("fixed", ["-"]))
-    monkeypatch.setattr(prune.calibration, "calibration_windows", lambda *_, **__: Windows(windows, "fixed"))
+    monkeypatch.setattr(calibrate, "windows_of", lambda *_: (windows, {}))
     return windows
 
 
@@ -312,39 +309,6 @@ def test_outliers_by_hand() -> None:
     assert allocate.outlier_share([scores, torch.ones(20, 10)]) == 0.01
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["prune.targets=[fc9]"], r"prune\.targets: 'fc9' matches no linear layer"),
-        (["prune.skip=[fc9]"], r"prune\.skip: 'fc9' matches no linear layer"),
-        (["prune.skip=['*']"], "nothing is left to prune"),
-        (["prune.overrides={fc9: 0.5}"], r"prune\.overrides: 'fc9' matches none of the 14 targets"),
-        (["prune.pattern=2:5"], "not a multiple of 5"),
-        (["prune.overrides={down_proj: 2:5}"], "down_proj has 48 input features, not a multiple of 5"),
-        (["prune.pattern=0.5", "prune.allocation=[0.5]"], r"prune\.allocation: 1 ratios for 2 blocks"),
-        (["prune.pattern=0.5", "prune.allocation=[0.5, 1.5]"], r"prune\.allocation: .*between 0 and 1"),
-        (["prune.allocation=[0.5, 0.5]"], r"prune\.allocation: shares out a ratio, but prune\.pattern is 2:4"),
-        (["prune.allocation=owl"], r"prune\.allocation: shares out a ratio"),
-        (["prune.mask_from=/nowhere"], r"prune\.mask_from: .*nowhere"),
-        (["prune.calibration.seq_len=1000"], r"prune\.calibration\.seq_len: 1000 exceeds the model's 128 positions"),
-        (["prune.calibration.dataset=/nowhere.txt"], r"prune\.calibration\.dataset: .*nowhere"),
-    ],
-)
-def test_what_preflight_finds(
-    overrides: list[str], message: str, configure: Callable[..., Config], llama: Path
-) -> None:
-    with pytest.raises(UserError, match=message):
-        prune.preflight(configure(*overrides), Skeleton(checkpoint.load_config(llama)))
-
-
-def test_preflight_names_everything_at_once(configure: Callable[..., Config], llama: Path) -> None:
-    config = configure("prune.targets=[fc9]", "prune.allocation=owl", "prune.mask_from=/nowhere")
-    with pytest.raises(UserError) as caught:
-        prune.preflight(config, Skeleton(checkpoint.load_config(llama)))
-    keys = [line.split(":")[0] for line in str(caught.value).splitlines()]
-    assert keys == ["prune.targets", "prune.allocation", "prune.mask_from"]
-
-
 # --- order ------------------------------------------------------------------------------------------------------------
 
 GROUPS = {
@@ -437,14 +401,6 @@ def test_no_block_is_run_for_nothing(
     if "prune.allocation=owl" in options:  # a pass of its own
         expected = [number + 4 for number in expected[:3]] + [0]
     assert runs == expected
-
-
-def test_module_order_that_cannot_be_held_is_refused(
-    configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prune, "free_memory", lambda _: 1000)
-    with pytest.raises(StageError, match=r"prune\.order: module holds all windows"):
-        pruned(configure("prune.order=module"), llama, tmp_path / "out")
 
 
 # --- mixtures of experts ----------------------------------------------------------------------------------------------

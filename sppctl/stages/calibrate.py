@@ -1,0 +1,59 @@
+"""The calibration windows of a run: the checks before it load the text and draw them, the pruning takes them over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sppctl.errors import UserError
+from sppctl.lm import cache, data
+from sppctl.lm.calibration import calibration_windows
+from sppctl.settings import Config, PruneConfig
+
+# of the last call alone: loading a text again may mean another download
+_last: dict[tuple[Any, ...], tuple[Tensor, dict[str, Any]]] = {}
+
+
+def calibration_text(prune: PruneConfig) -> data.Text:
+    """The text that the configuration names, or its beginning where that will do.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    settings = prune.calibration
+    column = None if settings.column == "auto" else settings.column
+    if settings.split != "train" and (Path(settings.dataset).is_file() or not data.is_hub_id(settings.dataset)):
+        raise UserError(
+            f"prune.calibration.split: {settings.dataset} has no split {settings.split}; only a data set of the hub "
+            "(OWNER/NAME) has splits to choose from"
+        )
+    return data.load_text(settings.dataset, settings.split, "prune.calibration.dataset", column, part=True)
+
+
+def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Calibration windows (samples, seq_len), and what is recorded of them.
+
+    Raises:
+        UserError: the text cannot be had, or is too short.
+    """
+    settings, seed = config.prune.calibration, config.run.seed
+    path = Path(settings.dataset)
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+    key = (settings, seed, stamp, cache.tokenizer_identity(tokenizer) or object())
+    if key not in _last:
+        text = calibration_text(config.prune)
+        windows = calibration_windows(
+            tokenizer,
+            text,
+            samples=settings.samples,
+            seq_len=settings.seq_len,
+            seed=seed,
+            windows=settings.windows,
+        )
+        source = {"dataset": text.name, "windows": windows.made, "documents_hash": data.content_hash(text.documents)}
+        shape = {"samples": settings.samples, "seq_len": settings.seq_len, "windows_hash": windows.hash}
+        _last.clear()
+        _last[key] = windows.tokens, source | shape
+    return _last[key]

@@ -1,0 +1,259 @@
+"""What can be said against a pruning before any weight is read or written: from configuration, headers and text."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sppctl import launch
+from sppctl.errors import UserError
+from sppctl.lm import checkpoint
+from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE, free_memory
+from sppctl.lm.blocks import Skeleton
+from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.targets import Target, matches, stored_parts
+from sppctl.settings import Config, PruneConfig
+from sppctl.stages import calibrate
+from sppctl.stages.prune import needs_inputs, planned_patterns
+
+WAITING_WIDTHS = 12  # held by a window that waits inside a block, in hidden states: 8 to 11 measured
+MEAN_TOLERANCE = 0.005  # by which the mean of a list of ratios may differ from the pattern that a run is known by
+
+
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
+    """Checks all that needs no weights, and draws the calibration windows.
+
+    Raises:
+        UserError: with everything that is wrong, one problem per line.
+    """
+    prune = config.prune
+    problems: list[str] = []
+
+    def collect(check: Callable[..., Iterator[str]], *arguments: Any) -> None:
+        try:
+            for problem in check(*arguments):
+                problems.append(problem)
+        except UserError as error:
+            problems.append(str(error))
+
+    targets: dict[str, Target] = {}
+    try:
+        targets = skeleton.targets(prune.targets, prune.skip)
+    except UserError as error:
+        problems.append(str(error))
+    collect(_patterns, prune, targets, skeleton)
+    collect(_allocation, prune, targets, skeleton)
+    collect(_processes, config)
+    if prune.mask_from is not None:
+        collect(_mask, prune.mask_from, targets, skeleton)
+    collect(_files, config, targets, skeleton)
+    if needs_inputs(prune):
+        collect(_calibration, config, skeleton, tokenizer)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+    if not targets:
+        return
+    for name, pattern in planned_patterns(prune, targets, skeleton).items():
+        try:
+            pattern.check_in_features(targets[name].in_features, name)
+        except ValueError as error:
+            key = "prune.pattern" if pattern == prune.pattern else "prune.overrides"
+            yield f"{key}: {error}"
+            return
+
+
+def _allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+    if prune.allocation == "uniform":
+        return
+    if prune.pattern.ratio is None:
+        yield f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}"
+        return
+    sizes = [0] * len(skeleton.blocks)  # weights that no override has taken out
+    for name, target in targets.items():
+        if not any(matches(name, wanted) for wanted in prune.overrides):
+            block = name.removeprefix(f"{skeleton.blocks_name}.").partition(".")[0]
+            sizes[int(block)] += target.out_features * target.in_features
+    if prune.allocation == "owl":
+        yield from _owl(prune.owl_lambda, prune.pattern.ratio, [size for size in sizes if size])
+    elif len(prune.allocation) == len(sizes) and any(sizes):
+        ratios = zip(prune.allocation, sizes, strict=True)
+        mean = math.fsum(ratio * size for ratio, size in ratios) / sum(sizes)
+        if 0 < mean < 1 and abs(mean - prune.pattern.ratio) > MEAN_TOLERANCE:
+            yield (
+                f"prune.allocation: the ratios' mean over all weights is {mean:.4g}, but prune.pattern is "
+                f"{prune.pattern}; give prune.pattern={mean:.4g}, or other ratios"
+            )
+
+
+def _owl(spread: float, ratio: float, sizes: list[int]) -> Iterator[str]:
+    """Whether the ratios must leave (0, 1): whichever blocks have more outliers, they span twice the spread.
+
+    Their mean is the ratio, so at the least the smallest block alone is at one end and all others at the other.
+    """
+    if len(sizes) < 2:
+        return
+    least = 2 * spread * min(sizes) / sum(sizes)
+    if spread >= 0.5 or ratio + least >= 1 or ratio - least <= 0:
+        yield (
+            f"prune.allocation: OWL with a spread of {spread:g} round {ratio:g} gives ratios outside (0, 1); "
+            "lower the spread (prune.owl_lambda)"
+        )
+
+
+def _processes(config: Config) -> Iterator[str]:
+    samples, epochs = config.prune.calibration.samples, config.prune.reconstruct_epochs
+    if not needs_inputs(config.prune):
+        return
+    processes = launch.num_processes(config)
+    if samples < processes:
+        yield f"prune.calibration.samples: {samples} are fewer than the {processes} processes"
+    if epochs and processes > 1:
+        yield "prune.reconstruct_epochs: tunes in one process; set launch.num_processes=1"
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _quantised(config: Config, skeleton: Skeleton) -> str | None:
+    """What a checkpoint is quantised by; a GGUF file is unpacked before it is pruned."""
+    settings = (skeleton.config, skeleton.config.get_text_config())
+    found = next(filter(None, (getattr(part, "quantization_config", None) for part in settings)), None)
+    if found is None or config.model.gguf_file is not None:
+        return None
+    method = (found if isinstance(found, dict) else vars(found)).get("quant_method", "by an unknown method")
+    return str(getattr(method, "value", method))
+
+
+def _mask(path: str, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+    try:
+        files = TensorFiles(checkpoint.locate(path))
+    except UserError as error:
+        yield f"prune.mask_from: {str(error).removeprefix('model.path: ')}"
+        return
+    parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
+    for problem in _misfits(skeleton, files, parameters):
+        yield f"prune.mask_from: {problem}"
+        return
+
+
+def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+    """The checkpoint's names and shapes, the disk for its copy, and memory for an order that needs much."""
+    model = config.model
+    assert model.path is not None
+    method = _quantised(config, skeleton)
+    if method is not None:
+        yield f"model.path: {model.path} is quantised ({method}), which cannot be pruned; give the unquantised model"
+        return
+    files: TensorFiles | None = None
+    if model.gguf_file is None:
+        files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
+        blocks = {target.name.removeprefix(f"{skeleton.blocks_name}.").partition(".")[0] for target in targets.values()}
+        base = getattr(skeleton.model, skeleton.base_prefix)
+        read = [f"{skeleton.base_prefix}.{name}" for name, _ in base.named_parameters()]
+        if not needs_inputs(config.prune):
+            inside = tuple(f"{skeleton.blocks_name}.{block}." for block in blocks)
+            read = [name for name in read if name.startswith(inside)]
+        for problem in _misfits(skeleton, files, read):
+            yield problem
+            return
+    yield from _disk(config, skeleton, files)
+    if needs_inputs(config.prune) and config.prune.order == "module":
+        yield from _memory(config, skeleton, files)
+
+
+def _misfits(skeleton: Skeleton, files: TensorFiles, parameters: Iterable[str]) -> Iterator[str]:
+    """Parameters that the files do not hold, or hold in another shape than the model's."""
+    for name in parameters:
+        owner, _, leaf = name.rpartition(".")
+        parameter = skeleton.model.get_submodule(owner)._parameters[leaf]
+        assert parameter is not None
+        try:
+            parts = stored_parts(files, name, tuple(parameter.shape), skeleton.base_prefix)
+        except UserError as error:
+            yield str(error)
+            continue
+        for part in parts:
+            found, wanted = files.spec(part.name).shape, tuple(part.of(parameter).shape)
+            if found != wanted:
+                yield (
+                    f"{files.directory}: {part.name} has shape {found}, the model's is {wanted}; "
+                    "the files do not belong to this model"
+                )
+
+
+# --- space ------------------------------------------------------------------------------------------------------------
+
+
+def _disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> Iterator[str]:
+    wanted = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    if files is None:  # unpacked, and copied
+        itemsize = (wanted or torch.bfloat16).itemsize
+        needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())
+    else:
+        needed = 0
+        for spec in map(files.spec, files):
+            dtype = wanted if wanted and spec.dtype.is_floating_point else spec.dtype
+            needed += math.prod(spec.shape) * dtype.itemsize
+    directory = Path(config.run.dir).expanduser()
+    place = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.is_dir())
+    # what an unfinished attempt holds is written over, or makes room first
+    held = sum(path.stat().st_blocks * 512 for path in directory.glob(".pruned.partial/*.safetensors"))
+    free = shutil.disk_usage(place).free + held
+    if needed > free:
+        yield (
+            f"run.dir: {directory} has {free / 2**30:.1f} GiB free, the pruned checkpoint takes "
+            f"{needed / 2**30:.1f} GiB; make room, or name another (--output)"
+        )
+
+
+def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> Iterator[str]:
+    """Module order: the pass stops at each layer until all windows are there."""
+    prune, device = config.prune, checkpoint.pick_device(config.model.device)
+    windows = -(-prune.calibration.samples // launch.num_processes(config))
+    free = free_memory(device)
+    token = skeleton.config.get_text_config().hidden_size * _itemsize(config, files, device)
+    waiting = windows * prune.calibration.seq_len * token * WAITING_WIDTHS
+    if isinstance(prune.batch_size, int):
+        running = min(windows, prune.batch_size) * prune.calibration.seq_len * token * BLOCK_WIDTHS
+    elif device.type == "cuda":
+        running = int(free * GPU_SHARE)
+    else:
+        running = max(CPU_TOKENS, prune.calibration.seq_len) * token * BLOCK_WIDTHS
+    if waiting + running > free:
+        yield (
+            f"prune.order: module holds all windows inside a block, some {(waiting + running) / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free; use order block, or fewer or shorter windows"
+        )
+
+
+def _itemsize(config: Config, files: TensorFiles | None, device: torch.device) -> int:
+    """Bytes of a number in the hidden states: as most weights are stored, but CPUs compute float16 in float32."""
+    if files is None:
+        dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    else:
+        stored = [spec.dtype for spec in map(files.spec, files) if spec.dtype.is_floating_point]
+        dtype = max(set(stored), key=stored.count)
+    return 4 if dtype == torch.float16 and device.type == "cpu" else int(dtype.itemsize)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any) -> Iterator[str]:
+    settings, limit = config.prune.calibration, checkpoint.max_window(skeleton.config)
+    if limit is not None and settings.seq_len > limit:
+        yield f"prune.calibration.seq_len: {settings.seq_len} exceeds the model's {limit} positions"
+        calibrate.calibration_text(config.prune)
+    else:
+        calibrate.windows_of(config, tokenizer)
