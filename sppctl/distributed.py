@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
+
+from sppctl.errors import StageError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +116,24 @@ def tell(value: T, source: int) -> T:
     values = [value]
     dist.broadcast_object_list(values, source)
     return values[0]
+
+
+def decide(choose: Callable[[], T]) -> T:
+    """What the first process finds, known to all; an error that it meets ends all of them alike."""
+    import torch.distributed as dist
+
+    if world_size() == 1 or not dist.is_initialized():
+        return choose()
+    outcome: T | UserError | StageError | None = None
+    if is_main():
+        try:
+            outcome = choose()
+        except (UserError, StageError) as error:
+            outcome = error
+    told = tell(outcome, 0)
+    if isinstance(told, UserError | StageError):
+        raise told
+    return told  # type: ignore[return-value]
 
 
 def collect(value: T) -> list[T]:

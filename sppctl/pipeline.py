@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sppctl import console, distributed
+from sppctl.attempts import differences
 from sppctl.config import result_keys
 from sppctl.errors import UserError
-from sppctl.run_directory import DIRECTORIES, Run, differences
+from sppctl.run_directory import DIRECTORIES, Run
 from sppctl.settings import Config, names_of
 
 STAGES = ("prune", "train", "merge", "eval", "report")
@@ -52,13 +53,17 @@ def preflight(
     skeleton, tokenizer = loaded or run.skeleton(directory)
     problems = []
     for stage in stages:
-        check = _checks(tokenizer).get(stage)
-        if check is None or (stage in DIRECTORIES and not run.force and run.record(stage) is not None):
-            continue
-        try:
-            check(run.config, skeleton)
-        except UserError as error:
-            problems.append(str(error))
+        checks = [partial(check, run.config, skeleton) for check in filter(None, [_checks(tokenizer).get(stage)])]
+        if stage in DIRECTORIES:
+            settings = _settings(run.config, stage)
+            if not run.will_do(stage, settings):
+                continue
+            checks.insert(0, partial(run.check_attempt, stage, settings))
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -81,7 +86,7 @@ def prune(run: Run) -> dict[str, Any]:
     from sppctl.stages import prune as stage
 
     base = run.base()
-    settings = _prune_settings(run.config)
+    settings = _settings(run.config, "prune")
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
     if run.config.prune.mask_from is not None:
         inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
@@ -122,7 +127,7 @@ def merge(run: Run) -> dict[str, Any]:
             f"{run.path('train')} was trained on other weights than {run.path('prune')} holds now; "
             "train again (sppctl train --force)"
         )
-    settings = {"merge": result_keys(run.config.merge)}
+    settings = _settings(run.config, "merge")
     inputs = {"pruned": pruned["output"], "adapter": checkpoint.fingerprint(run.path("train"))}
     return run.perform(
         "merge", settings, inputs, lambda out: stage.execute(run.config, run.path("prune"), run.path("train"), out)
@@ -308,14 +313,14 @@ def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | Non
 # --- what a stage depends on ------------------------------------------------------------------------------------------
 
 
-def _settings(config: Config, section: str) -> dict[str, Any]:
-    settings = {"seed": config.run.seed, section: result_keys(getattr(config, section))}
+def _settings(config: Config, stage: str) -> dict[str, Any]:
+    """The configuration that the result of a stage depends on."""
+    settings = {stage: result_keys(getattr(config, stage))}
+    if stage == "merge":
+        return settings
     # of how processes are launched only the precision changes a training
-    return settings | {"launch": result_keys(config.launch)} if section == "train" else settings
-
-
-def _prune_settings(config: Config) -> dict[str, Any]:
-    return {"model": result_keys(config.model)} | _settings(config, "prune")
+    further = {"model": config.model} if stage == "prune" else {"launch": config.launch}
+    return {"seed": config.run.seed} | {name: result_keys(section) for name, section in further.items()} | settings
 
 
 def _need(run: Run, stage: str) -> dict[str, Any]:
@@ -323,7 +328,7 @@ def _need(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
     if record is None:
         raise UserError(f"{run.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
-    settings = _prune_settings(run.config) if stage == "prune" else _settings(run.config, stage)
+    settings = _settings(run.config, stage)
     if record["settings"] != settings:
         raise UserError(
             f"{run.path(stage)} was made with {differences(record, settings, record['inputs'])}; "
