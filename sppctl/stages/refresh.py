@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from sppctl import console, distributed, launch
 from sppctl.adapters.spp import SppLinear
@@ -34,6 +33,7 @@ from sppctl.pruning import dsnot
 from sppctl.pruning.stats import InputMoments
 from sppctl.settings import Config, RefreshConfig
 from sppctl.stages.prune import planned_patterns
+from sppctl.stages.watch import Reporting
 
 REFRESHED = "refreshed.safetensors"
 ADAPTER = "default"
@@ -88,7 +88,7 @@ def kept_per_group(weight: Tensor, pattern: Pattern) -> Tensor:
     return (weight != 0).view(weight.shape[0], -1, width).sum(-1)
 
 
-class MaskRefresh(TrainerCallback):  # type: ignore[misc]
+class MaskRefresh(Reporting):
     """Gathers the inputs of a step's micro-batches, and exchanges weights after it."""
 
     def __init__(
@@ -143,9 +143,9 @@ class MaskRefresh(TrainerCallback):  # type: ignore[misc]
         for hook in self._hooks:
             hook.remove()
         started = time.perf_counter()
-        record = self._refresh() | {"step": state.global_step, "seconds": time.perf_counter() - started}
+        record = self._refresh() | {"seconds": time.perf_counter() - started}
         self._hooks, self._statistics, self._real = [], {}, None
-        state.log_history.append(record)
+        self.log(record)
         console.note(
             f"step {state.global_step}: {record['swaps']:,} exchanges change {record['changed_share']:.3%} of the mask"
         )
