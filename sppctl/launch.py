@@ -205,7 +205,7 @@ def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], errors: 
             said = re.findall(r"^error: .*", stderr.read().decode(errors="replace"), re.MULTILINE)
             if said and not _LOST.search(said[-1]):
                 return rank
-    return failed[0]
+    return 0 if 0 in failed else failed[0]  # the words of the first have been heard
 
 
 def _free_port() -> int:

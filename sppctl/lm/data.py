@@ -208,9 +208,9 @@ def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[dic
 
 def _content(path: Path) -> str:
     if path.suffix.lower() == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
 
 
 def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[dict[str, Any]], list[str]]:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from sppctl import console
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
+from sppctl.lm import checkpoint
+from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
 from sppctl.stages import prune, train
 from sppctl.stages.trainer import SparseTrainer, demand_files
@@ -127,17 +129,17 @@ def test_a_checkpoint_that_lacks_the_optimizer_is_not_continued_with_a_new_one(
     config, out = configure("train.epochs=2", "train.save_steps=3"), tmp_path / "cut"
     with cut_after(5):
         trained(config, pruned, out)
-    checkpoint = out / "checkpoints" / "checkpoint-3"
-    (checkpoint / "scheduler.pt").rename(checkpoint / "away")
+    saved = out / "checkpoints" / "checkpoint-3"
+    (saved / "scheduler.pt").rename(saved / "away")
     with pytest.raises(UserError, match=r"checkpoint-3 lacks scheduler\.pt, .* under one process continues"):
         trained(config, pruned, out)
-    (checkpoint / "away").rename(checkpoint / "scheduler.pt")
+    (saved / "away").rename(saved / "scheduler.pt")
     with pytest.raises(UserError, match=r"checkpoint-3 lacks latest, which training under zero3 continues from"):
-        demand_files(checkpoint, "zero3")
-    (checkpoint / "optimizer.pt").unlink()
-    (checkpoint / "global_step3").mkdir()
+        demand_files(saved, "zero3")
+    (saved / "optimizer.pt").unlink()
+    (saved / "global_step3").mkdir()
     with pytest.raises(UserError, match=r"under ddp continues from: it was written under launch\.strategy=zero3"):
-        demand_files(checkpoint, "ddp")
+        demand_files(saved, "ddp")
 
 
 @pytest.mark.parametrize("step", [3, 5], ids=["a step that is saved", "the last step"])
@@ -196,6 +198,36 @@ def test_the_time_left_does_not_count_what_was_done_before(
     with console.Progress("training", 100, start=80) as bar:
         bar.advance(steps=10)
     assert "training: 90/100, 20 s, 20 s left" in capsys.readouterr().err
+
+
+def test_a_single_process_uses_one_gpu_however_many_it_sees(
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    original = train.TrainingArguments
+
+    def of_four_gpus(**given: Any) -> Any:
+        arguments = original(**given)
+        assert arguments.device.type == "cpu"
+        arguments._n_gpu = 4
+        made.append(arguments)
+        return arguments
+
+    monkeypatch.setattr(train, "TrainingArguments", of_four_gpus)
+    metrics = trained(configure("train.max_steps=1"), pruned, tmp_path / "adapter")
+    assert metrics["steps"] == 1
+    assert made[0].n_gpu == 1
+    assert made[0].train_batch_size == made[0].per_device_train_batch_size
+
+
+def test_another_gpu_than_the_first_is_refused_with_the_fix(configure: Callable[..., Config], llama: Path) -> None:
+    config = configure("model.device=cuda:1")
+    with pytest.raises(UserError, match=r"not on cuda:1; call CUDA_VISIBLE_DEVICES=1 sppctl \.\.\. model\.device=cuda"):
+        train.preflight(config, Skeleton(checkpoint.load_config(llama)), checkpoint.load_tokenizer(llama))
 
 
 def test_no_resume_starts_again(

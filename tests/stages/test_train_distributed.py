@@ -338,6 +338,42 @@ def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest
     assert capfd.readouterr().err.count("nosuch.yaml") == 1
 
 
+ENDS = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+for part in sys.argv[1].split(";"):
+    which, seconds, code, words = part.split(",")
+    if int(which) == rank:
+        time.sleep(float(seconds))
+        if words:
+            print("error:", words, file=sys.stderr)
+        os.kill(os.getpid(), -int(code)) if int(code) < 0 else os._exit(int(code))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [
+        ("0,0,1,Connection closed by peer;1,0,2,process 1: no memory", 2, "process 1: no memory"),
+        ("0,0,1,;1,0.3,1,process 1: half a shard", 1, "process 1: half a shard"),
+        ("0,0.3,1,broken loss;1,0,1,process 1: Connection reset by peer", 1, "broken loss"),
+        ("0,0.3,1,Connection closed by peer;1,0,-9,", 137, "process 1 of 2 was ended by SIGKILL"),
+        ("0,0,-10,;1,0,-10,", 143, ""),
+    ],
+)
+def test_the_process_that_knows_why_tells_it(
+    ends: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:3] = []\n{ENDS}")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert launch.start([ends], 2) == code
+    said = capfd.readouterr().err
+    assert words in said
+    assert "reset by peer" not in said
+
+
 def test_several_machines_need_a_launcher(work: Path) -> None:
     config = load_config(str(work / "tiny.yaml"), ["launch.num_machines=2", f"model.path={work / 'float32'}"])
     with pytest.raises(UserError, match=r"launch\.num_machines: .*torchrun --nnodes 2 .*srun --nodes 2"):

@@ -296,6 +296,19 @@ def test_a_damaged_record_is_named_and_force_redoes_the_stage(text: str, trainin
     assert (adapter / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "train._load = lambda *_: die(signal.SIGUSR1)",
+        "trainer.SparseTrainer.evaluate = lambda self: die(signal.SIGUSR1)",
+        "cli.load_config = lambda *_: die(signal.SIGUSR1)",
+    ],
+    ids=["loading", "final validation", "start"],
+)
+def test_a_signal_outside_the_steps_is_no_failure(patch: str, training: list[str]) -> None:
+    assert sppctl(training, patch).returncode == 143
+
+
 def test_a_signal_from_outside_reaches_the_training(prepared: list[str], training: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "sppctl", *training, "train.epochs=400"],
