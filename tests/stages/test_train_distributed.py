@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import sppctl
-from sppctl import launch, pipeline
+from sppctl import cli, distributed, launch, pipeline
 from sppctl.config import load_config
-from sppctl.errors import UserError
+from sppctl.errors import SharedError, UserError
 from sppctl.run_directory import Run
 
 # responses and prompts of many lengths: no two micro-batches hold the same number of tokens
@@ -336,6 +336,27 @@ def test_zero3_needs_deepspeed(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch.start(["config", "nosuch.yaml"], 2) == 2
     assert capfd.readouterr().err.count("nosuch.yaml") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("no memory\nnor disk"), "error: process 1: no memory\nerror: process 1: nor disk\n"),
+        (SharedError("the loss is nan"), ""),
+    ],
+)
+def test_what_one_process_alone_has_met_it_says(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "is_connected", lambda: True)
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == said
 
 
 ENDS = """
