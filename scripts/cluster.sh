@@ -21,6 +21,7 @@ in_job() {
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
     # srun does not take this over from sbatch
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    rm -f "$failed"  # of an earlier start of the same job that was killed
     srun --kill-on-bad-exit=1 scripts/slurm_task.sh "$failed" "$@" || code=$?
     if [ -f "$failed" ]; then
         code=$(cat "$failed")

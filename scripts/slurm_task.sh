@@ -7,5 +7,6 @@ failed=$1
 shift
 code=0
 "$@" || code=$?
+[ "$code" != 138 ] || code=143  # SIGUSR1 came before the command could answer it
 [ "$code" = 0 ] || [ "$code" = 143 ] || echo "$code" > "$failed"
 exit "$code"

@@ -448,6 +448,11 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
             print(fact)
 
 
+def _where() -> str:
+    """Which of several processes speaks, if it is not the first."""
+    return "" if distributed.is_main() else f"process {distributed.rank()}: "
+
+
 def main() -> None:
     """Entry point: errors become one line and an exit code, a traceback only with --debug."""
     launch.adopt()
@@ -461,8 +466,9 @@ def main() -> None:
     except (UserError, StageError) as error:
         if debug:
             raise
-        for line in str(error).splitlines():
-            console.note(f"error: {line}")
+        if distributed.is_main() or (distributed.is_connected() and not error.shared):
+            for line in str(error).splitlines():
+                print(f"error: {_where()}{line}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # Typer turns Ctrl-C into this
@@ -472,8 +478,6 @@ def main() -> None:
         if debug:
             raise
         reason = str(error).strip().splitlines()
-        # unlike the errors above, which all processes meet together, this one may be known to one process alone
-        where = "" if distributed.is_main() else f"process {distributed.rank()}: "
-        said = f"{where}{type(error).__name__}: {reason[0] if reason else ''}"
+        said = f"{_where()}{type(error).__name__}: {reason[0] if reason else ''}"
         print(f"error: {said} (--debug shows where)", file=sys.stderr)
         sys.exit(1)

@@ -35,10 +35,16 @@ def command_line() -> str:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then. Use as a context manager."""
+    """A bar on a terminal; elsewhere a line now and then. Use as a context manager.
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done = label, total, 0
+    Args:
+        label: what is done.
+        total: steps of it.
+        start: steps that were done before; the time left is told from the others.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0) -> None:
+        self.label, self.total, self.start, self.done = label, total, start, start
         self._bar: Any = None
         self._task: Any = None
         self._started = self._last = time.monotonic()
@@ -59,7 +65,7 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, words="")
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.start, words="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,7 +82,8 @@ class Progress:
         if now - self._last >= PLAIN_SECONDS or self.done >= self.total:
             self._last = now
             elapsed = now - self._started
-            left = f"{elapsed / self.done * (self.total - self.done):.0f} s left" if self.done < self.total else "done"
+            rate = elapsed / (self.done - self.start)
+            left = f"{rate * (self.total - self.done):.0f} s left" if self.done < self.total else "done"
             note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if words else ''}{words}")
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
+
+from sppctl.errors import StageError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +51,13 @@ def connect(device: torch.device) -> None:
         dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
+def is_connected() -> bool:
+    """Whether this process has joined the others: what it meets from then on they need not meet alike."""
+    import torch.distributed as dist
+
+    return world_size() > 1 and dist.is_initialized()
+
+
 def leave() -> bool:
     """The end of the work in several processes: the first goes on alone, the others have nothing left to do.
 
@@ -69,8 +80,20 @@ def barrier() -> None:
     """Waits for the others."""
     import torch.distributed as dist
 
-    if world_size() > 1 and dist.is_initialized():
+    if is_connected():
         dist.barrier()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process does what is inside, then the others, who find in a cache what it has made."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
 
 
 def add_up(*tensors: torch.Tensor) -> None:
@@ -118,6 +141,23 @@ def tell(value: T, source: int) -> T:
     values = [value]
     dist.broadcast_object_list(values, source)
     return values[0]
+
+
+def decide(choose: Callable[[], T]) -> T:
+    """What the first process finds, known to all; an error that it meets ends all of them alike."""
+    if not is_connected():
+        return choose()
+    outcome: T | UserError | StageError | None = None
+    if is_main():
+        try:
+            outcome = choose()
+        except (UserError, StageError) as error:
+            outcome = error
+    told = tell(outcome, 0)
+    if isinstance(told, UserError | StageError):
+        told.shared = True
+        raise told
+    return told  # type: ignore[return-value]
 
 
 def collect(value: T) -> list[T]:

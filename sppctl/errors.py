@@ -10,18 +10,27 @@ class UserError(ValueError):
     """Wrong usage, configuration or input: found before anything expensive, exit code 2."""
 
     exit_code = 2
+    shared = False  # known to all processes of a job, so that the first alone need tell it
 
 
 class StageError(RuntimeError):
     """Something that only running could tell (a failed stage, a broken expectation): exit code 1."""
 
     exit_code = 1
+    shared = False
 
 
 class Stopped(StageError):  # noqa: N818
     """A signal asked for the end and the work was saved: exit code 143, as of a process ended by SIGTERM."""
 
     exit_code = 143
+    shared = True
+
+
+class SharedError(StageError):
+    """A StageError that all processes have agreed on."""
+
+    shared = True
 
 
 @contextlib.contextmanager

@@ -27,13 +27,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 5  # after one process has failed, until the others are killed
 _PARENT = "SPPCTL_LAUNCHER"  # process id of the command that started this one
 _PR_SET_PDEATHSIG = 1
+# what gloo, NCCL and their store say in a process whose partner is gone
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|store|DistBackendError", re.IGNORECASE)
 
 
 # --- joining ----------------------------------------------------------------------------------------------------------
 
 
 def adopt() -> None:
-    """Takes over what a launcher says about this process; called before anything else."""
+    """Takes over what a launcher says about this process; called before anything else.
+
+    SIGUSR1, by which Slurm announces the end of a job's time, ends the process as SIGTERM does wherever nothing else
+    answers it: by itself it would look like a failure.
+    """
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
     os.environ.update(from_slurm(os.environ))
     parent = os.environ.pop(_PARENT, None)
     if parent is not None and sys.platform == "linux":
@@ -115,7 +122,7 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
         silent: what they print on stdout is not wanted.
 
     Returns:
-        The exit code of the process that failed first, 128 + its number if a signal ended it; 0 if none failed.
+        The exit code of the process that failed first, 128 + the number of the signal that ended it; 0 if none failed.
     """
     shared = os.environ | {
         "WORLD_SIZE": str(number),
@@ -138,15 +145,18 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
                 stdout = subprocess.DEVNULL if silent else None
                 process = subprocess.Popen(command, env=own, stdout=stdout, stderr=stderr, start_new_session=True)  # noqa: S603
                 processes.append(process)
-            failed = _first_failure(processes)
-        if failed is None:
+            failures = _failures(processes)
+        if not failures:
             return 0
+        failed = _cause(failures, processes, errors)
         code, stderr = processes[failed].returncode, errors[failed]
         if stderr is not None:
             stderr.seek(0)
             sys.stderr.write(stderr.read().decode(errors="replace"))
         if code < 0 and -code not in SIGNALS:
             console.note(f"error: process {failed} of {number} was ended by {signal.Signals(-code).name}")
+    if code == -signal.SIGUSR1:  # before the process could answer
+        return 128 + signal.SIGTERM
     return code if code > 0 else 128 - code
 
 
@@ -166,22 +176,36 @@ def _passed_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _first_failure(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all; the number of the one that failed first, after which the others may not go on for long."""
-    failed: int | None = None
+def _failures(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Waits for all; the numbers of those that failed by themselves, the first to fail first."""
+    failed: list[int] = []
     deadline = float("inf")
-    while any(process.poll() is None for process in processes):
-        if failed is None:
-            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-            if failed is not None:
-                deadline = time.monotonic() + GRACE_SECONDS
+    while True:
+        running = [process for process in processes if process.poll() is None]
+        failed += [rank for rank, process in enumerate(processes) if process.returncode and rank not in failed]
+        if not running:
+            return failed
+        if failed:
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
-            for process in processes:
+            for process in running:
                 process.kill()
+            return failed
         time.sleep(0.05)
-    if failed is None:
-        failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-    return failed
+
+
+def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], errors: list[IO[bytes] | None]) -> int:
+    """Of the processes that failed, the one that knows why: those who lose their connection to it may end sooner."""
+    for rank in failed:
+        code, stderr = processes[rank].returncode, errors[rank]
+        if code > 1 or (code < 0 and -code not in SIGNALS):
+            return rank  # its own code for what it said itself, or somebody killed it
+        if stderr is not None:
+            stderr.seek(0)
+            said = re.findall(r"^error: .*", stderr.read().decode(errors="replace"), re.MULTILINE)
+            if said and not _LOST.search(said[-1]):
+                return rank
+    return 0 if 0 in failed else failed[0]  # the words of the first have been heard
 
 
 def _free_port() -> int:

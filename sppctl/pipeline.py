@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sppctl import console, distributed
+from sppctl.attempts import differences
 from sppctl.config import result_keys
 from sppctl.errors import UserError
-from sppctl.run_directory import DIRECTORIES, Run, differences
+from sppctl.run_directory import DIRECTORIES, Run
 from sppctl.settings import Config, names_of
 
 STAGES = ("prune", "train", "merge", "eval", "report")
@@ -51,13 +52,17 @@ def preflight(
     skeleton, tokenizer = loaded or run.skeleton(directory)
     problems = []
     for stage in stages:
-        check = _checks(tokenizer).get(stage)
-        if check is None or (stage in DIRECTORIES and not run.force and run.record(stage) is not None):
-            continue
-        try:
-            check(run.config, skeleton)
-        except UserError as error:
-            problems.append(str(error))
+        checks = [partial(check, run.config, skeleton) for check in filter(None, [_checks(tokenizer).get(stage)])]
+        if stage in DIRECTORIES:
+            settings = settings_of(run.config, stage)
+            if not run.will_do(stage, settings):
+                continue
+            checks.insert(0, partial(run.check_attempt, stage, settings))
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
@@ -80,7 +85,7 @@ def prune(run: Run) -> dict[str, Any]:
     from sppctl.stages import prune as stage
 
     base = run.base()
-    settings = _prune_settings(run.config)
+    settings = settings_of(run.config, "prune")
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
     if run.config.prune.mask_from is not None:
         inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
@@ -92,7 +97,7 @@ def train(run: Run) -> dict[str, Any]:
     from sppctl.stages import train as stage
 
     pruned = _need(run, "prune")
-    settings = _settings(run.config, "train")
+    settings = settings_of(run.config, "train")
     inputs = {"pruned": pruned["output"]}
     for dataset in names_of(run.config.train.data.dataset):
         inputs |= _file_hash(f"data {dataset}", dataset)
@@ -347,21 +352,14 @@ def _label(model: str, directory: Path, reserved: set[str]) -> str:
 # --- what a stage depends on ------------------------------------------------------------------------------------------
 
 
-def _settings(config: Config, section: str) -> dict[str, Any]:
-    settings = {"seed": config.run.seed, section: result_keys(getattr(config, section))}
-    # of how processes are launched only the precision changes a training
-    return settings | {"launch": result_keys(config.launch)} if section == "train" else settings
-
-
-def _prune_settings(config: Config) -> dict[str, Any]:
-    return {"model": result_keys(config.model)} | _settings(config, "prune")
-
-
 def settings_of(config: Config, stage: str) -> dict[str, Any]:
-    """The part of a configuration on which the record of prune, train or merge depends."""
+    """The configuration that the result of a stage depends on."""
+    settings = {stage: result_keys(getattr(config, stage))}
     if stage == "merge":
-        return {"merge": result_keys(config.merge)}
-    return _prune_settings(config) if stage == "prune" else _settings(config, stage)
+        return settings
+    # of how processes are launched only the precision changes a training
+    further = {"model": config.model} if stage == "prune" else {"launch": config.launch}
+    return {"seed": config.run.seed} | {name: result_keys(section) for name, section in further.items()} | settings
 
 
 def _need(run: Run, stage: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A stage works in ``RUN/.NAME.partial`` and renames it to ``RUN/NAME`` when it is complete, so a directory that exists is
 whole. ``stage.json`` in it says what it was made from; the same again is skipped, anything else is refused until
-``--force``.
+``--force``. An attempt at the same is continued, one at something else is refused if it holds work.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, console, distributed, machine
-from sppctl.config import flatten, to_yaml
+from sppctl import __version__, attempts, console, distributed, machine
+from sppctl.config import to_yaml
 from sppctl.errors import StageError, UserError
 from sppctl.settings import Config
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RECORD = "stage.json"
-ATTEMPT = "attempt.json"  # in an unfinished stage: what it is an attempt at
+KEYS = {"fingerprint", "settings", "inputs", "metrics"}  # of every record
 
 
 @dataclass
@@ -49,14 +50,23 @@ class Run:
         return self.directory / DIRECTORIES[stage]
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """The stage.json of a published stage."""
+        """The stage.json of a published stage.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self.path(stage) / RECORD
         if not path.is_file():
             return None
         try:
             record: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); --force redoes the stage") from error
+            missing = KEYS - record.keys()
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); sppctl {stage} --force redoes the stage") from error
+        if missing:
+            raise UserError(
+                f"{path} is damaged (it lacks {', '.join(sorted(missing))}); sppctl {stage} --force redoes the stage"
+            )
         return record
 
     # --- the dense model ----------------------------------------------------------------------------------------------
@@ -93,9 +103,8 @@ class Run:
         model = self.config.model
         assert model.gguf_file is not None
         identity = {"file": model.gguf_file, "size": (source / model.gguf_file).stat().st_size, "dtype": model.dtype}
-        if target.is_dir():
-            before = json.loads((target / RECORD).read_text())
-            if before["inputs"] == identity:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one: once more
+            if json.loads((target / RECORD).read_text())["inputs"] == identity:
                 return target
         console.note(f"base: unpacking {model.gguf_file} into {target}")
         started = time.perf_counter()
@@ -142,7 +151,7 @@ class Run:
         return path
 
     def _publish(self, name: str, partial: Path, record: dict[str, Any], scratch: str | None = None) -> None:
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        attempts.write_json(partial / RECORD, record)
         target, old = self.directory / name, self.directory / f".{name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
@@ -150,7 +159,7 @@ class Run:
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         # needed for as long as the result was not published
-        (target / ATTEMPT).unlink(missing_ok=True)
+        (target / attempts.NOTE).unlink(missing_ok=True)
         if scratch is not None:
             shutil.rmtree(target / scratch, ignore_errors=True)
 
@@ -178,36 +187,35 @@ class Run:
             The content of stage.json.
 
         Raises:
-            UserError: the stage exists with other settings or inputs, and force is off.
+            UserError: the stage exists with other settings or inputs, and force is off; or there is unfinished work
+                with other ones, which the command does not discard.
         """
-        name = DIRECTORIES[stage]
-        identity = _identity(settings, inputs)
-        before = self.record(stage)
-        if before is not None and not self.force:
-            if before["fingerprint"] == identity:
-                console.note(f"{stage}: up to date ({self.path(stage)})")
-                return before
-            raise UserError(
-                f"{self.path(stage)} was made with {differences(before, settings, inputs)}; "
-                f"--force redoes it, another run.dir keeps it"
-            )
-        distributed.barrier()  # every process has made the same choice before one of them changes what it rests on
-        partial = self.partial(name)
-        if distributed.is_main():
-            self._prepare(partial, stage, identity, resumable)
+        name, partial = DIRECTORIES[stage], self.partial(DIRECTORIES[stage])
+        # one process looks: the others might see what it has changed since
+        before, continued = distributed.decide(lambda: self._choice(stage, settings, inputs, resumable))
+        if before is not None:
+            console.note(f"{stage}: up to date ({self.path(stage)})")
+            return before
+        if continued:
+            console.note(f"{stage}: continuing an interrupted attempt")
+        elif distributed.is_main():
+            self._fresh_partial(name)
+            attempts.write(partial, settings, inputs)
         distributed.barrier()
         machine.reset_peak_memory()
         started = time.perf_counter()
         try:
-            metrics = work(partial)
+            with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
+                metrics = work(partial)
         except (UserError, StageError):
-            if distributed.is_main() and not (resumable and scratch and any(partial.glob(f"{scratch}/checkpoint-*"))):
+            # what could be continued before, or can be now, is left for another command
+            if distributed.is_main() and not (continued or (scratch and attempts.holds_work(partial))):
                 shutil.rmtree(partial)
             raise
         distributed.barrier()
         record = {
             "stage": stage,
-            "fingerprint": identity,
+            "fingerprint": _identity(settings, inputs),
             "settings": settings,
             "inputs": inputs,
             "seed": self.config.run.seed,
@@ -229,14 +237,43 @@ class Run:
         console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
         return record
 
-    def _prepare(self, partial: Path, stage: str, identity: str, resumable: bool) -> None:
-        """An empty directory to work in, or what an interrupted attempt at the same thing left."""
-        note = partial / ATTEMPT
-        if resumable and self.resume and not self.force and note.is_file() and json.loads(note.read_text()) == identity:
-            console.note(f"{stage}: continuing an interrupted attempt")
-            return
-        self._fresh_partial(DIRECTORIES[stage])
-        note.write_text(json.dumps(identity))
+    def _choice(
+        self, stage: str, settings: dict[str, Any], inputs: dict[str, Any], resumable: bool
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """The record of the stage if there is nothing to do; else none, and whether an attempt is continued."""
+        before = None if self.force else self.record(stage)
+        if before is not None and before["fingerprint"] == _identity(settings, inputs):
+            return before, False
+        wanted = {"settings": settings, "inputs": inputs}
+        if resumable and self.resume and attempts.read(self.partial(DIRECTORIES[stage])) == wanted:
+            return None, True
+        if before is not None:
+            raise UserError(
+                f"{self.path(stage)} was made with {attempts.differences(before, settings, inputs)}; "
+                f"--force redoes it, another run.dir keeps it"
+            )
+        self.check_attempt(stage, settings, inputs)
+        return None, False
+
+    def check_attempt(self, stage: str, settings: dict[str, Any], inputs: dict[str, Any] | None = None) -> None:
+        """Raises UserError if doing a stage would destroy unfinished work with other settings, and nobody asked for it.
+
+        Args:
+            stage: prune, train or merge.
+            settings: the configuration it depends on.
+            inputs: fingerprints of what it reads; None: not known yet.
+        """
+        asked = self.force if stage == "prune" else not self.resume
+        if not asked:
+            attempts.check(self.partial(DIRECTORIES[stage]), stage, settings, inputs)
+
+    def will_do(self, stage: str, settings: dict[str, Any]) -> bool:
+        """Whether a command would work on a stage, as far as its settings tell."""
+        before = None if self.force else self.record(stage)
+        if before is None or before["settings"] == settings:
+            return before is None
+        attempt = attempts.read(self.partial(DIRECTORIES[stage]))
+        return attempt is not None and attempt.get("settings") == settings
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -281,16 +318,6 @@ class Run:
 def _identity(settings: dict[str, Any], inputs: dict[str, Any]) -> str:
     text = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, Any]) -> str:
-    """The keys in which a record differs from what is wanted now, with both values."""
-    old, new = flatten(before["settings"]), flatten(settings)
-    changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
-    changed += [
-        f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
-    ]
-    return "; ".join(changed) or "an older version of sppctl"
 
 
 def _versions() -> dict[str, str]:

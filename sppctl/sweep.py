@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sppctl import console, distributed, launch, pipeline
+from sppctl.attempts import differences
 from sppctl.config import result_keys
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import REPORT, Member, Sweep, raise_problems
-from sppctl.run_directory import DIRECTORIES, Run, differences
+from sppctl.run_directory import DIRECTORIES, Run
 
 # what is taken over from a member: its checkpoint's directory, and the label of the results
 FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")

@@ -136,7 +136,7 @@ def test_work_that_was_saved_at_a_signal_is_queued_again(cluster: Cluster, stage
     assert cluster.calls("scontrol") == [["requeue", "7"]]
 
 
-@pytest.mark.parametrize("code", [1, 2, 137, 138])
+@pytest.mark.parametrize("code", [1, 2, 137, 139])
 def test_a_failure_is_not_queued_again_even_where_srun_reports_the_tasks_it_ended(cluster: Cluster, code: int) -> None:
     for srun_exit in (str(code), "143"):
         done = cluster.run(
@@ -150,6 +150,13 @@ def test_a_failure_is_not_queued_again_even_where_srun_reports_the_tasks_it_ende
         assert done.returncode == code
     assert cluster.calls("scontrol") == []
     assert not list(cluster.checkout.glob(".failed-*"))
+
+
+def test_a_signal_before_the_command_could_answer_is_no_failure(cluster: Cluster) -> None:
+    (cluster.checkout / ".failed-7").write_text("1\n")  # left by a start of the job that was killed
+    done = cluster.run("bash", "scripts/slurm_train.sh", "llama7b", SLURM_JOB_ID="7", TASK_EXIT="138")
+    assert done.returncode == 143
+    assert cluster.calls("scontrol") == [["requeue", "7"]]
 
 
 def test_restarts_come_to_an_end(cluster: Cluster) -> None:

@@ -261,8 +261,8 @@ def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[dic
 
 def _opened(path: Path) -> IO[str]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")  # some editors put a byte order mark in front
 
 
 def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[dict[str, Any]], list[str]]:

@@ -48,11 +48,16 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def sync_tree(directory: Path) -> None:
     """Waits until all files below a directory, and the names of them, are on the disk."""
     for path in [directory, *directory.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

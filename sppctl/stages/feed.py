@@ -58,7 +58,8 @@ class Feed:
             seq_len=train.data.seq_len,
             train_on_inputs=train.data.train_on_inputs,
         )
-        self.train, self.held_out = tokenised(self.rows.train), tokenised(self.rows.held_out)
+        with distributed.first_process_first():
+            self.train, self.held_out = tokenised(self.rows.train), tokenised(self.rows.held_out)
         distils = train.distill.teacher is not None
         if not (self.train.have_responses if distils else self.train.have_labels):
             raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")

@@ -21,6 +21,7 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target, stored_name
 from sppctl.pattern import Pattern
 from sppctl.settings import Config, TrainConfig
+from sppctl.stages.watch import Reporting
 
 HIRA_SINCE = "0.20"
 
@@ -163,7 +164,7 @@ KEYS: dict[str, set[str]] = {
 }
 
 
-class MaskSelection(TrainerCallback):  # type: ignore[misc]
+class MaskSelection(Reporting):
     """Dynamic masks: the decay of pruned weights in every optimizer step, a new selection after every so many."""
 
     def __init__(self, steps: int, decay: float) -> None:
@@ -180,7 +181,7 @@ class MaskSelection(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self.steps or state.global_step >= state.max_steps:
             return
         left = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
-        state.log_history.append({"step": state.global_step, "mask_changes": left})
+        self.log({"mask_changes": left})
         console.note(f"step {state.global_step}: {left:,} weights left the mask for others")
 
 

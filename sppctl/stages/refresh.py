@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from sppctl import console, distributed, launch
 from sppctl.adapters.masked import round_under_mask
@@ -36,6 +35,7 @@ from sppctl.pruning.stats import InputMoments
 from sppctl.settings import Config, RefreshConfig
 from sppctl.stages.prune import planned_patterns
 from sppctl.stages.refreshed import REFRESHED, kept_per_group
+from sppctl.stages.watch import Reporting
 
 ADAPTER = "default"
 SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back: its base weight is divided by that
@@ -88,7 +88,7 @@ def patterns(config: Config, skeleton: Skeleton) -> dict[str, Pattern]:
     return planned_patterns(config.prune, skeleton.targets(config.prune.targets, config.prune.skip), skeleton)
 
 
-class MaskRefresh(TrainerCallback):  # type: ignore[misc]
+class MaskRefresh(Reporting):
     """Gathers the inputs of a step's micro-batches, and exchanges weights after it."""
 
     def __init__(
@@ -145,9 +145,9 @@ class MaskRefresh(TrainerCallback):  # type: ignore[misc]
         for hook in self._hooks:
             hook.remove()
         started = time.perf_counter()
-        record = self._refresh() | {"step": state.global_step, "seconds": time.perf_counter() - started}
+        record = self._refresh() | {"seconds": time.perf_counter() - started}
         self._hooks, self._statistics, self._real = [], {}, None
-        state.log_history.append(record)
+        self.log(record)
         console.note(
             f"step {state.global_step}: {record['swaps']:,} exchanges change {record['changed_share']:.3%} of the mask"
         )

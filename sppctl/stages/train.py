@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -25,7 +26,7 @@ from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import distill, evaluate, methods, prune, refresh, shards
 from sppctl.stages.feed import Feed, load_rows
-from sppctl.stages.trainer import SparseTrainer
+from sppctl.stages.trainer import SparseTrainer, demand_files
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
 CHECKPOINTS, LOGS = "checkpoints", "logs"
@@ -63,6 +64,12 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
             check()
         except UserError as error:
             problems.append(str(error))
+    if re.fullmatch(r"cuda:0*[1-9]\d*", config.model.device):
+        number = config.model.device.partition(":")[2]
+        problems.append(
+            f"model.device: training runs on the first GPU it sees, not on {config.model.device}; "
+            f"call CUDA_VISIBLE_DEVICES={number} sppctl ... model.device=cuda"
+        )
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
@@ -132,7 +139,7 @@ def execute(
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
     )
     checkpoints = out / CHECKPOINTS
-    newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    newest = distributed.decide(lambda: _newest(checkpoints, strategy)) if resume else None
     if newest:
         console.note(f"resuming from {newest}")
         if strategy == "fsdp":
@@ -140,7 +147,8 @@ def execute(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
     distillation = distill.load(config, base, device, model.dtype)
     refreshing = refresh.prepare(config, peft_model, pruned, base, newest)
-    callbacks = [Watch(), *methods.callbacks(train), *([refreshing] if refreshing else [])]
+    watch = Watch()
+    callbacks = [watch, *methods.callbacks(train), *([refreshing] if refreshing else [])]
     trainer = SparseTrainer(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model, bool(feed.held_out)),
@@ -163,7 +171,7 @@ def execute(
             f"stopped by {signal.Signals(signals.caught).name} after step {trainer.state.global_step} of "
             f"{trainer.state.max_steps}; a checkpoint is written, the same command continues (under Slurm: requeue)"
         )
-    seconds = time.perf_counter() - started
+    seconds, in_all = time.perf_counter() - started, watch.seconds()
     validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
     history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
     trainer.save_adapter(out)
@@ -178,7 +186,8 @@ def execute(
         "validation_loss": validation,
         **feed.metrics(),
         "tokens": tokens,
-        "tokens_per_second": None if newest else tokens / seconds,
+        "seconds": in_all,
+        "tokens_per_second": tokens / in_all,
         "dtype": str(model.dtype).removeprefix("torch."),
         "distillation": distillation and distillation.metrics(history, seconds),
         "refresh": refreshing and refreshing.metrics(trainer.state.log_history),
@@ -186,8 +195,16 @@ def execute(
     }
 
 
+def _newest(checkpoints: Path, strategy: str | None) -> str | None:
+    """The newest checkpoint, if there is one; it must be one that the strategy can continue from."""
+    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if newest is not None:
+        demand_files(Path(newest), strategy)
+    return newest
+
+
 def _mean_loss(history: list[dict[str, Any]]) -> float | None:
-    """Mean training loss over all steps; each entry is the mean since the one before. Right after resuming, too."""
+    """Mean training loss over all steps; each entry is the mean since the one before, which no checkpoint parts."""
     total, last = 0.0, 0
     for entry in (entry for entry in history if "loss" in entry):
         total += entry["loss"] * (entry["step"] - last)
@@ -244,7 +261,7 @@ def _arguments(
     further = _strategy_arguments(config, device, model)
     if train.gradient_checkpointing:
         further |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=train.micro_batch_size,
@@ -274,6 +291,9 @@ def _arguments(
         dataloader_pin_memory=device.type == "cuda",
         **further,
     )
+    # a process has one GPU, however many it sees: the Trainer would copy the model to all and multiply the batch
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _strategy_arguments(config: Config, device: torch.device, model: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ It takes a teacher, and a mask that changes, if they are wanted.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,14 +20,14 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
 from sppctl import distributed
-from sppctl.errors import StageError
+from sppctl.errors import SharedError, UserError
 from sppctl.lm.instructions import IGNORED
-from sppctl.lm.safe_files import sync_tree
+from sppctl.lm.safe_files import sync, sync_tree
 from sppctl.stages import shards
 from sppctl.stages.distill import Distillation
 from sppctl.stages.feed import Feed
 from sppctl.stages.refresh import MaskRefresh
-from sppctl.stages.watch import FiniteLoss
+from sppctl.stages.watch import FiniteLoss, Reporting
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
@@ -69,6 +70,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, data_collator=feed.collator, **data, **kwargs)
         self.finite = finite
         self.add_callback(finite)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Reporting):
+                callback.log = self.log
         self.checkpoints = Path(str(self.args.output_dir))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -118,6 +122,16 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self.feed.check(model, None if self.distillation is None else self.distillation.teacher)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that is reported, known before the optimizer's step (DeepSpeed tells it after its own)."""
+        self.finite.gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self.finite.gradient_norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Reports before each checkpoint: the Trainer forgets the losses since its last report when it resumes."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Padded batches always."""
         self.data_collator = self.feed.padded
@@ -134,14 +148,20 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The validation loss: the mean over all predicted tokens, however they are batched and shared out."""
-        self.model.eval()
+        """The validation loss: the mean over all predicted tokens, however they are batched and shared out.
+
+        Raises:
+            StageError: it is not finite.
+        """
+        # DeepSpeed gathers parameters from its first forward on, which may be this one
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        model.eval()
         total = [0.0, 0.0]
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             count = int((inputs["labels"][..., 1:] != IGNORED).sum())
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(self.compute_loss(self.model, inputs))
+                loss = float(self.compute_loss(model, inputs))
             if count:  # of fillers alone there is no mean
                 total = [total[0] + loss * count, total[1] + count]
         sums = torch.tensor(total, dtype=torch.float64)
@@ -149,6 +169,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             sums = sums.to(self.args.device)
             distributed.add_up(sums)
         mean = float(sums[0] / sums[1])
+        if sums[1] and not math.isfinite(mean):
+            raise SharedError(f"the validation loss is {mean} at step {self.state.global_step}; lower train.lr")
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, self.num_examples(dataloader))  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -161,8 +183,20 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         """Stores the adapter as PEFT does, and the base weights that a refresh has changed. All processes must call it.
 
         Of a sharded model nothing but the adapter is gathered.
+
+        Raises:
+            StageError: the adapter is not finite.
         """
         adapter = self._adapter()
+        broken = None
+        if distributed.is_main():
+            trained = adapter or {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            broken = next((name for name, tensor in trained.items() if not tensor.isfinite().all()), None)
+        broken = distributed.first(broken)
+        if broken is not None:
+            raise SharedError(
+                f"the adapter is not finite after step {self.state.global_step}: {broken}; lower train.lr"
+            )
         if distributed.is_main():
             self.model.save_pretrained(str(directory), state_dict=adapter)
             if self.refresh is not None:
@@ -216,13 +250,14 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             shutil.rmtree(saving, ignore_errors=True)
             newest = get_last_checkpoint(str(checkpoints))
             rest = f"{newest} is intact: the same command continues from there" if newest else "there is none before it"
-            raise StageError(
+            raise SharedError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; {rest}"
             )
         if distributed.is_main():
             name = f"checkpoint-{self.state.global_step}"
             shutil.rmtree(checkpoints / name, ignore_errors=True)
             os.rename(saving / name, checkpoints / name)
+            sync(checkpoints)  # the name is on the disk before an older checkpoint goes
             rotate_checkpoints(output_dir=str(checkpoints), save_total_limit=self.args.save_total_limit)
         distributed.barrier()
 
@@ -242,6 +277,25 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system said; torch.save hides a full disk behind a failed write of its archive."""
+    """What the operating system said; writers of archives and tensors hide a full disk behind words of their own."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text if isinstance(error, OSError) else f"{text} (is the disk full?)"
+    writing = isinstance(error, SafetensorError) or any(word in text.lower() for word in ("write", "enforce fail"))
+    return f"{text} (is the disk full?)" if writing and not isinstance(error, OSError) else text
+
+
+def demand_files(checkpoint: Path, strategy: str | None) -> None:
+    """Raises UserError if a checkpoint lacks what a training under a strategy goes on from.
+
+    The Trainer would do without, with an optimizer and a schedule that start anew.
+    """
+    of_deepspeed = any(checkpoint.glob("global_step*"))
+    wanted = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
+    missing = [name for name in [*wanted, "trainer_state.json"] if not (checkpoint / name).is_file()]
+    if not missing and (strategy != "zero3" or of_deepspeed):
+        return
+    other = "launch.strategy=zero3" if of_deepspeed else "ddp or fsdp"
+    reason = f": it was written under {other}" if of_deepspeed != (strategy == "zero3") else ""
+    raise UserError(
+        f"{checkpoint} lacks {', '.join(missing) or 'global_step*'}, which training under {strategy or 'one process'} "
+        f"continues from{reason}; continue as it was begun, remove this checkpoint, or start again (--no-resume)"
+    )

@@ -49,6 +49,12 @@ def test_instruction_columns_become_prompt_and_response(tmp_path: Path) -> None:
     assert data.load_text(str(path), "train", KEY).documents == [formatted(row) for row in rows]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8-sig")
+    assert data.read_rows(path, "train.data.dataset") == [{"instruction": "a", "output": "b"}]
+
+
 def test_json_lines_end_at_newlines_alone(tmp_path: Path) -> None:
     rows = [{"text": "one\u2028line"}, {"text": "next\x85line"}]  # both are line ends to str.splitlines
     path = write_lines(tmp_path / "mine.jsonl", rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,14 @@ import torch
 from conftest import cut_after
 from safetensors.torch import load_file
 
+from sppctl import console
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
+from sppctl.lm import checkpoint
+from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
 from sppctl.stages import prune, train
+from sppctl.stages.trainer import SparseTrainer, demand_files
 from sppctl.stages.watch import FiniteLoss
 
 
@@ -64,6 +69,7 @@ def test_figures_go_to_tensorboard_and_perplexity_to_the_record(
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([e["loss"] for e in logged])
     assert all(event.value > 0 for event in events.Scalars("train/grad_norm"))
     measured = [entry for entry in history if "perplexity" in entry]
+    assert [event.step for event in events.Scalars("train/perplexity")] == [2, 4]
     assert [entry["step"] for entry in measured] == [2, 4]
     assert measured[1]["perplexity"] < measured[0]["perplexity"]
 
@@ -99,6 +105,129 @@ def test_a_resumed_training_ends_with_the_same_adapter(
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, cut[name]), name
+
+
+def test_the_mean_loss_and_the_time_count_all_attempts(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = configure("train.epochs=2", "train.save_steps=3", "train.log_steps=4")
+    every = trained(configure("train.epochs=2", "train.log_steps=1"), pruned, tmp_path / "every")
+    with cut_after(8):
+        trained(config, pruned, tmp_path / "cut")
+    state = json.loads((tmp_path / "cut/checkpoints/checkpoint-6/trainer_state.json").read_text())
+    metrics = trained(config, pruned, tmp_path / "cut")
+    assert metrics["train_loss"] == pytest.approx(every["train_loss"], rel=1e-6)
+    assert [entry["step"] for entry in metrics["history"] if "loss" in entry] == [1, 3, 4, 6, 8, 9, 10]
+    before = max(entry["seconds"] for entry in state["log_history"])
+    assert metrics["seconds"] > before > 0
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"])
+
+
+def test_a_checkpoint_that_lacks_the_optimizer_is_not_continued_with_a_new_one(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config, out = configure("train.epochs=2", "train.save_steps=3"), tmp_path / "cut"
+    with cut_after(5):
+        trained(config, pruned, out)
+    saved = out / "checkpoints" / "checkpoint-3"
+    (saved / "scheduler.pt").rename(saved / "away")
+    with pytest.raises(UserError, match=r"checkpoint-3 lacks scheduler\.pt, .* under one process continues"):
+        trained(config, pruned, out)
+    (saved / "away").rename(saved / "scheduler.pt")
+    with pytest.raises(UserError, match=r"checkpoint-3 lacks latest, which training under zero3 continues from"):
+        demand_files(saved, "zero3")
+    (saved / "optimizer.pt").unlink()
+    (saved / "global_step3").mkdir()
+    with pytest.raises(UserError, match=r"under ddp continues from: it was written under launch\.strategy=zero3"):
+        demand_files(saved, "ddp")
+
+
+@pytest.mark.parametrize("step", [3, 5], ids=["a step that is saved", "the last step"])
+def test_a_gradient_that_is_not_finite_stops_it(
+    step: int,
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = SparseTrainer.training_step
+
+    def overflow(self: SparseTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, model, *args, **kwargs)
+        if self.state.global_step == step - 1:
+            next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(SparseTrainer, "training_step", overflow)
+    with pytest.raises(StageError, match=rf"norm of the gradient is inf at step {step}, of training examples \d+, "):
+        trained(configure("train.save_steps=3"), pruned, tmp_path / "adapter")
+    assert not list(tmp_path.glob("adapter/checkpoints/checkpoint-3")) or step == 5
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"), [("loss", "validation loss is nan at step 5"), ("adapter", "adapter is not finite after")]
+)
+def test_nothing_that_is_not_finite_is_published(
+    broken: str,
+    words: str,
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate = SparseTrainer.evaluate
+
+    def spoil(self: SparseTrainer) -> Any:
+        if broken == "adapter":
+            found = evaluate(self)
+        next(p for p in self.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return found if broken == "adapter" else evaluate(self)
+
+    monkeypatch.setattr(SparseTrainer, "evaluate", spoil)
+    with pytest.raises(StageError, match=words):
+        trained(configure(), pruned, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_time_left_does_not_count_what_was_done_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 20.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    with console.Progress("training", 100, start=80) as bar:
+        bar.advance(steps=10)
+    assert "training: 90/100, 20 s, 20 s left" in capsys.readouterr().err
+
+
+def test_a_single_process_uses_one_gpu_however_many_it_sees(
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    original = train.TrainingArguments
+
+    def of_four_gpus(**given: Any) -> Any:
+        arguments = original(**given)
+        assert arguments.device.type == "cpu"
+        arguments._n_gpu = 4
+        made.append(arguments)
+        return arguments
+
+    monkeypatch.setattr(train, "TrainingArguments", of_four_gpus)
+    metrics = trained(configure("train.max_steps=1"), pruned, tmp_path / "adapter")
+    assert metrics["steps"] == 1
+    assert made[0].n_gpu == 1
+    assert made[0].train_batch_size == made[0].per_device_train_batch_size
+
+
+def test_another_gpu_than_the_first_is_refused_with_the_fix(configure: Callable[..., Config], llama: Path) -> None:
+    config = configure("model.device=cuda:1")
+    with pytest.raises(UserError, match=r"not on cuda:1; call CUDA_VISIBLE_DEVICES=1 sppctl \.\.\. model\.device=cuda"):
+        train.preflight(config, Skeleton(checkpoint.load_config(llama)), checkpoint.load_tokenizer(llama))
 
 
 def test_no_resume_starts_again(

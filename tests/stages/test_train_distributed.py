@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import sppctl
-from sppctl import launch, pipeline
+from sppctl import cli, distributed, launch, pipeline
 from sppctl.config import load_config
-from sppctl.errors import UserError
+from sppctl.errors import SharedError, UserError
 from sppctl.run_directory import Run
 
 # responses and prompts of many lengths: no two micro-batches hold the same number of tokens
@@ -336,6 +336,63 @@ def test_zero3_needs_deepspeed(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch.start(["config", "nosuch.yaml"], 2) == 2
     assert capfd.readouterr().err.count("nosuch.yaml") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("no memory\nnor disk"), "error: process 1: no memory\nerror: process 1: nor disk\n"),
+        (SharedError("the loss is nan"), ""),
+    ],
+)
+def test_what_one_process_alone_has_met_it_says(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "is_connected", lambda: True)
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == said
+
+
+ENDS = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+for part in sys.argv[1].split(";"):
+    which, seconds, code, words = part.split(",")
+    if int(which) == rank:
+        time.sleep(float(seconds))
+        if words:
+            print("error:", words, file=sys.stderr)
+        os.kill(os.getpid(), -int(code)) if int(code) < 0 else os._exit(int(code))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [
+        ("0,0,1,Connection closed by peer;1,0,2,process 1: no memory", 2, "process 1: no memory"),
+        ("0,0,1,;1,0.3,1,process 1: half a shard", 1, "process 1: half a shard"),
+        ("0,0.3,1,broken loss;1,0,1,process 1: Connection reset by peer", 1, "broken loss"),
+        ("0,0.3,1,Connection closed by peer;1,0,-9,", 137, "process 1 of 2 was ended by SIGKILL"),
+        ("0,0,-10,;1,0,-10,", 143, ""),
+    ],
+)
+def test_the_process_that_knows_why_tells_it(
+    ends: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:3] = []\n{ENDS}")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert launch.start([ends], 2) == code
+    said = capfd.readouterr().err
+    assert words in said
+    assert "reset by peer" not in said
 
 
 def test_several_machines_need_a_launcher(work: Path) -> None:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sppctl.stages import train  # noqa: F401  (what is imported here, no forked process has to import)
+
 # each ends the process as kill -9 does, at the named point of a training of 10 steps with a checkpoint every 3
 DEATHS = {
     "before the first checkpoint": """
@@ -211,6 +213,100 @@ trainer.SparseTrainer.training_step = step
     assert done.returncode == 0, done.stderr
     assert "checkpoint-5\n" in done.stderr
     assert_same_adapter(prepared, tmp_path / "run" / "adapter")
+
+
+CUT = """
+def then_die(self, args, state, control, **kwargs):
+    if state.global_step == 5:
+        die()
+watch.Watch.on_step_end = then_die
+"""  # a checkpoint of step 3 is left
+
+
+def test_an_attempt_at_something_else_is_not_thrown_away(training: list[str], tmp_path: Path) -> None:
+    partial = tmp_path / "run" / ".adapter.partial"
+    assert sppctl(training, CUT).returncode == -signal.SIGKILL
+    before = set(partial.rglob("*"))
+    for more in (["train.lr=1e-3"], ["train.lr=1e-3", "--force"]):
+        refused = sppctl([*training, *more])
+        assert refused.returncode == 2
+        assert (
+            f"error: {partial} holds the unfinished work of an attempt with train.lr = 0.01, now 0.001; its own "
+            "settings continue it, another run.dir keeps it, sppctl train --no-resume discards it" in refused.stderr
+        )
+    record = tmp_path / "run" / "pruned" / "stage.json"
+    whole = record.read_text()
+    record.write_text(json.dumps(json.loads(whole) | {"output": "others"}))
+    refused = sppctl(training)
+    assert refused.returncode == 2
+    assert "attempt with other pruned content" in refused.stderr
+    record.write_text(whole)
+    assert set(partial.rglob("*")) == before
+    other = sppctl([*training, "train.lr=1e-3", "--no-resume"])
+    assert other.returncode == 0, other.stderr
+    assert "resuming" not in other.stderr
+
+
+@pytest.mark.parametrize("again", [[], ["--force"]], ids=["without force", "with force"])
+def test_a_forced_training_continues_before_it_replaces_what_is_published(
+    again: list[str], prepared: list[str], training: list[str], tmp_path: Path
+) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    shutil.copytree(Path(prepared[0]).parent / "whole", adapter)
+    record = json.loads((adapter / "stage.json").read_text())
+    record["settings"]["train"]["lr"], record["fingerprint"] = 1.0, "another"
+    (adapter / "stage.json").write_text(json.dumps(record))
+    assert "--force redoes it" in sppctl(training).stderr
+    assert sppctl([*training, "--force"], CUT).returncode == -signal.SIGKILL
+    done = sppctl([*training, *again])
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-3\n" in done.stderr
+    assert_same_adapter(prepared, adapter)
+    if again:
+        assert "training: 10/10" in sppctl([*training, "--force"]).stderr, "a finished stage is redone"
+
+
+@pytest.mark.parametrize("note", ["", "null"], ids=["empty", "something else"])
+def test_what_nobody_can_tell_the_settings_of_is_kept_if_it_holds_work(
+    note: str, training: list[str], tmp_path: Path
+) -> None:
+    partial = tmp_path / "run" / ".adapter.partial"
+    checkpoint = partial / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (partial / "attempt.json").write_text(note)
+    refused = sppctl(training)
+    assert refused.returncode == 2
+    assert "nobody can tell the settings of (attempt.json is damaged)" in refused.stderr
+    checkpoint.rmdir()
+    done = sppctl(training)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_record_is_named_and_force_redoes_the_stage(text: str, training: list[str], tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir()
+    (adapter / "stage.json").write_text(text)
+    refused = sppctl(training)
+    assert refused.returncode == 2
+    assert f"error: {adapter}/stage.json is damaged" in refused.stderr
+    assert "sppctl train --force redoes the stage" in refused.stderr
+    done = sppctl([*training, "--force"])
+    assert done.returncode == 0, done.stderr
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "train._load = lambda *_: die(signal.SIGUSR1)",
+        "trainer.SparseTrainer.evaluate = lambda self: die(signal.SIGUSR1)",
+        "cli.load_config = lambda *_: die(signal.SIGUSR1)",
+    ],
+    ids=["loading", "final validation", "start"],
+)
+def test_a_signal_outside_the_steps_is_no_failure(patch: str, training: list[str]) -> None:
+    assert sppctl(training, patch).returncode == 143
 
 
 def test_a_signal_from_outside_reaches_the_training(prepared: list[str], training: list[str], tmp_path: Path) -> None:

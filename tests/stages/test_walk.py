@@ -673,6 +673,30 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert records[0] == records[1]
 
 
+def test_finished_blocks_are_not_thrown_away(
+    config_file: Path,
+    deep: Path,
+    tmp_path: Path,
+    run_prune: Callable[[list[str]], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = [str(config_file), f"model.path={deep}", f"run.dir={tmp_path / 'run'}", "prune.method=wanda"]
+    append = walk.Journal.append
+
+    def then_stop(self: walk.Journal, entry: dict[str, Any]) -> None:
+        append(self, entry)
+        raise OSError("the machine goes down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk.Journal, "append", then_stop)
+        with pytest.raises(pytest.fail.Exception, match="the machine goes down"):
+            run_prune(arguments)
+    with pytest.raises(pytest.fail.Exception, match=r"attempt with prune\.pattern = .*, now 4:8; .*prune --force"):
+        run_prune([*arguments, "prune.pattern=4:8"])
+    assert "prune: 1 of 4 blocks are done" in run_prune([*arguments, "--force"])
+    assert "done" not in run_prune(arguments)
+
+
 def interrupted(config: Config, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, blocks: int = 2) -> None:
     """Leaves ``out`` as an attempt that ended after some blocks."""
     append = walk.Journal.append

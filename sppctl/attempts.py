@@ -1,0 +1,86 @@
+"""Unfinished stages: what they are attempts at, what work they hold, and what that means for the next command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sppctl.config import flatten
+from sppctl.errors import UserError
+
+NOTE = "attempt.json"  # in an unfinished stage: what it is an attempt at
+JOURNAL = "journal.jsonl"  # of pruning: a line for each finished block
+DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
+
+
+def read(partial: Path) -> dict[str, Any] | None:
+    """Settings and inputs of the attempt in a directory; empty if that cannot be told, None if there is no attempt."""
+    if not partial.is_dir():
+        return None
+    try:
+        found = json.loads((partial / NOTE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.keys() == {"settings", "inputs"} else {}
+
+
+def write(partial: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Notes what an attempt is made from."""
+    write_json(partial / NOTE, {"settings": settings, "inputs": inputs})
+
+
+def holds_work(partial: Path) -> bool:
+    """Whether an attempt has anything that another start would have to do again: a checkpoint, a finished block."""
+    journal = partial / JOURNAL
+    return any(partial.glob("checkpoints/checkpoint-*")) or (journal.is_file() and b"\n" in journal.read_bytes())
+
+
+def check(partial: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Any] | None) -> None:
+    """Raises UserError if the attempt in a directory holds work that these settings and inputs cannot continue.
+
+    Args:
+        partial: the directory.
+        stage: prune, train or merge.
+        settings: the configuration that the stage depends on.
+        inputs: fingerprints of what it reads; None: not known yet.
+    """
+    attempt = read(partial)
+    if attempt is None or not holds_work(partial):
+        return
+    if not attempt:
+        said = f"that nobody can tell the settings of ({NOTE} is damaged)"
+    elif attempt["settings"] != settings or inputs not in (None, attempt["inputs"]):
+        said = f"with {differences(attempt, settings, attempt['inputs'] if inputs is None else inputs)}"
+    else:
+        return
+    raise UserError(
+        f"{partial} holds the unfinished work of an attempt {said}; its own settings continue it, another run.dir "
+        f"keeps it, {DISCARDING[stage]} discards it"
+    )
+
+
+def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, Any]) -> str:
+    """The keys in which a record differs from what is wanted now, with both values."""
+    old, new = flatten(before["settings"]), flatten(settings)
+    changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    changed += [
+        f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
+    ]
+    return "; ".join(changed) or "an older version of sppctl"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole or absent, and on the disk before this returns."""
+    aside = path.with_name(f".{path.name}.new")
+    with aside.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
