@@ -89,7 +89,14 @@ def prune(run: Run) -> dict[str, Any]:
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
     if run.config.prune.mask_from is not None:
         inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
-    return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out), resumable=True)
+    return run.perform(
+        "prune",
+        settings,
+        inputs,
+        lambda out: stage.execute(run.config, base, out),
+        resumable=True,
+        notes=stage.NOTES,
+    )
 
 
 def train(run: Run) -> dict[str, Any]:

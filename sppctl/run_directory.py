@@ -150,7 +150,9 @@ class Run:
         path.mkdir(parents=True)
         return path
 
-    def _publish(self, name: str, partial: Path, record: dict[str, Any], scratch: str | None = None) -> None:
+    def _publish(
+        self, name: str, partial: Path, record: dict[str, Any], scratch: str | None = None, notes: tuple[str, ...] = ()
+    ) -> None:
         attempts.write_json(partial / RECORD, record)
         target, old = self.directory / name, self.directory / f".{name}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -159,7 +161,8 @@ class Run:
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         # needed for as long as the result was not published
-        (target / attempts.NOTE).unlink(missing_ok=True)
+        for note in (attempts.NOTE, *notes):
+            (target / note).unlink(missing_ok=True)
         if scratch is not None:
             shutil.rmtree(target / scratch, ignore_errors=True)
 
@@ -172,6 +175,7 @@ class Run:
         *,
         resumable: bool = False,
         scratch: str | None = None,
+        notes: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Does a stage unless it is up to date, and publishes it.
 
@@ -182,6 +186,7 @@ class Run:
             work: fills a directory and returns metrics.
             resumable: what an interrupted attempt left behind is handed to ``work`` again.
             scratch: folder in the directory that ``work`` can continue from; it goes when the stage is published.
+            notes: files in it that say how far ``work`` has come; they go then, too.
 
         Returns:
             The content of stage.json.
@@ -232,7 +237,7 @@ class Run:
                 from sppctl.lm import checkpoint
 
                 record["output"] = checkpoint.fingerprint(partial)
-            self._publish(name, partial, record, scratch)
+            self._publish(name, partial, record, scratch, notes)
         distributed.barrier()
         console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
         return record

@@ -24,6 +24,7 @@ from sppctl.stages.walk import Journal, dense_pass, prune_blocks
 
 # what an unfinished attempt leaves in its directory for the next one; gone when the stage is published
 JOURNAL, COPIED, ALLOCATION, ACTIVATIONS = "journal.jsonl", "copied", "allocation.json", "activations.bin"
+NOTES = (JOURNAL, COPIED, ALLOCATION)
 
 
 def needs_inputs(prune: PruneConfig) -> bool:
@@ -94,8 +95,8 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
                 error = layer["relative_output_error"]
                 bar.advance(layer["name"] if error is None else f"{layer['name']} error {error:.3f}")
     if distributed.is_main():
-        for path in [*(out / name for name in (JOURNAL, COPIED, ALLOCATION)), *out.glob(f"{ACTIVATIONS}.*")]:
-            path.unlink(missing_ok=True)
+        for path in out.glob(f"{ACTIVATIONS}.*"):
+            path.unlink()
     return metrics | _summary(prune, blocks, activations)
 
 

@@ -591,7 +591,8 @@ def then_die(*_):
 prune._summary = then_die
 """,
 }
-DONE = {"write of block 2": 2, "block 0 done": 1, "block 2 done": 3, "all blocks done": 4}  # the others: none
+# the others: none
+DONE = {"write of block 2": 2, "block 0 done": 1, "block 2 done": 3, "all blocks done": 4, "before publication": 4}
 START = """
 import os, signal, sys
 from sppctl import cli, pruning
