@@ -75,9 +75,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first, so that no worker is left alone with them at the end."""
+    """The real model, then files with the most slow tests: no worker is left alone with them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (item.path.name != "test_real_model.py", -slow[item.path]))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -107,6 +107,7 @@ def sppctl(arguments: list[str], patch: str = "") -> Ended:
         child = os.fork()
         if child == 0:
             code = 70
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads, if there were any, are not forked
             try:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
