@@ -93,7 +93,7 @@ def prune(run: Run) -> dict[str, Any]:
         "prune",
         settings,
         inputs,
-        lambda out: stage.execute(run.config, base, out),
+        lambda out: stage.execute(run.config, base, out, keep_notes=True),
         resumable=True,
         notes=stage.NOTES,
     )

@@ -30,11 +30,8 @@ class Skeleton:
         """Builds the model of a transformers configuration on the meta device.
 
         Raises:
-            UserError: it is no causal language model, is quantised, or has no list of decoder blocks.
+            UserError: it is no causal language model, or has no list of decoder blocks.
         """
-        if quantised := getattr(config, "quantization_config", None):
-            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-            raise UserError(f"model.path: quantised weights ({kind}) cannot be pruned; use the original checkpoint")
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 

@@ -55,8 +55,14 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     return patterns
 
 
-def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
+def execute(config: Config, base: Path, out: Path, *, keep_notes: bool = False) -> dict[str, Any]:
     """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
+
+    Args:
+        config: the configuration.
+        base: the dense checkpoint, only read.
+        out: directory for the pruned one.
+        keep_notes: the files ``NOTES`` stay, by which the next call would find that all is done.
 
     Returns:
         Metrics: total sparsity, number of matrices, calibration, one record per layer.
@@ -95,8 +101,8 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
                 error = layer["relative_output_error"]
                 bar.advance(layer["name"] if error is None else f"{layer['name']} error {error:.3f}")
     if distributed.is_main():
-        for path in out.glob(f"{ACTIVATIONS}.*"):
-            path.unlink()
+        for path in [*out.glob(f"{ACTIVATIONS}.*"), *(out / name for name in NOTES if not keep_notes)]:
+            path.unlink(missing_ok=True)
     return metrics | _summary(prune, blocks, activations)
 
 

@@ -428,13 +428,6 @@ def test_single_bytes_are_refused(llama: Path, tmp_path: Path) -> None:
         BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
 
 
-def test_a_quantised_model_is_refused_by_its_configuration(llama: Path) -> None:
-    config = load_config(llama)
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(UserError, match=r"model\.path: quantised weights \(gptq\) cannot be pruned"):
-        Skeleton(config)
-
-
 def test_a_model_that_generates_no_text_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.path: no causal language model can be built from its config"):
         Skeleton(T5Config(d_model=32, num_layers=2, num_heads=4, vocab_size=VOCAB))

@@ -150,7 +150,7 @@ def test_a_checkpoint_of_other_names_or_shapes(configure: Callable[..., Config],
     other_tensors(shapes, lambda tensors: tensors.update({key: tensors[key][:40].clone()}))
     for method in ("magnitude", "wanda"):
         (problem,) = problems(configure(f"prune.method={method}", f"model.path={names}"))
-        assert problem == f"{names} holds no tensor {key}, which its config.json implies; wrong files?"
+        assert problem.startswith(f"{names} holds no tensor {key}, which its config.json implies: ")
         (problem,) = problems(configure(f"prune.method={method}", f"model.path={shapes}"))
         assert f"{key} has shape (40, 32), the model's is (48, 32)" in problem
 

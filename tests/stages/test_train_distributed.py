@@ -185,6 +185,7 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
     teacher = AutoModelForCausalLM.from_pretrained(work / dtype)
     teacher.get_output_embeddings().weight.data.mul_(20)  # a random model alone predicts nothing
     teacher.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
     distilled = (f"train.distill.teacher={tmp_path / 'teacher'}", "train.distill.weight=0.7")
     options = (*distilled, f"train.data.packing={packing}")
     one = tmp_path / "one"
