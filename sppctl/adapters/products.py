@@ -14,7 +14,7 @@ def moment_of(grad_output: Tensor, inputs: Tensor) -> Tensor:
     oneDNN's kernel for AMX takes 2.6 times as long for a left side that is transposed as for one that lies in order;
     putting it in order costs a fifth of what that saves.
     """
-    if grad_output.dtype == torch.bfloat16 and grad_output.device.type == "cpu" and _has_amx():
+    if grad_output.dtype == torch.bfloat16 and grad_output.device.type == "cpu" and has_amx():
         return _transposed(grad_output) @ inputs
     return grad_output.t() @ inputs
 
@@ -27,6 +27,7 @@ def _transposed(matrix: Tensor) -> Tensor:
     return result
 
 
-def _has_amx() -> bool:
+def has_amx() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in tiles."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())

@@ -12,7 +12,7 @@ from sppctl.adapters import products
 @pytest.mark.parametrize("tokens", [1, 63, 64, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_literal_sum(dtype: torch.dtype, tokens: int, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_has_amx", lambda: amx)
+    monkeypatch.setattr(products, "has_amx", lambda: amx)
     generator = torch.Generator().manual_seed(tokens)
     whole = torch.randint(-4, 5, (tokens, 12), generator=generator).to(dtype)  # sums are exact
     inputs = torch.randint(-4, 5, (tokens, 7), generator=generator).to(dtype)

@@ -29,9 +29,10 @@ from torch import Tensor
 from sppctl.adapters.dropout import dropped_places, zeroed
 from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
-from sppctl.adapters.products import moment_of
+from sppctl.adapters.products import has_amx, moment_of
 
-CPU_CHUNK = 1 << 16  # elements: 256 KiB of float32; smaller pieces cost calls, larger ones leave a core's cache
+# elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache. With AMX a quarter of that was best
+CPU_CHUNK = 1 << (16 if has_amx() else 18)
 GPU_CHUNK = 1 << 24
 
 
