@@ -31,7 +31,7 @@ from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
 from sppctl.adapters.products import has_amx, moment_of
 
-# elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache. With AMX a quarter of that was best
+# elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache. With AMX a quarter was best
 CPU_CHUNK = 1 << (16 if has_amx() else 18)
 GPU_CHUNK = 1 << 24
 
