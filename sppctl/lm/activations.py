@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ from sppctl import distributed
 from sppctl.errors import StageError
 from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import BlockStack
+from sppctl.lm.safe_files import reserve
 
 CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
 GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each
@@ -123,11 +123,8 @@ def _place(stack: BlockStack, needed: int, memory: str) -> str:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Takes the file's blocks at once: a write into a mapped file on a full disk would end the process."""
     try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
+        reserve(path, size)
     except OSError as error:
         raise StageError(
             f"prune.memory: no room for the hidden states, {size / 2**20:.0f} MiB, in {path} ({error.strerror}); "

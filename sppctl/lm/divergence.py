@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from sppctl import distributed
 from sppctl.errors import StageError, UserError
 from sppctl.lm.perplexity import head_is_last_step, head_logits
+from sppctl.lm.safe_files import reserve
 
 
 class Reference:
@@ -64,21 +64,18 @@ class Reference:
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Takes the room on the disk at once: writing to a mapped file on a full one ends the process by a signal."""
     problem = None
-    with file.open("wb") as opened:
-        try:
-            if size:
-                os.posix_fallocate(opened.fileno(), 0, size)
-        except OSError as error:
-            free = shutil.disk_usage(file.parent).free
-            problem = (
-                f"the hidden states of the dense model take {size:,} bytes in {file.parent}, where {free:,} are free "
-                f"({error.strerror}); free some, or set eval.divergence to null"
-            )
+    try:
+        reserve(file, size)
+    except OSError as error:
+        free = shutil.disk_usage(file.parent).free
+        problem = (
+            f"the hidden states of the dense model take {size:,} bytes in {file.parent}, where {free:,} are free "
+            f"({error.strerror}); free some, or set eval.divergence to null"
+        )
     problem = distributed.first(problem)  # all processes end together
     if problem is not None:
-        file.unlink()
+        file.unlink(missing_ok=True)
         raise StageError(problem)
 
 

@@ -60,6 +60,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def reserve(path: Path, size: int) -> None:
+    """Makes a file and takes its room at once: a write into a mapped file on a full disk would end the process.
+
+    Raises:
+        OSError: there is no room for ``size`` bytes.
+    """
+    with path.open("wb") as file:
+        if size and hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a safetensors file: dtype, shape, and where its bytes lie (counted from the file's start)."""

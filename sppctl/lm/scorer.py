@@ -101,7 +101,7 @@ class Scorer(HFLM):
                 self.truncated.add(texts[0])
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
         for batch in self._own(self._batches(requests), "batches of requests"):
-            found = self._score([requests[index] for index in batch])
+            found = _halved(self._score, [requests[index] for index in batch])
             scores[batch] = torch.tensor(found, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
         distributed.add_up(shared)
@@ -131,14 +131,7 @@ class Scorer(HFLM):
         return batches
 
     def _score(self, batch: list[Request]) -> list[tuple[float, bool]]:
-        try:
-            return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        return self._score(batch[:half]) + self._score(batch[half:])
+        return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -163,17 +156,22 @@ class Scorer(HFLM):
         for batch in self._own(batches, "batches of texts"):
             # what is drawn depends on the batch, not on how many processes there are and what they drew before
             torch.manual_seed(self.seed + batch[0])
-            texts |= dict(zip(batch, self._generate([requests[index] for index in batch]), strict=True))
+            texts |= dict(zip(batch, _halved(self._generate, [requests[index] for index in batch]), strict=True))
         for other in distributed.collect(texts):
             texts |= other
         return [texts[index] for index in range(len(requests))]
 
     def _generate(self, batch: list[Any]) -> list[str]:
-        try:
-            return super().generate_until(batch, disable_tqdm=True)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        return self._generate(batch[:half]) + self._generate(batch[half:])
+        return super().generate_until(batch, disable_tqdm=True)
+
+
+def _halved(compute: Callable[[list[Any]], list[Any]], batch: list[Any]) -> list[Any]:
+    """What is computed of a batch, in halves where the whole does not fit on the GPU."""
+    try:
+        return compute(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return _halved(compute, batch[:half]) + _halved(compute, batch[half:])

@@ -206,7 +206,7 @@ def test_a_full_disk_is_said_before_anything_is_written_to_it(
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StageError, match=r"prune\.memory: no room .* 0 MiB, in .*/hidden \(No space left on device\)"):
         Activations(stack, windows(), 2, "disk", tmp_path / "hidden")
 
