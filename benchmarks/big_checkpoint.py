@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=13824)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--heads", type=int, default=40)
+    parser.add_argument("--device", default="cpu", help="that draws the numbers")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True)
     config = LlamaConfig(
@@ -42,10 +43,14 @@ def main() -> None:
     byte_tokenizer().save_pretrained(arguments.directory)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    write(arguments.directory, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    write(
+        arguments.directory,
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        arguments.device,
+    )
 
 
-def write(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write(directory: Path, shapes: dict[str, tuple[int, ...]], device: str) -> None:
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = 0
     for name, shape in shapes.items():
@@ -55,15 +60,16 @@ def write(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             size = 0
         shards[-1][name] = (torch.bfloat16, shape)
         size += count
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     weight_map = {}
     for number, layout in enumerate(shards, 1):
         path = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = TensorFile.create(path, layout, {"format": "pt"})
         for name, (_, shape) in layout.items():
             deviation = shape[-1] ** -0.5 if len(shape) == 2 else 0.0
-            values = torch.empty(shape, dtype=torch.bfloat16)
-            file.write(name, values.normal_(0, deviation, generator=generator) if deviation else values.fill_(1))
+            values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            values = values.normal_(0, deviation, generator=generator) if deviation else values.fill_(1)
+            file.write(name, values.cpu())
             weight_map[name] = path.name
         print(path, flush=True)
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

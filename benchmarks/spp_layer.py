@@ -3,10 +3,11 @@
     python benchmarks/spp_layer.py [--device auto --tokens 2048 --rank 16 --rounds 7 --dtypes bfloat16,float32]
 
 The frozen layer computes y and dx: two matrix products. The baselines are written plainly and left to autograd, with
-alpha and beta in the dtype of W, which is kind to them: SPP keeps both in float32.
+what they train in the dtype of W, which is kind to them: SPP keeps alpha and beta in float32.
 
     residual:    y = x W^T + s dropout(x) (W * repeat(alpha) * beta)^T                    (Eq. 5)
     row blocks:  y = x W^T + s [((dropout(x) * alpha_k) W_k^T) * beta_k for each k]       (Eq. 7)
+    LoRA:        y = x W^T + s dropout(x) A^T B^T, r = 8
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from sppctl.adapters.spp.kernel import spp_linear
 from sppctl.lm.checkpoint import pick_device
 
 SHAPES = "576x1536,1536x576,2048x2048,2048x5632"
-SCALE, DROPOUT = 2.0, 0.05
+SCALE, DROPOUT, LORA_RANK = 2.0, 0.05, 8
 
 
 @dataclass(frozen=True)
 class Layer:
-    """x (tokens, in), W (out, in), alpha (r, in), beta (out, 1), and the gradient of y (tokens, out)."""
+    """x (tokens, in), W (out, in), alpha (r, in), beta (out, 1), A (8, in), B (out, 8), dy (tokens, out)."""
 
     x: Tensor
     weight: Tensor
     alpha: Tensor
     beta: Tensor
+    down: Tensor
+    up: Tensor
     upstream: Tensor
 
     @classmethod
@@ -49,6 +52,8 @@ class Layer:
             weight.to(dtype),
             (torch.rand(options.rank, in_features, device=device) / in_features**0.5).requires_grad_(),
             torch.randn(out_features, 1, device=device).mul_(0.01).requires_grad_(),
+            (torch.randn(LORA_RANK, in_features, device=device) / in_features**0.5).to(dtype).requires_grad_(),
+            torch.randn(out_features, LORA_RANK, device=device).mul_(0.01).to(dtype).requires_grad_(),
             torch.randn(options.tokens, out_features, device=device).to(dtype),
         )
 
@@ -81,20 +86,33 @@ def row_blocks(layer: Layer, dropout: float) -> Tensor:
     return F.linear(x, weight) + SCALE * torch.cat(parts, 1)
 
 
+def lora(layer: Layer, dropout: float) -> Tensor:
+    low = F.linear(F.dropout(layer.x, dropout), layer.down)
+    return F.linear(layer.x, layer.weight) + SCALE * F.linear(low, layer.up)
+
+
+def trained(form: Form, layer: Layer) -> tuple[Tensor, ...]:
+    if form is lora:
+        return layer.down, layer.up
+    return () if form is frozen else (layer.alpha, layer.beta)
+
+
 FORMS: dict[str, tuple[Form, float]] = {
     "frozen": (frozen, 0.0),
     "SPP": (spp, 0.0),
     "residual": (residual, 0.0),
     "row blocks": (row_blocks, 0.0),
+    "LoRA": (lora, 0.0),
     "SPP, dropout": (spp, DROPOUT),
     "residual, dropout": (residual, DROPOUT),
     "row blocks, dropout": (row_blocks, DROPOUT),
+    "LoRA, dropout": (lora, DROPOUT),
 }
 
 
 def seconds(form: Form, dropout: float, layer: Layer, clock: Callable[[], float]) -> float:
     """One forward + backward."""
-    wanted = (layer.x,) if form is frozen else (layer.x, layer.alpha, layer.beta)
+    wanted = (layer.x, *trained(form, layer))
     synchronize(layer)
     started = clock()
     torch.autograd.grad(form(layer, dropout), wanted, layer.upstream)
@@ -113,7 +131,7 @@ def saved_beyond_input(form: Form, dropout: float, layer: Layer) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         form(layer, dropout)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    for own in (layer.x, layer.weight, layer.alpha, layer.beta):
+    for own in (layer.x, layer.weight, *trained(form, layer)):
         storages.pop(own.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 

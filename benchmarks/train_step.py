@@ -4,8 +4,7 @@
 
 A step is forward, backward, AdamW and clearing the gradients, on random tokens. The frozen model is forward and
 backward with the gradient of the embeddings' output alone, so that backward runs through all blocks. All forms take
-turns in each round; the peak of each is measured in a process of its own: of the process on a CPU, of its tensors on a
-GPU.
+turns in each round; the peak of each is that of a process of its own on a CPU, and of its tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -105,9 +104,11 @@ def measure(options: argparse.Namespace) -> dict[Form, list[float]]:
     return spent
 
 
-def peak(options: argparse.Namespace) -> float:
-    """MiB at the peak of two steps of one form, in this process."""
-    form = FORMS[options.peak_of]
+def peak(form: Form, options: argparse.Namespace) -> float:
+    """MiB at the peak of two steps of one form: of this process, or since now on a GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     step = Step(form, options)
     for _ in range(2):
         step(form.checkpointing)
@@ -116,7 +117,9 @@ def peak(options: argparse.Namespace) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def peak_elsewhere(form: Form) -> float:
+def peak_alone(form: Form, options: argparse.Namespace) -> float:
+    if checkpoint.pick_device(options.device).type == "cuda":
+        return peak(form, options)
     command = [sys.executable, *sys.argv, "--peak-of", str(FORMS.index(form))]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -132,12 +135,12 @@ def main() -> None:
     add_clock(parser)
     options = parser.parse_args()
     if options.peak_of is not None:
-        print(peak(options))
+        print(peak(FORMS[options.peak_of], options))
         return
     tokens = options.batch * options.seq_len
     print(describe(checkpoint.pick_device(options.device)))
     print(f"{options.batch} x {options.seq_len} tokens a step, {name_of(options.clock)}, medians of {options.rounds}\n")
-    peaks = {form: peak_elsewhere(form) for form in FORMS}
+    peaks = {form: peak_alone(form, options) for form in FORMS}
     spent = measure(options)
     print("| step | dropout | checkpointing | s | / frozen | / LoRA | tokens/s | peak MiB |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")

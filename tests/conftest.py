@@ -17,6 +17,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which transformers does
+
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -278,7 +282,8 @@ def kept_for_backward(call: Callable[[], Tensor]) -> list[Tensor]:
     """Tensors that a computation keeps for its backward pass: those that autograd was told of, and those on a ctx."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        nodes = [call().grad_fn]
+        result = call()
+    nodes = [result.grad_fn]
     for node in nodes:
         kept += [value for value in getattr(node, "__dict__", {}).values() if isinstance(value, Tensor)]
         nodes += [after for after, _ in node.next_functions if after is not None]

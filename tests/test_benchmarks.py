@@ -73,7 +73,9 @@ def ratios(table: str, row: str) -> list[float]:
     """The numbers of the rows that start with ``row``."""
     lines = [line for line in table.splitlines() if line.startswith(f"| {row}")]
     assert lines, table
-    return [float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.?\d*", " ".join(lines).replace(row, ""))]
+    return [
+        float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", " ".join(lines).replace(row, ""))
+    ]
 
 
 def test_spp_layer(bench: Callable[..., str]) -> None:

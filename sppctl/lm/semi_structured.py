@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ class TwoWeights:
         weight = layer.weight
         converted: Any = to_sparse_semi_structured(weight.detach().contiguous())
         if not self.layers:  # some GPUs refuse only now
-            nn.functional.linear(weight.new_zeros(1, weight.shape[1]), converted)
+            nn.functional.linear(weight.new_zeros(8, weight.shape[1]), converted, layer.bias)
         self.layers.append(layer)
         self.dense.append(weight)
         self.sparse.append(nn.Parameter(converted, requires_grad=False))
@@ -86,6 +87,15 @@ class TwoWeights:
         """Puts the ``dense`` or the ``sparse`` weights into the model."""
         for layer, weight in zip(self.layers, getattr(self, kind), strict=True):
             layer.weight = weight
+            layer.__dict__.pop("forward", None)
+            if kind == "sparse":
+                layer.forward = functools.partial(_of_rows, layer)  # type: ignore[method-assign]
+
+
+def _of_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer on (..., in_features): the 2:4 formats of PyTorch multiply matrices only."""
+    rows = nn.functional.linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+    return rows.view(*x.shape[:-1], -1)
 
 
 def relative_difference(reference: Tensor, other: Tensor) -> float:

@@ -190,6 +190,13 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     weights, kernel = bench.two_weights(model)
     assert kernel == {"layers": 14, "not_2_4": 1, "shapes_not_taken": [], "reason": None}
+    linear = torch.nn.functional.linear
+
+    def matrices_only(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert x.dim() == 2 or all(weight is not sparse for sparse in weights.sparse)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", matrices_only)
     for row in bench.speed(model, weights, TINY):
         assert row["prefill_tokens_per_s"].keys() == {"dense", "sparse"}
         assert row["prefill_speedup"] > 0

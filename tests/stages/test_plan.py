@@ -292,7 +292,10 @@ def test_activations_of_stock_methods(config: Callable[[list[str]], Any], dtype:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_fits_in_a_hundred_columns(command: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command_says_what_fits_in_a_hundred_columns(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code, out, _ = command("llama7b", "launch.num_processes=8", "launch.strategy=fsdp")
     assert code == 0
     assert "19,578,880" in out
@@ -301,7 +304,7 @@ def test_the_command_says_what_fits_in_a_hundred_columns(command: Callable[..., 
     tables = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
     assert tables
     assert max(map(len, tables)) <= 100
-    assert not Path("runs").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gguf_file_is_planned_too(command: Callable[..., tuple[int, str, str]]) -> None:

@@ -15,6 +15,7 @@ pass the rounding unchanged. With P = (dy^T x) * W:
 With dropout the adapter branch is added into the product of the base, and its places are drawn again from a seed.
 Transients: one matrix of W's shape in the dtype of x, which in backward is dy^T x first and W_eff then, two float32
 buffers of a few rows, small enough for a CPU's cache, and on CPUs with AMX a copy of dy. W is never copied to float32.
+On a GPU the elementwise work is done by ``triton_kernels``, where they run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sppctl.adapters.dropout import dropped_places, zeroed
 from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
 from sppctl.adapters.products import has_amx, moment_of
+from sppctl.adapters.spp.fused import fused_for
 
 # elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache. With AMX a quarter was best
 CPU_CHUNK = 1 << (16 if has_amx() else 18)
@@ -72,8 +74,11 @@ def delta_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtyp
 def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype, base: bool) -> Tensor:
     """s W * alpha[g] * beta, with W added to it where ``base``."""
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    buffers = _Buffers(weight)
     scaled = beta.float() * scale
+    if fused := fused_for(weight):
+        fused.write(result, weight, alpha.float(), scaled, base)
+        return result
+    buffers = _Buffers(weight)
     for rows, alpha_rows in _pieces(weight, alpha):
         _write_rows(result[rows], buffers.values(weight[rows]), alpha_rows, scaled[rows], buffers.room(rows), base)
     return result
@@ -149,20 +154,30 @@ def _adapter_gradients(
         moment: dy^T x (m, n), x the branch's input; overwritten by what _rowwise returns.
         weight, alpha, beta, scale, base: as in _rowwise.
     """
+    scaled = beta.float() * scale
+    fused = fused_for(weight)
+    gradients = fused.gradients if fused else _eager_gradients
+    grad_alpha, grad_beta = gradients(moment, weight, alpha.float(), scaled, base)
+    return grad_alpha, grad_beta.mul_(scale)
+
+
+def _eager_gradients(
+    moment: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool
+) -> tuple[Tensor, Tensor]:
+    """As ``triton_kernels.gradients``, with PyTorch's operations on a few rows at a time."""
     grad_alpha = torch.zeros(alpha.shape, dtype=torch.float32, device=alpha.device)
-    grad_beta = torch.empty(beta.shape, dtype=torch.float32, device=beta.device)
+    grad_beta = torch.empty(scaled.shape, dtype=torch.float32, device=scaled.device)
     group = row_groups(weight.shape[0], alpha.shape[0], weight.device)
     buffers = _Buffers(weight)
-    scaled = beta.float() * scale
     for rows, alpha_rows in _pieces(weight, alpha):
         values, room = buffers.values(weight[rows]), buffers.room(rows)
         product = room.copy_(moment[rows]).mul_(values).view(alpha_rows.shape[0], -1, weight.shape[1])
         # a transposed row, not a column: MKL's batched product is ten times as fast with these strides
-        grad_beta[rows] = torch.bmm(product, alpha_rows.float().unsqueeze(1).mT).view(-1, 1)
+        grad_beta[rows] = torch.bmm(product, alpha_rows.unsqueeze(1).mT).view(-1, 1)
         served = torch.bmm(scaled[rows].view(product.shape[0], 1, -1), product).squeeze(1)
         grad_alpha.index_add_(0, group[rows][:: product.shape[1]], served)
         _write_rows(moment[rows], values, alpha_rows, scaled[rows], room, base)
-    return grad_alpha, grad_beta.mul_(scale)
+    return grad_alpha, grad_beta
 
 
 class _SppLinear(torch.autograd.Function):

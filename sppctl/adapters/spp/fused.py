@@ -1,0 +1,58 @@
+"""Whether a weight's device can use SPP's Triton kernels: they are tried there once, on a small matrix."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def fused_for(weight: Tensor) -> ModuleType | None:
+    """``triton_kernels``, if they can be used for this weight."""
+    return _fused_on(weight.device) if weight.is_cuda and weight.is_contiguous() else None
+
+
+@functools.cache
+def _fused_on(device: torch.device) -> ModuleType | None:
+    """The kernels, if they run on the device and are right there; else None, after a warning."""
+    try:
+        from sppctl.adapters.spp import triton_kernels
+
+        check(triton_kernels, device)
+    except Exception as error:  # no Triton, no C compiler for its launchers, a GPU it does not know, a wrong result
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(f"SPP trains without its fused GPU kernels, more slowly: {reason}", stacklevel=2)
+        return None
+    return triton_kernels
+
+
+def check(kernels: ModuleType, device: torch.device | str) -> None:
+    """Raises AssertionError if the kernels differ from float64 by more than roundings.
+
+    Args:
+        kernels: the module with ``write`` and ``gradients``.
+        device: where they run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((100, 272), (3, 272), (100, 1), (100, 272))
+    weight, alpha, scaled, moment = (torch.randn(shape, generator=generator) for shape in shapes)
+    group = torch.arange(len(weight)) * len(alpha) // len(weight)
+    for dtype, base in ((torch.float32, True), (torch.bfloat16, False)):
+        values, moments = weight.to(dtype), moment.to(dtype)
+        product, scales = moments.double() * values.double(), alpha.double()[group] * scaled.double()
+        result, written = moments.to(device), torch.empty_like(moments, device=device)
+        found = kernels.gradients(result, values.to(device), alpha.to(device), scaled.to(device), base)
+        kernels.write(written, values.to(device), alpha.to(device), scaled.to(device), base)
+        expected = values.double() * (scales + base)
+        sums = (
+            torch.zeros(alpha.shape, dtype=torch.float64).index_add_(0, group, product * scaled.double()),
+            (product * alpha.double()[group]).sum(1, keepdim=True),
+        )
+        for one, other in zip(found, sums, strict=True):
+            torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-4)
+        for one in (result, written):
+            # a unit in the last place: rounded to the nearest on a GPU, cut off by Triton's interpreter
+            torch.testing.assert_close(one.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

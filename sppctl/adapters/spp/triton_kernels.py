@@ -1,0 +1,142 @@
+"""The elementwise half of SPP's arithmetic on a GPU, in one pass over W each (Triton).
+
+PyTorch's eager operations read and write float32 buffers of W's size several times, which takes a GPU longer than the
+matrix products. Here every tile of W is read once and its result written once. Notation as in :mod:`kernel`.
+
+Sums over tiles use no atomic additions: each tile's share has a place of its own in a buffer that is summed afterwards,
+so that the same inputs give the same bits. Triton compiles annotations, too: its functions have none but its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ROWS, TILE_COLUMNS, WARPS = 32, 256, 8
+
+
+@triton.jit
+def _tile(m, n, r, parts, tile_rows: tl.constexpr, tile_columns: tl.constexpr):
+    """This program's group of rows, its rows and columns, and which of them exist."""
+    group = (tl.program_id(0) // parts).to(tl.int64)
+    start = (group * m + r - 1) // r + (tl.program_id(0) % parts) * tile_rows
+    stop = ((group + 1) * m + r - 1) // r
+    rows = start + tl.arange(0, tile_rows)
+    columns = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
+    return group, rows, columns, rows < stop, columns < n
+
+
+@triton.jit
+def _write_kernel(
+    out,
+    weight,
+    alpha,
+    scaled,
+    m,
+    n,
+    r,
+    parts,
+    base: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+):
+    group, rows, columns, row_there, column_there = _tile(m, n, r, parts, tile_rows, tile_columns)
+    there = row_there[:, None] & column_there[None, :]
+    places = rows[:, None] * n + columns[None, :]
+    values = tl.load(weight + places, mask=there, other=0.0).to(tl.float32)
+    alpha_row = tl.load(alpha + group * n + columns, mask=column_there, other=0.0)
+    scaled_rows = tl.load(scaled + rows, mask=row_there, other=0.0)
+    result = values * (alpha_row[None, :] * scaled_rows[:, None])
+    if base:
+        result += values
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gradient_kernel(
+    moment,
+    weight,
+    alpha,
+    scaled,
+    alpha_sums,
+    beta_sums,
+    m,
+    n,
+    r,
+    parts,
+    base: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+):
+    group, rows, columns, row_there, column_there = _tile(m, n, r, parts, tile_rows, tile_columns)
+    there = row_there[:, None] & column_there[None, :]
+    places = rows[:, None] * n + columns[None, :]
+    values = tl.load(weight + places, mask=there, other=0.0).to(tl.float32)
+    alpha_row = tl.load(alpha + group * n + columns, mask=column_there, other=0.0)
+    scaled_rows = tl.load(scaled + rows, mask=row_there, other=0.0)
+    product = tl.load(moment + places, mask=there, other=0.0).to(tl.float32) * values
+    over_rows = tl.sum(product * scaled_rows[:, None], 0)
+    over_columns = tl.sum(product * alpha_row[None, :], 1)
+    tl.store(alpha_sums + tl.program_id(0).to(tl.int64) * n + columns, over_rows, mask=column_there)
+    tl.store(beta_sums + tl.program_id(1).to(tl.int64) * m + rows, over_columns, mask=row_there)
+    result = values * (alpha_row[None, :] * scaled_rows[:, None])
+    if base:
+        result += values
+    tl.store(moment + places, result.to(moment.dtype.element_ty), mask=there)
+
+
+def write(out: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool) -> None:
+    """W * alpha[g] * s beta, plus W where ``base``, into ``out``: computed in float32 and rounded once.
+
+    Args:
+        out: (m, n), contiguous.
+        weight: (m, n), contiguous.
+        alpha: (r, n) float32.
+        scaled: (m, 1) float32, s beta.
+        base: whether W is added.
+    """
+    grid, sizes = _layout(weight, alpha)
+    with torch.cuda.device_of(weight):
+        _write_kernel[grid](
+            out, weight, alpha.contiguous(), scaled.contiguous(), *sizes, base, TILE_ROWS, TILE_COLUMNS, num_warps=WARPS
+        )
+
+
+def gradients(moment: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool) -> tuple[Tensor, Tensor]:
+    """Sums of P = moment * W in float32, while ``moment`` is overwritten with what :func:`write` gives.
+
+    Args:
+        moment: (m, n), contiguous, dy^T x.
+        weight, alpha, scaled, base: as in :func:`write`.
+
+    Returns:
+        (r, n) s sum over the rows of each group of beta_i P_i, and (m, 1) the sums over columns of alpha[g] P.
+    """
+    grid, sizes = _layout(weight, alpha)
+    m, n, r, parts = sizes
+    alpha_sums = torch.empty(r, parts, n, dtype=torch.float32, device=weight.device)
+    beta_sums = torch.empty(grid[1], m, dtype=torch.float32, device=weight.device)
+    with torch.cuda.device_of(weight):
+        _gradient_kernel[grid](
+            moment,
+            weight,
+            alpha.contiguous(),
+            scaled.contiguous(),
+            alpha_sums,
+            beta_sums,
+            *sizes,
+            base,
+            TILE_ROWS,
+            TILE_COLUMNS,
+            num_warps=WARPS,
+        )
+    return alpha_sums.sum(1), beta_sums.sum(0).unsqueeze(1)
+
+
+def _layout(weight: Tensor, alpha: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """The grid of programs, and m, n, r and the number of tiles that the rows of a group need."""
+    (m, n), r = weight.shape, alpha.shape[0]
+    parts = triton.cdiv(triton.cdiv(m, r), TILE_ROWS)
+    return (r * parts, triton.cdiv(n, TILE_COLUMNS)), (m, n, r, parts)

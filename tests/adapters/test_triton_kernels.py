@@ -1,0 +1,135 @@
+"""SPP's GPU kernels: on a GPU if there is one, else in Triton's interpreter, which cuts bfloat16 off unrounded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sppctl.adapters.spp import fused, kernel
+from sppctl.adapters.spp.kernel import effective_weight, row_groups, spp_linear
+
+SHAPES = [(64, 300, 2), (70, 300, 3), (13, 8, 4), (16, 8, 16), (33, 257, 1)]  # out, in, r: dividing and not
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels() -> types.ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from sppctl.adapters.spp import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_they_equal_the_formulas_in_float64(
+    shape: tuple[int, int, int], base: bool, dtype: torch.dtype, kernels: types.ModuleType
+) -> None:
+    out_features, in_features, r = shape
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator, device=DEVICE)
+    weight = weight.masked_fill_(torch.rand(weight.shape, generator=generator, device=DEVICE) < 0.5, 0).to(dtype)
+    alpha = torch.randn(r, in_features, generator=generator, device=DEVICE)
+    scaled = torch.randn(out_features, 1, generator=generator, device=DEVICE)
+    moment = torch.randn(weight.shape, generator=generator, device=DEVICE).to(dtype)
+    product, group = moment.double() * weight.double(), row_groups(out_features, r, DEVICE)
+    expected = weight.double() * (alpha.double()[group] * scaled.double() + base)
+
+    written = torch.full_like(weight, torch.nan)
+    kernels.write(written, weight, alpha, scaled, base)
+    grad_alpha, row_sums = kernels.gradients(moment, weight, alpha, scaled, base)
+
+    torch.testing.assert_close(written.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(moment, written)
+    assert torch.equal(written == 0, weight == 0)
+    over_group = torch.stack([(product * scaled.double())[group == row].sum(0) for row in range(r)])
+    torch.testing.assert_close(grad_alpha.double(), over_group, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        row_sums.double(), (product * alpha.double()[group]).sum(1, keepdim=True), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_uses_them_equals_one_that_does_not(
+    dropout: float, dtype: torch.dtype, kernels: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    weight = torch.randn(70, 300, generator=generator, device=DEVICE).to(dtype)
+    x = torch.randn(9, 300, generator=generator, device=DEVICE).to(dtype).requires_grad_()
+    alpha = torch.rand(4, 300, generator=generator, device=DEVICE, requires_grad=True)
+    beta = torch.randn(70, 1, generator=generator, device=DEVICE, requires_grad=True)
+
+    def everything() -> list[torch.Tensor]:
+        torch.manual_seed(3)  # of the dropout masks
+        y = spp_linear(x, weight, None, [(alpha, beta, 2.0, dropout)])
+        gradients = torch.autograd.grad(y, (x, alpha, beta), torch.ones_like(y))
+        return [y, *gradients, effective_weight(weight, alpha, beta, 2.0, dtype)]
+
+    monkeypatch.setattr(kernel, "fused_for", lambda _: None)
+    plain = everything()
+    monkeypatch.setattr(kernel, "fused_for", lambda _: kernels)
+    for one, other in zip(everything(), plain, strict=True):
+        assert (one - other).norm() <= max(torch.finfo(dtype).eps, 1e-6) * other.norm()
+
+
+def test_the_check_accepts_them_and_notices_a_wrong_result(kernels: types.ModuleType) -> None:
+    fused.check(kernels, DEVICE)
+
+    def doubled(*args: Any) -> list[torch.Tensor]:
+        return [2 * one for one in kernels.gradients(*args)]
+
+    wrong = types.SimpleNamespace(write=kernels.write, gradients=doubled)
+    with pytest.raises(AssertionError, match="not close"):
+        fused.check(wrong, DEVICE)
+
+
+def test_where_they_do_not_run_a_warning_says_so(kernels: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(fused, "check", fails)
+    with pytest.warns(UserWarning, match=r"more slowly: Failed to find C compiler\.$"):
+        assert fused._fused_on.__wrapped__(torch.device("cpu")) is None
+    assert fused.fused_for(torch.zeros(4, 4)) is None
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sppctl.adapters.spp import triton_kernels as kernels
+
+for kernel, pointers in ((kernels._write_kernel, 4), (kernels._gradient_kernel, 6)):
+    types = ["*bf16"] * 2 + ["*fp32"] * (pointers - 2) + ["i32"] * 4 + ["constexpr"] * 3
+    constants = dict(zip(kernel.arg_names[-3:], (True, kernels.TILE_ROWS, kernels.TILE_COLUMNS), strict=True))
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constants)
+    for capability in (80, 90):
+        made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
+        print(len(made.asm["cubin"]))
+"""
+
+
+def test_they_compile_for_gpus(kernels: types.ModuleType, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    sizes = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert len(sizes) == 4
+    assert all(int(size) > 1000 for size in sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_they_are_used() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused.fused_for(torch.zeros(64, 64, device="cuda")) is not None
