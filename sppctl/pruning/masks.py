@@ -71,18 +71,32 @@ def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     """
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     # as planes of equal place in the group: contiguous to compare, and few enough at a time for a CPU's cache
-    step = max(1, (CPU_CHUNK if scores.device.type == "cpu" else CHUNK_ELEMENTS) // scores.shape[1])
+    chunk = CPU_CHUNK if scores.device.type == "cpu" else CHUNK_ELEMENTS // group
+    step = max(1, chunk // scores.shape[1])
     for start in range(0, scores.shape[0], step):
         part = scores[start : start + step]
         planes = part.reshape(-1, group).t().contiguous()
-        rank = torch.zeros(planes.shape, dtype=torch.uint8, device=scores.device)
-        for place in range(group):
-            for later in range(place + 1, group):
-                below = planes[later] < planes[place]
-                rank[place] += below
-                rank[later] += below.logical_not_()
-        mask[start : start + step] = (rank >= group - keep).t().reshape(part.shape)
+        ranks = _ranks_in_pairs(planes) if scores.device.type == "cpu" else _ranks_at_once(planes)
+        mask[start : start + step] = (ranks >= group - keep).t().reshape(part.shape)
     return mask
+
+
+def _ranks_in_pairs(planes: Tensor) -> Tensor:
+    """How many scores of its group each of (group, columns) is above, one pair of planes after the other."""
+    ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=planes.device)
+    for place in range(len(planes)):
+        for later in range(place + 1, len(planes)):
+            below = planes[later] < planes[place]
+            ranks[place] += below
+            ranks[later] += below.logical_not_()
+    return ranks
+
+
+def _ranks_at_once(planes: Tensor) -> Tensor:
+    """As :func:`_ranks_in_pairs`, in a few operations: for a GPU their number counts, not their size."""
+    below = planes < planes.unsqueeze(1)  # of each (first) those (second) that are below it
+    later = torch.ones(below.shape[:2], dtype=torch.bool, device=planes.device).triu_().unsqueeze(2)
+    return torch.where(later, below, ~below.transpose(0, 1)).sum(1)
 
 
 def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:

@@ -98,6 +98,7 @@ class _Block:
     def _solve_tile(self, columns: slice, errors: Tensor) -> None:
         # a column-major copy: every column is contiguous
         tile = self.work[:, columns].t().contiguous()
+        tile_errors = torch.empty_like(tile)
         for column in range(columns.start, columns.stop):
             place = column - columns.start
             for rows, pattern in self.layers:
@@ -106,7 +107,8 @@ class _Block:
                     scores = (tile[group, rows].t() / self.scale[column : column + pattern.group]).square()
                     mask = keep_largest_in_groups(scores.contiguous(), pattern.keep, pattern.group)
                     self.kept[rows, column : column + pattern.group] = mask
-            error = (tile[place] / self.diagonal[column]).masked_fill_(self.kept[:, column], 0)
+            error = torch.div(tile[place], self.diagonal[column], out=tile_errors[place])
+            error.masked_fill_(self.kept[:, column], 0)
             tile[place:].addr_(self.upper[column, column : columns.stop], error, alpha=-1)
-            errors[:, column] = error
+        errors[:, columns] = tile_errors.t()
         self.work[:, columns] = tile.t()

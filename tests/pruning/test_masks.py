@@ -1,9 +1,12 @@
 """Masks against hand-worked examples and a slow literal reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from sppctl.pattern import Pattern
+from sppctl.pruning import masks
 from sppctl.pruning.masks import keep_largest, keep_largest_in_groups, mask_by_matrix, mask_by_row
 
 
@@ -34,7 +37,11 @@ def test_half_of_each_row_by_hand() -> None:
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "2:8", "4:8", "3:5", "1:2", "8:16"])
 @pytest.mark.parametrize("levels", [3, 1000])
-def test_groups_against_sorting_each_group(pattern: str, levels: int) -> None:
+@pytest.mark.parametrize("ranks", [masks._ranks_in_pairs, masks._ranks_at_once])
+def test_groups_against_sorting_each_group(
+    pattern: str, levels: int, ranks: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "_ranks_in_pairs", ranks)  # a GPU's way, too, on a CPU
     parsed = Pattern.parse(pattern)
     assert parsed.keep is not None
     assert parsed.group is not None
