@@ -455,6 +455,15 @@ def _where() -> str:
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, a traceback only with --debug."""
+    try:
+        _run()
+    except SystemExit as stop:
+        if distributed.is_connected():
+            distributed.exit_now(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+        raise
+
+
+def _run() -> None:
     launch.adopt()
     debug = "--debug" in sys.argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from sppctl.errors import StageError, UserError
 
@@ -56,6 +58,18 @@ def is_connected() -> bool:
     import torch.distributed as dist
 
     return world_size() > 1 and dist.is_initialized()
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends a process that has joined the others, after what Python has registered for its end.
+
+    Threads of the backends that still run when C++ tears its objects down abort the process (SIGABRT) now and then,
+    whatever its exit code should have been.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def leave() -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from conftest import cut_after
 from peft import get_peft_model
+from processes import sppctl_in_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -284,14 +283,8 @@ def test_one_process_holds_whole_weights_under_any_strategy(config_file: Path) -
 
 @pytest.mark.slow
 def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        "from functools import partial\n"
-        "from sppctl.cli import main\n"
-        "from sppctl.pruning import dsnot\n"
-        "dsnot.update_mask = partial(dsnot.update_mask, threshold=1e-6)\n"
-        "main()\n"
-    )
+    patch = "from functools import partial\nfrom sppctl.pruning import dsnot\n"
+    patch += "dsnot.update_mask = partial(dsnot.update_mask, threshold=1e-6)\n"
     distilled = ("train.distill.teacher=base", "train.distill.weight=0.7", "train.log_steps=1", "train.dropout=0.0")
     base = tmp_path / "base"  # with room for a whole prompt and its response
     shutil.copytree(llama, base)
@@ -304,8 +297,7 @@ def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path
         pipeline.prune(Run(config))
         path = tmp_path / f"{number}.yaml"
         path.write_text(to_yaml(config))
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), str(script)]
-        done = subprocess.run([sys.executable, *start, "train", str(path)], capture_output=True, text=True, timeout=300)
+        done = sppctl_in_ranks(["train", str(path)], number, patch)
         assert done.returncode == 0, done.stderr
         adapter = tmp_path / str(number) / "adapter"
         records.append(json.loads((adapter / "stage.json").read_text())["metrics"])

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import sppctl, sppctl_in_ranks
 
 from sppctl import pipeline
 from sppctl.config import load_config
@@ -235,13 +233,11 @@ def test_two_processes_give_the_numbers_of_one(
     other = make_checkpoint("llama", torch.bfloat16)
     arguments += [f"eval.perplexity=[{text_file}, {short}]", f"eval.divergence={other}"]
     found = []
-    torchrun: list[str] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ways = {"one": ([], []), "torchrun": (torchrun, []), "own": ([], ["launch.num_processes=2"])}
-    for name, (start, more) in ways.items():
+    for name, more in {"one": [], "ranks": [], "own": ["launch.num_processes=2"]}.items():
         place = tmp_path / name
         own = [*arguments, f"run.dir={place}", *more]
-        command = [sys.executable, *start, "-m", "sppctl", *own, "--model=base", "--json"]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        whole = [*own, "--model=base", "--json"]
+        done = sppctl_in_ranks(whole, 2) if name == "ranks" else sppctl(whole)
         assert done.returncode == 0, done.stderr
         content = json.loads(done.stdout)
         assert content == json.loads((place / "eval/base.json").read_text())

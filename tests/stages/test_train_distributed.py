@@ -19,6 +19,7 @@ import torch
 import transformers
 from conftest import GROUPED, byte_tokenizer
 from peft import PeftModel
+from processes import Process, environment, sppctl_in_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +34,7 @@ ROWS = [
     {"instruction": f"Add {i} and 1.{' please' * (i * 7 % 13)}", "output": f"It is {i + 1}.{' yes' * (i * 5 % 11)}"}
     for i in range(24)
 ]
+SPARE = {"DS_ACCELERATOR": "cpu"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -102,19 +104,20 @@ def several(work: Path, alone: Any, tmp_path: Path) -> Callable[..., tuple[list[
     return arguments
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(sppctl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
 def sppctl_command(arguments: list[str], torchrun: int = 0) -> list[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
     return [sys.executable, *start, "-m", "sppctl", *arguments]
 
 
+def outside() -> dict[str, str]:
+    """Variables of a process that is started and not forked."""
+    path = os.pathsep.join([str(Path(sppctl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return environment(PYTHONPATH=path, **SPARE)
+
+
 def call(arguments: list[str], torchrun: int = 0) -> subprocess.CompletedProcess[str]:
     command = sppctl_command(arguments, torchrun)
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=outside(), timeout=300)
 
 
 def adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -138,13 +141,13 @@ def assert_same_adapter(directory: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "strategy", "dtype", "torchrun"),
+    ("number", "strategy", "dtype", "start"),
     [
-        (2, "ddp", "float32", False),
-        (4, "ddp", "bfloat16", False),
-        (2, "fsdp", "float32", True),
-        (4, "fsdp", "bfloat16", False),
-        (2, "zero3", "float32", False),
+        (2, "ddp", "float32", "launch"),
+        (4, "ddp", "bfloat16", "ranks"),
+        (2, "fsdp", "float32", "torchrun"),
+        (4, "fsdp", "bfloat16", "ranks"),
+        (2, "zero3", "float32", "ranks"),
     ],
     ids=lambda value: str(value),
 )
@@ -152,12 +155,15 @@ def test_several_processes_train_what_one_does(
     number: int,
     strategy: str,
     dtype: str,
-    torchrun: bool,
+    start: str,
     several: Callable[..., tuple[list[str], Path]],
     alone: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
     arguments, directory = several(number, strategy, dtype, "--json")
-    done = call(arguments, number if torchrun else 0)
+    if start == "ranks":
+        done = sppctl_in_ranks(arguments, number, **SPARE)
+    else:
+        done = call(arguments, number if start == "torchrun" else 0)
     assert done.returncode == 0, done.stderr
     record, (one, expected) = json.loads(done.stdout), alone[dtype]
     assert len(losses(expected)) == 3 * 3
@@ -194,7 +200,7 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
     given = [f"model.path={work / dtype}", f"run.dir={one}", *options]
     expected = pipeline.train(Run(load_config(str(work / "tiny.yaml"), given)))
     arguments, directory = several(2, "fsdp", dtype, "--json", *options)
-    done = call(arguments)
+    done = sppctl_in_ranks(arguments, 2)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     kl = [[entry["kl"] for entry in each["metrics"]["history"] if "kl" in entry] for each in (record, expected)]
@@ -212,7 +218,7 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
 def started(arguments: list[str], ready: Path) -> Iterator[subprocess.Popen[str]]:
     """A command that runs until a file matches ``ready``; killed if it is still there at the end."""
     with subprocess.Popen(
-        sppctl_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment()
+        sppctl_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=outside()
     ) as process:
         try:
             deadline = time.monotonic() + 120
@@ -249,7 +255,7 @@ def test_stopped_by_a_signal_the_same_command_goes_on(
     whole.add("latest" if before == "zero3" else "optimizer.pt")  # DeepSpeed has a format of its own
     assert stored
     assert all(whole <= names and "pytorch_model_fsdp.bin" not in names for names in stored)
-    done = call(several(number, after, "float32")[0])
+    done = sppctl_in_ranks(several(number, after, "float32")[0], number, **SPARE)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
     assert_same_adapter(directory, alone["float32"][0])
@@ -288,7 +294,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_told_once(
     script.write_text(SECOND_PROCESS_FAILS)
     arguments, directory = several(2, "ddp", "float32")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env=outside(), timeout=300)
     assert done.returncode == 1
     assert done.stderr.count("error: the training loss is nan at step 2, in training examples ") == 1, done.stderr
     assert not (directory / "adapter").exists()
@@ -332,6 +338,22 @@ def test_zero3_needs_deepspeed(work: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config = load_config(str(work / "tiny.yaml"), [f"model.path={work / 'float32'}", "launch.strategy=zero3"])
     with pytest.raises(UserError, match=r"launch\.strategy: zero3 needs DeepSpeed: pip install 'sppctl\[deepspeed\]'"):
         pipeline.preflight(Run(config), ("train",))
+
+
+STILL_BUSY = """
+import atexit, threading, time
+from sppctl import distributed
+threading.Thread(target=time.sleep, args=(60,)).start()
+atexit.register(print, "registered for the end")
+distributed.is_connected = lambda: True
+"""
+
+
+def test_a_connected_process_ends_whatever_still_runs_in_it() -> None:
+    started_at = time.monotonic()
+    done = Process(["config", "nosuch.yaml"], STILL_BUSY).wait()
+    assert (done.returncode, done.stdout) == (2, "registered for the end\n")
+    assert time.monotonic() - started_at < 30
 
 
 def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Ended, Process, environment
 from safetensors.torch import load_file
 
 from sppctl.stages import train  # noqa: F401  (what is imported here, no forked process has to import)
@@ -87,45 +84,9 @@ OPTIONS = [
 ]
 
 
-def environment() -> dict[str, str]:
-    """Of a fresh process that is not one of several."""
-    apart = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in apart} | {"OMP_NUM_THREADS": "1"}
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended (minus the number of the signal that killed it), and what it said on stderr."""
-
-    returncode: int
-    stderr: str
-
-
 def sppctl(arguments: list[str], patch: str = "") -> Ended:
-    """The command line in a process of its own, changed by ``patch``; forked, which spares it all imports."""
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if child == 0:
-            code = 70
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads, if there were any, are not forked
-            try:
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                sys.argv = ["sppctl", *arguments]
-                exec(f"{START}{patch}\ncli.main()", {"__name__": "patched"})
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        said.seek(0)
-        return Ended(os.waitstatus_to_exitcode(status), said.read())
+    """The command line in a process of its own, changed by ``patch``."""
+    return Process(arguments, START + patch).wait()
 
 
 @pytest.fixture(scope="module")

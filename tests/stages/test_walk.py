@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, GROUPED, byte_tokenizer
+from processes import Ended, Process, environment, sppctl_in_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig
@@ -603,19 +602,9 @@ def die():
 """
 
 
-def environment() -> dict[str, str]:
-    """Of a fresh process that is not one of several."""
-    apart = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of another number differ by roundings
-    return {key: value for key, value in os.environ.items() if key not in apart} | threads
-
-
 def killed(death: str, arguments: list[str]) -> None:
     """Runs ``sppctl prune`` in a process that dies on its way."""
-    script = START + DEATHS[death] + "cli.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "prune", *arguments], capture_output=True, text=True, env=environment()
-    )
+    done = Process(["prune", *arguments], START + DEATHS[death]).wait()
     assert done.returncode == -9, done.stderr
 
 
@@ -1011,33 +1000,37 @@ def test_tuning_needs_the_dense_block(configure: Callable[..., Config]) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def in_processes(arguments: list[str], number: int, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
-    """``sppctl prune`` in several processes, started by itself or by torchrun."""
-    command = [sys.executable, "-m", "sppctl", "prune", *arguments, f"launch.num_processes={number}"]
-    if torchrun:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-        command = [sys.executable, *start, "-m", "sppctl", "prune", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+def in_processes(arguments: list[str], number: int, start: str = "ranks") -> Ended:
+    """``sppctl prune`` in several processes that it starts itself (launch), that torchrun starts, or that are there."""
+    arguments = ["prune", *arguments]
+    if start == "ranks":
+        return sppctl_in_ranks(arguments, number)
+    command = [sys.executable, "-m", "sppctl", *arguments, f"launch.num_processes={number}"]
+    if start == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+        command = [sys.executable, *torchrun, "-m", "sppctl", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "options", "torchrun"),
+    ("family", "options", "start"),
     [
-        ("llama", ["prune.method=wanda", "prune.memory=disk"], False),
-        ("llama", ["prune.method=sparsegpt", "model.dtype=bfloat16"], True),
-        ("llama", ["prune.method=dsnot", "prune.order=module"], False),
-        ("llama", ["prune.pattern=0.5", "prune.allocation=owl"], False),
-        ("gpt2", ["prune.method=sparsegpt"], False),
-        ("qwen3_moe", ["prune.method=wanda"], False),
-        ("llama", ["prune.method=magnitude"], True),
+        ("llama", ["prune.method=wanda", "prune.memory=disk"], "launch"),
+        ("llama", ["prune.method=sparsegpt", "model.dtype=bfloat16"], "torchrun"),
+        ("llama", ["prune.method=dsnot", "prune.order=module"], "ranks"),
+        ("llama", ["prune.pattern=0.5", "prune.allocation=owl"], "ranks"),
+        ("gpt2", ["prune.method=sparsegpt"], "ranks"),
+        ("qwen3_moe", ["prune.method=wanda"], "ranks"),
+        ("llama", ["prune.method=magnitude"], "ranks"),
     ],
     ids=lambda value: ",".join(value).replace("prune.", "") if isinstance(value, list) else None,
 )
 def test_two_processes_make_the_masks_of_one(
     family: str,
     options: list[str],
-    torchrun: bool,
+    start: str,
     config_file: Path,
     make_checkpoint: Callable[..., Path],
     tmp_path: Path,
@@ -1052,7 +1045,7 @@ def test_two_processes_make_the_masks_of_one(
         *options,
     ]
     run_prune([*common, f"run.dir={tmp_path / 'one'}"])
-    done = in_processes([*common, f"run.dir={tmp_path / 'two'}", "--json"], 2, torchrun)
+    done = in_processes([*common, f"run.dir={tmp_path / 'two'}", "--json"], 2, start)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)  # one process talks
     assert record["metrics"]["processes"] == 2
@@ -1074,21 +1067,8 @@ def test_two_killed_processes_continue_to_the_same_bytes(config_file: Path, deep
     def arguments(name: str) -> list[str]:
         return [str(config_file), f"model.path={deep}", "prune.method=sparsegpt", f"run.dir={tmp_path / name}"]
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = START + DEATHS["block 2 done"] + "cli.main()"
-    shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, "prune", *arguments("killed")],
-            stderr=subprocess.DEVNULL,
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]
-    codes = [process.wait(timeout=120) for process in processes]
-    assert codes[0] == -9
+    ended = sppctl_in_ranks(["prune", *arguments("killed")], 2, START + DEATHS["block 2 done"])
+    assert ended.returncode == -9, ended.stderr
     done = in_processes(arguments("killed"), 2)
     assert "prune: 3 of 4 blocks are done" in done.stderr
     assert in_processes(arguments("whole"), 2).returncode == 0
@@ -1111,16 +1091,16 @@ def test_what_the_second_process_finds_wrong_is_said(
 ) -> None:
     mask = tmp_path / "mask"
     pruned(configure("prune.skip=[o_proj]"), llama, mask)  # o_proj, the second group, is the second process's turn
-    done = in_processes([str(config_file), f"prune.mask_from={mask}"], 2)
+    done = in_processes([str(config_file), f"prune.mask_from={mask}"], 2, "launch")
     assert done.returncode != 0
     assert "o_proj: the mask of prune.mask_from is not 2:4" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torchrun", [False, True], ids=["launch", "torchrun"])
-def test_fewer_windows_than_processes(torchrun: bool, config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["launch", "torchrun"])
+def test_fewer_windows_than_processes(start: str, config_file: Path, tmp_path: Path) -> None:
     arguments = [str(config_file), f"run.dir={tmp_path / 'out'}", "prune.calibration.samples=1"]
-    done = in_processes(arguments, 2, torchrun)
+    done = in_processes(arguments, 2, start)
     assert done.returncode != 0
     assert "prune.calibration.samples: 1 are fewer than the 2 processes" in done.stderr
     assert not (tmp_path / "out" / "pruned").exists()
