@@ -18,14 +18,27 @@ TILE_ROWS, TILE_COLUMNS, WARPS = 32, 256, 8
 
 
 @triton.jit
-def _tile(m, n, r, parts, tile_rows: tl.constexpr, tile_columns: tl.constexpr):
-    """This program's group of rows, its rows and columns, and which of them exist."""
+def _tile(weight, alpha, scaled, m, n, r, parts, tile_rows: tl.constexpr, tile_columns: tl.constexpr):
+    """This program's rows and columns, which of them exist, and of them W, the group's alpha and s beta, in float32."""
     group = (tl.program_id(0) // parts).to(tl.int64)
     start = (group * m + r - 1) // r + (tl.program_id(0) % parts) * tile_rows
     stop = ((group + 1) * m + r - 1) // r
     rows = start + tl.arange(0, tile_rows)
     columns = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
-    return group, rows, columns, rows < stop, columns < n
+    row_there, column_there = rows < stop, columns < n
+    there = row_there[:, None] & column_there[None, :]
+    values = tl.load(weight + rows[:, None] * n + columns[None, :], mask=there, other=0.0).to(tl.float32)
+    alpha_row = tl.load(alpha + group * n + columns, mask=column_there, other=0.0)
+    scaled_rows = tl.load(scaled + rows, mask=row_there, other=0.0)
+    return rows, columns, row_there, column_there, values, alpha_row, scaled_rows
+
+
+@triton.jit
+def _rescaled(values, alpha_row, scaled_rows, base: tl.constexpr):
+    result = values * (alpha_row[None, :] * scaled_rows[:, None])
+    if base:
+        result += values
+    return result
 
 
 @triton.jit
@@ -42,16 +55,11 @@ def _write_kernel(
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
 ):
-    group, rows, columns, row_there, column_there = _tile(m, n, r, parts, tile_rows, tile_columns)
-    there = row_there[:, None] & column_there[None, :]
-    places = rows[:, None] * n + columns[None, :]
-    values = tl.load(weight + places, mask=there, other=0.0).to(tl.float32)
-    alpha_row = tl.load(alpha + group * n + columns, mask=column_there, other=0.0)
-    scaled_rows = tl.load(scaled + rows, mask=row_there, other=0.0)
-    result = values * (alpha_row[None, :] * scaled_rows[:, None])
-    if base:
-        result += values
-    tl.store(out + places, result.to(out.dtype.element_ty), mask=there)
+    rows, columns, row_there, column_there, values, alpha_row, scaled_rows = _tile(
+        weight, alpha, scaled, m, n, r, parts, tile_rows, tile_columns
+    )
+    result = _rescaled(values, alpha_row, scaled_rows, base).to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * n + columns[None, :], result, mask=row_there[:, None] & column_there[None, :])
 
 
 @triton.jit
@@ -70,21 +78,18 @@ def _gradient_kernel(
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
 ):
-    group, rows, columns, row_there, column_there = _tile(m, n, r, parts, tile_rows, tile_columns)
+    rows, columns, row_there, column_there, values, alpha_row, scaled_rows = _tile(
+        weight, alpha, scaled, m, n, r, parts, tile_rows, tile_columns
+    )
+    places = moment + rows[:, None] * n + columns[None, :]
     there = row_there[:, None] & column_there[None, :]
-    places = rows[:, None] * n + columns[None, :]
-    values = tl.load(weight + places, mask=there, other=0.0).to(tl.float32)
-    alpha_row = tl.load(alpha + group * n + columns, mask=column_there, other=0.0)
-    scaled_rows = tl.load(scaled + rows, mask=row_there, other=0.0)
-    product = tl.load(moment + places, mask=there, other=0.0).to(tl.float32) * values
+    product = tl.load(places, mask=there, other=0.0).to(tl.float32) * values
     over_rows = tl.sum(product * scaled_rows[:, None], 0)
     over_columns = tl.sum(product * alpha_row[None, :], 1)
     tl.store(alpha_sums + tl.program_id(0).to(tl.int64) * n + columns, over_rows, mask=column_there)
     tl.store(beta_sums + tl.program_id(1).to(tl.int64) * m + rows, over_columns, mask=row_there)
-    result = values * (alpha_row[None, :] * scaled_rows[:, None])
-    if base:
-        result += values
-    tl.store(moment + places, result.to(moment.dtype.element_ty), mask=there)
+    result = _rescaled(values, alpha_row, scaled_rows, base).to(moment.dtype.element_ty)
+    tl.store(places, result, mask=there)
 
 
 def write(out: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool) -> None:
