@@ -105,10 +105,7 @@ def measure(options: argparse.Namespace) -> dict[Form, list[float]]:
 
 
 def peak(form: Form, options: argparse.Namespace) -> float:
-    """MiB at the peak of two steps of one form: of this process, or since now on a GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    """MiB at the peak of two steps of one form: of this process, or of its tensors on a GPU."""
     step = Step(form, options)
     for _ in range(2):
         step(form.checkpointing)
@@ -119,6 +116,8 @@ def peak(form: Form, options: argparse.Namespace) -> float:
 
 def peak_alone(form: Form, options: argparse.Namespace) -> float:
     if checkpoint.pick_device(options.device).type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
         return peak(form, options)
     command = [sys.executable, *sys.argv, "--peak-of", str(FORMS.index(form))]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
