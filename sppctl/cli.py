@@ -41,7 +41,7 @@ Model = Annotated[str | None, typer.Option(help="Dense model: hub id, directory 
 Method = Annotated[str | None, typer.Option(help="Pruning method (prune.method).")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="2:4, 4:8 or a ratio of zeros (prune.pattern).")]
 Output = Annotated[str | None, typer.Option(help="Run directory (run.dir).")]
-Tasks = Annotated[str | None, typer.Option(help="zeroshot, mmlu, wikitext, all, ppl, or lm-eval names, with commas.")]
+Tasks = Annotated[str | None, typer.Option(help="zeroshot, mmlu, wikitext, all, ppl, any of lm-eval, with commas.")]
 Limit = Annotated[int | None, typer.Option(help="First N examples of each task (eval.limit).")]
 
 
@@ -69,7 +69,7 @@ def _given(arguments: Sequence[str] | None, **sugar: Any) -> tuple[list[str], li
     tasks = sugar.get("tasks")
     if tasks is not None:
         chosen = [task.strip() for task in tasks.split(",") if task.strip()]
-        overrides.append(f"eval.tasks=[{', '.join(task for task in chosen if task != 'ppl')}]")
+        overrides.append(f"eval.tasks={quoted([task for task in chosen if task != 'ppl'])}")
         if "ppl" not in chosen:
             overrides.append("eval.perplexity=[]")
     return names, overrides

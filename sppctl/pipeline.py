@@ -149,16 +149,14 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     found = {}
     reference = _dense_model(run, checkpoints)
     jobs = []
+    known = {}
     for label, path in checkpoints.items():
         subject = Subject.at(label, path)
         results = _results(run, label)
         dense = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
-        if run.force:
-            wanted = stage.measures(run.config, stage.window_of(run.config, subject.directory), dense)
-        else:
-            wanted = stage.missing(run.config, subject, results, dense)
-        # the others may have read the file while it was written
-        jobs.append((subject, distributed.tell(wanted, 0), dense))
+        # told by the first process: the others may have read the file while it was written
+        known[label] = distributed.tell([] if run.force else stage.known(subject, results), 0)
+        jobs.append((subject, stage.missing(run.config, subject, known[label], dense), dense))
     try:
         stage.predict(run.config, jobs)
         for subject, wanted, _ in jobs:
@@ -167,7 +165,9 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
                 console.note(f"eval {subject.label}: up to date ({results})")
                 found[subject.label] = stage.read_results(results)
             else:
-                found[subject.label] = stage.execute(run.config, subject, results, wanted, reference)
+                found[subject.label] = stage.execute(
+                    run.config, subject, results, wanted, known[subject.label], reference
+                )
             perplexities.release()
     finally:
         if reference is not None:

@@ -242,7 +242,9 @@ class EvalConfig:
     )
     max_tokens: int | None = _key(None, "use only the first tokens of each text; shown with the result", low=2)
     tasks: list[str] = _key(
-        [], "zeroshot (the seven tasks), mmlu (5-shot), wikitext (word perplexity), all, or any lm-eval task or group"
+        [],
+        "zeroshot (the seven tasks), mmlu (5-shot), wikitext (word perplexity), all, or any lm-eval task, group or "
+        "pattern (blimp_*)",
     )
     num_fewshot: int | None = _key(
         None, "examples in the prompt; null: 0 for zeroshot, 5 for mmlu, else lm-eval's", low=0

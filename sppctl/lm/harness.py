@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import functools
 import hashlib
 import io
@@ -91,6 +92,27 @@ def _closed(name: str, index: dict[str, Any]) -> bool:
     return all(isinstance(child, str) and _closed(child, index) for child in children)
 
 
+def expanded(names: list[str], include_path: str | None = None) -> list[str]:
+    """Names without repetition; ``all``, and patterns such as ``blimp_*``, replaced by what they mean.
+
+    Raises:
+        UserError: a pattern fits no task, tag or group of lm-eval.
+    """
+    found: list[str] = []
+    for name in names:
+        if name == "all":
+            found += ALL
+        elif set(name) & set("*?["):
+            known = _task_manager(include_path, whole=True).all_tasks
+            fitting = sorted(fnmatch.filter(known, name))
+            if not fitting:
+                raise UserError(f"eval.tasks: {name} fits no lm-eval task; `lm-eval ls tasks` lists them")
+            found += fitting
+        else:
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
 def check_tasks(names: list[str], include_path: str | None = None) -> None:
     """Checks that lm-eval knows every task, without loading any data.
 
@@ -99,7 +121,7 @@ def check_tasks(names: list[str], include_path: str | None = None) -> None:
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"eval.include_path: {include_path} is no folder; give the one that holds your tasks' YAML")
-    foreign = [name for name in names if name not in (*GROUPS, "all")]
+    foreign = [name for name in expanded(names, include_path) if name not in GROUPS]
     if not foreign:
         return
     known = _manager_for(foreign, include_path).all_tasks
@@ -117,10 +139,27 @@ def check_tasks(names: list[str], include_path: str | None = None) -> None:
 
 
 def _runs_code(member: Member, include_path: str | None) -> bool:
+    definition = _definition(member.task, include_path)
+    return definition is not None and bool(definition.get("unsafe_code"))
+
+
+def _definition(name: str, include_path: str | None) -> dict[str, Any] | None:
+    """What the YAML of a task says; None for a group, and for a task that is a Python class."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    entry = _manager_for([member.task], include_path).task_index[member.task]
-    return entry.kind.name == "TASK" and bool(load_yaml(entry.yaml_path, resolve_func=False).get("unsafe_code"))
+    entry = _manager_for([name], include_path).task_index[name]
+    return load_yaml(entry.yaml_path, resolve_func=False) if entry.kind.name == "TASK" else None
+
+
+def shots(task: str, asked: int | None, include_path: str | None = None) -> int | None:
+    """Examples that prompts have if ``asked`` is configured; as asked where only running the task would tell."""
+    definition = _definition(task, include_path)
+    return asked if definition is None else _shots(definition.get("num_fewshot"), asked)
+
+
+def _shots(own: int | None, asked: int | None) -> int:
+    """As lm-eval does: a task whose own count is 0 keeps it, one without a count has none."""
+    return own or 0 if asked is None or own == 0 else asked
 
 
 def load_tasks(names: list[str], include_path: str | None = None) -> None:
@@ -243,7 +282,7 @@ def evaluate(
             _seed_everything(seed)
             loaded = _manager_for([name], include_path).load([name])
             for task in loaded["tasks"].values():
-                _set_shots(task, num_fewshot)
+                task.set_config(key="num_fewshot", value=_shots(task.get_config("num_fewshot"), num_fewshot))
                 task.set_fewshot_seed(seed=seed)
         scorer = Scorer(model, tokenizer, batch_size, seed=seed, progress=progress)
         with _without_chatter():
@@ -274,15 +313,6 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _set_shots(task: Any, num_fewshot: int | None) -> None:
-    """As lm-eval does: a task whose own count is 0 keeps it, one without a count has none."""
-    own = task.get_config("num_fewshot")
-    if num_fewshot is not None and own != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    elif own is None:
-        task.set_config(key="num_fewshot", value=0)
 
 
 def _failed(name: str, error: Exception) -> StageError:

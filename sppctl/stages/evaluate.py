@@ -137,16 +137,23 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def missing(config: Config, subject: Subject, results: Path, dense: DenseModel | None = None) -> list[dict[str, Any]]:
-    """The measures that a results file does not hold yet for these weights."""
-    wanted = measures(config, window_of(config, subject.directory), dense)
+def known(subject: Subject, results: Path) -> list[dict[str, Any]]:
+    """What a results file holds for these weights and this tokenizer, as far as its samples are there."""
     before = read_results(results)
     if before.get("fingerprint") != subject.fingerprint:
-        return wanted
+        return []
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
     valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
     samples = _samples(results, subject)
-    done = [result["settings"] for result in valid if tasks.has_samples(result, samples)]
+    return [result for result in valid if tasks.has_samples(result, samples)]
+
+
+def missing(
+    config: Config, subject: Subject, found: list[dict[str, Any]], dense: DenseModel | None = None
+) -> list[dict[str, Any]]:
+    """The measures that are asked for and not among those found."""
+    done = [result["settings"] for result in found]
+    wanted = measures(config, window_of(config, subject.directory), dense)
     return [settings for settings in wanted if not _of(settings).is_done(settings, done)]
 
 
@@ -178,7 +185,12 @@ def predict(config: Config, jobs: Iterable[tuple[Subject, list[dict[str, Any]], 
 
 
 def execute(
-    config: Config, subject: Subject, results: Path, wanted: list[dict[str, Any]], dense: DenseModel | None = None
+    config: Config,
+    subject: Subject,
+    results: Path,
+    wanted: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    dense: DenseModel | None = None,
 ) -> dict[str, Any]:
     """Measures one checkpoint and adds to its results file after every measure.
 
@@ -187,6 +199,7 @@ def execute(
         subject: the checkpoint, or an adapter on one.
         results: its JSON file.
         wanted: entries of :func:`measures`.
+        found: results of :func:`known` that may serve where the same was measured for another group.
         dense: the model with which others are compared, and perhaps this one itself; after :func:`predict`.
 
     Returns:
@@ -207,18 +220,25 @@ def execute(
         }
     device = checkpoint.pick_device(config.model.device)
     trust = config.model.trust_remote_code
-    model, label = subject.load(device, trust), subject.label
-    tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
+    model, label = None, subject.label
+    found = list(found)
     for settings in wanted:
-        started = time.perf_counter()
-        if settings["kind"] == "perplexity":
-            metrics = perplexities.measure(config, model, tokenizer, settings, label=label, dense=dense)
-        else:
-            metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
-        entry = {"settings": settings, "metrics": _finite(metrics), "seconds": round(time.perf_counter() - started, 2)}
-        entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
-        entry["batch_size"] = config.eval.batch_size
-        entry |= {"tokenizer": checkpoint.tokenizer_fingerprint(subject.directory), "command": console.command_line()}
+        entry = tasks.shared(config, settings, found) if settings["kind"] == "tasks" else None
+        if entry is None:
+            if model is None:
+                model, tokenizer = subject.load(device, trust), checkpoint.load_tokenizer(subject.directory, trust)
+            started = time.perf_counter()
+            if settings["kind"] == "perplexity":
+                metrics = perplexities.measure(config, model, tokenizer, settings, label=label, dense=dense)
+            else:
+                metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
+            entry = {"settings": settings, "metrics": _finite(metrics)}
+            entry["seconds"] = round(time.perf_counter() - started, 2)
+            entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
+            entry["batch_size"] = config.eval.batch_size
+            entry["tokenizer"] = checkpoint.tokenizer_fingerprint(subject.directory)
+            entry["command"] = console.command_line()
+        found.append(entry)
         kept = [old for old in content["results"] if not _of(settings).replaces(settings, old["settings"])]
         content["results"] = [*kept, entry]
         if distributed.is_main():

@@ -24,8 +24,7 @@ SHOWN = 10  # tasks of a group in a table; of a larger one its parts, if it has 
 def wanted(config: Config) -> list[dict[str, Any]]:
     """The configured tasks, one entry per task, with all settings that change its numbers."""
     entries: list[dict[str, Any]] = []
-    names = [part for name in config.eval.tasks for part in (harness.ALL if name == "all" else (name,))]
-    for name in dict.fromkeys(names):
+    for name in harness.expanded(config.eval.tasks, config.eval.include_path):
         asked = config.eval.num_fewshot
         few = harness.group_of(name).num_fewshot if asked is None else asked
         for member in harness.members(name, config.eval.include_path):
@@ -104,11 +103,41 @@ def measure(
             f"{name}: {metrics['truncated_prompts']} prompts are longer than the model's context; lm-eval cuts off "
             "their beginning"
         )
-    family = harness.members(settings.get("group", name), config.eval.include_path)
-    metrics["groups"] = next((member.groups for member in family if member.task == name), {})
-    metrics["members"] = len(family)
+    metrics |= _place(config, settings)
     metrics["samples_hash"] = {task: _write_samples(samples, task, found) for task, found in logged.items()}
     return metrics
+
+
+def _place(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    """Groups of a task, and the number of tasks that were asked for with it."""
+    name = settings["tasks"]
+    family = harness.members(settings.get("group", name), config.eval.include_path)
+    groups = next((member.groups for member in family if member.task == name), {})
+    return {"groups": groups, "members": len(family)}
+
+
+def shared(config: Config, settings: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The same measurement for another group, or for none, as the one that is asked for.
+
+    Args:
+        config: the configuration.
+        settings: an entry of :func:`wanted`.
+        known: results for the same weights whose samples are there.
+
+    Returns:
+        A result, which took no time; None if there is none.
+    """
+    theirs = [result for result in known if result["settings"].get("tasks") == settings["tasks"]]
+    twin = next((one for one in theirs if _alone(config, one["settings"]) == _alone(config, settings)), None)
+    if twin is None:
+        return None
+    return twin | {"settings": settings, "metrics": twin["metrics"] | _place(config, settings), "seconds": 0.0}
+
+
+def _alone(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the group, and with the number of examples that prompts really have."""
+    count = harness.shots(settings["tasks"], settings["num_fewshot"], config.eval.include_path)
+    return {key: value for key, value in settings.items() if key != "group"} | {"num_fewshot": count}
 
 
 def _write_samples(folder: Path, task: str, found: list[dict[str, Any]]) -> str:

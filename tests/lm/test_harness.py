@@ -64,6 +64,22 @@ def test_an_unknown_task_with_nothing_near() -> None:
         check_tasks(["§§§§"])
 
 
+def test_patterns_mean_all_tasks_and_groups_that_fit(own_tasks: Path) -> None:
+    names = ["wikitext", "arc_?asy", "a[r]c_easy", "all"]
+    assert harness.expanded(names) == ["wikitext", "arc_easy", "zeroshot", "mmlu"]
+    assert harness.expanded(["*_sums", "su?s"], str(own_tasks)) == ["large_sums", "small_sums", "sums"]
+    with pytest.raises(UserError, match=r"eval\.tasks: arc_q\* fits no lm-eval task; `lm-eval ls tasks` lists them"):
+        check_tasks(["boolq", "arc_q*"])
+    with pytest.raises(UserError, match=r"eval\.tasks: humaneval\w* runs code"):
+        check_tasks(["humaneval*"])
+
+
+def test_examples_in_prompts_are_known_beforehand(own_tasks: Path) -> None:
+    assert [harness.shots("small_sums", asked, str(own_tasks)) for asked in (None, 0, 3)] == [0, 0, 3]
+    assert [harness.shots("truthfulqa_mc1", asked) for asked in (None, 3)] == [0, 0]  # its YAML insists on none
+    assert [harness.shots("bbh", asked) for asked in (None, 2)] == [None, 2]  # a group
+
+
 def test_the_small_index_agrees_with_the_whole(task_manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     small = harness._task_manager(None, whole=False)
     assert {*ZEROSHOT, "wikitext", "mmlu_anatomy"} <= set(small.all_subtasks)

@@ -126,6 +126,42 @@ def test_an_interrupted_group_goes_on_with_the_next_task(
     assert [name for name, *_ in rows_of(content)] == ["sums mean", "  small_sums (sums)", "  large_sums (sums)"]
 
 
+def test_a_task_is_measured_once_for_all_groups_that_have_it(
+    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = harness.evaluate
+    asked: list[str] = []
+
+    def counted(model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
+        asked.append(name)
+        return run(model, tokenizer, name, **options)
+
+    monkeypatch.setattr(harness, "evaluate", counted)
+    measure(names="large_sums")
+    content = measure(names="sums, small_sums")
+    assert asked == ["large_sums", "small_sums"]
+    large, small_of_group, large_of_group, small = content["results"]
+    for alone, of_group in ((large, large_of_group), (small, small_of_group)):
+        assert (alone["settings"].get("group"), of_group["settings"]["group"]) == (None, "sums")
+        assert alone["metrics"]["tasks"] == of_group["metrics"]["tasks"]
+        assert (alone["metrics"]["members"], of_group["metrics"]["members"]) == (1, 2)
+    names = [name for name, *_ in rows_of(content)]
+    assert names == ["large_sums", "sums mean", "  small_sums (sums)", "  large_sums (sums)", "small_sums"]
+
+
+def test_what_was_measured_with_the_tasks_own_count_is_found_by_that_count(
+    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(names="small_sums")  # no examples of its own
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate.Subject, "load", lambda *_: pytest.fail("the model was loaded"))
+        content = measure("eval.num_fewshot=0", names="small_sums")
+    assert [entry["settings"]["num_fewshot"] for entry in content["results"]] == [None, 0]
+    assert content["results"][1]["seconds"] == 0
+    assert measure("eval.num_fewshot=1", names="small_sums")["results"][2]["seconds"] > 0
+    assert measure("eval.limit=2", names="small_sums")["results"][3]["seconds"] > 0
+
+
 def test_another_tokenizer_makes_results_stale(
     measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,10 +217,9 @@ def test_the_number_of_examples_is_that_of_the_prompts(
     assert (
         rows_of(measure("eval.num_fewshot=1", "eval.limit=2", names="small_sums"))[0][0] == "small_sums 1-shot, limit 2"
     )
-    set_shots = harness._set_shots
-    monkeypatch.setattr(harness, "_set_shots", lambda task, _: set_shots(task, None))  # a task that insists on its own
-    content = measure("eval.num_fewshot=3", "eval.limit=2", names="small_sums")
-    assert [name for name, *_ in rows_of(content)][1:] == ["small_sums, limit 2"]
+    monkeypatch.setattr(harness, "_shots", lambda *_: 0)  # a task that insists on its own
+    content = measure("eval.num_fewshot=3", "eval.limit=4", names="small_sums")
+    assert [name for name, *_ in rows_of(content)][1:] == ["small_sums, limit 4"]
 
 
 def test_a_long_task_tells_of_its_progress(measure: Callable[..., dict[str, Any]], capfd: Any) -> None:
