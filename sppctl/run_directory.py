@@ -224,7 +224,7 @@ class Run:
             "settings": settings,
             "inputs": inputs,
             "seed": self.config.run.seed,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "wall_time_s": round(time.perf_counter() - started, 2),
             "peak_memory_mb": machine.peak_memory_mb(),
             "hardware": machine.describe(),

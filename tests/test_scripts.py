@@ -8,10 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import sppctl
 from sppctl.config import load_config
@@ -248,3 +251,12 @@ def test_prefetch_tells_what_a_node_without_network_would_lack(
     assert done.returncode == code, done.stderr
     assert problem in done.stderr
     assert not (cluster.checkout / "runs").exists()
+
+
+def test_the_lowest_versions_are_those_that_the_package_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    tried = {name: Version(version) for name, _, version in (line.partition("==") for line in lines) if version}
+    for needed in map(Requirement, project["dependencies"]):
+        (lowest,) = [bound.version for bound in needed.specifier if bound.operator == ">="]
+        assert tried[needed.name] == Version(lowest), needed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sppctl.adapters.tuner import SparseConfig
 
 
-class MaskedFullType(str, enum.Enum):
+class MaskedFullType(enum.StrEnum):
     """The method's name among PEFT's types."""
 
     MASKED_FULL = "MASKED_FULL"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sppctl.adapters.tuner import SparseConfig, check_branch
 
 
-class MaskedLoraType(str, enum.Enum):
+class MaskedLoraType(enum.StrEnum):
     """The method's name among PEFT's types."""
 
     MASKED_LORA = "MASKED_LORA"

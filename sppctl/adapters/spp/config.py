@@ -9,7 +9,7 @@ from typing import Literal
 from sppctl.adapters.tuner import SparseConfig, check_branch
 
 
-class SppType(str, enum.Enum):
+class SppType(enum.StrEnum):
     """PEFT's own enumeration is closed; a string enumeration of our own hashes and serialises alike."""
 
     SPP = "SPP"

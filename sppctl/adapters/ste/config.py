@@ -9,7 +9,7 @@ from sppctl.adapters.tuner import SparseConfig
 from sppctl.pattern import Pattern
 
 
-class SteType(str, enum.Enum):
+class SteType(enum.StrEnum):
     """The method's name among PEFT's types."""
 
     STE = "STE"
