@@ -194,15 +194,17 @@ def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
         prompt and every new token.
     """
     # as generation does: the prefill needs the logits of its last position alone
-    last = {"logits_to_keep": 1} if "logits_to_keep" in signatures.signature(model.forward).parameters else {}
+    known = signatures.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    cache = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
     started = _now(model.device)
     output = model(input_ids=tokens[:, :prompt], use_cache=True, **last)
     logits = [output.logits[:, -1]]
     logits[-1].argmax(-1)
     filled = _now(model.device)
     for place in range(prompt, tokens.shape[1]):
-        cache = output.past_key_values
-        output = model(input_ids=tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+        filling = {cache: output[cache], "use_cache": True}
+        output = model(input_ids=tokens[:, place : place + 1], **filling)
         logits.append(output.logits[:, -1])
         logits[-1].argmax(-1)
     return filled - started, _now(model.device) - filled, torch.stack(logits, dim=1)
