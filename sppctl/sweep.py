@@ -237,13 +237,17 @@ def _link(source: str, target: str) -> None:
 
 def _share_results(source: Path, target: Path, label: str) -> None:
     """Adds the results of one folder to those of another, which may hold more than the sweep asks for."""
+    from sppctl.stages.evaluate import replaces
+
     path = target / f"{label}.json"
     content = json.loads((source / path.name).read_text())
     if path.is_file():
         before = json.loads(path.read_text())
         if before["fingerprint"] == content["fingerprint"]:
-            known = [result["settings"] for result in content["results"]]
-            content["results"] += [result for result in before["results"] if result["settings"] not in known]
+            taken = [result["settings"] for result in content["results"]]
+            content["results"] += [
+                result for result in before["results"] if not any(replaces(new, result["settings"]) for new in taken)
+            ]
     samples = source / f"{label}.samples"
     if samples.is_dir():
         shutil.copytree(samples, target / samples.name, dirs_exist_ok=True)

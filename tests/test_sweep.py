@@ -396,14 +396,17 @@ def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
 def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path) -> None:
     read = load_sweep(str(sweep_file))
     source, target = Run(read.dense["dense"].config), Run(read.runs["wanda-2of4-spp"].config)
-    for run, names in ((source, ["a", "b"]), (target, ["b", "c"])):
+    a, b, c = ({"kind": "tasks", "tasks": name} for name in "abc")
+    text = {"kind": "perplexity", "text": "prose", "reference": None}
+    for run, asked in ((source, [a, b | {"batch_size": 8}, text]), (target, [text, b, c])):
         (run.directory / "eval").mkdir(parents=True)
-        results = [{"settings": {"text": name}, "of": run.directory.name} for name in names]
+        results = [{"settings": settings, "of": run.directory.name} for settings in asked]
         (run.directory / "eval" / "base.json").write_text(json.dumps({"fingerprint": "f", "results": results}))
     sweep.share(source, target, "base", "base")
     found = json.loads((target.directory / "eval" / "base.json").read_text())["results"]
-    assert [(result["settings"]["text"], result["of"]) for result in found] == [
-        *(("a", "dense"), ("b", "dense"), ("c", "wanda-2of4-spp"))
+    # b at another batch size takes the place of the older one
+    assert [(result["settings"].get("tasks"), result["of"]) for result in found] == [
+        *(("a", "dense"), ("b", "dense"), (None, "dense"), ("c", "wanda-2of4-spp"))
     ]
 
 

@@ -157,6 +157,12 @@ def shots(task: str, asked: int | None, include_path: str | None = None) -> int 
     return asked if definition is None else _shots(definition.get("num_fewshot"), asked)
 
 
+def is_drawn(task: str, count: int | None, include_path: str | None = None) -> bool:
+    """Whether a seed can change a task's numbers: it draws ``count`` examples, or answers, or cannot be looked into."""
+    definition = _definition(task, include_path)
+    return definition is None or count != 0 or definition.get("output_type", "generate_until") == "generate_until"
+
+
 def _shots(own: int | None, asked: int | None) -> int:
     """As lm-eval does: a task whose own count is 0 keeps it, one without a count has none."""
     return own or 0 if asked is None or own == 0 else asked
@@ -187,10 +193,13 @@ def members(name: str, include_path: str | None = None) -> list[Member]:
     if name == "zeroshot":
         return [Member(task, {name: {}}) for task in ZEROSHOT]
     index = _manager_for([name], include_path).task_index
+    found: dict[str, Rules] = {}
     try:
-        return list(_leaves(name, index, {}))
+        for member in _leaves(name, index, {}):  # one that is named twice is run once
+            found[member.task] = found.get(member.task, {}) | member.groups
     except LookupError:
         return [Member(name)]
+    return [Member(task, groups) for task, groups in found.items()]
 
 
 def _leaves(name: str, index: dict[str, Any], above: Rules) -> Iterator[Member]:
@@ -206,6 +215,7 @@ def _leaves(name: str, index: dict[str, Any], above: Rules) -> Iterator[Member]:
     else:
         children = entry.cfg["task"]
         rules = entry.cfg.get("aggregate_metric_list") or []
+        rules = [rules] if isinstance(rules, dict) else rules
         special = any(rule.get("filter_list") or rule.get("aggregation", "mean") != "mean" for rule in rules)
         if special or set(entry.cfg) - GROUP_FIELD_NAMES or not all(isinstance(child, str) for child in children):
             raise LookupError(f"{name} is more than a list of tasks")

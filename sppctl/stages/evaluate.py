@@ -161,6 +161,11 @@ def _of(settings: dict[str, Any]) -> ModuleType:
     return perplexities if settings["kind"] == "perplexity" else tasks
 
 
+def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a measurement, by its settings, takes the place of another one."""
+    return bool(new["kind"] == old["kind"] and _of(new).replaces(new, old))
+
+
 def _samples(results: Path, subject: Subject) -> Path:
     return results.with_name(f"{subject.label}.samples")
 
@@ -239,7 +244,7 @@ def execute(
             entry["tokenizer"] = checkpoint.tokenizer_fingerprint(subject.directory)
             entry["command"] = console.command_line()
         found.append(entry)
-        kept = [old for old in content["results"] if not _of(settings).replaces(settings, old["settings"])]
+        kept = [old for old in content["results"] if not replaces(settings, old["settings"])]
         content["results"] = [*kept, entry]
         if distributed.is_main():
             _write(results, content)

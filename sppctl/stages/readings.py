@@ -1,12 +1,13 @@
 """Results files -> numbers by name, each with its standard error.
 
 A name says what was measured with what limits it. Results that still differ in something that changes the number (the
-few-shot examples' seed, the text's version, the dense model of a divergence) get it into their names, so that equal
-names within a run are equal measures and only those are compared.
+few-shot examples' seed, the text's version, the dense model of a divergence, the system prompt) get it into their
+names, so that equal names within a run are equal measures and only those are compared.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -18,7 +19,13 @@ from sppctl.stages.evaluate import result_name, rows_of
 
 PERPLEXITY, DIVERGENCE, AGREEMENT, ACCURACY, OTHER = "perplexity", "kl", "agreement", "accuracy", "other"
 # what no name says, and how it is said where it differs
-HIDDEN = {"text": "text {:.8}", "reference": "dense model {:.8}", "seed": "seed {}", "tasks": "task files {:.8}"}
+HIDDEN = {
+    "text": "text {:.8}",
+    "reference": "dense model {:.8}",
+    "seed": "seed {}",
+    "tasks": "task files {:.8}",
+    "prompt": "system prompt {:.8}",
+}
 
 Hidden = dict[str, str]
 Results = list[dict[str, Any]]
@@ -79,13 +86,7 @@ def seed_of(run: dict[str, Any]) -> int | None:
 
 def _read(results: Results) -> Iterator[tuple[Measure, Hidden]]:
     """Every number, and what its name does not say."""
-    families: dict[str, Results] = {}
-    for result in results:
-        settings = result["settings"]
-        shared = {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
-        alone = settings["kind"] == "perplexity" or "group" not in settings
-        families.setdefault(str(settings if alone else shared), []).append(result)
-    ordered = sorted(families.values(), key=lambda family: family[0]["settings"]["kind"] != "perplexity")
+    ordered = sorted(tasks.families(results), key=lambda family: family[0]["settings"]["kind"] != "perplexity")
     for family in ordered:
         names = [{row[0] for row in rows_of({"results": [result]})} for result in family]
         for name, value, norm in rows_of({"results": family}):
@@ -127,6 +128,8 @@ def _hidden_of_tasks(results: Results) -> Hidden:
     found = {}
     if "seed" in results[0]["settings"] and any(significance.draws_examples(result) for result in results):
         found["seed"] = str(results[0]["settings"]["seed"])
+    if "system_prompt" in results[0]["settings"]:
+        found["prompt"] = hashlib.sha256(results[0]["settings"]["system_prompt"].encode()).hexdigest()
     own = sorted({result["settings"]["own_tasks"] for result in results if "own_tasks" in result["settings"]})
     return found | ({"tasks": " ".join(own)} if own else {})
 

@@ -112,7 +112,7 @@ def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str,
     Results carry the hash of their file of samples. A file that another evaluation has written is not theirs.
 
     Args:
-        folder: of ``TASK.jsonl``; may be missing.
+        folder: of ``TASK.jsonl`` and the like; may be missing.
         results: ``results`` of the checkpoint.
 
     Returns:
@@ -131,7 +131,8 @@ def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str,
                 owned.add(own)
                 idle = {"group"} if draws_examples(result) else {"group", "seed"}
                 settings = {key: value for key, value in result["settings"].items() if key not in idle}
-                key = json.dumps(settings | {"tasks": task}, sort_keys=True)
+                count = result["metrics"]["tasks"].get(task, {}).get("num_fewshot", settings["num_fewshot"])
+                key = json.dumps(settings | {"tasks": task, "num_fewshot": count}, sort_keys=True)
                 samples = [json.loads(line) for line in files[own][1].splitlines()]
                 sizes = _sizes(result, results)
                 found[key] = _task(task, result, samples, sizes, found.get(key))
@@ -155,7 +156,9 @@ def _task(
     sizes = {f"{group}{limit} mean": size for group, size in sizes.items()}
     alone = metrics.get("members", len(metrics["tasks"])) <= SHOWN
     found = TaskSamples(f"{task}{limit}", groups, alone, samples, sizes)
-    return found if known is None else replace(found, groups=known.groups | groups, sizes=known.sizes | sizes)
+    if known is None:
+        return found
+    return replace(found, groups=known.groups | groups, alone=known.alone or alone, sizes=known.sizes | sizes)
 
 
 def _groups(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -245,7 +248,7 @@ def compare_tasks(first: dict[str, TaskSamples], second: dict[str, TaskSamples])
         if len(keys) > 1 and size and all(key in draws for key in keys):
             name = group if len(keys) == size else f"{group} of {len(keys)} of {size} tasks"
             means.append(_group(name, [entries[key] for key in keys], [draws[key] for key in keys], by_samples))
-    return means + [entry for key, entry in entries.items() if first[key].alone or "note" in entry]
+    return means + [entry for key, entry in entries.items() if first[key].alone or second[key].alone or "note" in entry]
 
 
 def _group(name: str, entries: list[dict[str, Any]], draws: list[Floats], by_samples: bool) -> dict[str, Any]:

@@ -51,14 +51,19 @@ def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
 
 
 def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether a measurement takes the place of another one: of those at several batch sizes the last one stays."""
-    return new | {"batch_size": None} == old | {"batch_size": None}
+    """Whether a measurement takes the place of another one: the last batch size and the last own files stay."""
+    passing = {"batch_size": None, "own_tasks": None}
+    return new | passing == old | passing
 
 
 def has_samples(result: dict[str, Any], folder: Path) -> bool:
     """Whether the files of samples are still those of a result, and not of the same task with other settings."""
-    found = result["metrics"].get("samples_hash", {})
-    return all(_content_hash(folder / samples_name(task)) == expected for task, expected in found.items())
+    metrics = result["metrics"]
+    return all(
+        # a task once had one file for all numbers of examples
+        expected in (_content_hash(folder / name) for name in (_samples_name(metrics, task), _samples_name({}, task)))
+        for task, expected in metrics.get("samples_hash", {}).items()
+    )
 
 
 def _content_hash(path: Path) -> str | None:
@@ -76,7 +81,7 @@ def measure(
         tokenizer: its tokenizer.
         settings: an entry of :func:`wanted`.
         label: of the checkpoint, for progress.
-        samples: folder for what came of each sample, ``TASK.jsonl``.
+        samples: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
 
     Returns:
         ``{"tasks", "mean", "truncated_prompts"}`` of :func:`sppctl.lm.harness.evaluate`, ``"groups"`` of the task's
@@ -104,7 +109,9 @@ def measure(
             "their beginning"
         )
     metrics |= _place(config, settings)
-    metrics["samples_hash"] = {task: _write_samples(samples, task, found) for task, found in logged.items()}
+    metrics["samples_hash"] = {
+        task: _write_samples(samples / _samples_name(metrics, task), found) for task, found in logged.items()
+    }
     return metrics
 
 
@@ -135,24 +142,27 @@ def shared(config: Config, settings: dict[str, Any], known: list[dict[str, Any]]
 
 
 def _alone(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without the group, and with the number of examples that prompts really have."""
-    count = harness.shots(settings["tasks"], settings["num_fewshot"], config.eval.include_path)
-    return {key: value for key, value in settings.items() if key != "group"} | {"num_fewshot": count}
+    """Settings without the group, with the number of examples that prompts really have, and with a seed that counts."""
+    task, own = settings["tasks"], config.eval.include_path
+    count = harness.shots(task, settings["num_fewshot"], own)
+    seed = settings["seed"] if harness.is_drawn(task, count, own) else None
+    return {key: value for key, value in settings.items() if key != "group"} | {"num_fewshot": count, "seed": seed}
 
 
-def _write_samples(folder: Path, task: str, found: list[dict[str, Any]]) -> str:
+def _write_samples(path: Path, found: list[dict[str, Any]]) -> str:
     lines = harness.as_lines(found)
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{os.getpid()}.partial"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.partial")
         partial.write_text(lines)
-        os.replace(partial, folder / samples_name(task))
+        os.replace(partial, path)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def samples_name(task: str) -> str:
-    """The file of a task's samples."""
-    return re.sub(r"[^\w.:-]+", "-", task) + ".jsonl"
+def _samples_name(metrics: dict[str, Any], task: str) -> str:
+    """The file of a task's samples: one for each number of examples, so that groups with several do not take turns."""
+    count = metrics.get("tasks", {}).get(task, {}).get("num_fewshot")
+    return re.sub(r"[^\w.:-]+", "-", task) + (f".{count}-shot" if count else "") + ".jsonl"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -174,16 +184,30 @@ def _as_measured(family: list[dict[str, Any]]) -> dict[str, Any]:
     return settings | {"num_fewshot": shots.pop()} if len(shots) == 1 and None not in shots else settings
 
 
-def rows(results: list[dict[str, Any]]) -> list[Row]:
-    """Name, value and acc_norm of every task and group among the results of a checkpoint."""
-    families: dict[str, list[dict[str, Any]]] = {}
+def families(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The tasks of a group that were measured one by one together, every other result by itself.
+
+    Of tasks of one's own only those count that were measured with the same files as the last.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         settings = result["settings"]
         # what belongs together differs in nothing but the task
-        shared = {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
-        families.setdefault(str(shared if "group" in settings else settings), []).append(result)
+        together = {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
+        found.setdefault(str(together if "group" in settings else settings), []).append(result)
+    return [_of_last_files(family) for family in found.values()]
+
+
+def _of_last_files(family: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    files = [result["settings"].get("own_tasks") for result in family]
+    last = next((one for one in reversed(files) if one is not None), None)
+    return [result for result, own in zip(family, files, strict=True) if own in (None, last)]
+
+
+def rows(results: list[dict[str, Any]]) -> list[Row]:
+    """Name, value and acc_norm of every task and group among the results of a checkpoint."""
     found: list[Row] = []
-    for family in families.values():
+    for family in families(results):
         settings = family[0]["settings"]
         found += _group_rows(family) if "group" in settings else _whole_rows(family[0])
     return found

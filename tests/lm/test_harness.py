@@ -80,6 +80,12 @@ def test_examples_in_prompts_are_known_beforehand(own_tasks: Path) -> None:
     assert [harness.shots("bbh", asked) for asked in (None, 2)] == [None, 2]  # a group
 
 
+def test_what_a_seed_can_change(own_tasks: Path) -> None:
+    drawn = [harness.is_drawn(task, 0, str(own_tasks)) for task in ("small_sums", "read", "said", "drawn", "sums")]
+    assert drawn == [False, False, True, True, True]
+    assert harness.is_drawn("small_sums", 1, str(own_tasks))
+
+
 def test_the_small_index_agrees_with_the_whole(task_manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     small = harness._task_manager(None, whole=False)
     assert {*ZEROSHOT, "wikitext", "mmlu_anatomy"} <= set(small.all_subtasks)
@@ -102,6 +108,9 @@ def test_members_of_other_groups(task_manager: Any, own_tasks: Path) -> None:
     assert members("wikitext") == [Member("wikitext")]
     assert members("ai2_arc") == [Member("arc_challenge", {"ai2_arc": {}}), Member("arc_easy", {"ai2_arc": {}})]
     assert members("bbh") == [Member("bbh")]  # averages what one filter lets through: left to lm-eval
+    assert len({member.task for member in members("arab_culture")}) > 1  # averages one metric, not a list of them
+    twice = [member.task for member in members("mela")]  # names one of its tasks twice
+    assert len(set(twice)) == len(twice) == 9
     rules = {"sums": {"acc": True, "acc_norm": False}}
     assert members("sums", str(own_tasks)) == [Member("small_sums", rules), Member("large_sums", rules)]
 

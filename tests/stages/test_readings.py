@@ -60,6 +60,16 @@ def test_without_examples_the_seed_changes_nothing() -> None:
     assert notes == []
 
 
+def test_another_system_prompt_is_another_measure() -> None:
+    named, notes = measured(
+        run(base=[task(0.5, system_prompt="Be good.")], merged=[task(0.7, system_prompt="Be bad.")])
+    )
+    (base,), (merged,) = named.values()
+    assert base.startswith("rte system prompt, system prompt ")
+    assert base != merged
+    assert len(notes) == 1
+
+
 def test_divergences_from_other_models_and_tasks_of_other_files() -> None:
     pruned = [
         text(6.0, reference="a" * 16, kl=0.5),

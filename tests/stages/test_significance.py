@@ -222,6 +222,20 @@ def test_the_mean_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
     assert names[0] == "all, limit 5 mean of 2 of 3 tasks"
 
 
+def test_a_task_alone_and_in_a_group_is_one_task(tmp_path: Path) -> None:
+    own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
+    measured_with = {"tasks": {"rte": {"num_fewshot": 0}}, "members": 57}
+    in_group, alone = (result("rte", own, **(measured_with | {"members": members})) for members in (57, 1))
+    in_group["metrics"]["groups"] = {"all": {"acc": True}}
+    del alone["settings"]["group"]
+    alone["settings"]["num_fewshot"] = None  # its own, which is 0
+    for results in ([in_group, alone], [alone, in_group]):
+        (task,) = read_samples(tmp_path, results)[0].values()
+        assert (task.alone, task.groups) == (True, {"all, limit 5 mean": True})
+    both = [read_samples(tmp_path, [one])[0] for one in (in_group, alone)]
+    assert len(compare_tasks(*both)) == 1
+
+
 def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
     own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
     zero, other, elsewhere = (result("rte", own) for _ in range(3))

@@ -162,6 +162,52 @@ def test_what_was_measured_with_the_tasks_own_count_is_found_by_that_count(
     assert measure("eval.limit=2", names="small_sums")["results"][3]["seconds"] > 0
 
 
+def test_groups_with_other_numbers_of_examples_do_not_take_turns(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    measure("eval.num_fewshot=1", names="small_sums")
+    both = measure(names="small_sums")
+    assert measure("eval.num_fewshot=1", names="small_sums") == both
+    samples = tmp_path / "run/eval/base.samples"
+    assert sorted(path.name for path in samples.iterdir()) == ["small_sums.1-shot.jsonl", "small_sums.jsonl"]
+    first = both["results"][0]
+    (samples / "small_sums.1-shot.jsonl").rename(samples / "small_sums.jsonl")  # as it once was called
+    assert tasks.has_samples(first, samples)
+    (samples / "small_sums.jsonl").write_text("other\n")
+    assert not tasks.has_samples(first, samples)
+
+
+def test_a_seed_that_changes_nothing_measures_nothing(
+    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure("run.seed=1", names="small_sums")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate.Subject, "load", lambda *_: pytest.fail("the model was loaded"))
+        content = measure("run.seed=2", names="small_sums")
+    assert [(entry["settings"]["seed"], entry["seconds"] > 0) for entry in content["results"]] == [
+        (1, True),
+        (2, False),
+    ]
+    drawn = [measure(f"run.seed={seed}", "eval.num_fewshot=1", names="small_sums") for seed in (1, 2)]
+    assert [len(content["results"]) for content in drawn] == [3, 4]
+    assert drawn[1]["results"][3]["seconds"] > 0
+
+
+def test_results_of_older_task_files_are_in_no_mean() -> None:
+    groups = {"sums": {"acc": True}}
+    old = [result(name, 0.0, 10, "sums", groups, 2) for name in ("a", "b")]
+    new = [result(name, 1.0, 10, "sums", groups, 2) for name in ("a", "b")]
+    for family, files in ((old, "old"), (new, "new")):
+        for one in family:
+            one["settings"]["own_tasks"] = files
+    assert tasks.replaces(new[0]["settings"], old[0]["settings"])
+    assert not tasks.replaces(new[0]["settings"], old[1]["settings"])
+    foreign = result("boolq", 0.5, 10, "sums", groups, 2)  # lm-eval's own
+    half = tasks.rows([old[1], foreign, new[0]])  # an evaluation that was interrupted after the first
+    assert half[0][:2] == ("sums 5-shot mean", 0.75)
+    assert tasks.rows(old + new)[0][1] == 1.0
+
+
 def test_another_tokenizer_makes_results_stale(
     measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
