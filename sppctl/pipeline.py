@@ -175,6 +175,13 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     return found
 
 
+def share_results(source: Run, target: Run, label: str) -> None:
+    """Adds the results of a checkpoint in one run to those that another run has of it."""
+    from sppctl.stages import evaluate as stage
+
+    stage.take_over(_results(source, label), _results(target, label))
+
+
 def plan(config: Config) -> dict[str, Any]:
     """What a run will take, from the shapes of its model alone; nothing is loaded or written."""
     from sppctl.stages import plan as stage

@@ -6,14 +6,12 @@ merged and measured. Whatever is up to date is skipped, so the same command cont
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sppctl import console, distributed, launch, pipeline
@@ -225,7 +223,7 @@ def share(source: Run, target: Run, directory: str, label: str) -> None:
         shutil.copytree(source.directory / directory, partial, copy_function=_link)
         partial.rename(target.directory / directory)
     if result_keys(source.config.eval) == result_keys(target.config.eval):
-        _share_results(source.directory / "eval", target.directory / "eval", label)
+        pipeline.share_results(source, target, label)
 
 
 def _link(source: str, target: str) -> None:
@@ -233,25 +231,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
-
-
-def _share_results(source: Path, target: Path, label: str) -> None:
-    """Adds the results of one folder to those of another, which may hold more than the sweep asks for."""
-    from sppctl.stages.evaluate import replaces
-
-    path = target / f"{label}.json"
-    content = json.loads((source / path.name).read_text())
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if before["fingerprint"] == content["fingerprint"]:
-            taken = [result["settings"] for result in content["results"]]
-            content["results"] += [
-                result for result in before["results"] if not any(replaces(new, result["settings"]) for new in taken)
-            ]
-    samples = source / f"{label}.samples"
-    if samples.is_dir():
-        shutil.copytree(samples, target / samples.name, dirs_exist_ok=True)
-    target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{path.name}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

@@ -144,7 +144,7 @@ def known(subject: Subject, results: Path) -> list[dict[str, Any]]:
         return []
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
     valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
-    samples = _samples(results, subject)
+    samples = _samples(results)
     return [result for result in valid if tasks.has_samples(result, samples)]
 
 
@@ -166,8 +166,23 @@ def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
     return bool(new["kind"] == old["kind"] and _of(new).replaces(new, old))
 
 
-def _samples(results: Path, subject: Subject) -> Path:
-    return results.with_name(f"{subject.label}.samples")
+def take_over(source: Path, target: Path) -> None:
+    """Adds what one results file holds, and its samples, to another of the same label, which may hold more."""
+    content = read_results(source)
+    before = read_results(target)
+    if before.get("fingerprint") == content["fingerprint"]:
+        taken = [result["settings"] for result in content["results"]]
+        content["results"] += [
+            result for result in before["results"] if not any(replaces(new, result["settings"]) for new in taken)
+        ]
+    samples = _samples(source)
+    if samples.is_dir():
+        shutil.copytree(samples, _samples(target), dirs_exist_ok=True)
+    _write(target, content)
+
+
+def _samples(results: Path) -> Path:
+    return results.with_suffix(".samples")
 
 
 def predict(config: Config, jobs: Iterable[tuple[Subject, list[dict[str, Any]], DenseModel | None]]) -> None:
@@ -211,7 +226,7 @@ def execute(
         The content of the results file.
     """
     content = distributed.tell(read_results(results), 0)
-    samples = _samples(results, subject)
+    samples = _samples(results)
     if content.get("fingerprint") != subject.fingerprint:
         if distributed.is_main():
             shutil.rmtree(samples, ignore_errors=True)
