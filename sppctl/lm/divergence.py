@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ class Reference:
     model itself need not be in memory beside the one that is compared with it.
     """
 
-    def __init__(self, model: Any, windows: Tensor, batch_size: int, file: Path) -> None:
+    def __init__(
+        self,
+        model: Any,
+        windows: Tensor,
+        batch_size: int,
+        file: Path,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Runs the model on all windows.
 
         Args:
@@ -31,6 +39,7 @@ class Reference:
             windows: (windows, seq_len) int64.
             batch_size: windows at a time.
             file: takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype.
+            advance: is told how many windows are done with every batch.
 
         Raises:
             UserError: the model does more to its logits than is known, so they cannot be made again.
@@ -51,6 +60,7 @@ class Reference:
             for start in range(0, len(windows), batch_size):
                 batch = windows[start : start + batch_size].to(model.device)
                 self.hidden[start : start + len(batch)] = model.base_model(input_ids=batch, use_cache=False)[0].cpu()
+                advance(len(batch))
 
     @property
     def vocab_size(self) -> int:

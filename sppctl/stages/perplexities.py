@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ class DenseModel:
         model = checkpoint.load_model(self.directory, device, trust_remote_code=self.trust, spread=True)
         for number, (key, text) in enumerate(todo.items()):
             file = self._folder / f"{number}.bin"
-            self._references[key] = Reference(model, text.tokens[text.own], text.batch_size, file)
+            with console.Progress(f"dense model: text {number + 1} of {len(todo)}", len(text.own)) as bar:
+                own, advance = text.tokens[text.own], partial(bar.advance, "")
+                self._references[key] = Reference(model, own, text.batch_size, file, advance)
         del model
         release()
 

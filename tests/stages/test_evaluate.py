@@ -101,7 +101,9 @@ def test_the_default_window_bounds_the_stride(work: Callable[..., Run], monkeypa
 # --- the dense model --------------------------------------------------------------------------------------------------
 
 
-def test_one_model_at_a_time(work: Callable[..., Run], alpaca_file: Path, text_file: Path, monkeypatch: Any) -> None:
+def test_one_model_at_a_time(
+    work: Callable[..., Run], alpaca_file: Path, text_file: Path, monkeypatch: Any, capfd: Any
+) -> None:
     run = work(f"eval.perplexity=[{text_file}, {alpaca_file}]")
     pipeline.prune(run)
     loaded: list[tuple[str, Any]] = []
@@ -124,6 +126,8 @@ def test_one_model_at_a_time(work: Callable[..., Run], alpaca_file: Path, text_f
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
     found = pipeline.evaluate_some(run, ["base", "pruned"])
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dense model: ")]
+    assert [line.partition(":")[2].partition(", ")[0] for line in told] == [" text 1 of 2: 8/8", " text 2 of 2: 8/8"]
     assert sum(forwards) == 2 * 2 * 2  # two batches of two texts, once dense and once pruned
     assert [name for name, _ in loaded] == ["llama", "llama", "pruned"]  # predicts for both texts, is measured
     assert all(result["metrics"]["kl"] > 0 for result in found["pruned"]["results"])
