@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sppctl.stages.tasks import SHOWN, of_family
+
 RESAMPLES = 10_000
 SEED = 0
 DRAWN = 1 << 22  # counts that are drawn at a time: 32 MB
-SHOWN = 10  # tasks of a group that have rows of their own
 ROUNDING = 1e-12  # two means of the same numbers may differ by this
 
 Floats = NDArray[np.float64]
@@ -174,14 +175,9 @@ def _sizes(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, i
     whole = metrics.get("members", len(metrics["tasks"]))
     if not parts:
         return {asked: whole} if asked else {}
-    family = [one["metrics"] for one in results if _shared(one["settings"]) == _shared(result["settings"])]
+    family = [one["metrics"] for one in results if of_family(one["settings"]) == of_family(result["settings"])]
     complete = len(family) == whole
     return {asked: whole} | {part: sum(part in one["groups"] for one in family) * complete for part in parts}
-
-
-def _shared(settings: dict[str, Any]) -> dict[str, Any]:
-    """What the tasks of a group have in common that are measured one by one."""
-    return {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
 
 
 def match(first: list[Sample], second: list[Sample]) -> tuple[list[tuple[Sample, Sample]], int]:

@@ -135,7 +135,8 @@ def shared(config: Config, settings: dict[str, Any], known: list[dict[str, Any]]
         A result, which took no time; None if there is none.
     """
     theirs = [result for result in known if result["settings"].get("tasks") == settings["tasks"]]
-    twin = next((one for one in theirs if _alone(config, one["settings"]) == _alone(config, settings)), None)
+    asked = _alone(config, settings) if theirs else {}
+    twin = next((one for one in theirs if _alone(config, one["settings"]) == asked), None)
     if twin is None:
         return None
     return twin | {"settings": settings, "metrics": twin["metrics"] | _place(config, settings), "seconds": 0.0}
@@ -192,10 +193,13 @@ def families(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         settings = result["settings"]
-        # what belongs together differs in nothing but the task
-        together = {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
-        found.setdefault(str(together if "group" in settings else settings), []).append(result)
+        found.setdefault(str(of_family(settings) if "group" in settings else settings), []).append(result)
     return [_of_last_files(family) for family in found.values()]
+
+
+def of_family(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the tasks of a group have in common that are measured one by one."""
+    return {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
 
 
 def _of_last_files(family: list[dict[str, Any]]) -> list[dict[str, Any]]:
