@@ -21,7 +21,7 @@ from typing import IO
 
 from sppctl import console, distributed
 from sppctl.errors import UserError
-from sppctl.settings import Config
+from sppctl.settings import Config, TrainConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 5  # after one process has failed, until the others are killed
@@ -103,6 +103,21 @@ def num_processes(config: Config) -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
+
+
+def accumulation(train: TrainConfig, processes: int) -> int:
+    """Micro-batches of each process in a step, so that ``train.batch_size`` holds for any number of processes.
+
+    Raises:
+        UserError: it does not come out even.
+    """
+    step = train.micro_batch_size * processes
+    if train.batch_size % step:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} is not a multiple of micro_batch_size x processes "
+            f"({train.micro_batch_size} x {processes}); change one of them"
+        )
+    return train.batch_size // step
 
 
 def needed(config: Config) -> bool:

@@ -18,7 +18,7 @@ from sppctl.adapters.ste import SteConfig, SteLinear
 from sppctl.errors import UserError
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target, stored_name
+from sppctl.lm.targets import stored_name
 from sppctl.pattern import Pattern
 from sppctl.settings import Config, TrainConfig
 from sppctl.stages.watch import Reporting
@@ -28,14 +28,9 @@ HIRA_SINCE = "0.20"
 Patterns = Mapping[str, Pattern]
 
 
-def preflight(config: Config, targets: list[Target]) -> list[str]:
-    """What is wrong with the method for these linear layers, one line each."""
+def preflight(config: Config) -> list[str]:
+    """What is wrong with the method, one line each."""
     train, problems = config.train, []
-    narrow = [target for target in targets if train.rank > target.out_features]
-    if train.method == "spp" and narrow:
-        problems.append(
-            f"train.rank: {train.rank} exceeds the {narrow[0].out_features} output features of {narrow[0].name}"
-        )
     if train.method == "ste" and config.launch.strategy != "ddp":
         problems.append(
             f"train.method: ste chooses masks from whole matrices, launch.strategy {config.launch.strategy} shares "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sppctl import launch
 from sppctl.errors import UserError
 from sppctl.lm import architecture, data
 from sppctl.lm.blocks import Skeleton
@@ -83,10 +84,11 @@ def num_parameters(skeleton: Skeleton) -> int:
 
 
 def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
-    """The linear layers that are trained.
+    """The linear layers that are trained, by name.
 
     Raises:
-        UserError: there are none, or one has fewer output features than the adapter has rows.
+        UserError: there are none, or the rank is too large for one: each row of SPP's alpha serves at least one output
+            row. A low-rank product may have any rank.
     """
     train, prune = config.train, config.prune
     if train.targets == "pruned":
@@ -95,9 +97,9 @@ def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
         chosen = skeleton.targets(train.targets, key="train.targets")
     targets = {name: target for name, target in chosen.items() if target.is_linear}
     if not targets:
-        raise UserError("train.targets: only nn.Linear layers are adapted, and none of these is one")
+        raise UserError("train.targets: sppctl trains nn.Linear layers only, and none of these is one")
     for name, target in targets.items():
-        if train.method not in ("masked_full", "ste") and train.rank > target.out_features:
+        if train.method == "spp" and train.rank > target.out_features:
             raise UserError(f"train.rank: {train.rank} exceeds the {target.out_features} output features of {name}")
     return targets
 
@@ -142,9 +144,9 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
 
 def num_processes(config: Config) -> int:
     """Processes over all machines; ``auto`` takes the GPUs that are visible, else one."""
-    launch = config.launch
-    here = launch.num_processes if launch.num_processes != "auto" else max(1, torch.cuda.device_count())
-    return here * launch.num_machines
+    wanted = config.launch
+    here = wanted.num_processes if wanted.num_processes != "auto" else max(1, torch.cuda.device_count())
+    return here * wanted.num_machines
 
 
 def _memory(
@@ -208,20 +210,9 @@ def _shares(weights: int, outside: int, block: int, adapter: int, gpus: int, str
     return {"weights": weights // gpus + outside + 2 * block, "training_state": 4 * adapter // gpus}
 
 
-def accumulation(train: TrainConfig, processes: int) -> int | None:
-    """Micro-batches in a step of each process; None where ``batch_size`` does not come out even."""
-    step = train.micro_batch_size * processes
-    return None if train.batch_size % step else train.batch_size // step
-
-
 def _steps(config: Config, processes: int) -> dict[str, Any]:
     train = config.train
-    accumulated = accumulation(train, processes)
-    if accumulated is None:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} is not a multiple of micro_batch_size x processes "
-            f"({train.micro_batch_size} x {processes}); change one of them"
-        )
+    accumulated = launch.accumulation(train, processes)
     examples = num_examples(config)
     steps = train.max_steps
     if steps is None and examples is not None:
@@ -231,12 +222,20 @@ def _steps(config: Config, processes: int) -> dict[str, Any]:
         "batch_size": train.batch_size,
         "micro_batch_size": train.micro_batch_size,
         "accumulation": accumulated,
-        "accumulation_by_gpus": {gpus: accumulation(train, gpus) for gpus in sorted({*GPUS, processes})},
+        "accumulation_by_gpus": {gpus: _accumulation(train, gpus) for gpus in sorted({*GPUS, processes})},
         "examples": examples,
         "epochs": train.epochs,
         "steps": steps,
         "tokens_at_most": None if steps is None else steps * train.batch_size * train.data.seq_len,
     }
+
+
+def _accumulation(train: TrainConfig, processes: int) -> int | None:
+    """None where the batch cannot be shared by so many processes."""
+    try:
+        return launch.accumulation(train, processes)
+    except UserError:
+        return None
 
 
 def num_examples(config: Config) -> int | None:

@@ -24,7 +24,7 @@ from sppctl.lm import checkpoint, data, perplexity, prompts
 from sppctl.lm.blocks import Skeleton
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
-from sppctl.stages import distill, evaluate, methods, prune, refresh, shards
+from sppctl.stages import distill, evaluate, methods, plan, prune, refresh, shards
 from sppctl.stages.feed import Feed, load_rows
 from sppctl.stages.trainer import SparseTrainer, demand_files
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
@@ -43,13 +43,10 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     train = config.train
     problems = []
     try:
-        _accumulation(config)
+        launch.accumulation(train, launch.num_processes(config))
         _check_strategy(config)
-        names = config.prune.targets if train.targets == "pruned" else train.targets
-        targets = [t for t in skeleton.targets(names, key="train.targets").values() if t.is_linear]
-        if not targets:
-            problems.append("train.targets: sppctl trains nn.Linear layers only, and none of these is one")
-        problems += methods.preflight(config, targets) + refresh.problems(config)
+        plan.adapted(config, skeleton)
+        problems += methods.preflight(config) + refresh.problems(config)
     except UserError as error:
         problems.append(str(error))
     limit = checkpoint.max_window(skeleton.config)
@@ -85,18 +82,6 @@ def _check_strategy(config: Config) -> None:
     """Raises UserError if DeepSpeed is wanted and not there."""
     if config.launch.strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UserError("launch.strategy: zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
-
-
-def _accumulation(config: Config) -> int:
-    """Micro-batches of a process in a step, so that ``train.batch_size`` holds for any number of processes."""
-    train, processes = config.train, launch.num_processes(config)
-    step = train.micro_batch_size * processes
-    if train.batch_size % step:
-        raise UserError(
-            f"train.batch_size: {train.batch_size} is not a multiple of micro_batch_size x processes "
-            f"({train.micro_batch_size} x {processes}); change one of them"
-        )
-    return train.batch_size // step
 
 
 def execute(
@@ -265,7 +250,7 @@ def _arguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=_accumulation(config),
+        gradient_accumulation_steps=launch.accumulation(train, launch.num_processes(config)),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.lr,

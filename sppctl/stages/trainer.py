@@ -105,7 +105,13 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an optimizer step; with a teacher their response tokens are counted, too."""
+        """The micro-batches of an optimizer step; with a teacher their response tokens are counted, too.
+
+        None at all if the checkpoint that was resumed from is that of the last step: the Trainer would do one more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.distillation is not None:
             self.distillation.start_step(batches, device)

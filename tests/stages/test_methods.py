@@ -20,7 +20,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.checkpoint import load_config as model_config
 from sppctl.settings import Config
-from sppctl.stages import merge, prune, train
+from sppctl.stages import merge, plan, prune, train
 from sppctl.stages.inspect import holds
 from sppctl.stages.merge_rules import merged_weight
 
@@ -285,7 +285,9 @@ def problems(config: Config, llama: Path) -> str:
 def test_the_rank_is_limited_for_spp_alone(configure: Configure, llama: Path) -> None:
     assert "exceeds the 32 output features" in problems(configure("train.rank=33"), llama)
     for method in METHODS[1:]:
-        assert problems(configure("train.rank=33", f"train.method={method}"), llama) == ""
+        config = configure("train.rank=33", f"train.method={method}")
+        assert problems(config, llama) == ""
+        assert plan.execute(config)["trainable"]["method"] == method, "plan and train have one rule"
 
 
 @pytest.mark.parametrize(

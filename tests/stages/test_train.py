@@ -107,6 +107,38 @@ def test_a_resumed_training_ends_with_the_same_adapter(
         assert torch.equal(tensor, cut[name]), name
 
 
+@pytest.mark.parametrize("steps", [7, 10], ids=["inside an epoch", "end of an epoch"])
+def test_resuming_after_the_last_step_adds_nothing(
+    steps: int, configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    options = ("train.save_steps=4", "train.eval_steps=2", "train.perplexity_steps=3", "train.refresh.steps=3")
+    config = configure(f"train.max_steps={steps}", *options, "eval.max_tokens=256")
+    dense = Path(str(config.model.path))
+    whole = train.execute(config, *pruned, out, resume=True, base=dense)
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    kept = {path.name for path in (out / "checkpoints").iterdir()}
+    # killed before anything but the checkpoints was written
+    (out / "adapter_model.safetensors").unlink()
+    resumed = train.execute(config, *pruned, out, resume=True, base=dense)
+    assert whole["steps"] == steps
+    assert figures(resumed) == figures(whole)
+    assert (out / "adapter_model.safetensors").read_bytes() == weights
+    assert {path.name for path in (out / "checkpoints").iterdir()} == kept
+
+
+def figures(value: Any) -> Any:
+    """A record without times."""
+    if isinstance(value, list):
+        return [figures(inner) for inner in value]
+    timed = ("second", "runtime")
+    return (
+        {key: figures(inner) for key, inner in value.items() if not any(word in key for word in timed)}
+        if isinstance(value, dict)
+        else value
+    )
+
+
 def test_the_mean_loss_and_the_time_count_all_attempts(
     configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
