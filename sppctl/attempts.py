@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from sppctl import strict_json
 from sppctl.config import flatten
 from sppctl.errors import UserError
 
@@ -28,7 +28,7 @@ def read(partial: Path) -> dict[str, Any] | None:
 
 def write(partial: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Notes what an attempt is made from."""
-    write_json(partial / NOTE, {"settings": settings, "inputs": inputs})
+    strict_json.write(partial / NOTE, {"settings": settings, "inputs": inputs})
 
 
 def holds_work(partial: Path) -> bool:
@@ -69,18 +69,3 @@ def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[s
         f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
     ]
     return "; ".join(changed) or "an older version of sppctl"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole or absent, and on the disk before this returns."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,15 +5,13 @@ rich is imported only when something is drawn, so that ``--help`` stays instant.
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sppctl import distributed
+from sppctl import distributed, strict_json
 
 PLAIN_SECONDS = 15  # between two lines of progress where stderr is no terminal
 
@@ -87,22 +85,9 @@ class Progress:
             note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if words else ''}{words}")
 
 
-def to_json(value: Any) -> str:
-    """A result for programs; JSON has no infinity, so numbers that are not finite are null."""
-    return json.dumps(_finite(value), indent=2, default=str, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def show_json(value: Any) -> None:
     """Prints a result for programs."""
-    print(to_json(value))
+    print(strict_json.dumps(value, indent=2, default=str))
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

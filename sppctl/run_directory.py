@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, attempts, console, distributed, machine
+from sppctl import __version__, attempts, console, distributed, machine, strict_json
 from sppctl.config import to_yaml
 from sppctl.errors import StageError, UserError
 from sppctl.settings import Config
@@ -153,7 +153,7 @@ class Run:
     def _publish(
         self, name: str, partial: Path, record: dict[str, Any], scratch: str | None = None, notes: tuple[str, ...] = ()
     ) -> None:
-        attempts.write_json(partial / RECORD, record)
+        strict_json.write(partial / RECORD, record)
         target, old = self.directory / name, self.directory / f".{name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():

@@ -8,7 +8,6 @@ import fnmatch
 import functools
 import hashlib
 import io
-import json
 import logging
 import os
 import random
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sppctl import strict_json
 from sppctl.errors import StageError, UserError
 
 # the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
@@ -443,4 +443,4 @@ def _gold(task: Any, sample: dict[str, Any], choices: list[str]) -> int | None:
 
 def as_lines(samples: list[dict[str, Any]]) -> str:
     """Records as JSON lines."""
-    return "".join(json.dumps(sample) + "\n" for sample in samples)
+    return "".join(strict_json.dumps(sample) + "\n" for sample in samples)

@@ -7,8 +7,6 @@ which weights; asking twice costs nothing, and other measures are added beside i
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -18,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sppctl import __version__, console, distributed
+from sppctl import __version__, console, distributed, strict_json
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity
 from sppctl.lm.blocks import Skeleton
@@ -178,7 +176,7 @@ def take_over(source: Path, target: Path) -> None:
     samples = _samples(source)
     if samples.is_dir():
         shutil.copytree(samples, _samples(target), dirs_exist_ok=True)
-    _write(target, content)
+    strict_json.write(target, content)
 
 
 def _samples(results: Path) -> Path:
@@ -252,7 +250,7 @@ def execute(
                 metrics = perplexities.measure(config, model, tokenizer, settings, label=label, dense=dense)
             else:
                 metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
-            entry = {"settings": settings, "metrics": _finite(metrics)}
+            entry = {"settings": settings, "metrics": strict_json.finite(metrics)}
             entry["seconds"] = round(time.perf_counter() - started, 2)
             entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
             entry["batch_size"] = config.eval.batch_size
@@ -262,17 +260,8 @@ def execute(
         kept = [old for old in content["results"] if not replaces(settings, old["settings"])]
         content["results"] = [*kept, entry]
         if distributed.is_main():
-            _write(results, content)
+            strict_json.write(results, content)
     return content
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: a number that is not finite becomes None."""
-    if isinstance(value, dict):
-        return {key: _finite(inside) for key, inside in value.items()}
-    if isinstance(value, list):
-        return [_finite(inside) for inside in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions() -> dict[str, str]:
@@ -280,13 +269,6 @@ def _versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "lm_eval", "datasets")
     return {"sppctl": __version__} | {name: importlib.metadata.version(name) for name in names}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
 
 
 def result_name(settings: dict[str, Any]) -> str:

@@ -220,7 +220,7 @@ def loss_curves(history: list[dict[str, Any]], last: tuple[int, float | None]) -
     """
     steps, validation = last
     curves = {
-        words: [(entry["step"], float(entry[key])) for entry in history if key in entry]
+        words: [(entry["step"], float(entry[key])) for entry in history if entry.get(key) is not None]
         for words, key in (("training", "loss"), ("validation", "eval_loss"), ("perplexity", "perplexity"))
     }
     if validation is not None and steps not in dict(curves["validation"]):

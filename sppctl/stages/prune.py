@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sppctl import console, distributed
+from sppctl import console, distributed, strict_json
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
@@ -202,9 +202,7 @@ def _owl(
             raise StageError(f"prune.allocation: {error}") from error
         ratios = dict(zip(blocks, found, strict=True))
         if distributed.is_main():
-            whole = saved.with_suffix(".new")
-            whole.write_text(json.dumps(list(ratios.items())))
-            whole.replace(saved)  # there, or not there, never half
+            strict_json.write(saved, list(ratios.items()))
         distributed.barrier()
     for index, ratio in ratios.items():
         prefix = f"{stack.blocks_name}.{index}."

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sppctl import console
+from sppctl import strict_json
 from sppctl.errors import UserError
 from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
@@ -174,7 +174,7 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
     content = runs[0] if len(runs) == 1 else together
     save(directory / "report.md", markdown(runs, directory))
     save(directory / "report.csv", tables.to_csv(found))
-    save(directory / "report.json", console.to_json(content) + "\n")
+    save(directory / "report.json", strict_json.dumps(content, indent=2, default=str) + "\n")
     save(directory / "report.html", report_html.page(runs))
     layers = pruned_layers(runs[0])
     if len(runs) == 1 and layers:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 
-from sppctl import distributed
+from sppctl import distributed, strict_json
 from sppctl.errors import SharedError, UserError
 from sppctl.lm.instructions import IGNORED
 from sppctl.lm.safe_files import sync, sync_tree
@@ -118,10 +118,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         return batches, num_items
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the divergence from the teacher to each report of the loss."""
+        """Adds the divergence from the teacher to each report of the loss; the history is stored as JSON."""
         if self.distillation is not None and "loss" in logs:
             logs["kl"] = self.distillation.report()
         super().log(logs, *args, **kwargs)
+        self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Before the first step: does the model, as it is wrapped and placed now, keep packed examples apart?"""

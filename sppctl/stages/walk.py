@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl import distributed
+from sppctl import distributed, strict_json
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
@@ -41,7 +41,7 @@ class Journal:
         self.blocks.append(entry)
         if distributed.is_main():
             with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(strict_json.dumps(entry) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import cut_after
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sppctl import console
 from sppctl.config import load_config
@@ -74,6 +75,20 @@ def test_figures_go_to_tensorboard_and_perplexity_to_the_record(
     assert measured[1]["perplexity"] < measured[0]["perplexity"]
 
 
+def test_an_infinite_perplexity_is_null_in_checkpoints_and_record(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """A text that the model holds for impossible is no reason to stop; JSON has no infinity."""
+    model = AutoModelForCausalLM.from_pretrained(pruned[0])
+    model.lm_head.weight.data.mul_(1e5)
+    model.save_pretrained(pruned[0])
+    options = ("train.max_steps=2", "train.perplexity_steps=1", "train.save_steps=1", "train.lr=1e-9")
+    metrics = trained(configure(*options, "eval.max_tokens=256"), pruned, tmp_path / "adapter")
+    assert [entry["perplexity"] for entry in metrics["history"] if "perplexity" in entry] == [None, None]
+    for path in (tmp_path / "adapter" / "checkpoints").glob("*/trainer_state.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
 def test_learning_rate_warms_up_and_decays_linearly(
     configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -122,18 +137,18 @@ def test_resuming_after_the_last_step_adds_nothing(
     (out / "adapter_model.safetensors").unlink()
     resumed = train.execute(config, *pruned, out, resume=True, base=dense)
     assert whole["steps"] == steps
-    assert figures(resumed) == figures(whole)
+    assert untimed(resumed) == untimed(whole)
     assert (out / "adapter_model.safetensors").read_bytes() == weights
     assert {path.name for path in (out / "checkpoints").iterdir()} == kept
 
 
-def figures(value: Any) -> Any:
+def untimed(value: Any) -> Any:
     """A record without times."""
     if isinstance(value, list):
-        return [figures(inner) for inner in value]
+        return [untimed(inner) for inner in value]
     timed = ("second", "runtime")
     return (
-        {key: figures(inner) for key, inner in value.items() if not any(word in key for word in timed)}
+        {key: untimed(inner) for key, inner in value.items() if not any(word in key for word in timed)}
         if isinstance(value, dict)
         else value
     )

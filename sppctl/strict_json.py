@@ -1,0 +1,39 @@
+"""JSON as the standard has it: one writer for records, results, reports and what ``--json`` prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """The value with None in place of numbers that are not finite, which JSON does not have; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """The text of a value; numbers that are not finite are null."""
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def write(path: Path, value: Any) -> None:
+    """Writes a file, and its folder, that is whole or absent, and on the disk before this returns."""
+    text, aside = dumps(value, indent=2) + "\n", path.with_name(f".{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
