@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -21,7 +22,11 @@ from typing import Any, Literal
 from sppctl.errors import UserError
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
-from sppctl.yaml12 import dump_yaml, parse_yaml
+from sppctl.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
+
+LARGEST = 2**63
+LONGEST_NAME, LONGEST_PATH = 255, 2048  # bytes; a run adds names of its own to run.dir
+SHOWN = 200  # characters of a value in an error
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -55,10 +60,10 @@ def find_config(name: str | None) -> Path:
     shipped = shipped_configs()
     if name is None:
         return shipped["quickstart"]
-    if Path(name).is_file():
-        return Path(name)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         raise UserError(f"config {name} is a directory; name the YAML file in it")
+    if os.path.exists(name):
+        return Path(name)
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     if stem in shipped:
         return shipped[stem]
@@ -72,16 +77,12 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         UserError: one message with every unknown key, wrong type, bad value and impossible combination.
     """
     path = find_config(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from error
-    tree = parse_yaml(text, str(path))
+    tree = read_yaml(path)
     problems: list[str] = []
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {_shown(tree)}")
+        raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {shown(tree)}")
     if "grid" in tree:
         raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
     sources: dict[str, str] = {}
@@ -118,6 +119,9 @@ def _apply_overrides(tree: dict[Any, Any], overrides: Sequence[str], sources: di
             continue
         node = tree
         *parents, leaf = key.split(".")
+        if len(parents) > DEEPEST:
+            out.append(f"command line: {key:.60}...: unknown key; see `sppctl config --schema`")
+            continue
         for parent in parents:
             child = node.get(parent)
             if not isinstance(child, dict):
@@ -143,7 +147,7 @@ def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        context.report(prefix.rstrip("."), f"expected a section with keys, found {_shown(tree)}")
+        context.report(prefix.rstrip("."), f"expected a section with keys, found {shown(tree)}")
         return cls()
     known = {f.name: f for f in fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -158,6 +162,8 @@ def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
             try:
                 values[name] = _convert(value, hints[name])
                 _check_bounds(values[name], known[name].metadata["bounds"])
+                if not known[name].metadata["free_text"]:
+                    _check_names(values[name])
             except ValueError as error:
                 values.pop(name, None)
                 context.report(key, str(error))
@@ -193,21 +199,21 @@ def _convert(value: Any, hint: Any) -> Any:
         for option in arguments:
             if typing.get_origin(option) is list and isinstance(value, list):
                 _convert(value, option)
-        raise ValueError(f"expected {_type_name(hint)}, found {_shown(value)}")
+        raise ValueError(f"expected {_type_name(hint)}, found {shown(value)}")
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
         names = ", ".join(map(str, arguments))
         close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-        raise ValueError(f"{_shown(value)} is not one of {names}" + (f"; did you mean {close[0]}?" if close else ""))
+        raise ValueError(f"{shown(value)} is not one of {names}" + (f"; did you mean {close[0]}?" if close else ""))
     if origin is list:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list) or (isinstance(value, str) and value == "all-linear"):
-            raise ValueError(f"expected {_type_name(hint)}, found {_shown(value)}")
+            raise ValueError(f"expected {_type_name(hint)}, found {shown(value)}")
         return [_convert(item.strip() if isinstance(item, str) else item, arguments[0]) for item in items]
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"expected {_type_name(hint)}, found {_shown(value)}")
+            raise ValueError(f"expected {_type_name(hint)}, found {shown(value)}")
         return {str(name): _convert(item, arguments[1]) for name, item in value.items()}
     if hint is Pattern:
         return Pattern.parse(value)
@@ -221,7 +227,7 @@ def _convert(value: Any, hint: Any) -> Any:
     else:
         matches = isinstance(value, hint) and value != ""
     if not matches:
-        raise ValueError(f"expected {_type_name(hint)}, found {_shown(value)}")
+        raise ValueError(f"expected {_type_name(hint)}, found {shown(value)}")
     return value
 
 
@@ -230,6 +236,8 @@ def _check_bounds(value: Any, bounds: Mapping[str, float | None]) -> None:
         return
     if math.isinf(value):
         raise ValueError(f"{value} is not a finite number")
+    if abs(value) >= LARGEST:
+        raise ValueError(f"{value} is larger than any number that is computed with")
     tests = {
         "low": (value >= (bounds["low"] or 0), "at least"),
         "above": (value > (bounds["above"] or 0), "more than"),
@@ -237,12 +245,21 @@ def _check_bounds(value: Any, bounds: Mapping[str, float | None]) -> None:
         "below": (bounds["below"] is None or value < bounds["below"], "less than"),
     }
     wrong = [
-        f"{words} {bounds[name]:g}"
+        f"{words} {bounds[name]:.10g}"
         for name, (ok, words) in tests.items()
         if bounds[name] is not None and not (ok and value == value)
     ]
     if wrong:
         raise ValueError(f"{value} must be {' and '.join(wrong)}")
+
+
+def _check_names(value: Any) -> None:
+    """Raises ValueError if a text, or one in a list or section, can be no file's name though it may be meant as one."""
+    for name in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else ():
+        if isinstance(name, str) and any(len(part.encode()) > LONGEST_NAME for part in name.split("/")):
+            raise ValueError(f"{shown(name)} is longer than the {LONGEST_NAME} bytes of a file name")
+        if isinstance(name, str) and len(name.encode()) > LONGEST_PATH:
+            raise ValueError(f"{shown(name)} is longer than the {LONGEST_PATH} bytes of a path")
 
 
 def _impossible(config: Config) -> Iterator[str]:
@@ -356,6 +373,8 @@ def _type_name(hint: Any) -> str:
     return names.get(hint, "N:M or a ratio" if hint is Pattern else str(hint))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value and its kind for an error, cut where it is long."""
     kind = {str: "the text ", bool: "", int: "", float: "", list: "the list ", dict: "the section "}
-    return f"{kind.get(type(value), '')}{value!r}" if value is not None else "null"
+    text = "null" if value is None else repr(value)
+    return kind.get(type(value), "") + (text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl.config import config_keys, load_config, quoted, shipped_sweeps
+from sppctl.config import config_keys, load_config, quoted, shipped_sweeps, shown
 from sppctl.errors import UserError
 from sppctl.settings import Config
-from sppctl.yaml12 import parse_yaml
+from sppctl.yaml12 import parse_yaml, read_yaml
 
 Point = dict[str, Any]  # configuration key -> value
 KEYS = ("base", "dir", "grid", "overrides", "exclude")
@@ -27,6 +29,7 @@ DENSE, PRUNED, REPORT = "dense", "pruned", "report"
 DENSE_KEYS = ("model.",)
 PRUNED_KEYS = ("model.", "prune.", "run.seed")
 SHORT = {"prune.method": "", "prune.pattern": "", "train.method": "", "train.rank": "r", "run.seed": "s"}
+MOST_RUNS = 10_000
 OWN_DIRECTORY = "a sweep names the directories of its runs; `dir` is the folder that they share"
 
 
@@ -86,15 +89,19 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
         UserError: every problem of the file and of any of its configurations, one per line.
     """
     path = _find(name)
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    tree = read_yaml(path)
     problems = list(_problems(tree))
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     given = {text.partition("=")[0].strip(): text for text in overrides}
     place = parse_yaml(given.pop("run.dir").partition("=")[2], "command line: run.dir") if "run.dir" in given else None
+    if not isinstance(place, str | None):
+        raise UserError(f"command line: run.dir: expected text, found {shown(place)}")
     directory = Path(place or tree.get("dir") or f"runs/{path.stem}")
     fixed = [f"{key}={quoted(value)}" for key, value in (tree.get("overrides") or {}).items()] + list(given.values())
     grid = {key: values for key, values in tree["grid"].items() if key not in given}
+    if math.prod(map(len, grid.values())) > MOST_RUNS:
+        raise UserError(f"{path}: grid: more than {MOST_RUNS:,} combinations; split it into several sweeps")
     points = expand(grid, tree.get("exclude") or [])
     if not points:
         raise UserError(f"{path}: exclude: leaves no run")
@@ -134,7 +141,7 @@ def _word(key: str, value: Any) -> str:
 
 def _find(name: str) -> Path:
     shipped = shipped_sweeps()
-    if Path(name).is_file():
+    if os.path.exists(name):
         return Path(name)
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     if stem not in shipped:
@@ -151,13 +158,13 @@ def _problems(tree: Any) -> Iterator[str]:
             yield f"{key}: unknown key{_nearest(str(key), KEYS) or '; a sweep has ' + ', '.join(KEYS)}"
     for key in ("base", "dir"):
         if key in tree and not (isinstance(tree[key], str) and tree[key]):
-            yield f"{key}: expected text, found {tree[key]!r}"
+            yield f"{key}: expected text, found {shown(tree[key])}"
     grid, overrides, exclude = tree["grid"], tree.get("overrides") or {}, tree.get("exclude") or []
     if not isinstance(overrides, dict):
-        yield f"overrides: expected KEY: VALUE, found {overrides!r}"
+        yield f"overrides: expected KEY: VALUE, found {shown(overrides)}"
         overrides = {}
     if not isinstance(grid, dict) or not grid:
-        yield f"grid: expected KEY: [VALUES], found {grid!r}"
+        yield f"grid: expected KEY: [VALUES], found {shown(grid)}"
         return
     known = list(config_keys())
     for key, values in grid.items():
@@ -167,7 +174,7 @@ def _problems(tree: Any) -> Iterator[str]:
     if "run.dir" in overrides:
         yield f"overrides: run.dir: {OWN_DIRECTORY}"
     if not isinstance(exclude, list):
-        yield f"exclude: expected a list of combinations, found {exclude!r}"
+        yield f"exclude: expected a list of combinations, found {shown(exclude)}"
         return
     for number, rule in enumerate(exclude, 1):
         yield from (f"exclude, entry {number}: {problem}" for problem in _rule_problems(rule, grid))
@@ -179,14 +186,14 @@ def _grid_problems(key: str, values: Any, known: Sequence[str]) -> Iterator[str]
     elif key not in known:
         yield f"grid: {key}: unknown key{_nearest(key, known) or '; see `sppctl config --schema`'}"
     if not isinstance(values, list) or not values:
-        yield f"grid: {key}: expected a list of values, found {values!r}"
+        yield f"grid: {key}: expected a list of values, found {shown(values)}"
     elif any(value in values[:index] for index, value in enumerate(values)):
         yield f"grid: {key}: a value stands twice in {values!r}"
 
 
 def _rule_problems(rule: Any, grid: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(rule, dict) or not rule:
-        yield f"expected KEY: VALUE of the grid, found {rule!r}"
+        yield f"expected KEY: VALUE of the grid, found {shown(rule)}"
         return
     for key, value in rule.items():
         if key not in grid:

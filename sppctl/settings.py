@@ -23,10 +23,11 @@ def _key(
     high: float | None = None,
     below: float | None = None,
     affects_result: bool = True,
+    free_text: bool = False,
 ) -> Any:
-    """A configuration key: default, meaning, bounds, and whether another value gives another result."""
+    """A configuration key: default, meaning, bounds, whether its value changes results, whether it is prose."""
     bounds = {"low": low, "above": above, "high": high, "below": below}
-    metadata = {"meaning": meaning, "bounds": bounds, "affects_result": affects_result}
+    metadata = {"meaning": meaning, "bounds": bounds, "affects_result": affects_result, "free_text": free_text}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -37,7 +38,9 @@ class RunConfig:
     """Where a run lives."""
 
     dir: str = _key("runs/default", "directory of the run: pruned/, adapter/, merged/, eval/", affects_result=False)
-    seed: int = _key(0, "seed of calibration windows, adapter initialisation, dropout and data order", low=0)
+    seed: int = _key(
+        0, "seed of calibration windows, adapter initialisation, dropout and data order", low=0, high=2**32 - 1
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class TrainDataConfig:
         "alpaca",
         "alpaca; chat (the tokenizer's own chat template); or a text with {instruction} and {input} that ends where "
         "the response starts",
+        free_text=True,
     )
     seq_len: int = _key(512, "longest example in tokens; longer ones are cut, counted and reported", low=8)
     val_size: int = _key(0, "rows held out for the validation loss (instructions: its own 64 are used)", low=0)
@@ -250,7 +254,7 @@ class EvalConfig:
         None, "examples in the prompt; null: 0 for zeroshot, 5 for mmlu, else lm-eval's", low=0
     )
     chat_template: bool = _key(False, "put prompts into the tokenizer's chat template")
-    system_prompt: str | None = _key(None, "system message of every prompt")
+    system_prompt: str | None = _key(None, "system message of every prompt", free_text=True)
     include_path: str | None = _key(None, "folder with lm-eval tasks of your own (YAML)")
     batch_size: int | Auto = _key("auto", "requests at a time", low=1, affects_result=False)
     limit: int | None = _key(None, "first N examples of each task; shown with the result", low=1)

@@ -1,33 +1,87 @@
-"""YAML 1.2 for people: 2:4 is text, 4e-3 a number, `no` a word; and what is written, both versions read alike."""
+"""YAML 1.2 for people: 2:4 is text, 4e-3 a number, `no` a word; and what is written, both versions read alike.
+
+What is read is not trusted: its size, depth, aliases and numbers are bounded, so that no file keeps a command busy.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sppctl.errors import UserError
 
+MOST_BYTES = 1 << 18
+MOST_VALUES = 10_000  # aliases count as all that they stand for
+DEEPEST = 32
+LONGEST_NUMBER = 40  # characters
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, which PyYAML follows, takes 2:4 for the number 124, 4e-3 for text and `no` for false; 1.2 does not."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    # the types of YAML 1.2's core schema; of any other tag it is said that it is unknown
+    yaml_constructors = {
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+        self._sizes: dict[int, int] = {}  # values in each node that is whole, by its id
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event, before = self.peek_event(), self._values
+        mark: Any = event.start_mark
+        self._depth += 1
+        self._values += 1
+        if self._depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                problem = f"*{event.anchor} inside what it stands for"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            self._values = before + self._sizes[id(node)]
+        if self._values > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
+        self._sizes[id(node)] = self._values - before
+        self._depth -= 1
+        return node
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        text: str = self.construct_scalar(node)
+        if re.search("[\0\ud800-\udfff]", text):
+            raise yaml.MarkedYAMLError(problem=f"{text!r:.60} is not text", problem_mark=node.start_mark)
+        return text
+
+    def _number(self, node: yaml.ScalarNode) -> str:
+        text: str = self.construct_scalar(node)
+        if len(text) > LONGEST_NUMBER:
+            problem = f"a number of {len(text):,} characters, more than {LONGEST_NUMBER}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return text
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node)
+        text = self._number(node)
         return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", self.construct_scalar(node).lower()))
+        return float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", self._number(node).lower()))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a list or section as a key", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 where = f"line {key_node.start_mark.line + 1}"
-                raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r} stands twice, again in {where}")
+                raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r:.60} stands twice, again in {where}")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -45,6 +99,7 @@ for _tag, _expression, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_expression})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -59,15 +114,39 @@ class _Dumper(yaml.SafeDumper):
     }
 
 
+def read_yaml(path: Path) -> Any:
+    """Reads a file of YAML 1.2; raises UserError as :func:`read_text` and :func:`parse_yaml` do."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration.
+
+    Raises:
+        UserError: not a regular file, too large, or not UTF-8.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not a regular file; give a YAML file")
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} of a configuration")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Reads YAML 1.2; ``source`` names the text in errors.
 
     Raises:
-        UserError: not YAML.
+        UserError: not YAML, or larger or deeper than any configuration.
     """
     try:
+        if len(text) > MOST_BYTES:
+            raise yaml.YAMLError(f"more than {MOST_BYTES:,} characters")
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the latter of values that a tag does not fit
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 

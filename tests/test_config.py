@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sppctl.config import (
     flatten,
     load_config,
     parse_yaml,
+    quoted,
     result_keys,
     schema,
     shipped_configs,
@@ -133,6 +136,92 @@ def test_an_empty_section_means_its_defaults(load: Load) -> None:
 def test_the_default_is_quickstart() -> None:
     assert find_config(None) == shipped_configs()["quickstart"]
     assert load_config(None) == load_config("quickstart")
+
+
+# --- files that are not trusted ---------------------------------------------------------------------------------------
+
+LEVELS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{n}: &{n} {[f'*{m}'] * 8}\n" for m, n in itertools.pairwise("abcdef")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (LEVELS.replace("'", ""), "more than 10,000 values"),
+        ("[" * 70_000, "more than 32 levels"),
+        ("- " * 70_000, "more than 32 levels"),
+        ("a: &x [1, *x]", "*x inside what it stands for"),
+        ("&x {run: *x}", "*x inside what it stands for"),
+        ("? [run, seed]\n: 1", "a list or section as a key"),
+        ("{{a: 1}: 1}", "a list or section as a key"),
+        (f"a: {'7' * 5000}", "a number of 5,000 characters, more than 40"),
+        (f"a: 0x{'f' * 50}", "a number of 52 characters, more than 40"),
+        (f"a: 1.{'0' * 5000}", "a number of 5,002 characters, more than 40"),
+        ("a: x\0y", "special characters are not allowed"),
+        (r'a: "x\0y"', r"'x\x00y' is not text"),
+        (r'a: "\ud83d"', r"'\ud83d' is not text"),
+        ("a: !!int word", "invalid literal"),
+        ("a: !!bool word", "'word'"),
+        ("a: !!map [1]", "expected a mapping node"),
+        ("a: !!timestamp word", "could not determine a constructor for the tag"),
+        ("# " + "long " * 60_000, "more than 262,144 characters"),
+        ("\n".join(f"k{n}: 0" for n in range(5500)), "more than 10,000 values"),
+    ],
+    ids=range(19),
+)
+def test_yaml_that_would_keep_a_command_busy_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_yaml(text, "it")
+    assert str(caught.value).startswith("it: not valid YAML: ")
+    assert problem in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_alias_stands_for_what_it_names(load: Load) -> None:
+    config = load("prune: {targets: &names [q_proj, up_proj], skip: [down_proj]}\ntrain: {targets: *names}")
+    assert config.train.targets == config.prune.targets == ["q_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "large", "latin-1"])
+def test_a_configuration_that_cannot_be_one_is_refused_by_what_it_is(kind: str, tmp_path: Path) -> None:
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "odd.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "large":
+        path.write_text("# " + "long " * 60_000)
+    elif kind == "latin-1":
+        path.write_bytes("run: {dir: h\xe9}".encode("latin-1"))
+    expected = {"large": "has 300,002 bytes, more than the 262,144", "latin-1": "cannot be read: 'utf-8'"}
+    with pytest.raises(UserError, match=expected.get(kind, "is not a regular file; give a YAML file")):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.seed=4294967296", "run.seed: 4294967296 must be at most 4294967295"),
+        (f"train.rank={10**25}", f"train.rank: {10**25} is larger than any number"),
+        (
+            f"model.path={'m' * 256}",
+            f"model.path: the text '{'m' * 199}... is longer than the 255 bytes of a file name",
+        ),
+        (f"run.dir={'r/' * 1025}", "is longer than the 2048 bytes of a path"),
+        (f"eval.perplexity=[prose,{'é' * 128}]", "eval.perplexity: the text 'éé"),
+        (f"train.data.dataset={{{'d' * 300}: 1}}", "train.data.dataset: the text 'ddd"),
+        (f"{'run.' * 5000}seed=1", "unknown key; see"),
+        (f"{'x' * 300}", "is not KEY=VALUE"),
+    ],
+)
+def test_values_beyond_all_measure_are_refused(load: Load, override: str, expected: str) -> None:
+    (problem,) = problems_of(load, "", override)
+    assert expected in problem
+    assert len(problem) < 500
+
+
+def test_prose_may_be_long(load: Load) -> None:
+    prompt = f"{'Think. ' * 500}{{instruction}}"
+    assert load("", f"train.data.prompt={quoted(prompt)}").train.data.prompt == prompt
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])

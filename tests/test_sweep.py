@@ -176,14 +176,27 @@ def test_a_bad_value_is_told_with_the_runs_that_have_it(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("prune: {method: wanda}", "a sweep needs `grid:`"),
-        ("grid: {}", "grid: expected KEY: [VALUES], found {}"),
+        ("grid: {}", "grid: expected KEY: [VALUES], found the section {}"),
         ("grid: {train.rank: [1]}\nexclude: [{train.rank: 1}]", "exclude: leaves no run"),
+        (
+            "grid: {train.rank: &n [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], train.epochs: *n, train.scale: *n, train.lr: *n,"
+            " train.max_steps: *n}",
+            "grid: more than 10,000 combinations; split it",
+        ),
         ("grid: {prune.skip: [[a b], [a-b]]}", "grid: two combinations would have the same directory"),
     ],
 )
 def test_a_sweep_without_runs_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path / "bad.yaml", text)
     assert problem.startswith(expected)
+
+
+def test_a_sweep_that_is_no_text_or_whose_directory_is_none_is_named(sweep_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"command line: run\.dir: expected text, found 5"):
+        load_sweep(str(sweep_file), ["run.dir=5"])
+    sweep_file.write_bytes(b"grid: {train.rank: [\xff]}")
+    with pytest.raises(UserError, match=r"small\.yaml cannot be read: 'utf-8'"):
+        load_sweep(str(sweep_file))
 
 
 def test_a_sweep_that_does_not_exist_names_the_shipped_one() -> None:

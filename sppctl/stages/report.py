@@ -12,6 +12,7 @@ from sppctl import strict_json
 from sppctl.errors import UserError
 from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
+from sppctl.yaml12 import read_text
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
     resolved = run_dir / "resolved.yaml"
     run: dict[str, Any] = {
         "run": str(run_dir),
-        "config": resolved.read_text() if resolved.is_file() else None,
+        "config": read_text(resolved) if resolved.is_file() else None,
         "stages": stages,
         "checkpoints": checkpoints,
     }
