@@ -15,6 +15,7 @@ import typer
 from sppctl import __version__, console, distributed, launch
 from sppctl.config import flatten, load_config, quoted, schema, to_dict, to_yaml
 from sppctl.errors import StageError, UserError, named_as_given
+from sppctl.paths import expand
 from sppctl.run_directory import Run
 from sppctl.settings import Config
 
@@ -214,7 +215,7 @@ def evaluate(
 
     pipeline.join_processes(config)
     elsewhere = _elsewhere(config, [*names, *overrides], force, debug)
-    found = pipeline.evaluate_some(Run(config, force=force), model or [], elsewhere)
+    found = pipeline.evaluate_some(Run(config, force=force), [expand(one) for one in model or []], elsewhere)
     if not distributed.is_main():
         return
     if json:
@@ -302,7 +303,7 @@ def inspect(
     from sppctl.stages import inspect as stage
 
     with named_as_given(AS_ARGUMENTS):
-        directory = locate_weights(checkpoint)
+        directory = locate_weights(expand(checkpoint))
     matrices, summary = stage.measure(directory, expected)
     wrong = stage.violations(matrices, expected, stage.recorded_layers(directory)) if expected is not None else []
     if json:
@@ -340,7 +341,7 @@ def bench(
     from sppctl.stages import bench_text
 
     with named_as_given(AS_ARGUMENTS):
-        found = stage.execute(checkpoint, stage.Settings(batches, prompt, new, repeats, device))
+        found = stage.execute(expand(checkpoint), stage.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(found)
         return

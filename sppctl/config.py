@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sppctl.errors import UserError
+from sppctl.paths import expand
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
@@ -161,6 +162,8 @@ def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
         else:
             try:
                 values[name] = _convert(value, hints[name])
+                if known[name].metadata["path"]:
+                    values[name] = _expanded(values[name])
                 _check_bounds(values[name], known[name].metadata["bounds"])
                 if not known[name].metadata["free_text"]:
                     _check_names(values[name])
@@ -229,6 +232,16 @@ def _convert(value: Any, hint: Any) -> Any:
     if not matches:
         raise ValueError(f"expected {_type_name(hint)}, found {shown(value)}")
     return value
+
+
+def _expanded(value: Any) -> Any:
+    """A path, a list of paths or weights of paths with every ``~`` replaced, so that nobody else needs to."""
+    if isinstance(value, dict):
+        found = {expand(name): weight for name, weight in value.items()}
+        if len(found) < len(value):
+            raise ValueError(f"two of {', '.join(value)} are the same path")
+        return found
+    return [expand(name) for name in value] if isinstance(value, list) else value and expand(value)
 
 
 def _check_bounds(value: Any, bounds: Mapping[str, float | None]) -> None:

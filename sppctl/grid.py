@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sppctl import paths
 from sppctl.config import config_keys, load_config, quoted, shipped_sweeps, shown
 from sppctl.errors import UserError
 from sppctl.settings import Config
@@ -97,7 +98,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     place = parse_yaml(given.pop("run.dir").partition("=")[2], "command line: run.dir") if "run.dir" in given else None
     if not isinstance(place, str | None):
         raise UserError(f"command line: run.dir: expected text, found {shown(place)}")
-    directory = Path(place or tree.get("dir") or f"runs/{path.stem}")
+    directory = Path(paths.expand(place or tree.get("dir") or f"runs/{path.stem}"))
     fixed = [f"{key}={quoted(value)}" for key, value in (tree.get("overrides") or {}).items()] + list(given.values())
     grid = {key: values for key, values in tree["grid"].items() if key not in given}
     if math.prod(map(len, grid.values())) > MOST_RUNS:

@@ -356,7 +356,7 @@ def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | Non
 def _label(model: str, directory: Path, reserved: set[str]) -> str:
     """A file name for a checkpoint that is not the run's own: its path below this folder, else its whole path."""
     name = model
-    if Path(model).expanduser().is_dir():
+    if Path(model).is_dir():
         here = Path.cwd()
         name = str(directory.relative_to(here) if directory.is_relative_to(here) else directory)
     label = re.sub(r"[^\w.-]+", "-", name.replace("/", "--")).strip("-.")

@@ -43,7 +43,7 @@ class Run:
     @property
     def directory(self) -> Path:
         """Where everything of this run lies."""
-        return Path(self.config.run.dir).expanduser()
+        return Path(self.config.run.dir)
 
     def path(self, stage: str) -> Path:
         """The published directory of a stage."""
@@ -308,8 +308,18 @@ class Run:
                             parent.rmdir()
 
     def check_directory(self) -> None:
-        """Raises UserError if the run directory cannot be written."""
+        """Raises UserError if the run directory cannot be written, or if the run would be made from its own results."""
         path = self.directory
+        for key, name, later in (
+            ("model.path", self.config.model.path, ("prune", "train", "merge")),
+            ("prune.mask_from", self.config.prune.mask_from, ("prune", "train", "merge")),
+            ("train.distill.teacher", self.config.train.distill.teacher, ("train", "merge")),
+        ):
+            made = {self.path(stage).resolve() for stage in later}
+            if name is not None and made & {Path(name).resolve(), *Path(name).resolve().parents}:
+                raise UserError(
+                    f"{key}: {name} is made by this run itself; name another checkpoint, or another run.dir"
+                )
         if path.exists() and not path.is_dir():
             raise UserError(f"run.dir: {path} is a file, not a directory; name another (--output)")
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())

@@ -24,10 +24,12 @@ def _key(
     below: float | None = None,
     affects_result: bool = True,
     free_text: bool = False,
+    path: bool = False,
 ) -> Any:
-    """A configuration key: default, meaning, bounds, whether its value changes results, whether it is prose."""
+    """A key: default, meaning, bounds, whether its value changes results, whether it is prose, or may be a path."""
     bounds = {"low": low, "above": above, "high": high, "below": below}
-    metadata = {"meaning": meaning, "bounds": bounds, "affects_result": affects_result, "free_text": free_text}
+    marks = {"affects_result": affects_result, "free_text": free_text, "path": path}
+    metadata = {"meaning": meaning, "bounds": bounds} | marks
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -37,7 +39,9 @@ def _key(
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = _key("runs/default", "directory of the run: pruned/, adapter/, merged/, eval/", affects_result=False)
+    dir: str = _key(
+        "runs/default", "directory of the run: pruned/, adapter/, merged/, eval/", affects_result=False, path=True
+    )
     seed: int = _key(
         0, "seed of calibration windows, adapter initialisation, dropout and data order", low=0, high=2**32 - 1
     )
@@ -67,7 +71,9 @@ class LaunchConfig:
 class ModelConfig:
     """The dense model to start from."""
 
-    path: str | None = _key(None, "hub id, local directory, or package:NAME (directory of an installed package)")
+    path: str | None = _key(
+        None, "hub id, local directory, or package:NAME (directory of an installed package)", path=True
+    )
     gguf_file: str | None = _key(None, "name of a GGUF file at model.path; converted to safetensors once")
     revision: str | None = _key(None, "branch, tag or commit of a hub id")
     dtype: DType = _key("auto", "dtype of the pruned checkpoint; auto: as stored")
@@ -83,6 +89,7 @@ class CalibrationConfig:
         "instructions",
         "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), "
         "or a local .txt, .jsonl, .json or .parquet file",
+        path=True,
     )
     split: str = _key("train", "split of a hub data set")
     column: str | None = _key(None, "column that holds the text; null or auto: text, or instruction and output")
@@ -111,7 +118,9 @@ class PruneConfig:
         "uniform", "how a ratio is shared out: the same for all blocks, by outliers (OWL), or a ratio per block"
     )
     owl_lambda: float = _key(0.08, "OWL: a block's ratio lies within the wanted one +- this", above=0, below=1)
-    mask_from: str | None = _key(None, "checkpoint whose zeros are the mask: sparsegpt repairs, dsnot starts from it")
+    mask_from: str | None = _key(
+        None, "checkpoint whose zeros are the mask: sparsegpt repairs, dsnot starts from it", path=True
+    )
     order: Literal["block", "module"] = _key(
         "block", "block: as published, two passes per block; module: one pass, layers pruned as their inputs arrive"
     )
@@ -133,6 +142,7 @@ class TrainDataConfig:
         "instructions",
         "instructions (built in), alpaca, alpaca-gpt4, a hub id, a local json, jsonl or parquet file; or several of "
         "these with a weight each: {alpaca: 3, own.jsonl: 1}",
+        path=True,
     )
     split: str = _key("train", "split expression of a hub dataset, such as train[:1000]")
     prompt: str = _key(
@@ -157,7 +167,7 @@ class TrainDataConfig:
 class DistillConfig:
     """Learning from the dense model's own predictions."""
 
-    teacher: str | None = _key(None, "base (the run's dense model) or any checkpoint; null: no distillation")
+    teacher: str | None = _key(None, "base (the run's dense model) or any checkpoint; null: no distillation", path=True)
     weight: float = _key(0.5, "w: the loss is (1 - w) cross-entropy + w T^2 KL(teacher || student)", above=0, high=1)
     temperature: float = _key(1.0, "T: divides the logits of both in the KL divergence", above=0)
 
@@ -231,7 +241,9 @@ class EvalConfig:
     """What is measured on base, pruned and merged."""
 
     perplexity: list[str] = _key(
-        ["wikitext2"], "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file"
+        ["wikitext2"],
+        "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file",
+        path=True,
     )
     seq_len: int | None = _key(None, "window of the perplexity in tokens; null: min(2048, limit of the model)", low=2)
     stride: int | None = _key(
@@ -243,6 +255,7 @@ class EvalConfig:
         "base",
         "checkpoint whose predictions the others are compared with on the same texts (KL divergence, top-1 "
         "agreement): base (the run's dense model), or any other; null: none",
+        path=True,
     )
     max_tokens: int | None = _key(None, "use only the first tokens of each text; shown with the result", low=2)
     tasks: list[str] = _key(
@@ -255,7 +268,7 @@ class EvalConfig:
     )
     chat_template: bool = _key(False, "put prompts into the tokenizer's chat template")
     system_prompt: str | None = _key(None, "system message of every prompt", free_text=True)
-    include_path: str | None = _key(None, "folder with lm-eval tasks of your own (YAML)")
+    include_path: str | None = _key(None, "folder with lm-eval tasks of your own (YAML)", path=True)
     batch_size: int | Auto = _key("auto", "requests at a time", low=1, affects_result=False)
     limit: int | None = _key(None, "first N examples of each task; shown with the result", low=1)
 

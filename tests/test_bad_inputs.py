@@ -791,6 +791,32 @@ IN_A_RUN = [
         ("train.lr = 0.004, now 0.01", "--force", "run.dir"),
     ),
     Case(
+        "its own pruned weights as model",
+        "prune tiny.yaml --force --model run/pruned",
+        ("model.path: run/pruned is made by this run itself",),
+    ),
+    Case(
+        "its own adapter as model to measure",
+        "eval tiny.yaml --model base model.path=run/../linked/adapter",
+        ("model.path: run/../linked/adapter is made by this run itself",),
+        lambda work: (work.root / "linked").symlink_to("run"),
+    ),
+    Case(
+        "its own pruned weights as mask",
+        "prune tiny.yaml --force prune.method=sparsegpt prune.mask_from=run/pruned",
+        ("prune.mask_from: run/pruned is made by this run itself",),
+    ),
+    Case(
+        "its own result as teacher",
+        "train tiny.yaml --force train.distill.teacher=run/merged",
+        ("train.distill.teacher: run/merged is made by this run itself",),
+    ),
+    Case(
+        "a revision of a folder",
+        "eval tiny.yaml --model base --output other model.path=wide model.revision=main",
+        ("model.revision: wide is a local directory, which has no revision main",),
+    ),
+    Case(
         "run again, otherwise",
         "run tiny.yaml prune.method=wanda prune.calibration.seq_len=32",
         ("prune.method = magnitude, now wanda", "--force"),

@@ -292,6 +292,34 @@ def test_an_override_fills_a_section_that_the_file_leaves_out(load: Load) -> Non
     assert load("", "prune.calibration.samples=3").prune.calibration.samples == 3
 
 
+def test_home_is_replaced_in_every_key_that_may_be_a_path(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = [
+        *("run.dir", "model.path", "prune.calibration.dataset", "prune.mask_from", "train.data.dataset"),
+        *("train.distill.teacher", "eval.divergence", "eval.include_path"),
+    ]
+    config = to_dict(load("", *(f"{key}=~/a b/x" for key in keys), "eval.perplexity=[~/t.txt,c4,./~/t.txt]"))
+    assert [flatten(config)[key] for key in keys] == ["/home/me/a b/x"] * len(keys)
+    assert config["eval"]["perplexity"] == ["/home/me/t.txt", "c4", "./~/t.txt"]
+    mixed = load("train: {data: {dataset: {~/a.jsonl: 3, alpaca: 1}}}")
+    assert mixed.train.data.dataset == {"/home/me/a.jsonl": 3.0, "alpaca": 1.0}
+
+
+def test_weights_of_one_path_under_two_names(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(UserError, match=r"train\.data\.dataset: two of ~/a\.json, /home/me/a\.json are the same path"):
+        load("train: {data: {dataset: {~/a.json: 3, /home/me/a.json: 1}}}")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("~/m", "HOME is not set"), ("~nobody-at-all/m", "there is no such user")]
+)
+def test_a_home_that_is_not_known(load: Load, monkeypatch: pytest.MonkeyPatch, path: str, reason: str) -> None:
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(UserError, match=rf"model\.path: {path}: the home directory is not known \({reason}\)"):
+        load("", f"model.path={path}")
+
+
 def test_another_model_path_drops_what_belongs_to_the_old_one(load: Load) -> None:
     text = "model: {path: a/b, gguf_file: a.gguf, revision: main, dtype: bfloat16}"
     config = load(text, "model.path=c/d")

@@ -32,8 +32,8 @@ def find(
     """
     if gguf_file is not None:
         return checkpoint.load_gguf_config(checkpoint.locate(path, gguf_file, revision), gguf_file), f"{gguf_file}"
-    if path.startswith(("package:", ".", "/", "~")) or Path(path).exists():
-        directory = checkpoint.locate(path)
+    if path.startswith(("package:", ".", "/")) or Path(path).exists():
+        directory = checkpoint.locate(path, revision=revision)
         return checkpoint.load_config(directory, trust_remote_code), f"config.json in {directory}"
     file, where = _cached(path, revision), "config.json in the hub's cache"
     if file is None and revision is None and path in shipped_models():

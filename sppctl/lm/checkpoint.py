@@ -80,13 +80,16 @@ def locate(
 
 
 def _located(path: str, gguf_file: str | None, revision: str | None, adapters: bool) -> Path:
+    if revision is not None and (path.startswith("package:") or Path(path).is_dir()):
+        raise UserError(f"model.revision: {path} is a local directory, which has no revision {revision}; leave it out")
     if path.startswith("package:"):
         directory = _package_directory(path)
-    elif Path(path).expanduser().is_dir():
-        directory = Path(path).expanduser()
-    elif Path(path).is_file():
+    elif Path(path).is_dir():
+        directory = Path(path)
+    elif os.path.lexists(path):
         hint = "; name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else ""
-        raise UserError(f"model.path: {path} is a file, not a checkpoint directory{hint}")
+        kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
+        raise UserError(f"model.path: {path} is {kind}, not a checkpoint directory{hint}")
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
         directory = _download(path, gguf_file, revision)
     else:
@@ -109,7 +112,7 @@ def locate_weights(path: str) -> Path:
     Raises:
         UserError: it does not exist, or cannot be had.
     """
-    directory = Path(path).expanduser()
+    directory = Path(path)
     return directory if directory.is_dir() else locate(path)
 
 

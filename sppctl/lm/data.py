@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,6 +66,11 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
 
     if config is None and ":" in repository:
         repository, _, config = repository.partition(":")
+    if os.path.lexists(repository):
+        raise UserError(
+            f"dataset {repository}: {Path.cwd() / repository} has the same name and would be read in its place; "
+            "rename it, or work in another directory"
+        )
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     with _had(repository, split):
@@ -164,16 +170,13 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     Raises:
         UserError: no such source, no such column, or nothing in it.
     """
-    if column is not None and (name in _TEXTS or (Path(name).is_file() and _form(Path(name)) not in ROW_FILES)):
+    path = None if name in _TEXTS else local_file(name, key)
+    if column is not None and (name in _TEXTS or (path is not None and _form(path) not in ROW_FILES)):
         raise UserError(f"{key}: {name} has no columns to choose from; leave out column {column}")
     if name in _TEXTS:
         text = _TEXTS[name](split)
-    elif Path(name).is_file():
-        text = _local_text(Path(name), key, column, part)
-    elif Path(name).is_dir():
-        files = sorted(path.name for path in Path(name).iterdir() if path.is_file())
-        inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
-        raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
+    elif path is not None:
+        text = _local_text(path, key, column, part)
     elif is_hub_id(name):
         text = _hub_text(name, split, key, column, part)
     else:
@@ -181,6 +184,34 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     if not any(document.strip() for document in text.documents):
         raise UserError(f"{key}: {name} holds no text")
     return text
+
+
+def local_file(name: str, key: str) -> Path | None:
+    """The local file that a name means; None if nothing here has that name, so that it may be one of the hub's.
+
+    Raises:
+        UserError: the name of a directory, or of what is neither file nor directory.
+    """
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.is_file())
+        inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
+        raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{key}: {name} is neither a file nor a link to one")
+    return path if path.is_file() else None
+
+
+def check_split(name: str, split: str, key: str) -> None:
+    """A part can be chosen of data sets of the hub only.
+
+    Raises:
+        UserError: it is chosen of other data.
+    """
+    if split != "train" and (os.path.lexists(name) or not is_hub_id(name)):
+        raise UserError(
+            f"{key}: {name} has no split {split}; only a data set of the hub (OWNER/NAME) has splits to choose from"
+        )
 
 
 def _form(path: Path) -> str:

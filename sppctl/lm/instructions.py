@@ -7,7 +7,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +28,19 @@ CACHE_FORMAT = 2  # raised when examples are made in another way, so that no old
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows to train on and rows held out, and how many training rows each data set gave."""
+    """Rows to train on and rows held out.
+
+    Attributes:
+        train: no row of it says what a row held out says.
+        held_out: for the validation loss.
+        taken: how many training rows each data set gave.
+        left_out: how many rows were not trained on because they say what a row held out says.
+    """
 
     train: list[Row]
     held_out: list[Row]
     taken: dict[str, int]
+    left_out: int
 
     @cached_property
     def hash(self) -> str:
@@ -53,7 +60,8 @@ def load_instructions(
 
     Several data sets are drawn from without replacement until one is used up: of data set i, with n_i training rows
     and weight w_i, floor(k w_i) rows are taken with k = min_i n_i / w_i. The shares are those of the weights, and no
-    row is there twice. The rows held out are shared out by weight too.
+    row is there twice. The rows held out are shared out by weight too, and rows of any data set with the text of a
+    held-out row are not trained on.
 
     Args:
         weights: data sets and the weights of their rows: ``instructions``, ``alpaca``, ``alpaca-gpt4``, a hub id, or a
@@ -64,15 +72,19 @@ def load_instructions(
         seed: of the choice of rows.
 
     Raises:
-        UserError: no such data set, missing columns, nothing in it, nothing left to train on, or an impossible weight.
+        UserError: no such data set, missing columns, nothing in it, nothing left to train on, an impossible weight, or
+            a split of data that has none.
     """
     _check_weights(weights)
+    for name in weights:
+        data.check_split(HUB_NAMES.get(name, name), split, "train.data.split")
     shares = _shared_out(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
     sources = {name: _split_rows(name, split, shares.get(name, 0), seed) for name in weights}
+    left_out = _separate(sources)
     most = min(len(train) / weights[name] for name, (train, _) in sources.items())
     if max_rows is not None:
         most = min(most, max_rows / sum(weights.values()))
-    mixed = Instructions([], [], {})
+    mixed = Instructions([], [], {}, left_out)
     for name, (train, held_out) in sources.items():
         count = math.floor(most * weights[name] + 1e-6)  # the division above may end just below a whole number
         if not count:
@@ -83,6 +95,23 @@ def load_instructions(
         mixed.held_out.extend(held_out)
         mixed.taken[name] = count
     return mixed
+
+
+def _separate(sources: dict[str, tuple[list[Row], list[Row]]]) -> int:
+    """Takes the rows that say what a row held out says out of those to train on; how many these were."""
+    held_out = {_said(row) for _, rows in sources.values() for row in rows}
+    left_out = 0
+    for name, (train, own) in sources.items():
+        kept = [row for row in train if _said(row) not in held_out]
+        if not kept:
+            raise UserError(f"{KEY}: every row of {name} is held out too; hold out fewer (train.data.val_size)")
+        left_out += len(train) - len(kept)
+        sources[name] = kept, own
+    return left_out
+
+
+def _said(row: Row) -> tuple[str, ...]:
+    return tuple((row.get(name) or "").strip() for name in data.INSTRUCTION_COLUMNS)
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:
@@ -120,8 +149,9 @@ def _split_rows(name: str, split: str, val_size: int, seed: int) -> tuple[list[R
 
 def _read(name: str, split: str) -> list[Row]:
     """All rows of one data set, with the right columns."""
-    if Path(name).is_file():
-        rows, columns = data.file_rows(Path(name), KEY)
+    path = None if name in HUB_NAMES else data.local_file(name, KEY)
+    if path is not None:
+        rows, columns = data.file_rows(path, KEY)
     elif name in HUB_NAMES or data.is_hub_id(name):
         found = data.load_hub(HUB_NAMES.get(name, name), split)
         columns = list(found.column_names)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sppctl.errors import UserError
 from sppctl.lm import cache, data
 from sppctl.lm.calibration import calibration_windows
 from sppctl.settings import Config, PruneConfig
@@ -24,11 +23,7 @@ def calibration_text(prune: PruneConfig) -> data.Text:
     """
     settings = prune.calibration
     column = None if settings.column == "auto" else settings.column
-    if settings.split != "train" and (Path(settings.dataset).is_file() or not data.is_hub_id(settings.dataset)):
-        raise UserError(
-            f"prune.calibration.split: {settings.dataset} has no split {settings.split}; only a data set of the hub "
-            "(OWNER/NAME) has splits to choose from"
-        )
+    data.check_split(settings.dataset, settings.split, "prune.calibration.split")
     return data.load_text(settings.dataset, settings.split, "prune.calibration.dataset", column, part=True)
 
 

@@ -80,6 +80,8 @@ class Feed:
         if len(self.rows.taken) > 1:
             taken = ", ".join(f"{count} of {name}" for name, count in self.rows.taken.items())
             console.note(f"{len(self.train)} examples: {taken}")
+        if self.rows.left_out:
+            console.note(f"{self.rows.left_out} rows have the text of a held-out row and are not trained on")
         if self.train.truncated:
             share = self.train.truncated / len(self.train)
             console.note(
@@ -139,6 +141,7 @@ class Feed:
             "examples": len(self.train),
             "validation_examples": len(self.held_out),
             "datasets": self.rows.taken,
+            "duplicates_of_held_out": self.rows.left_out,
             "data_hash": self.rows.hash,
             "truncated_examples": self.train.truncated,
             "padding_share": self.padding_share,

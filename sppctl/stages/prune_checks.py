@@ -205,7 +205,7 @@ def _disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> Iter
         for spec in map(files.spec, files):
             dtype = wanted if wanted and spec.dtype.is_floating_point else spec.dtype
             needed += math.prod(spec.shape) * dtype.itemsize
-    directory = Path(config.run.dir).expanduser()
+    directory = Path(config.run.dir)
     place = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.is_dir())
     # what an unfinished attempt holds is written over, or makes room first
     held = sum(path.stat().st_blocks * 512 for path in directory.glob(".pruned.partial/*.safetensors"))

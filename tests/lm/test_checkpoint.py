@@ -61,11 +61,6 @@ def test_a_directory_is_itself(llama: Path) -> None:
     assert locate(str(llama)) == llama
 
 
-def test_the_home_directory_is_expanded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(llama.parent))
-    assert locate("~/llama") == llama
-
-
 def test_a_package_is_found_without_importing_it(fake_package: Path) -> None:
     (fake_package / "config.json").write_text("{}")
     assert locate("package:tiny_model_package") == fake_package

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ ROW = {"instruction": "Add.", "input": "", "output": "No."}
 
 def load(*names: Path | str, weights: list[float] | None = None, **options: Any) -> Instructions:
     wanted = dict(zip(map(str, names), weights or [1.0] * len(names), strict=True))
-    defaults: dict[str, Any] = {"val_size": 0, "max_rows": None, "seed": 0}
-    return instructions.load_instructions(wanted, "train", **(defaults | options))
+    defaults: dict[str, Any] = {"split": "train", "val_size": 0, "max_rows": None, "seed": 0}
+    return instructions.load_instructions(wanted, **(defaults | options))
 
 
 def asked(rows: list[dict[str, Any]]) -> list[str]:
@@ -155,6 +156,66 @@ def test_the_built_in_rows_hold_out_their_own() -> None:
 def test_nothing_left_to_train_on(alpaca_file: Path, val_size: int) -> None:
     with pytest.raises(UserError, match=rf"train\.data\.val_size: {val_size} leaves nothing of the 24 rows"):
         load(alpaca_file, val_size=val_size)
+
+
+def said(rows: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    return {(row["instruction"], (row.get("input") or "").strip(), row["output"]) for row in rows}
+
+
+def test_no_row_stands_on_both_sides(tmp_path: Path) -> None:
+    """One with another input is another row; one without a column is one with an empty input."""
+    rows = [{"instruction": f"Say {n % 5}.", "input": "", "output": "Yes."} for n in range(10)]
+    rows += [{"instruction": "Say 0.", "input": "Loud.", "output": "Yes."}, {"instruction": "Say 1.", "output": "Yes."}]
+    found = load(write_rows(tmp_path / "twice.jsonl", rows), val_size=2, seed=3)
+    assert not said(found.train) & said(found.held_out)
+    assert len(found.held_out) == 2
+    assert len(found.train) + found.left_out == 10
+    again = [row for row in rows if said([row]) <= said(found.held_out)]
+    assert found.left_out == len(again) - 2 > 0
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_data_under_two_names_is_held_out_under_both(alpaca_file: Path, tmp_path: Path, linked: bool) -> None:
+    """Hold out 4 and 2 rows of the shuffled file; 2 of them are the same."""
+    other = tmp_path / "other.jsonl"
+    other.symlink_to(alpaca_file) if linked else other.write_text(alpaca_file.read_text() + "\n")
+    found = load(alpaca_file, other, weights=[2, 1], val_size=6)
+    assert not said(found.train) & said(found.held_out)
+    assert (found.left_out, found.taken) == (2, {str(alpaca_file): 20, str(other): 10})
+
+
+def test_a_data_set_that_is_held_out_whole_by_another_name(alpaca_file: Path, tmp_path: Path) -> None:
+    own = write_rows(tmp_path / "own.jsonl", data.built_in_rows("heldout")[:5])
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: every row of {own} is held out too"):
+        load("instructions", own, weights=[1, 1])
+
+
+# --- where they are from ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_not_a_hub_id(alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own" / "rows").mkdir(parents=True)
+    shutil.copy(alpaca_file, tmp_path / "own" / "rows" / "part.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name in ("own/rows", str(tmp_path / "own" / "rows")):
+        with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is a directory; .* it holds part\.jsonl$"):
+            load(name)
+    (tmp_path / "own" / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: own/link is neither a file nor a link to one$"):
+        load("own/link")
+
+
+def test_a_folder_that_hides_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tatsu-lab" / "alpaca").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^dataset tatsu-lab/alpaca: {tmp_path}/tatsu-lab/alpaca has the same name"):
+        load("alpaca")
+
+
+def test_a_split_of_what_has_none(alpaca_file: Path) -> None:
+    for name in ("instructions", str(alpaca_file)):
+        with pytest.raises(UserError, match=rf"^train\.data\.split: {name} has no split test; only a data set of the"):
+            load(name, split="test")
 
 
 # --- mixing -----------------------------------------------------------------------------------------------------------
