@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from sppctl import distributed, strict_json
 
-PLAIN_SECONDS = 15  # between two lines of progress where stderr is no terminal
+PLAIN_SECONDS = 15  # between two lines of progress where stderr is not a terminal
+SILENT_SECONDS = 1.0  # that a step without a bar may take before it is named there
 
 
-def note(message: str) -> None:
-    """One line for the person who waits; of several processes only the first talks."""
+def note(message: str, stream: TextIO | None = None) -> None:
+    """One line for the person who waits, on stderr; of several processes only the first prints."""
     if distributed.is_main():
-        print(message, file=sys.stderr, flush=True)
+        print(message, file=stream or sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -32,8 +35,28 @@ def command_line() -> str:
     return shlex.join(["sppctl", *sys.argv[1:]])
 
 
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """Names a step that has no count, such as loading: a spinner on a terminal, elsewhere a line if it takes long."""
+    stream = sys.stderr  # the step may redirect it, to silence a library
+    if stream.isatty() and distributed.is_main():
+        from rich.console import Console
+        from rich.markup import escape
+
+        with Console(file=stream).status(escape(label)):
+            yield
+        return
+    timer = threading.Timer(SILENT_SECONDS, note, [label, stream])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then. Use as a context manager.
+    """A bar on a terminal; elsewhere a line at the start and every few seconds. Use as a context manager.
 
     Args:
         label: what is done.
@@ -62,8 +85,10 @@ class Progress:
                 TextColumn("{task.fields[words]}"),
                 console=Console(stderr=True),
             )
-            self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.start, words="")
+            self._bar.start()
+        else:
+            note(f"{self.label}: {self.done}/{self.total}")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,92 @@
+"""Progress: something is on the screen before the first step, and steps without a count are named."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from sppctl import console
+
+
+def on_a_terminal(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What an action writes to stderr where that is a terminal of 100 columns."""
+    reader, writer = pty.openpty()
+    written: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                piece = os.read(reader, 65536)
+            except OSError:  # the terminal is closed
+                return
+            if not piece:
+                return
+            written.append(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        action()
+        monkeypatch.undo()
+    thread.join()
+    os.close(reader)
+    return b"".join(written).decode()
+
+
+def test_a_bar_is_there_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Progress("training", 37):
+        assert capsys.readouterr().err == "training: 0/37\n"
+
+
+def test_a_resumed_bar_starts_at_the_steps_that_are_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Progress("training", 37, start=12):
+        assert capsys.readouterr().err == "training: 12/37\n"
+
+
+def test_a_terminal_shows_the_bar_before_and_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps() -> None:
+        with console.Progress("training", 37) as bar:
+            bar._bar.refresh()
+            bar.advance("loss 4.701")
+            bar._bar.refresh()
+
+    shown = on_a_terminal(steps, monkeypatch)
+    assert shown.index("0/37") < shown.index("1/37")
+    assert "loss 4.701" in shown
+
+
+def test_a_long_step_without_a_count_is_named_even_where_it_silences_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "SILENT_SECONDS", 0.01)
+    named = threading.Event()
+    original = console.note
+    monkeypatch.setattr(console, "note", lambda *arguments: (original(*arguments), named.set()))
+    with console.working("loading model"):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        assert named.wait(10)
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "loading model\n"
+
+
+def test_a_short_step_without_a_count_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.working("loading model"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_names_a_step_without_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> None:
+        with console.working("loading [red]model"):
+            pass
+
+    assert "loading [red]model" in on_a_terminal(step, monkeypatch)
