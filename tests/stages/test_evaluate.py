@@ -127,7 +127,9 @@ def test_one_model_at_a_time(
     monkeypatch.setattr(LlamaModel, "forward", counted)
     found = pipeline.evaluate_some(run, ["base", "pruned"])
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dense model: ")]
-    assert [line.partition(":")[2].partition(", ")[0] for line in told] == [" text 1 of 2: 8/8", " text 2 of 2: 8/8"]
+    assert [line.partition(":")[2].partition(", ")[0] for line in told] == [
+        f" text {text} of 2: {done}/8" for text in (1, 2) for done in (0, 8)
+    ]
     assert sum(forwards) == 2 * 2 * 2  # two batches of two texts, once dense and once pruned
     assert [name for name, _ in loaded] == ["llama", "llama", "pruned"]  # predicts for both texts, is measured
     assert all(result["metrics"]["kl"] > 0 for result in found["pruned"]["results"])
