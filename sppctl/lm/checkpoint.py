@@ -23,7 +23,8 @@ from sppctl.errors import UserError
 from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles, read_header
 
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+TEMPLATES = "additional_chat_templates/*.jinja"  # a tokenizer's further ones, by name; no other folder is its own
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
 _NOT_TOKENIZER = {"config.json", "generation_config.json"}
 _SAMPLE_BYTES = 4096
@@ -131,15 +132,15 @@ def _download(repository: str, gguf_file: str | None, revision: str | None) -> P
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    def fetch(*patterns: str) -> Path:
-        # no folders: they hold other formats and earlier stages of training
-        outside = None if gguf_file and "/" in gguf_file else "*/*"
+    def fetch(*patterns: str, folders: bool = gguf_file is not None and "/" in gguf_file) -> Path:
+        outside = None if folders else "*/*"  # they hold other formats and earlier stages of training
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=outside)
         )
 
     try:
         directory = fetch(*SIDE_FILES, gguf_file or SINGLE_NAME)
+        fetch(TEMPLATES, folders=True)
         if gguf_file is None and not (directory / SINGLE_NAME).is_file():
             index = directory / INDEX_NAME
             # a repository may hold the same weights once more in a form of its own (consolidated.safetensors)
@@ -229,7 +230,7 @@ def tokenizer_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SIDE_FILES for path in directory.glob(pattern)}):
         if path.name not in {*NOT_SIDE_FILES, *_NOT_TOKENIZER} and not path.name.endswith(".index.json"):
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+            digest.update(f"{path.relative_to(directory)} {path.stat().st_size} ".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -336,11 +337,13 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: 
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copies configuration, tokenizer and chat template: all but weights and sppctl's own records."""
+    """Copies configuration, tokenizer and chat templates: all but weights and sppctl's own records."""
     for pattern in (*SIDE_FILES, "*.py"):
         for path in source.glob(pattern):
             if path.name not in NOT_SIDE_FILES and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, out / path.name)
+                target = out / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def copy_for_rewriting(

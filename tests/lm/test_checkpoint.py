@@ -31,6 +31,7 @@ from sppctl.lm.checkpoint import (
     max_window,
     pick_device,
     quiet_libraries,
+    tokenizer_fingerprint,
 )
 from sppctl.lm.safe_files import INDEX_NAME, TensorFiles
 from sppctl.lm.targets import stored_name
@@ -135,7 +136,8 @@ SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 def test_a_hub_id_downloads_only_what_is_needed(
     weights: list[str], gguf_file: str | None, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository = dict.fromkeys(["config.json", "tokenizer.json", *COPIES, *weights], "")
+    templates = "additional_chat_templates/tool_use.jinja"
+    repository = dict.fromkeys(["config.json", "tokenizer.json", templates, *COPIES, *weights], "")
     if "model.safetensors.index.json" in repository:
         repository["model.safetensors.index.json"] = json.dumps(
             {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
@@ -151,7 +153,7 @@ def test_a_hub_id_downloads_only_what_is_needed(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate("owner/name", gguf_file, revision="v2") == tmp_path
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"config.json", "tokenizer.json", *wanted}
+    assert found == {"config.json", "tokenizer.json", templates, *wanted}
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -268,6 +270,23 @@ def test_records_of_other_stages_are_left_behind(llama: Path, tmp_path: Path) ->
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_named_chat_templates_travel_with_a_checkpoint_and_count_as_its_tokenizer(llama: Path, tmp_path: Path) -> None:
+    source, out = copy(llama, tmp_path / "source"), tmp_path / "out"
+    tokenizer = load_tokenizer(source)
+    plain = tokenizer_fingerprint(source)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "quoted": "<{{ messages[0].content }}>"}
+    tokenizer.save_pretrained(source)
+    assert (source / "additional_chat_templates" / "quoted.jinja").is_file()
+    out.mkdir()
+    copy_for_rewriting(source, out)
+    found = load_tokenizer(out)
+    said = found.apply_chat_template([{"role": "user", "content": "x"}], chat_template="quoted", tokenize=False)
+    assert said == "<x>"
+    assert plain != tokenizer_fingerprint(source) == tokenizer_fingerprint(out)
+    (out / "additional_chat_templates" / "quoted.jinja").write_text("{{ messages[0].content }}")
+    assert tokenizer_fingerprint(source) != tokenizer_fingerprint(out)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
