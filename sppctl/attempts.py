@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from sppctl.errors import UserError
 
 NOTE = "attempt.json"  # in an unfinished stage: what it is an attempt at
 JOURNAL = "journal.jsonl"  # of pruning: a line for each finished block
+COPIED = "copied"  # of pruning: the dense checkpoint has been copied
+ALLOCATION = "allocation.json"  # of pruning: ratios that have been found
+CHECKPOINTS = "checkpoints"  # of training
+# no part of a finished stage; the note goes last, for without it nobody can tell whose the others are
+WORKING = (JOURNAL, COPIED, ALLOCATION, CHECKPOINTS, NOTE)
 DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
 
 
@@ -31,10 +37,19 @@ def write(partial: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> No
     strict_json.write(partial / NOTE, {"settings": settings, "inputs": inputs})
 
 
+def clean(partial: Path) -> None:
+    """Removes from a complete stage all that only an unfinished one needs."""
+    for name in WORKING:
+        if (partial / name).is_dir():
+            shutil.rmtree(partial / name)
+        else:
+            (partial / name).unlink(missing_ok=True)
+
+
 def holds_work(partial: Path) -> bool:
     """Whether an attempt has anything that another start would have to do again: a checkpoint, a finished block."""
     journal = partial / JOURNAL
-    return any(partial.glob("checkpoints/checkpoint-*")) or (journal.is_file() and b"\n" in journal.read_bytes())
+    return any(partial.glob(f"{CHECKPOINTS}/checkpoint-*")) or (journal.is_file() and b"\n" in journal.read_bytes())
 
 
 def check(partial: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Any] | None) -> None:

@@ -20,6 +20,10 @@ class StageError(RuntimeError):
     shared = False
 
 
+class WriteError(StageError):
+    """A file that cannot be written, mostly for want of space: nothing is wrong with what was done so far."""
+
+
 class Stopped(StageError):  # noqa: N818
     """A signal asked for the end and the work was saved: exit code 143, as of a process ended by SIGTERM."""
 

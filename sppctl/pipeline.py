@@ -89,14 +89,7 @@ def prune(run: Run) -> dict[str, Any]:
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
     if run.config.prune.mask_from is not None:
         inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
-    return run.perform(
-        "prune",
-        settings,
-        inputs,
-        lambda out: stage.execute(run.config, base, out, keep_notes=True),
-        resumable=True,
-        notes=stage.NOTES,
-    )
+    return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out))
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -116,8 +109,6 @@ def train(run: Run) -> dict[str, Any]:
         settings,
         inputs,
         lambda out: stage.execute(run.config, run.path("prune"), layers, out, resume=run.resume, base=base),
-        resumable=True,
-        scratch=stage.CHECKPOINTS,
     )
 
 

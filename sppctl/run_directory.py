@@ -1,8 +1,9 @@
 """The run directory: what is up to date, what is an unfinished attempt, and atomic publication.
 
 A stage works in ``RUN/.NAME.partial`` and renames it to ``RUN/NAME`` when it is complete, so a directory that exists is
-whole. ``stage.json`` in it says what it was made from; the same again is skipped, anything else is refused until
-``--force``. An attempt at the same is continued, one at something else is refused if it holds work.
+whole. ``stage.json``, written last, says what it was made from; the same again is skipped, anything else is refused
+until ``--force``. An attempt at the same is continued, one at something else is refused if it holds work. A stage that
+was complete when its command was killed is published by the next command.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, attempts, console, distributed, machine, strict_json
+from sppctl import __version__, attempts, console, distributed, files, machine, strict_json
 from sppctl.config import to_yaml
-from sppctl.errors import StageError, UserError
+from sppctl.errors import StageError, UserError, WriteError
 from sppctl.settings import Config
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
+RESUMABLE = ("prune", "train")  # an interrupted attempt is continued; the others start again
 RECORD = "stage.json"
 KEYS = {"fingerprint", "settings", "inputs", "metrics"}  # of every record
 
@@ -39,6 +41,7 @@ class Run:
     config: Config
     force: bool = False
     resume: bool = True
+    finished: set[str] = field(default_factory=set)  # directories that an earlier command left to be published
 
     @property
     def directory(self) -> Path:
@@ -110,10 +113,10 @@ class Run:
         started = time.perf_counter()
         partial = self._fresh_partial("base")
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        checkpoint.convert_gguf(source, model.gguf_file, dtype, partial)
-        self._publish(
-            "base", partial, {"stage": "base", "inputs": identity, "wall_time_s": time.perf_counter() - started}
-        )
+        with files.writing(partial, reasons=files.FULL):
+            checkpoint.convert_gguf(source, model.gguf_file, dtype, partial)
+        record = {"stage": "base", "inputs": identity, "wall_time_s": time.perf_counter() - started}
+        self._complete("base", record)
         return target
 
     def skeleton(self, directory: Path | None = None) -> tuple[Any, Any]:
@@ -150,21 +153,55 @@ class Run:
         path.mkdir(parents=True)
         return path
 
-    def _publish(
-        self, name: str, partial: Path, record: dict[str, Any], scratch: str | None = None, notes: tuple[str, ...] = ()
-    ) -> None:
+    def _complete(self, name: str, record: dict[str, Any]) -> None:
+        """Publishes a stage; from the moment that its record is there, the next command does so if this one cannot."""
+        partial = self.partial(name)
+        files.sync_tree(partial)
         strict_json.write(partial / RECORD, record)
-        target, old = self.directory / name, self.directory / f".{name}.old"
+        self._publish(name)
+
+    def _publish(self, name: str) -> None:
+        partial, target, old = self.partial(name), self.directory / name, self._old(name)
+        attempts.clean(partial)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         partial.rename(target)
+        files.sync(self.directory)
         shutil.rmtree(old, ignore_errors=True)
-        # needed for as long as the result was not published
-        for note in (attempts.NOTE, *notes):
-            (target / note).unlink(missing_ok=True)
-        if scratch is not None:
-            shutil.rmtree(target / scratch, ignore_errors=True)
+
+    def take_over(self, source: Run, name: str) -> None:
+        """Publishes here what another run has published; called in :meth:`lock`."""
+        partial = self._fresh_partial(name)
+        # a published directory is never written into, so its files may have several names
+        shutil.copytree(
+            source.directory / name,
+            partial,
+            copy_function=_link,
+            ignore=shutil.ignore_patterns(RECORD),
+            dirs_exist_ok=True,
+        )
+        if (source.directory / name / RECORD).is_file():  # last: it says that the others are there
+            _link(str(source.directory / name / RECORD), str(partial / RECORD))
+        self._publish(name)
+
+    def _old(self, name: str) -> Path:
+        return self.directory / f".{name}.old"
+
+    def _finish(self) -> None:
+        """Publishes what was complete when a command was killed, and removes what no command continues."""
+        resumable = [DIRECTORIES[stage] for stage in RESUMABLE]
+        for name in ("base", *DIRECTORIES.values()):
+            partial = self.partial(name)
+            if (partial / RECORD).is_file():
+                console.note(f"{self.directory / name}: complete since an earlier command, published now")
+                self._publish(name)
+                self.finished.add(name)
+            elif name not in resumable:
+                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(self._old(name), ignore_errors=True)
+        for left in self.directory.glob(".reference-*"):  # what the dense model predicted
+            shutil.rmtree(left)
 
     def perform(
         self,
@@ -172,10 +209,6 @@ class Run:
         settings: dict[str, Any],
         inputs: dict[str, Any],
         work: Callable[[Path], dict[str, Any]],
-        *,
-        resumable: bool = False,
-        scratch: str | None = None,
-        notes: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Does a stage unless it is up to date, and publishes it.
 
@@ -183,10 +216,8 @@ class Run:
             stage: prune, train or merge.
             settings: the configuration it depends on.
             inputs: fingerprints of what it reads.
-            work: fills a directory and returns metrics.
-            resumable: what an interrupted attempt left behind is handed to ``work`` again.
-            scratch: folder in the directory that ``work`` can continue from; it goes when the stage is published.
-            notes: files in it that say how far ``work`` has come; they go then, too.
+            work: fills a directory and returns metrics; of a resumable stage it is given what an interrupted attempt
+                left behind. All that it needs for that is in :data:`sppctl.attempts.WORKING`.
 
         Returns:
             The content of stage.json.
@@ -194,10 +225,11 @@ class Run:
         Raises:
             UserError: the stage exists with other settings or inputs, and force is off; or there is unfinished work
                 with other ones, which the command does not discard.
+            WriteError: the disk is full.
         """
         name, partial = DIRECTORIES[stage], self.partial(DIRECTORIES[stage])
         # one process looks: the others might see what it has changed since
-        before, continued = distributed.decide(lambda: self._choice(stage, settings, inputs, resumable))
+        before, continued = distributed.decide(lambda: self._choice(stage, settings, inputs))
         if before is not None:
             console.note(f"{stage}: up to date ({self.path(stage)})")
             return before
@@ -210,13 +242,17 @@ class Run:
         machine.reset_peak_memory()
         started = time.perf_counter()
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
+            # what libraries print is no result
+            with contextlib.redirect_stdout(sys.stderr), files.writing(partial, reasons=files.FULL):
                 metrics = work(partial)
-        except (UserError, StageError):
-            # what could be continued before, or can be now, is left for another command
-            if distributed.is_main() and not (continued or (scratch and attempts.holds_work(partial))):
-                shutil.rmtree(partial)
-            raise
+        except BaseException as error:
+            kept = _kept(stage, partial, error, continued)
+            if distributed.is_main() and not kept:
+                shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, WriteError):
+                raise
+            rest = "what is finished is kept, the same command continues" if kept else "nothing is left of it"
+            raise WriteError(f"{error}; make room, or name another run.dir; {rest}") from error
         distributed.barrier()
         record = {
             "stage": stage,
@@ -237,22 +273,22 @@ class Run:
                 from sppctl.lm import checkpoint
 
                 record["output"] = checkpoint.fingerprint(partial)
-            self._publish(name, partial, record, scratch, notes)
+            self._complete(name, record)
         distributed.barrier()
         console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
         return record
 
     def _choice(
-        self, stage: str, settings: dict[str, Any], inputs: dict[str, Any], resumable: bool
+        self, stage: str, settings: dict[str, Any], inputs: dict[str, Any]
     ) -> tuple[dict[str, Any] | None, bool]:
         """The record of the stage if there is nothing to do; else none, and whether an attempt is continued."""
-        before = None if self.force else self.record(stage)
+        before = None if self.force and DIRECTORIES[stage] not in self.finished else self.record(stage)
         if before is not None and before["fingerprint"] == _identity(settings, inputs):
             return before, False
         wanted = {"settings": settings, "inputs": inputs}
-        if resumable and self.resume and attempts.read(self.partial(DIRECTORIES[stage])) == wanted:
+        if stage in RESUMABLE and self.resume and attempts.read(self.partial(DIRECTORIES[stage])) == wanted:
             return None, True
-        if before is not None:
+        if before is not None and not self.force:
             raise UserError(
                 f"{self.path(stage)} was made with {attempts.differences(before, settings, inputs)}; "
                 f"--force redoes it, another run.dir keeps it"
@@ -284,6 +320,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keeps two commands from working in one run directory at the same time, and notes the configuration."""
         if not distributed.is_main():
+            distributed.barrier()  # until the first process has finished what an earlier command left
             yield
             return
         self.check_directory()
@@ -295,13 +332,16 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"{self.directory}: another sppctl command is working here; wait for it") from error
-            if not resolved.exists():
-                resolved.write_text(to_yaml(self.config))
+            ours = {lock.name, resolved.name, f".{resolved.name}.partial"}  # the last: of a command that was killed
             try:
+                self._finish()
+                if not resolved.exists():
+                    files.write(resolved, to_yaml(self.config))
+                distributed.barrier()
                 yield
-                resolved.write_text(to_yaml(self.config))  # a refused command changes nothing here
+                files.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
             finally:
-                if {path.name for path in self.directory.iterdir()} <= {lock.name, resolved.name}:
+                if {path.name for path in self.directory.iterdir()} <= ours:
                     shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing
                     with contextlib.suppress(OSError):  # somebody else put something there
                         for parent in made:
@@ -325,6 +365,24 @@ class Run:
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"run.dir: {path} cannot be made, {parent} is not a writable directory")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _kept(stage: str, partial: Path, error: BaseException, continued: bool) -> bool:
+    """Whether an attempt that ended with an error is left for another command."""
+    if stage not in RESUMABLE:
+        return False
+    if isinstance(error, WriteError):
+        return attempts.holds_work(partial)
+    if isinstance(error, UserError | StageError):  # of its own; what it was given, or can be continued, is not lost
+        return continued or (stage == "train" and attempts.holds_work(partial))
+    return True
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------

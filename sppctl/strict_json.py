@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from sppctl import files
 
 
 def finite(value: Any) -> Any:
@@ -24,16 +25,9 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes a file, and its folder, that is whole or absent, and on the disk before this returns."""
-    text, aside = dumps(value, indent=2) + "\n", path.with_name(f".{path.name}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Writes a file, and its folder, that is whole or absent, and on the disk before this returns.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    files.write(path, dumps(value, indent=2) + "\n")

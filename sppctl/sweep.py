@@ -6,9 +6,7 @@ merged and measured. Whatever is up to date is skipped, so the same command cont
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -216,18 +214,7 @@ def share(source: Run, target: Run, directory: str, label: str) -> None:
         label: of the results.
     """
     if (source.directory / directory).is_dir() and not (target.directory / directory).is_dir():
-        partial = target.partial(directory)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        # a published directory is never written into, so its files may have several names
-        shutil.copytree(source.directory / directory, partial, copy_function=_link)
-        partial.rename(target.directory / directory)
+        with target.lock():
+            target.take_over(source, directory)
     if result_keys(source.config.eval) == result_keys(target.config.eval):
         pipeline.share_results(source, target, label)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)

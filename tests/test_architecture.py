@@ -53,6 +53,8 @@ MAY_IMPORT = {
         "distributed",
     },
     "stages": {
+        "attempts",
+        "files",
         "lm",
         "adapters",
         "pruning",
@@ -67,11 +69,12 @@ MAY_IMPORT = {
         "machine",
         "strict_json",
     },
-    "lm": {"pruning", "pattern", "errors", "distributed", "strict_json"},
+    "lm": {"pruning", "pattern", "errors", "distributed", "files", "strict_json"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
     "run_directory": {
         "attempts",
+        "files",
         "lm",
         "config",
         "settings",
@@ -89,9 +92,10 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "errors": set(),
     "paths": {"errors"},
+    "files": {"errors"},
     "machine": set(),
     "pattern": set(),
-    "strict_json": set(),
+    "strict_json": {"files"},
 }
 LIGHT = [
     "__init__",
@@ -103,6 +107,7 @@ LIGHT = [
     "console",
     "distributed",
     "errors",
+    "files",
     "grid",
     "launch",
     "machine",

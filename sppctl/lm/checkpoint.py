@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import torch
 
 from sppctl import distributed
 from sppctl.errors import UserError
+from sppctl.files import FULL, writing
 from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles, read_header
 
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
@@ -374,7 +376,8 @@ def copy_for_rewriting(
             for key, spec in file.specs.items()
         }
         if all(layout[key][0] == spec.dtype for key, spec in file.specs.items()):
-            shutil.copyfile(file.path, out / name)
+            with writing(out / name, file.path.stat().st_size, FULL):
+                shutil.copyfile(file.path, out / name)
             continue
         target = TensorFile.create(out / name, layout, files.metadata[name] or {"format": "pt"})
         for key in file.specs:
@@ -384,6 +387,16 @@ def copy_for_rewriting(
     if wanted:
         _record_dtype(out, result, dtype)
     return result
+
+
+def copy_size(files: TensorFiles, dtype: str) -> int:
+    """Bytes of the tensors that :func:`copy_for_rewriting` writes."""
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    specs = map(files.spec, files)
+    return sum(
+        math.prod(spec.shape) * (wanted if wanted and spec.dtype.is_floating_point else spec.dtype).itemsize
+        for spec in specs
+    )
 
 
 def _record_dtype(out: Path, files: TensorFiles, dtype: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from sppctl.errors import UserError
+from sppctl.files import writing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -43,21 +44,6 @@ _DTYPES = {
 }
 _PACKED = {"F4", "F6_E2M3", "F6_E3M2"}  # several to a byte: torch has no such numbers
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def sync_tree(directory: Path) -> None:
-    """Waits until all files below a directory, and the names of them, are on the disk."""
-    for path in [directory, *directory.rglob("*")]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reserve(path: Path, size: int) -> None:
@@ -139,7 +125,7 @@ class TensorFile:
             offset = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with path.open("wb") as file:
+        with writing(path, 8 + len(text) + offset), path.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + offset)
         return cls.open(path)
@@ -168,13 +154,13 @@ class TensorFile:
         spec = self.specs[name]
         assert tuple(tensor.shape) == spec.shape, f"{name}: {tuple(tensor.shape)} into {spec.shape}"
         data = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1).view(torch.uint8)
-        with self.path.open("r+b") as file:
+        with writing(self.path, spec.stop - spec.start), self.path.open("r+b") as file:
             file.seek(spec.start)
             file.write(data.numpy().data)
 
     def sync(self) -> None:
         """Waits until the bytes are on the disk."""
-        with self.path.open("r+b") as file:
+        with writing(self.path), self.path.open("r+b") as file:
             os.fsync(file.fileno())
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from sppctl import console
 from sppctl.adapters.masked import round_under_mask
 from sppctl.errors import StageError, UserError
+from sppctl.files import demand_space
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
@@ -127,6 +128,8 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     source = RefreshedFiles(pruned, adapter_directory)
     stored = _match(source, adapter, config, pruned)
     _prove_refreshed(source, stored, config, pruned)
+    needed = checkpoint.copy_size(TensorFiles(pruned), config.merge.dtype)
+    demand_space(out.parent, needed, "the merged checkpoint", f"{out.name}/*.safetensors")
     convert = partial(_converted, set(stored.values()))
     files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
     records = []
@@ -134,8 +137,6 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
         for record in merge_matrices(source, adapter, stored, files, mask):
             records.append(record)
             bar.advance()
-    for file in files.files.values():
-        file.sync()
     kept, moved = sum(record.kept for record in records), sum(record.moved for record in records)
     zeros, filled, lost = (sum(getattr(record, what) for record in records) for what in ("zeros", "filled", "lost"))
     if filled:

@@ -134,7 +134,6 @@ class DenseModel:
         """
         self.name, self.directory, self.trust = name, directory, trust_remote_code
         self.fingerprint = checkpoint.fingerprint(directory)
-        self._scratch = scratch
         self._folder = scratch / f".reference-{distributed.rank()}"
         self._references: dict[str, Reference] = {}
 
@@ -143,10 +142,6 @@ class DenseModel:
         todo = {text.key: text for text in texts}
         if not todo:
             return
-        if distributed.is_main():
-            for left in self._scratch.glob(".reference-*"):  # by a process that was killed
-                shutil.rmtree(left)
-        distributed.barrier()
         self._folder.mkdir()
         console.note(f"eval: what {self.directory} predicts, to compare others with it")
         model = checkpoint.load_model(self.directory, device, trust_remote_code=self.trust, spread=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sppctl import console, distributed, strict_json
+from sppctl.attempts import ALLOCATION, COPIED, JOURNAL
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
@@ -22,9 +23,7 @@ from sppctl.stages import calibrate
 from sppctl.stages.layers import Plan
 from sppctl.stages.walk import Journal, dense_pass, prune_blocks
 
-# what an unfinished attempt leaves in its directory for the next one; gone when the stage is published
-JOURNAL, COPIED, ALLOCATION, ACTIVATIONS = "journal.jsonl", "copied", "allocation.json", "activations.bin"
-NOTES = (JOURNAL, COPIED, ALLOCATION)
+ACTIVATIONS = "activations.bin"
 
 
 def needs_inputs(prune: PruneConfig) -> bool:
@@ -55,14 +54,14 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     return patterns
 
 
-def execute(config: Config, base: Path, out: Path, *, keep_notes: bool = False) -> dict[str, Any]:
+def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
 
     Args:
         config: the configuration.
         base: the dense checkpoint, only read.
-        out: directory for the pruned one.
-        keep_notes: the files ``NOTES`` stay, by which the next call would find that all is done.
+        out: directory for the pruned one, and for the notes by which the next call would find what is done; who
+            publishes it removes them (:func:`sppctl.attempts.clean`).
 
     Returns:
         Metrics: total sparsity, number of matrices, calibration, one record per layer.
@@ -87,7 +86,7 @@ def execute(config: Config, base: Path, out: Path, *, keep_notes: bool = False) 
         stack.load_embeddings()
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
-    files = _copy(config, base, out)
+    copy = _copy(config, base, out)
     plan = _plan(config, stack, targets, windows, out)
     activations = None if windows is None else _embed(stack, windows, prune, out)
     journal = Journal(out / JOURNAL)
@@ -95,13 +94,13 @@ def execute(config: Config, base: Path, out: Path, *, keep_notes: bool = False) 
         console.note(f"prune: {len(journal.blocks)} of {len(stack)} blocks are done")
     blocks = []
     with console.Progress(f"pruning {prune.method} {prune.pattern}", len(targets)) as bar:
-        for entry in prune_blocks(stack, plan, activations, files, journal):
+        for entry in prune_blocks(stack, plan, activations, copy, journal):
             blocks.append(entry)
             for layer in entry["layers"]:
                 error = layer["relative_output_error"]
                 bar.advance(layer["name"] if error is None else f"{layer['name']} error {error:.3f}")
     if distributed.is_main():
-        for path in [*out.glob(f"{ACTIVATIONS}.*"), *(out / name for name in NOTES if not keep_notes)]:
+        for path in out.glob(f"{ACTIVATIONS}.*"):
             path.unlink(missing_ok=True)
     return metrics | _summary(prune, blocks, activations)
 
@@ -136,8 +135,7 @@ def _copy(config: Config, base: Path, out: Path) -> TensorFiles:
     """A copy of the checkpoint in ``out``; a copy that was interrupted is made again."""
     if distributed.is_main() and not (out / COPIED).exists():
         (out / JOURNAL).unlink(missing_ok=True)
-        files = checkpoint.copy_for_rewriting(base, out, config.model.dtype)
-        for file in files.files.values():
+        for file in checkpoint.copy_for_rewriting(base, out, config.model.dtype).files.values():
             file.sync()
         (out / COPIED).touch()
     distributed.barrier()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from sppctl import launch
 from sppctl.errors import UserError
+from sppctl.files import demand_space
 from sppctl.lm import checkpoint
 from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE, free_memory
 from sppctl.lm.blocks import Skeleton
@@ -167,7 +167,7 @@ def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> It
         for problem in _misfits(skeleton, files, read):
             yield problem
             return
-    yield from _disk(config, skeleton, files)
+    _disk(config, skeleton, files)
     if needs_inputs(config.prune) and config.prune.order == "module":
         yield from _memory(config, skeleton, files)
 
@@ -195,26 +195,14 @@ def _misfits(skeleton: Skeleton, files: TensorFiles, parameters: Iterable[str]) 
 # --- space ------------------------------------------------------------------------------------------------------------
 
 
-def _disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> Iterator[str]:
-    wanted = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+def _disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
     if files is None:  # unpacked, and copied
-        itemsize = (wanted or torch.bfloat16).itemsize
+        itemsize = (torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)).itemsize
         needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())
     else:
-        needed = 0
-        for spec in map(files.spec, files):
-            dtype = wanted if wanted and spec.dtype.is_floating_point else spec.dtype
-            needed += math.prod(spec.shape) * dtype.itemsize
+        needed = checkpoint.copy_size(files, config.model.dtype)
     directory = Path(config.run.dir)
-    place = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.is_dir())
-    # what an unfinished attempt holds is written over, or makes room first
-    held = sum(path.stat().st_blocks * 512 for path in directory.glob(".pruned.partial/*.safetensors"))
-    free = shutil.disk_usage(place).free + held
-    if needed > free:
-        yield (
-            f"run.dir: {directory} has {free / 2**30:.1f} GiB free, the pruned checkpoint takes "
-            f"{needed / 2**30:.1f} GiB; make room, or name another (--output)"
-        )
+    demand_space(directory, needed, "the pruned checkpoint", ".pruned.partial/*.safetensors")
 
 
 def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> Iterator[str]:

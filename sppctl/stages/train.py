@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sppctl import console, distributed, launch
+from sppctl.attempts import CHECKPOINTS
 from sppctl.errors import Stopped, UserError
 from sppctl.lm import checkpoint, data, perplexity, prompts
 from sppctl.lm.blocks import Skeleton
@@ -29,7 +30,7 @@ from sppctl.stages.feed import Feed, load_rows
 from sppctl.stages.trainer import SparseTrainer, demand_files
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
-CHECKPOINTS, LOGS = "checkpoints", "logs"
+LOGS = "logs"
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:

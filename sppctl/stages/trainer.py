@@ -21,8 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rota
 
 from sppctl import distributed, strict_json
 from sppctl.errors import SharedError, UserError
+from sppctl.files import sync, sync_tree
 from sppctl.lm.instructions import IGNORED
-from sppctl.lm.safe_files import sync, sync_tree
 from sppctl.stages import shards
 from sppctl.stages.distill import Distillation
 from sppctl.stages.feed import Feed

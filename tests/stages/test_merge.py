@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sppctl import SppConfig
+from sppctl import SppConfig, attempts
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.settings import Config
@@ -31,6 +31,7 @@ def pruned(request: pytest.FixtureRequest, make_checkpoint: object, config: Conf
     out = tmp_path / "pruned"
     out.mkdir()
     prune.execute(config, base, out)
+    attempts.clean(out)
     return out
 
 

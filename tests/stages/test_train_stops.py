@@ -53,10 +53,20 @@ def then_die(output_dir, **kwargs):
         die()
 trainer.rotate_checkpoints = then_die
 """,
-    "trained, not published": """
+    "trained, not recorded": """
 def then_die(*args):
     die()
-run_directory.Run._publish = then_die
+run_directory.Run._complete = then_die
+""",
+    "complete, not published": """
+def then_die(*args):
+    die()
+run_directory.attempts.clean = then_die
+""",
+    "published but for its name": """
+def then_die(*args):
+    die()
+Path.rename = then_die
 """,
 }
 FROM = {
@@ -65,10 +75,13 @@ FROM = {
     "half a checkpoint": 3,
     "a checkpoint without its name": 3,
     "two checkpoints, one too many": 9,
-    "trained, not published": 10,
+    "trained, not recorded": 10,
+    "complete, not published": None,
+    "published but for its name": None,
 }
 START = """
 import os, signal, sys
+from pathlib import Path
 from sppctl import cli, run_directory
 from sppctl.stages import train, trainer, watch
 def die(number=signal.SIGKILL):
@@ -151,6 +164,9 @@ def test_a_killed_training_continues_to_the_same_adapter(
     assert resumed is None or f"{resumed}\n" in done.stderr
     assert_same_adapter(prepared, tmp_path / "run" / "adapter")
     assert not list((tmp_path / "run").glob(".adapter*"))
+    complete = death in ("complete, not published", "published but for its name")
+    assert ("adapter: complete since an earlier command, published now" in done.stderr) == complete
+    assert ("train: up to date" in done.stderr) == complete
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
