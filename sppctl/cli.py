@@ -222,7 +222,7 @@ def evaluate(
         console.show_json(next(iter(found.values())) if len(found) == 1 else found)
         return
     for label, results in found.items():
-        _print_results(label, results)
+        _print_results(label, results, config.run.seed)
 
 
 @app.command()
@@ -305,7 +305,7 @@ def inspect(
     with named_as_given(AS_ARGUMENTS):
         directory = locate_weights(expand(checkpoint))
     matrices, summary = stage.measure(directory, expected)
-    wrong = stage.violations(matrices, expected, stage.recorded_layers(directory)) if expected is not None else []
+    wrong = stage.violations(matrices, expected, stage.recorded_patterns(directory)) if expected is not None else []
     if json:
         console.show_json(
             {"summary": summary, "violations": wrong, "matrices": [asdict(matrix) for matrix in matrices]}
@@ -422,16 +422,18 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _print_results(label: str, content: dict[str, Any]) -> None:
-    from sppctl.stages.evaluate import rows_of
-    from sppctl.stages.tasks import is_share
+def _print_results(label: str, content: dict[str, Any], seed: int) -> None:
+    from sppctl.stages.readings import ACCURACY, AGREEMENT, measured
 
+    # with the configured seed as the run's, which goes without saying
+    found, _ = measured({"stages": {"eval": {"seed": seed}}, "checkpoints": {label: content}})
     rows = []
-    for name, value, norm in rows_of(content):
-        if value is not None and not is_share(name):
-            rows.append((name, f"{value:.3f}", ""))
+    for name, one in found[label].items():
+        if one.value is not None and one.kind not in (ACCURACY, AGREEMENT):
+            rows.append((name, f"{one.value:.3f}", ""))
         else:
-            rows.append((name, "-" if value is None else f"{value:.2%}", "" if norm is None else f"{norm:.2%}"))
+            norm = "" if one.norm is None else f"{one.norm:.2%}"
+            rows.append((name, "-" if one.value is None else f"{one.value:.2%}", norm))
     console.show_table(f"{label}: {content['checkpoint']}", ("measure", "acc / perplexity", "acc_norm"), rows)
 
 

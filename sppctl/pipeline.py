@@ -301,7 +301,7 @@ def evaluate_some(
 
         elsewhere("eval", *_models(*models))
         return {label: read_results(_results(run, label)) for label in places}
-    with run.lock():
+    with run.lock(makes=False):
         found = {label: path or run.base() for label, path in places.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))
         return evaluate(run, found)

@@ -317,8 +317,12 @@ class Run:
         return attempt is not None and attempt.get("settings") == settings
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps two commands from working in one run directory at the same time, and notes the configuration."""
+    def lock(self, *, makes: bool = True) -> Iterator[None]:
+        """Keeps two commands from working in one run directory at the same time, and notes the configuration.
+
+        Args:
+            makes: whether the command makes stages. One that only measures does not describe a run that has any.
+        """
         if not distributed.is_main():
             distributed.barrier()  # until the first process has finished what an earlier command left
             yield
@@ -335,11 +339,13 @@ class Run:
             ours = {lock.name, resolved.name, f".{resolved.name}.partial"}  # the last: of a command that was killed
             try:
                 self._finish()
-                if not resolved.exists():
+                notes = makes or not any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
+                if notes and not resolved.exists():
                     files.write(resolved, to_yaml(self.config))
                 distributed.barrier()
                 yield
-                files.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
+                if notes:
+                    files.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
             finally:
                 if {path.name for path in self.directory.iterdir()} <= ours:
                     shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing

@@ -15,6 +15,7 @@ import pytest
 
 from sppctl import __version__, cli, pipeline, run_directory
 from sppctl.config import config_keys, flatten, load_config, to_dict
+from sppctl.yaml12 import parse_yaml
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
 WEIGHTS = ("pruned/model.safetensors", "adapter/adapter_model.safetensors", "merged/model.safetensors")
@@ -322,6 +323,38 @@ def test_another_configuration_is_refused_with_the_difference(run: Run, here: Pa
     assert f"error: {words}; --force redoes it, another run.dir keeps it" in outcome.err
     assert times(here / "run") == before
     assert (here / "run/resolved.yaml").read_text() == resolved, "it describes what lies there"
+
+
+def test_a_measurement_with_another_configuration_changes_nothing_about_the_stages(run: Run, here: Path) -> None:
+    resolved = (here / "run/resolved.yaml").read_text()
+    assert run("report", "run").code == 0
+    before = json.loads((here / "run/report.json").read_text())
+    assert (
+        run("eval", "tiny.yaml", "prune.pattern=4:8", "train.rank=2", "eval.max_tokens=128", "--model=merged").code == 0
+    )
+    assert (here / "run/resolved.yaml").read_text() == resolved
+    assert run("report", "run").code == 0
+    after = json.loads((here / "run/report.json").read_text())
+    assert [after[key] for key in ("config", "stages")] == [before[key] for key in ("config", "stages")]
+    assert [row["pattern"] for row in after["table"]] == ["dense", "2:4", "2:4"]
+    assert load_config("tiny.yaml").train.rank == parse_yaml(after["config"], "")["train"]["rank"]
+
+
+def test_results_of_several_seeds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"acc": 0.5, "num_fewshot": 2, "samples": 4}
+    results = [
+        {
+            "settings": {"kind": "tasks", "tasks": "rte", "num_fewshot": 2, "limit": None, "seed": seed},
+            "metrics": {"tasks": {"rte": values | {"acc": 0.5 + seed / 4}}, "mean": {}, "groups": {}, "members": 1},
+        }
+        for seed in (0, 1)
+    ]
+    cli._print_results("base", {"checkpoint": "x", "results": results}, 1)
+    lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "rte" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["rte 2-shot, seed 0", "50.00%"],
+        ["rte 2-shot", "75.00%"],
+    ]
 
 
 def test_force_redoes_every_stage(run: Run, here: Path) -> None:

@@ -228,7 +228,8 @@ def execute(
     if content.get("fingerprint") != subject.fingerprint:
         if distributed.is_main():
             shutil.rmtree(samples, ignore_errors=True)
-        _, sparsity = inspect.measure(subject.directory, config.prune.pattern)
+        recorded = inspect.recorded_patterns(subject.directory) or {}
+        _, sparsity = inspect.measure(subject.directory, *recorded.values())
         content = {
             "label": subject.label,
             "checkpoint": str(subject.place),
@@ -271,13 +272,16 @@ def _versions() -> dict[str, str]:
     return {"sppctl": __version__} | {name: importlib.metadata.version(name) for name in names}
 
 
-def result_name(settings: dict[str, Any]) -> str:
-    """How a measure is called in tables, with what limits it."""
-    if settings["kind"] == "perplexity":
-        cut = f", first {settings['max_tokens']} tokens" if settings["max_tokens"] else ""
-        stride = f" stride {settings['stride']}" if settings.get("stride") else ""
-        return f"ppl {settings['text']} @{settings['seq_len']}{stride}{cut}"
-    return tasks.title(settings)
+def result_name(result: dict[str, Any]) -> str:
+    """How a measure is called in tables, with what limited it."""
+    settings, metrics = result["settings"], result["metrics"]
+    if settings["kind"] != "perplexity":
+        return tasks.title(tasks.as_measured([result]))
+    step = settings.get("stride") or settings["seq_len"]
+    used = (metrics["windows"] - 1) * step + settings["seq_len"] if "windows" in metrics else settings["max_tokens"]
+    cut = f", first {used} tokens" if settings["max_tokens"] else ""
+    stride = f" stride {settings['stride']}" if settings.get("stride") else ""
+    return f"ppl {settings['text']} @{settings['seq_len']}{stride}{cut}"
 
 
 def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
@@ -286,7 +290,7 @@ def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | No
     for result in content["results"]:
         if result["settings"]["kind"] != "perplexity":
             continue
-        name, metrics = result_name(result["settings"]), result["metrics"]
+        name, metrics = result_name(result), result["metrics"]
         rows.append((name, metrics["value"], None))
         if metrics.get("kl") is not None:
             text = name.removeprefix("ppl ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,9 @@ def holds(weight: Tensor, pattern: Pattern) -> bool:
     return bool((kept <= pattern.keep).all())
 
 
-def matrices(files: TensorFiles, also: Pattern | None = None) -> Iterator[MatrixSparsity]:
+def matrices(files: TensorFiles, *also: Pattern | None) -> Iterator[MatrixSparsity]:
     """Measures every matrix of a checkpoint, one in memory at a time; embeddings and the output head included."""
-    patterns = list(CERTIFIED)
-    if also is not None and also.is_structured and also not in patterns:
-        patterns.append(also)
+    patterns = list(dict.fromkeys([*CERTIFIED, *(p for p in also if p is not None and p.is_structured)]))
     for name in files:
         spec = files.spec(name)
         if len(spec.shape) not in (2, 3) or 0 in spec.shape or not spec.dtype.is_floating_point:
@@ -112,7 +110,7 @@ def _tightest(patterns: list[Pattern]) -> list[Pattern]:
     return sorted((p for p in patterns if not any(implies(q, p) for q in patterns)), key=str)
 
 
-def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Sequence[str] | None = None) -> list[str]:
+def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:
     """One line for each matrix that does not keep to a pattern though it should.
 
     A ratio is met by a matrix with at least that share of zeros, up to one weight per row.
@@ -136,7 +134,7 @@ def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Sequen
     return found + list(_left_dense(measured, layers))
 
 
-def _left_dense(measured: list[MatrixSparsity], layers: Sequence[str] | None) -> Iterator[str]:
+def _left_dense(measured: list[MatrixSparsity], layers: Iterable[str] | None) -> Iterator[str]:
     dense = [matrix.name for matrix in measured if not matrix.is_sparse]
     if layers is not None:
         for name in dense:
@@ -155,21 +153,22 @@ def _in_any_block(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def recorded_layers(directory: Path) -> list[str] | None:
-    """The modules that were pruned, if the record of that lies in a checkpoint or beside it in a run; else None."""
+def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
+    """The modules that were pruned and how, if a checkpoint or its run has the record of that; else None."""
     own = directory / "stage.json"
     for path in (own, directory.parent / "pruned" / "stage.json") if own.is_file() else ():
         try:
-            return [str(layer["name"]) for layer in json.loads(path.read_text())["metrics"]["layers"]]
+            layers = json.loads(path.read_text())["metrics"]["layers"]
+            return {str(layer["name"]): Pattern.parse(layer["pattern"]) for layer in layers}
         except (OSError, ValueError, LookupError, TypeError):
             continue  # none, or that of a stage that prunes nothing
     return None
 
 
-def measure(directory: Path, also: Pattern | None = None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
+def measure(directory: Path, *also: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
     """Every matrix of a checkpoint directory, and the totals."""
     files = TensorFiles(directory)
-    measured = list(matrices(files, also))
+    measured = list(matrices(files, *also))
     return measured, summarise(files, measured)
 
 

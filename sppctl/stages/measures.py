@@ -66,12 +66,13 @@ def rows(run: dict[str, Any]) -> list[Row]:
     found_by_label, _ = measured(run)
     base, pruned = found_by_label.get("base", {}), found_by_label.get("pruned", {})
     stages = run["stages"]
-    prune, train = (stages.get(stage, {}).get("metrics", {}) for stage in ("prune", "train"))
+    prune, train, merge = (stages.get(stage, {}).get("metrics", {}) for stage in ("prune", "train", "merge"))
     seed = seed_of(run)
     found = []
     for label, own in found_by_label.items():
         content = run["checkpoints"][label]
         sparse = label in ("pruned", "adapter", "merged")
+        as_pruned = sparse and (label != "merged" or merge.get("pattern_unchanged", True))
         recovered = {
             name: gap_recovered(measure.kind, _value(base, name), _value(pruned, name), measure.value)
             for name, measure in own.items()
@@ -82,7 +83,7 @@ def rows(run: dict[str, Any]) -> list[Row]:
                 run=run["run"],
                 checkpoint=label,
                 method=prune.get("method") if sparse else None,
-                pattern=(prune.get("pattern") if sparse else None) or pattern_words(content["sparsity"]),
+                pattern=(prune.get("pattern") if as_pruned else None) or pattern_words(content["sparsity"]),
                 training=train.get("method") if label in ("adapter", "merged") else None,
                 seed=seed,
                 fingerprint=content.get("fingerprint"),

@@ -17,7 +17,7 @@ from sppctl.yaml12 import parse_yaml
 
 IN_ROWS = ("prune.method", "prune.pattern", "train.method")  # have columns of their own
 # the keys that a checkpoint depends on; later ones depend on all
-DEPENDS = {"base": ("model.", "eval."), "pruned": ("model.", "prune.", "run.seed", "eval.")}
+DEPENDS = {"base": ("model.",), "pruned": ("model.", "prune.", "run.seed")}
 PLAIN = ("base", "pruned")  # what runs may share
 SEED = "run.seed"
 
@@ -48,16 +48,14 @@ def _config(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(configs: list[dict[str, Any]]) -> list[str]:
-    """Keys with several values, of those that can change a number."""
+    """Keys with several values, of those that can change weights; what changes a measure is in the measure's name."""
     relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS}
-    having = [config for config in configs if config]
-    return [
-        key
+    values = {
+        key: [config[key] for config in configs if key in config]
         for key in config_keys()
-        if key in relevant
-        and all(key in config for config in having)
-        and any(config[key] != having[0][key] for config in having)
-    ]
+        if key in relevant and not key.startswith("eval.")
+    }
+    return [key for key, found in values.items() if any(value != found[0] for value in found)]
 
 
 def _concerns(key: str, row: Row) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sppctl.stages import tasks
 from sppctl.stages.evaluate import result_name
 from sppctl.stages.report_tables import Table
 
@@ -116,7 +117,7 @@ def fingerprint_table(run: dict[str, Any]) -> Table:
             lines.append([f"eval {label}", f"weights of {content.get('checkpoint', label)}", content["fingerprint"]])
         for result in content["results"]:
             if "documents_hash" in result["metrics"]:
-                name = result_name(result["settings"])
+                name = result_name(result)
                 lines.append([f"eval {label}", f"text of {name}", result["metrics"]["documents_hash"]])
     return ["stage", "what", "value"], lines
 
@@ -130,8 +131,8 @@ def evaluation_table(run: dict[str, Any]) -> Table:
         for result in content["results"]:
             families.setdefault(_family(result), []).append(result)
         for family in families.values():
-            settings = family[0]["settings"]
-            name = result_name(settings | {"tasks": settings["group"]} if "group" in settings else settings)
+            group = family[0]["settings"].get("group")
+            name = result_name(family[0]) if group is None else tasks.title(tasks.as_measured(family), group)
             cells = [", ".join(_different(family, key)) or "-" for key in ("dtype", "device")]
             seconds = sum(result.get("seconds", 0) for result in family)
             lines.append([label, name, _amount(family), *cells, f"{seconds:.1f}" if seconds else "-"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _summary(prune: PruneConfig, blocks: list[dict[str, Any]], activations: Acti
     tuned = {block["block"]: block["reconstruction"] for block in blocks if block["reconstruction"]}
     return {
         "method": prune.method,
-        "pattern": str(prune.pattern),
+        "pattern": _pattern_words(prune, layers),
         "order": prune.order if activations else None,
         "activations": activations.place if activations else None,
         "processes": distributed.world_size(),
@@ -129,6 +130,20 @@ def _summary(prune: PruneConfig, blocks: list[dict[str, Any]], activations: Acti
         "reconstruction": tuned or None,
         "layers": layers,
     }
+
+
+def _pattern_words(prune: PruneConfig, layers: list[dict[str, Any]]) -> str:
+    """The patterns that matrices were given, most of them first: ``2:4, 4:8 in 12 matrices``.
+
+    Ratios that differ by block are one pattern, their mean, which is what ``prune.pattern`` says.
+    """
+    spread = {"uniform": "", "owl": " by outliers"}.get(str(prune.allocation), " by block")
+    common = f"{prune.pattern}{spread}"
+    counts = Counter(
+        layer["pattern"] if any(matches(layer["name"], wanted) for wanted in prune.overrides) else common
+        for layer in layers
+    ).most_common()
+    return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
 
 
 def _copy(config: Config, base: Path, out: Path) -> TensorFiles:

@@ -109,7 +109,7 @@ def _kind(name: str) -> str:
 
 
 def _error_of_text(name: str, result: dict[str, Any]) -> float | None:
-    keys = {result_name(result["settings"]): "stderr"}
+    keys = {result_name(result): "stderr"}
     error: float | None = result["metrics"].get(keys.get(name, "kl_stderr" if name.startswith("KL(") else ""))
     return error
 

@@ -12,14 +12,14 @@ from sppctl import strict_json
 from sppctl.errors import UserError
 from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
-from sppctl.yaml12 import read_text
+from sppctl.yaml12 import dump_yaml, read_text
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
     """Everything a run has recorded, and what follows from it.
 
     Returns:
-        ``{"run", "config": resolved.yaml or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
+        ``{"run", "config": YAML or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
         "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
         checkpoints that were measured on the same samples or windows, ``notes`` say what is left out,
         ``table`` has a :class:`sppctl.stages.measures.Row` for each checkpoint.
@@ -28,10 +28,9 @@ def collect(run_dir: Path) -> dict[str, Any]:
         UserError: a record is damaged.
     """
     stages, checkpoints, outdated = records.read(run_dir)
-    resolved = run_dir / "resolved.yaml"
     run: dict[str, Any] = {
         "run": str(run_dir),
-        "config": read_text(resolved) if resolved.is_file() else None,
+        "config": _configuration(run_dir, stages),
         "stages": stages,
         "checkpoints": checkpoints,
     }
@@ -39,6 +38,18 @@ def collect(run_dir: Path) -> dict[str, Any]:
     run["notes"] = outdated + readings.measured(run)[1] + notes
     run["table"] = [asdict(row) for row in measures.rows(run)]
     return run
+
+
+def _configuration(run_dir: Path, stages: records.Records) -> str | None:
+    """The configuration that the stages were made with; of a run without stages what its last command was given."""
+    settings: dict[str, Any] = {}
+    for record in stages.values():
+        settings |= record.get("settings", {})
+    if settings:
+        seed = settings.pop("seed", None)
+        return dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)
+    resolved = run_dir / "resolved.yaml"
+    return read_text(resolved) if resolved.is_file() else None
 
 
 def comparisons(run_dir: Path, checkpoints: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -244,5 +244,5 @@ def _made(content: _Page, run: dict[str, Any]) -> None:
             content.add(f"<p><strong>{title}</strong></p>")
             content.table((header, rows))
     if run["config"] is not None:
-        content.add("<details><summary>Configuration (resolved.yaml)</summary>")
+        content.add("<details><summary>Configuration</summary>")
         content.add(f"<pre>{escape(run['config'])}</pre>", "</details>")

@@ -178,11 +178,17 @@ def title(settings: dict[str, Any], name: str | None = None) -> str:
     return " ".join(words) + cut
 
 
-def _as_measured(family: list[dict[str, Any]]) -> dict[str, Any]:
-    """Settings with the number of examples that really stood in the prompts: a task may insist on its own."""
-    shots = {values.get("num_fewshot") for result in family for values in result["metrics"]["tasks"].values()}
-    settings: dict[str, Any] = family[0]["settings"]
-    return settings | {"num_fewshot": shots.pop()} if len(shots) == 1 and None not in shots else settings
+def as_measured(family: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings as they came true: examples in the prompts, as a task may insist on its own, and the limit if it cut."""
+    measured = [values for result in family for values in result["metrics"]["tasks"].values()]
+    settings: dict[str, Any] = dict(family[0]["settings"])
+    shots = {values.get("num_fewshot") for values in measured}
+    if len(shots) == 1 and None not in shots:
+        settings["num_fewshot"] = shots.pop()
+    limit = settings["limit"]
+    if limit is not None and all((values.get("samples") or limit) < limit for values in measured):
+        settings["limit"] = None  # every task was measured whole
+    return settings
 
 
 def families(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -219,7 +225,7 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
 
 def _whole_rows(result: dict[str, Any]) -> list[Row]:
     """A task, or a group that lm-eval ran in one go."""
-    name, metrics = title(_as_measured([result])), result["metrics"]
+    name, metrics = title(as_measured([result])), result["metrics"]
     tasks = metrics["tasks"] if len(metrics["tasks"]) <= SHOWN else {}
     if len(metrics["tasks"]) == 1 and result["settings"]["tasks"] in tasks:
         return [_row(name, next(iter(tasks.values())))]
@@ -231,7 +237,7 @@ def _whole_rows(result: dict[str, Any]) -> list[Row]:
 
 def _group_rows(family: list[dict[str, Any]]) -> list[Row]:
     settings, metrics = family[0]["settings"], family[0]["metrics"]
-    name = title(_as_measured(family), settings["group"])
+    name = title(as_measured(family), settings["group"])
     part = f" of {len(family)} of {metrics['members']} tasks" if len(family) < metrics["members"] else ""
     whole = group_mean(family, settings["group"])
     found = [_row(f"{name} mean{part}", whole)]

@@ -152,7 +152,7 @@ def test_another_reference_takes_the_place_of_the_one_before(
 ) -> None:
     pipeline.prune(work())
     changed(llama, tmp_path / "other", lambda weight: weight * 1.1)
-    name = evaluate.result_name(pipeline.evaluate_some(work(), ["pruned"])["pruned"]["results"][0]["settings"])
+    name = evaluate.result_name(pipeline.evaluate_some(work(), ["pruned"])["pruned"]["results"][0])
     text = name.removeprefix("ppl ")
     content = pipeline.evaluate_some(work("eval.divergence=other"), ["pruned"])["pruned"]
     names = [name, f"KL(dense || model) {text} (dense: other)", f"top-1 agreement {text} (dense: other)"]

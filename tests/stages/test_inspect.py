@@ -16,7 +16,7 @@ from sppctl.stages.inspect import (
     holds,
     matrices,
     measure,
-    recorded_layers,
+    recorded_patterns,
     sentence,
     summarise,
     violations,
@@ -263,15 +263,17 @@ def test_a_model_that_is_half_dense_meets_no_expectation(tmp_path: Path) -> None
 
 
 def test_what_was_pruned_is_known_from_the_record_of_the_run(tmp_path: Path) -> None:
-    for name, metrics in (("pruned", {"layers": [{"name": "model.layers.0.fc"}]}), ("merged", {"matrices": 1})):
+    layers = [{"name": "model.layers.0.fc", "pattern": "2:6"}]
+    for name, metrics in (("pruned", {"layers": layers}), ("merged", {"matrices": 1})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "stage.json").write_text(json.dumps({"metrics": metrics}))
-    assert recorded_layers(tmp_path / "pruned") == recorded_layers(tmp_path / "merged") == ["model.layers.0.fc"]
+    found = {"model.layers.0.fc": pattern("2:6")}
+    assert recorded_patterns(tmp_path / "pruned") == recorded_patterns(tmp_path / "merged") == found
     (tmp_path / "other").mkdir()
-    assert recorded_layers(tmp_path / "other") is None
+    assert recorded_patterns(tmp_path / "other") is None
     (tmp_path / "merged/stage.json").write_text("{")
     (tmp_path / "pruned/stage.json").write_text("[]")
-    assert recorded_layers(tmp_path / "merged") is None
+    assert recorded_patterns(tmp_path / "merged") is None
 
 
 def test_an_unusual_pattern_can_be_expected(tmp_path: Path) -> None:

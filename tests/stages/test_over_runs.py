@@ -59,14 +59,24 @@ def test_csv_has_their_full_names(runs: list[dict[str, Any]]) -> None:
 
 
 def test_models_have_names_and_equal_leaves_are_written_out(runs: list[dict[str, Any]]) -> None:
-    configs = ("model: {path: a}\ntrain: {scale: 1, data: {seq_len: 1}}\neval: {seq_len: 1}",)
-    configs += ("model: {path: b}\ntrain: {scale: 1, data: {seq_len: 2}}\neval: {seq_len: 2}",)
+    """What was measured with is in the measures' names, so keys of eval are no columns."""
+    configs = tuple(
+        f"model: {{path: {path}}}\nprune: {{calibration: {{seq_len: {n}}}}}\n"
+        f"train: {{scale: 1, data: {{seq_len: {n}}}}}\neval: {{seq_len: {n}}}"
+        for n, path in enumerate("ab")
+    )
     found = rows_of_all([run | {"config": text} for run, text in zip(runs, configs, strict=False)])
     assert short_names(found) == {
         "model.path": "model",
-        "eval.seq_len": "eval.seq_len",
+        "prune.calibration.seq_len": "prune.calibration.seq_len",
         "train.data.seq_len": "train.data.seq_len",
     }
+
+
+def test_runs_that_lack_a_stage_take_no_columns_from_others(runs: list[dict[str, Any]]) -> None:
+    configs = ("train: {rank: 4}", "train: {rank: 8}", "prune: {damp: 1}")
+    found = rows_of_all([run | {"config": text} for run, text in zip(runs, configs, strict=False)])
+    assert short_names(found) == {"train.rank": "rank"}
 
 
 def test_runs_without_a_configuration_have_no_such_columns(runs: list[dict[str, Any]]) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from sppctl import attempts
 from sppctl.config import load_config
 from sppctl.errors import StageError
+from sppctl.lm.targets import matches
+from sppctl.pattern import Pattern
 from sppctl.pruning import prune_linear
 from sppctl.settings import Config
 from sppctl.stages import calibrate, prune
@@ -33,6 +35,34 @@ def pruned(config: Config, base: Path, out: Path) -> tuple[dict[str, Tensor], di
     out.mkdir()
     metrics = prune.execute(config, base, out)
     return load_file(out / "model.safetensors"), metrics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "2:4"),
+        (["prune.overrides={q_proj: 2:4}"], "2:4"),
+        (["prune.overrides={q_proj: 4:8, '*.1.*up_proj': 0.3}"], "2:4, 4:8 in 2 matrices, 0.3 in 1 matrices"),
+        (["prune.overrides={'*_proj': 4:8}"], "4:8"),
+        (
+            ["prune.pattern=0.5", "prune.allocation=owl", "prune.overrides={q_proj: 4:8}"],
+            "0.5 by outliers, 4:8 in 2 matrices",
+        ),
+        (["prune.pattern=0.5", "prune.allocation=[0.4,0.6]"], "0.5 by block"),
+    ],
+)
+def test_the_pattern_is_the_one_that_is_there(
+    configure: Callable[..., Config], overrides: list[str], words: str
+) -> None:
+    config = configure(*overrides).prune
+    layers = []
+    for name, block in (("q_proj", 0), ("q_proj", 1), ("up_proj", 0), ("up_proj", 1), ("o_proj", 0), ("o_proj", 1)):
+        full = f"model.layers.{block}.{name}"
+        found = [pattern for wanted, pattern in config.overrides.items() if matches(full, wanted)]
+        layers.append({"name": full, "pattern": str(found[-1] if found else Pattern(ratio=0.4 + 0.2 * block))})
+        if config.allocation == "uniform" and not found:
+            layers[-1]["pattern"] = str(config.pattern)
+    assert prune._pattern_words(config, layers) == words
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

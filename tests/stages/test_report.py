@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import write_run
+from made_up_runs import write_json, write_run
 
 from sppctl import pipeline
 from sppctl.errors import UserError
+from sppctl.stages import measures
 from sppctl.stages.provenance import evaluation_table, facts
 from sppctl.stages.report import collect, markdown, pruned_layers, save
 from sppctl.stages.report_tables import table, type_table
+from sppctl.yaml12 import parse_yaml
 
 DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 1_000_000}
 SPARSE = {"sparsity": 0.5, "patterns": ["2:4"], "sparse_matrices": 14, "bytes": 1_000_000}
@@ -26,7 +28,9 @@ def perplexity(value: float, seq_len: int = 2048, max_tokens: int | None = None)
 def accuracy(
     tasks: str, values: dict[str, dict[str, float]], shots: int | None = 0, limit: int | None = None
 ) -> dict[str, Any]:
-    measured = {name: found | {"version": 1.0, "num_fewshot": shots, "samples": 10} for name, found in values.items()}
+    measured = {
+        name: found | {"version": 1.0, "num_fewshot": shots, "samples": limit or 10} for name, found in values.items()
+    }
     mean = {}
     if all("acc" in found for found in values.values()):
         mean = {"acc": sum(found["acc"] for found in values.values()) / len(values)}
@@ -113,6 +117,45 @@ def test_a_limit_is_named_in_every_row_of_a_group() -> None:
     numbers = [name for name in found if "%" in found[name][0]]
     assert len(numbers) == 3
     assert all("limit 20" in name for name in numbers)
+
+
+def test_a_limit_that_cut_nothing_is_not_named() -> None:
+    values = {"boolq": {"acc": 0.5}, "arc_easy": {"acc": 0.75}}
+    whole, cut = accuracy("zeroshot", values, limit=20), accuracy("zeroshot", values, limit=20)
+    for one in whole["metrics"]["tasks"].values():
+        one["samples"] = 19
+    cut["metrics"]["tasks"]["boolq"]["samples"] = 19
+    assert not [name for name in cells(run(base=(DENSE, [whole]))) if "limit" in name]
+    assert len([name for name in cells(run(base=(DENSE, [cut]))) if "limit 20" in name]) == 3
+
+
+@pytest.mark.parametrize(("stride", "used"), [(None, 192), (16, 96)])
+def test_first_tokens_are_those_that_windows_covered(stride: int | None, used: int) -> None:
+    result = perplexity(12.0, 64, 250)
+    result["settings"]["stride"] = stride
+    result["metrics"]["windows"] = 3  # of 250 tokens that were allowed, or all that the text has
+    words = "" if stride is None else " stride 16"
+    assert cells(run(base=(DENSE, [result])))[f"ppl wikitext2 @64{words}, first {used} tokens"] == ["12.00"]
+
+
+def test_a_merged_checkpoint_whose_zeros_were_filled_has_the_pattern_that_it_has() -> None:
+    found = run(pruned=(SPARSE, [perplexity(45.0)]), merged=(DENSE, [perplexity(15.0)]))
+    found["stages"] = {"prune": {"metrics": {"method": "wanda", "pattern": "2:4, 0.3 in 1 matrices"}}}
+    found["stages"]["merge"] = {"metrics": {"pattern_unchanged": False}}
+    assert [row.pattern for row in measures.rows(found)] == ["2:4, 0.3 in 1 matrices", "dense"]
+
+
+def test_the_configuration_is_that_of_the_records(tmp_path: Path) -> None:
+    """Whatever a command that made no stage has said since."""
+    made = write_run(tmp_path / "made", seed=3)
+    for name, settings in (("pruned", {"prune": {"damp": 0.5}}), ("merged", {"merge": {"dtype": "float32"}})):
+        path = made / name / "stage.json"
+        write_json(path, json.loads(path.read_text()) | {"settings": {"seed": 3} | settings})
+    assert parse_yaml(collect(made)["config"], "") == {
+        "run": {"seed": 3},
+        "prune": {"damp": 0.5},
+        "merge": {"dtype": "float32"},
+    }
 
 
 def test_a_group_of_many_tasks_is_one_row() -> None:

@@ -17,7 +17,7 @@ from sppctl.lm import harness
 from sppctl.lm.checkpoint import load_model, load_tokenizer
 from sppctl.run_directory import Run
 from sppctl.stages import evaluate, tasks
-from sppctl.stages.evaluate import result_name, rows_of
+from sppctl.stages.evaluate import rows_of
 
 
 def result(task: str, acc: float, samples: int, group: str, groups: dict[str, dict[str, bool]], members: int) -> Any:
@@ -64,7 +64,7 @@ def test_options_enter_when_they_are_set(own_tasks: Path) -> None:
         "chat_template": True,
         "system_prompt": "Add.",
     }
-    assert result_name(entry) == "read 2-shot chat system prompt, limit 7"
+    assert tasks.title(entry) == "read 2-shot chat system prompt, limit 7"
 
 
 def test_all_is_every_group_task_by_task() -> None:
