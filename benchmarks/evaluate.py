@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = checkpoint.pick_device(arguments.device)
-    model = checkpoint.load_model(arguments.checkpoint, device)
+    dtype = checkpoint.choose_dtype(arguments.checkpoint, device, "auto").dtype
+    model = checkpoint.load_model(arguments.checkpoint, device, dtype)
     shape = (arguments.windows, arguments.seq_len)
     windows = torch.randint(0, min(1000, model.config.vocab_size), shape, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:

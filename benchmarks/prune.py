@@ -88,7 +88,7 @@ class Bench:
     def __init__(
         self, directory: Path, windows: torch.Tensor, pattern: Pattern, device: torch.device, out: Path
     ) -> None:
-        self.stack = BlockStack(directory, device)
+        self.stack = BlockStack(directory, device, checkpoint.choose_dtype(directory, device, "auto").dtype)
         self.stack.load_embeddings()
         self.windows, self.pattern, self.out = windows, pattern, out
         (out / "copy").mkdir()

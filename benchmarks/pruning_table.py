@@ -69,14 +69,16 @@ def cell(arguments: argparse.Namespace, overrides: list[str], pattern: str) -> d
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
         started = time.perf_counter()
-        metrics = prune.execute(config, arguments.checkpoint, out)
+        dtype = checkpoint.choose_dtype(arguments.checkpoint, checkpoint.pick_device("auto"), "auto").dtype
+        metrics = prune.execute(config, arguments.checkpoint, out, dtype=dtype)
         seconds = time.perf_counter() - started
         value = measured(out, arguments.max_tokens)
     return {"perplexity": value, "seconds": round(seconds, 1), "sparsity": metrics["sparsity"]}
 
 
 def measured(directory: Path, max_tokens: int | None) -> float:
-    model = checkpoint.load_model(directory, checkpoint.pick_device("auto"))
+    device = checkpoint.pick_device("auto")
+    model = checkpoint.load_model(directory, device, checkpoint.choose_dtype(directory, device, "auto").dtype)
     text = data.load_text("wikitext2", "test", "eval.perplexity")
     windows = perplexity.text_windows(
         checkpoint.load_tokenizer(directory), text.joiner.join(text.documents), 2048, max_tokens, "wikitext2"

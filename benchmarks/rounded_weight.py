@@ -79,10 +79,11 @@ def compare(config: Config, pruned: Path, scratch: Path) -> str:
     layers = [layer["name"] for layer in json.loads((pruned / "stage.json").read_text())["metrics"]["layers"]]
     adapter, merged = scratch / "adapter", scratch / "merged"
     merged.mkdir()
-    trained = train.execute(config, pruned, layers, adapter, resume=False)
-    moved = merge.execute(config, pruned, adapter, merged)["moved_share"]
     device = checkpoint.pick_device(config.model.device)
-    model = checkpoint.load_model(merged, device)
+    dtype = checkpoint.choose_dtype(pruned, device, "auto", training=True).dtype
+    trained = train.execute(config, pruned, layers, adapter, dtype=dtype, resume=False)
+    moved = merge.execute(config, pruned, adapter, merged)["moved_share"]
+    model = checkpoint.load_model(merged, device, dtype)
     tokenizer = checkpoint.load_tokenizer(merged)
     before, after = trained["validation_loss"], validation_loss(config, model, tokenizer)
     text = data.load_text("instructions", "test", "eval.perplexity")

@@ -55,7 +55,8 @@ class Step:
     def __init__(self, form: Form, options: argparse.Namespace) -> None:
         self.form, self.device, self.clock = form, checkpoint.pick_device(options.device), options.clock
         torch.manual_seed(0)
-        self.model: Any = checkpoint.load_model(options.checkpoint, self.device)
+        dtype = checkpoint.choose_dtype(options.checkpoint, self.device, "auto", training=True).dtype
+        self.model: Any = checkpoint.load_model(options.checkpoint, self.device, dtype)
         self.model.config.use_cache = False
         self.tokens = torch.randint(0, self.model.config.vocab_size, (options.batch, options.seq_len)).to(self.device)
         self.model.requires_grad_(False)

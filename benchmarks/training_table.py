@@ -111,7 +111,8 @@ def pattern_of(directory: Path, merging: dict) -> str:
 
 @torch.no_grad()
 def measured(directory: Path) -> dict[str, float]:
-    model = checkpoint.load_model(directory, checkpoint.pick_device("auto"))
+    device = checkpoint.pick_device("auto")
+    model = checkpoint.load_model(directory, device, checkpoint.choose_dtype(directory, device, "auto").dtype)
     tokenizer = checkpoint.load_tokenizer(directory)
     rows = held_out_rows()
     total = tokens = 0

@@ -46,6 +46,19 @@ def clean(partial: Path) -> None:
             (partial / name).unlink(missing_ok=True)
 
 
+def settled(settings: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The settings as a record or an attempt has them where they leave the choice: auto computes in its dtype."""
+    model, recorded = settings.get("model", {}), before["settings"].get("model", {})
+    if model.get("compute_dtype") != "auto" or "compute_dtype" not in recorded:
+        return settings
+    return resolved(settings, recorded["compute_dtype"])
+
+
+def resolved(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The settings with the dtype that is computed in instead of auto."""
+    return settings | {"model": settings["model"] | {"compute_dtype": dtype}}
+
+
 def holds_work(partial: Path) -> bool:
     """Whether an attempt has anything that another start would have to do again: a checkpoint, a finished block."""
     journal = partial / JOURNAL
@@ -66,7 +79,7 @@ def check(partial: Path, stage: str, settings: dict[str, Any], inputs: dict[str,
         return
     if not attempt:
         said = f"that nobody can tell the settings of ({NOTE} is damaged)"
-    elif attempt["settings"] != settings or inputs not in (None, attempt["inputs"]):
+    elif attempt["settings"] != settled(settings, attempt) or inputs not in (None, attempt["inputs"]):
         said = f"with {differences(attempt, settings, attempt['inputs'] if inputs is None else inputs)}"
     else:
         return
@@ -78,7 +91,7 @@ def check(partial: Path, stage: str, settings: dict[str, Any], inputs: dict[str,
 
 def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, Any]) -> str:
     """The keys in which a record differs from what is wanted now, with both values."""
-    old, new = flatten(before["settings"]), flatten(settings)
+    old, new = flatten(before["settings"]), flatten(settled(settings, before))
     changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
     changed += [
         f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)

@@ -221,8 +221,7 @@ def evaluate(
     if json:
         console.show_json(next(iter(found.values())) if len(found) == 1 else found)
         return
-    for label, results in found.items():
-        _print_results(label, results, config.run.seed)
+    _print_results(found, config.run.seed)
 
 
 @app.command()
@@ -422,19 +421,21 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _print_results(label: str, content: dict[str, Any], seed: int) -> None:
+def _print_results(found: dict[str, dict[str, Any]], seed: int) -> None:
     from sppctl.stages.readings import ACCURACY, AGREEMENT, measured
 
     # with the configured seed as the run's, which goes without saying
-    found, _ = measured({"stages": {"eval": {"seed": seed}}, "checkpoints": {label: content}})
-    rows = []
-    for name, one in found[label].items():
-        if one.value is not None and one.kind not in (ACCURACY, AGREEMENT):
-            rows.append((name, f"{one.value:.3f}", ""))
-        else:
-            norm = "" if one.norm is None else f"{one.norm:.2%}"
-            rows.append((name, "-" if one.value is None else f"{one.value:.2%}", norm))
-    console.show_table(f"{label}: {content['checkpoint']}", ("measure", "acc / perplexity", "acc_norm"), rows)
+    named, _ = measured({"stages": {"eval": {"seed": seed}}, "checkpoints": found})
+    for label, measures in named.items():
+        rows = []
+        for name, one in measures.items():
+            if one.value is not None and one.kind not in (ACCURACY, AGREEMENT):
+                rows.append((name, f"{one.value:.3f}", ""))
+            else:
+                norm = "" if one.norm is None else f"{one.norm:.2%}"
+                rows.append((name, "-" if one.value is None else f"{one.value:.2%}", norm))
+        title = f"{label}: {found[label]['checkpoint']}"
+        console.show_table(title, ("measure", "acc / perplexity", "acc_norm"), rows)
 
 
 def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:

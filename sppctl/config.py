@@ -22,7 +22,7 @@ from typing import Any, Literal
 from sppctl.errors import UserError
 from sppctl.paths import expand
 from sppctl.pattern import Pattern
-from sppctl.settings import Config
+from sppctl.settings import REPLACED, Config
 from sppctl.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 
 LARGEST = 2**63
@@ -156,7 +156,8 @@ def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in known:
-            context.report(key, f"unknown key{_nearest(key)}")
+            now = f"; use {REPLACED[key]} instead" if key in REPLACED else _nearest(key)
+            context.report(key, f"unknown key{now}")
         elif _is_section(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{key}.", context)
         else:

@@ -1,21 +1,100 @@
-"""What a process runs on, and how much memory it has taken."""
+"""What a process runs on, which dtype that is good at, and how much memory it has taken."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 PROCESS = Path("/proc/self")  # Linux; elsewhere the peak is that since the process started
+CPU_INFORMATION = Path("/proc/cpuinfo")
+# what switches the bfloat16 units of a CPU off: oneDNN's limits below AVX512_CORE_BF16 (in any case; its old name
+# counts where the new one is not set), and PyTorch's own (only in lower case)
+_ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_ONEDNN_WITHOUT = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
+_ATEN, _ATEN_WITHOUT = "ATEN_CPU_CAPABILITY", {"default", "avx2"}
+
+
+class Compute(NamedTuple):
+    """The name of the dtype that something computes in, and a line that says so and why."""
+
+    dtype: str
+    text: str
+
+
+def choose_dtype(wanted: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
+    """The dtype to compute in; whoever loads a model asks this.
+
+    Args:
+        wanted: model.compute_dtype: a name, or auto for the stored dtype where the device multiplies it natively, else
+            float32.
+        stored: name of the dtype of the weights.
+        device: that computes.
+        training: whether gradients are computed: never in float16, where they overflow without loss scaling.
+    """
+    if wanted != "auto":
+        return Compute(wanted, f"computing in {wanted} as configured")
+    dtype, reason = stored, ""
+    if training and stored == "float16":
+        dtype, reason = "bfloat16", " (float16 gradients overflow)"
+    lacking = _lacking(dtype, device)
+    if lacking is not None:
+        dtype, reason = "float32", f" ({lacking})"
+    return Compute(dtype, f"computing in {dtype}{reason}")
+
+
+def _lacking(dtype: str, device: torch.device) -> str | None:
+    """Why a device does not multiply matrices of a dtype natively; None if it does."""
+    import torch
+
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = dtype == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return None if native else "this GPU has no bfloat16 units"
+    if device.type == "cpu":
+        return "CPUs do not multiply float16 natively" if dtype == "float16" else _lacking_bfloat16()
+    if (device.type, dtype) == ("mps", "float16"):
+        return None
+    return f"{dtype} on {device.type} is not known to be native"
+
+
+def _lacking_bfloat16() -> str | None:
+    """Why this CPU does not multiply bfloat16 natively, by its flags and by what switches its units off.
+
+    Timing a few products would ask the hardware itself, but on a busy machine it would answer differently each time.
+    """
+    import torch
+
+    flags = set(_cpu_entry("flags").split())
+    if not flags:
+        return "what this CPU multiplies natively is not known"
+    if not flags & {"avx512_bf16", "amx_bf16"} or not torch.backends.mkldnn.is_available():
+        return "this CPU has no bfloat16 units"
+    name = next((name for name in _ONEDNN if os.environ.get(name)), _ONEDNN[0])
+    for switch, without in ((name, _ONEDNN_WITHOUT), (_ATEN, _ATEN_WITHOUT)):
+        value = os.environ.get(switch, "")
+        if (value if switch == _ATEN else value.lower()) in without:
+            return f"this CPU has no bfloat16 units under {switch}={value}"
+    return None
 
 
 def cpu_name() -> str:
     """The model of the processor."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return _cpu_entry("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_entry(name: str) -> str:
+    """What Linux says of the first processor; empty where it says nothing."""
+    lines = CPU_INFORMATION.read_text().splitlines() if CPU_INFORMATION.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
 def describe() -> str:

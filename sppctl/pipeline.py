@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppctl import console, distributed
-from sppctl.attempts import differences
+from sppctl.attempts import differences, settled
 from sppctl.config import result_keys
 from sppctl.errors import UserError
 from sppctl.run_directory import DIRECTORIES, Run
@@ -89,7 +89,13 @@ def prune(run: Run) -> dict[str, Any]:
     inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
     if run.config.prune.mask_from is not None:
         inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
-    return run.perform("prune", settings, inputs, lambda out: stage.execute(run.config, base, out))
+    return run.perform(
+        "prune",
+        settings,
+        inputs,
+        lambda out, dtype: stage.execute(run.config, base, out, dtype=dtype),
+        choose=lambda: _choose_dtype(run.config, base, stored=run.config.model.dtype),
+    )
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -108,7 +114,10 @@ def train(run: Run) -> dict[str, Any]:
         "train",
         settings,
         inputs,
-        lambda out: stage.execute(run.config, run.path("prune"), layers, out, resume=run.resume, base=base),
+        lambda out, dtype: stage.execute(
+            run.config, run.path("prune"), layers, out, dtype=dtype, resume=run.resume, base=base
+        ),
+        choose=lambda: _choose_dtype(run.config, run.path("prune"), training=True),
     )
 
 
@@ -127,7 +136,7 @@ def merge(run: Run) -> dict[str, Any]:
     settings = settings_of(run.config, "merge")
     inputs = {"pruned": pruned["output"], "adapter": checkpoint.fingerprint(run.path("train"))}
     return run.perform(
-        "merge", settings, inputs, lambda out: stage.execute(run.config, run.path("prune"), run.path("train"), out)
+        "merge", settings, inputs, lambda out, _: stage.execute(run.config, run.path("prune"), run.path("train"), out)
     )
 
 
@@ -146,18 +155,22 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
         results = _results(run, label)
         dense = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
         # told by the first process: the others may have read the file while it was written
-        known[label] = distributed.tell([] if run.force else stage.known(subject, results), 0)
-        jobs.append((subject, stage.missing(run.config, subject, known[label], dense), dense))
+        known[label] = distributed.tell([] if run.force else stage.known(run.config, subject, results), 0)
+        wanted = stage.missing(run.config, subject, known[label], dense)
+        compute = distributed.decide(partial(_choose_dtype, run.config, subject.directory))
+        if wanted:
+            console.note(f"eval {label}: {compute.text}")
+        jobs.append((subject, compute.dtype, wanted, dense))
     try:
         stage.predict(run.config, jobs)
-        for subject, wanted, _ in jobs:
+        for subject, dtype, wanted, _ in jobs:
             results = _results(run, subject.label)
             if not wanted and results.is_file():
                 console.note(f"eval {subject.label}: up to date ({results})")
                 found[subject.label] = stage.read_results(results)
             else:
                 found[subject.label] = stage.execute(
-                    run.config, subject, results, wanted, known[subject.label], reference
+                    run.config, subject, dtype, results, wanted, known[subject.label], reference
                 )
             perplexities.release()
     finally:
@@ -362,9 +375,18 @@ def settings_of(config: Config, stage: str) -> dict[str, Any]:
     settings = {stage: result_keys(getattr(config, stage))}
     if stage == "merge":
         return settings
-    # of how processes are launched only the precision changes a training
-    further = {"model": config.model} if stage == "prune" else {"launch": config.launch}
-    return {"seed": config.run.seed} | {name: result_keys(section) for name, section in further.items()} | settings
+    model = result_keys(config.model)
+    if stage == "train":  # which starts from what pruning made of all other keys
+        model = {"compute_dtype": model["compute_dtype"]}
+    return {"seed": config.run.seed, "model": model} | settings
+
+
+def _choose_dtype(config: Config, directory: Path, **options: Any) -> Any:
+    """The dtype in which a checkpoint is computed on the configured device, and why."""
+    from sppctl.lm import checkpoint
+
+    model, device = config.model, checkpoint.pick_device(config.model.device)
+    return checkpoint.choose_dtype(directory, device, model.compute_dtype, model.trust_remote_code, **options)
 
 
 def _need(run: Run, stage: str) -> dict[str, Any]:
@@ -373,7 +395,7 @@ def _need(run: Run, stage: str) -> dict[str, Any]:
     if record is None:
         raise UserError(f"{run.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
     settings = settings_of(run.config, stage)
-    if record["settings"] != settings:
+    if record["settings"] != settled(settings, record):
         raise UserError(
             f"{run.path(stage)} was made with {differences(record, settings, record['inputs'])}; "
             f"redo it (sppctl {stage} --force), or use its settings or another run.dir"

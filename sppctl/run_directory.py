@@ -208,7 +208,9 @@ class Run:
         stage: str,
         settings: dict[str, Any],
         inputs: dict[str, Any],
-        work: Callable[[Path], dict[str, Any]],
+        work: Callable[[Path, str], dict[str, Any]],
+        *,
+        choose: Callable[[], machine.Compute] | None = None,
     ) -> dict[str, Any]:
         """Does a stage unless it is up to date, and publishes it.
 
@@ -216,8 +218,9 @@ class Run:
             stage: prune, train or merge.
             settings: the configuration it depends on.
             inputs: fingerprints of what it reads.
-            work: fills a directory and returns metrics; of a resumable stage it is given what an interrupted attempt
-                left behind. All that it needs for that is in :data:`sppctl.attempts.WORKING`.
+            work: fills a directory, computing in a dtype, and returns metrics; of a resumable stage it is given what an
+                interrupted attempt left behind. All that it needs for that is in :data:`sppctl.attempts.WORKING`.
+            choose: finds that dtype for a new attempt; None: the stage loads no model.
 
         Returns:
             The content of stage.json.
@@ -233,7 +236,12 @@ class Run:
         if before is not None:
             console.note(f"{stage}: up to date ({self.path(stage)})")
             return before
-        if continued:
+        dtype = ""
+        if choose is not None:
+            dtype, text = distributed.decide(choose) if continued is None else _as_before(settings, continued)
+            settings = attempts.resolved(settings, dtype)
+            console.note(f"{stage}: {text}")
+        if continued is not None:
             console.note(f"{stage}: continuing an interrupted attempt")
         elif distributed.is_main():
             self._fresh_partial(name)
@@ -244,9 +252,9 @@ class Run:
         try:
             # what libraries print is no result
             with contextlib.redirect_stdout(sys.stderr), files.writing(partial, reasons=files.FULL):
-                metrics = work(partial)
+                metrics = work(partial, dtype)
         except BaseException as error:
-            kept = _kept(stage, partial, error, continued)
+            kept = _kept(stage, partial, error, continued is not None)
             if distributed.is_main() and not kept:
                 shutil.rmtree(partial, ignore_errors=True)
             if not isinstance(error, WriteError):
@@ -259,6 +267,7 @@ class Run:
             "fingerprint": _identity(settings, inputs),
             "settings": settings,
             "inputs": inputs,
+            "compute_dtype": dtype or None,
             "seed": self.config.run.seed,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "wall_time_s": round(time.perf_counter() - started, 2),
@@ -280,21 +289,21 @@ class Run:
 
     def _choice(
         self, stage: str, settings: dict[str, Any], inputs: dict[str, Any]
-    ) -> tuple[dict[str, Any] | None, bool]:
-        """The record of the stage if there is nothing to do; else none, and whether an attempt is continued."""
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The record of the stage if there is nothing to do; else none, and the attempt that is continued, if any."""
         before = None if self.force and DIRECTORIES[stage] not in self.finished else self.record(stage)
-        if before is not None and before["fingerprint"] == _identity(settings, inputs):
-            return before, False
-        wanted = {"settings": settings, "inputs": inputs}
-        if stage in RESUMABLE and self.resume and attempts.read(self.partial(DIRECTORIES[stage])) == wanted:
-            return None, True
+        if before is not None and before["fingerprint"] == _identity(attempts.settled(settings, before), inputs):
+            return before, None
+        attempt = attempts.read(self.partial(DIRECTORIES[stage])) if stage in RESUMABLE and self.resume else None
+        if attempt and attempt == {"settings": attempts.settled(settings, attempt), "inputs": inputs}:
+            return None, attempt
         if before is not None and not self.force:
             raise UserError(
                 f"{self.path(stage)} was made with {attempts.differences(before, settings, inputs)}; "
                 f"--force redoes it, another run.dir keeps it"
             )
         self.check_attempt(stage, settings, inputs)
-        return None, False
+        return None, None
 
     def check_attempt(self, stage: str, settings: dict[str, Any], inputs: dict[str, Any] | None = None) -> None:
         """Raises UserError if doing a stage would destroy unfinished work with other settings, and nobody asked for it.
@@ -311,10 +320,10 @@ class Run:
     def will_do(self, stage: str, settings: dict[str, Any]) -> bool:
         """Whether a command would work on a stage, as far as its settings tell."""
         before = None if self.force else self.record(stage)
-        if before is None or before["settings"] == settings:
+        if before is None or before["settings"] == attempts.settled(settings, before):
             return before is None
         attempt = attempts.read(self.partial(DIRECTORIES[stage]))
-        return attempt is not None and attempt.get("settings") == settings
+        return attempt is not None and attempt != {} and attempt["settings"] == attempts.settled(settings, attempt)
 
     @contextlib.contextmanager
     def lock(self, *, makes: bool = True) -> Iterator[None]:
@@ -392,6 +401,13 @@ def _kept(stage: str, partial: Path, error: BaseException, continued: bool) -> b
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def _as_before(settings: dict[str, Any], attempt: dict[str, Any]) -> machine.Compute:
+    """The dtype of an attempt, which is continued in it on any machine."""
+    dtype = attempt["settings"]["model"]["compute_dtype"]
+    why = "configured" if settings["model"]["compute_dtype"] != "auto" else "the interrupted attempt did"
+    return machine.Compute(dtype, f"computing in {dtype} as {why}")
 
 
 def _identity(settings: dict[str, Any], inputs: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from sppctl.pattern import Pattern
 AllLinear = Literal["all-linear"]
 Auto = Literal["auto"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+REPLACED = {"launch.mixed_precision": "model.compute_dtype"}  # keys of older versions, and what to write instead
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -62,9 +63,6 @@ class LaunchConfig:
         "training on several processes: ddp, a whole model each; fsdp or zero3 (DeepSpeed), its weights shared out",
         affects_result=False,
     )
-    mixed_precision: Literal["auto", "bf16", "no"] = _key(
-        "auto", "training: autocast a float32 model to bfloat16; auto: where the hardware has it"
-    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,11 @@ class ModelConfig:
     gguf_file: str | None = _key(None, "name of a GGUF file at model.path; converted to safetensors once")
     revision: str | None = _key(None, "branch, tag or commit of a hub id")
     dtype: DType = _key("auto", "dtype of the pruned checkpoint; auto: as stored")
+    compute_dtype: DType = _key(
+        "auto",
+        "dtype that prune, train and eval compute in; auto: as stored where the device multiplies it natively, "
+        "else float32",
+    )
     device: str = _key("auto", "cpu, cuda, cuda:1, mps; auto: the GPU if there is one", affects_result=False)
     trust_remote_code: bool = _key(False, "run Python code that comes with the model")
 

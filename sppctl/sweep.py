@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from sppctl import console, distributed, launch, pipeline
-from sppctl.attempts import differences
+from sppctl.attempts import differences, settled
 from sppctl.config import result_keys
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import REPORT, Member, Sweep, raise_problems
@@ -60,9 +60,11 @@ def _changed(sweep: Sweep, member: Member) -> dict[str, str]:
     found: dict[str, str] = {}
     for stage in [] if member.name in sweep.dense else DIRECTORIES:
         record, settings = run.record(stage), pipeline.settings_of(member.config, stage)
-        if record is None or (record["settings"] == settings and not found):
+        if record is None:
             continue
-        other = record["settings"] != settings
+        other = record["settings"] != settled(settings, record)
+        if not (other or found):
+            continue
         made = f"was made with {differences(record, settings, record['inputs'])}" if other else "rests on that"
         redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
         found[stage] = f"{run.path(stage)} {made}; {redo} redoes it, another run.dir keeps it"

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sppctl import prune_linear
+from sppctl import machine, prune_linear
 from sppctl.settings import PROJECTIONS, Config
 
 VOCAB = 260
@@ -75,6 +75,9 @@ ALPACA = [
     }
     for i in range(24)
 ]
+AVX2 = "fpu sse4_1 avx avx2 fma"  # flags of a CPU without bfloat16 units
+BF16 = f"{AVX2} avx512f avx512bw avx512vl avx512_vnni avx512_bf16"  # and of one with them
+Cpu = Callable[..., None]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -101,6 +104,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPPCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cpu:
+    """cpu(flags, NAME=value): as far as dtypes are chosen, the test goes on on such a CPU, with these switches."""
+
+    def use(flags: str | None, **switches: str) -> None:
+        information = tmp_path / "cpuinfo"
+        if flags is not None:
+            first = f"processor\t: 0\nmodel name\t: Some CPU @ 2: 3 GHz\nflags\t\t: {flags}\n"
+            information.write_text(f"{first}\nprocessor\t: 1\nflags\t\t: something else\n")
+        monkeypatch.setattr(machine, "CPU_INFORMATION", information)
+        for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in switches.items():
+            monkeypatch.setenv(name, value)
+
+    return use
 
 
 @pytest.fixture(scope="session")
@@ -265,8 +286,18 @@ def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tup
 
     out = tmp_path / "pruned"
     out.mkdir()
-    metrics = prune.execute(configure(), llama, out)
+    metrics = prune.execute(configure(), llama, out, dtype="float32")
     return out, [layer["name"] for layer in metrics["layers"]]
+
+
+def stored_dtype(directory: Path) -> str:
+    """The name of the dtype of a tiny checkpoint, which computes in it on any machine."""
+    return str(json.loads((directory / "config.json").read_text())["dtype"])
+
+
+def trained_dtype(directory: Path) -> str:
+    """The dtype that a tiny checkpoint is trained in where bfloat16 is native: never float16."""
+    return {"float16": "bfloat16"}.get(stored_dtype(directory), stored_dtype(directory))
 
 
 def pruned_llama(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

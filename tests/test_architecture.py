@@ -69,7 +69,7 @@ MAY_IMPORT = {
         "machine",
         "strict_json",
     },
-    "lm": {"pruning", "pattern", "errors", "distributed", "files", "strict_json"},
+    "lm": {"pruning", "pattern", "errors", "distributed", "files", "machine", "strict_json"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
     "run_directory": {

@@ -23,7 +23,6 @@ TINY_TRAINING = [
     "train.max_steps=1",
     "train.batch_size=2",
     "train.micro_batch_size=2",
-    "launch.mixed_precision=no",
 ]
 
 pytestmark = pytest.mark.slow

@@ -311,7 +311,7 @@ def test_a_key_without_effect_on_results_redoes_nothing(run: Run, here: Path, ov
     [
         ("prune.pattern=4:8", "run/pruned was made with prune.pattern = 2:4, now 4:8"),
         ("train.lr=1e-3", "run/adapter was made with train.lr = 0.01, now 0.001"),
-        ("launch.mixed_precision=no", "run/adapter was made with launch.mixed_precision = auto, now no"),
+        ("model.compute_dtype=bfloat16", "run/pruned was made with model.compute_dtype = float32, now bfloat16"),
         ("merge.dtype=bfloat16", "run/merged was made with merge.dtype = auto, now bfloat16"),
         ("run.seed=5", "run/pruned was made with seed = 0, now 5"),
     ],

@@ -74,28 +74,23 @@ class Skeleton:
 class BlockStack(Skeleton):
     """The decoder of a checkpoint whose blocks are loaded one at a time."""
 
-    def __init__(
-        self, directory: Path, device: torch.device, trust_remote_code: bool = False, dtype: str = "auto"
-    ) -> None:
+    def __init__(self, directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False) -> None:
         """Builds the model without weights and opens the files that hold them.
 
         Args:
             directory: of the checkpoint.
             device: that blocks are run on.
+            dtype: name of the dtype to compute in, that of :func:`sppctl.lm.checkpoint.choose_dtype`.
             trust_remote_code: whether the checkpoint's own code may be run.
-            dtype: to compute in; auto: as stored.
 
         Raises:
             UserError: damaged files, no causal language model, or no decoder blocks.
         """
         self.files = TensorFiles(directory)
         self.device = device
+        _refuse_quantised(self.files)
         config = load_config(directory, trust_remote_code)
-        self.dtype = _stored_dtype(self.files, config)
-        if dtype != "auto":
-            self.dtype = getattr(torch, dtype)
-        if self.dtype == torch.float16 and device.type == "cpu":
-            self.dtype = torch.float32  # CPUs lack most float16 kernels; every float16 is exact in float32
+        self.dtype: torch.dtype = getattr(torch, dtype)
         super().__init__(config, self.dtype, trust_remote_code)
         self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
@@ -129,10 +124,17 @@ class BlockStack(Skeleton):
         return block
 
     def write(self, target: Target, files: TensorFiles) -> None:
-        """Writes the parameter that holds a target to ``files``, a copy of the checkpoint."""
+        """Writes the parameter that holds a target to ``files``, a copy of the checkpoint.
+
+        Kept weights that were rounded to compute with them are written as they are stored.
+        """
         parameter = self._parameter(target)
         for part in self._parts_of(target):
-            files.write(part.name, part.of(parameter.data))
+            values, stored = part.of(parameter.data), self.files.spec(part.name).dtype
+            if torch.promote_types(values.dtype, stored) != values.dtype:
+                original = self.files.read(part.name).to(values.device)
+                values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
+            files.write(part.name, values)
 
     def matrix(self, target: Target, files: TensorFiles) -> Tensor:
         """A target's matrix (out_features, in_features) as other ``files`` of the same model store it."""
@@ -312,7 +314,7 @@ def _stored_tensors(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()] + buffers
 
 
-def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
+def _refuse_quantised(files: TensorFiles) -> None:
     floating = {name: files.spec(name).dtype for name in files if files.spec(name).dtype.is_floating_point}
     if not floating:
         raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")
@@ -323,9 +325,6 @@ def _stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
                 f"{files.directory}: {name} is stored as {short}; quantised checkpoints cannot be pruned, "
                 "use one in bfloat16, float16 or float32"
             )
-    dtypes = list(floating.values())
-    configured = getattr(config, "dtype", None)
-    return configured if configured in dtypes else max(set(dtypes), key=dtypes.count)
 
 
 def overflow_advice(dtype: torch.dtype) -> str:
@@ -334,7 +333,7 @@ def overflow_advice(dtype: torch.dtype) -> str:
     wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
     if dtype == torch.float32:
         return "they overflow float32, so the checkpoint is broken"
-    return f"most likely they overflow {short}; set model.dtype={wider}"
+    return f"most likely they overflow {short}; set model.compute_dtype={wider}"
 
 
 class _FirstBlockDoneError(Exception):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sppctl import distributed
+from sppctl import distributed, machine
 from sppctl.errors import UserError
 from sppctl.files import FULL, writing
 from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles, read_header
@@ -272,10 +272,45 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
+    """The dtype of a checkpoint's weights: the configuration's if files hold it, else that of most tensors."""
+    found = [files.spec(name).dtype for name in files]
+    dtypes = [dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1]
+    configured = getattr(config, "dtype", None)
+    if configured in dtypes:
+        return configured
+    return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+
+
+def choose_dtype(
+    directory: Path,
+    device: torch.device,
+    wanted: str,
+    trust_remote_code: bool = False,
+    *,
+    stored: str = "auto",
+    training: bool = False,
+) -> machine.Compute:
+    """The dtype that a checkpoint is computed in: :func:`sppctl.machine.choose_dtype` for the dtype of its files.
+
+    Args:
+        directory: of the checkpoint.
+        device: that computes.
+        wanted: model.compute_dtype.
+        trust_remote_code: whether its own code may run.
+        stored: another dtype that its weights will be stored in; auto: that of its files.
+        training: whether gradients are computed.
+    """
+    if stored == "auto":
+        dtype = stored_dtype(TensorFiles(directory), load_config(directory, trust_remote_code))
+        stored = str(dtype).removeprefix("torch.")
+    return machine.choose_dtype(wanted, stored, device, training=training)
+
+
 def load_model(
     directory: Path,
     device: torch.device,
-    dtype: str = "auto",
+    dtype: str,
     trust_remote_code: bool = False,
     *,
     spread: bool = False,
@@ -285,18 +320,18 @@ def load_model(
     Args:
         directory: of the checkpoint.
         device: that it is on.
-        dtype: of its weights; auto: as they are stored.
+        dtype: name of the dtype that its weights get, that of :func:`choose_dtype`.
         trust_remote_code: whether its own code may run.
         spread: whether a model that is too large for one GPU may lie on all of them; its device is that of its
             embedding then.
     """
     from transformers import AutoModelForCausalLM
 
-    placed = {"device_map": "auto"} if spread and exceeds(directory, device) else {}
+    placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}
     with quiet_libraries():
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             **placed,
@@ -304,15 +339,16 @@ def load_model(
     return (model if placed else model.to(device)).eval()
 
 
-def exceeds(directory: Path, device: torch.device) -> bool:
-    """Whether weights have to lie on several GPUs.
+def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
+    """Whether weights, computed in a dtype, have to lie on several GPUs.
 
     Raises:
         UserError: they have, but there are as many processes as GPUs.
     """
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return False
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    files = TensorFiles(directory)
+    size = sum(math.prod(files.spec(name).shape) for name in files) * getattr(torch, dtype).itemsize
     free = torch.cuda.mem_get_info(device)[0]
     if size > free and distributed.world_size() > 1:
         raise UserError(

@@ -79,7 +79,9 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
     measured, summary = measure(directory)
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     stored = storage(TensorFiles(directory), sparse)
-    model = checkpoint.load_model(directory, device)
+    compute = checkpoint.choose_dtype(directory, device, "auto")
+    console.note(f"bench: {compute.text}")
+    model = checkpoint.load_model(directory, device, compute.dtype)
     weights, kernel = two_weights(model)
     rows = speed(model, weights, settings)
     return {

@@ -87,22 +87,21 @@ def locate(teacher: str) -> Path:
         raise UserError(f"train.distill.teacher: {str(error).removeprefix('model.path: ')}") from error
 
 
-def load(config: Config, base: Path | None, device: torch.device, dtype: torch.dtype) -> Distillation | None:
+def load(config: Config, base: Path | None, device: torch.device, dtype: str) -> Distillation | None:
     """The configured distillation with its teacher on the device, in the student's dtype; None if there is none.
 
     Args:
         config: the configuration.
         base: the run's dense checkpoint, where it is the teacher.
         device: of the training.
-        dtype: of the student.
+        dtype: name of the student's.
     """
     settings = config.train.distill
     if settings.teacher is None:
         return None
     directory = base if settings.teacher == BASE else locate(settings.teacher)
     assert directory is not None
-    name = str(dtype).removeprefix("torch.")
-    teacher = checkpoint.load_model(directory, device, name, config.model.trust_remote_code)
+    teacher = checkpoint.load_model(directory, device, dtype, config.model.trust_remote_code)
     teacher.config.use_cache = False
     return Distillation(teacher.requires_grad_(False), settings)
 

@@ -135,13 +135,18 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def known(subject: Subject, results: Path) -> list[dict[str, Any]]:
-    """What a results file holds for these weights and this tokenizer, as far as its samples are there."""
+def known(config: Config, subject: Subject, results: Path) -> list[dict[str, Any]]:
+    """What a results file holds for these weights and this tokenizer, as far as its samples are there.
+
+    Whatever dtype it was computed in will do, unless one is configured.
+    """
     before = read_results(results)
     if before.get("fingerprint") != subject.fingerprint:
         return []
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
     valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
+    if config.model.compute_dtype != "auto":
+        valid = [result for result in valid if result.get("dtype") == config.model.compute_dtype]
     samples = _samples(results)
     return [result for result in valid if tasks.has_samples(result, samples)]
 
@@ -183,20 +188,21 @@ def _samples(results: Path) -> Path:
     return results.with_suffix(".samples")
 
 
-def predict(config: Config, jobs: Iterable[tuple[Subject, list[dict[str, Any]], DenseModel | None]]) -> None:
+def predict(config: Config, jobs: Iterable[tuple[Subject, str, list[dict[str, Any]], DenseModel | None]]) -> None:
     """Runs the dense model on all windows on which it will be compared, before any other model is loaded.
 
     Args:
         config: the configuration.
-        jobs: checkpoints, what will be measured on each, and the model that it is compared with, if any.
+        jobs: checkpoints, the dtype that each is computed in, what will be measured on it, and the model that it is
+            compared with, if any, in the same dtype.
     """
     device = checkpoint.pick_device(config.model.device)
-    texts: dict[DenseModel, list[perplexities.Windows]] = {}
-    for subject, wanted, dense in jobs:
+    texts: dict[DenseModel, list[tuple[perplexities.Windows, str]]] = {}
+    for subject, dtype, wanted, dense in jobs:
         asked = [settings for settings in wanted if settings["kind"] == "perplexity"]
         if dense is not None and asked:
             tokenizer = checkpoint.load_tokenizer(subject.directory, config.model.trust_remote_code)
-            windows = [perplexities.windows_of(config, tokenizer, settings, device) for settings in asked]
+            windows = [(perplexities.windows_of(config, tokenizer, settings, device), dtype) for settings in asked]
             texts.setdefault(dense, []).extend(windows)
     for dense, found in texts.items():
         dense.predict(found, device)
@@ -205,6 +211,7 @@ def predict(config: Config, jobs: Iterable[tuple[Subject, list[dict[str, Any]], 
 def execute(
     config: Config,
     subject: Subject,
+    dtype: str,
     results: Path,
     wanted: list[dict[str, Any]],
     found: list[dict[str, Any]],
@@ -215,6 +222,7 @@ def execute(
     Args:
         config: the configuration.
         subject: the checkpoint, or an adapter on one.
+        dtype: name of the dtype to compute in.
         results: its JSON file.
         wanted: entries of :func:`measures`.
         found: results of :func:`known` that may serve where the same was measured for another group.
@@ -245,7 +253,8 @@ def execute(
         entry = tasks.shared(config, settings, found) if settings["kind"] == "tasks" else None
         if entry is None:
             if model is None:
-                model, tokenizer = subject.load(device, trust), checkpoint.load_tokenizer(subject.directory, trust)
+                model = subject.load(device, dtype, trust)
+                tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
             started = time.perf_counter()
             if settings["kind"] == "perplexity":
                 metrics = perplexities.measure(config, model, tokenizer, settings, label=label, dense=dense)
@@ -253,7 +262,7 @@ def execute(
                 metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
             entry = {"settings": settings, "metrics": strict_json.finite(metrics)}
             entry["seconds"] = round(time.perf_counter() - started, 2)
-            entry |= {"dtype": str(model.dtype).removeprefix("torch."), "device": device.type, "versions": _versions()}
+            entry |= {"dtype": dtype, "device": device.type, "versions": _versions()}
             entry["batch_size"] = config.eval.batch_size
             entry["tokenizer"] = checkpoint.tokenizer_fingerprint(subject.directory)
             entry["command"] = console.command_line()

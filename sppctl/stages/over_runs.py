@@ -19,14 +19,14 @@ IN_ROWS = ("prune.method", "prune.pattern", "train.method")  # have columns of t
 # the keys that a checkpoint depends on; later ones depend on all
 DEPENDS = {"base": ("model.",), "pruned": ("model.", "prune.", "run.seed")}
 PLAIN = ("base", "pruned")  # what runs may share
-SEED = "run.seed"
+SEED, COMPUTED = "run.seed", "model.compute_dtype"
 
 
 def rows_of_all(runs: list[dict[str, Any]]) -> list[Row]:
     """The rows of several runs with the settings in which the runs differ.
 
     A dense model that runs share stands there once, and so does a pruned checkpoint, if its numbers are the same. What
-    was trained stands there for every run.
+    was trained stands there for every run. Where rows were computed in different dtypes, the settings say so.
     """
     configs = [_config(run) for run in runs]
     keys = _differing(configs)
@@ -39,7 +39,10 @@ def rows_of_all(runs: list[dict[str, Any]]) -> list[Row]:
             if row.fingerprint is None or row.checkpoint not in PLAIN or identity not in seen:
                 found.append(replace(row, settings=own))
                 seen.append(identity)
-    return found
+    dtypes = [" and ".join(sorted({m.dtype or "unknown" for m in row.measures.values()})) for row in found]
+    if len(runs) == 1 or len(set(dtypes)) == 1:  # within a run the names of measures say it
+        return found
+    return [replace(row, settings=row.settings | {COMPUTED: dtype}) for row, dtype in zip(found, dtypes, strict=True)]
 
 
 def _config(run: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def _differing(configs: list[dict[str, Any]]) -> list[str]:
     values = {
         key: [config[key] for config in configs if key in config]
         for key in config_keys()
-        if key in relevant and not key.startswith("eval.")
+        if key in relevant - {COMPUTED} and not key.startswith("eval.")  # what was computed in is in the results
     }
     return [key for key, found in values.items() if any(value != found[0] for value in found)]
 

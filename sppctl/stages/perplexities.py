@@ -135,27 +135,33 @@ class DenseModel:
         self.name, self.directory, self.trust = name, directory, trust_remote_code
         self.fingerprint = checkpoint.fingerprint(directory)
         self._folder = scratch / f".reference-{distributed.rank()}"
-        self._references: dict[str, Reference] = {}
+        self._references: dict[tuple[str, str], Reference] = {}
 
-    def predict(self, texts: Iterable[Windows], device: torch.device) -> None:
-        """Runs the model on the windows of this process and keeps what it predicts; it is loaded once for all texts."""
-        todo = {text.key: text for text in texts}
+    def predict(self, texts: Iterable[tuple[Windows, str]], device: torch.device) -> None:
+        """Runs the model on the windows of this process, each in its dtype, and keeps what it predicts.
+
+        It is loaded once for all texts of a dtype.
+        """
+        todo = {(dtype, text.key): text for text, dtype in texts}
         if not todo:
             return
         self._folder.mkdir()
         console.note(f"eval: what {self.directory} predicts, to compare others with it")
-        model = checkpoint.load_model(self.directory, device, trust_remote_code=self.trust, spread=True)
-        for number, (key, text) in enumerate(todo.items()):
-            file = self._folder / f"{number}.bin"
-            with console.Progress(f"dense model: text {number + 1} of {len(todo)}", len(text.own)) as bar:
-                own, advance = text.tokens[text.own], partial(bar.advance, "")
-                self._references[key] = Reference(model, own, text.batch_size, file, advance)
-        del model
-        release()
+        for wanted in dict.fromkeys(dtype for dtype, _ in todo):
+            model = checkpoint.load_model(self.directory, device, wanted, self.trust, spread=True)
+            for number, (key, text) in enumerate(todo.items()):
+                if key[0] != wanted:
+                    continue
+                file = self._folder / f"{number}.bin"
+                with console.Progress(f"dense model: text {number + 1} of {len(todo)}", len(text.own)) as bar:
+                    own, advance = text.tokens[text.own], partial(bar.advance, "")
+                    self._references[key] = Reference(model, own, text.batch_size, file, advance)
+            del model
+            release()
 
-    def on(self, text: Windows) -> Reference | None:
-        """Its predictions on the windows of this process, if it has made them."""
-        return self._references.get(text.key)
+    def on(self, text: Windows, dtype: torch.dtype) -> Reference | None:
+        """Its predictions on the windows of this process, computed in a dtype, if it has made them."""
+        return self._references.get((str(dtype).removeprefix("torch."), text.key))
 
     def close(self) -> None:
         """Removes what was kept."""
@@ -212,7 +218,7 @@ def measure(
     text = windows_of(config, tokenizer, settings, model.device)
     windows, own, stride = text.tokens, text.own, settings["stride"]
     scored = perplexity.scored_tokens(len(windows), windows.shape[1], stride)
-    known = None if dense is None else dense.on(text)
+    known = None if dense is None else dense.on(text, model.dtype)
     compared = settings["reference"] is not None
     compare = hidden = None
     if compared:

@@ -55,7 +55,7 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     return patterns
 
 
-def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
+def execute(config: Config, base: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
 
     Args:
@@ -63,6 +63,7 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
         base: the dense checkpoint, only read.
         out: directory for the pruned one, and for the notes by which the next call would find what is done; who
             publishes it removes them (:func:`sppctl.attempts.clean`).
+        dtype: name of the dtype to compute in.
 
     Returns:
         Metrics: total sparsity, number of matrices, calibration, one record per layer.
@@ -74,7 +75,7 @@ def execute(config: Config, base: Path, out: Path) -> dict[str, Any]:
     prune = config.prune
     device = checkpoint.pick_device(config.model.device)
     distributed.connect(device)
-    stack = BlockStack(base, device, config.model.trust_remote_code, config.model.dtype)
+    stack = BlockStack(base, device, dtype, config.model.trust_remote_code)
     targets = stack.targets(prune.targets, prune.skip)
     if unseen := stack.unseen():
         console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unseen}")

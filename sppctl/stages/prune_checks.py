@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sppctl import launch
+from sppctl import launch, machine
 from sppctl.errors import UserError
 from sppctl.files import demand_space
 from sppctl.lm import checkpoint
@@ -226,13 +226,13 @@ def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> It
 
 
 def _itemsize(config: Config, files: TensorFiles | None, device: torch.device) -> int:
-    """Bytes of a number in the hidden states: as most weights are stored, but CPUs compute float16 in float32."""
-    if files is None:
-        dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    """Bytes of a number in the hidden states."""
+    if config.model.dtype != "auto":
+        stored = getattr(torch, config.model.dtype)
     else:
-        stored = [spec.dtype for spec in map(files.spec, files) if spec.dtype.is_floating_point]
-        dtype = max(set(stored), key=stored.count)
-    return 4 if dtype == torch.float16 and device.type == "cpu" else int(dtype.itemsize)
+        stored = torch.bfloat16 if files is None else checkpoint.stored_dtype(files, None)
+    chosen = machine.choose_dtype(config.model.compute_dtype, str(stored).removeprefix("torch."), device)
+    return int(getattr(torch, chosen.dtype).itemsize)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

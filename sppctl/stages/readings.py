@@ -1,8 +1,8 @@
 """Results files -> numbers by name, each with its standard error.
 
 A name says what was measured with what limits it. Results that still differ in something that changes the number (the
-few-shot examples' seed, the text's version, the dense model of a divergence, the system prompt) get it into their
-names, so that equal names within a run are equal measures and only those are compared.
+few-shot examples' seed, the text's version, the dense model of a divergence, the system prompt, the dtype that was
+computed in) get it into their names, so that equal names within a run are equal measures and only those are compared.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ HIDDEN = {
     "seed": "seed {}",
     "tasks": "task files {:.8}",
     "prompt": "system prompt {:.8}",
+    "dtype": "computed in {}",
 }
 
 Hidden = dict[str, str]
@@ -41,6 +42,7 @@ class Measure:
         value: None where lm-eval gave none.
         norm: acc_norm beside an accuracy.
         stderr: of the mean loss in nats for a perplexity, else of the value.
+        dtype: that it was computed in; of a mean perhaps several; None where nothing recorded it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Measure:
     value: float | None
     norm: float | None = None
     stderr: float | None = None
+    dtype: str | None = None
 
 
 def measured(run: dict[str, Any]) -> tuple[dict[str, dict[str, Measure]], list[str]]:
@@ -95,7 +98,10 @@ def _read(results: Results) -> Iterator[tuple[Measure, Hidden]]:
             perplexity = family[0]["settings"]["kind"] == "perplexity"
             error = _error_of_text(name, inside[0]) if perplexity else _error_of_tasks(name, inside)
             hidden = _hidden_of_text(name, inside[0]) if perplexity else _hidden_of_tasks(inside)
-            yield Measure(name, _kind(name), value, norm, error), hidden
+            dtype = " and ".join(sorted({result["dtype"] for result in inside if "dtype" in result})) or None
+            if dtype is not None:
+                hidden["dtype"] = dtype
+            yield Measure(name, _kind(name), value, norm, error, dtype), hidden
 
 
 def _kind(name: str) -> str:

@@ -133,7 +133,8 @@ def read_samples(folder: Path, results: list[dict[str, Any]]) -> tuple[dict[str,
                 idle = {"group"} if draws_examples(result) else {"group", "seed"}
                 settings = {key: value for key, value in result["settings"].items() if key not in idle}
                 count = result["metrics"]["tasks"].get(task, {}).get("num_fewshot", settings["num_fewshot"])
-                key = json.dumps(settings | {"tasks": task, "num_fewshot": count}, sort_keys=True)
+                computed = {"num_fewshot": count, "dtype": result.get("dtype")}
+                key = json.dumps(settings | {"tasks": task} | computed, sort_keys=True)
                 samples = [json.loads(line) for line in files[own][1].splitlines()]
                 sizes = _sizes(result, results)
                 found[key] = _task(task, result, samples, sizes, found.get(key))
@@ -308,9 +309,9 @@ def compare_texts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> 
 
 
 def _text(result: dict[str, Any]) -> str:
-    """What must be the same for windows to be the same."""
+    """What must be the same for windows to be the same, and computed alike."""
     settings = {key: value for key, value in result["settings"].items() if key != "reference"}
-    return json.dumps([settings, result["metrics"].get("documents_hash")], sort_keys=True)
+    return json.dumps([settings, result["metrics"].get("documents_hash"), result.get("dtype")], sort_keys=True)
 
 
 def _scored(metrics: dict[str, Any]) -> list[int]:

@@ -60,9 +60,9 @@ class Subject:
         own = checkpoint.fingerprint(self.directory)
         return own if self.adapter is None else f"{own}+{checkpoint.fingerprint(self.adapter)}"
 
-    def load(self, device: torch.device, trust_remote_code: bool) -> Any:
+    def load(self, device: torch.device, dtype: str, trust_remote_code: bool) -> Any:
         """The model, in evaluation mode; adapted layers in place of plain ones if there is an adapter."""
-        model = checkpoint.load_model(self.directory, device, trust_remote_code=trust_remote_code, spread=True)
+        model = checkpoint.load_model(self.directory, device, dtype, trust_remote_code, spread=True)
         if self.adapter is None:
             return model
         from peft import PeftModel

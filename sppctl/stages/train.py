@@ -50,6 +50,8 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems += methods.preflight(config) + refresh.problems(config)
     except UserError as error:
         problems.append(str(error))
+    if config.model.compute_dtype == "float16":
+        problems.append("model.compute_dtype: float16 gradients overflow; train in bfloat16, float32 or auto")
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
@@ -86,7 +88,7 @@ def _check_strategy(config: Config) -> None:
 
 
 def execute(
-    config: Config, pruned: Path, layers: list[str], out: Path, *, resume: bool, base: Path | None = None
+    config: Config, pruned: Path, layers: list[str], out: Path, *, dtype: str, resume: bool, base: Path | None = None
 ) -> dict[str, Any]:
     """Trains an adapter on the checkpoint ``pruned`` and saves it, as PEFT does, into ``out``.
 
@@ -95,6 +97,7 @@ def execute(
         pruned: the pruned checkpoint, only read.
         layers: full names of the pruned linear layers.
         out: directory that may hold checkpoints of an interrupted training.
+        dtype: name of the dtype to compute in.
         resume: continue from the newest of them.
         base: the dense checkpoint, for distillation from it and for refreshing the mask.
 
@@ -114,7 +117,8 @@ def execute(
     feed = Feed(config, tokenizer)
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
-        model = _load(config, pruned, device)
+        model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
+    model.config.use_cache = False
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
     peft_model = get_peft_model(model, _adapter_config(config, model, layers))
     methods.start_at_stored(peft_model, pruned)
@@ -131,7 +135,8 @@ def execute(
         if strategy == "fsdp":
             set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
-    distillation = distill.load(config, base, device, model.dtype)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # `accelerate launch` may say otherwise: no autocast
+    distillation = distill.load(config, base, device, dtype)
     refreshing = refresh.prepare(config, peft_model, pruned, base, newest)
     watch = Watch()
     callbacks = [watch, *methods.callbacks(train), *([refreshing] if refreshing else [])]
@@ -141,7 +146,6 @@ def execute(
         feed=feed,
         callbacks=[*callbacks, *_perplexity_callback(config, tokenizer)],
         finite=FiniteLoss(),
-        autocast=torch.bfloat16 if strategy == "fsdp" and _wants_autocast(config, device, model.dtype) else None,
         distillation=distillation,
         refresh=refreshing,
     )
@@ -174,7 +178,7 @@ def execute(
         "tokens": tokens,
         "seconds": in_all,
         "tokens_per_second": tokens / in_all,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "distillation": distillation and distillation.metrics(history, seconds),
         "refresh": refreshing and refreshing.metrics(trainer.state.log_history),
         "history": history,
@@ -209,17 +213,6 @@ def _perplexity_callback(config: Config, tokenizer: Any) -> list[PerplexityEvery
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, window, config.eval.max_tokens, name)
     return [PerplexityEvery(train.perplexity_steps, name, windows)]
-
-
-def _load(config: Config, pruned: Path, device: torch.device) -> Any:
-    """The pruned model on the CPU, in a dtype that can be trained."""
-    model = checkpoint.load_model(pruned, torch.device("cpu"), trust_remote_code=config.model.trust_remote_code)
-    if model.dtype == torch.float16:
-        # float16 gradients overflow without loss scaling; merging still writes float16
-        model = model.to(torch.bfloat16 if _has_bf16(device) else torch.float32)
-        console.note(f"the model is stored as float16 and trained as {str(model.dtype).removeprefix('torch.')}")
-    model.config.use_cache = False
-    return model
 
 
 def _adapter_config(config: Config, model: Any, layers: list[str]) -> PeftConfig:
@@ -283,27 +276,13 @@ def _arguments(
 
 
 def _strategy_arguments(config: Config, device: torch.device, model: Any) -> dict[str, Any]:
-    """How the processes share the model, and what is computed in bfloat16."""
-    autocast = _wants_autocast(config, device, model.dtype)
+    """How the processes share the model."""
     if distributed.world_size() == 1:
-        return {"bf16": autocast}
+        return {}
     backend = "nccl" if device.type == "cuda" else "gloo"
     if config.launch.strategy == "fsdp":
         return {"ddp_backend": backend} | shards.arguments(model)
     if config.launch.strategy == "zero3":
         # DeepSpeed converts the whole model: to float32 unless told that it is bfloat16
-        return {"bf16": autocast or model.dtype == torch.bfloat16, "deepspeed": str(shards.DEEPSPEED)}
-    return {"bf16": autocast, "ddp_backend": backend, "ddp_find_unused_parameters": False}
-
-
-def _wants_autocast(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a model of this dtype is autocast to bfloat16; one that is bfloat16 already never is."""
-    wanted = config.launch.mixed_precision
-    return dtype == torch.float32 and (wanted == "bf16" or (wanted == "auto" and _has_bf16(device)))
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # CPUs without bfloat16 instructions emulate it, far slower than float32
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return {"bf16": model.dtype == torch.bfloat16, "deepspeed": str(shards.DEEPSPEED)}
+    return {"ddp_backend": backend, "ddp_find_unused_parameters": False}

@@ -5,7 +5,6 @@ It takes a teacher, and a mask that changes, if they are wanted.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -40,7 +39,6 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         args: of the Trainer.
         finite: looks at the losses.
         feed: how examples reach the model.
-        autocast: dtype of an autocast that accelerate leaves to FSDP's own policy, which would round the adapter too.
         distillation: a teacher.
         refresh: the mask's changes, whose base weights are saved with the adapter.
         kwargs: of the Trainer.
@@ -55,12 +53,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         *args: Any,
         finite: FiniteLoss,
         feed: Feed,
-        autocast: torch.dtype | None = None,
         distillation: Distillation | None = None,
         refresh: MaskRefresh | None = None,
         **kwargs: Any,
     ) -> None:
-        self.feed, self.autocast = feed, autocast
+        self.feed = feed
         self.distillation, self.refresh = distillation, refresh
         self.gathered: tuple[dict[str, Tensor] | None, dict[str, Any]] | None = None
         data: dict[str, Any] = {
@@ -81,12 +78,6 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
             shards.allow_on_cpu()
         super().create_accelerator_and_postprocess()
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """The autocast of forward passes that is not accelerate's business."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, self.autocast, cache_enabled=cache_enabled)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -99,8 +90,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             if self.distillation is not None:
-                with self.accelerator.autocast():  # the teacher is not wrapped in it as the student is
-                    loss = self.distillation.mix(loss, outputs.logits, inputs, responses)
+                loss = self.distillation.mix(loss, outputs.logits, inputs, responses)
             self.finite.add(loss, examples)
         return (loss, outputs) if return_outputs else loss
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB
+from conftest import FAMILIES, VOCAB, stored_dtype
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ def windows(samples: int = 5, length: int = 24) -> Tensor:
 @pytest.fixture
 def opened() -> Callable[[Path], BlockStack]:
     def open_stack(directory: Path) -> BlockStack:
-        stack = BlockStack(directory, CPU)
+        stack = BlockStack(directory, CPU, stored_dtype(directory))
         stack.load_embeddings()
         stack.check_replay(windows(1), lambda _: None)
         return stack

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, GROUPED, VOCAB
+from conftest import FAMILIES, GROUPED, VOCAB, stored_dtype
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +23,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import BlockStack, Skeleton
 from sppctl.lm.checkpoint import load_config
+from sppctl.lm.safe_files import TensorFiles
 
 CPU = torch.device("cpu")
 LENGTH = 40  # longer than Gemma 2's sliding window of 16
@@ -61,7 +62,7 @@ def biased(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> 
 
 
 def open_stack(directory: Path) -> BlockStack:
-    stack = BlockStack(directory, CPU)
+    stack = BlockStack(directory, CPU, stored_dtype(directory))
     stack.load_embeddings()
     return stack
 
@@ -155,7 +156,7 @@ def test_a_buffer_that_is_missing(tmp_path: Path) -> None:
 
     directory = rewritten(biased("glm4_moe", tmp_path / "whole"), tmp_path / "other", remove)
     with pytest.raises(UserError, match=f"holds no tensor {name}"):
-        BlockStack(directory, CPU)
+        BlockStack(directory, CPU, "float32")
 
 
 def test_blocks_that_are_given_more_of_the_tokens_are_refused(tmp_path: Path) -> None:
@@ -182,7 +183,8 @@ def test_hidden_states_that_overflow_are_no_fault_of_the_architecture(
         tensors["model.layers.0.self_attn.v_proj.weight"].fill_(1e20)
 
     directory = rewritten(make_checkpoint("llama", dtype=dtype), tmp_path / "large", enlarge)
-    fix = rf"most likely they overflow bfloat16; set model\.dtype={advice}$" if advice else "the checkpoint is broken"
+    overflow = rf"most likely they overflow bfloat16; set model\.compute_dtype={advice}$"
+    fix = overflow if advice else "the checkpoint is broken"
     with pytest.raises(StageError, match=rf"block 0 of LlamaForCausalLM gives .* not finite: .*{fix}"):
         open_stack(directory).check_replay(ids(1), lambda _: None)
 
@@ -258,7 +260,7 @@ def test_a_call_is_repeated_in_its_own_form(form: str, wrap: Callable[[Tensor], 
 
 
 def test_nothing_is_loaded_at_first(llama: Path) -> None:
-    stack = BlockStack(llama, CPU)
+    stack = BlockStack(llama, CPU, "float32")
     assert all(parameter.is_meta for parameter in stack.model.parameters())
     assert len(stack) == 2
 
@@ -278,7 +280,7 @@ def test_embeddings_are_all_but_blocks_and_head(make_checkpoint: Callable[..., P
 def test_weights_come_from_the_file_and_go(make_checkpoint: Callable[..., Path], family: str) -> None:
     directory = make_checkpoint(family)
     own = AutoModelForCausalLM.from_pretrained(directory)
-    stack = BlockStack(directory, CPU)
+    stack = BlockStack(directory, CPU, "float32")
     block = stack.load_block(1)
     assert blocks_in_memory(stack) == [1]
     expected = dict(own.get_submodule(f"{stack.blocks_name}.1").named_parameters())
@@ -311,7 +313,7 @@ def test_only_one_block_is_in_memory_at_a_time(llama: Path, monkeypatch: pytest.
 
 
 def test_targets_by_the_last_part(llama: Path) -> None:
-    found = BlockStack(llama, CPU).targets(["down_proj", "q_proj"])
+    found = BlockStack(llama, CPU, "float32").targets(["down_proj", "q_proj"])
     assert list(found) == [  # in the model's order
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.down_proj",
@@ -336,12 +338,12 @@ def test_targets_by_the_last_part(llama: Path) -> None:
     ],
 )
 def test_targets_by_dotted_ends_and_patterns(llama: Path, names: list[str], expected: list[str]) -> None:
-    assert list(BlockStack(llama, CPU).targets(names)) == [f"model.layers.{name}" for name in expected]
+    assert list(BlockStack(llama, CPU, "float32").targets(names)) == [f"model.layers.{name}" for name in expected]
 
 
 def test_a_target_is_a_whole_part_of_a_name(llama: Path) -> None:
     with pytest.raises(UserError, match="'proj' matches no linear layer"):
-        BlockStack(llama, CPU).targets(["proj"])
+        BlockStack(llama, CPU, "float32").targets(["proj"])
 
 
 @pytest.mark.parametrize(
@@ -358,14 +360,14 @@ def test_a_target_is_a_whole_part_of_a_name(llama: Path) -> None:
     ],
 )
 def test_all_linear_means_those_of_the_blocks(make_checkpoint: Callable[..., Path], family: str, count: int) -> None:
-    stack = BlockStack(make_checkpoint(family), CPU)
+    stack = BlockStack(make_checkpoint(family), CPU, "float32")
     found = stack.targets("all-linear")
     assert len(found) == count
     assert all(name.startswith(f"{stack.blocks_name}.") for name in found)  # not the output head
 
 
 def test_an_unknown_target_is_told_what_there_is(make_checkpoint: Callable[..., Path]) -> None:
-    stack = BlockStack(make_checkpoint("opt"), CPU)
+    stack = BlockStack(make_checkpoint("opt"), CPU, "float32")
     with pytest.raises(UserError) as caught:
         stack.targets([*PROJECTIONS[:3], "gate_proj"], key="train.targets")
     assert str(caught.value) == (
@@ -401,7 +403,7 @@ def test_a_shape_that_the_configuration_does_not_imply(llama: Path, tmp_path: Pa
     name = "model.layers.1.mlp.up_proj.weight"
     directory = rewritten(llama, tmp_path / "other", lambda tensors: tensors.update({name: torch.zeros(40, 32)}))
     with pytest.raises(UserError, match=rf"{name} has shape \(40, 32\), config\.json implies \(48, 32\)"):
-        BlockStack(directory, CPU).load_block(1)
+        BlockStack(directory, CPU, "float32").load_block(1)
 
 
 def test_a_tensor_that_is_missing(llama: Path, tmp_path: Path) -> None:
@@ -411,7 +413,7 @@ def test_a_tensor_that_is_missing(llama: Path, tmp_path: Path) -> None:
         del tensors[name]
 
     with pytest.raises(UserError, match=f"holds no tensor {name}, .*docs/pruning.md"):
-        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU)
+        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU, "float32")
 
 
 def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
@@ -420,7 +422,7 @@ def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
             tensors[name] = tensors[name].to(torch.int8)
 
     with pytest.raises(UserError, match="holds no floating-point weights"):
-        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU, "float32")
 
 
 def test_single_bytes_are_refused(llama: Path, tmp_path: Path) -> None:
@@ -430,7 +432,7 @@ def test_single_bytes_are_refused(llama: Path, tmp_path: Path) -> None:
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
 
     with pytest.raises(UserError, match=rf"{name} is stored as float8_e4m3fn; .*use one in bfloat16"):
-        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU)
+        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU, "float32")
 
 
 def test_a_model_that_generates_no_text_is_refused() -> None:
@@ -457,9 +459,10 @@ def test_another_head_does_not_hide_the_blocks() -> None:
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-def test_float16_is_computed_in_float32_on_a_cpu(make_checkpoint: Callable[..., Path]) -> None:
+def test_float16_computed_in_float32_is_exact(make_checkpoint: Callable[..., Path]) -> None:
     directory = make_checkpoint("llama", dtype=torch.float16)
-    stack = open_stack(directory)
+    stack = BlockStack(directory, CPU, "float32")
+    stack.load_embeddings()
     assert stack.record(ids(1))[0].dtype == torch.float32
     block = stack.load_block(0)
     assert {parameter.dtype for parameter in block.parameters()} == {torch.float32}
@@ -479,10 +482,19 @@ def test_computes_in_the_dtype_that_is_asked_for(wanted: str, make_checkpoint: C
     assert stack.record(ids(1))[0].dtype == stack.load_block(0).mlp.up_proj.weight.dtype == getattr(torch, wanted)
 
 
-def test_the_stored_dtype_counts_where_the_configuration_disagrees(llama: Path, tmp_path: Path) -> None:
-    def halve(tensors: dict[str, Tensor]) -> None:
-        for name in tensors:
-            tensors[name] = tensors[name].bfloat16()
-
-    stack = BlockStack(rewritten(llama, tmp_path / "other", halve), CPU)
-    assert stack.load_block(0).mlp.up_proj.weight.dtype == torch.bfloat16
+def test_kept_weights_are_written_as_they_are_stored(llama: Path, tmp_path: Path) -> None:
+    """Although they were rounded to compute with them; those that were changed are what was computed."""
+    shutil.copytree(llama, tmp_path / "copy")
+    stack, copy = BlockStack(llama, CPU, "bfloat16"), TensorFiles(tmp_path / "copy")
+    target = stack.targets(["up_proj"])["model.layers.0.mlp.up_proj"]
+    stack.load_block(0)
+    weight = target.view(stack.model)
+    weight[:, ::2] = 0
+    weight[0, 1] = 3.0
+    stack.write(target, copy)
+    before, after = stack.files.read(f"{target.name}.weight"), copy.read(f"{target.name}.weight")
+    assert not torch.equal(before, before.bfloat16().float())
+    assert after[0, 1] == 3.0
+    before[:, ::2] = 0
+    before[0, 1] = 3.0
+    assert torch.equal(before, after)

@@ -333,7 +333,7 @@ def test_the_model_is_plain_transformers(llama: Path) -> None:
     assert type(model).__module__.startswith("transformers.")
     assert model.dtype == torch.bfloat16
     assert not model.training
-    assert load_model(llama, torch.device("cpu")).dtype == torch.float32
+    assert load_model(llama, torch.device("cpu"), "float32").dtype == torch.float32
 
 
 def test_the_window_comes_from_the_configuration(llama: Path) -> None:

@@ -24,7 +24,7 @@ WINDOWS = torch.randint(0, 250, (5, 24), generator=torch.Generator().manual_seed
 
 def load(directory: Path, change: float = 0.0) -> Any:
     """A tiny random model with sharp predictions; ``change`` disturbs its blocks as pruning does."""
-    model = load_model(directory, CPU)
+    model = load_model(directory, CPU, "float32")
     torch.manual_seed(1)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(5)

@@ -212,7 +212,7 @@ def test_two_filters_of_one_metric_are_kept_apart() -> None:
 
 
 def run(llama: Path, own_tasks: Path, name: str = "small_sums", **options: Any) -> tuple[dict[str, Any], Any]:
-    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
     given = {"num_fewshot": None, "batch_size": 2, "limit": None, "seed": 0} | options
     return harness.evaluate(model, tokenizer, name, include_path=str(own_tasks), **given)
 
@@ -240,7 +240,7 @@ def test_settings_are_passed_on(llama: Path, own_tasks: Path, monkeypatch: pytes
 def test_a_chat_template_shapes_the_prompt(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(Scorer, "loglikelihood", _recording(seen))
-    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     options: dict[str, Any] = {"num_fewshot": 1, "batch_size": 2, "limit": 2, "seed": 0, "system_prompt": "Add."}
     harness.evaluate(model, tokenizer, "small_sums", chat_template=True, include_path=str(own_tasks), **options)
@@ -269,7 +269,7 @@ def test_batches_are_those_of_the_library(llama: Path, own_tasks: Path, task: st
     """The very numbers, to the last bit, of lm-eval's own model with as many requests at a time."""
     import lm_eval
 
-    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
     logged = []
     for lm in (HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), Scorer(model, tokenizer, 4)):
         tasks = harness._task_manager(str(own_tasks), whole=False).load([task])
@@ -298,7 +298,7 @@ def test_a_batch_that_does_not_fit_is_halved(llama: Path, own_tasks: Path, monke
 
 
 def test_batches_grow_as_requests_become_shorter(llama: Path) -> None:
-    scorer = Scorer(load_model(llama, torch.device("cpu")), load_tokenizer(llama), None)
+    scorer = Scorer(load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama), None)
     assert scorer._batch_size_for(1024) == 2
     assert scorer._batch_size_for(128) == 16
     assert scorer._batch_size_for(10) == 32
@@ -348,7 +348,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(llama: Path, own_tasks: Path) -
 def texts_of(llama: Path, own_tasks: Path, seed: int) -> list[Any]:
     import lm_eval
 
-    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
     torch.manual_seed(torch.seed())  # whatever was drawn before
     found = lm_eval.evaluate(
         lm=Scorer(model, tokenizer, 2, seed=seed),
@@ -359,7 +359,7 @@ def texts_of(llama: Path, own_tasks: Path, seed: int) -> list[Any]:
 
 
 def test_a_model_that_gives_no_numbers_fails(llama: Path, own_tasks: Path) -> None:
-    model = load_model(llama, torch.device("cpu"))
+    model = load_model(llama, torch.device("cpu"), "float32")
     model.get_output_embeddings().weight.data *= float("nan")
     options: dict[str, Any] = {"num_fewshot": None, "batch_size": 2, "limit": 2, "seed": 0}
     with pytest.raises(StageError, match=r"small_sums: logits are not finite \(dtype float32\)"):
@@ -434,7 +434,7 @@ from sppctl.lm import checkpoint, harness
 from pathlib import Path
 
 directory = Path(sys.argv[1])
-model = checkpoint.load_model(directory, torch.device("cpu"))
+model = checkpoint.load_model(directory, torch.device("cpu"), "float32")
 tokenizer = checkpoint.load_tokenizer(directory)
 ours = harness.evaluate(model, tokenizer, "arc_easy", num_fewshot=0, batch_size=2, limit=20, seed=0)
 opened = HFLM(pretrained=str(directory), device="cpu", batch_size=1)

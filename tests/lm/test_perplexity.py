@@ -29,7 +29,7 @@ def text(text_file: Path) -> str:
 
 def load_sharp(directory: Path) -> Any:
     """A tiny random model whose logits are far from uniform (and, for Gemma 2, beyond the soft cap)."""
-    model = load_model(directory, CPU)
+    model = load_model(directory, CPU, "float32")
     with torch.no_grad():
         model.get_output_embeddings().weight *= 40
     return model
@@ -145,7 +145,7 @@ def test_the_batch_size_does_not_matter(
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(
     llama: Path, tokenizer: PreTrainedTokenizerFast, text: str
 ) -> None:
-    model = load_model(llama, CPU)
+    model = load_model(llama, CPU, "float32")
     nn.init.zeros_(model.lm_head.weight)
     found = measure(model, tokenizer, text)
     assert found.value == pytest.approx(VOCAB, rel=1e-6)
@@ -154,7 +154,7 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_close(llama: Path, tokenizer: PreTrainedTokenizerFast, text: str, dtype: str) -> None:
-    expected = measure(load_model(llama, CPU), tokenizer, text).value
+    expected = measure(load_model(llama, CPU, "float32"), tokenizer, text).value
     assert measure(load_model(llama, CPU, dtype), tokenizer, text).value == pytest.approx(expected, rel=1e-2)
 
 
@@ -250,7 +250,7 @@ def test_a_hopeless_model_has_infinite_perplexity() -> None:
 
 
 def test_on_a_cpu_fewer_logits_are_made_for_a_large_vocabulary(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(llama, CPU)
+    model = load_model(llama, CPU, "float32")
     assert perplexity.logit_rows(model, torch.float32) == 512
     monkeypatch.setattr(perplexity, "CPU_LOGITS", 12 * VOCAB + 1)
     assert perplexity.logit_rows(model, torch.float32) == 3
@@ -290,4 +290,4 @@ def test_whole_logits_come_for_as_many_windows_as_fit(
 
 
 def test_no_windows(llama: Path) -> None:
-    assert not list(window_sums(load_model(llama, CPU), torch.zeros(0, SEQ_LEN, dtype=torch.int64), 4))
+    assert not list(window_sums(load_model(llama, CPU, "float32"), torch.zeros(0, SEQ_LEN, dtype=torch.int64), 4))

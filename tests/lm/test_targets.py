@@ -324,7 +324,7 @@ def test_the_place_of_a_part() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_neox"])
 def test_a_matrix_from_files_is_what_the_model_holds(family: str, make_checkpoint: Callable[..., Path]) -> None:
     directory = make_checkpoint(family)
-    stack = BlockStack(directory, CPU)
+    stack = BlockStack(directory, CPU, "float32")
     model = AutoModelForCausalLM.from_pretrained(directory)
     for target in stack.targets("all-linear").values():
         assert torch.equal(stack.matrix(target, stack.files), target.view(model)), target.name
@@ -334,7 +334,7 @@ def test_a_matrix_of_fused_files(make_checkpoint: Callable[..., Path], tmp_path:
     directory = make_checkpoint("qwen3_moe")
     model = AutoModelForCausalLM.from_pretrained(directory)
     save_file({name: p.data.contiguous() for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    stack, fused = BlockStack(directory, CPU), TensorFiles(tmp_path)
+    stack, fused = BlockStack(directory, CPU, "float32"), TensorFiles(tmp_path)
     assert "model.layers.0.mlp.experts.gate_up_proj" in fused
     for target in stack.targets("all-linear").values():
         assert torch.equal(stack.matrix(target, fused), target.view(model)), target.name
@@ -345,7 +345,7 @@ def test_what_is_written_is_read_again(family: str, make_checkpoint: Callable[..
     source = make_checkpoint(family)
     before = load_file(source / "model.safetensors")
     save_file(before, tmp_path / "model.safetensors", {"format": "pt"})
-    stack, copy = BlockStack(source, CPU), TensorFiles(tmp_path)
+    stack, copy = BlockStack(source, CPU, "float32"), TensorFiles(tmp_path)
     targets = {name: target for name, target in stack.targets("all-linear").items() if ".1." in name}
     written: dict[str, Tensor] = {}
     stack.load_block(1)

@@ -146,7 +146,7 @@ def test_1_4_is_2_4_too(pruned: Callable[..., Path]) -> None:
 def test_decoding_with_the_cache_gives_the_logits_of_a_whole_forward(
     make_checkpoint: Callable[..., Path], family: str
 ) -> None:
-    model = load_model(make_checkpoint(family), torch.device("cpu"))
+    model = load_model(make_checkpoint(family), torch.device("cpu"), "float32")
     tokens = torch.randint(250, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         *seconds, logits = bench.run(model, tokens, 8)
@@ -186,7 +186,7 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
     """The rounds, with ordinary weights that are 1 % larger standing in for those of the kernel."""
     monkeypatch.setattr(bench, "no_kernel", lambda *_: None)
     monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: weight * 1.01)
-    model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"))
+    model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"), "bfloat16")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     weights, kernel = bench.two_weights(model)
     assert kernel == {"layers": 14, "not_2_4": 1, "shapes_not_taken": [], "reason": None}
@@ -207,7 +207,7 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
 
 def test_a_kernel_that_refuses_is_a_reason(pruned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "no_kernel", lambda *_: None)  # what PyTorch itself says to a CPU tensor
-    model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"))
+    model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"), "bfloat16")
     weights, kernel = bench.two_weights(model)
     assert not weights.layers
     assert "refuses this GPU or model" in kernel["reason"]
@@ -217,7 +217,7 @@ def test_transposed_layers_have_no_kernel_and_it_is_said(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "no_kernel", lambda *_: None)
-    model = load_model(make_checkpoint("gpt2"), torch.device("cpu"))
+    model = load_model(make_checkpoint("gpt2"), torch.device("cpu"), "float32")
     assert "no linear layer of the checkpoint is 2:4" in bench.two_weights(model)[1]["reason"]
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.view(-1, 4, model.transformer.h[0].mlp.c_fc.nf)[:, 2:] = 0

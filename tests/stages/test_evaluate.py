@@ -273,14 +273,14 @@ def test_a_model_that_exceeds_a_gpu_lies_on_several(
         return SimpleNamespace(eval=lambda: None, to=lambda _: SimpleNamespace(eval=lambda: None))
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    checkpoint.load_model(llama, torch.device("cuda", 0), spread=True)
+    checkpoint.load_model(llama, torch.device("cuda", 0), "float32", spread=True)
     assert asked.get("device_map") == ("auto" if spread else None)
-    checkpoint.load_model(llama, torch.device("cuda", 0))
-    assert not checkpoint.exceeds(llama, CPU)
+    checkpoint.load_model(llama, torch.device("cuda", 0), "float32")
+    assert not checkpoint.exceeds(llama, CPU, "float32")
     monkeypatch.setenv("WORLD_SIZE", "2")
     if spread:
         with pytest.raises(UserError, match=r"launch\.num_processes=1 lays it over all GPUs"):
-            checkpoint.exceeds(llama, torch.device("cuda", 0))
+            checkpoint.exceeds(llama, torch.device("cuda", 0), "float32")
 
 
 def test_a_model_with_a_device_map_is_measured_like_any_other(
@@ -295,7 +295,9 @@ def test_a_model_with_a_device_map_is_measured_like_any_other(
         from accelerate import dispatch_model
 
         parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-        return dispatch_model(load(directory, CPU), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+        return dispatch_model(
+            load(directory, CPU, "float32"), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True
+        )
 
     monkeypatch.setattr(checkpoint, "load_model", mapped)
     spread = pipeline.evaluate_some(Run(run.config, force=True), ["pruned"])["pruned"]

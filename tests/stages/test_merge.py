@@ -30,7 +30,7 @@ def pruned(request: pytest.FixtureRequest, make_checkpoint: object, config: Conf
     base = make_checkpoint("llama", request.param, "20KB")  # type: ignore[operator]
     out = tmp_path / "pruned"
     out.mkdir()
-    prune.execute(config, base, out)
+    prune.execute(config, base, out, dtype="float32")
     attempts.clean(out)
     return out
 
@@ -110,7 +110,7 @@ def rewritten(make_checkpoint: Callable[..., Path], config: Config, tmp_path: Pa
         change(content)
         save_file(content, base / "model.safetensors", {"format": "pt"})
         out.mkdir()
-        prune.execute(config, base, out)
+        prune.execute(config, base, out, dtype="float32")
         return out
 
     return rewritten

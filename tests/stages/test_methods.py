@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import byte_tokenizer, cut_after
+from conftest import byte_tokenizer, cut_after, trained_dtype
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +31,7 @@ Configure = Callable[..., Config]
 
 @pytest.fixture
 def configure(config_file: Path) -> Configure:
-    fixed = ("train.dropout=0", "train.epochs=2", "train.log_steps=1", "launch.mixed_precision=no")
+    fixed = ("train.dropout=0", "train.epochs=2", "train.log_steps=1")
     return lambda *overrides: load_config(str(config_file), [*fixed, *overrides])
 
 
@@ -42,7 +42,7 @@ def prepare(configure: Configure, make_checkpoint: Callable[..., Path], tmp_path
     def pruned(dtype: torch.dtype = torch.float32, *overrides: str) -> Path:
         out = tmp_path / "pruned"
         out.mkdir()
-        prune.execute(configure(*overrides), make_checkpoint("llama", dtype), out)
+        prune.execute(configure(*overrides), make_checkpoint("llama", dtype), out, dtype="float32")
         return out
 
     return pruned
@@ -51,7 +51,8 @@ def prepare(configure: Configure, make_checkpoint: Callable[..., Path], tmp_path
 def run_train(config: Config, pruned: Path, out: Path) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     skeleton = Skeleton(model_config(pruned))
-    return train.execute(config, pruned, list(skeleton.targets(config.prune.targets)), out, resume=True)
+    layers = list(skeleton.targets(config.prune.targets))
+    return train.execute(config, pruned, layers, out, dtype=trained_dtype(pruned), resume=True)
 
 
 def run_merge(config: Config, pruned: Path, adapter: Path, out: Path) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def test_a_training_that_learns_nothing_moves_nothing(
     """Although float16 is trained as another dtype."""
     config = configure(f"train.method={method}", "train.lr=1e-12", "train.max_steps=1")
     pruned = prepare(torch.float16)
-    assert run_train(config, pruned, tmp_path / "adapter")["dtype"] != "float16"
+    assert run_train(config, pruned, tmp_path / "adapter")["dtype"] == "bfloat16"
     assert run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged")["moved_share"] == 0
 
 

@@ -33,7 +33,7 @@ def configure(config_file: Path) -> Callable[..., Config]:
 
 def pruned(config: Config, base: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     out.mkdir()
-    metrics = prune.execute(config, base, out)
+    metrics = prune.execute(config, base, out, dtype="float32")
     return load_file(out / "model.safetensors"), metrics
 
 
@@ -152,7 +152,7 @@ def test_shards_and_side_files_keep_their_names(
 ) -> None:
     base = make_checkpoint("llama", max_shard_size="20KB")
     (tmp_path / "out").mkdir()
-    prune.execute(configure(), base, tmp_path / "out")
+    prune.execute(configure(), base, tmp_path / "out", dtype="float32")
     attempts.clean(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()}
     index = json.loads((base / "model.safetensors.index.json").read_text())
@@ -187,4 +187,4 @@ def test_nan_weights_stop_it(configure: Callable[..., Config], llama: Path, tmp_
     for method in ("magnitude", "wanda"):
         (tmp_path / method).mkdir()
         with pytest.raises(StageError, match=r"layers\.1\.mlp\.up_proj"):
-            prune.execute(configure(f"prune.method={method}"), tmp_path / "broken", tmp_path / method)
+            prune.execute(configure(f"prune.method={method}"), tmp_path / "broken", tmp_path / method, dtype="float32")

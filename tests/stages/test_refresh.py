@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cut_after
+from conftest import cut_after, trained_dtype
 from peft import get_peft_model
 from processes import sppctl_in_ranks
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,6 @@ from sppctl.stages import merge, prune, refresh, train
 from sppctl.stages.refreshed import REFRESHED
 from sppctl.stages.subjects import Subject
 
-EXACT = "launch.mixed_precision=no"  # the model that is looked at after training is not autocast
 EVERY_TWO = ("train.refresh.steps=2", "train.refresh.until=0.8", "train.epochs=2", "train.lr=5e-2")
 
 
@@ -42,12 +41,12 @@ def exchange_in_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["2:4", "0.5"])
 def configure(request: pytest.FixtureRequest, config_file: Path) -> Callable[..., Config]:
-    return lambda *overrides: load_config(str(config_file), [f"prune.pattern={request.param}", EXACT, *overrides])
+    return lambda *overrides: load_config(str(config_file), [f"prune.pattern={request.param}", *overrides])
 
 
 def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, base: Path) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
-    return train.execute(config, *pruned, out, resume=True, base=base)
+    return train.execute(config, *pruned, out, dtype=trained_dtype(pruned[0]), resume=True, base=base)
 
 
 def zeros_per_row(weight: torch.Tensor) -> list[int]:
@@ -101,7 +100,7 @@ def stored(
     """A dense and a pruned checkpoint that are not float32; float16 is trained in another dtype."""
     base, out = make_checkpoint("llama", request.param), tmp_path / "stored"
     out.mkdir()
-    return base, (out, [layer["name"] for layer in prune.execute(configure(), base, out)["layers"]])
+    return base, (out, [layer["name"] for layer in prune.execute(configure(), base, out, dtype="float32")["layers"]])
 
 
 def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value(
@@ -168,7 +167,7 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(merged(ids).logits, models[0].eval()(ids).logits)
     # the adapter as it lies there, measured without merging
-    unmerged = Subject.at("adapter", tmp_path / "adapter").load(torch.device("cpu"), False)
+    unmerged = Subject.at("adapter", tmp_path / "adapter").load(torch.device("cpu"), "float32", False)
     assert torch.equal(merged(ids).logits, unmerged(ids).logits)
     before, after = load_file(pruned[0] / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     changed = 0
@@ -199,7 +198,7 @@ def test_a_resumed_training_ends_with_the_same_weights(
 
 def test_off_by_default(configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    metrics = train.execute(configure("train.max_steps=2"), *pruned, tmp_path / "adapter", resume=True)
+    metrics = train.execute(configure("train.max_steps=2"), *pruned, tmp_path / "adapter", dtype="float32", resume=True)
     assert metrics["refresh"] is None
     assert not (tmp_path / "adapter" / REFRESHED).exists()
 
@@ -290,7 +289,7 @@ def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path
     shutil.copytree(llama, base)
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 256}))
-    common = [EXACT, *EVERY_TWO, *distilled, f"model.path={base}", "train.data.seq_len=256"]
+    common = [*EVERY_TWO, *distilled, f"model.path={base}", "train.data.seq_len=256"]
     records, adapters, matrices = [], [], []
     for number in (1, 2):
         config = load_config(str(config_file), [*common, f"run.dir={tmp_path / str(number)}"])

@@ -226,7 +226,7 @@ def test_the_mean_of_a_group_is_that_of_the_library(
     measure: Callable[..., dict[str, Any]], llama: Path, own_tasks: Path
 ) -> None:
     content = measure()
-    model, tokenizer = load_model(llama, torch.device("cpu")), load_tokenizer(llama)
+    model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
     options: dict[str, Any] = {"num_fewshot": None, "batch_size": 4, "limit": None, "seed": 1}
     whole, _ = harness.evaluate(model, tokenizer, "sums", include_path=str(own_tasks), **options)
     assert set(whole["mean"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}

@@ -32,7 +32,7 @@ def configure(config_file: Path) -> Callable[..., Config]:
 
 def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, resume: bool = True) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
-    return train.execute(config, *pruned, out, resume=resume)
+    return train.execute(config, *pruned, out, dtype="float32", resume=resume)
 
 
 def test_the_loss_falls_and_the_record_says_so(
@@ -130,12 +130,12 @@ def test_resuming_after_the_last_step_adds_nothing(
     options = ("train.save_steps=4", "train.eval_steps=2", "train.perplexity_steps=3", "train.refresh.steps=3")
     config = configure(f"train.max_steps={steps}", *options, "eval.max_tokens=256")
     dense = Path(str(config.model.path))
-    whole = train.execute(config, *pruned, out, resume=True, base=dense)
+    whole = train.execute(config, *pruned, out, dtype="float32", resume=True, base=dense)
     weights = (out / "adapter_model.safetensors").read_bytes()
     kept = {path.name for path in (out / "checkpoints").iterdir()}
     # killed before anything but the checkpoints was written
     (out / "adapter_model.safetensors").unlink()
-    resumed = train.execute(config, *pruned, out, resume=True, base=dense)
+    resumed = train.execute(config, *pruned, out, dtype="float32", resume=True, base=dense)
     assert whole["steps"] == steps
     assert untimed(resumed) == untimed(whole)
     assert (out / "adapter_model.safetensors").read_bytes() == weights
@@ -453,7 +453,7 @@ def test_float16_checkpoints_are_trained_in_another_dtype(
 ) -> None:
     base = make_checkpoint("llama", torch.float16)
     (tmp_path / "half").mkdir()
-    layers = [layer["name"] for layer in prune.execute(configure(), base, tmp_path / "half")["layers"]]
+    layers = [layer["name"] for layer in prune.execute(configure(), base, tmp_path / "half", dtype="float32")["layers"]]
     metrics = trained(configure(), (tmp_path / "half", layers), tmp_path / "adapter")
     assert metrics["dtype"] in ("bfloat16", "float32")
     shutil.rmtree(tmp_path / "adapter")

@@ -56,7 +56,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tiny.yaml").write_text(
         f"""
 run: {{seed: 1}}
-launch: {{mixed_precision: "no"}}
 model: {{device: cpu}}
 prune: {{method: magnitude, pattern: 2:4, calibration: {{dataset: {root / "text.txt"}}}}}
 train:

@@ -71,7 +71,7 @@ def shards(directory: Path) -> dict[str, bytes]:
 
 def pruned(config: Config, base: Path, out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     out.mkdir()
-    metrics = prune.execute(config, base, out)
+    metrics = prune.execute(config, base, out, dtype="float32")
     return weights_of(out), metrics
 
 
@@ -700,7 +700,7 @@ def interrupted(config: Config, base: Path, out: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(walk.Journal, "append", then_stop)
         with pytest.raises(KeyboardInterrupt):
-            prune.execute(config, base, out)
+            prune.execute(config, base, out, dtype="float32")
 
 
 @pytest.mark.parametrize("torn", ['{"block": 2, "lay', '{"block": 2, "layers": [], "reconstruction": null}'])
@@ -726,7 +726,7 @@ def test_a_torn_line_of_the_journal_is_no_finished_block(
     interrupted(config, deep, out, monkeypatch)
     with (out / prune.JOURNAL).open("a") as file:
         file.write(torn)
-    prune.execute(config, deep, out)
+    prune.execute(config, deep, out, dtype="float32")
     assert "prune: 2 of 4 blocks are done" in capsys.readouterr().err
     pruned(config, deep, tmp_path / "whole")
     assert shards(out) == shards(tmp_path / "whole")
@@ -756,8 +756,8 @@ def test_a_torn_allocation_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", half)
         with pytest.raises(KeyboardInterrupt):
-            prune.execute(config, deep, out)
-    prune.execute(config, deep, out)
+            prune.execute(config, deep, out, dtype="float32")
+    prune.execute(config, deep, out, dtype="float32")
     pruned(config, deep, tmp_path / "whole")
     assert shards(out) == shards(tmp_path / "whole")
 
@@ -775,7 +775,7 @@ def test_half_precision_on_a_cpu_continues_to_the_same_bytes(
         tmp_path / "out",
     )
     interrupted(config, base, out, monkeypatch, blocks=1)
-    prune.execute(config, base, out)
+    prune.execute(config, base, out, dtype="float32")
     pruned(config, base, tmp_path / "whole")
     assert shards(out) == shards(tmp_path / "whole")
 
@@ -976,7 +976,7 @@ def test_matrices_of_a_mixture_that_are_no_targets_are_not_tuned(
     before = weights_of(base)
     assert {name for name in before if not torch.equal(tuned[name], before[name])} == touched
     interrupted(config, base, tmp_path / "out", monkeypatch, blocks=1)
-    prune.execute(config, base, tmp_path / "out")
+    prune.execute(config, base, tmp_path / "out", dtype="float32")
     assert shards(tmp_path / "out") == shards(tmp_path / "tuned")
 
 

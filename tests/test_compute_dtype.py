@@ -1,0 +1,189 @@
+"""What is computed in: chosen once for a stage by the machine, recorded, and kept on machines that choose otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import AVX2, BF16, Cpu, cut_after
+from safetensors.torch import load_file
+
+from sppctl import pipeline
+from sppctl.config import load_config
+from sppctl.errors import UserError
+from sppctl.lm import checkpoint
+from sppctl.run_directory import Run
+from sppctl.stages import walk
+
+NO_UNITS = "computing in float32 (this CPU has no bfloat16 units)"
+Work = Callable[..., Run]
+
+
+@pytest.fixture
+def work(config_file: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Work:
+    """work("key=value", ..., dtype=) -> a run of the tiny configuration on a bfloat16 model."""
+    monkeypatch.chdir(config_file.parent)
+
+    def run(*overrides: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Run:
+        model = f"model.path={make_checkpoint('llama', dtype)}"
+        return Run(load_config(str(config_file), [model, "train.max_steps=4", *overrides]), **options)
+
+    return run
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """The content of a stage's files of weights."""
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+def recorded(run: Run, *stages: str) -> list[str | None]:
+    return [json.loads((run.path(stage) / "stage.json").read_text())["compute_dtype"] for stage in stages]
+
+
+def test_a_bfloat16_model_on_a_cpu_without_units(work: Work, cpu: Cpu, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything is computed in float32, everything is stored in bfloat16; other machines find nothing to redo."""
+    cpu(AVX2)
+    run = work()
+    pipeline.run_all(run)
+    said = capsys.readouterr().err
+    stages = [line.partition(": ") for line in said.splitlines() if "computing in" in line]
+    assert [stage for stage, _, _ in stages] == ["prune", "train", "eval base", "eval pruned", "eval merged"]
+    assert {text for _, _, text in stages} == {NO_UNITS}
+    assert said.index("prune: computing") < said.index("checking that replayed blocks")
+    assert recorded(run, "prune", "train", "merge") == ["float32", "float32", None]
+    pruned, merged = (load_file(run.path(stage) / "model.safetensors") for stage in ("prune", "merge"))
+    assert {tensor.dtype for tensor in [*pruned.values(), *merged.values()]} == {torch.bfloat16}
+    assert any(not torch.equal(pruned[name], merged[name]) for name in pruned)
+    for name in pruned:
+        assert torch.equal(pruned[name] == 0, merged[name] == 0), name
+        if name.endswith("_proj.weight"):
+            assert bool(((pruned[name].unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all())
+    for label in ("base", "pruned", "merged"):
+        results = json.loads((run.directory / f"eval/{label}.json").read_text())["results"]
+        assert {result["dtype"] for result in results} == {"float32"}
+
+    for flags, key in ((BF16, "auto"), (AVX2, "auto"), (BF16, "float32")):
+        cpu(flags)
+        pipeline.run_all(work(f"model.compute_dtype={key}"))
+        assert capsys.readouterr().err.count("up to date") == 6
+    for stage in (pipeline.prune, pipeline.train):
+        with pytest.raises(UserError, match=r"was made with model\.compute_dtype = float32, now bfloat16; "):
+            stage(work("model.compute_dtype=bfloat16"))
+
+
+def test_pruning_goes_on_in_the_dtype_that_it_was_begun_in(
+    work: Work, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "prune.method=sparsegpt"
+    cpu(BF16)
+    pipeline.prune(work(method, "run.dir=whole"))
+    append = walk.Journal.append
+
+    def then_stop(self: walk.Journal, entry: dict[str, Any]) -> None:
+        append(self, entry)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk.Journal, "append", then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.prune(work(method, "run.dir=cut"))
+    cpu(AVX2)
+    with pytest.raises(UserError, match=r"attempt with model\.compute_dtype = bfloat16, now float32"):
+        pipeline.prune(work(method, "run.dir=cut", "model.compute_dtype=float32"))
+    capsys.readouterr()
+    run = work(method, "run.dir=cut")
+    pipeline.prune(run)
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first == "prune: computing in bfloat16 as the interrupted attempt did"
+    assert "prune: 1 of 2 blocks are done" in more
+    assert files(Path("cut/pruned")) == files(Path("whole/pruned"))
+    assert recorded(run, "prune") == ["bfloat16"]
+    pipeline.prune(work(method, "run.dir=other"))
+    assert files(Path("other/pruned")) != files(Path("whole/pruned"))
+
+
+def test_training_goes_on_in_the_dtype_that_it_was_begun_in(work: Work, cpu: Cpu, tmp_path: Path) -> None:
+    options = ("train.save_steps=1", "train.lr=5e-2")
+    cpu(AVX2)
+    for name in ("whole", "cut"):
+        pipeline.prune(work(*options, f"run.dir={name}"))
+    pipeline.train(work(*options, "run.dir=whole"))
+    with cut_after(2):
+        pipeline.train(work(*options, "run.dir=cut"))
+    cpu(BF16)
+    run = work(*options, "run.dir=cut")
+    pipeline.train(run)
+    assert recorded(run, "train") == ["float32"]
+    assert files(Path("cut/adapter")) == files(Path("whole/adapter"))
+    pipeline.train(work(*options, "run.dir=cut", force=True))
+    assert files(Path("cut/adapter")) != files(Path("whole/adapter"))
+
+
+def test_results_stay_valid_unless_a_dtype_is_asked_for(
+    work: Work, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu(BF16)
+    pipeline.prune(work())
+    first = pipeline.evaluate_some(work(), ["base", "pruned"])
+    assert first["pruned"]["results"][0]["metrics"]["kl"] > 0
+    loaded = []
+    load = checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **more: loaded.append(args[2]) or load(*args, **more))
+    cpu(AVX2)
+    assert pipeline.evaluate_some(work(), ["base", "pruned"]) == first
+    assert loaded == []
+    capsys.readouterr()
+    again = pipeline.evaluate_some(work("model.compute_dtype=float32"), ["pruned"])["pruned"]["results"]
+    assert "eval pruned: computing in float32 as configured" in capsys.readouterr().err
+    assert loaded == ["float32", "float32"]  # the dense model that it is compared with, and itself
+    (old,), (new,) = first["pruned"]["results"], again
+    assert (old["dtype"], new["dtype"]) == ("bfloat16", "float32")
+    assert old["metrics"]["kl"] != new["metrics"]["kl"]
+
+    collected = pipeline.report([work().directory])[0]
+    names = [list(row["measures"]) for row in collected["table"]]
+    assert names[0][0].endswith(", computed in bfloat16")
+    assert names[1][0].endswith(", computed in float32")
+    assert collected["comparisons"] == []
+    assert "is not one measure, and only equal ones are compared: base computed in bfloat16" in collected["notes"][0]
+
+
+def test_float32_is_not_rounded_to_compute_unless_that_is_asked_for(work: Work, cpu: Cpu) -> None:
+    """And what is stored is rounded neither way."""
+    cpu(BF16)
+    plain = work("run.dir=plain", dtype=torch.float32)
+    asked = work("run.dir=asked", "model.compute_dtype=bfloat16", dtype=torch.float32)
+    for run in (plain, asked):
+        pipeline.prune(run)
+        pipeline.train(run)
+    assert recorded(plain, "prune", "train") == ["float32", "float32"]
+    assert recorded(asked, "prune", "train") == ["bfloat16", "bfloat16"]
+    assert files(plain.path("train")) != files(asked.path("train"))
+    dense = load_file(plain.base() / "model.safetensors")
+    for name, tensor in load_file(asked.path("prune") / "model.safetensors").items():
+        assert torch.equal(tensor, torch.where(tensor == 0, 0, dense[name])), name
+
+
+def test_float16_is_refused_for_training_before_anything_is_done(work: Work) -> None:
+    run = work("model.compute_dtype=float16")
+    with pytest.raises(UserError, match=r"^model\.compute_dtype: float16 gradients overflow; train in bfloat16"):
+        pipeline.run_all(run)
+    assert not run.directory.exists()
+
+
+def test_a_launchers_mixed_precision_is_not_used(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, precision in (("plain", "no"), ("launched", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        run = work(f"run.dir={name}", "prune.method=magnitude", "train.lr=5e-2", dtype=torch.float32)
+        pipeline.prune(run)
+        pipeline.train(run)
+    assert files(Path("plain/adapter")) == files(Path("launched/adapter"))
+
+
+def test_the_key_that_was_replaced_names_its_successor(work: Work) -> None:
+    with pytest.raises(UserError, match=r"launch\.mixed_precision: unknown key; use model\.compute_dtype instead"):
+        work("launch.mixed_precision=bf16")
