@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from sppctl import strict_json
+from sppctl import sealed
 from sppctl.config import flatten
 from sppctl.errors import UserError
 
@@ -26,15 +25,14 @@ def read(partial: Path) -> dict[str, Any] | None:
     if not partial.is_dir():
         return None
     try:
-        found = json.loads((partial / NOTE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return sealed.parse((partial / NOTE).read_bytes())
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and found.keys() == {"settings", "inputs"} else {}
 
 
 def write(partial: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Notes what an attempt is made from."""
-    strict_json.write(partial / NOTE, {"settings": settings, "inputs": inputs})
+    sealed.write(partial / NOTE, {"settings": settings, "inputs": inputs})
 
 
 def clean(partial: Path) -> None:
@@ -62,7 +60,7 @@ def resolved(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
 def holds_work(partial: Path) -> bool:
     """Whether an attempt has anything that another start would have to do again: a checkpoint, a finished block."""
     journal = partial / JOURNAL
-    return any(partial.glob(f"{CHECKPOINTS}/checkpoint-*")) or (journal.is_file() and b"\n" in journal.read_bytes())
+    return any(partial.glob(f"{CHECKPOINTS}/checkpoint-*/*")) or (journal.is_file() and b"\n" in journal.read_bytes())
 
 
 def check(partial: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Any] | None) -> None:

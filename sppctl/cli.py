@@ -321,6 +321,25 @@ def inspect(
 
 
 @app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json: Json = False, debug: Debug = False
+) -> None:
+    """Read every file of a run again and compare it with the run's records; exit 2 if one is damaged or missing."""
+    from sppctl.stages import verify as stage
+
+    found = stage.execute(run_dir)
+    if json:
+        console.show_json([asdict(file) for file in found])
+    else:
+        console.show_table(
+            str(run_dir), ("artefact", "file", "state"), [(file.artefact, file.file, file.state) for file in found]
+        )
+    problems = [file.problem for file in found if file.problem is not None]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+@app.command()
 def bench(
     checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
     batch: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,8,32",

@@ -86,9 +86,9 @@ def prune(run: Run) -> dict[str, Any]:
 
     base = run.base()
     settings = settings_of(run.config, "prune")
-    inputs = {"base": checkpoint.fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
+    inputs = {"base": _fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
     if run.config.prune.mask_from is not None:
-        inputs["mask"] = checkpoint.fingerprint(checkpoint.locate(run.config.prune.mask_from))
+        inputs["mask"] = _fingerprint(checkpoint.locate(run.config.prune.mask_from))
     return run.perform(
         "prune",
         settings,
@@ -123,7 +123,6 @@ def train(run: Run) -> dict[str, Any]:
 
 def merge(run: Run) -> dict[str, Any]:
     """pruned + adapter -> merged."""
-    from sppctl.lm import checkpoint
     from sppctl.stages import merge as stage
 
     stage.preflight(run.config)
@@ -134,9 +133,13 @@ def merge(run: Run) -> dict[str, Any]:
             "train again (sppctl train --force)"
         )
     settings = settings_of(run.config, "merge")
-    inputs = {"pruned": pruned["output"], "adapter": checkpoint.fingerprint(run.path("train"))}
+    inputs = {"pruned": pruned["output"], "adapter": trained["output"]}
+    recorded = stage.Recorded.of(pruned["metrics"], trained["metrics"])
     return run.perform(
-        "merge", settings, inputs, lambda out, _: stage.execute(run.config, run.path("prune"), run.path("train"), out)
+        "merge",
+        settings,
+        inputs,
+        lambda out, _: stage.execute(run.config, run.path("prune"), run.path("train"), out, recorded),
     )
 
 
@@ -206,7 +209,7 @@ def _dense_model(run: Run, checkpoints: dict[str, Path]) -> Any:
         return None
     if name == "base" and not set(checkpoints) & {"pruned", "merged", "adapter"}:
         return None
-    directory = run.base() if name == "base" else checkpoint.locate(name, key="eval.divergence")
+    directory = _base(run) if name == "base" else checkpoint.locate(name, key="eval.divergence")
     return DenseModel(name, directory, run.config.model.trust_remote_code, run.directory)
 
 
@@ -315,7 +318,7 @@ def evaluate_some(
         elsewhere("eval", *_models(*models))
         return {label: read_results(_results(run, label)) for label in places}
     with run.lock(makes=False):
-        found = {label: path or run.base() for label, path in places.items()}
+        found = {label: path or _base(run) for label, path in places.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))
         return evaluate(run, found)
 
@@ -400,20 +403,41 @@ def _need(run: Run, stage: str) -> dict[str, Any]:
             f"{run.path(stage)} was made with {differences(record, settings, record['inputs'])}; "
             f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
         )
+    distributed.decide(partial(run.verify, stage, record))
     return record
+
+
+def _base(run: Run) -> Path:
+    """The dense checkpoint; where the run has a pruned one, it must be the one that was pruned.
+
+    Raises:
+        UserError: it is another one, or has changed since.
+    """
+    base, pruned = run.base(), run.record("prune")
+    if pruned is not None and pruned["inputs"]["base"] != _fingerprint(base):
+        raise UserError(
+            f"model.path: {base} does not hold the weights that {run.path('prune')} was made from (it changed, or is "
+            "another model); restore it, or prune again (sppctl prune --force)"
+        )
+    return base
+
+
+def _fingerprint(directory: Path) -> str:
+    from sppctl.stages import subjects
+
+    return subjects.fingerprint(directory)
 
 
 def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
     """The dense checkpoint if training reads it (a teacher, regrown weights), and the fingerprints of what it reads."""
-    from sppctl.lm import checkpoint
     from sppctl.stages import distill
 
     train = run.config.train
     teacher = train.distill.teacher
-    base = run.base() if teacher == distill.BASE or train.refresh.steps is not None else None
-    inputs = {} if base is None else {"base": checkpoint.fingerprint(base)}
+    base = _base(run) if teacher == distill.BASE or train.refresh.steps is not None else None
+    inputs = {} if base is None else {"base": _fingerprint(base)}
     if teacher not in (None, distill.BASE):
-        inputs["teacher"] = checkpoint.fingerprint(distill.locate(teacher))
+        inputs["teacher"] = _fingerprint(distill.locate(teacher))
     return base, inputs
 
 

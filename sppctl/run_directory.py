@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, attempts, console, distributed, files, machine, strict_json
+from sppctl import __version__, attempts, console, distributed, files, machine, sealed
 from sppctl.config import to_yaml
 from sppctl.errors import StageError, UserError, WriteError
 from sppctl.settings import Config
@@ -31,7 +31,6 @@ from sppctl.settings import Config
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RESUMABLE = ("prune", "train")  # an interrupted attempt is continued; the others start again
 RECORD = "stage.json"
-KEYS = {"fingerprint", "settings", "inputs", "metrics"}  # of every record
 
 
 @dataclass
@@ -59,18 +58,19 @@ class Run:
             UserError: it is damaged.
         """
         path = self.path(stage) / RECORD
-        if not path.is_file():
+        if not self.path(stage).is_dir():
             return None
-        try:
-            record: dict[str, Any] = json.loads(path.read_text())
-            missing = KEYS - record.keys()
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); sppctl {stage} --force redoes the stage") from error
-        if missing:
-            raise UserError(
-                f"{path} is damaged (it lacks {', '.join(sorted(missing))}); sppctl {stage} --force redoes the stage"
-            )
+        record = sealed.read(path, _remedy(stage))
+        if record.get("stage") != stage:
+            raise UserError(f"{path} is the record of another stage ({record.get('stage')}); {_remedy(stage)}")
         return record
+
+    def verify(self, stage: str, record: dict[str, Any]) -> None:
+        """Raises UserError if the files of a published stage are not those of its record; each is named."""
+        from sppctl.lm import integrity
+
+        with console.working(f"checking the files of {self.path(stage)}"):
+            integrity.check(self.path(stage), record["files"], _remedy(stage))
 
     # --- the dense model ----------------------------------------------------------------------------------------------
 
@@ -101,14 +101,17 @@ class Run:
     def _unpack(self, source: Path, target: Path) -> Path:
         import torch
 
-        from sppctl.lm import checkpoint
+        from sppctl.lm import checkpoint, integrity
 
         model = self.config.model
         assert model.gguf_file is not None
-        identity = {"file": model.gguf_file, "size": (source / model.gguf_file).stat().st_size, "dtype": model.dtype}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no record, or a damaged one: once more
-            if json.loads((target / RECORD).read_text())["inputs"] == identity:
-                return target
+        identity = {"file": integrity.hashes(source, [model.gguf_file]), "dtype": model.dtype}
+        record: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):  # no record, or a damaged one: once more
+            record = sealed.parse((target / RECORD).read_bytes())
+        if record.get("inputs") == identity:
+            integrity.check(target, record["files"], f"delete {target}, and it is unpacked again")
+            return target
         console.note(f"base: unpacking {model.gguf_file} into {target}")
         started = time.perf_counter()
         partial = self._fresh_partial("base")
@@ -157,7 +160,8 @@ class Run:
         """Publishes a stage; from the moment that its record is there, the next command does so if this one cannot."""
         partial = self.partial(name)
         files.sync_tree(partial)
-        strict_json.write(partial / RECORD, record)
+        record |= _contents(partial)
+        sealed.write(partial / RECORD, record)
         self._publish(name)
 
     def _publish(self, name: str) -> None:
@@ -278,10 +282,6 @@ class Run:
             "metrics": metrics,
         }
         if distributed.is_main():
-            if stage != "train":
-                from sppctl.lm import checkpoint
-
-                record["output"] = checkpoint.fingerprint(partial)
             self._complete(name, record)
         distributed.barrier()
         console.note(f"{stage}: done in {record['wall_time_s']:.0f} s ({self.path(stage)})")
@@ -293,6 +293,7 @@ class Run:
         """The record of the stage if there is nothing to do; else none, and the attempt that is continued, if any."""
         before = None if self.force and DIRECTORIES[stage] not in self.finished else self.record(stage)
         if before is not None and before["fingerprint"] == _identity(attempts.settled(settings, before), inputs):
+            self.verify(stage, before)
             return before, None
         attempt = attempts.read(self.partial(DIRECTORIES[stage])) if stage in RESUMABLE and self.resume else None
         if attempt and attempt == {"settings": attempts.settled(settings, attempt), "inputs": inputs}:
@@ -413,6 +414,19 @@ def _as_before(settings: dict[str, Any], attempt: dict[str, Any]) -> machine.Com
 def _identity(settings: dict[str, Any], inputs: dict[str, Any]) -> str:
     text = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _remedy(stage: str) -> str:
+    return f"sppctl {stage} --force redoes the stage"
+
+
+def _contents(directory: Path) -> dict[str, Any]:
+    """What a record says of the files of its directory: the hash of each, and the fingerprint of the weights."""
+    from sppctl.lm import checkpoint, integrity
+
+    with console.working(f"hashing the files of {directory}"):
+        files = integrity.hashes(directory, integrity.listing(directory, attempts.WORKING))
+    return {"output": checkpoint.identity_of(files), "files": files}
 
 
 def _versions() -> dict[str, str]:

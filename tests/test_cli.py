@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sppctl import __version__, cli, pipeline, run_directory
+from sppctl import __version__, cli, pipeline, run_directory, sealed
 from sppctl.config import config_keys, flatten, load_config, to_dict
 from sppctl.yaml12 import parse_yaml
 
@@ -388,8 +388,8 @@ def test_stages_one_by_one_make_what_run_makes(run: Run, here: Path) -> None:
 
 def test_prune_json_is_the_record_of_the_stage(run: Run, here: Path) -> None:
     record = run("prune", "tiny.yaml", "--json").json
-    assert record == json.loads((here / "run/pruned/stage.json").read_text())
-    assert record.keys() >= RECORD | {"output"}
+    assert record == sealed.parse((here / "run/pruned/stage.json").read_text())
+    assert record.keys() >= RECORD | {"output", "files"}
     assert record["metrics"]["sparsity"] == 0.5
     assert record["metrics"]["matrices"] == len(record["metrics"]["layers"]) == 14
     assert record["settings"]["prune"]["pattern"] == "2:4"
@@ -407,6 +407,29 @@ def test_inspect_certifies_every_checkpoint_of_the_run(run: Run, here: Path) -> 
         outcome = run("inspect", f"run/{name}", "--expect", "2:4")
         assert outcome.code == 0
         assert "14 of 16 matrices are sparse: 50.0000% zeros in them, pattern 2:4" in outcome.out
+
+
+def test_verify_reads_every_file_and_names_what_is_wrong(run: Run, here: Path) -> None:
+    whole = run("verify", "run", "--json")
+    assert whole.code == 0
+    assert {file["state"] for file in whole.json} == {"ok"}
+    found = {f"{file['artefact']}/{file['file']}" for file in whole.json}
+    assert found >= {*WEIGHTS, "merged/tokenizer.json", "adapter/adapter_config.json", "eval/base.json"}
+    (here / "run/merged/tokenizer.json").unlink()
+    config = here / "run/adapter/adapter_config.json"
+    config.write_text(config.read_text().replace("2.0", "4.0"))
+    damaged = run("verify", "run")
+    assert damaged.code == 2
+    assert "error: run/merged/tokenizer.json is missing; restore it, or sppctl merge --force" in damaged.err
+    assert "error: run/adapter/adapter_config.json is damaged: its content is not what was recorded" in damaged.err
+    assert len(damaged.err.splitlines()) == 2
+    assert "missing" in damaged.out
+
+
+def test_verify_of_no_run_is_refused(run: Run, tmp_path: Path) -> None:
+    outcome = run("verify", str(tmp_path))
+    assert outcome.code == 2
+    assert "holds no run" in outcome.err
 
 
 def test_inspect_json_holds_summary_violations_and_matrices(run: Run, here: Path) -> None:
@@ -501,7 +524,7 @@ def test_eval_adds_to_the_results_of_a_checkpoint(run: Run, here: Path, text_fil
     before = json.loads((here / "run/eval/merged.json").read_text())["results"]
     content = run("eval", "tiny.yaml", "eval.perplexity=[other.txt]", "--json").json
     assert content.keys() >= RESULTS
-    assert content == json.loads((here / "run/eval/merged.json").read_text())
+    assert content == sealed.parse((here / "run/eval/merged.json").read_text())
     assert content["label"] == "merged"
     assert [result["settings"]["text"] for result in content["results"]] == [str(text_file), "other.txt"]
     assert content["results"][:1] == before

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sppctl import cli, launch, pipeline, sweep, sweep_jobs
+from sppctl import cli, launch, pipeline, sealed, sweep, sweep_jobs
 from sppctl.config import load_config, shipped_configs, shipped_sweeps
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.grid import expand, load_sweep, run_name
@@ -266,9 +266,9 @@ def test_changed_settings_are_told_all_at_once(
             if member.name in read.runs or stage == "prune":
                 path = Run(member.config).path(stage)
                 path.mkdir(parents=True)
-                record = {"settings": pipeline.settings_of(member.config, stage), "inputs": {}}
+                record = {"stage": stage, "settings": pipeline.settings_of(member.config, stage), "inputs": {}}
                 record |= {"fingerprint": "", "metrics": {}}
-                (path / "stage.json").write_text(json.dumps(record))
+                (path / "stage.json").write_text(json.dumps(sealed.seal(record)))
     sweep.check(read)
     monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "--dry-run", *fixed, "train.max_steps=3"])
     with pytest.raises(SystemExit) as caught:

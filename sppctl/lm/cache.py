@@ -18,19 +18,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 
+def root() -> Path | None:
+    """``$SPPCTL_CACHE`` or ``~/.cache/sppctl``; None if there is no place for a cache."""
+    try:
+        return Path(os.environ.get("SPPCTL_CACHE") or "~/.cache/sppctl").expanduser()
+    except RuntimeError:  # no home directory
+        return None
+
+
 def entry(folder: str, depends_on: Mapping[str, Any]) -> Path | None:
     """The file for tensors that depend on these values alone: ``$SPPCTL_CACHE/FOLDER`` or ``~/.cache/sppctl/FOLDER``.
 
     None if there is no place for a cache, or if the tokenizer that they depend on cannot be identified.
     """
-    if depends_on["tokenizer"] is None:
-        return None
-    try:
-        root = Path(os.environ.get("SPPCTL_CACHE") or "~/.cache/sppctl").expanduser()
-    except RuntimeError:  # no home directory
+    folder_of_all = root()
+    if depends_on["tokenizer"] is None or folder_of_all is None:
         return None
     name = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-    return root / folder / f"{name}.safetensors"
+    return folder_of_all / folder / f"{name}.safetensors"
 
 
 def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -43,7 +48,7 @@ def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError):
         return None
-    return (tensors, metadata) if metadata.get("hash") == digest(tensors) else None
+    return (tensors, metadata) if metadata.pop("hash", None) == seal(path, tensors, metadata) else None
 
 
 def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> None:
@@ -54,12 +59,17 @@ def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_bytes(save(tensors, metadata | {"hash": digest(tensors)}))
+            partial.write_bytes(save(tensors, metadata | {"hash": seal(path, tensors, metadata)}))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError:
         return
+
+
+def seal(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """What an entry holds as its ``hash``: of its name too, so one that was copied over another is no entry."""
+    return f"{digest(tensors)} {hashlib.sha256(json.dumps([path.name, metadata], sort_keys=True).encode()).hexdigest()}"
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

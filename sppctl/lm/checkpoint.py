@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ import torch
 from sppctl import distributed, machine
 from sppctl.errors import UserError
 from sppctl.files import FULL, writing
-from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles, read_header
+from sppctl.lm import integrity
+from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles
 
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
 TEMPLATES = "additional_chat_templates/*.jinja"  # a tokenizer's further ones, by name; no other folder is its own
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
+# what decides a model: its weights, which of them are read, and its configuration
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json")
 _NOT_TOKENIZER = {"config.json", "generation_config.json"}
-_SAMPLE_BYTES = 4096
 
 
 @contextlib.contextmanager
@@ -207,24 +210,18 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash of config.json and the weights: sizes, headers, and start, middle and end of every tensor.
+    """A short hash of the whole content of a checkpoint's weights and configuration, or of an adapter's."""
+    names = [path.name for path in directory.iterdir() if _is_weights(path.name)]
+    return integrity.identity(integrity.hashes(directory, names))
 
-    Quick whatever the size (12 kB of a tensor are read), independent of times and places; any retraining changes it,
-    and so does pruning one matrix.
-    """
-    digest = hashlib.sha256()
-    config = directory / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.gguf")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            for start, stop in _sampled(path, size):
-                file.seek(start)
-                digest.update(file.read(stop - start))
-    return digest.hexdigest()[:16]
+
+def identity_of(files: Mapping[str, str]) -> str:
+    """The fingerprint of a directory by the hashes of its files."""
+    return integrity.identity({name: digest for name, digest in files.items() if _is_weights(name)})
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
@@ -234,18 +231,6 @@ def tokenizer_fingerprint(directory: Path) -> str:
         if path.name not in {*NOT_SIDE_FILES, *_NOT_TOKENIZER} and not path.name.endswith(".index.json"):
             digest.update(f"{path.relative_to(directory)} {path.stat().st_size} ".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _sampled(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    """Byte ranges: start, middle and end of every tensor; 64 places of a GGUF file."""
-    parts, count = [(0, size)], 64
-    if path.suffix == ".safetensors":
-        parts, count = sorted((spec.start, spec.stop) for spec in read_header(path)[0].values()), 3
-    for start, stop in parts:
-        last = max(start, stop - _SAMPLE_BYTES)
-        for index in range(count):
-            place = start + (last - start) * index // (count - 1)
-            yield place, min(place + _SAMPLE_BYTES, stop)
 
 
 # --- using ------------------------------------------------------------------------------------------------------------

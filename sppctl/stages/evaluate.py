@@ -6,7 +6,6 @@ which weights; asking twice costs nothing, and other measures are added beside i
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sppctl import __version__, console, distributed, strict_json
+from sppctl import __version__, console, distributed, sealed, strict_json
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity
 from sppctl.lm.blocks import Skeleton
@@ -128,10 +127,10 @@ def read_results(path: Path) -> dict[str, Any]:
     """The results file of a checkpoint; empty if there is none."""
     if not path.is_file():
         return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run sppctl eval again") from error
+    remedy = "delete it and run sppctl eval again"
+    content = sealed.read(path, remedy, older=True)
+    if content.get("label", path.stem) != path.stem:
+        raise UserError(f"{path} holds the results of another checkpoint ({content['label']}); {remedy}")
     return content
 
 
@@ -181,7 +180,7 @@ def take_over(source: Path, target: Path) -> None:
     samples = _samples(source)
     if samples.is_dir():
         shutil.copytree(samples, _samples(target), dirs_exist_ok=True)
-    strict_json.write(target, content)
+    sealed.write(target, content)
 
 
 def _samples(results: Path) -> Path:
@@ -270,7 +269,7 @@ def execute(
         kept = [old for old in content["results"] if not replaces(settings, old["settings"])]
         content["results"] = [*kept, entry]
         if distributed.is_main():
-            strict_json.write(results, content)
+            sealed.write(results, content)
     return content
 
 

@@ -6,7 +6,7 @@ What merging is for a type of adapter, and what is proved, stands in ``merge_rul
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from sppctl import console
 from sppctl.adapters.masked import round_under_mask
 from sppctl.errors import StageError, UserError
 from sppctl.files import demand_space
-from sppctl.lm import checkpoint
+from sppctl.lm import checkpoint, integrity
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import stored_name
@@ -53,6 +53,25 @@ class MergeRecord:
     filled: int
     lost: int
     relative_change: float
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the stages before have recorded, which merging is held to.
+
+    Attributes:
+        masks: digest of the mask of each pruned matrix by its name, of refreshed ones the last.
+        modules: the names of the matrices that were trained.
+    """
+
+    masks: dict[str, str]
+    modules: list[str]
+
+    @classmethod
+    def of(cls, pruned: dict[str, Any], trained: dict[str, Any]) -> Recorded:
+        """From the metrics of pruning and training."""
+        masks = {layer["name"]: layer["mask"] for layer in pruned["layers"]}
+        return cls(masks | ((trained["refresh"] or {}).get("masks") or {}), trained["modules"])
 
 
 @dataclass(frozen=True)
@@ -110,8 +129,17 @@ def preflight(config: Config, skeleton: Skeleton | None = None) -> None:
     check_mask(config.train.method.upper(), config.merge.mask)
 
 
-def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) -> dict[str, Any]:
+def execute(
+    config: Config, pruned: Path, adapter_directory: Path, out: Path, recorded: Recorded | None = None
+) -> dict[str, Any]:
     """Merges an adapter into the checkpoint ``pruned``; the result goes to ``out``, an ordinary checkpoint.
+
+    Args:
+        config: the configuration.
+        pruned: the pruned checkpoint.
+        adapter_directory: of the adapter.
+        out: existing, empty directory.
+        recorded: what both are held to; None: they have no records.
 
     Returns:
         Metrics: the mask rule, matrices, zeros, kept weights and the share of them that moved, whether every zero and
@@ -119,13 +147,20 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
         one.
 
     Raises:
-        UserError: the adapter belongs to another model, or cannot be merged as ``merge.mask`` says.
+        UserError: the adapter belongs to another model, or cannot be merged as ``merge.mask`` says; or a matrix is not
+            as recorded.
         StageError: the pattern would not be what ``merge.mask`` promises, or a value is not finite.
     """
     mask = config.merge.mask
     adapter = Adapter.open(adapter_directory)
     check_mask(adapter.kind, mask)
     source = RefreshedFiles(pruned, adapter_directory)
+    if recorded and (lost := sorted(set(recorded.modules) - adapter.modules.keys())):
+        raise UserError(
+            f"{adapter_directory} lacks {len(lost)} of the {len(recorded.modules)} matrices that were trained, "
+            f"{lost[0]} among them; train again (sppctl train --force)"
+        )
+    masks = recorded.masks if recorded else {}
     stored = _match(source, adapter, config, pruned)
     _prove_refreshed(source, stored, config, pruned)
     needed = checkpoint.copy_size(TensorFiles(pruned), config.merge.dtype)
@@ -134,7 +169,7 @@ def execute(config: Config, pruned: Path, adapter_directory: Path, out: Path) ->
     files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
-        for record in merge_matrices(source, adapter, stored, files, mask):
+        for record in merge_matrices(source, adapter, stored, files, mask, masks):
             records.append(record)
             bar.advance()
     kept, moved = sum(record.kept for record in records), sum(record.moved for record in records)
@@ -210,7 +245,12 @@ def _prove_refreshed(source: RefreshedFiles, stored: dict[str, str], config: Con
 
 @torch.no_grad()
 def merge_matrices(
-    source: TensorFiles, adapter: Adapter, stored: dict[str, str], out: TensorFiles, mask: str = "keep"
+    source: TensorFiles,
+    adapter: Adapter,
+    stored: dict[str, str],
+    out: TensorFiles,
+    mask: str,
+    masks: Mapping[str, str],
 ) -> Iterator[MergeRecord]:
     """Merges and proves one matrix after the other.
 
@@ -220,16 +260,23 @@ def merge_matrices(
         stored: the checkpoint's name of each adapted module's weight.
         out: files that already hold a copy of ``source``.
         mask: ``merge.mask``, which zeros are promised.
+        masks: recorded digests of the masks, by module.
 
     Yields:
         One record per matrix.
 
     Raises:
+        UserError: a pruned matrix does not have the mask that was recorded.
         StageError: the promise would not be kept, or a value is not finite; read back from the written file.
     """
     for module, parts in adapter.modules.items():
         name = stored[module]
         weight = source.read(name)
+        if masks.get(module, digest := integrity.mask_digest(weight)) != digest:
+            raise UserError(
+                f"{source.files[source.home[name]].path}: {name} does not have the zeros that were recorded; nothing "
+                "was published; prune again (sppctl prune --force)"
+            )
         tensors = {part: adapter.files.read(key) for part, key in parts.items()}
         merged = merged_weight(adapter.kind, mask, weight, tensors, adapter.settings, out.spec(name).dtype)
         out.write(name, merged)

@@ -20,6 +20,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint, data, perplexity
 from sppctl.lm.divergence import Reference, divergence
 from sppctl.settings import Config
+from sppctl.stages.subjects import fingerprint
 
 CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
 # settings that say what a text is compared with, and which version of a file it was: of results that differ in nothing
@@ -133,7 +134,7 @@ class DenseModel:
             scratch: an existing folder for its hidden states.
         """
         self.name, self.directory, self.trust = name, directory, trust_remote_code
-        self.fingerprint = checkpoint.fingerprint(directory)
+        self.fingerprint = fingerprint(directory)
         self._folder = scratch / f".reference-{distributed.rank()}"
         self._references: dict[tuple[str, str], Reference] = {}
 

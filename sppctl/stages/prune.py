@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sppctl import console, distributed, strict_json
+from sppctl import console, distributed, sealed
 from sppctl.attempts import ALLOCATION, COPIED, JOURNAL
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
@@ -22,7 +21,7 @@ from sppctl.pruning import PRUNERS, InputNorms, allocate
 from sppctl.settings import Config, PruneConfig
 from sppctl.stages import calibrate
 from sppctl.stages.layers import Plan
-from sppctl.stages.walk import Journal, dense_pass, prune_blocks
+from sppctl.stages.walk import START_AGAIN, Journal, dense_pass, prune_blocks
 
 ACTIVATIONS = "activations.bin"
 
@@ -198,7 +197,7 @@ def _owl(
         return patterns
     saved = out / ALLOCATION
     if saved.exists():
-        ratios = dict(json.loads(saved.read_text()))
+        ratios = {int(block): ratio for block, ratio in sealed.read(saved, START_AGAIN).items()}
     else:
         activations = _embed(stack, windows, prune, out)
         blocks, shares, sizes = [], [], []  # of the blocks that have something to prune
@@ -216,7 +215,7 @@ def _owl(
             raise StageError(f"prune.allocation: {error}") from error
         ratios = dict(zip(blocks, found, strict=True))
         if distributed.is_main():
-            strict_json.write(saved, list(ratios.items()))
+            sealed.write(saved, {str(block): ratio for block, ratio in ratios.items()})
         distributed.barrier()
     for index, ratio in ratios.items():
         prefix = f"{stack.blocks_name}.{index}."

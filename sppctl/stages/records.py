@@ -6,11 +6,11 @@ Their numbers would stand under the new stage's name, so they are left out, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sppctl import sealed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint
 from sppctl.stages.evaluate import read_results
@@ -58,10 +58,9 @@ def _stage(folder: Path, stage: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     remedy = f"sppctl {stage} --force redoes it"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    record = sealed.read(path, remedy, older=True)
+    if record.get("stage", stage) != stage:
+        raise UserError(f"{path} is the record of another stage ({record['stage']}); {remedy}")
     keys = ["wall_time_s", *(f"metrics.{key}" for key in METRICS[stage])]
     _check(path, record, keys, remedy)
     return record
@@ -95,35 +94,39 @@ def _check(path: Path, content: Any, keys: list[str], remedy: str) -> None:
 
 def _outdated_stages(run_dir: Path, stages: Records) -> Iterator[tuple[str, str]]:
     """The stages that were made from other weights than those beside them, which tables would call theirs."""
-    pruned = stages.get("prune", {}).get("output")
+    pruned, base, adapter = stages.get("prune", {}).get("output"), _base(stages), _adapter(run_dir, stages)
     gone = set()
     for stage, folder in (("train", "adapter"), ("merge", "merged")):
         used = stages.get(stage, {}).get("inputs", {})
         if _differ(used.get("pruned"), pruned):
             gone.add(stage)
             yield stage, f"{run_dir / folder} was made from other weights than pruned/ holds; sppctl {stage} --force"
-    adapter = _adapter(run_dir)
+        elif _differ(used.get("base"), base):
+            gone.add(stage)
+            yield stage, f"{run_dir / folder} was made with another dense model than pruned/; sppctl {stage} --force"
     if "merge" not in gone and _differ(stages.get("merge", {}).get("inputs", {}).get("adapter"), adapter):
         yield "merge", f"{run_dir / 'merged'} was merged with another adapter than adapter/ holds; sppctl merge --force"
 
 
 def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Iterator[tuple[str, str]]:
     pruned = stages.get("prune", {}).get("output")
-    adapter = _adapter(run_dir)
+    adapter = _adapter(run_dir, stages)
     held = {
-        "base": stages.get("prune", {}).get("inputs", {}).get("base"),
+        "base": _base(stages),
         "pruned": pruned,
         "adapter": f"{pruned}+{adapter}" if pruned and adapter else None,
         "merged": stages.get("merge", {}).get("output"),
     }
-    for label in [label for label in held if label in results]:
+    for label in list(results):
         path = run_dir / "eval" / f"{label}.json"
         stage = STAGES.get(label)
-        if _differ(results[label].get("fingerprint"), held[label]):
+        if _differ(results[label].get("fingerprint"), held.get(label)):
             what = "pruned/ was made from" if label == "base" else f"{label}/ holds"
             yield label, f"{path} measures other weights than {what}; sppctl eval --model {label}"
         elif stage is not None and stage not in stages and (run_dir / label / "stage.json").is_file():
             yield label, f"{path} measures weights that are left out with their stage"
+        elif any(_differ(reference, held["base"]) for reference in _compared_with_base(results[label])):
+            yield label, f"{path} compares with another dense model than was pruned; sppctl eval --model {label}"
 
 
 def _differ(one: str | None, other: str | None) -> bool:
@@ -131,6 +134,22 @@ def _differ(one: str | None, other: str | None) -> bool:
     return None not in (one, other) and one != other
 
 
-def _adapter(run_dir: Path) -> str | None:
+def _base(stages: Records) -> str | None:
+    """The dense model that was pruned."""
+    found: str | None = stages.get("prune", {}).get("inputs", {}).get("base")
+    return found
+
+
+def _compared_with_base(content: dict[str, Any]) -> Iterator[str | None]:
+    """What the run's dense model was whenever something was compared with it."""
+    for result in content["results"]:
+        if result["settings"]["kind"] == "perplexity" and "compared_with" not in result["metrics"]:
+            yield result["settings"].get("reference")
+
+
+def _adapter(run_dir: Path, stages: Records) -> str | None:
+    if "output" in stages.get("train", {}):
+        recorded: str = stages["train"]["output"]
+        return recorded
     folder = run_dir / "adapter"
     return checkpoint.fingerprint(folder) if any(folder.glob("*.safetensors")) else None

@@ -26,6 +26,7 @@ from sppctl import console, distributed, launch
 from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
+from sppctl.lm import integrity
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFile, TensorFiles
 from sppctl.lm.targets import stored_name
@@ -255,14 +256,18 @@ class MaskRefresh(Reporting):
             history: the Trainer's log, which holds a record of each refresh.
         """
         regrown = kept = 0
+        masks = {}
         for name in self.layers:
-            mask = self.base_weight(name).cpu() != 0
+            weight = self.base_weight(name).cpu()
+            mask = weight != 0
             kept += int(mask.sum())
             if name in self.changed:
+                masks[name] = integrity.mask_digest(weight)
                 regrown += int((mask & (self.pruned.read(self.stored[name]) == 0)).sum())
         return {
             "refreshes": [entry for entry in history if "swaps" in entry],
             "changed_matrices": len(self.changed),
+            "masks": masks,
             "regrown_share": regrown / max(1, kept),
             "base_weights": f"{REFRESHED} replaces matrices of the pruned checkpoint; on those the adapter is wrong"
             if self.changed

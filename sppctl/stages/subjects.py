@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sppctl import console, distributed, sealed
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint
+from sppctl.lm import checkpoint, integrity
 from sppctl.lm.safe_files import TensorFile
 from sppctl.stages.refreshed import REFRESHED
 
@@ -31,18 +32,23 @@ class Subject:
         """The checkpoint or the adapter at ``path``.
 
         Raises:
-            UserError: the adapter's base checkpoint is not beside it, nor where it says, or holds other weights now.
+            UserError: the adapter's base checkpoint is not beside it, nor where it says, or holds other weights now; or
+            files are not those that a record beside them says.
         """
+        record = _verified(path)
         settings = path / ADAPTER
         if not settings.is_file():
             return cls(label, path)
-        named = json.loads(settings.read_text()).get("base_model_name_or_path") or "pruned"
-        record = path / RECORD
-        trained_on = json.loads(record.read_text())["inputs"]["pruned"] if record.is_file() else None
+        try:
+            named = json.loads(settings.read_text()).get("base_model_name_or_path") or "pruned"
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{settings} is not the configuration of a PEFT adapter ({error})") from error
+        trained_on = record["inputs"]["pruned"] if record else None
         # in a run directory that was moved or copied, what the adapter names is another run's
         places = [place for place in (path.resolve().parent / "pruned", Path(named)) if (place / CONFIG).is_file()]
         for base in places or [_from_the_hub(path, named)]:
-            if trained_on in (None, checkpoint.fingerprint(base)):
+            if trained_on in (None, fingerprint(base)):
+                _verified(base)
                 return cls(label, base, path)
         raise UserError(
             f"{path} was trained on other weights than {places[0] if places else named} holds now; "
@@ -57,8 +63,8 @@ class Subject:
     @cached_property
     def fingerprint(self) -> str:
         """Of all weights."""
-        own = checkpoint.fingerprint(self.directory)
-        return own if self.adapter is None else f"{own}+{checkpoint.fingerprint(self.adapter)}"
+        own = fingerprint(self.directory)
+        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter)}"
 
     def load(self, device: torch.device, dtype: str, trust_remote_code: bool) -> Any:
         """The model, in evaluation mode; adapted layers in place of plain ones if there is an adapter."""
@@ -69,6 +75,23 @@ class Subject:
 
         _refresh(model, self.adapter)
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
+
+
+def fingerprint(directory: Path) -> str:
+    """Of weights that one process reads for all, which must all ask."""
+    with console.working(f"hashing the weights in {directory}"):
+        return distributed.decide(partial(checkpoint.fingerprint, directory))
+
+
+def _verified(directory: Path) -> dict[str, Any] | None:
+    """The record in a directory that a stage has published, whose files are as it says; None without a record."""
+    path = directory / RECORD
+    if not path.is_file():
+        return None
+    record = sealed.read(path, remedy := "redo the stage with --force")
+    with console.working(f"checking the files of {directory}"):
+        distributed.decide(partial(integrity.check, directory, record["files"], remedy))
+    return record
 
 
 def _from_the_hub(adapter: Path, name: str) -> Path:

@@ -16,7 +16,6 @@ import torch
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from sppctl import console, distributed, launch
 from sppctl.attempts import CHECKPOINTS
@@ -26,8 +25,9 @@ from sppctl.lm.blocks import Skeleton
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import distill, evaluate, methods, plan, prune, refresh, shards
+from sppctl.stages import resume as resuming
 from sppctl.stages.feed import Feed, load_rows
-from sppctl.stages.trainer import SparseTrainer, demand_files
+from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
 LOGS = "logs"
@@ -124,12 +124,13 @@ def execute(
     methods.start_at_stored(peft_model, pruned)
     if strategy == "ddp":
         shards.keep_frozen_weights(peft_model)
+    tuner: Any = peft_model.base_model
     trainable, total = peft_model.get_nb_trainable_parameters()
     console.note(
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
     )
     checkpoints = out / CHECKPOINTS
-    newest = distributed.decide(lambda: _newest(checkpoints, strategy)) if resume else None
+    newest = distributed.decide(partial(resuming.newest, checkpoints, strategy)) if resume else None
     if newest:
         console.note(f"resuming from {newest}")
         if strategy == "fsdp":
@@ -168,6 +169,7 @@ def execute(
     tokens = trainer.state.num_input_tokens_seen
     return {
         "method": train.method,
+        "modules": sorted(tuner.targeted_module_names),
         "trainable_parameters": trainable,
         "trainable_share": trainable / total,
         "steps": trainer.state.global_step,
@@ -183,14 +185,6 @@ def execute(
         "refresh": refreshing and refreshing.metrics(trainer.state.log_history),
         "history": history,
     }
-
-
-def _newest(checkpoints: Path, strategy: str | None) -> str | None:
-    """The newest checkpoint, if there is one; it must be one that the strategy can continue from."""
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is not None:
-        demand_files(Path(newest), strategy)
-    return newest
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from sppctl.stages import shards
 from sppctl.stages.distill import Distillation
 from sppctl.stages.feed import Feed
 from sppctl.stages.refresh import MaskRefresh
+from sppctl.stages.resume import OPTIMIZER, SCHEDULER, seal
 from sppctl.stages.watch import FiniteLoss, Reporting
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
 
 
 class SparseTrainer(Trainer):  # type: ignore[misc]
@@ -232,17 +232,11 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         distributed.barrier()
         if self.is_fsdp_enabled:  # before anything is written: a process whose disk is full must not miss the others
             self.gathered = shards.gathered(self.model), shards.gathered_state(self.optimizer)
-        problem = None
-        try:
-            super()._save_checkpoint(model, trial)
-            if distributed.is_main():
-                if self.refresh is not None:
-                    self.refresh.save(saving / f"checkpoint-{self.state.global_step}")
-                sync_tree(saving)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            problem = _reason(error)
+        name = f"checkpoint-{self.state.global_step}"
+        problem = _problem(lambda: self._write_checkpoint(model, trial, saving / name))
+        # when all have written their parts
+        problem = problem or _problem(lambda: self._complete_checkpoint(saving / name))
         self.gathered = None
-        problem = distributed.first(problem)
         if problem is not None:
             shutil.rmtree(saving, ignore_errors=True)
             newest = get_last_checkpoint(str(checkpoints))
@@ -251,12 +245,21 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; {rest}"
             )
         if distributed.is_main():
-            name = f"checkpoint-{self.state.global_step}"
             shutil.rmtree(checkpoints / name, ignore_errors=True)
             os.rename(saving / name, checkpoints / name)
             sync(checkpoints)  # the name is on the disk before an older checkpoint goes
             rotate_checkpoints(output_dir=str(checkpoints), save_total_limit=self.args.save_total_limit)
         distributed.barrier()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, directory: Path) -> None:
+        super()._save_checkpoint(model, trial)
+        if distributed.is_main() and self.refresh is not None:
+            self.refresh.save(directory)
+
+    def _complete_checkpoint(self, directory: Path) -> None:
+        if distributed.is_main():
+            seal(directory)
+            sync_tree(directory.parent)
 
     # --- resuming -----------------------------------------------------------------------------------------------------
 
@@ -273,26 +276,18 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
 
+def _problem(write: Callable[[], Any]) -> str | None:
+    """Why this process, or the first of the others, cannot write its part of a checkpoint; None: all have."""
+    problem = None
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
+        problem = _reason(error)
+    return distributed.first(problem)
+
+
 def _reason(error: Exception) -> str:
     """What the operating system said; writers of archives and tensors hide a full disk behind words of their own."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     writing = isinstance(error, SafetensorError) or any(word in text.lower() for word in ("write", "enforce fail"))
     return f"{text} (is the disk full?)" if writing and not isinstance(error, OSError) else text
-
-
-def demand_files(checkpoint: Path, strategy: str | None) -> None:
-    """Raises UserError if a checkpoint lacks what a training under a strategy goes on from.
-
-    The Trainer would do without, with an optimizer and a schedule that start anew.
-    """
-    of_deepspeed = any(checkpoint.glob("global_step*"))
-    wanted = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
-    missing = [name for name in [*wanted, "trainer_state.json"] if not (checkpoint / name).is_file()]
-    if not missing and (strategy != "zero3" or of_deepspeed):
-        return
-    other = "launch.strategy=zero3" if of_deepspeed else "ddp or fsdp"
-    reason = f": it was written under {other}" if of_deepspeed != (strategy == "zero3") else ""
-    raise UserError(
-        f"{checkpoint} lacks {', '.join(missing) or 'global_step*'}, which training under {strategy or 'one process'} "
-        f"continues from{reason}; continue as it was begun, remove this checkpoint, or start again (--no-resume)"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl import distributed, strict_json
+from sppctl import distributed, sealed, strict_json
+from sppctl.errors import UserError
+from sppctl.lm import integrity
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
 from sppctl.lm.safe_files import TensorFiles
@@ -20,17 +21,30 @@ from sppctl.stages.block_work import BlockWork
 from sppctl.stages.given_masks import warn_of_sparser
 from sppctl.stages.layers import Plan, SharedInputs
 
+START_AGAIN = "sppctl prune --force starts the stage again"
+
 
 class Journal:
     """Which blocks are finished, with their records: one line of JSON each, written after the block's weights."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what an interrupted run left; a torn last line is not a finished block."""
+        """Reads what an interrupted run left; a torn last line is not a finished block.
+
+        Raises:
+            UserError: another line is damaged.
+        """
         self.path = path
         self.blocks: list[dict[str, Any]] = []
         if path.is_file():
             lines = path.read_bytes().split(b"\n")
-            self.blocks = [json.loads(line) for line in lines[:-1]]
+            for number, line in enumerate(lines[:-1]):
+                try:
+                    entry = sealed.parse(line)
+                    if entry["block"] != number:
+                        raise ValueError(f"it is of block {entry['block']}, not {number}")
+                except ValueError as error:
+                    raise UserError(f"{path}: line {number + 1} is damaged ({error}); {START_AGAIN}") from error
+                self.blocks.append(entry)
             # what follows the last whole line would spoil the next one
             if lines[-1]:
                 with path.open("r+b") as file:
@@ -41,7 +55,7 @@ class Journal:
         self.blocks.append(entry)
         if distributed.is_main():
             with self.path.open("a") as file:
-                file.write(strict_json.dumps(entry) + "\n")
+                file.write(strict_json.dumps(sealed.seal(entry)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -60,7 +74,11 @@ def prune_blocks(
         journal: of finished blocks; those are only run, not pruned.
 
     Yields:
-        Per block: ``{"block", "layers": [LayerRecord as dict], "reconstruction": errors before and after or None}``.
+        Per block: ``{"block", "layers": [LayerRecord as dict, in the first process with the digest of its mask],
+        "reconstruction": errors before and after or None}``.
+
+    Raises:
+        UserError: the copy does not hold what the journal says.
     """
     groups = SharedInputs()
     last = _last_with_targets(stack, plan)
@@ -72,8 +90,12 @@ def prune_blocks(
         if index < len(journal.blocks):
             if feeding is not None:
                 stack.load_block(index)
-                for target in targets.values():
-                    target.view(stack.model).copy_(stack.matrix(target, out))
+                for layer in journal.blocks[index]["layers"]:
+                    target = targets[layer["name"]]
+                    weight = stack.matrix(target, out)
+                    if integrity.mask_digest(weight) != layer["mask"]:
+                        raise UserError(f"{out.directory}: {target.name} is not what was pruned; {START_AGAIN}")
+                    target.view(stack.model).copy_(weight)
                 feeding.run(index)
                 stack.release_block(index)
             yield journal.blocks[index]
@@ -91,6 +113,8 @@ def prune_blocks(
                     stack.write(target, out)
                 for name in {name for target in targets.values() for name in stack.homes(target)}:
                     out.files[name].sync()
+                for layer in entry["layers"]:  # as it will be read again
+                    layer["mask"] = integrity.mask_digest(stack.matrix(targets[layer["name"]], out))
         distributed.barrier()
         journal.append(entry)
         # in module order the pass that pruned the block has fed the next

@@ -320,7 +320,7 @@ def rewrite(file: Path, **changes: Any) -> None:
     kept: dict[str, Any] = {"tokens": load_file(file)["windows"].clone(), "name": "windows"}
     kept |= {"made": "random-document"} | changes
     tensors = {kept["name"]: kept["tokens"]}
-    save_file(tensors, file, {"made": kept["made"], "hash": cache_files.digest(tensors)})
+    save_file(tensors, file, {"made": kept["made"], "hash": cache_files.seal(file, tensors, {"made": kept["made"]})})
 
 
 DAMAGES = {

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaModel
 
-from sppctl import pipeline
+from sppctl import pipeline, sealed
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint, data
@@ -189,7 +189,8 @@ def test_an_infinite_perplexity_is_null(work: Callable[..., Run], llama: Path, t
     content = pipeline.evaluate_some(work(), ["hopeless"])["hopeless"]
     assert content["results"][0]["metrics"]["value"] is None
     assert content["results"][0]["metrics"]["nll"] > 700
-    assert json.loads((tmp_path / "run/eval/hopeless.json").read_text(), parse_constant=pytest.fail) == content
+    written = json.loads((tmp_path / "run/eval/hopeless.json").read_text(), parse_constant=pytest.fail)
+    assert written == sealed.seal(content)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -226,6 +227,9 @@ def test_an_adapter_anywhere(trained: Run, work: Callable[..., Run], tmp_path: P
     assert elsewhere["results"][0]["metrics"]["nll"] == inside["results"][0]["metrics"]["nll"]
     settings = json.loads(Path("mine/adapter_config.json").read_text()) | {"base_model_name_or_path": "./gone"}
     Path("mine/adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"mine/adapter_config.json is damaged"):
+        pipeline.evaluate_some(work("run.dir=other"), ["mine"])
+    Path("mine/stage.json").unlink()  # an adapter without a record may say what it likes
     with pytest.raises(UserError, match=r"mine adapts \./gone, which is not there"):
         pipeline.evaluate_some(work("run.dir=other"), ["mine"])
 

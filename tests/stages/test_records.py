@@ -69,6 +69,18 @@ def test_an_adapter_that_was_trained_again_is_not_in_the_merged_weights(run: Pat
     assert notes[0] == f"{run}/merged was merged with another adapter than adapter/ holds; sppctl merge --force"
 
 
+def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
+    change(run / "pruned/stage.json", inputs={"base": "b" * 16})
+    change(run / "adapter/stage.json", inputs={"base": "another"})
+    content = json.loads((run / "eval/merged.json").read_text())
+    content["results"][0]["settings"]["reference"] = "another"
+    change(run / "eval/merged.json", results=content["results"])
+    assert read(run)[2] == [
+        f"{run}/adapter was made with another dense model than pruned/; sppctl train --force",
+        f"{run}/eval/merged.json compares with another dense model than was pruned; sppctl eval --model merged",
+    ]
+
+
 def test_records_that_do_not_say_what_they_belong_to_stay(run: Path) -> None:
     for path in [*run.glob("*/stage.json"), *run.glob("eval/*.json")]:
         record = json.loads(path.read_text())
@@ -83,7 +95,7 @@ def test_records_that_do_not_say_what_they_belong_to_stay(run: Path) -> None:
     ("record", "content", "said"),
     [
         ("eval/notes.json", '{"a": 1}', "(it has no results); delete it and run sppctl eval again"),
-        ("eval/notes.json", "[1]", "(it has no results); delete it"),
+        ("eval/notes.json", "[1]", "(it is not a JSON object); delete it"),
         ("eval/notes.json", '{"results": []}', "(it has no sparsity.sparsity); delete it"),
         ("merged/stage.json", "{}", "(it has no wall_time_s); sppctl merge --force redoes it"),
         ("merged/stage.json", '{"wall_time_s": 1, "metrics": {}}', "(it has no metrics.matrices); sppctl merge"),

@@ -21,7 +21,8 @@ from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
 from sppctl.stages import prune, train
-from sppctl.stages.trainer import SparseTrainer, demand_files
+from sppctl.stages.resume import demand_files
+from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss
 
 

@@ -15,6 +15,7 @@ import torch
 from processes import Ended, Process, environment
 from safetensors.torch import load_file
 
+from sppctl import sealed
 from sppctl.stages import train  # noqa: F401  (what is imported here, no forked process has to import)
 
 # each ends the process as kill -9 does, at the named point of a training of 10 steps with a checkpoint every 3
@@ -214,7 +215,7 @@ def test_an_attempt_at_something_else_is_not_thrown_away(training: list[str], tm
         )
     record = tmp_path / "run" / "pruned" / "stage.json"
     whole = record.read_text()
-    record.write_text(json.dumps(json.loads(whole) | {"output": "others"}))
+    record.write_text(json.dumps(sealed.seal(sealed.parse(whole) | {"output": "others"})))
     refused = sppctl(training)
     assert refused.returncode == 2
     assert "attempt with other pruned content" in refused.stderr
@@ -231,9 +232,9 @@ def test_a_forced_training_continues_before_it_replaces_what_is_published(
 ) -> None:
     adapter = tmp_path / "run" / "adapter"
     shutil.copytree(Path(prepared[0]).parent / "whole", adapter)
-    record = json.loads((adapter / "stage.json").read_text())
+    record = sealed.parse((adapter / "stage.json").read_text())
     record["settings"]["train"]["lr"], record["fingerprint"] = 1.0, "another"
-    (adapter / "stage.json").write_text(json.dumps(record))
+    (adapter / "stage.json").write_text(json.dumps(sealed.seal(record)))
     assert "--force redoes it" in sppctl(training).stderr
     assert sppctl([*training, "--force"], CUT).returncode == -signal.SIGKILL
     done = sppctl([*training, *again])
@@ -251,11 +252,12 @@ def test_what_nobody_can_tell_the_settings_of_is_kept_if_it_holds_work(
     partial = tmp_path / "run" / ".adapter.partial"
     checkpoint = partial / "checkpoints" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").touch()
     (partial / "attempt.json").write_text(note)
     refused = sppctl(training)
     assert refused.returncode == 2
     assert "nobody can tell the settings of (attempt.json is damaged)" in refused.stderr
-    checkpoint.rmdir()
+    (checkpoint / "optimizer.pt").unlink()  # an empty folder is no work
     done = sppctl(training)
     assert done.returncode == 0, done.stderr
 
@@ -277,7 +279,7 @@ def test_a_damaged_record_is_named_and_force_redoes_the_stage(text: str, trainin
 @pytest.mark.parametrize(
     "patch",
     [
-        "train._load = lambda *_: die(signal.SIGUSR1)",
+        "train.checkpoint.load_model = lambda *_, **__: die(signal.SIGUSR1)",
         "trainer.SparseTrainer.evaluate = lambda self: die(signal.SIGUSR1)",
         "cli.load_config = lambda *_: die(signal.SIGUSR1)",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from sppctl import cli, pruning
+from sppctl import attempts, cli, pruning, sealed
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
 from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import Skeleton
+from sppctl.lm.safe_files import TensorFiles
 from sppctl.pattern import Pattern
 from sppctl.pruning import Hessian, allocate, prune_linear
 from sppctl.pruning.sparsegpt import prune_sparsegpt
@@ -272,7 +274,6 @@ def test_owl_shares_out_the_wanted_ratio(
         compared = columns if method == "wanda" else rows * columns  # scores are compared within a row or a matrix
         wanted = ratios[int(layer["name"].split(".")[2])]
         assert layer["sparsity"] == math.floor(compared * wanted) / compared
-    assert not (tmp_path / "out" / prune.ALLOCATION).exists()
 
 
 def test_owl_leaves_overrides_and_blocks_without_targets_alone(
@@ -734,11 +735,57 @@ def test_a_torn_line_of_the_journal_is_no_finished_block(
 
 def test_a_torn_line_is_cut_off_before_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    path.write_text('{"block": 0}\n{"block"')
+    walk.Journal(path).append({"block": 0})
+    first = path.read_text()
+    path.write_text(first + '{"block"')
     journal = walk.Journal(path)
     journal.append({"block": 1})
-    assert path.read_text() == '{"block": 0}\n{"block": 1}\n'
+    assert path.read_text() == f"{first}{json.dumps(sealed.seal({'block': 1}))}\n"
     assert walk.Journal(path).blocks == [{"block": 0}, {"block": 1}]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [lines[0][:9], *lines[1:]], "line 1 is damaged"),
+        (lambda lines: [lines[0], lines[1].replace("0.5", "0.7"), lines[2]], "line 2 is damaged (its content is not"),
+        (lambda lines: [*lines[:2], "[3]"], "line 3 is damaged (it is not a JSON object)"),
+        (lambda lines: [lines[0], lines[2]], "line 2 is damaged (it is of block 2, not 1)"),
+    ],
+    ids=["cut", "a number", "another type", "a line is gone"],
+)
+def test_a_damaged_line_of_the_journal_is_named(change: Callable[..., list[str]], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = walk.Journal(path)
+    for block in range(3):
+        journal.append({"block": block, "layers": [{"sparsity": 0.5}]})
+    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
+    with pytest.raises(UserError) as caught:
+        walk.Journal(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).endswith("; sppctl prune --force starts the stage again")
+
+
+def test_a_finished_block_that_was_changed_since_is_not_continued_from(
+    configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = configure("prune.method=wanda"), tmp_path / "out"
+    interrupted(config, deep, out, monkeypatch)
+    name = "model.layers.1.mlp.down_proj"
+    TensorFiles(out).write(f"{name}.weight", TensorFiles(deep).read(f"{name}.weight"))
+    with pytest.raises(UserError, match=rf"out: {name} is not what was pruned; sppctl prune --force starts"):
+        prune.execute(config, deep, out)
+
+
+def test_a_damaged_allocation_is_named(
+    configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = configure("prune.pattern=0.5", "prune.allocation=owl"), tmp_path / "out"
+    interrupted(config, deep, out, monkeypatch)
+    path = out / prune.ALLOCATION
+    path.write_text(path.read_text().replace("0.", "0.0", 1))
+    with pytest.raises(UserError, match=r"allocation\.json is damaged \(its content is not what was written\); sppctl"):
+        prune.execute(config, deep, out)
 
 
 def test_a_torn_allocation_is_made_again(
@@ -747,14 +794,14 @@ def test_a_torn_allocation_is_made_again(
     """The process ends while the file of ratios is written."""
     config, out = configure("prune.pattern=0.5", "prune.allocation=owl"), tmp_path / "out"
 
-    def half(self: Path, text: str) -> None:
-        with self.open("w") as file:
-            file.write(text[:10])
+    def stop(aside: Path, path: Path) -> None:
+        assert path.name == prune.ALLOCATION
+        aside.write_text(aside.read_text()[:10])
         raise KeyboardInterrupt
 
     out.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             prune.execute(config, deep, out, dtype="float32")
     prune.execute(config, deep, out, dtype="float32")
@@ -788,7 +835,8 @@ def test_hidden_states_may_wait_on_the_disk(configure: Callable[..., Config], de
         _, metrics = pruned(configure(f"prune.memory={memory}", "prune.batch_size=3"), deep, tmp_path / memory)
         assert metrics["activations"] == memory
     assert shards(tmp_path / "ram") == shards(tmp_path / "disk")
-    assert {path.name for path in (tmp_path / "disk").iterdir()} == {path.name for path in deep.iterdir()}
+    left = {path.name for path in (tmp_path / "disk").iterdir()} - set(attempts.WORKING)
+    assert left == {path.name for path in deep.iterdir()}
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])

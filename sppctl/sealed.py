@@ -1,0 +1,78 @@
+"""JSON records that show whether they are still what was written: each holds a format number and a digest of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sppctl import strict_json
+from sppctl.errors import UserError
+
+FORMAT = 1  # of everything that is sealed; raised when an older version could misread a newer record
+SEAL = ("format", "digest")
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a format number and a digest, to be written."""
+    # as it will be read again: JSON turns tuples into lists, and numbers as keys into text
+    content: dict[str, Any] = json.loads(strict_json.dumps(record))
+    return content | {"format": FORMAT, "digest": _digest(content)}
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record with its seal: whole or absent, and on the disk before this returns."""
+    strict_json.write(path, seal(record))
+
+
+def parse(text: str | bytes, *, older: bool = False) -> dict[str, Any]:
+    """The record in a JSON text, without its seal.
+
+    Args:
+        text: of one record.
+        older: accept one without a seal, which earlier versions wrote.
+
+    Raises:
+        ValueError: it is not as it was written; the message says why.
+    """
+    try:
+        record = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    if not record.keys() & set(SEAL):
+        if older:
+            return record
+        raise ValueError("it has no format number: another program or an older version of sppctl wrote it")
+    found, digest = (record.pop(key, None) for key in SEAL)
+    if found != FORMAT:
+        raise ValueError(f"its format is {found!r}, this version of sppctl reads {FORMAT}")
+    if digest != _digest(record):
+        raise ValueError("its content is not what was written")
+    return record
+
+
+def read(path: Path, remedy: str, *, older: bool = False) -> dict[str, Any]:
+    """The record in a file, without its seal.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a damaged one.
+        older: as for :func:`parse`.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or has another format.
+    """
+    try:
+        return parse(path.read_bytes(), older=older)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,86 @@
+"""A run's files, read anew, against what its records say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sppctl import sealed
+from sppctl.errors import UserError
+from sppctl.lm import integrity
+from sppctl.stages import tasks
+from sppctl.stages.evaluate import read_results
+
+STAGES = {"base": None, "pruned": "prune", "adapter": "train", "merged": "merge"}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One file of a run.
+
+    Attributes:
+        artefact: the folder in the run that it belongs to.
+        file: its path in that folder.
+        state: ``ok``, ``damaged``, ``missing``, or ``surplus``: not recorded, though it would be loaded.
+        problem: what is wrong and what to do; None: nothing.
+    """
+
+    artefact: str
+    file: str
+    state: str
+    problem: str | None = None
+
+
+def execute(run_dir: Path) -> list[Checked]:
+    """Reads every byte of what the stages of a run have published, and its results.
+
+    Raises:
+        UserError: there is no run, or a file cannot be read.
+    """
+    found = [file for folder, stage in STAGES.items() for file in _artefact(run_dir / folder, stage)]
+    for path in sorted((run_dir / "eval").glob("*.json")):
+        found += _results(path)
+    if not found:
+        raise UserError(f"{run_dir} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
+    return found
+
+
+def _artefact(directory: Path, stage: str | None) -> list[Checked]:
+    if not directory.is_dir():
+        return []
+    remedy = f"sppctl {stage} --force redoes the stage" if stage else f"delete {directory}, and it is unpacked again"
+    path = directory / integrity.RECORD
+    try:
+        record = sealed.read(path, remedy)
+        if record["stage"] != (stage or directory.name):
+            raise UserError(f"{path} is the record of another stage ({record['stage']}); {remedy}")
+    except UserError as error:
+        state = integrity.DAMAGED if path.is_file() else integrity.MISSING
+        return [Checked(directory.name, integrity.RECORD, state, str(error))]
+    states = integrity.compare(directory, record["files"], anew=True)
+    return [Checked(directory.name, integrity.RECORD, integrity.OK)] + [
+        Checked(
+            directory.name,
+            name,
+            state,
+            None if state == integrity.OK else integrity.explain(directory / name, state, remedy),
+        )
+        for name, state in sorted(states.items())
+    ]
+
+
+def _results(path: Path) -> list[Checked]:
+    try:
+        sealed.read(path, "delete it and run sppctl eval again")  # one without a seal cannot be verified
+        content = read_results(path)
+    except UserError as error:
+        return [Checked("eval", path.name, integrity.DAMAGED, str(error))]
+    found = [Checked("eval", path.name, integrity.OK)]
+    samples = path.with_suffix(".samples")
+    for result in content["results"]:
+        if not tasks.has_samples(result, samples):
+            problem = (
+                f"{samples} does not hold the samples of {result['settings']['tasks']}; sppctl eval measures again"
+            )
+            found.append(Checked("eval", samples.name, integrity.DAMAGED, problem))
+    return found

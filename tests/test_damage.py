@@ -1,0 +1,192 @@
+"""A finished run, one of whose files is not what a stage left there: the next stage that reads it says which."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sppctl import pipeline, sealed
+from sppctl.config import load_config
+from sppctl.errors import UserError
+from sppctl.lm import integrity
+from sppctl.run_directory import Run
+from sppctl.stages import verify
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
+    """A folder with a configuration, the base model and a finished run; tests work in copies."""
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copytree(llama, root / "base")
+    (root / "tiny.yaml").write_text(
+        f"""
+run: {{dir: run}}
+model: {{path: base, device: cpu}}
+prune: {{method: magnitude, pattern: 2:4, calibration: {{dataset: {text_file}, samples: 2, seq_len: 64}}}}
+train:
+  rank: 4
+  data: {{dataset: {alpaca_file}, seq_len: 96, val_size: 2}}
+  max_steps: 1
+  batch_size: 2
+  micro_batch_size: 1
+  lr: 1e-2
+eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 128, divergence: null}}
+"""
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        pipeline.run_all(Run(load_config("tiny.yaml")))
+    return root
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def run(*overrides: str, force: bool = False) -> Run:
+    return Run(load_config("tiny.yaml", [*overrides]), force=force)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Damages a file in one way after the other, and makes it whole again."""
+    whole = path.read_bytes()
+    files = sorted(other for other in path.parent.iterdir() if other.is_file())
+    neighbour = files[files.index(path) - 1].read_bytes()
+    bit = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    for name, content in {"a bit": bit, "truncated": whole[: len(whole) // 2], "the neighbour's": neighbour}.items():
+        path.write_bytes(content)
+        yield name
+    path.unlink()
+    yield "missing"
+    path.write_bytes(whole)
+
+
+# --- every file in turn -----------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[[], object]] = {
+    "pruned": lambda: pipeline.train(run()),
+    "adapter": lambda: pipeline.merge(run()),
+    "merged": lambda: pipeline.evaluate_some(run(), ["merged"]),
+    "eval": lambda: pipeline.report([Path("run")]),
+}
+
+
+@pytest.mark.parametrize("folder", READERS)
+def test_every_damage_to_every_file_is_named_by_the_next_stage_that_reads_it(folder: str, here: Path) -> None:
+    paths = [path for path in sorted((here / folder).rglob("*")) if path.is_file() and "logs" not in path.parts]
+    paths = [path for path in paths if path.name != "README.md"]
+    assert len(paths) >= 3
+    for path in paths:
+        for damage in damages(path):
+            if (folder, damage) == ("eval", "missing"):
+                continue  # not measured
+            before = tree(here)
+            with pytest.raises(UserError) as caught:
+                READERS[folder]()
+            lines = str(caught.value).splitlines()
+            name = f"run/{folder}/{path.name}"
+            assert any(line.startswith(f"{name} ") for line in lines), (path, damage, lines)
+            assert tree(here) == before, (path, damage)
+            assert [file.file for file in verify.execute(Path("run")) if file.state != "ok"] == [path.name], damage
+    if folder != "eval":
+        assert len(READERS[folder]()) > 0  # whole again
+
+
+@pytest.mark.parametrize(("folder", "stage"), [("pruned", "prune"), ("adapter", "train"), ("merged", "merge")])
+def test_a_stage_is_not_up_to_date_while_its_own_files_are_damaged(folder: str, stage: str, here: Path) -> None:
+    weights = next((here / folder).glob("*.safetensors"))
+    whole = weights.read_bytes()
+    for _ in damages(weights):
+        with pytest.raises(UserError, match=rf"run/{folder}/{weights.name} .*sppctl {stage} --force"):
+            getattr(pipeline, stage)(run())
+    weights.unlink()
+    getattr(pipeline, stage)(run(force=True))
+    assert weights.read_bytes() == whole
+
+
+def test_weights_that_no_stage_wrote_are_refused(here: Path) -> None:
+    shutil.copy(here / "pruned/model.safetensors", here / "merged/model-00001-of-00001.safetensors")
+    with pytest.raises(UserError, match=r"merged/model-00001-of-00001.safetensors is not in the record .*remove it"):
+        pipeline.evaluate_some(run(), ["merged"])
+
+
+def test_a_run_that_was_moved_or_copied_is_whole(here: Path) -> None:
+    shutil.copytree(here, here.parent / "copy")
+    here.rename(here.parent / "moved")
+    for name in ("copy", "moved"):
+        assert {file.state for file in verify.execute(Path(name))} == {"ok"}
+        pipeline.merge(run(f"run.dir={name}"))
+
+
+# --- records that agree with other weights ----------------------------------------------------------------------------
+
+
+def rehash(directory: Path) -> None:
+    """Lets a record agree with the files that lie beside it now."""
+    path = directory / "stage.json"
+    record = sealed.read(path, "")
+    record["files"] = integrity.hashes(directory, integrity.listing(directory))
+    path.write_text(json.dumps(sealed.seal(record)))
+
+
+def test_merging_is_held_to_the_recorded_masks_not_to_the_file_it_finds(here: Path) -> None:
+    path = here / "pruned/model.safetensors"
+    weights = load_file(path)
+    weights[f"{Q}.weight"] = load_file("base/model.safetensors")[f"{Q}.weight"]
+    save_file(weights, path, {"format": "pt"})
+    rehash(here / "pruned")
+    before = tree(here)
+    with pytest.raises(UserError, match=rf"pruned/model.safetensors: {Q}.weight does not have the zeros .* recorded"):
+        pipeline.merge(run(force=True))
+    assert tree(here) == before
+
+
+def test_half_an_adapter_is_refused_with_a_matrix_that_it_lacks(here: Path) -> None:
+    path = here / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: tensor for name, tensor in weights.items() if ".layers.1." in name}, path, {"format": "pt"})
+    rehash(here / "adapter")
+    with pytest.raises(UserError, match=r"run/adapter lacks 7 of the 14 matrices .* model.layers.0.mlp.down_proj"):
+        pipeline.merge(run(force=True))
+
+
+# --- the base ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["one weight", "another path"])
+def test_a_base_that_is_not_what_was_pruned_is_not_compared_with(how: str, here: Path, llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["lm_head.weight"][100, 20] += 1
+    shutil.copytree(llama, "other")
+    save_file(weights, "other/model.safetensors", {"format": "pt"})
+    override = ["model.path=other"]
+    if how == "one weight":
+        shutil.copy("other/model.safetensors", "base/model.safetensors")
+        override = []
+    before = tree(here)
+    said = r"model.path: \S+ does not hold the weights that run/pruned was made from"
+    for models, more in ((["base"], []), (["merged"], ["eval.divergence=base"])):
+        with pytest.raises(UserError, match=said):
+            pipeline.evaluate_some(run(*override, *more), models)
+    if not override:
+        for more in (["train.distill.teacher=base"], ["train.refresh.steps=1"]):
+            with pytest.raises(UserError, match=said):
+                pipeline.train(run(*more, force=True))
+        with pytest.raises(UserError, match="run/pruned was made with other base content"):
+            pipeline.prune(run())
+    assert tree(here) == before
+    pipeline.evaluate_some(run(*override), ["merged"])  # which has no use for the base
