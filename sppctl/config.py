@@ -250,7 +250,7 @@ def _check_bounds(value: Any, bounds: Mapping[str, float | None]) -> None:
         return
     if math.isinf(value):
         raise ValueError(f"{value} is not a finite number")
-    if abs(value) >= LARGEST:
+    if isinstance(value, int) and abs(value) >= LARGEST:
         raise ValueError(f"{value} is larger than any number that is computed with")
     tests = {
         "low": (value >= (bounds["low"] or 0), "at least"),

@@ -128,7 +128,7 @@ def expand(grid: Mapping[str, Sequence[Any]], exclude: Sequence[Point] = ()) -> 
 def run_name(point: Mapping[str, Any], varying: Sequence[str]) -> str:
     """The values of the keys that vary, such as wanda-2of4-spp-r16-s0; empty if none does."""
     order = [key for key in config_keys() if not key.startswith("run.")] + ["run.seed"]
-    return "-".join(_word(key, point[key]) for key in sorted(varying, key=order.index))
+    return paths.file_stem("-".join(_word(key, point[key]) for key in sorted(varying, key=order.index)))
 
 
 def _word(key: str, value: Any) -> str:

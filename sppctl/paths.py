@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 from sppctl.errors import UserError
+
+LONGEST_STEM = 200  # bytes of the 255 of a file name: the rest is for suffixes
 
 
 def expand(path: str) -> str:
@@ -21,3 +24,11 @@ def expand(path: str) -> str:
         what = "HOME is not set" if own else "there is no such user"
         raise UserError(f"{path}: the home directory is not known ({what}); write the whole path")
     return found
+
+
+def file_stem(name: str) -> str:
+    """The name, shortened to a hash of itself at its end where no file could have it with a suffix of ours."""
+    encoded = name.encode()
+    if len(encoded) <= LONGEST_STEM:
+        return name
+    return f"{encoded[: LONGEST_STEM - 9].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:8]}"

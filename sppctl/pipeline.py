@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed
+from sppctl import console, distributed, paths
 from sppctl.attempts import differences, settled
 from sppctl.config import result_keys
 from sppctl.errors import UserError
@@ -367,7 +367,7 @@ def _label(model: str, directory: Path, reserved: set[str]) -> str:
         here = Path.cwd()
         name = str(directory.relative_to(here) if directory.is_relative_to(here) else directory)
     label = re.sub(r"[^\w.-]+", "-", name.replace("/", "--")).strip("-.")
-    return label if label and label not in reserved else f"{directory.parent.name}--{directory.name}"
+    return paths.file_stem(label if label and label not in reserved else f"{directory.parent.name}--{directory.name}")
 
 
 # --- what a stage depends on ------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "grid": {"config", "settings", "errors", "paths", "yaml12"},
     "launch": {"settings", "console", "errors", "distributed"},
     "pipeline": {
+        "paths",
         "run_directory",
         "attempts",
         "stages",
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "stages": {
         "attempts",
         "files",
+        "paths",
         "lm",
         "adapters",
         "pruning",

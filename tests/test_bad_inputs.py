@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sppctl import cli, pipeline
 from sppctl.config import load_config
@@ -170,6 +171,34 @@ def half_of_another_model(work: Workplace) -> None:
     model.save_pretrained(work.model)
 
 
+def edit_tokenizer(change: Callable[[Any], object], **texts: str) -> Callable[[Workplace], None]:
+    """Another tokenizer beside the same weights, which embed 260 tokens; and files in the workplace."""
+
+    def damage(work: Workplace) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(work.model)
+        change(tokenizer)
+        tokenizer.save_pretrained(work.model)
+        for name, text in texts.items():
+            work.write(name.replace("_", "."), text)
+
+    return damage
+
+
+def add_two_tokens(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<more>", "<image>"])  # 259, which is embedded, and 260
+
+
+def forget_the_end(tokenizer: Any) -> None:
+    tokenizer.eos_token = None
+
+
+def future_tokenizer(work: Workplace) -> None:
+    path = work.model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Telepathy"}
+    path.write_text(json.dumps(tokenizer))
+
+
 def _shape(intermediate_size: int) -> dict[str, int]:
     return {
         "vocab_size": 260,
@@ -297,6 +326,27 @@ MODELS = [
         "run {config} --model model",
         ("model has no usable tokenizer",),
         remove("model/tokenizer.json", "model/tokenizer_config.json"),
+    ),
+    Case(
+        "a tokenizer of a later version",
+        "run {config} --model model",
+        ("model has no usable tokenizer", "tokenizer.json has a form that tokenizers", "pip install -U tokenizers"),
+        future_tokenizer,
+    ),
+    Case(
+        "a tokenizer with code of its own",
+        "run {config} --model model",
+        ("model has no usable tokenizer", "model.trust_remote_code=true"),
+        write(
+            "model/tokenizer_config.json",
+            '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
+        ),
+    ),
+    Case(
+        "a tokenizer without an end of text",
+        "run {config} --model model",
+        ("train: the tokenizer has no end-of-text token", "tokenizer_config.json (eos_token)"),
+        edit_tokenizer(forget_the_end),
     ),
     Case("NaN weights", "prune {config} --model model", (WEIGHT, "NaN"), put_nan, code=1),
     Case(
@@ -633,6 +683,54 @@ TEXTS = [
         "run {config} eval.perplexity=[short.txt]",
         ("eval.perplexity", "short.txt has ", "one window of 64", "shorter eval.seq_len"),
         write("short.txt", "Too little."),
+    ),
+    Case(
+        "calibration with a token that the model does not embed",
+        "prune {config} --model model prune.calibration.dataset=it.txt",
+        ("prune.calibration.dataset: it.txt: token id 260 ('<image>')", "beyond the model's 260 embeddings"),
+        edit_tokenizer(add_two_tokens, it_txt="<more> <image>" * 200),
+    ),
+    Case(
+        "training with a token that the model does not embed",
+        "run {config} --model model train.data.dataset=rows.jsonl train.data.val_size=0 "
+        "\"train.data.prompt='{{instruction}}:'\"",
+        ("train.data: token id 260 ('<image>')", "beyond the model's 260 embeddings"),
+        edit_tokenizer(add_two_tokens, rows_jsonl=5 * ROWS + ROWS.replace('"b"', '"<image>"')),
+    ),
+    Case(
+        "evaluation with a token that the model does not embed, at the end",
+        "eval {config} --model model eval.perplexity=[it.txt] eval.max_tokens=null",
+        ("eval.perplexity: it.txt: token id 260 ('<image>')", "beyond the model's 260 embeddings"),
+        edit_tokenizer(add_two_tokens, it_txt="Nothing. " * 900 + "<image>" + "." * 63),
+    ),
+    Case(
+        "half a character to calibrate with",
+        "prune {config} prune.calibration.dataset=rows.jsonl",
+        ("rows.jsonl: row 2: text has half of a surrogate pair ('\\ud83d')",),
+        write("rows.jsonl", '{"text": "a", "title": "\\ud83d"}\n{"text": "a \\ud83d b"}\n'),
+    ),
+    Case(
+        "half a character in an instruction",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("rows.jsonl: row 3: input has half of a surrogate pair ('\\ude00')",),
+        write("rows.jsonl", 2 * ROWS + '{"instruction": "a", "input": "\\ude00", "output": "b"}\n'),
+    ),
+    Case(
+        "half a character in an evaluation text",
+        "eval {config} eval.perplexity=[rows.json]",
+        ("rows.json: row 1: text has half of a surrogate pair",),
+        write("rows.json", '[{"text": "\\ud83d"}]'),
+    ),
+    Case(
+        "rows of brackets",
+        "run {config} train.data.dataset=rows.jsonl",
+        ("rows.jsonl", "cannot be read as JSON", "recursion"),
+        write("rows.jsonl", "[" * 100_000),
+    ),
+    Case(
+        "perplexity while training on a text that is not there",
+        "train {config} train.perplexity_steps=1 eval.perplexity=[lost.txt]",
+        ("eval.perplexity: lost.txt",),
     ),
     Case("nothing to evaluate", "eval {config} --tasks ,", ("eval.perplexity", "eval.tasks")),
 ]

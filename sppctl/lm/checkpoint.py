@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +348,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: 
     """The tokenizer of a checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none that the installed libraries can read.
     """
     from transformers import AutoTokenizer
 
@@ -355,8 +356,22 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: 
         with quiet_libraries():
             options = {"gguf_file": gguf_file} if gguf_file else {}
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} has no usable tokenizer: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # the readers of its many formats raise what they happen to meet
+        raise UserError(f"{directory} has no usable tokenizer: {_tokenizer_problem(error)}") from error
+
+
+def _tokenizer_problem(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "untagged enum" in reason or "Unknown tokenizer version" in reason:
+        return (
+            f"tokenizer.json has a form that tokenizers {version('tokenizers')} does not know ({reason}); "
+            "pip install -U tokenizers transformers, or use the file of an older release of the model"
+        )
+    if "custom code" in reason:
+        return "it comes with code of its own, which model.trust_remote_code=true runs"
+    if "instantiate the backend tokenizer" in reason:
+        return "no tokenizer.json, tokenizer.model or vocab.json with merges.txt can be read; copy the model's own"
+    return f"{reason[:300]}; download its tokenizer files again"
 
 
 def copy_side_files(source: Path, out: Path) -> None:

@@ -321,9 +321,7 @@ def _documents(
     """One document per row; ``columns``: all that the source has, for it may be read without some of them."""
     wanted = column or "text"
     if all(wanted in row for row in rows):
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row[wanted], str | None):
-                raise UserError(f"{key}: {name}: row {number} has no text in {wanted}")
+        _check_texts(rows, name, key, (), (wanted,))
         return [row[wanted] or "" for row in rows]
     if column is None and all({"instruction", "output"} <= row.keys() for row in rows):
         check_instructions(rows, name, key)
@@ -364,7 +362,7 @@ def _json_values(path: Path, key: str) -> Iterator[Any]:
                 where, first = f", line {number},", False
                 yield json.loads(line)
                 where = ""
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
 
@@ -373,13 +371,26 @@ def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
     """Every row must have texts as instruction and output, and as input a text or nothing.
 
     Raises:
-        UserError: one has not; it is named by its number.
+        UserError: one has not, or one is text that cannot be encoded; it is named by its number.
     """
+    _check_texts(rows, name, key, ("instruction", "output"), ("input",))
+
+
+def _check_texts(
+    rows: list[dict[str, Any]], name: str, key: str, needed: Sequence[str], optional: Sequence[str]
+) -> None:
     for number, row in enumerate(rows, start=1):
-        wrong = [column for column in ("instruction", "output") if not isinstance(row.get(column), str)]
-        wrong += [] if isinstance(row.get("input") or "", str) else ["input"]
+        wrong = [column for column in needed if not isinstance(row.get(column), str)]
+        wrong += [column for column in optional if not isinstance(row.get(column), str | None)]
         if wrong:
             raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
+        for column in (*needed, *optional):
+            half = re.search("[\ud800-\udfff]", row.get(column) or "")
+            if half:
+                raise UserError(
+                    f"{key}: {name}: row {number}: {column} has half of a surrogate pair ({half[0]!r}), which is no "
+                    "character; write the whole one, or leave it out"
+                )
 
 
 def file_hash(name: str) -> str | None:

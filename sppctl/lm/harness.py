@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import hashlib
 import io
+import itertools
 import logging
 import os
 import random
@@ -113,11 +114,11 @@ def expanded(names: list[str], include_path: str | None = None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_tasks(names: list[str], include_path: str | None = None) -> None:
+def check_tasks(names: list[str], include_path: str | None = None, tokenizer: Any = None) -> None:
     """Checks that lm-eval knows every task, without loading any data.
 
     Raises:
-        UserError: it does not, or there is no folder of own tasks.
+        UserError: it does not, there is no such folder, or a task needs an end that the tokenizer does not have.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"eval.include_path: {include_path} is no folder; give the one that holds your tasks' YAML")
@@ -136,6 +137,15 @@ def check_tasks(names: list[str], include_path: str | None = None) -> None:
             f"eval.tasks: {unsafe[0]} runs code that the model has written, which sppctl does not; use lm_eval itself "
             "(--confirm_run_unsafe_code), in a sandbox"
         )
+    if tokenizer is None or tokenizer.eos_token_id is not None:
+        return
+    for member in itertools.chain.from_iterable(members(name, include_path) for name in foreign):
+        kind = (_definition(member.task, include_path) or {}).get("output_type")
+        if kind == "generate_until" or (kind == "loglikelihood_rolling" and tokenizer.bos_token_id is None):
+            raise UserError(
+                f"eval.tasks: {member.task} ({kind}) needs an end-of-text token, and the tokenizer has none; "
+                "name it in the model's tokenizer_config.json (eos_token)"
+            )
 
 
 def _runs_code(member: Member, include_path: str | None) -> bool:
@@ -309,6 +319,8 @@ def evaluate(
             )
             assert found is not None
             samples = {task: _samples(loaded["tasks"][task], logged) for task, logged in found["samples"].items()}
+    except UserError:
+        raise
     except Exception as error:  # whatever datasets, jinja or a task's own code raise
         raise _failed(name, error) from error
     summary = _summary(found)

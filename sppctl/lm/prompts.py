@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sppctl.errors import UserError
+from sppctl.lm.chat import try_template
 
 KEY = "train.data.prompt"
 
@@ -102,6 +103,7 @@ def _chat(tokenizer: Any) -> Style:
 
     example = _user({"instruction": "Say it."})
     answer = {"role": "assistant", "content": RESPONSE_STANDS_HERE}
+    try_template(tokenizer, [[example, answer], [example]], KEY)
     try:
         whole = tokenizer.apply_chat_template([example, answer], tokenize=False)
         prompt({"instruction": "Say it."})

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 from sppctl import distributed
 from sppctl.errors import StageError
+from sppctl.lm import vocabulary
 from sppctl.lm.activations import free_memory
 
 ALL = 1 << 30
@@ -53,6 +54,12 @@ class Scorer(HFLM):
             seed: for generation that draws.
             progress: given what is done and how many of it, a context manager that is told of every one (``advance``).
         """
+        rows = vocabulary.embeddings(model)
+        exceeds = vocabulary.may_exceed(tokenizer, rows)
+        self._embedded = rows if exceeds else None
+        if exceeds or (tokenizer.pad_token_id is None and tokenizer.eos_token_id is None):
+            # lm-eval would pad with a token beyond the model's, or add one
+            tokenizer.pad_token_id = vocabulary.pad_token_id(tokenizer, rows)
         # with "auto" the library asks _detect_batch_size, and hands over all that is to be done at once
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size="auto")
         self.requests_at_a_time, self.seed, self._progress = batch_size, seed, progress
@@ -89,6 +96,10 @@ class Scorer(HFLM):
                 yield batch
                 bar.advance()
 
+    def _check_tokens(self, tokens: list[int]) -> None:
+        if self._embedded is not None:
+            vocabulary.check(tokens, self.tokenizer, self._embedded, "eval.tasks")
+
     # --- log-likelihoods ----------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
@@ -99,6 +110,7 @@ class Scorer(HFLM):
         for texts, context, answer in requests:
             if texts is not None and len(context) + len(answer) > longest:
                 self.truncated.add(texts[0])
+            self._check_tokens(context + answer)
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
         for batch in self._own(self._batches(requests), "batches of requests"):
             found = _halved(self._score, [requests[index] for index in batch])
@@ -137,7 +149,10 @@ class Scorer(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt."""
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        for tokens in prompts:
+            self._check_tokens(tokens)
+        lengths = [len(tokens) for tokens in prompts]
         kinds: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             prompt, options = request.args

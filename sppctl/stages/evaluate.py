@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,9 @@ from jinja2 import TemplateError
 
 from sppctl import __version__, console, distributed, sealed, strict_json
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint, data, harness, perplexity
+from sppctl.lm import checkpoint, data, harness, perplexity, vocabulary
 from sppctl.lm.blocks import Skeleton
+from sppctl.lm.chat import try_template
 from sppctl.settings import Config
 from sppctl.stages import inspect, perplexities, tasks
 from sppctl.stages.perplexities import DenseModel
@@ -39,28 +41,34 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     window = _window(config, limit)
     if config.eval.seq_len is not None and limit is not None and config.eval.seq_len > limit:
         problems.append(f"eval.seq_len: {config.eval.seq_len} exceeds the model's {limit} positions")
-    for name in config.eval.perplexity:
+    checks = [partial(check_text, config, name, skeleton, tokenizer) for name in config.eval.perplexity]
+    checks += [
+        partial(_check_reference, config, skeleton),
+        partial(_check_chat, config, tokenizer, vocabulary.embeddings(skeleton.model)),
+        partial(harness.check_tasks, config.eval.tasks, config.eval.include_path, tokenizer),
+    ]
+    for check in checks:
         try:
-            text = data.load_text(name, "test", "eval.perplexity")
-            start = text.joiner.join(text.documents)[: 64 * window]
-            perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
+            check()
         except UserError as error:
             problems.append(str(error))
     if config.eval.stride is not None and config.eval.stride > window:
         problems.append(
             f"eval.stride: {config.eval.stride} would skip tokens between windows of {window}; at most that"
         )
-    for check, checked in ((_check_reference, skeleton), (_check_chat, tokenizer)):
-        try:
-            check(config, checked)
-        except UserError as error:
-            problems.append(str(error))
-    try:
-        harness.check_tasks(config.eval.tasks, config.eval.include_path)
-    except UserError as error:
-        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) -> None:
+    """Raises UserError if a text is not there, shorter than a window, or has tokens that the model does not embed."""
+    text = data.load_text(name, "test", "eval.perplexity")
+    window, rows = _window(config, checkpoint.max_window(skeleton.config)), vocabulary.embeddings(skeleton.model)
+    whole = text.joiner.join(text.documents)
+    # the start shows whether it suffices; all tokens are looked at where some may be beyond
+    read = whole if vocabulary.may_exceed(tokenizer, rows) else whole[: 64 * window]
+    windows = perplexity.text_windows(tokenizer, read, window, config.eval.max_tokens, name)
+    vocabulary.check(windows, tokenizer, rows, f"eval.perplexity: {name}")
 
 
 def load_data(config: Config) -> None:
@@ -90,18 +98,27 @@ def _check_reference(config: Config, skeleton: Any) -> None:
         )
 
 
-def _check_chat(config: Config, tokenizer: Any) -> None:
+def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
     """The tokenizer has a chat template, and it takes the system prompt."""
     if not config.eval.chat_template or not config.eval.tasks:
         return
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("eval.chat_template: this model's tokenizer has no chat template; set it to false")
     prompt = config.eval.system_prompt
+    chat = [{"role": "user", "content": "Hello"}]
+    instructed = [{"role": "system", "content": prompt or ""}, *chat]
+    try_template(tokenizer, [chat, instructed] if prompt else [chat], "eval.chat_template")
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"eval.chat_template: this model's chat template fails on a question: {reason}") from error
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    vocabulary.check(tokens, tokenizer, rows, "eval.chat_template")
     if prompt is None:
         return
-    chat = [{"role": "system", "content": prompt}, {"role": "user", "content": "Hello"}]
     try:
-        taken = prompt.strip() in tokenizer.apply_chat_template(chat, tokenize=False)
+        taken = prompt.strip() in tokenizer.apply_chat_template(instructed, tokenize=False)
     except TemplateError:
         taken = False
     if not taken:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sppctl import console, distributed
 from sppctl.errors import UserError
-from sppctl.lm import batches, instructions, prompts
+from sppctl.lm import batches, instructions, prompts, vocabulary
 from sppctl.settings import Config
 
 CHECKED_TOKENS = 16  # of each of two examples that must not see each other
@@ -48,8 +48,14 @@ class Feed:
         UserError: the data cannot be had, or leaves nothing to learn from.
     """
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
+    def __init__(self, config: Config, tokenizer: Any, vocab_size: int) -> None:
+        """Loads and tokenises the rows; ``vocab_size``: tokens that the model embeds."""
         train = config.train
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "train: the tokenizer has no end-of-text token, which every response needs; "
+                "name it in the model's tokenizer_config.json (eos_token)"
+            )
         self.rows = load_rows(config)
         tokenised = partial(
             instructions.examples,
@@ -63,8 +69,9 @@ class Feed:
         distils = train.distill.teacher is not None
         if not (self.train.have_responses if distils else self.train.have_labels):
             raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.padded = batches.PadCollator(pad, distils)
+        for part in (self.train, self.held_out):
+            vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
+        self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distils)
         self.packing = self.unchecked = train.data.packing
         self.collator = batches.PackCollator(distils) if self.packing else self.padded
         self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, 1)
@@ -74,9 +81,9 @@ class Feed:
             self.order = batches.LengthGrouped(self.train.lengths, train.batch_size, config.run.seed)
         order = list(self.order or random.Random(config.run.seed).sample(range(len(self.train)), len(self.train)))
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
-        self._tell(train.data.seq_len)
 
-    def _tell(self, seq_len: int) -> None:
+    def tell(self, seq_len: int) -> None:
+        """Prints where the examples are from and what was cut."""
         if len(self.rows.taken) > 1:
             taken = ", ".join(f"{count} of {name}" for name, count in self.rows.taken.items())
             console.note(f"{len(self.train)} examples: {taken}")

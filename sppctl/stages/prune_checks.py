@@ -12,7 +12,7 @@ import torch
 from sppctl import launch, machine
 from sppctl.errors import UserError
 from sppctl.files import demand_space
-from sppctl.lm import checkpoint
+from sppctl.lm import checkpoint, vocabulary
 from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE, free_memory
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
@@ -244,4 +244,6 @@ def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any) -> Iterator
         yield f"prune.calibration.seq_len: {settings.seq_len} exceeds the model's {limit} positions"
         calibrate.calibration_text(config.prune)
     else:
-        calibrate.windows_of(config, tokenizer)
+        windows, _ = calibrate.windows_of(config, tokenizer)
+        where = f"prune.calibration.dataset: {settings.dataset}"
+        vocabulary.check(windows, tokenizer, vocabulary.embeddings(skeleton.model), where)

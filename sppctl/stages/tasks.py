@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed
+from sppctl import console, distributed, paths
 from sppctl.lm import harness
 from sppctl.settings import Config
 
@@ -163,7 +163,7 @@ def _write_samples(path: Path, found: list[dict[str, Any]]) -> str:
 def _samples_name(metrics: dict[str, Any], task: str) -> str:
     """The file of a task's samples: one for each number of examples, so that groups with several do not take turns."""
     count = metrics.get("tasks", {}).get(task, {}).get("num_fewshot")
-    return re.sub(r"[^\w.:-]+", "-", task) + (f".{count}-shot" if count else "") + ".jsonl"
+    return paths.file_stem(re.sub(r"[^\w.:-]+", "-", task)) + (f".{count}-shot" if count else "") + ".jsonl"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

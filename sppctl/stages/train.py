@@ -20,13 +20,13 @@ from transformers.trainer_callback import PrinterCallback
 from sppctl import console, distributed, launch
 from sppctl.attempts import CHECKPOINTS
 from sppctl.errors import Stopped, UserError
-from sppctl.lm import checkpoint, data, perplexity, prompts
+from sppctl.lm import checkpoint, data, perplexity, prompts, vocabulary
 from sppctl.lm.blocks import Skeleton
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import distill, evaluate, methods, plan, prune, refresh, shards
 from sppctl.stages import resume as resuming
-from sppctl.stages.feed import Feed, load_rows
+from sppctl.stages.feed import Feed
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
@@ -57,8 +57,9 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
     for check in (
         partial(prompts.style, train.data.prompt, tokenizer),
-        partial(load_rows, config),
+        partial(Feed, config, tokenizer, vocabulary.embeddings(skeleton.model)),
         partial(distill.preflight, config, skeleton, tokenizer),
+        partial(_check_perplexity, config, skeleton, tokenizer),
     ):
         try:
             check()
@@ -73,12 +74,19 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
-    if train.perplexity_steps is not None and not config.eval.perplexity:
-        problems.append("train.perplexity_steps: eval.perplexity names no text to measure")
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     for line in methods.ignored(train):
         console.warn(line)
+
+
+def _check_perplexity(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
+    """Raises UserError if the perplexity is wanted while training, and there is no text for it."""
+    if config.train.perplexity_steps is None:
+        return
+    if not config.eval.perplexity:
+        raise UserError("train.perplexity_steps: eval.perplexity names no text to measure")
+    evaluate.check_text(config, config.eval.perplexity[0], skeleton, tokenizer)
 
 
 def _check_strategy(config: Config) -> None:
@@ -112,9 +120,9 @@ def execute(
     set_seed(config.run.seed)
     device = checkpoint.pick_device(config.model.device)
     tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{pruned}: its tokenizer has no end-of-text token, which every response needs")
-    feed = Feed(config, tokenizer)
+    embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
+    feed = Feed(config, tokenizer, embedded)
+    feed.tell(train.data.seq_len)
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
         model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
@@ -145,7 +153,7 @@ def execute(
         model=peft_model,
         args=_arguments(config, checkpoints, device, model, bool(feed.held_out)),
         feed=feed,
-        callbacks=[*callbacks, *_perplexity_callback(config, tokenizer)],
+        callbacks=[*callbacks, *_perplexity_callback(config, pruned, tokenizer)],
         finite=FiniteLoss(),
         distillation=distillation,
         refresh=refreshing,
@@ -196,14 +204,14 @@ def _mean_loss(history: list[dict[str, Any]]) -> float | None:
     return total / last if last else None
 
 
-def _perplexity_callback(config: Config, tokenizer: Any) -> list[PerplexityEvery]:
+def _perplexity_callback(config: Config, pruned: Path, tokenizer: Any) -> list[PerplexityEvery]:
     """The perplexity every so many steps, on the first text of the evaluation, if it is wanted."""
     train = config.train
     if train.perplexity_steps is None:
         return []
     name = config.eval.perplexity[0]
     text = data.load_text(name, "test", "eval.perplexity")
-    window = config.eval.seq_len or evaluate.DEFAULT_WINDOW
+    window = evaluate.window_of(config, pruned)
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, window, config.eval.max_tokens, name)
     return [PerplexityEvery(train.perplexity_steps, name, windows)]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,6 +249,44 @@ def test_a_chat_template_shapes_the_prompt(llama: Path, own_tasks: Path, monkeyp
     assert seen
 
 
+def test_padding_that_the_model_does_not_embed_changes_nothing(llama: Path, own_tasks: Path) -> None:
+    model, options = load_model(llama, torch.device("cpu"), "float32"), {"num_fewshot": 0, "limit": 5, "seed": 0}
+    answers = []
+    for token in ("<pad>", "[PAD]"):
+        tokenizer = load_tokenizer(llama)
+        tokenizer.add_tokens(["<more>"])  # 259, the last that is embedded
+        tokenizer.add_special_tokens({"pad_token": token})
+        found = harness.evaluate(model, tokenizer, "said", batch_size=2, include_path=str(own_tasks), **options)
+        answers.append(found)
+    assert tokenizer.convert_tokens_to_ids("[PAD]") == 260
+    assert answers[0] == answers[1]
+
+
+def test_a_question_with_a_token_that_the_model_does_not_embed(llama: Path, own_tasks: Path) -> None:
+    model, options = load_model(llama, torch.device("cpu"), "float32"), {"num_fewshot": 0, "limit": 5, "seed": 0}
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_tokens(["<more>", " plus"])
+    for task in ("small_sums", "said"):
+        with pytest.raises(UserError, match=r"^eval\.tasks: token id 260 \(' plus'\) .* 260 embeddings"):
+            harness.evaluate(model, tokenizer, task, batch_size=2, include_path=str(own_tasks), **options)
+
+
+@pytest.mark.parametrize(
+    ("task", "starts", "refused"),
+    [("said", True, True), ("read", True, False), ("read", False, True), ("sums", False, False)],
+)
+def test_a_task_that_needs_an_end_of_text(task: str, starts: bool, refused: bool, own_tasks: Path) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=None, bos_token_id=1 if starts else None)
+    if not refused:
+        harness.check_tasks([task], str(own_tasks), tokenizer)
+        return
+    with pytest.raises(
+        UserError, match=rf"^eval\.tasks: {task} .* needs an end-of-text token, and the tokenizer has none"
+    ):
+        harness.check_tasks([task], str(own_tasks), tokenizer)
+    harness.check_tasks([task], str(own_tasks), SimpleNamespace(eos_token_id=2))
+
+
 def _recording(seen: list[str]) -> Any:
     original = Scorer.loglikelihood
 
@@ -432,6 +471,7 @@ import lm_eval, torch
 from lm_eval.models.huggingface import HFLM
 from sppctl.lm import checkpoint, harness
 from pathlib import Path
+from types import SimpleNamespace
 
 directory = Path(sys.argv[1])
 model = checkpoint.load_model(directory, torch.device("cpu"), "float32")

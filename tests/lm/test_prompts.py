@@ -6,6 +6,7 @@ import pytest
 from conftest import byte_tokenizer
 
 from sppctl.errors import UserError
+from sppctl.lm import chat
 from sppctl.lm.prompts import formatted, prompt_of, style
 
 WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
@@ -99,15 +100,22 @@ def test_texts_that_cannot_be_prompts(text: str, words: str) -> None:
 
 
 def test_chat_speaks_as_the_template_does() -> None:
-    chat = style("chat", chatting())
-    assert chat.prompt(ROW) == "<|user|>\nAdd.\n\n1 and 2<|end|>\n<|assistant|>\n"
-    assert chat.prompt({"instruction": "Add.", "input": " "}) == "<|user|>\nAdd.<|end|>\n<|assistant|>\n"
-    assert (chat.end, chat.special_tokens) == ("<|end|>", False)
+    chatty = style("chat", chatting())
+    assert chatty.prompt(ROW) == "<|user|>\nAdd.\n\n1 and 2<|end|>\n<|assistant|>\n"
+    assert chatty.prompt({"instruction": "Add.", "input": " "}) == "<|user|>\nAdd.<|end|>\n<|assistant|>\n"
+    assert (chatty.end, chatty.special_tokens) == ("<|end|>", False)
 
 
 def test_another_template_is_another_style() -> None:
     identities = {style("chat", chatting(template)).identity for template in (CHAT, CHAT + " ")}
     assert len(identities | {style(text, None).identity for text in ("alpaca", "{instruction}")}) == 4
+
+
+def test_a_template_that_does_not_end_is_no_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 1)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"^train\.data\.prompt: the tokenizer's chat template takes longer than 1 s"):
+        style("chat", chatting(endless))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_the_first_loss_equals_a_literal_computation(
     entropy = divergence = torch.zeros((), dtype=torch.float64)
     tokens = responses = 0
     with torch.no_grad():
-        for example in Feed(config, tokenizer).train:
+        for example in Feed(config, tokenizer, SMALL["vocab_size"]).train:
             ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
             ours, theirs = student(ids).logits[0, :-1].double(), teacher(ids).logits[0, :-1].double()
             counted = labels != -100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -256,6 +257,10 @@ def test_every_checkpoint_has_a_name_of_its_own(
     first, second = labels(run, "odd name", "odd+name")
     assert first == "odd-name"
     assert second == f"odd-name-{checkpoint.fingerprint(tmp_path / 'odd+name')[:6]}"
+    deep = tmp_path / "/".join(letter * 100 for letter in "xyé")
+    shutil.copytree(llama, deep)
+    (label,) = labels(run, str(deep.relative_to(tmp_path)))
+    assert re.fullmatch(f"{'x' * 100}--{'y' * 89}-[0-9a-f]{{8}}", label)
     monkeypatch.chdir(tmp_path / "x/a/b")
     assert labels(run, ".") == ["a--b"]
     assert labels(run, "../b", "../../a-b")[1] == f"{tmp_path}/x/a-b".strip("/").replace("/", "--")

@@ -13,7 +13,7 @@ from processes import sppctl, sppctl_in_ranks
 from sppctl import pipeline
 from sppctl.config import load_config
 from sppctl.errors import StageError, UserError
-from sppctl.lm import harness
+from sppctl.lm import chat, harness
 from sppctl.lm.checkpoint import load_model, load_tokenizer
 from sppctl.run_directory import Run
 from sppctl.stages import evaluate, tasks
@@ -285,9 +285,30 @@ def test_a_system_prompt_that_a_template_refuses(llama: Path, own_tasks: Path) -
     ):
         tokenizer.chat_template = template
         with pytest.raises(UserError, match=r"eval\.system_prompt: this model's chat template takes no system message"):
-            evaluate._check_chat(config, tokenizer)
+            evaluate._check_chat(config, tokenizer, 260)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    evaluate._check_chat(config, tokenizer)
+    evaluate._check_chat(config, tokenizer, 260)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
+        ("{{ raise_exception('Not now.') }}", "fails on a question: Not now"),
+        ("{{ messages[0].content }}<|im_end|>", r"token id 260 \('<|im_end|>'\) .* beyond the model's 260 embeddings"),
+    ],
+    ids=["endless", "failing", "with a token that the model lacks"],
+)
+def test_a_template_that_no_question_can_be_put_into(
+    template: str, problem: str, llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 1)
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = template
+    config = load_config(None, [f"eval.include_path={own_tasks}", "eval.tasks=[read]", "eval.chat_template=true"])
+    with pytest.raises(UserError, match=rf"^eval\.chat_template: .*{problem}"):
+        evaluate._check_chat(config, tokenizer, 260)
 
 
 def test_data_that_is_not_there_is_missed_before_a_run_starts(

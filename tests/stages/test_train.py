@@ -313,6 +313,20 @@ def test_truncation_is_counted(
     assert "20 of 20 examples (100.0%) are longer than 96 tokens and were cut" in capsys.readouterr().err
 
 
+def test_padding_that_the_model_does_not_embed_changes_nothing(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = configure("train.max_steps=2", "train.log_steps=1")
+    before = trained(config, pruned, tmp_path / "own")
+    tokenizer = checkpoint.load_tokenizer(pruned[0])
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 260
+    tokenizer.save_pretrained(pruned[0])
+    after = trained(config, pruned, tmp_path / "beyond")
+    assert figures(after, "loss") == figures(before, "loss")
+
+
 def test_no_response_token_left_is_an_error(
     configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
 ) -> None:

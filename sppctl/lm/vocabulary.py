@@ -1,0 +1,47 @@
+"""Whether the tokens that a tokenizer gives are ones that the model embeds, and which of them may pad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from sppctl.errors import UserError
+
+
+def embeddings(model: Any) -> int:
+    """Rows of a model's embedding: the token ids that it can be given."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def may_exceed(tokenizer: Any, rows: int) -> bool:
+    """Whether any token of a tokenizer is beyond that many embeddings; true also where that cannot be told."""
+    try:
+        return max(tokenizer.get_vocab().values(), default=-1) >= rows
+    except (AttributeError, NotImplementedError):
+        return True
+
+
+def check(tokens: Tensor | Iterable[int], tokenizer: Any, rows: int, where: str) -> None:
+    """Raises UserError if one of the tokens is beyond the model's embeddings.
+
+    Args:
+        tokens: ids, in a tensor of any shape or one by one.
+        tokenizer: that gave them.
+        rows: of the embedding.
+        where: the tokens are from: configuration key and name, for the error.
+    """
+    largest = int(tokens.max()) if isinstance(tokens, Tensor) and tokens.numel() else max(tokens, default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"{where}: token id {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}) of the tokenizer is beyond "
+            f"the model's {rows:,} embeddings; use the tokenizer that the model was trained with, or resize the "
+            "model's embeddings"
+        )
+
+
+def pad_token_id(tokenizer: Any, rows: int) -> int:
+    """A token to pad with: the tokenizer's own, or what the model embeds; padding is masked, whatever it is."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return next((token for token in known if token is not None and token < rows), 0)
