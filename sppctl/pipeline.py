@@ -153,13 +153,14 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     reference = _dense_model(run, checkpoints)
     jobs = []
     known = {}
+    texts = perplexities.contents(run.config)
     for label, path in checkpoints.items():
         subject = Subject.at(label, path)
         results = _results(run, label)
         dense = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
         # told by the first process: the others may have read the file while it was written
         known[label] = distributed.tell([] if run.force else stage.known(run.config, subject, results), 0)
-        wanted = stage.missing(run.config, subject, known[label], dense)
+        wanted = stage.missing(run.config, subject, known[label], texts, dense)
         compute = distributed.decide(partial(_choose_dtype, run.config, subject.directory))
         if wanted:
             console.note(f"eval {label}: {compute.text}")

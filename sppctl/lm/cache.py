@@ -38,6 +38,18 @@ def entry(folder: str, depends_on: Mapping[str, Any]) -> Path | None:
     return folder_of_all / folder / f"{name}.safetensors"
 
 
+def folder(name: str) -> Path | None:
+    """An existing folder of the cache; None if it cannot be made or written."""
+    found = root()
+    if found is None:
+        return None
+    try:
+        (found / name).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return found / name if os.access(found / name, os.W_OK) else None
+
+
 def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Tensors and metadata of an entry; None if it is not there, or not as it was written."""
     if path is None:

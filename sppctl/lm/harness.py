@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import fnmatch
 import functools
-import hashlib
 import io
 import itertools
 import logging
@@ -20,6 +19,7 @@ from typing import Any
 
 from sppctl import strict_json
 from sppctl.errors import StageError, UserError
+from sppctl.lm import sources
 
 # the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
 ZEROSHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -190,9 +190,19 @@ def load_tasks(names: list[str], include_path: str | None = None) -> None:
     """
     try:
         with _silently():
-            _manager_for(names, include_path).load(names)
+            _load(names, include_path)
     except Exception as error:
         raise _failed(", ".join(names), error) from error
+
+
+def _load(names: list[str], include_path: str | None) -> tuple[Any, sources.Recorded]:
+    """Tasks as lm-eval loads them, and what was read to do so."""
+    manager = _manager_for(names, include_path)
+    with sources.recording() as recorded:
+        loaded = manager.load(names)
+        for task in loaded["tasks"].values():
+            sources.note(getattr(task, "dataset", None))
+    return loaded, recorded
 
 
 def members(name: str, include_path: str | None = None) -> list[Member]:
@@ -234,18 +244,9 @@ def _leaves(name: str, index: dict[str, Any], above: Rules) -> Iterator[Member]:
         yield from _leaves(child, index, groups)
 
 
-def own_tasks(task: str, include_path: str | None) -> str | None:
-    """Hash of the folder of own tasks if it defines a task; None for lm-eval's tasks."""
-    if include_path is None:
-        return None
-    folder = Path(include_path).resolve()
-    path = _manager_for([task], include_path).task_index[task].yaml_path
-    if path is None or not path.resolve().is_relative_to(folder):
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".json", ".jsonl")):
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+def are_current(task: str, recorded: dict[str, Any], include_path: str | None) -> bool:
+    """Whether a task would be made from what is recorded of an earlier run of it (``sources`` of :func:`evaluate`)."""
+    return sources.are_current(recorded, _manager_for([task], include_path).task_index[task].yaml_path, include_path)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -282,9 +283,10 @@ def evaluate(
 
     Returns:
         ``{"tasks": {task: {metric: value, metric_stderr: value, "metric", "higher_is_better", "version", "num_fewshot",
-        "samples"}}, "mean": {...}, "truncated_prompts": n}``, where "metric" is the one that tables show, the mean is
-        lm-eval's own for a group it defines, else the plain mean over tasks; and for each task what came of each of its
-        samples, see :func:`_sample`.
+        "samples"}}, "mean": {...}, "truncated_prompts": n, "sources": {...}}``, where "metric" is the one that tables
+        show, the mean is lm-eval's own for a group it defines, else the plain mean over tasks, and the sources are
+        those of :meth:`sppctl.lm.sources.Recorded.summary`; and for each task what came of each of its samples, see
+        :func:`_sample`.
 
     Raises:
         StageError: lm-eval failed, for example because a dataset cannot be had.
@@ -300,7 +302,7 @@ def evaluate(
     try:
         with _silently():
             _seed_everything(seed)
-            loaded = _manager_for([name], include_path).load([name])
+            loaded, recorded = _load([name], include_path)
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=_shots(task.get_config("num_fewshot"), num_fewshot))
                 task.set_fewshot_seed(seed=seed)
@@ -325,6 +327,7 @@ def evaluate(
         raise _failed(name, error) from error
     summary = _summary(found)
     summary["truncated_prompts"] = len(scorer.truncated)
+    summary["sources"] = recorded.summary(include_path)
     return summary, samples
 
 

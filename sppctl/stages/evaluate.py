@@ -125,10 +125,12 @@ def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
         raise UserError("eval.system_prompt: this model's chat template takes no system message; set it to null")
 
 
-def measures(config: Config, window: int, dense: DenseModel | None = None) -> list[dict[str, Any]]:
+def measures(
+    config: Config, window: int, texts: dict[str, str], dense: DenseModel | None = None
+) -> list[dict[str, Any]]:
     """What the configuration asks for: one entry per text and task, with all settings that change its value."""
     reference = None if dense is None else dense.fingerprint
-    return perplexities.wanted(config, window, reference) + tasks.wanted(config)
+    return perplexities.wanted(config, window, reference, texts) + tasks.wanted(config)
 
 
 def window_of(config: Config, directory: Path) -> int:
@@ -163,17 +165,37 @@ def known(config: Config, subject: Subject, results: Path) -> list[dict[str, Any
     valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
     if config.model.compute_dtype != "auto":
         valid = [result for result in valid if result.get("dtype") == config.model.compute_dtype]
-    samples = _samples(results)
-    return [result for result in valid if tasks.has_samples(result, samples)]
+    samples, asked = _samples(results), {entry["tasks"] for entry in tasks.wanted(config)}
+    return [
+        result
+        for result in valid
+        if result["settings"]["kind"] == "perplexity"
+        or (
+            result["settings"]["tasks"] in asked
+            and tasks.has_samples(result, samples)
+            and tasks.is_current(config, result)
+        )
+    ]
 
 
 def missing(
-    config: Config, subject: Subject, found: list[dict[str, Any]], dense: DenseModel | None = None
+    config: Config,
+    subject: Subject,
+    found: list[dict[str, Any]],
+    texts: dict[str, str],
+    dense: DenseModel | None = None,
 ) -> list[dict[str, Any]]:
     """The measures that are asked for and not among those found."""
-    done = [result["settings"] for result in found]
-    wanted = measures(config, window_of(config, subject.directory), dense)
-    return [settings for settings in wanted if not _of(settings).is_done(settings, done)]
+    wanted = measures(config, window_of(config, subject.directory), texts, dense)
+    return [
+        settings
+        for settings in wanted
+        if not (
+            perplexities.is_done(settings, found)
+            if settings["kind"] == "perplexity"
+            else tasks.is_done(config, settings, found)
+        )
+    ]
 
 
 def _of(settings: dict[str, Any]) -> ModuleType:
@@ -261,6 +283,15 @@ def execute(
             "sparsity": sparsity,
             "results": [],
         }
+    # a mean over a group would mix what was measured before and after its files changed
+    asked = {settings["tasks"] for settings in wanted if settings["kind"] == "tasks"}
+    content["results"] = [
+        result
+        for result in content["results"]
+        if result["settings"].get("tasks") not in asked
+        or "sources" not in result["metrics"]
+        or tasks.is_current(config, result)
+    ]
     device = checkpoint.pick_device(config.model.device)
     trust = config.model.trust_remote_code
     model, label = None, subject.label

@@ -28,20 +28,29 @@ CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
 PASSING = ("reference", "content")
 
 
-def wanted(config: Config, window: int, reference: str | None) -> list[dict[str, Any]]:
+def contents(config: Config) -> dict[str, str]:
+    """Identifies the configured texts: a local file by its bytes, any other text by what it says."""
+    found = {}
+    for name in config.eval.perplexity:
+        text = data.file_hash(name)
+        found[name] = text or data.content_hash(data.load_text(name, "test", "eval.perplexity").documents)
+    return found
+
+
+def wanted(config: Config, window: int, reference: str | None, texts: dict[str, str]) -> list[dict[str, Any]]:
     """One entry per configured text, with all settings that change its value.
 
     Args:
         config: the configuration.
         window: tokens in a window.
         reference: fingerprint of the dense model; None: no comparison.
+        texts: of :func:`contents`.
     """
     entries = []
     for name in config.eval.perplexity:
         entry = {"kind": "perplexity", "text": name, "seq_len": window, "stride": config.eval.stride}
         entry |= {"max_tokens": config.eval.max_tokens, "reference": reference}
-        content = data.file_hash(name)
-        entries.append(entry if content is None else entry | {"content": content})
+        entries.append(entry | {"content": texts[name]})
     return entries
 
 
@@ -54,8 +63,9 @@ def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
     return lasting(new) == lasting(old)
 
 
-def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
+def is_done(entry: dict[str, Any], found: list[dict[str, Any]]) -> bool:
     """Whether results hold an entry; where nothing is to be compared, one that was compared will do."""
+    done = [result["settings"] for result in found]
     if entry["reference"] is not None:
         return entry in done
     return any(entry == old | {"reference": None} for old in done)

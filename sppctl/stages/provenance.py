@@ -141,7 +141,7 @@ def evaluation_table(run: dict[str, Any]) -> Table:
 
 def _family(result: dict[str, Any]) -> str:
     """The same for the tasks of a group that are measured one by one."""
-    hidden = {"tasks", "own_tasks"} if "group" in result["settings"] else set()
+    hidden = {"tasks"} if "group" in result["settings"] else set()
     return str({key: value for key, value in result["settings"].items() if key not in hidden})
 
 

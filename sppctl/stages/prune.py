@@ -54,6 +54,17 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     return patterns
 
 
+def check_prunes(prune: PruneConfig, target: Target, pattern: Pattern) -> None:
+    """Raises ValueError if a ratio is so small that no weight of a matrix becomes zero."""
+    columns = {"magnitude": target.in_features, "sparsegpt": min(prune.block_size, target.in_features)}
+    compared = columns[prune.method] * target.out_features if prune.method in columns else target.in_features
+    if not pattern.num_pruned(compared):
+        raise ValueError(
+            f"{pattern} prunes nothing in {target.name}: {prune.method} compares {compared} weights with each other, "
+            "and that share of them is less than one; raise the ratio, or leave the layer out (prune.skip)"
+        )
+
+
 def execute(config: Config, base: Path, out: Path, *, dtype: str) -> dict[str, Any]:
     """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
 
@@ -220,4 +231,9 @@ def _owl(
     for index, ratio in ratios.items():
         prefix = f"{stack.blocks_name}.{index}."
         patterns |= {name: Pattern(ratio=ratio) for name in free if name.startswith(prefix)}
+    for name, target in free.items():
+        try:
+            check_prunes(prune, target, patterns[name])
+        except ValueError as error:
+            raise StageError(f"prune.allocation: {error}") from error
     return patterns

@@ -19,7 +19,7 @@ from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target, matches, stored_parts
 from sppctl.settings import Config, PruneConfig
 from sppctl.stages import calibrate
-from sppctl.stages.prune import needs_inputs, planned_patterns
+from sppctl.stages.prune import check_prunes, needs_inputs, planned_patterns
 
 WAITING_WIDTHS = 12  # held by a window that waits inside a block, in hidden states: 8 to 11 measured
 MEAN_TOLERANCE = 0.005  # by which the mean of a list of ratios may differ from the pattern that a run is known by
@@ -67,9 +67,11 @@ def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton
     for name, pattern in planned_patterns(prune, targets, skeleton).items():
         try:
             pattern.check_in_features(targets[name].in_features, name)
+            check_prunes(prune, targets[name], pattern)
         except ValueError as error:
-            key = "prune.pattern" if pattern == prune.pattern else "prune.overrides"
-            yield f"{key}: {error}"
+            overridden = any(matches(name, wanted) for wanted in prune.overrides)
+            common = "prune.pattern" if pattern == prune.pattern else "prune.allocation"
+            yield f"{'prune.overrides' if overridden else common}: {error}"
             return
 
 

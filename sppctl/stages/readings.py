@@ -136,8 +136,9 @@ def _hidden_of_tasks(results: Results) -> Hidden:
         found["seed"] = str(results[0]["settings"]["seed"])
     if "system_prompt" in results[0]["settings"]:
         found["prompt"] = hashlib.sha256(results[0]["settings"]["system_prompt"].encode()).hexdigest()
-    own = sorted({result["settings"]["own_tasks"] for result in results if "own_tasks" in result["settings"]})
-    return found | ({"tasks": " ".join(own)} if own else {})
+    files = [result["metrics"]["sources"]["digest"] for result in results if "sources" in result["metrics"]]
+    one = files[0] if len(files) == 1 else hashlib.sha256("".join(sorted(files)).encode()).hexdigest()
+    return found | ({"tasks": one} if files else {})
 
 
 def _error_of_tasks(name: str, results: Results) -> float | None:

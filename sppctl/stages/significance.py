@@ -310,7 +310,7 @@ def compare_texts(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> 
 
 def _text(result: dict[str, Any]) -> str:
     """What must be the same for windows to be the same, and computed alike."""
-    settings = {key: value for key, value in result["settings"].items() if key != "reference"}
+    settings = {key: value for key, value in result["settings"].items() if key not in ("reference", "content")}
     return json.dumps([settings, result["metrics"].get("documents_hash"), result.get("dtype")], sort_keys=True)
 
 

@@ -34,7 +34,6 @@ def wanted(config: Config) -> list[dict[str, Any]]:
                 "group": name if member.task != name else None,
                 "chat_template": config.eval.chat_template or None,
                 "system_prompt": config.eval.system_prompt,
-                "own_tasks": harness.own_tasks(member.task, config.eval.include_path),
                 # another one changes the last bits of likelihoods
                 "batch_size": None if config.eval.batch_size == "auto" else config.eval.batch_size,
             }
@@ -42,17 +41,21 @@ def wanted(config: Config) -> list[dict[str, Any]]:
     return entries
 
 
-def is_done(entry: dict[str, Any], done: list[dict[str, Any]]) -> bool:
-    """Whether results hold an entry, by itself or as part of a group that was measured in one go."""
-    if entry in done:
-        return True
-    whole = {key: value for key, value in entry.items() if key != "group"} | {"tasks": entry.get("group")}
-    return "group" in entry and whole in done
+def is_done(config: Config, entry: dict[str, Any], found: list[dict[str, Any]]) -> bool:
+    """Whether results hold an entry, in the groups that it is in now."""
+    twin = next((result for result in found if result["settings"] == entry), None)
+    return twin is not None and _place(config, entry).items() <= twin["metrics"].items()
+
+
+def is_current(config: Config, result: dict[str, Any]) -> bool:
+    """Whether a result of a configured task is of the files and data that the task is made from now."""
+    sources = result["metrics"].get("sources")  # what older versions measured cannot be traced
+    return sources is not None and harness.are_current(result["settings"]["tasks"], sources, config.eval.include_path)
 
 
 def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether a measurement takes the place of another one: the last batch size and the last own files stay."""
-    passing = {"batch_size": None, "own_tasks": None}
+    """Whether a measurement takes the place of another one: the last batch size stays."""
+    passing = {"batch_size": None, "own_tasks": None}  # the latter named an older version's files
     return new | passing == old | passing
 
 
@@ -84,9 +87,9 @@ def measure(
         samples: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
 
     Returns:
-        ``{"tasks", "mean", "truncated_prompts"}`` of :func:`sppctl.lm.harness.evaluate`, ``"groups"`` of the task's
-        :class:`sppctl.lm.harness.Member`, the number of ``"members"`` of the group that was asked for, and for each
-        task the hash of its file of samples.
+        ``{"tasks", "mean", "truncated_prompts", "sources"}`` of :func:`sppctl.lm.harness.evaluate`, ``"groups"`` of the
+        task's :class:`sppctl.lm.harness.Member`, the number of ``"members"`` of the group that was asked for, and for
+        each task the hash of its file of samples.
     """
     name = settings["tasks"]
     console.note(f"{label}: {title(settings)}")
@@ -192,26 +195,17 @@ def as_measured(family: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def families(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The tasks of a group that were measured one by one together, every other result by itself.
-
-    Of tasks of one's own only those count that were measured with the same files as the last.
-    """
+    """The tasks of a group that were measured one by one together, every other result by itself."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         settings = result["settings"]
         found.setdefault(str(of_family(settings) if "group" in settings else settings), []).append(result)
-    return [_of_last_files(family) for family in found.values()]
+    return list(found.values())
 
 
 def of_family(settings: dict[str, Any]) -> dict[str, Any]:
     """What the tasks of a group have in common that are measured one by one."""
-    return {key: value for key, value in settings.items() if key not in ("tasks", "own_tasks")}
-
-
-def _of_last_files(family: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    files = [result["settings"].get("own_tasks") for result in family]
-    last = next((one for one in reversed(files) if one is not None), None)
-    return [result for result, own in zip(family, files, strict=True) if own in (None, last)]
+    return {key: value for key, value in settings.items() if key != "tasks"}
 
 
 def rows(results: list[dict[str, Any]]) -> list[Row]:

@@ -58,6 +58,20 @@ def test_a_text_that_changed_is_measured_again(work: Callable[..., Run], tmp_pat
     assert after["settings"]["content"] == data.file_hash("mine.txt") != before["settings"]["content"]
 
 
+def test_a_text_without_a_file_is_known_by_what_it_says(
+    work: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set of the hub has a new revision."""
+    run = work("eval.perplexity=[owner/name]")
+    said = ["One " * 40, "Two " * 40]
+    monkeypatch.setattr(data, "load_text", lambda *_: data.Text("owner/name", list(said)))
+    (before,) = pipeline.evaluate_some(run, ["base"])["base"]["results"]
+    assert pipeline.evaluate_some(run, ["base"])["base"]["results"] == [before]
+    said[1] = "Too " * 40
+    (after,) = pipeline.evaluate_some(run, ["base"])["base"]["results"]
+    assert after["metrics"]["nll"] != before["metrics"]["nll"]
+
+
 def test_of_some_texts_only_the_first_windows_count(
     work: Callable[..., Run], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +88,7 @@ def test_every_process_has_a_batch(
     work: Callable[..., Run], tokenizer: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = work("eval.max_tokens=192").config  # three windows
-    (settings,) = perplexities.wanted(config, 64, None)
+    (settings,) = perplexities.wanted(config, 64, None, perplexities.contents(config))
     own = []
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):

@@ -76,6 +76,15 @@ def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
         (["prune.overrides={fc9: 0.5}"], "prune.overrides: 'fc9' matches none of the 14 targets"),
         (["prune.pattern=2:5"], "not a multiple of 5"),
         (["prune.overrides={down_proj: 2:5}"], "down_proj has 48 input features, not a multiple of 5"),
+        # rows of 32 or 48; matrices of 32 x 16 at least; blocks of 16 columns of all 16 rows
+        (["prune.pattern=0.03"], "prune.pattern: 0.03 prunes nothing in model.layers.0.self_attn.q_proj: wanda comp"),
+        (["prune.pattern=0.0019", "prune.method=magnitude"], "k_proj: magnitude compares 512 weights with each other"),
+        (["prune.pattern=0.003", "prune.method=sparsegpt", "prune.block_size=16"], "sparsegpt compares 256 weights"),
+        (["prune.overrides={down_proj: 0.02}"], "prune.overrides: 0.02 prunes nothing in model.layers.0.mlp.down_proj"),
+        (
+            [RATIO, "prune.allocation=[0.01, 0.99]"],
+            "prune.allocation: 0.01 prunes nothing in model.layers.0.self_attn.q_proj",
+        ),
         ([RATIO, "prune.allocation=[0.5]"], "prune.allocation: 1 ratios for 2 blocks"),
         ([RATIO, "prune.allocation=[0.5, 1.5]"], "prune.allocation: pattern 1.5"),
         (["prune.allocation=[0.5, 0.5]"], "prune.allocation: shares out a ratio, but prune.pattern is 2:4"),
@@ -108,6 +117,8 @@ def test_what_is_found(overrides: list[str], message: str, configure: Callable[.
         [],
         ["prune.method=magnitude", "launch.num_processes=5", "prune.calibration.dataset=/nowhere.txt"],
         [RATIO, "prune.allocation=[0.4, 0.6]"],
+        ["prune.pattern=0.03125"],  # one weight in each row
+        ["prune.pattern=0.002", "prune.method=magnitude"],
         [RATIO, "prune.allocation=[0.9, 0.5]", "prune.skip=['*.layers.0.*']"],
         [RATIO, "prune.allocation=owl", "prune.owl_lambda=0.49"],
         ["prune.pattern=0.97", "prune.allocation=owl", "prune.skip=['*.layers.0.*']"],

@@ -74,9 +74,12 @@ def test_divergences_from_other_models_and_tasks_of_other_files() -> None:
     pruned = [
         text(6.0, reference="a" * 16, kl=0.5),
         text(6.0, reference="b" * 16, kl=0.25),
-        task(0.5, own_tasks="c" * 16),
+        task(0.5),
     ]
-    named, _ = measured(run(pruned=pruned, merged=[task(0.7, own_tasks="d" * 16)]))
+    merged = [task(0.7)]
+    for one, letter in ((pruned[2], "c"), (merged[0], "d")):
+        one["metrics"]["sources"] = {"digest": letter * 16}
+    named, _ = measured(run(pruned=pruned, merged=merged))
     assert {name: measure.value for name, measure in named["pruned"].items() if name.startswith("KL")} == {
         "KL(dense || model) prose @64, dense model aaaaaaaa": 0.5,
         "KL(dense || model) prose @64, dense model bbbbbbbb": 0.25,

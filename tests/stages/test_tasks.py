@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,6 @@ def test_a_task_without_options_is_identified_as_ever() -> None:
 def test_options_enter_when_they_are_set(own_tasks: Path) -> None:
     options = ["eval.num_fewshot=2", "eval.chat_template=true", "eval.system_prompt=Add.", "eval.limit=7"]
     (entry,) = wanted("eval.tasks=[read]", f"eval.include_path={own_tasks}", *options)
-    assert entry.pop("own_tasks") == harness.own_tasks("read", str(own_tasks))
     assert entry == {
         "kind": "tasks",
         "tasks": "read",
@@ -71,14 +72,6 @@ def test_all_is_every_group_task_by_task() -> None:
     entries = wanted("eval.tasks=[all, zeroshot]")
     assert [entry.get("group") for entry in entries] == ["zeroshot"] * 7 + ["mmlu"] * 57 + [None]
     assert [entry["num_fewshot"] for entry in entries] == [0] * 7 + [5] * 57 + [None]
-
-
-def test_a_group_that_was_measured_in_one_go_still_counts() -> None:
-    entries = wanted("eval.tasks=[zeroshot]")
-    before = {"kind": "tasks", "tasks": "zeroshot", "num_fewshot": 0, "limit": None, "seed": 4}
-    assert all(tasks.is_done(entry, [before]) for entry in entries)
-    assert not any(tasks.is_done(entry, [before | {"limit": 9}]) for entry in entries)
-    assert not tasks.is_done(wanted("eval.tasks=[boolq]")[0], [before])
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -193,19 +186,60 @@ def test_a_seed_that_changes_nothing_measures_nothing(
     assert drawn[1]["results"][3]["seconds"] > 0
 
 
-def test_results_of_older_task_files_are_in_no_mean() -> None:
-    groups = {"sums": {"acc": True}}
-    old = [result(name, 0.0, 10, "sums", groups, 2) for name in ("a", "b")]
-    new = [result(name, 1.0, 10, "sums", groups, 2) for name in ("a", "b")]
-    for family, files in ((old, "old"), (new, "new")):
-        for one in family:
-            one["settings"]["own_tasks"] = files
-    assert tasks.replaces(new[0]["settings"], old[0]["settings"])
-    assert not tasks.replaces(new[0]["settings"], old[1]["settings"])
-    foreign = result("boolq", 0.5, 10, "sums", groups, 2)  # lm-eval's own
-    half = tasks.rows([old[1], foreign, new[0]])  # an evaluation that was interrupted after the first
-    assert half[0][:2] == ("sums 5-shot mean", 0.75)
-    assert tasks.rows(old + new)[0][1] == 1.0
+def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
+    own_tasks: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the evaluation is interrupted after the first; a task whose files are as they were is left alone."""
+    folder = shutil.copytree(own_tasks, tmp_path / "own")
+    for path in folder.glob("*.yaml"):
+        path.write_text(path.read_text().replace(str(own_tasks), str(folder)))
+    overrides = [f"eval.include_path={folder}", "eval.tasks=[sums,read]", "eval.perplexity=[]", "eval.limit=3"]
+    run = Run(load_config(str(config_file), overrides))
+    before = {one["settings"]["tasks"]: one for one in pipeline.evaluate_some(run, ["base"])["base"]["results"]}
+    assert list(pipeline.evaluate_some(run, ["base"])["base"]["results"]) == list(before.values())
+    for name, old, new in (("small_sums.jsonl", '"a": 1,', '"a": 2,'), ("large_sums.yaml", "% 2", "% 3")):
+        stamp = (folder / name).stat()
+        (folder / name).write_text((folder / name).read_text().replace(old, new))
+        os.utime(folder / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(harness, "evaluate", stop)
+        return evaluate(*arguments, **options)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    evaluate = harness.evaluate
+    monkeypatch.setattr(harness, "evaluate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.evaluate_some(run, ["base"])
+    half = json.loads((tmp_path / "run/eval/base.json").read_text())["results"]
+    assert [one["settings"]["tasks"] for one in half] == ["read", "small_sums"]
+    assert half[0] == before["read"]
+    assert half[1]["metrics"]["sources"]["digest"] != before["small_sums"]["metrics"]["sources"]["digest"]
+    assert tasks.rows(half[1:])[0][0] == "sums, limit 3 mean of 1 of 2 tasks"
+    monkeypatch.setattr(harness, "evaluate", evaluate)
+    after = pipeline.evaluate_some(run, ["base"])["base"]["results"]
+    assert [one["settings"]["tasks"] for one in after] == ["read", "small_sums", "large_sums"]
+    hashes = [
+        [one["metrics"]["samples_hash"] for one in some]
+        for some in (after, [before[n] for n in ("read", "small_sums", "large_sums")])
+    ]
+    assert [new == old for new, old in zip(*hashes, strict=True)] == [True, False, False]
+
+
+def test_another_rule_of_a_group_needs_no_measuring(
+    own_tasks: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(own_tasks, tmp_path / "own")
+    overrides = [f"eval.include_path={folder}", "eval.tasks=[sums]", "eval.perplexity=[]", "eval.limit=3"]
+    run = Run(load_config(str(config_file), overrides))
+    pipeline.evaluate_some(run, ["base"])
+    (folder / "sums.yaml").write_text((folder / "sums.yaml").read_text().replace("metric: acc,", "metric: acc_norm,"))
+    harness._task_manager.cache_clear()  # another command
+    monkeypatch.setattr(harness, "evaluate", lambda *_, **__: pytest.fail("measured again"))
+    after = pipeline.evaluate_some(run, ["base"])["base"]["results"]
+    assert [list(one["metrics"]["groups"]["sums"]) for one in after] == [["acc_norm"]] * 2
 
 
 def test_another_tokenizer_makes_results_stale(
