@@ -32,6 +32,9 @@ def configure(config_file: Path) -> Callable[..., Config]:
     return lambda *overrides: load_config(str(config_file), [*common, *overrides])
 
 
+FITTING = ("train.data.seq_len=128", "train.data.prompt='{instruction}: '")  # into the 128 positions of the model
+
+
 def first_line(metrics: dict[str, Any]) -> dict[str, Any]:
     return next(entry for entry in metrics["history"] if "loss" in entry)
 
@@ -198,7 +201,7 @@ def test_it_brings_the_student_nearer_to_the_teacher(
 def test_a_teacher_with_another_vocabulary_is_refused(
     configure: Callable[..., Config], llama: Path, tmp_path: Path
 ) -> None:
-    common = ("train.data.seq_len=128",)
+    common = FITTING
     shutil.copytree(llama, tmp_path / "other")
     LlamaConfig(**SMALL | {"vocab_size": 300}).save_pretrained(tmp_path / "other")
     skeleton = Skeleton(load_model_config(llama))
@@ -218,7 +221,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(
 ) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(llama, teacher)
-    config = configure("train.data.seq_len=128", f"train.distill.teacher={teacher}")
+    config = configure(*FITTING, f"train.distill.teacher={teacher}")
     skeleton = Skeleton(load_model_config(llama))
     content = json.loads((teacher / "tokenizer.json").read_text())
     for token in content["added_tokens"]:  # a token in reserve that the teacher has given another name
