@@ -349,12 +349,29 @@ def test_results_of_several_seeds_are_told_apart(capsys: pytest.CaptureFixture[s
         }
         for seed in (0, 1)
     ]
-    cli._print_results("base", {"checkpoint": "x", "results": results}, 1)
+    cli._print_results({"base": {"checkpoint": "x", "results": results}}, 1)
     lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "rte" in line]
     assert [[cell.strip() for cell in line] for line in lines] == [
         ["rte 2-shot, seed 0", "50.00%"],
         ["rte 2-shot", "75.00%"],
     ]
+
+
+def test_results_computed_in_several_dtypes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"acc": 0.5, "num_fewshot": 0, "samples": 4}
+    settings = {"kind": "tasks", "num_fewshot": 0, "limit": None, "seed": 0}
+    metrics: dict[str, Any] = {"mean": {}, "groups": {}, "members": 1}
+
+    def content(**dtypes: str) -> dict[str, Any]:
+        results = [
+            {"settings": settings | {"tasks": task}, "metrics": metrics | {"tasks": {task: values}}, "dtype": dtype}
+            for task, dtype in dtypes.items()
+        ]
+        return {"checkpoint": "x", "results": results}
+
+    cli._print_results({"base": content(rte="bfloat16", boolq="float32"), "pruned": content(rte="float32")}, 0)
+    names = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert names == ["rte, computed in bfloat16", "boolq", "rte, computed in float32"]
 
 
 def test_force_redoes_every_stage(run: Run, here: Path) -> None:

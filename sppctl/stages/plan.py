@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sppctl import launch
+from sppctl import launch, machine
 from sppctl.errors import UserError
-from sppctl.lm import architecture, data
+from sppctl.lm import architecture, checkpoint, data
+from sppctl.lm.activations import free_memory
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.targets import Target
 from sppctl.settings import Config, TrainConfig
@@ -38,6 +40,7 @@ def execute(config: Config) -> dict[str, Any]:
     assert path is not None
     trust = config.model.trust_remote_code
     found, source = architecture.find(path, config.model.gguf_file, config.model.revision, trust)
+    check_dtype(config)
     stored = dtype_of(config, found)  # before the model is built, which overwrites the configuration's
     skeleton = Skeleton(found, trust_remote_code=trust)
     targets = adapted(config, skeleton)
@@ -45,18 +48,25 @@ def execute(config: Config) -> dict[str, Any]:
     steps = _steps(config, processes)
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
+    compute = computed_in(config, stored, training=True)
+    memory = partial(_memory, config, skeleton, targets, processes=processes)
+    # what a machine that multiplies it natively would train in
+    narrow = "bfloat16" if stored == "float16" else stored
+    as_stored = {"dtype": narrow, "per_gpu": memory(narrow)["per_gpu"]} if narrow != compute.dtype else None
     return {
         "model": {
             "path": path,
             "source": source,
-            "dtype": str(stored).removeprefix("torch."),
+            "dtype": stored,
+            "compute_dtype": compute.dtype,
+            "computing": compute.text,
             "parameters": parameters,
             "blocks": len(skeleton.blocks),
         },
         "trainable": trainable,
-        "memory": _memory(config, skeleton, targets, stored, processes),
+        "memory": memory(compute.dtype) | {"as_stored": as_stored},
         "steps": steps,
-        "pruning": plan_storage.pruning(config, skeleton, stored),
+        "pruning": plan_storage.pruning(config, skeleton, computed_in(config, stored).dtype),
         "disk": plan_storage.disk(config, parameters, stored, FLOAT * trainable["parameters"]),
     }
 
@@ -64,13 +74,31 @@ def execute(config: Config) -> dict[str, Any]:
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def dtype_of(config: Config, found: Any) -> torch.dtype:
-    """The dtype of the pruned checkpoint; a GGUF file is unpacked to bfloat16."""
+def dtype_of(config: Config, found: Any) -> str:
+    """The name of the dtype of the pruned checkpoint; a GGUF file is unpacked to bfloat16."""
     if config.model.dtype != "auto":
-        return getattr(torch, config.model.dtype)
+        return config.model.dtype
     if config.model.gguf_file is not None:
-        return torch.bfloat16
-    return getattr(found, "dtype", None) or torch.float32
+        return "bfloat16"
+    return str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
+
+
+def check_dtype(config: Config) -> None:
+    """Raises UserError if training would compute in float16."""
+    if config.model.compute_dtype == "float16":
+        raise UserError("model.compute_dtype: float16 gradients overflow; train in bfloat16, float32 or auto")
+
+
+def computed_in(config: Config, stored: str, *, training: bool = False) -> machine.Compute:
+    """The dtype that a stage will compute in; a device that is not here is taken to multiply 16 bits natively."""
+    wanted = config.model.compute_dtype
+    try:
+        device = checkpoint.pick_device(config.model.device)
+    except UserError:
+        wanted = "bfloat16" if training and (wanted, stored) == ("auto", "float16") else wanted
+        dtype = stored if wanted == "auto" else wanted
+        return machine.Compute(dtype, f"computing in {dtype}, if {config.model.device} has units for it")
+    return machine.choose_dtype(wanted, stored, device, training=training)
 
 
 def num_parameters(skeleton: Skeleton) -> int:
@@ -150,16 +178,16 @@ def num_processes(config: Config) -> int:
 
 
 def _memory(
-    config: Config, skeleton: Skeleton, targets: dict[str, Target], stored: torch.dtype, processes: int
+    config: Config, skeleton: Skeleton, targets: dict[str, Target], dtype: str, processes: int
 ) -> dict[str, Any]:
     """Bytes of a training, whole and per GPU.
 
-    Adapter and gradients are float32, and so are AdamW's two moments. A float16 model is trained as bfloat16; a
-    float32 model is taken to keep float32 activations, which autocast makes fewer. Rows are as long as
-    ``train.data.seq_len``, so that real batches of shorter examples take less. With packing they are one row.
+    Adapter and gradients are float32, and so are AdamW's two moments; weights and activations have the dtype that is
+    computed in. Rows are as long as ``train.data.seq_len``, so that real batches of shorter examples take less. With
+    packing they are one row.
     """
     train = config.train
-    d = stored.itemsize
+    d = getattr(torch, dtype).itemsize
     batch = Batch(train.micro_batch_size, train.data.seq_len, d)
     if train.data.packing:
         batch = Batch(1, batch.tokens, d)
@@ -195,6 +223,7 @@ def _memory(
         "tokens_on_device": batch.tokens,
         "activations": {"without": kept.kept(False), "with": kept.kept(True), "logits": kept.logits},
         "kernel": kernel,
+        "free": free_memory(torch.device("cpu")),
         "per_gpu": per_gpu,
     }
 

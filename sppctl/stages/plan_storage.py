@@ -17,8 +17,8 @@ from sppctl.stages.prune import needs_inputs
 from sppctl.stages.prune_checks import WAITING_WIDTHS
 
 
-def pruning(config: Config, skeleton: Skeleton, stored: torch.dtype) -> dict[str, Any]:
-    """Bytes of the pruning stage in one process: one block at a time.
+def pruning(config: Config, skeleton: Skeleton, dtype: str) -> dict[str, Any]:
+    """Bytes of the pruning stage in one process that computes in a dtype: one block at a time.
 
     - embeddings and norms outside the blocks, and the largest block
     - hidden states of all windows, which ``prune.memory`` may keep elsewhere than on the device
@@ -30,7 +30,7 @@ def pruning(config: Config, skeleton: Skeleton, stored: torch.dtype) -> dict[str
       weights in float32 and four matrices (n, n) of the factorisation instead
     """
     prune = config.prune
-    settings, d = prune.calibration, stored.itemsize
+    settings, d = prune.calibration, getattr(torch, dtype).itemsize
     targets = skeleton.targets(prune.targets, prune.skip)
     statistics = PRUNERS[prune.method].statistics
     solve, distinct = 0, []
@@ -87,15 +87,15 @@ def _statistics(kind: type[InputNorms] | type[Hessian] | None, n: int) -> int:
     return FLOAT * (n * n if kind is Hessian else 2 * n if kind is InputMoments else n)
 
 
-def disk(config: Config, parameters: int, stored: torch.dtype, adapter: int) -> dict[str, int]:
+def disk(config: Config, parameters: int, stored: str, adapter: int) -> dict[str, int]:
     """Bytes of the run directory; a checkpoint is the adapter and AdamW's moments, and one more exists while saving."""
-    weights = parameters * stored.itemsize
-    merged = stored if config.merge.dtype == "auto" else getattr(torch, config.merge.dtype)
+    weights = parameters * getattr(torch, stored).itemsize
+    merged = stored if config.merge.dtype == "auto" else config.merge.dtype
     parts = {
         "base": weights if config.model.gguf_file is not None else 0,
         "pruned": weights,
         "adapter": adapter,
         "checkpoints": (config.train.keep_checkpoints + 1) * 3 * adapter,
-        "merged": parameters * merged.itemsize,
+        "merged": parameters * getattr(torch, merged).itemsize,
     }
     return parts | {"total": sum(parts.values())}

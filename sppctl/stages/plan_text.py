@@ -126,24 +126,43 @@ def sentences(plan: dict[str, Any], config: Config) -> Iterator[str]:
     model, trainable, pruning = plan["model"], plan["trainable"], plan["pruning"]
     yield (
         f"{model['path']}: {model['parameters']:,} parameters in {model['blocks']} blocks, {model['dtype']} "
-        f"({model['source']})."
+        f"({model['source']}); {model['computing']}."
     )
     yield f"{trainable['method']} trains {trainable['parameters']:,} parameters, {trainable['share']:.2%} of the model."
     yield _steps(plan["steps"], config)
     processes, wanted = plan["steps"]["processes"], config.train.gradient_checkpointing
     for strategy in dict.fromkeys(("ddp",) if processes == 1 else (config.launch.strategy, "ddp", "fsdp", "zero3")):
-        found = {
-            entry["gradient_checkpointing"]: entry
-            for entry in plan["memory"]["per_gpu"]
-            if (entry["gpus"], entry["strategy"]) == (processes, strategy)
-        }
+        found = _entries(plan["memory"]["per_gpu"], processes, strategy)
         where = "One GPU" if processes == 1 else f"{processes} GPUs under {strategy}"
         yield f"{where}, {'with' if wanted else 'without'} gradient checkpointing: {_verdict(found[wanted])}"
         yield f"{where}, {'without' if wanted else 'with'} gradient checkpointing: {_verdict(found[not wanted])}"
+    yield from _as_stored(plan["memory"], processes, "ddp" if processes == 1 else config.launch.strategy, wanted)
     yield (
         f"Pruning needs {gib(pruning['peak'])} GiB, {gib(pruning['peak'] - pruning['hidden_states'])} if the hidden "
         f"states wait elsewhere (prune.memory); the run directory needs {gib(plan['disk']['total'])} GiB."
     )
+
+
+def _entries(per_gpu: list[dict[str, Any]], processes: int, strategy: str) -> dict[bool, dict[str, Any]]:
+    """Those of a number of GPUs and a strategy, by whether gradients are checkpointed."""
+    found = (entry for entry in per_gpu if (entry["gpus"], entry["strategy"]) == (processes, strategy))
+    return {entry["gradient_checkpointing"]: entry for entry in found}
+
+
+def _as_stored(memory: dict[str, Any], processes: int, strategy: str, checkpointing: bool) -> Iterator[str]:
+    """Where the model has room only if it is computed in a dtype as narrow as the stored one."""
+    if memory["as_stored"] is None:
+        return
+    wide, narrow = (
+        _entries(per_gpu, processes, strategy)[checkpointing]
+        for per_gpu in (memory["per_gpu"], memory["as_stored"]["per_gpu"])
+    )
+    places = [f"{size} GB" for size in narrow["fits_gb"] if size not in wide["fits_gb"]]
+    if narrow["total"] <= memory["free"] < wide["total"]:
+        places.append(f"the {gib(memory['free'])} GiB that are free here")
+    if places:
+        dtype = memory["as_stored"]["dtype"]
+        yield f"It fits on {' and '.join(places)} only in {dtype}: model.compute_dtype={dtype}."
 
 
 def _verdict(entry: dict[str, Any]) -> str:

@@ -50,12 +50,11 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems += methods.preflight(config) + refresh.problems(config)
     except UserError as error:
         problems.append(str(error))
-    if config.model.compute_dtype == "float16":
-        problems.append("model.compute_dtype: float16 gradients overflow; train in bfloat16, float32 or auto")
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
     for check in (
+        partial(plan.check_dtype, config),
         partial(prompts.style, train.data.prompt, tokenizer),
         partial(Feed, config, tokenizer, vocabulary.embeddings(skeleton.model)),
         partial(distill.preflight, config, skeleton, tokenizer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import AVX2, BF16, FAMILIES, Cpu
 from peft import LoraConfig, get_peft_model
 from peft.tuners.hira import HiraConfig
 from torch import Tensor
@@ -73,6 +74,7 @@ def test_the_papers_models_are_counted_offline_through_the_command(
     assert result["model"]["parameters"] == parameters
     assert result["model"]["source"] == "the architecture shipped with sppctl"
     assert result["model"]["dtype"] == "bfloat16"
+    assert result["model"]["compute_dtype"] in ("bfloat16", "float32")  # as this machine has units for it
 
 
 @pytest.mark.parametrize(
@@ -305,6 +307,61 @@ def test_the_command_says_what_fits_in_a_hundred_columns(
     assert tables
     assert max(map(len, tables)) <= 100
     assert not list(tmp_path.iterdir())
+
+
+# --- what is computed in ----------------------------------------------------------------------------------------------
+
+
+def test_memory_is_that_of_the_dtype_computed_in(planned: Callable[..., dict[str, Any]], cpu: Cpu) -> None:
+    cpu(AVX2)
+    whole, stored = (planned(f"model.dtype={dtype}") for dtype in ("float32", "bfloat16"))
+    assert stored["model"] | whole["model"] == whole["model"] | {"dtype": "float32"} | {
+        "computing": "computing in float32"
+    }
+    assert stored["model"]["computing"] == "computing in float32 (this CPU has no bfloat16 units)"
+    assert stored["memory"]["weights"] == whole["memory"]["weights"]
+    assert stored["pruning"] == whole["pruning"]
+    assert stored["disk"]["pruned"] == whole["disk"]["pruned"] // 2
+    assert (whole["memory"]["as_stored"], stored["memory"]["as_stored"]["dtype"]) == (None, "bfloat16")
+    cpu(BF16)
+    native = planned("model.dtype=bfloat16")
+    assert native["memory"]["weights"] == whole["memory"]["weights"] // 2
+    assert native["pruning"]["hidden_states"] == whole["pruning"]["hidden_states"] // 2
+    assert native["memory"]["per_gpu"] == stored["memory"]["as_stored"]["per_gpu"]
+
+
+@pytest.mark.parametrize(("flags", "trained"), [(BF16, "bfloat16"), (AVX2, "float32")])
+def test_float16_is_planned_as_it_is_pruned_and_trained(
+    planned: Callable[..., dict[str, Any]], cpu: Cpu, flags: str, trained: str
+) -> None:
+    cpu(flags)
+    result = planned("model.dtype=float16")
+    assert (result["model"]["dtype"], result["model"]["compute_dtype"]) == ("float16", trained)
+    assert result["pruning"]["hidden_states"] == 4 * 64 * 32 * 4  # float32 on any CPU
+    with pytest.raises(UserError, match=r"model\.compute_dtype: float16 gradients overflow"):
+        planned("model.compute_dtype=float16")
+
+
+def test_a_device_that_is_elsewhere_is_taken_to_be_native(planned: Callable[..., dict[str, Any]], cpu: Cpu) -> None:
+    cpu(AVX2)
+    result = planned("model.dtype=bfloat16", "model.device=xpu")["model"]
+    assert result["computing"] == "computing in bfloat16, if xpu has units for it"
+
+
+def test_one_sentence_says_that_it_fits_only_as_stored(
+    command: Callable[..., tuple[int, str, str]], cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu(AVX2)
+    monkeypatch.setattr(plan, "free_memory", lambda _: 30 << 30)
+    _, out, _ = command("llama7b", "launch.num_processes=1", "model.device=cpu")
+    said = " ".join(out.split())
+    assert (
+        "bfloat16 (the architecture shipped with sppctl); computing in float32 (this CPU has no bfloat16 units)."
+        in said
+    )
+    assert re.search(r"It fits on .* only in bfloat16: model\.compute_dtype=bfloat16\.", said)
+    _, out, _ = command("llama7b", "launch.num_processes=1", "model.device=cpu", "model.compute_dtype=bfloat16")
+    assert "only in" not in out
 
 
 def test_a_gguf_file_is_planned_too(command: Callable[..., tuple[int, str, str]]) -> None:
