@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from sppctl.lm.safe_files import INDEX_NAME, TensorFile
+from sppctl.lm.safe_files import INDEX_NAME, OwnFile
 
 SHARD_BYTES = 5 * 10**9
 
@@ -64,7 +64,7 @@ def write(directory: Path, shapes: dict[str, tuple[int, ...]], device: str) -> N
     weight_map = {}
     for number, layout in enumerate(shards, 1):
         path = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = TensorFile.create(path, layout, {"format": "pt"})
+        file = OwnFile.create(path, layout, {"format": "pt"})
         for name, (_, shape) in layout.items():
             deviation = shape[-1] ** -0.5 if len(shape) == 2 else 0.0
             values = torch.empty(shape, dtype=torch.bfloat16, device=device)

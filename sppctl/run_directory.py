@@ -128,21 +128,25 @@ class Run:
         Args:
             directory: the checkpoint; None: the configured model.
         """
-        from sppctl.lm import blocks, checkpoint
+        from sppctl.lm import blocks, checkpoint, weights
         from sppctl.lm.safe_files import TensorFiles
 
         model = self.config.model
         trust, gguf_file = model.trust_remote_code, model.gguf_file
         unpacked = self.directory / "base"
+        files: TensorFiles | None = None
         if directory is None and gguf_file is not None and not unpacked.is_dir():
             source = self.located()
             config = checkpoint.load_gguf_config(source, gguf_file)
             tokenizer = checkpoint.load_tokenizer(source, trust, gguf_file)
         else:
             source = directory or (unpacked if gguf_file is not None else self.located())
-            TensorFiles(source)
+            files = TensorFiles(source)
             config, tokenizer = checkpoint.load_config(source, trust), checkpoint.load_tokenizer(source, trust)
-        return blocks.Skeleton(config, trust_remote_code=trust), tokenizer
+        skeleton = blocks.Skeleton(config, trust_remote_code=trust)
+        if files is not None:
+            weights.check_weights(files, skeleton.model)
+        return skeleton, tokenizer
 
     # --- publication --------------------------------------------------------------------------------------------------
 

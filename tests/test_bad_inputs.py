@@ -313,7 +313,7 @@ MODELS = [
     Case(
         "weights that are no safetensors",
         "run {config} --model model",
-        ("model.safetensors is not a readable safetensors file", "again"),
+        ("model.safetensors is truncated or damaged, or not a safetensors file", "again"),
         write("model/model.safetensors", "version https://git-lfs.github.com/spec/v1"),
     ),
     Case("missing shard", "run {config} --model model", ("shard model-00001-of-", "is missing"), lose_a_shard),
@@ -360,7 +360,7 @@ MODELS = [
     Case(
         "weights of another shape",
         "prune {config} --model model",
-        ("mlp.", "shape (48, 32)", "(64, 32)", "do not belong to this model"),
+        ("mlp.", "shape (32, 48)", "(32, 64)", "(and 5 more)", "correct its config.json"),
         claim_another_shape,
     ),
     Case(
@@ -863,7 +863,7 @@ IN_A_RUN = [
     Case(
         "adapter without weights",
         "merge tiny.yaml",
-        ("adapter holds no safetensors weights",),
+        ("adapter: this PEFT adapter has no adapter_model.safetensors",),
         remove("run/adapter/adapter_model.safetensors"),
     ),
     Case(

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from sppctl.errors import StageError, UserError
 from sppctl.lm.block_call import BlockCall, hidden_of
-from sppctl.lm.checkpoint import load_config, quiet_libraries
+from sppctl.lm.checkpoint import load_config
 from sppctl.lm.heap import Heap
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles, TensorFiles
 from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts, unseen
+from sppctl.lm.weights import check_weights, empty_model
 
 
 class Skeleton:
@@ -32,18 +33,9 @@ class Skeleton:
         Raises:
             UserError: it is no causal language model, or has no list of decoder blocks.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with init_empty_weights(), quiet_libraries():
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"model.path: no causal language model can be built from its config ({reason})") from error
         self.config = config
-        self.model = model.eval()
-        self.base_prefix: str = model.base_model_prefix
+        self.model = empty_model(config, dtype, trust_remote_code)
+        self.base_prefix: str = self.model.base_model_prefix
         self.blocks_name, self.blocks = self._find_blocks()
 
     def _find_blocks(self) -> tuple[str, nn.ModuleList]:
@@ -84,7 +76,7 @@ class BlockStack(Skeleton):
             trust_remote_code: whether the checkpoint's own code may be run.
 
         Raises:
-            UserError: damaged files, no causal language model, or no decoder blocks.
+            UserError: files that are damaged or not those of the model, no causal language model, or no decoder blocks.
         """
         self.files = TensorFiles(directory)
         self.device = device
@@ -92,6 +84,7 @@ class BlockStack(Skeleton):
         config = load_config(directory, trust_remote_code)
         self.dtype: torch.dtype = getattr(torch, dtype)
         super().__init__(config, self.dtype, trust_remote_code)
+        check_weights(self.files, self.model)
         self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
         self._heap = Heap()
@@ -123,7 +116,7 @@ class BlockStack(Skeleton):
             self._load(f"{self.blocks_name}.{index}.{name}", files)
         return block
 
-    def write(self, target: Target, files: TensorFiles) -> None:
+    def write(self, target: Target, files: OwnFiles) -> None:
         """Writes the parameter that holds a target to ``files``, a copy of the checkpoint.
 
         Kept weights that were rounded to compute with them are written as they are stored.
@@ -190,7 +183,7 @@ class BlockStack(Skeleton):
             if tensor.shape != place.shape:
                 raise UserError(
                     f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
-                    f"config.json implies {tuple(place.shape)}; the files do not belong together"
+                    f"the model's is {tuple(place.shape)}; the files do not belong together"
                 )
             if not torch.isfinite(tensor).all():
                 raise StageError(f"{self.files.directory}: {part.name} holds NaN or infinite values; it is broken")

@@ -25,7 +25,16 @@ from sppctl import distributed, machine
 from sppctl.errors import UserError
 from sppctl.files import FULL, writing
 from sppctl.lm import integrity
-from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFile, TensorFiles
+from sppctl.lm.safe_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    OwnFile,
+    OwnFiles,
+    TensorFiles,
+    is_adapter,
+    is_plain,
+    read_index,
+)
 
 # weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
 TEMPLATES = "additional_chat_templates/*.jinja"  # a tokenizer's further ones, by name; no other folder is its own
@@ -83,7 +92,7 @@ def locate(
     try:
         return _located(path, gguf_file, revision, adapters)
     except UserError as error:
-        raise UserError(re.sub("^model.path:", f"{key}:", str(error))) from error.__cause__
+        raise UserError(re.sub(r"^model\.path(?=:)|model\.path(?= takes)", key, str(error))) from error.__cause__
 
 
 def _located(path: str, gguf_file: str | None, revision: str | None, adapters: bool) -> Path:
@@ -101,11 +110,15 @@ def _located(path: str, gguf_file: str | None, revision: str | None, adapters: b
         directory = _download(path, gguf_file, revision)
     else:
         raise UserError(f"model.path: {path} does not exist; give a hub id, a directory or package:NAME")
+    if gguf_file and not all(map(is_plain, gguf_file.split("/"))):
+        raise UserError(f"model.gguf_file: {gguf_file!r} is not the name of a file inside the model's directory")
     if gguf_file and not (directory / gguf_file).is_file():
         found = ", ".join(sorted(file.name for file in directory.glob("*.gguf"))) or "no .gguf file"
         raise UserError(f"model.gguf_file: {gguf_file} is not in {directory}; there is {found}")
-    if adapters and (directory / "adapter_config.json").is_file():
-        return directory
+    if gguf_file is None and is_adapter(directory):
+        if adapters:
+            return directory
+        raise UserError(f"model.path: {path}: this is a PEFT adapter; model.path takes a full model")
     if not gguf_file and not (directory / "config.json").is_file():
         gguf = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"; name one in model.gguf_file: {', '.join(gguf)}" if gguf else ""
@@ -150,9 +163,11 @@ def _download(repository: str, gguf_file: str | None, revision: str | None) -> P
         if gguf_file is None and not (directory / SINGLE_NAME).is_file():
             index = directory / INDEX_NAME
             # a repository may hold the same weights once more in a form of its own (consolidated.safetensors)
-            shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"*.safetensors"}
+            shards = set(read_index(index).values()) if index.is_file() else {"*.safetensors"}
             directory = fetch(*sorted(shards))
         return directory
+    except UserError:
+        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -170,10 +185,19 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
+        _check_names(directory / "config.json", "configuration_files")
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a wrong value raises wherever transformers first uses it
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         raise UserError(f"{directory}: config.json cannot be used: {reason}") from error
+
+
+def _check_names(path: Path, key: str) -> None:
+    """Raises ValueError if a configuration names further files that are not beside it."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    names = content.get(key, []) if isinstance(content, dict) else []
+    if not isinstance(names, list) or not all(map(is_plain, names)):
+        raise ValueError(f"{key} in {path.name} must be names of files in the same directory")
 
 
 def max_window(config: Any) -> int | None:
@@ -189,14 +213,20 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
     """Unpacks a GGUF file into an ordinary safetensors checkpoint in ``out`` (bfloat16 unless told otherwise)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from sppctl.lm import weights
+
     # the unpacking draws a bar of its own on stderr
     with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any
+        info: Any
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             gguf_file=gguf_file,
             dtype=dtype or torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
+        weights.refuse_random(gguf_file, info)
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
         # transformers still takes the unpacked model for a quantised one, and would refuse to save it
         if hasattr(model.config, "quantization_config"):
@@ -313,15 +343,24 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    from sppctl.lm import weights
+
+    weights.check_directory(directory, trust_remote_code)
     placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}
     with quiet_libraries():
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any
+        info: Any
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            # an adapter beside the weights is looked for, and attached, where this says: never below a file
+            adapter_kwargs={"subfolder": "config.json"},
+            output_loading_info=True,
             **placed,
         )
+    weights.refuse_random(str(directory), info)
     return (model if placed else model.to(device)).eval()
 
 
@@ -355,6 +394,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: 
     try:
         with quiet_libraries():
             options = {"gguf_file": gguf_file} if gguf_file else {}
+            _check_names(directory / "tokenizer_config.json", "fast_tokenizer_files")
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the readers of its many formats raise what they happen to meet
         raise UserError(f"{directory} has no usable tokenizer: {_tokenizer_problem(error)}") from error
@@ -389,7 +429,7 @@ def copy_for_rewriting(
     out: Path,
     dtype: str = "auto",
     convert: Callable[[str, torch.Tensor, torch.dtype], torch.Tensor] = lambda name, tensor, dtype: tensor.to(dtype),
-) -> TensorFiles:
+) -> OwnFiles:
     """Copies a checkpoint so that tensors can be overwritten in place: same files, same order of tensors.
 
     Args:
@@ -412,14 +452,15 @@ def copy_for_rewriting(
             for key, spec in file.specs.items()
         }
         if all(layout[key][0] == spec.dtype for key, spec in file.specs.items()):
+            (out / name).unlink(missing_ok=True)  # a link there would be written through
             with writing(out / name, file.path.stat().st_size, FULL):
                 shutil.copyfile(file.path, out / name)
             continue
-        target = TensorFile.create(out / name, layout, files.metadata[name] or {"format": "pt"})
+        target = OwnFile.create(out / name, layout, files.metadata[name] or {"format": "pt"})
         for key in file.specs:
             tensor, wanted_dtype = file.read(key), layout[key][0]
             target.write(key, tensor if tensor.dtype == wanted_dtype else convert(key, tensor, wanted_dtype))
-    result = TensorFiles(out)
+    result = OwnFiles(out)
     if wanted:
         _record_dtype(out, result, dtype)
     return result

@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from sppctl.errors import UserError
-from sppctl.files import writing
+from sppctl.files import sync, writing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_SHARD = re.compile(r"(shard-\d+-)?model-\d+-of-\d+\.safetensors")  # names that transformers gives
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,7 +47,6 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
 }
-_PACKED = {"F4", "F6_E2M3", "F6_E3M2"}  # several to a byte: torch has no such numbers
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -68,71 +72,53 @@ class TensorSpec:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
+    """The tensors of a safetensors file and its metadata; the safetensors library checks names, sizes and offsets.
 
     Raises:
-        UserError: not safetensors, cut short, or with a dtype that torch does not have.
+        UserError: not safetensors, damaged, or with a dtype that torch does not have.
     """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with safe_open(path, "pt"), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None) or {}
-        base = 8 + length
-        foreign = [f"{name} has dtype {entry['dtype']}" for name, entry in header.items() if entry["dtype"] in _PACKED]
-        if foreign:
-            raise UserError(f"{path}: {foreign[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
-        specs = {
-            name: TensorSpec(
-                _DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                base + entry["data_offsets"][0],
-                base + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); download or write it again") from error
-    for name, spec in specs.items():
-        if math.prod(spec.shape) * spec.dtype.itemsize != spec.stop - spec.start:
-            raise UserError(f"{path}: tensor {name} does not have the size its header says; download it again")
-    end = max((spec.stop for spec in specs.values()), default=base)
-    if end != size:
-        raise UserError(f"{path} is truncated or damaged: {size} bytes, its header says {end}; download it again")
-    return specs, metadata
+            # what the library has accepted is small and flat enough for Python's reader
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is truncated or damaged, or not a safetensors file ({error}); download or write it again"
+        ) from error
+    metadata = header.pop("__metadata__", {})
+    foreign = [f"{name} has dtype {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
+    if foreign:
+        raise UserError(f"{path}: {foreign[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
+    return {
+        name: TensorSpec(
+            _DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            8 + length + entry["data_offsets"][1],
+        )
+        for name, entry in header.items()
+    }, metadata
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
 
 
 class TensorFile:
-    """A safetensors file that is filled tensor by tensor, in any order."""
+    """A safetensors file, only read."""
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self.path = path
         self.specs = specs
 
     @classmethod
-    def create(
-        cls, path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-    ) -> TensorFile:
-        """Lays out a new file; the bytes are zero until :meth:`write`."""
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for name, (dtype, shape) in shapes.items():
-            stop = offset + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
-            offset = stop
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with writing(path, 8 + len(text) + offset), path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + offset)
-        return cls.open(path)
-
-    @classmethod
-    def open(cls, path: Path) -> TensorFile:
-        """An existing file, to read from or to overwrite tensors in."""
+    def open(cls, path: Path) -> Self:
+        """An existing file."""
         return cls(path, read_header(path)[0])
 
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
@@ -149,6 +135,39 @@ class TensorFile:
         )  # a private mapping: only the pages of this tensor are read
         return flat[start:stop].clone().view(spec.dtype).reshape(shape)
 
+
+class OwnFile(TensorFile):
+    """A safetensors file that sppctl makes, filled tensor by tensor in any order."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Takes a file to be written.
+
+        Raises:
+            UserError: a link, behind which is a file that somebody else made.
+        """
+        super().__init__(path, specs)
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and sppctl writes into files of its own only; delete {path.parent}")
+
+    @classmethod
+    def create(
+        cls, path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> Self:
+        """Lays out a new file; the bytes are zero until :meth:`write`."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, (dtype, shape) in shapes.items():
+            stop = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+            offset = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        path.unlink(missing_ok=True)
+        with writing(path, 8 + len(text) + offset), path.open("xb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + offset)
+        return cls.open(path)
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Puts a tensor in its place, converted to the dtype laid out for it."""
         spec = self.specs[name]
@@ -158,46 +177,127 @@ class TensorFile:
             file.seek(spec.start)
             file.write(data.numpy().data)
 
-    def sync(self) -> None:
-        """Waits until the bytes are on the disk."""
-        with writing(self.path), self.path.open("r+b") as file:
-            os.fsync(file.fileno())
+
+def is_plain(name: object) -> bool:
+    """Whether a name from an index, a configuration or an archive is that of a file in the same directory."""
+    return isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds a PEFT adapter and not the weights of a model, beside which an adapter is ignored."""
+    names = {path.name for path in directory.iterdir()}
+    if SINGLE_NAME in names or INDEX_NAME in names or any(map(_SHARD.fullmatch, names)):
+        return False
+    return not names.isdisjoint((ADAPTER_CONFIG, ADAPTER_NAME, "adapter_model.bin"))
+
+
+def adapter_settings(directory: Path) -> dict[str, Any]:
+    """The settings of a PEFT adapter.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    try:
+        settings = json.loads((directory / ADAPTER_CONFIG).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("not a mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{directory} is not a PEFT adapter, or its {ADAPTER_CONFIG} is damaged: {error}") from error
+    return settings
+
+
+def adapter_file(directory: Path) -> Path:
+    """The weights of a PEFT adapter.
+
+    Raises:
+        UserError: there are none, or only pickled ones, which are never loaded.
+    """
+    path = directory / ADAPTER_NAME
+    if path.is_file():
+        return path
+    raise UserError(f"{directory}: this PEFT adapter has no {ADAPTER_NAME}{_pickled(directory)}")
+
+
+def _pickled(directory: Path) -> str:
+    names = sorted(path.name for path in directory.glob("*.bin"))
+    return f" (only {names[0]}, which is pickle: convert it to safetensors first)" if names else ""
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The shard of each tensor.
+
+    Raises:
+        UserError: a damaged index, or a shard that is not a safetensors file in the same directory.
+    """
+    try:
+        shards: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
+        names = set(shards.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable index of safetensors shards; download it again") from error
+    for name in names:
+        if not is_plain(name) or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: shard {name!r} is not the name of a safetensors file in the same directory")
+    return shards
 
 
 class TensorFiles:
-    """All safetensors files of a checkpoint directory as one mapping from name to tensor."""
+    """All safetensors files of a checkpoint directory as one mapping from name to tensor, only read."""
+
+    _kind: type[TensorFile] = TensorFile
 
     def __init__(self, directory: Path) -> None:
         """Reads every header.
 
         Raises:
-            UserError: no safetensors files, a missing shard, or a damaged file.
+            UserError: no safetensors files, a missing or damaged one, or an index that does not describe them.
         """
         self.directory = directory
-        index = directory / INDEX_NAME
-        if (directory / SINGLE_NAME).is_file():  # transformers, too, prefers it to an index
-            names = [SINGLE_NAME]
-        elif index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is not a readable index of safetensors shards; download it again") from error
-        else:
-            names = sorted(path.name for path in directory.glob("*.safetensors"))
-        if not names:
-            pickled = sorted(path.name for path in directory.glob("*.bin"))
-            more = f" (only {pickled[0]}, which is pickle: convert it to safetensors first)" if pickled else ""
-            raise UserError(f"{directory} holds no safetensors weights{more}")
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise UserError(f"{directory}: shard {missing[0]} is missing, though {INDEX_NAME} names it")
+        self.index = read_index(directory / INDEX_NAME) if (directory / INDEX_NAME).is_file() else None
+        names = self._names()
         self.files: dict[str, TensorFile] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self.home: dict[str, str] = {}
         for name in names:
             specs, self.metadata[name] = read_header(directory / name)
-            self.files[name] = TensorFile(directory / name, specs)
-            self.home |= dict.fromkeys(specs, name)
+            self.files[name] = self._kind(directory / name, specs)
+            for tensor in specs:
+                if tensor in self.home:
+                    raise UserError(f"{directory}: {tensor} is in {self.home[tensor]} and in {name}; download it again")
+                self.home[tensor] = name
+        if self.index is not None and SINGLE_NAME not in names:
+            self._check_index(self.index)
+
+    def _names(self) -> list[str]:
+        directory = self.directory
+        there = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+        if SINGLE_NAME in there:  # transformers, too, prefers it to an index
+            names = [SINGLE_NAME]
+        elif self.index is not None:
+            names = sorted(set(self.index.values()))
+        elif is_adapter(directory):
+            raise UserError(f"{directory}: this is a PEFT adapter; model.path takes a full model")
+        else:
+            names = [name for name in there if name != ADAPTER_NAME]
+        if not names:
+            raise UserError(f"{directory} holds no safetensors weights{_pickled(directory)}")
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise UserError(f"{directory}: shard {missing[0]} is missing, though {INDEX_NAME} names it")
+        surplus = [name for name in there if _SHARD.fullmatch(name) and name not in names]
+        if surplus:
+            raise UserError(
+                f"{directory}: {surplus[0]} does not belong to the weights in {names[0]}; remove it, or download again"
+            )
+        return names
+
+    def _check_index(self, index: dict[str, str]) -> None:
+        for tensor in index.keys() | self.home.keys():
+            found, named = self.home.get(tensor), index.get(tensor)
+            if found != named:
+                raise UserError(
+                    f"{self.directory}: {tensor} is in {found or 'no shard'}, but in {named or 'no shard'} by "
+                    f"{INDEX_NAME}; download both again"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.home)
@@ -213,11 +313,25 @@ class TensorFiles:
         """A tensor, or one entry along its first dimension, copied into memory."""
         return self.files[self.home[name]].read(name, entry)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Overwrites a tensor in its file."""
-        self.files[self.home[name]].write(name, tensor)
-
     @property
     def num_bytes(self) -> int:
         """Size of all files."""
         return sum(file.path.stat().st_size for file in self.files.values())
+
+
+class OwnFiles(TensorFiles):
+    """The files of a checkpoint that sppctl makes: its tensors can be overwritten."""
+
+    _kind = OwnFile
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrites a tensor in its file."""
+        file = self.files[self.home[name]]
+        assert isinstance(file, OwnFile)
+        file.write(name, tensor)
+
+    def sync(self, names: Iterable[str] | None = None) -> None:
+        """Waits until the bytes of these files, or of all, are on the disk."""
+        for name in self.files if names is None else names:
+            with writing(self.files[name].path):
+                sync(self.files[name].path)

@@ -22,6 +22,7 @@ from sppctl import distributed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
+from sppctl.lm.weights import check_directory
 from sppctl.settings import Config, DistillConfig
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
@@ -49,6 +50,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
             f"train.distill.teacher: {teacher} has a vocabulary of {theirs} tokens, the model one of {ours}; "
             "the teacher must be of the same family"
         )
+    check_directory(directory, trust)
     try:
         different = _different_tokens(tokenizer, checkpoint.load_tokenizer(directory, trust))
     except UserError as error:
@@ -81,10 +83,7 @@ def locate(teacher: str) -> Path:
     Raises:
         UserError: it does not exist, or cannot be had.
     """
-    try:
-        return checkpoint.locate(teacher)
-    except UserError as error:
-        raise UserError(f"train.distill.teacher: {str(error).removeprefix('model.path: ')}") from error
+    return checkpoint.locate(teacher, key="train.distill.teacher")
 
 
 def load(config: Config, base: Path | None, device: torch.device, dtype: str) -> Distillation | None:

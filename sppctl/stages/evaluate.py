@@ -21,6 +21,7 @@ from sppctl.errors import UserError
 from sppctl.lm import checkpoint, data, harness, perplexity, vocabulary
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.chat import try_template
+from sppctl.lm.weights import check_directory
 from sppctl.settings import Config
 from sppctl.stages import inspect, perplexities, tasks
 from sppctl.stages.perplexities import DenseModel
@@ -96,6 +97,7 @@ def _check_reference(config: Config, skeleton: Any) -> None:
             f"eval.divergence: {name} has a vocabulary of {theirs}, this model of {own}; compare models of one family, "
             "or set it to null"
         )
+    check_directory(directory, config.model.trust_remote_code)
 
 
 def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:

@@ -5,7 +5,6 @@ What merging is for a type of adapter, and what is proved, stands in ``merge_rul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,13 +20,14 @@ from sppctl.errors import StageError, UserError
 from sppctl.files import demand_space
 from sppctl.lm import checkpoint, integrity
 from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles, TensorFile, TensorFiles, adapter_file, adapter_settings
 from sppctl.lm.targets import stored_name
+from sppctl.lm.weights import check_weights
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import refresh
 from sppctl.stages.merge_rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
-from sppctl.stages.refreshed import REFRESHED, RefreshedFiles
+from sppctl.stages.refreshed import RefreshedFiles
 
 PEFT_PREFIX = "base_model.model."
 
@@ -80,7 +80,7 @@ class Adapter:
 
     kind: str
     settings: dict[str, Any]
-    files: TensorFiles
+    files: TensorFile
     modules: dict[str, dict[str, str]]
 
     @classmethod
@@ -90,17 +90,14 @@ class Adapter:
         Raises:
             UserError: not an adapter, a kind that cannot be merged, or incomplete.
         """
-        try:
-            settings = json.loads((directory / "adapter_config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{directory} is no PEFT adapter: {error}") from error
+        settings = adapter_settings(directory)
         kind = settings.get("peft_type")
         if kind not in MERGERS:
             raise UserError(f"{directory} is an adapter of type {kind}; sppctl merges {', '.join(MERGERS)}")
-        files = TensorFiles(directory)
+        files = TensorFile.open(adapter_file(directory))
         modules: dict[str, dict[str, str]] = {}
         parts = MERGERS[kind].parts(settings)
-        for name in (name for name, file in files.home.items() if file != REFRESHED):
+        for name in files.specs:
             module, part = _split(name.removeprefix(PEFT_PREFIX), parts)
             modules.setdefault(module, {})[part] = name
         for module, found in modules.items():
@@ -214,7 +211,9 @@ def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype)
 def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) -> dict[str, str]:
     """The checkpoint's tensor for each adapted module, with shapes that fit."""
     trust = config.model.trust_remote_code
-    prefix = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust).base_prefix
+    skeleton = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust)
+    check_weights(TensorFiles(pruned), skeleton.model)
+    prefix = skeleton.base_prefix
     stored = {}
     for module, parts in adapter.modules.items():
         try:
@@ -222,7 +221,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
         except UserError as error:
             raise UserError(f"the adapter adapts {module}, which {pruned} does not have: another model's?") from error
         shape = source.spec(name).shape
-        found = {part: adapter.files.spec(key).shape for part, key in parts.items()}
+        found = {part: adapter.files.specs[key].shape for part, key in parts.items()}
         if not MERGERS[adapter.kind].fits(found, shape):
             words = ", ".join(f"{part} {'x'.join(map(str, size))}" for part, size in sorted(found.items()))
             raise UserError(
@@ -248,7 +247,7 @@ def merge_matrices(
     source: TensorFiles,
     adapter: Adapter,
     stored: dict[str, str],
-    out: TensorFiles,
+    out: OwnFiles,
     mask: str,
     masks: Mapping[str, str],
 ) -> Iterator[MergeRecord]:

@@ -14,7 +14,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack, Skeleton
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles, TensorFiles
 from sppctl.lm.targets import Target, matches
 from sppctl.pattern import Pattern
 from sppctl.pruning import PRUNERS, InputNorms, allocate
@@ -157,15 +157,14 @@ def _pattern_words(prune: PruneConfig, layers: list[dict[str, Any]]) -> str:
     return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
 
 
-def _copy(config: Config, base: Path, out: Path) -> TensorFiles:
+def _copy(config: Config, base: Path, out: Path) -> OwnFiles:
     """A copy of the checkpoint in ``out``; a copy that was interrupted is made again."""
     if distributed.is_main() and not (out / COPIED).exists():
         (out / JOURNAL).unlink(missing_ok=True)
-        for file in checkpoint.copy_for_rewriting(base, out, config.model.dtype).files.values():
-            file.sync()
+        checkpoint.copy_for_rewriting(base, out, config.model.dtype).sync()
         (out / COPIED).touch()
     distributed.barrier()
-    return TensorFiles(out)
+    return OwnFiles(out)
 
 
 def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from sppctl.lm import checkpoint, vocabulary
 from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE, free_memory
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target, matches, stored_parts
+from sppctl.lm.targets import Target, matches
+from sppctl.lm.weights import misfits
 from sppctl.settings import Config, PruneConfig
 from sppctl.stages import calibrate
 from sppctl.stages.prune import check_prunes, needs_inputs, planned_patterns
@@ -139,18 +140,18 @@ def _quantised(config: Config, skeleton: Skeleton) -> str | None:
 
 def _mask(path: str, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
     try:
-        files = TensorFiles(checkpoint.locate(path))
+        files = TensorFiles(checkpoint.locate(path, key="prune.mask_from"))
     except UserError as error:
-        yield f"prune.mask_from: {str(error).removeprefix('model.path: ')}"
+        yield f"prune.mask_from: {str(error).removeprefix('prune.mask_from: ')}"
         return
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
-    for problem in _misfits(skeleton, files, parameters):
-        yield f"prune.mask_from: {problem}"
+    for problem in misfits(files, skeleton.model, parameters):
+        yield f"prune.mask_from: {files.directory}: {problem}"
         return
 
 
 def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
-    """The checkpoint's names and shapes, the disk for its copy, and memory for an order that needs much."""
+    """The checkpoint's kind, the disk for its copy, and memory for an order that needs much."""
     model = config.model
     assert model.path is not None
     method = _quantised(config, skeleton)
@@ -160,38 +161,9 @@ def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> It
     files: TensorFiles | None = None
     if model.gguf_file is None:
         files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
-        blocks = {target.name.removeprefix(f"{skeleton.blocks_name}.").partition(".")[0] for target in targets.values()}
-        base = getattr(skeleton.model, skeleton.base_prefix)
-        read = [f"{skeleton.base_prefix}.{name}" for name, _ in base.named_parameters()]
-        if not needs_inputs(config.prune):
-            inside = tuple(f"{skeleton.blocks_name}.{block}." for block in blocks)
-            read = [name for name in read if name.startswith(inside)]
-        for problem in _misfits(skeleton, files, read):
-            yield problem
-            return
     _disk(config, skeleton, files)
     if needs_inputs(config.prune) and config.prune.order == "module":
         yield from _memory(config, skeleton, files)
-
-
-def _misfits(skeleton: Skeleton, files: TensorFiles, parameters: Iterable[str]) -> Iterator[str]:
-    """Parameters that the files do not hold, or hold in another shape than the model's."""
-    for name in parameters:
-        owner, _, leaf = name.rpartition(".")
-        parameter = skeleton.model.get_submodule(owner)._parameters[leaf]
-        assert parameter is not None
-        try:
-            parts = stored_parts(files, name, tuple(parameter.shape), skeleton.base_prefix)
-        except UserError as error:
-            yield str(error)
-            continue
-        for part in parts:
-            found, wanted = files.spec(part.name).shape, tuple(part.of(parameter).shape)
-            if found != wanted:
-                yield (
-                    f"{files.directory}: {part.name} has shape {found}, the model's is {wanted}; "
-                    "the files do not belong to this model"
-                )
 
 
 # --- space ------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.lm import integrity
 from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import TensorFile, TensorFiles
+from sppctl.lm.safe_files import OwnFile, TensorFile, TensorFiles
 from sppctl.lm.targets import stored_name
 from sppctl.pattern import Pattern
 from sppctl.pruning import dsnot
@@ -235,7 +235,7 @@ class MaskRefresh(Reporting):
             return
         weights = {self.stored[name]: self.base_weight(name) for name in names}
         layout = {key: (weight.dtype, tuple(weight.shape)) for key, weight in weights.items()}
-        file = TensorFile.create(directory / REFRESHED, layout, {"format": "pt"})
+        file = OwnFile.create(directory / REFRESHED, layout, {"format": "pt"})
         for key, weight in weights.items():
             file.write(key, weight)
 

@@ -10,7 +10,7 @@ import torch
 
 from sppctl.errors import StageError
 from sppctl.lm.packed import Packed, bitmask_bytes, pack_bitmask, pack_structured, structured_bytes, unpack
-from sppctl.lm.safe_files import TensorFile, TensorFiles
+from sppctl.lm.safe_files import OwnFile, TensorFiles
 from sppctl.pattern import Pattern
 from sppctl.stages.inspect import MatrixSparsity, holds
 
@@ -73,7 +73,7 @@ def _through_a_file(packed: Packed) -> Packed:
     tensors = {"values": packed.values, "bits": packed.bits}
     with tempfile.TemporaryDirectory() as scratch:
         shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        file = TensorFile.create(Path(scratch) / "packed.safetensors", shapes, {})
+        file = OwnFile.create(Path(scratch) / "packed.safetensors", shapes, {})
         for name, tensor in tensors.items():
             file.write(name, tensor)
         return Packed(file.read("values"), file.read("bits"), packed.shape, packed.pattern)

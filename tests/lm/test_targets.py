@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sppctl.errors import UserError
 from sppctl.lm.blocks import BlockStack, Skeleton
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles, TensorFiles
 from sppctl.lm.targets import (
     Part,
     Target,
@@ -345,7 +345,7 @@ def test_what_is_written_is_read_again(family: str, make_checkpoint: Callable[..
     source = make_checkpoint(family)
     before = load_file(source / "model.safetensors")
     save_file(before, tmp_path / "model.safetensors", {"format": "pt"})
-    stack, copy = BlockStack(source, CPU, "float32"), TensorFiles(tmp_path)
+    stack, copy = BlockStack(source, CPU, "float32"), OwnFiles(tmp_path)
     targets = {name: target for name, target in stack.targets("all-linear").items() if ".1." in name}
     written: dict[str, Tensor] = {}
     stack.load_block(1)

@@ -15,7 +15,7 @@ from sppctl import cli
 from sppctl.errors import UserError
 from sppctl.lm import semi_structured
 from sppctl.lm.checkpoint import load_model
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles, TensorFiles
 from sppctl.lm.semi_structured import no_kernel, relative_difference, takes
 from sppctl.pattern import Pattern
 from sppctl.pruning.masks import mask_by_row
@@ -39,7 +39,7 @@ def pruned(
     def make(text: str, dtype: torch.dtype = torch.float32) -> Path:
         directory = tmp_path_factory.mktemp("pruned") / "llama"
         shutil.copytree(make_checkpoint("llama", dtype), directory)
-        files = TensorFiles(directory)
+        files = OwnFiles(directory)
         for name in files:
             if "_proj" in name:
                 weight = files.read(name)
@@ -95,7 +95,7 @@ def test_a_dense_checkpoint_has_nothing_to_pack(llama: Path) -> None:
 
 def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(make_checkpoint("gpt2"), tmp_path, dirs_exist_ok=True)
-    files = TensorFiles(tmp_path)
+    files = OwnFiles(tmp_path)
     name = next(name for name in files if name.endswith("mlp.c_fc.weight"))
     weight = files.read(name)
     files.write(name, weight * mask_by_row(weight.t().abs().contiguous(), Pattern.parse("2:4")).t())

@@ -293,7 +293,8 @@ def test_a_model_that_exceeds_a_gpu_lies_on_several(
 
     def load(*_: Any, **options: Any) -> Any:
         asked.update(options)
-        return SimpleNamespace(eval=lambda: None, to=lambda _: SimpleNamespace(eval=lambda: None))
+        model = SimpleNamespace(eval=lambda: None, to=lambda _: SimpleNamespace(eval=lambda: None))
+        return model, {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     checkpoint.load_model(llama, torch.device("cuda", 0), "float32", spread=True)

@@ -27,7 +27,7 @@ from sppctl.lm import checkpoint
 from sppctl.lm.activations import Activations
 from sppctl.lm.block_call import BlockCall
 from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.lm.safe_files import OwnFiles, TensorFiles
 from sppctl.pattern import Pattern
 from sppctl.pruning import Hessian, allocate, prune_linear
 from sppctl.pruning.sparsegpt import prune_sparsegpt
@@ -556,14 +556,14 @@ checkpoint.shutil.copyfile = half
 def half(self, name, tensor):
     write(self, name, tensor / 3)
     die()
-write, safe_files.TensorFile.write = safe_files.TensorFile.write, half
+write, safe_files.OwnFile.write = safe_files.OwnFile.write, half
 """,
     "write of block 2": """
 def half(self, name, tensor):
     write(self, name, tensor if ".2." not in name else tensor / 3)
     if ".2.mlp" in name:
         die()
-write, safe_files.TensorFile.write = safe_files.TensorFile.write, half
+write, safe_files.OwnFile.write = safe_files.OwnFile.write, half
 """,
     "block 0 done": """
 def then_die(self, entry):
@@ -772,9 +772,9 @@ def test_a_finished_block_that_was_changed_since_is_not_continued_from(
     config, out = configure("prune.method=wanda"), tmp_path / "out"
     interrupted(config, deep, out, monkeypatch)
     name = "model.layers.1.mlp.down_proj"
-    TensorFiles(out).write(f"{name}.weight", TensorFiles(deep).read(f"{name}.weight"))
+    OwnFiles(out).write(f"{name}.weight", TensorFiles(deep).read(f"{name}.weight"))
     with pytest.raises(UserError, match=rf"out: {name} is not what was pruned; sppctl prune --force starts"):
-        prune.execute(config, deep, out)
+        prune.execute(config, deep, out, dtype="float32")
 
 
 def test_a_damaged_allocation_is_named(

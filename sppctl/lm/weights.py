@@ -1,0 +1,146 @@
+"""Whether the files of a checkpoint hold the weights of its model: told from headers, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sppctl.errors import UserError
+from sppctl.lm.checkpoint import load_config, quiet_libraries
+from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFiles
+from sppctl.lm.targets import EXPERT_PARTS, canonical, stored_parts
+
+# causal masks, (1, 1, n, n) and a scalar, that old files of the GPT families hold and no model reads
+_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a transformers configuration on the meta device, in evaluation mode.
+
+    Raises:
+        UserError: none can be built from it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(), quiet_libraries():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path: no causal language model can be built from its config ({reason})") from error
+    return model.eval()
+
+
+def check_directory(directory: Path, trust_remote_code: bool = False) -> None:
+    """As :func:`check_weights`, of the checkpoint in a directory."""
+    files = TensorFiles(directory)
+    check_weights(files, empty_model(load_config(directory, trust_remote_code), None, trust_remote_code))
+
+
+def check_weights(files: TensorFiles, model: Any) -> None:
+    """Shows that loading a checkpoint takes every parameter and persistent buffer from its files, and all of those.
+
+    transformers itself loads tensors without content, shaped as the headers say, so its renames, ties, fused experts
+    and exceptions for old files hold. Of a quantised checkpoint it knows more only when it loads the weights.
+
+    Args:
+        files: of the checkpoint.
+        model: from :func:`empty_model`; stays as it is.
+
+    Raises:
+        UserError: tensors are missing, surplus, of another shape or there twice, or the files are not those that
+            transformers would load.
+    """
+    directory, config = files.directory, model.config
+    if SINGLE_NAME not in files.files and files.index is None:
+        raise UserError(
+            f"{directory} holds {next(iter(files.files))}, but neither {INDEX_NAME} nor {SINGLE_NAME}; "
+            "download the index too, or rename a file that holds all weights"
+        )
+    named = getattr(config, "transformers_weights", None)
+    if named not in (None, SINGLE_NAME, INDEX_NAME):
+        raise UserError(f"{directory}: config.json names {named!r} as transformers_weights; sppctl reads {SINGLE_NAME}")
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    problems = list(dict.fromkeys(_problems(files, model)))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise UserError(f"{directory}: {problems[0]}{more}; download it again, or correct its config.json")
+
+
+def refuse_random(place: str, info: dict[str, Any]) -> None:
+    """Raises UserError if transformers' loading info names parameters that did not come from the files."""
+    random = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
+    if random:
+        raise UserError(f"{place} holds no {random[0]} of the model's shape; transformers would make it up at random")
+
+
+def misfits(files: TensorFiles, model: Any, names: Iterable[str]) -> Iterator[str]:
+    """Parameters that the files do not hold under the names known here, or hold in another shape than the model's."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        parameter = getattr(model.get_submodule(owner), leaf)
+        try:
+            parts = stored_parts(files, name, tuple(parameter.shape), model.base_model_prefix)
+        except UserError as error:
+            yield str(error).removeprefix(f"{files.directory} ").partition(": ")[0]
+            continue
+        for part in parts:
+            found, wanted = files.spec(part.name).shape, tuple(part.of(parameter).shape)
+            if found != wanted:
+                yield _shapes(part.name, found, wanted)
+
+
+def _shapes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"{name} has shape {tuple(found)}, the model's is {tuple(wanted)}"
+
+
+def _surplus_experts(files: TensorFiles, model: Any, fused: list[str]) -> list[str]:
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in fused}
+    parts = [stored_parts(files, name, shape, model.base_model_prefix) for name, shape in shapes.items()]
+    used = {part.name for found in parts for part in found}
+    return [_surplus(files, name) for name in sorted(files) if ".experts." in name and name not in used]
+
+
+def _surplus(files: TensorFiles, name: str) -> str:
+    place = f" ({files.home[name]})" if name in files else ""
+    return f"{name}{place} is not part of the model that config.json describes"
+
+
+def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
+    state = {}
+    for name in files:
+        spec = files.spec(name)
+        state[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
+    try:
+        with quiet_libraries():
+            _, info = type(model).from_pretrained(
+                None,
+                config=model.config,
+                state_dict=state,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:  # matrices that do not go together into one parameter
+        yield from list(misfits(files, model, fused)) or _surplus_experts(files, model, fused) or [str(error)]
+        return
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        parts = list(misfits(files, model, [name])) or _surplus_experts(files, model, fused) if name in fused else []
+        yield from parts or [_shapes(name, found, wanted)]
+    for name in sorted(info["missing_keys"]):
+        yield f"holds no tensor {name}, which config.json implies"
+    for name in sorted(info["unexpected_keys"]):
+        if not (_OLD_MASK.search(name) and name in files and len(files.spec(name).shape) in (0, 4)):
+            yield _surplus(files, name)
+    spelled: dict[str, str] = {}
+    for name in files:
+        other = spelled.setdefault(canonical(name, model.base_model_prefix), name)
+        if other != name:
+            yield f"the same tensor is there twice, as {other} and {name}"
