@@ -44,8 +44,9 @@ class PadCollator:
         numbers = [example.number for example in examples]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}
         if self.response_mask:
-            prompts = torch.tensor([[example.prompt_tokens] for example in examples])
-            batch["response_mask"] = (torch.arange(width) >= prompts) & attention_mask.bool()
+            batch["response_mask"] = torch.tensor(
+                [[*e.response, *[False] * (width - len(e.response))] for e in examples]
+            )
         return batch
 
 
@@ -72,9 +73,7 @@ class PackCollator:
             "examples": [example.number for example in examples],
         }
         if self.response_mask:
-            prompts = torch.tensor([max(1, example.prompt_tokens) for example in examples])
-            lengths = torch.tensor([len(example.input_ids) for example in examples])
-            batch["response_mask"] = batch["position_ids"] >= prompts.repeat_interleave(lengths)
+            batch["response_mask"] = _row([False, *example.response[1:]] for example in examples)
         return batch
 
 

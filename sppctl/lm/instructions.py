@@ -14,13 +14,13 @@ from torch import Tensor
 
 from sppctl.errors import UserError
 from sppctl.lm import cache, data
-from sppctl.lm.prompts import Style
+from sppctl.lm.prompts import Style, shared
 
 Row = dict[str, Any]
 KEY = "train.data.dataset"
 IGNORED = -100  # the label that the loss leaves out
 HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "alpaca-gpt4": "vicgalle/alpaca-gpt4"}
-CACHE_FORMAT = 2  # raised when examples are made in another way, so that no older file is taken for the same
+CACHE_FORMAT = 3  # raised when examples are made in another way, so that no older file is taken for the same
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -175,28 +175,30 @@ def _read(name: str, split: str) -> list[Row]:
 class Example:
     """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number.
 
-    The first ``prompt_tokens`` of the tokens are the prompt, whatever the labels leave out.
+    ``response`` says of each token whether it belongs to the response, whatever the labels leave out.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
     number: int
-    prompt_tokens: int
+    response: list[bool]
 
 
 class Examples(Sequence[Example]):
     """Tokenised instructions, kept as five tensors.
 
     Args:
-        tensors: ``tokens`` (all tokens, one example after the other) int32; and of each example ``lengths`` int64,
-            ``starts`` (tokens in front of the first label) int64, ``prompts`` (tokens in front of the response) int64
-            and ``truncated`` bool.
+        tensors: ``tokens`` (all tokens, one example after the other) int32, and for each of them whether it is
+            ``labelled`` and whether it belongs to a ``response``, bool; and of each example ``lengths`` int64 and
+            ``truncated`` bool.
+        numbers: of the examples; None: from 0 on.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], numbers: list[int] | None = None) -> None:
         self.tensors = tensors
         self.ends = tensors["lengths"].cumsum(0).tolist()
+        self.numbers = list(range(len(self.ends))) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -204,11 +206,10 @@ class Examples(Sequence[Example]):
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        end, length, start = self.ends[number], self.lengths[number], int(self.tensors["starts"][number])
-        tokens = self.tensors["tokens"][end - length : end].tolist()
-        labels = [IGNORED] * min(start, length) + tokens[start:]
-        prompt = min(int(self.tensors["prompts"][number]), length)
-        return Example(tokens, labels, bool(self.tensors["truncated"][number]), number, prompt)
+        part = slice(self.ends[number] - self.lengths[number], self.ends[number])
+        tokens, labelled, response = (self.tensors[name][part].tolist() for name in ("tokens", "labelled", "response"))
+        labels = [token if wanted else IGNORED for token, wanted in zip(tokens, labelled, strict=True)]
+        return Example(tokens, labels, bool(self.tensors["truncated"][number]), self.numbers[number], response)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -220,25 +221,39 @@ class Examples(Sequence[Example]):
         """Examples that were cut."""
         return int(self.tensors["truncated"].sum())
 
-    @property
-    def have_labels(self) -> bool:
-        """Whether any token is in the loss."""
-        return bool((self.tensors["starts"] < self.tensors["lengths"]).any())
+    def having(self, kind: str) -> Examples:
+        """The examples with a token that is ``labelled``, or of a ``response``, and that another one predicts."""
+        lengths = self.tensors["lengths"]
+        wanted = self.tensors[kind] & (_places(lengths) > 0)
+        counts = torch.zeros_like(lengths).index_add_(0, _owners(lengths), wanted.long())
+        kept = counts > 0
+        if kept.all():
+            return self
+        tokens = kept.repeat_interleave(lengths)
+        of_each = ("lengths", "truncated")
+        tensors = {name: tensor[kept if name in of_each else tokens] for name, tensor in self.tensors.items()}
+        return Examples(tensors, [number for number, keep in zip(self.numbers, kept.tolist(), strict=True) if keep])
 
-    @property
-    def have_responses(self) -> bool:
-        """Whether any token belongs to a response."""
-        return bool((self.tensors["prompts"] < self.tensors["lengths"]).any())
+
+def _places(lengths: Tensor) -> Tensor:
+    """Of all tokens of examples of these lengths, one after the other: the place in its example."""
+    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+
+
+def _owners(lengths: Tensor) -> Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
 
 
 def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
-    """The rows as of :func:`tokenize`, from the cache if they were tokenised before."""
+    """The rows as of :func:`tokenize`, from the cache if the same text was tokenised before."""
+    texts = [style.text(row) for row in rows]
     path = cache.entry(
         "examples",
         {
             "format": CACHE_FORMAT,
-            "rows": rows_hash(rows),
-            "style": style.identity,
+            "texts": data.content_hash([f"{start} {text}" for text, start in texts]),
+            "special_tokens": style.special_tokens,
+            "marks": None if style.marked is None else tokenizer.get_chat_template(),
             "tokenizer": cache.tokenizer_identity(tokenizer),
             "end": tokenizer.eos_token_id,
             "seq_len": seq_len,
@@ -246,18 +261,19 @@ def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
         },
     )
     tensors, _ = cache.read(path) or ({}, {})
-    if tensors.keys() != {"tokens", "lengths", "starts", "prompts", "truncated"}:
-        made = tokenize(tokenizer, rows, style, seq_len=seq_len, train_on_inputs=train_on_inputs)
-        cache.write(path, made.tensors)
-        return made
-    return Examples(tensors)
+    if tensors.keys() == {"tokens", "labelled", "response", "lengths", "truncated"}:
+        return Examples(tensors)
+    made = _cut(_tokenized(tokenizer, rows, texts, style), seq_len, train_on_inputs)
+    cache.write(path, made.tensors)
+    return made
 
 
 def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
     """Prompt, response and end-of-text of each row as tokens.
 
     Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are
-    those that a model meets; the labels start after the prompt's tokens.
+    those that a model meets; the labels start after the prompt's tokens. In a chat, whose text is not simply prompt and
+    response, they start with the first token that is not one of the prompt.
 
     Args:
         tokenizer: of the model, with an end-of-text token.
@@ -266,18 +282,34 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
         seq_len: tokens of the longest example; longer ones are cut.
         train_on_inputs: labels for the prompt too.
     """
-    prompts = [style.prompt(row) for row in rows]
-    wholes = _tokens(tokenizer, [p + row["output"] + style.end for p, row in zip(prompts, rows, strict=True)], style)
-    wholes = [[*tokens, tokenizer.eos_token_id] for tokens in wholes]
-    prompt_tokens = list(map(len, _tokens(tokenizer, prompts, style)))
-    starts = [0] * len(rows) if train_on_inputs else prompt_tokens
+    return _cut(_tokenized(tokenizer, rows, [style.text(row) for row in rows], style), seq_len, train_on_inputs)
+
+
+def _tokenized(
+    tokenizer: Any, rows: Sequence[Row], texts: Sequence[tuple[str, int]], style: Style
+) -> list[tuple[list[int], Tensor]]:
+    """The tokens of each row, and for each of them whether it belongs to the response."""
+    if style.marked is not None:
+        return [(tokens, torch.tensor(marks, dtype=torch.bool)) for tokens, marks in map(style.marked, rows)]
+    wholes = _tokens(tokenizer, [text for text, _ in texts], style)
+    prompts = _tokens(tokenizer, [text[:start] for text, start in texts], style)
+    if style.special_tokens:
+        wholes = [[*tokens, tokenizer.eos_token_id] for tokens in wholes]
+        starts = [len(prompt) for prompt in prompts]
+    else:
+        starts = [shared(*pair) for pair in zip(prompts, wholes, strict=True)]
+    return [(tokens, torch.arange(len(tokens)) >= start) for tokens, start in zip(wholes, starts, strict=True)]
+
+
+def _cut(found: list[tuple[list[int], Tensor]], seq_len: int, train_on_inputs: bool) -> Examples:
+    response = torch.cat([torch.zeros(0, dtype=torch.bool), *(said[:seq_len] for _, said in found)])
     return Examples(
         {
-            "tokens": torch.tensor([token for tokens in wholes for token in tokens[:seq_len]], dtype=torch.int32),
-            "lengths": torch.tensor([min(len(tokens), seq_len) for tokens in wholes], dtype=torch.int64),
-            "starts": torch.tensor(starts, dtype=torch.int64),
-            "prompts": torch.tensor(prompt_tokens, dtype=torch.int64),
-            "truncated": torch.tensor([len(tokens) > seq_len for tokens in wholes], dtype=torch.bool),
+            "tokens": torch.tensor([token for tokens, _ in found for token in tokens[:seq_len]], dtype=torch.int32),
+            "labelled": torch.ones_like(response) if train_on_inputs else response.clone(),
+            "response": response,
+            "lengths": torch.tensor([min(len(tokens), seq_len) for tokens, _ in found], dtype=torch.int64),
+            "truncated": torch.tensor([len(tokens) > seq_len for tokens, _ in found], dtype=torch.bool),
         }
     )
 
@@ -287,5 +319,7 @@ def _tokens(tokenizer: Any, texts: list[str], style: Style) -> list[list[int]]:
     if not texts:  # fast tokenizers fail on an empty list
         return []
     options = {"padding": False, "truncation": False, "add_special_tokens": style.special_tokens}
-    found = tokenizer(texts, **options).input_ids
+    found: list[list[int]] = tokenizer(texts, **options).input_ids
+    if not style.special_tokens:
+        return found
     return [tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens for tokens in found]

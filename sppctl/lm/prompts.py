@@ -1,10 +1,12 @@
-"""Prompts: the text that an instruction makes in front of its response."""
+"""Prompts: the text that an instruction and its response make."""
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sppctl.errors import UserError
@@ -23,7 +25,9 @@ PROMPT_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-RESPONSE_STANDS_HERE = "(the response)"  # what a chat template puts after it is its end of a turn
+PROBE = {"instruction": "Say it.", "output": "(the response)"}
+DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # by which a chat template asks for today's date
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # by which it says itself what the assistant says
 
 
 def prompt_of(row: dict[str, Any]) -> str:
@@ -42,36 +46,52 @@ class Style:
     """How rows become text.
 
     Attributes:
-        prompt: makes the text of a row up to where its response starts.
-        end: text after every response, in front of the end-of-text token.
-        special_tokens: whether the tokenizer adds its own special tokens; a chat template writes them out.
-        identity: two styles with the same one make the same text.
+        text: makes the whole text of a row, and says how many characters of it are in front of the response.
+        special_tokens: whether the tokenizer adds its own special tokens, and an end-of-text token follows; a chat
+            template writes out all of them.
+        marked: makes the tokens of a row, and for each whether it belongs to the response (1 or 0), where a chat
+            template marks that itself (``{% generation %}``).
+        ends: whether anything follows the response, by which a model learns to end it.
     """
 
-    prompt: Callable[[dict[str, Any]], str]
-    end: str = ""
+    text: Callable[[dict[str, Any]], tuple[str, int]]
     special_tokens: bool = True
-    identity: str = "alpaca"
+    marked: Callable[[dict[str, Any]], tuple[list[int], list[int]]] | None = None
+    ends: bool = True
 
 
-def style(prompt: str, tokenizer: Any) -> Style:
+def style(prompt: str, tokenizer: Any, today: datetime | None = None) -> Style:
     """The style that ``train.data.prompt`` names.
 
     Args:
         prompt: ``alpaca``, ``chat``, or a text with {instruction} and, if wanted, {input}.
         tokenizer: of the model, for ``chat``.
+        today: what chat templates that print the date take for now; None: now.
 
     Raises:
         UserError: a text with other fields or without {instruction}, or a tokenizer that cannot chat.
     """
     if prompt == "alpaca":
-        return Style(prompt_of)
+        return _followed(prompt_of)
     if prompt == "chat":
-        return _chat(tokenizer)
+        return _chat(tokenizer, today or datetime.now())
     _check_template(prompt)
-    return Style(
-        lambda row: prompt.format(instruction=row["instruction"], input=row.get("input") or ""), identity=f"={prompt}"
-    )
+    return _followed(lambda row: prompt.format(instruction=row["instruction"], input=row.get("input") or ""))
+
+
+def is_dated(prompt: str, tokenizer: Any) -> bool:
+    """Whether the text depends on the date."""
+    return prompt == "chat" and bool(DATE.search(str(getattr(tokenizer, "chat_template", None))))
+
+
+def _followed(prompt: Callable[[dict[str, Any]], str]) -> Style:
+    """A prompt that the response follows as it is."""
+
+    def text(row: dict[str, Any]) -> tuple[str, int]:
+        before = prompt(row)
+        return before + row["output"], len(before)
+
+    return Style(text)
 
 
 def _check_template(prompt: str) -> None:
@@ -90,32 +110,63 @@ def _check_template(prompt: str) -> None:
         raise UserError(f"{KEY}: {prompt!r} is neither alpaca nor chat, and as a text it lacks {{instruction}}")
 
 
-def _chat(tokenizer: Any) -> Style:
-    """The tokenizer's own chat template: the user says instruction and input, the assistant gives the response."""
+def _chat(tokenizer: Any, today: datetime) -> Style:
+    """The tokenizer's own chat template: the user says instruction and input, the assistant gives the response.
+
+    What is trained is what the template makes of both. The response starts where the template's own generation prompt
+    ends. Templates that prompt for reasoning and then leave that out differ from it earlier: there it starts.
+    """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise UserError(
             f"{KEY}: chat, but the tokenizer has no chat template; use alpaca or a text with {{instruction}}"
         )
 
-    def prompt(row: dict[str, Any]) -> str:
-        return tokenizer.apply_chat_template([_user(row)], tokenize=False, add_generation_prompt=True)
+    def render(row: dict[str, Any], messages: Any, **options: Any) -> Any:
+        try:
+            fixed = DATE.sub(lambda found: repr(today.strftime(found[2])), tokenizer.get_chat_template())
+            return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": fixed} | options))
+        except Exception as error:  # a template is a program: it raises what it likes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{KEY}: the tokenizer's chat template fails on an instruction: {reason} ({row['instruction'][:60]!r})"
+            ) from error
 
-    example = _user({"instruction": "Say it."})
-    answer = {"role": "assistant", "content": RESPONSE_STANDS_HERE}
-    try_template(tokenizer, [[example, answer], [example]], KEY)
-    try:
-        whole = tokenizer.apply_chat_template([example, answer], tokenize=False)
-        prompt({"instruction": "Say it."})
-    except Exception as error:  # a template is a program: it raises what it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{KEY}: the tokenizer's chat template fails on an instruction: {reason}") from error
-    _, found, end = whole.rpartition(RESPONSE_STANDS_HERE)
-    if not found:
+    def text(row: dict[str, Any]) -> tuple[str, int]:
+        whole, asked = render(row, _chat_of(row)), render(row, _chat_of(row)[:1], add_generation_prompt=True)
+        if whole.startswith(asked):
+            return whole, len(asked)
+        other = render(row, _chat_of(row | {"output": "y" if row["output"].startswith("x") else "x"}))
+        start = shared(whole, asked, other)
+        if start < len(render(row, _chat_of(row)[:1]).rstrip()):
+            raise UserError(
+                f"{KEY}: the tokenizer's chat template writes a question differently once it is answered, so where the "
+                f"response starts cannot be told ({row['instruction'][:60]!r}); use another prompt"
+            )
+        return whole, start
+
+    def marked(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        found = render(row, _chat_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return found["input_ids"], found["assistant_masks"]
+
+    try_template(tokenizer, [_chat_of(PROBE), _chat_of(PROBE)[:1]], KEY)
+    whole, other = (render(PROBE, _chat_of(PROBE | {"output": output})) for output in (PROBE["output"], "x"))
+    if whole == other:
         raise UserError(f"{KEY}: the tokenizer's chat template leaves out what the assistant says; use another prompt")
-    return Style(prompt, end.rstrip(), special_tokens=False, identity=f"chat {template}")
+    ends = bool(whole.rpartition(PROBE["output"])[2].strip())
+    if MARK.search(tokenizer.get_chat_template()) and getattr(tokenizer, "is_fast", False):
+        return Style(lambda row: (render(row, _chat_of(row)), 0), special_tokens=False, marked=marked, ends=ends)
+    text(PROBE)
+    return Style(text, special_tokens=False, ends=ends)
 
 
-def _user(row: dict[str, Any]) -> dict[str, str]:
+def shared(*parts: Sequence[Any]) -> int:
+    """Items that sequences have in common at their beginning."""
+    columns = enumerate(zip(*parts, strict=False))
+    return next((place for place, items in columns if any(item != items[0] for item in items)), min(map(len, parts)))
+
+
+def _chat_of(row: dict[str, Any]) -> list[dict[str, str]]:
     context = (row.get("input") or "").strip()
-    return {"role": "user", "content": row["instruction"] + (f"\n\n{row['input']}" if context else "")}
+    asked = row["instruction"] + (f"\n\n{row['input']}" if context else "")
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]

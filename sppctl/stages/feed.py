@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -48,33 +49,46 @@ class Feed:
         UserError: the data cannot be had, or leaves nothing to learn from.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, vocab_size: int) -> None:
-        """Loads and tokenises the rows; ``vocab_size``: tokens that the model embeds."""
+    def __init__(self, config: Config, tokenizer: Any, vocab_size: int, today: datetime | None = None) -> None:
+        """Loads and tokenises the rows.
+
+        Args:
+            config: the configuration.
+            tokenizer: of the model.
+            vocab_size: tokens that the model embeds.
+            today: as of :func:`sppctl.lm.prompts.style`.
+        """
         train = config.train
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "train: the tokenizer has no end-of-text token, which every response needs; "
                 "name it in the model's tokenizer_config.json (eos_token)"
             )
-        self.rows = load_rows(config)
+        self.rows, self.style = load_rows(config), prompts.style(train.data.prompt, tokenizer, today)
         tokenised = partial(
             instructions.examples,
             tokenizer,
-            style=prompts.style(train.data.prompt, tokenizer),
+            style=self.style,
             seq_len=train.data.seq_len,
             train_on_inputs=train.data.train_on_inputs,
         )
         with distributed.first_process_first():
-            self.train, self.held_out = tokenised(self.rows.train), tokenised(self.rows.held_out)
+            every = tokenised(self.rows.train), tokenised(self.rows.held_out)
         distils = train.distill.teacher is not None
-        if not (self.train.have_responses if distils else self.train.have_labels):
-            raise UserError(f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from")
+        # a step or a validation of others alone would be 0/0
+        self.train, self.held_out = every[0].having("response" if distils else "labelled"), every[1].having("labelled")
+        self.unlabelled = len(every[0]) - len(self.train), len(every[1]) - len(self.held_out)
+        if not self.train:
+            raise UserError(
+                f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from in any of the "
+                f"{len(every[0])} examples; raise it"
+            )
         for part in (self.train, self.held_out):
             vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
         self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distils)
         self.packing = self.unchecked = train.data.packing
         self.collator = batches.PackCollator(distils) if self.packing else self.padded
-        self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, 1)
+        self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, [False])
         self.multiple = train.micro_batch_size * distributed.world_size()
         self.order = None
         if train.data.group_by_length:
@@ -83,12 +97,22 @@ class Feed:
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
 
     def tell(self, seq_len: int) -> None:
-        """Prints where the examples are from and what was cut."""
+        """Prints where the examples are from, what was cut, and what had to be left out."""
         if len(self.rows.taken) > 1:
             taken = ", ".join(f"{count} of {name}" for name, count in self.rows.taken.items())
             console.note(f"{len(self.train)} examples: {taken}")
         if self.rows.left_out:
             console.note(f"{self.rows.left_out} rows have the text of a held-out row and are not trained on")
+        for count, kind in zip(self.unlabelled, ("training", "validation"), strict=True):
+            if count:
+                console.note(
+                    f"{count} {kind} examples have no response within {seq_len} tokens (train.data.seq_len) and are "
+                    "left out"
+                )
+        if not self.style.ends:
+            console.warn(
+                "train.data.prompt: the chat template writes nothing after a response, so no end of it is learned"
+            )
         if self.train.truncated:
             share = self.train.truncated / len(self.train)
             console.note(
@@ -150,6 +174,8 @@ class Feed:
             "datasets": self.rows.taken,
             "duplicates_of_held_out": self.rows.left_out,
             "data_hash": self.rows.hash,
+            "examples_without_labels": self.unlabelled[0],
+            "validation_examples_without_labels": self.unlabelled[1],
             "truncated_examples": self.train.truncated,
             "padding_share": self.padding_share,
         }

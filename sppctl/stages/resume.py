@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from datetime import datetime
 from pathlib import Path
 
 from sppctl import console, sealed
@@ -10,7 +12,20 @@ from sppctl.errors import UserError
 from sppctl.lm import integrity
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
+BEGAN = "began"  # beside the checkpoints: when the first of them was begun
 HASHES = "files.json"  # in a checkpoint: what its files are
+
+
+def began(checkpoints: Path, resume: bool) -> datetime:
+    """When the attempt began: a chat template that prints the date prints the same one when training is resumed."""
+    note = checkpoints / BEGAN
+    with contextlib.suppress(OSError, ValueError):
+        if resume:
+            return datetime.fromisoformat(note.read_text())
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    now = datetime.now()
+    note.write_text(now.isoformat())
+    return now
 
 
 def seal(checkpoint: Path) -> None:

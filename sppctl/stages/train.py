@@ -55,7 +55,6 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
     for check in (
         partial(plan.check_dtype, config),
-        partial(prompts.style, train.data.prompt, tokenizer),
         partial(Feed, config, tokenizer, vocabulary.embeddings(skeleton.model)),
         partial(distill.preflight, config, skeleton, tokenizer),
         partial(_check_perplexity, config, skeleton, tokenizer),
@@ -120,7 +119,10 @@ def execute(
     device = checkpoint.pick_device(config.model.device)
     tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
     embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
-    feed = Feed(config, tokenizer, embedded)
+    checkpoints = out / CHECKPOINTS
+    dated = prompts.is_dated(train.data.prompt, tokenizer)
+    today = distributed.decide(partial(resuming.began, checkpoints, resume)) if dated else None
+    feed = Feed(config, tokenizer, embedded, today)
     feed.tell(train.data.seq_len)
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
@@ -136,7 +138,6 @@ def execute(
     console.note(
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
     )
-    checkpoints = out / CHECKPOINTS
     newest = distributed.decide(partial(resuming.newest, checkpoints, strategy)) if resume else None
     if newest:
         console.note(f"resuming from {newest}")

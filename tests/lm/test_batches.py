@@ -28,10 +28,15 @@ DEAF = {
 }
 
 
+def behind(prompt: int, length: int) -> list[bool]:
+    """Which tokens are the response behind so many of a prompt."""
+    return [place >= prompt for place in range(length)]
+
+
 def example(number: int, length: int, start: int = 0) -> Example:
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 256, (length,), generator=generator).tolist()
-    return Example(tokens, [IGNORED] * start + tokens[start:], False, number, start)
+    return Example(tokens, [IGNORED] * start + tokens[start:], False, number, behind(start, length))
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -43,7 +48,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
 # --- padded and packed ------------------------------------------------------------------------------------------------
 
 
-TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7, 1), Example([4] * 5, [4] * 5, False, 2, 0)]
+TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7, behind(1, 3)), Example([4] * 5, [4] * 5, False, 2, [True] * 5)]
 
 
 def test_padding_on_the_right_to_a_multiple_of_eight() -> None:
@@ -65,7 +70,7 @@ def test_packing_into_one_row() -> None:
 
 def test_response_masks_say_where_responses_are_predicted() -> None:
     """Whatever the labels: these have some for prompts, too."""
-    rows = [Example([1] * 4, [1] * 4, False, 0, 3), *TWO, Example([5] * 2, [5] * 2, True, 3, 2)]
+    rows = [Example([1] * 4, [1] * 4, False, 0, behind(3, 4)), *TWO, Example([5] * 2, [5] * 2, True, 3, [False] * 2)]
     padded = PadCollator(pad_token_id=9, response_mask=True)(rows)["response_mask"]
     wanted = [[0, 0, 0, 1], [0, 1, 1], [1] * 5, [0, 0]]
     assert padded.int().tolist() == [row + [0] * (8 - len(row)) for row in wanted]

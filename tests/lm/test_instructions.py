@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import datasets
 import pytest
 from conftest import ALPACA, byte_tokenizer
 from safetensors.torch import load_file, save_file
-from test_prompts import CHAT, WITHOUT_INPUT
+from test_prompts import TEMPLATES, WITHOUT_INPUT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sppctl.errors import UserError
 from sppctl.lm import data, instructions
-from sppctl.lm.instructions import IGNORED, Example, Instructions
+from sppctl.lm.instructions import IGNORED, Example, Examples, Instructions
 from sppctl.lm.prompts import style
 
 EOS = 257
@@ -299,7 +301,7 @@ def test_tokens_and_labels(tokenizer: PreTrainedTokenizerFast, train_on_inputs: 
     assert example.labels == (example.input_ids if train_on_inputs else [IGNORED] * length + response)
     assert not example.truncated
     assert example.number == 1
-    assert example.prompt_tokens == length
+    assert example.response == [False] * length + [True] * 4
 
 
 @pytest.mark.parametrize("train_on_inputs", [True, False])
@@ -313,7 +315,7 @@ def test_long_examples_are_cut(
     assert example.truncated is truncated
     assert len(example.input_ids) == len(example.labels) == seq_len
     assert (example.input_ids, example.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
-    assert example.prompt_tokens == min(len(WITHOUT_INPUT), seq_len)
+    assert example.response == ([False] * len(WITHOUT_INPUT) + [True] * 4)[:seq_len]
 
 
 class WithEnd:
@@ -349,21 +351,35 @@ def test_an_own_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [label == IGNORED for label in example.labels] == [True] * 10 + [False] * 4
 
 
-def test_chat_ends_the_turn_and_the_text() -> None:
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+def test_chat_trains_the_text_of_the_template(name: str, train_on_inputs: bool) -> None:
+    template, said = TEMPLATES[name]
     chatting = byte_tokenizer()
-    chatting.chat_template = CHAT
-    example = tokenize(chatting, ROW | {"input": "1"}, prompt="chat")
-    prompt = "<|user|>\nAdd.\n\n1<|end|>\n<|assistant|>\n"
-    assert chatting.decode(example.input_ids) == prompt + "No.<|end|></s>"
-    assert [label == IGNORED for label in example.labels] == [True] * len(prompt) + [False] * 11
+    chatting.chat_template = template
+    row = {"instruction": " Add. ", "input": "1", "output": " No. "}
+    example = tokenize(chatting, row, prompt="chat", train_on_inputs=train_on_inputs)
+    messages = [{"role": "user", "content": " Add. \n\n1"}, {"role": "assistant", "content": " No. "}]
+    assert example.input_ids == chatting.apply_chat_template(messages)["input_ids"]
+    learned = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    response = [token for token, said in zip(example.input_ids, example.response, strict=True) if said]
+    assert chatting.decode(response) == said
+    assert learned == (example.input_ids if train_on_inputs else response)
 
 
-def test_an_end_of_turn_that_is_the_end_of_text_stands_once() -> None:
-    chatting = byte_tokenizer()
-    chatting.chat_template = CHAT.replace("<|end|>", "</s>")
+def test_a_token_across_the_border_belongs_to_the_response() -> None:
+    """The prompt ends with a blank, which becomes part of the first word's token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate([*alphabet, "ĠN"])}
+    merging = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "N")]))
+    merging.pre_tokenizer, merging.decoder = byte_tokenizer().backend_tokenizer.pre_tokenizer, decoders.ByteLevel()
+    chatting = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="</s>")
+    chatting.chat_template = (
+        "{{ messages[0].content }} A: {% if messages[1:] %}{{ messages[1].content }}{{ eos_token }}{% endif %}"
+    )
     example = tokenize(chatting, prompt="chat")
-    assert chatting.decode(example.input_ids).endswith("\nNo.</s>")
-    assert example.input_ids[-2] != EOS
+    assert chatting.convert_ids_to_tokens(example.input_ids)[-6:] == ["A", ":", "ĠN", "o", ".", "</s>"]
+    assert example.response == [False] * (len(example.input_ids) - 4) + [True] * 4
 
 
 def test_examples_are_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -371,14 +387,33 @@ def test_examples_are_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [example.number for example in found] == list(range(len(found))) == list(range(24))
     assert [len(example.input_ids) for example in found] == found.lengths
     assert sum(example.truncated for example in found) == found.truncated > 0
-    assert found.have_labels
-    assert found.have_responses
+    assert len(found.having("labelled")) == len(found.having("response")) > 0
     cut = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=96, train_on_inputs=True)
-    assert cut.have_labels
-    assert not cut.have_responses
+    assert cut.having("labelled") is cut
+    assert len(cut.having("response")) == 0
     with pytest.raises(IndexError):
         found[24]
     assert list(instructions.tokenize(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []
+
+
+def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Their numbers stay; nothing predicts the first token of an example, so that one does not count."""
+    rows = [{"instruction": "a" * count, "output": "xy"} for count in (3, 9, 0, 5, 6)]
+
+    def made(prompt: str, **options: Any) -> Examples:
+        return instructions.tokenize(tokenizer, rows, style(prompt, None), seq_len=6, **options)
+
+    every = made("{instruction}", train_on_inputs=False)
+    kept = every.having("labelled")
+    assert [(example.number, len(example.input_ids)) for example in kept] == [(0, 6), (2, 3), (3, 6)]
+    assert list(kept) == [every[0], every[2], every[3]]
+    assert kept.lengths == [6, 3, 6]
+    assert kept.truncated == 1
+    of_inputs = made("{instruction}", train_on_inputs=True)
+    assert of_inputs.having("labelled") is of_inputs
+    assert [example.number for example in of_inputs.having("response")] == [0, 2, 3]
+    single = instructions.tokenize(tokenizer, rows, style("{instruction}", None), seq_len=1, train_on_inputs=True)
+    assert len(single.having("labelled")) == 0
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -439,6 +474,20 @@ def test_whatever_matters_is_tokenised_again(counting: Counting, cache: Path) ->
     counting.eos_token_id = 258
     examples(counting)
     assert len(list(cache.iterdir())) == len(others) + 1
+
+
+def test_templates_that_print_the_date_share_no_entry_between_days(cache: Path) -> None:
+    chatting = byte_tokenizer()
+    chatting.chat_template = "{{ strftime_now('%d %b %Y') }} " + TEMPLATES["a blank in front"][0]
+
+    def said(day: int) -> str:
+        today = style("chat", chatting, datetime(2024, 7, day))
+        found = instructions.examples(chatting, ALPACA[:2], today, seq_len=200, train_on_inputs=True)
+        return chatting.decode(found[0].input_ids)[:11]
+
+    assert [said(day) for day in (1, 2, 1)] == ["01 Jul 2024", "02 Jul 2024", "01 Jul 2024"]
+    assert len(list(cache.iterdir())) == 2
+    assert datetime.now().strftime("%d %b %Y") in style("chat", chatting).text(ROW)[0]
 
 
 DAMAGES = {

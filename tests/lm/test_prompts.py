@@ -7,7 +7,7 @@ from conftest import byte_tokenizer
 
 from sppctl.errors import UserError
 from sppctl.lm import chat
-from sppctl.lm.prompts import formatted, prompt_of, style
+from sppctl.lm.prompts import Style, formatted, prompt_of, style
 
 WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
 Write a response that appropriately completes the request.
@@ -35,6 +35,35 @@ CHAT = (
 )
 
 
+# each with what the assistant says if the text is " No. ": all that the model has to write itself
+TEMPLATES = {
+    "end of turn": (CHAT, " No. <|end|>\n"),
+    "the end of text": (CHAT.replace("<|end|>", "{{ eos_token }}"), " No. </s>\n"),
+    "a blank in front": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}",
+        "  No.  </s>",
+    ),
+    "stripped": (CHAT.replace("m['content']", "m['content'] | trim"), "No.<|end|>\n"),
+    "rewritten": (CHAT.replace("m['content']", "m['content'] | upper"), " NO. <|end|>\n"),
+    "no reasoning": (
+        CHAT.replace(
+            "{{ m['content'] }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+        ),
+        "<think>\n\n</think>\n\n No. <|end|>\n",
+    ),
+    "asked to reason, which is left out": (
+        CHAT.replace("<|assistant|>\n", "<|assistant|>\n  <think>\n"),
+        " No. <|end|>\n",
+    ),
+    "marked": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}"
+        "<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}",
+        "No.<|end|>",
+    ),
+}
+
+
 def chatting(template: str | None = CHAT) -> Any:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
@@ -51,15 +80,22 @@ def test_the_two_prompts() -> None:
     assert formatted(ROW) == WITH_INPUT + "3"
 
 
+def prompt(found: Style, row: dict[str, Any]) -> str:
+    """What is in front of the response, which must be the rest."""
+    text, start = found.text(row | {"output": "3"})
+    assert text[start:] == "3"
+    return text[:start]
+
+
 def test_braces_in_a_row_are_just_text() -> None:
     row = {"instruction": "Explain {input} and {0}", "input": "x{"}
     assert "{input} and {0}" in prompt_of(row)
-    assert style("Q: {instruction} ({input})", None).prompt(row) == "Q: Explain {input} and {0} (x{)"
+    assert prompt(style("Q: {instruction} ({input})", None), row) == "Q: Explain {input} and {0} (x{)"
 
 
 def test_alpaca_is_the_default_style() -> None:
     alpaca = style("alpaca", None)
-    assert (alpaca.prompt(ROW), alpaca.end, alpaca.special_tokens) == (WITH_INPUT, "", True)
+    assert (prompt(alpaca, ROW), alpaca.special_tokens) == (WITH_INPUT, True)
 
 
 # --- a text -----------------------------------------------------------------------------------------------------------
@@ -68,13 +104,13 @@ def test_alpaca_is_the_default_style() -> None:
 @pytest.mark.parametrize("row", [{"instruction": "Add."}, {"instruction": "Add.", "input": None}])
 def test_without_an_input_its_field_is_empty(row: dict[str, Any]) -> None:
     own = style("Task: {instruction}\nGiven: {input}\nAnswer:", None)
-    assert own.prompt(row) == "Task: Add.\nGiven: \nAnswer:"
-    assert own.prompt(ROW) == "Task: Add.\nGiven: 1 and 2\nAnswer:"
-    assert (own.end, own.special_tokens) == ("", True)
+    assert prompt(own, row) == "Task: Add.\nGiven: \nAnswer:"
+    assert prompt(own, ROW) == "Task: Add.\nGiven: 1 and 2\nAnswer:"
+    assert own.special_tokens
 
 
 def test_a_field_may_stand_twice_and_braces_are_written_twice() -> None:
-    assert style("{{{instruction}}} {instruction}\n", None).prompt(ROW) == "{Add.} Add.\n"
+    assert prompt(style("{{{instruction}}} {instruction}\n", None), ROW) == "{Add.} Add.\n"
 
 
 @pytest.mark.parametrize(
@@ -101,14 +137,29 @@ def test_texts_that_cannot_be_prompts(text: str, words: str) -> None:
 
 def test_chat_speaks_as_the_template_does() -> None:
     chatty = style("chat", chatting())
-    assert chatty.prompt(ROW) == "<|user|>\nAdd.\n\n1 and 2<|end|>\n<|assistant|>\n"
-    assert chatty.prompt({"instruction": "Add.", "input": " "}) == "<|user|>\nAdd.<|end|>\n<|assistant|>\n"
-    assert (chatty.end, chatty.special_tokens) == ("<|end|>", False)
+    asked, answered = "<|user|>\nAdd.\n\n1 and 2<|end|>\n<|assistant|>\n", "3<|end|>\n"
+    assert chatty.text(ROW) == (asked + answered, len(asked))
+    assert chatty.text(ROW | {"input": " "})[0] == "<|user|>\nAdd.<|end|>\n<|assistant|>\n3<|end|>\n"
+    assert not chatty.special_tokens
+    assert chatty.ends
+    assert not style("chat", chatting(CHAT.replace("<|end|>\n", "\n"))).ends
 
 
-def test_another_template_is_another_style() -> None:
-    identities = {style("chat", chatting(template)).identity for template in (CHAT, CHAT + " ")}
-    assert len(identities | {style(text, None).identity for text in ("alpaca", "{instruction}")}) == 4
+@pytest.mark.parametrize("output", ["<b>", "", "x", " <think>"])
+def test_a_response_that_begins_as_the_prompt_goes_on_is_whole(output: str) -> None:
+    """The prompt asks for reasoning (<think>) that the template leaves out once there is an answer."""
+    chatty = style("chat", chatting(TEMPLATES["asked to reason, which is left out"][0]))
+    text, start = chatty.text(ROW | {"output": output})
+    assert text[start:] == f"{output}<|end|>\n"
+
+
+def test_a_template_that_fails_on_one_row_names_it() -> None:
+    chatty = style(
+        "chat", chatting("{% if 'two' in messages[0].content %}{{ raise_exception('no two') }}{% endif %}" + CHAT)
+    )
+    chatty.text(ROW)
+    with pytest.raises(UserError, match=r"fails on an instruction: no two \('Add two\.'\)"):
+        chatty.text(ROW | {"instruction": "Add two."})
 
 
 def test_a_template_that_does_not_end_is_no_style(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +176,7 @@ def test_a_template_that_does_not_end_is_no_style(monkeypatch: pytest.MonkeyPatc
         ("{{ raise_exception('a system message is needed') }}", "fails on an instruction: a system message is needed"),
         ("{% for m in messages %}{{ m.content", "fails on an instruction"),
         ("{{ messages[0].content }}", "leaves out what the assistant says"),
+        ("{{ messages | length }}" + CHAT, "writes a question differently once it is answered"),
     ],
 )
 def test_tokenizers_that_cannot_chat(template: str | None, words: str) -> None:

@@ -101,7 +101,7 @@ def test_the_first_loss_equals_a_literal_computation(
             counted = labels != -100
             entropy = entropy - ours.log_softmax(-1)[counted].gather(1, labels[counted].unsqueeze(1)).sum()
             tokens += int(counted.sum())
-            first = example.prompt_tokens - 1  # predicts the response's first token
+            first = example.response.index(True) - 1  # predicts the response's first token
             divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
             responses += len(ours) - first
     assert line["kl"] == pytest.approx((divergence / responses).item(), rel=1e-5)
@@ -136,7 +136,8 @@ def test_accumulation_changes_nothing(
 
 def test_only_logits_that_predict_responses_count(llama: Path) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
-    examples = [Example(list(range(10)), list(range(10)), False, 0, 4), Example([5] * 7, [5] * 7, False, 1, 6)]
+    first = Example(list(range(10)), list(range(10)), False, 0, [False] * 4 + [True] * 6)
+    examples = [first, Example([5] * 7, [5] * 7, False, 1, [False] * 6 + [True])]
     batch = PadCollator(pad_token_id=9, response_mask=True)(examples)
     assert batch["response_mask"].int().tolist() == [[0] * 4 + [1] * 6 + [0] * 6, [0] * 6 + [1] + [0] * 9]
     responses = batch.pop("response_mask")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
 from sppctl.stages import prune, train
+from sppctl.stages import resume as resuming
 from sppctl.stages.resume import demand_files
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss
@@ -179,7 +182,7 @@ def test_a_checkpoint_that_lacks_the_optimizer_is_not_continued_with_a_new_one(
         trained(config, pruned, out)
     saved = out / "checkpoints" / "checkpoint-3"
     (saved / "scheduler.pt").rename(saved / "away")
-    with pytest.raises(UserError, match=r"checkpoint-3 lacks scheduler\.pt, .* under one process continues"):
+    with pytest.raises(UserError, match=r"checkpoint-3 is damaged \(scheduler\.pt is missing\)"):
         trained(config, pruned, out)
     (saved / "away").rename(saved / "scheduler.pt")
     with pytest.raises(UserError, match=r"checkpoint-3 lacks latest, which training under zero3 continues from"):
@@ -327,18 +330,90 @@ def test_padding_that_the_model_does_not_embed_changes_nothing(
     assert figures(after, "loss") == figures(before, "loss")
 
 
-def test_no_response_token_left_is_an_error(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+def long_prompts(path: Path, held_out: int, trained: int) -> Path:
+    """Nine rows, of which two will be held out; so many of these and of the others have a prompt of 80 characters."""
+    order = list(range(9))
+    random.Random(1).shuffle(order)  # as run.seed does
+    long = {*order[:held_out], *order[2 : 2 + trained]}
+    rows = [{"instruction": "long " * 16 if i in long else "Say", "input": str(i), "output": "It."} for i in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("more", ["train.lr=1e-3", "train.distill.teacher=base", "train.data.packing=true"])
+@pytest.mark.parametrize("held_out", [1, 2])
+def test_examples_without_labels_are_left_out_counted_and_reported(
+    held_out: int,
+    more: str,
+    configure: Callable[..., Config],
+    pruned: tuple[Path, list[str]],
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One example in a step: that of a prompt which fills the window would be 0/0."""
+    options = [f"train.data.dataset={long_prompts(tmp_path / 'rows.jsonl', held_out, 3)}", "train.data.val_size=2"]
+    options += ["train.data.prompt='{instruction} {input}: '", "train.data.train_on_inputs=false", "train.log_steps=1"]
+    options += ["train.data.seq_len=64", "train.batch_size=1", "train.micro_batch_size=1", "train.eval_steps=2", more]
+    metrics = train.execute(configure(*options), *pruned, tmp_path / "new", dtype="float32", resume=True, base=llama)
+    assert (metrics["examples"], metrics["examples_without_labels"], metrics["steps"]) == (4, 3, 4)
+    assert metrics["validation_examples"] == 2 - held_out
+    assert metrics["validation_examples_without_labels"] == held_out
+    assert (metrics["validation_loss"] is None) == (held_out == 2)
+    json.dumps(metrics, allow_nan=False)
+    assert len([entry for entry in metrics["history"] if entry.get("loss", 0) > 1]) == 4
+    said = capsys.readouterr().err
+    for count, kind in ((3, "training"), (held_out, "validation")):
+        assert (
+            f"{count} {kind} examples have no response within 64 tokens (train.data.seq_len) and are left out" in said
+        )
+
+
+def test_no_response_token_left_is_an_error_before_anything_is_computed(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
 ) -> None:
     config = configure("train.data.seq_len=64", "train.data.train_on_inputs=false")
-    with pytest.raises(UserError, match="leaves no response token"):
+    words = r"^train\.data\.seq_len: 64 leaves no response token to learn from in any of the 20 examples; raise it$"
+    with pytest.raises(UserError, match=words):
         trained(config, pruned, tmp_path / "adapter")
+    with pytest.raises(UserError, match=words):
+        train.preflight(config, Skeleton(checkpoint.load_config(llama)), checkpoint.load_tokenizer(llama))
+
+
+def test_a_date_in_the_text_stays_that_of_the_first_day(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that is interrupted on one day and resumed on another equals one that was not."""
+    (pruned[0] / "chat_template.jinja").write_text(
+        "{{ strftime_now('%A %d %B %Y') }} {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+
+    class Day(datetime):
+        day_now = 1
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2024, 7, cls.day_now)
+
+    monkeypatch.setattr(resuming, "datetime", Day)
+    config = configure("train.max_steps=4", "train.save_steps=2", "train.data.prompt=chat", "train.lr=1e-1")
+    trained(config, pruned, tmp_path / "whole")
+    with cut_after(3):
+        trained(config, pruned, tmp_path / "cut")
+    Day.day_now = 4
+    trained(config, pruned, tmp_path / "cut")
+    trained(config, pruned, tmp_path / "later")
+    whole, cut, later = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut", "later")
+    )
+    assert cut == whole
+    assert later != whole
 
 
 def test_a_loss_that_is_not_finite_stops_it(
     configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    config = configure("train.lr=1e30", "train.max_grad_norm=0", "train.log_steps=1", "train.epochs=3")
+    config = configure("train.lr=1e18", "train.max_grad_norm=0", "train.log_steps=1", "train.epochs=3")
     with pytest.raises(StageError, match=r"loss is (nan|inf) at step"):
         trained(config, pruned, tmp_path / "adapter")
 
