@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def writing(path: Path, needed: int | None = None, reasons: set[int] | None = No
         if reasons is not None and error.errno not in reasons:
             raise
         place = existing(path.absolute().parent)
-        sizes = [f"{needed:,} bytes needed"] * (needed is not None)
+        sizes = [] if needed is None else [f"{needed:,} bytes needed"]
         with contextlib.suppress(OSError):
             sizes.append(f"{shutil.disk_usage(place).free:,} bytes free")
         raise WriteError(f"{path} cannot be written: {error.strerror or error} ({', '.join(sizes)})") from error
@@ -80,6 +81,34 @@ def demand_space(directory: Path, needed: int, what: str, replaced: str) -> None
             f"run.dir: {directory} has {free / 2**30:.1f} GiB free, {what} takes {needed / 2**30:.1f} GiB; make room, "
             "or name another (--output)"
         )
+
+
+def demand_directory(path: Path, key: str) -> None:
+    """Raises UserError, which names ``key``, if a directory cannot be made, or not be written."""
+    if os.path.lexists(path) and not path.is_dir():
+        kind = "a file" if path.is_file() else "a broken link or a special file"
+        raise UserError(f"{key}: {path} is {kind}, not a directory; name another (--output)")
+    parent = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "be written" if parent == path else f"be made, {parent} is not a writable directory"
+        raise UserError(f"{key}: {path} cannot {what}; name another")
+
+
+def demand_file(path: Path, key: str) -> None:
+    """Raises UserError, which names ``key``, if there is something in the place of a file that is to be written."""
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{key}: {path} is not an ordinary file; remove it, or name another place")
+
+
+def demand_readable(path: Path) -> None:
+    """Raises UserError if a file cannot be read, or would keep its reader waiting as a pipe does."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not an ordinary file; remove it, or put the file in its place")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it, or put the file in its place") from error
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read (permission denied); change its permissions")
 
 
 def existing(path: Path) -> Path:

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, paths
+from sppctl import console, distributed, files, paths
 from sppctl.attempts import differences, settled
 from sppctl.config import result_keys
-from sppctl.errors import UserError
+from sppctl.errors import UserError, WriteError
 from sppctl.run_directory import DIRECTORIES, Run
 from sppctl.settings import Config, names_of
 
@@ -177,6 +177,8 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
                     run.config, subject, dtype, results, wanted, known[subject.label], reference
                 )
             perplexities.release()
+    except WriteError as error:
+        raise WriteError(f"{error}; make room: what was measured before is kept, the same command continues") from error
     finally:
         if reference is not None:
             reference.close()
@@ -246,11 +248,16 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         if shared.resolve() in [path.resolve() for path in run_dirs]:
             raise UserError(f"{shared} is itself one of the runs; name a folder for the report over all (--output)")
         places = {path: [run] for path, run in zip(run_dirs, runs, strict=True)} | {shared: runs}
+    for place in places:
+        stage.check(place)
+    if latex is not None:
+        files.demand_directory(latex.parent, "--latex")
+        files.demand_file(latex, "--latex")
     for place, content in places.items():
         stage.write(content, place)
     console.note(f"report: {list(places)[-1] / 'report.html'}")
     if latex is not None:
-        stage.save(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
+        files.write(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
         console.note(f"report: {latex}")
     return runs
 

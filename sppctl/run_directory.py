@@ -31,6 +31,7 @@ from sppctl.settings import Config
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RESUMABLE = ("prune", "train")  # an interrupted attempt is continued; the others start again
 RECORD = "stage.json"
+LOCK, RESOLVED = ".lock", "resolved.yaml"
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Run:
         import torch
 
         from sppctl.lm import checkpoint, integrity
+        from sppctl.lm.safe_files import saving
 
         model = self.config.model
         assert model.gguf_file is not None
@@ -116,8 +118,12 @@ class Run:
         started = time.perf_counter()
         partial = self._fresh_partial("base")
         dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-        with files.writing(partial, reasons=files.FULL):
-            checkpoint.convert_gguf(source, model.gguf_file, dtype, partial)
+        try:
+            with saving(partial):
+                checkpoint.convert_gguf(source, model.gguf_file, dtype, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         record = {"stage": "base", "inputs": identity, "wall_time_s": time.perf_counter() - started}
         self._complete("base", record)
         return target
@@ -344,7 +350,7 @@ class Run:
         self.check_directory()
         made = [parent for parent in self.directory.absolute().parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock, resolved = self.directory / ".lock", self.directory / "resolved.yaml"
+        lock, resolved = self.directory / LOCK, self.directory / RESOLVED
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -380,11 +386,12 @@ class Run:
                 raise UserError(
                     f"{key}: {name} is made by this run itself; name another checkpoint, or another run.dir"
                 )
-        if path.exists() and not path.is_dir():
-            raise UserError(f"run.dir: {path} is a file, not a directory; name another (--output)")
-        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"run.dir: {path} cannot be made, {parent} is not a writable directory")
+        files.demand_directory(path, "run.dir")
+        for name in ("base", *DIRECTORIES.values(), "eval"):
+            for directory in (path / name, self.partial(name)):
+                files.demand_directory(directory, "run.dir")
+        for name in (LOCK, RESOLVED):
+            files.demand_file(path / name, "run.dir")
 
 
 def _link(source: str, target: str) -> None:

@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "paths",
         "run_directory",
         "attempts",
+        "files",
         "stages",
         "lm",
         "config",

@@ -5,14 +5,16 @@ The cache only saves time: an entry that is damaged is as good as none, and one 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-import uuid
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -67,9 +69,13 @@ def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> Non
     """Puts a whole entry in place, or none: a disk that is full or read-only is no reason to stop."""
     if path is None:
         return
-    partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
+    here = f".{path.stem}-{platform.node()}-"
+    partial = path.with_name(f"{here}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(here)}*.tmp"):
+            if not psutil.pid_exists(int(left.stem.rpartition("-")[2])):  # of a process that was killed
+                left.unlink(missing_ok=True)
         try:
             partial.write_bytes(save(tensors, metadata | {"hash": seal(path, tensors, metadata)}))
             os.replace(partial, path)

@@ -23,7 +23,7 @@ import torch
 
 from sppctl import distributed, machine
 from sppctl.errors import UserError
-from sppctl.files import FULL, writing
+from sppctl.files import FULL, demand_readable, writing
 from sppctl.lm import integrity
 from sppctl.lm.safe_files import (
     INDEX_NAME,
@@ -102,6 +102,7 @@ def _located(path: str, gguf_file: str | None, revision: str | None, adapters: b
         directory = _package_directory(path)
     elif Path(path).is_dir():
         directory = Path(path)
+        check_files(directory)
     elif os.path.lexists(path):
         hint = "; name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else ""
         kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
@@ -133,7 +134,23 @@ def locate_weights(path: str) -> Path:
         UserError: it does not exist, or cannot be had.
     """
     directory = Path(path)
-    return directory if directory.is_dir() else locate(path)
+    if not directory.is_dir():
+        return locate(path)
+    check_files(directory)
+    return directory
+
+
+def check_files(directory: Path) -> None:
+    """Looks at the kind and the permissions of all files of a checkpoint that are read or copied.
+
+    Raises:
+        UserError: one is a pipe, a directory, a broken link or the like, or must not be read.
+    """
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise UserError(f"{directory} cannot be read (permission denied); change its permissions")
+    for pattern in (*SIDE_FILES, "*.py", "*.safetensors"):
+        for path in sorted(directory.glob(pattern)):
+            demand_readable(path)
 
 
 def _package_directory(path: str) -> Path:

@@ -6,6 +6,8 @@ The safetensors library reads lazily but writes a file only as a whole; :class:`
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sppctl.errors import UserError
-from sppctl.files import sync, writing
+from sppctl.files import FULL, sync, writing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -48,6 +50,28 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Inside, libraries write models and adapters to ``path``.
+
+    Raises:
+        WriteError: the disk is full.
+    """
+    with writing(path, reasons=FULL):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            if not hides_full_disk(error):
+                raise
+            raise OSError(errno.ENOSPC, f"{str(error).strip().splitlines()[0]} (is the disk full?)") from error
+
+
+def hides_full_disk(error: Exception) -> bool:
+    """Whether an error of a library that writes tensors or archives is the operating system's in words of its own."""
+    text = str(error).lower()
+    return isinstance(error, SafetensorError) or "write" in text or "writing" in text or "enforce fail" in text
 
 
 def reserve(path: Path, size: int) -> None:

@@ -7,10 +7,12 @@ same bytes. matplotlib is imported only when something is drawn.
 
 from __future__ import annotations
 
-import os
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sppctl import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,16 +95,12 @@ def _short_names(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 def write(layers: list[Layer], path: Path) -> None:
     """Draws the layers of one run into the SVG file ``path``, which is complete as soon as it exists."""
-    partial = path.with_name(f".{path.name}.partial")
-    _save(layers, partial, format="svg", metadata={"Date": None})
-    os.replace(partial, path)
-
-
-def _save(layers: list[Layer], path: Path, **options: Any) -> None:
     from matplotlib import style
 
+    text = io.StringIO()
     with style.context(["default", STYLE]):  # "default": nobody's matplotlibrc changes the figure
-        draw(layers).savefig(path, **options)
+        draw(layers).savefig(text, format="svg", metadata={"Date": None})
+    files.write(path, text.getvalue())
 
 
 def draw(layers: list[Layer]) -> Figure:

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sppctl import strict_json
-from sppctl.errors import UserError
+from sppctl import files, strict_json
 from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
 from sppctl.yaml12 import dump_yaml, read_text
+
+FILES = ("report.md", "report.csv", "report.json", "report.html")
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -179,28 +180,26 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
         directory: made if it is not there.
 
     Raises:
-        UserError: nothing can be written there.
+        WriteError: the disk is full; files that are there are whole.
     """
     found = over_runs.rows_of_all(runs)
     together = {"table": [asdict(row) for row in found], "comparisons": over_runs.comparisons(runs), "runs": runs}
     content = runs[0] if len(runs) == 1 else together
-    save(directory / "report.md", markdown(runs, directory))
-    save(directory / "report.csv", tables.to_csv(found))
-    save(directory / "report.json", strict_json.dumps(content, indent=2, default=str) + "\n")
-    save(directory / "report.html", report_html.page(runs))
+    made = (
+        markdown(runs, directory),
+        tables.to_csv(found),
+        strict_json.dumps(content, indent=2, default=str) + "\n",
+        report_html.page(runs),
+    )
+    for name, text in zip(FILES, made, strict=True):
+        files.write(directory / name, text)
     layers = pruned_layers(runs[0])
     if len(runs) == 1 and layers:
         plots.write(layers, directory / plots.FIGURE)
 
 
-def save(path: Path, text: str) -> None:
-    """Writes a file that is whole as soon as it exists."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); name another place (--output, --latex)"
-        ) from error
+def check(directory: Path) -> None:
+    """Raises UserError if no report can be written into a directory."""
+    files.demand_directory(directory, "--output")
+    for name in (*FILES, plots.FIGURE):
+        files.demand_file(directory / name, "--output")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, paths
+from sppctl import console, distributed, files, paths
 from sppctl.lm import harness
 from sppctl.settings import Config
 
@@ -156,10 +155,7 @@ def _alone(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
 def _write_samples(path: Path, found: list[dict[str, Any]]) -> str:
     lines = harness.as_lines(found)
     if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}.partial")
-        partial.write_text(lines)
-        os.replace(partial, path)
+        files.write(path, lines)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 

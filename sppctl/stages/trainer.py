@@ -22,6 +22,7 @@ from sppctl import distributed, strict_json
 from sppctl.errors import SharedError, UserError
 from sppctl.files import sync, sync_tree
 from sppctl.lm.instructions import IGNORED
+from sppctl.lm.safe_files import hides_full_disk, saving
 from sppctl.stages import shards
 from sppctl.stages.distill import Distillation
 from sppctl.stages.feed import Feed
@@ -195,7 +196,8 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 f"the adapter is not finite after step {self.state.global_step}: {broken}; lower train.lr"
             )
         if distributed.is_main():
-            self.model.save_pretrained(str(directory), state_dict=adapter)
+            with saving(directory):
+                self.model.save_pretrained(str(directory), state_dict=adapter)
             if self.refresh is not None:
                 self.refresh.save(directory)
 
@@ -289,5 +291,4 @@ def _problem(write: Callable[[], Any]) -> str | None:
 def _reason(error: Exception) -> str:
     """What the operating system said; writers of archives and tensors hide a full disk behind words of their own."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    writing = isinstance(error, SafetensorError) or any(word in text.lower() for word in ("write", "enforce fail"))
-    return f"{text} (is the disk full?)" if writing and not isinstance(error, OSError) else text
+    return f"{text} (is the disk full?)" if hides_full_disk(error) and not isinstance(error, OSError) else text

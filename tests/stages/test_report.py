@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sppctl import pipeline
 from sppctl.errors import UserError
 from sppctl.stages import measures
 from sppctl.stages.provenance import evaluation_table, facts
-from sppctl.stages.report import collect, markdown, pruned_layers, save
+from sppctl.stages.report import collect, markdown, pruned_layers
 from sppctl.stages.report_tables import table, type_table
 from sppctl.yaml12 import parse_yaml
 
@@ -441,9 +442,24 @@ def test_a_run_given_twice_is_one_run(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written.*--output"):
-        save(tmp_path / "file/report.md", "text")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out/report.csv").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
+    before = sorted(tmp_path.rglob("*"))
+    for output, latex, said in (
+        ("file", None, "--output: .*file is a file, not a directory"),
+        ("file/deep", None, "--output: .*deep cannot be made, .*file is not a writable directory"),
+        ("link", None, "--output: .*link is a broken link"),
+        ("out", None, "--output: .*report.csv is not an ordinary file"),
+        (None, "out", "--latex: .*out is not an ordinary file"),
+        (None, "pipe", "--latex: .*pipe is not an ordinary file"),
+        (None, "file/a.tex", "--latex: .*file is a file, not a directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipeline.report([run], *(name and tmp_path / name for name in (output, latex)))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_whole_report_in_markdown(tmp_path: Path) -> None:
