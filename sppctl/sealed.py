@@ -15,6 +15,10 @@ FORMAT = 1  # of everything that is sealed; raised when an older version could m
 SEAL = ("format", "digest")
 
 
+class UnknownFormatError(ValueError):
+    """A record that another version wrote."""
+
+
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with a format number and a digest, to be written."""
     # as it will be read again: JSON turns tuples into lists, and numbers as keys into text
@@ -49,7 +53,7 @@ def parse(text: str | bytes, *, older: bool = False) -> dict[str, Any]:
         raise ValueError("it has no format number: another program or an older version of sppctl wrote it")
     found, digest = (record.pop(key, None) for key in SEAL)
     if found != FORMAT:
-        raise ValueError(f"its format is {found!r}, this version of sppctl reads {FORMAT}")
+        raise UnknownFormatError(f"has format {found!r}, and this version of sppctl reads format {FORMAT}")
     if digest != _digest(record):
         raise ValueError("its content is not what was written")
     return record
@@ -70,6 +74,8 @@ def read(path: Path, remedy: str, *, older: bool = False) -> dict[str, Any]:
         return parse(path.read_bytes(), older=older)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except UnknownFormatError as error:
+        raise UserError(f"{path} {error}; use the version that wrote it, or: {remedy}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
 

@@ -19,6 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sppctl import sealed
@@ -119,6 +120,11 @@ def mask_digest(weight: Tensor) -> str:
     """A hash of the shape of a matrix and of which of its weights are not zero."""
     mask = (weight != 0).cpu().contiguous().numpy()
     return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """A hash of the bytes of a tensor."""
+    return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 # --- hashing ----------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def prune_blocks(
 
     Yields:
         Per block: ``{"block", "layers": [LayerRecord as dict, in the first process with the digest of its mask],
-        "reconstruction": errors before and after or None}``.
+        "reconstruction": errors before and after or None, "weights": digest of each matrix by name}``.
 
     Raises:
         UserError: the copy does not hold what the journal says.
@@ -90,17 +90,18 @@ def prune_blocks(
         if index < len(journal.blocks):
             if feeding is not None:
                 stack.load_block(index)
-                for layer in journal.blocks[index]["layers"]:
-                    target = targets[layer["name"]]
-                    weight = stack.matrix(target, out)
-                    if integrity.mask_digest(weight) != layer["mask"]:
-                        raise UserError(f"{out.directory}: {target.name} is not what was pruned; {START_AGAIN}")
+            for name, target in targets.items():
+                weight = stack.matrix(target, out)
+                if integrity.tensor_digest(weight) != journal.blocks[index]["weights"][name]:
+                    raise UserError(f"{out.directory}: {name} is not what was pruned; {START_AGAIN}")
+                if feeding is not None:
                     target.view(stack.model).copy_(weight)
+            if feeding is not None:
                 feeding.run(index)
                 stack.release_block(index)
             yield journal.blocks[index]
             continue
-        entry: dict[str, Any] = {"block": index, "layers": [], "reconstruction": None}
+        entry: dict[str, Any] = {"block": index, "layers": [], "reconstruction": None, "weights": {}}
         if targets or feeding is not None:
             stack.load_block(index)
         if targets:
@@ -112,8 +113,10 @@ def prune_blocks(
                 for target in {(t.owner, t.parameter): t for t in targets.values()}.values():
                     stack.write(target, out)
                 out.sync({name for target in targets.values() for name in stack.homes(target)})
-                for layer in entry["layers"]:  # as it will be read again
-                    layer["mask"] = integrity.mask_digest(stack.matrix(targets[layer["name"]], out))
+                for layer in entry["layers"]:
+                    weight = stack.matrix(targets[layer["name"]], out)  # as it will be read again
+                    layer["mask"] = integrity.mask_digest(weight)
+                    entry["weights"][layer["name"]] = integrity.tensor_digest(weight)
         distributed.barrier()
         journal.append(entry)
         # in module order the pass that pruned the block has fed the next

@@ -766,13 +766,14 @@ def test_a_damaged_line_of_the_journal_is_named(change: Callable[..., list[str]]
     assert str(caught.value).endswith("; sppctl prune --force starts the stage again")
 
 
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_a_finished_block_that_was_changed_since_is_not_continued_from(
-    configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, out = configure("prune.method=wanda"), tmp_path / "out"
+    config, out = configure(f"prune.method={method}"), tmp_path / "out"
     interrupted(config, deep, out, monkeypatch)
     name = "model.layers.1.mlp.down_proj"
-    OwnFiles(out).write(f"{name}.weight", TensorFiles(deep).read(f"{name}.weight"))
+    OwnFiles(out).write(f"{name}.weight", TensorFiles(out).read(f"{name}.weight") * 2)  # under the same mask
     with pytest.raises(UserError, match=rf"out: {name} is not what was pruned; sppctl prune --force starts"):
         prune.execute(config, deep, out, dtype="float32")
 
@@ -785,7 +786,7 @@ def test_a_damaged_allocation_is_named(
     path = out / prune.ALLOCATION
     path.write_text(path.read_text().replace("0.", "0.0", 1))
     with pytest.raises(UserError, match=r"allocation\.json is damaged \(its content is not what was written\); sppctl"):
-        prune.execute(config, deep, out)
+        prune.execute(config, deep, out, dtype="float32")
 
 
 def test_a_torn_allocation_is_made_again(
