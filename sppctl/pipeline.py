@@ -6,11 +6,12 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, files, paths
+from sppctl import console, distributed, files, launch, paths
 from sppctl.attempts import differences, settled
 from sppctl.config import result_keys
 from sppctl.errors import UserError, WriteError
@@ -32,7 +33,12 @@ def join_processes(config: Config) -> None:
 
 
 def preflight(
-    run: Run, stages: tuple[str, ...], directory: Path | None = None, loaded: tuple[Any, Any] | None = None
+    run: Run,
+    stages: tuple[str, ...],
+    directory: Path | None = None,
+    loaded: tuple[Any, Any] | None = None,
+    *,
+    announce: bool = False,
 ) -> None:
     """Everything that can be checked before anything is computed or written, for all stages that will run.
 
@@ -41,6 +47,7 @@ def preflight(
         stages: that will run.
         directory: a checkpoint to check them on; None: the configured model, which need not be unpacked yet.
         loaded: its skeleton and tokenizer, for many runs of one model.
+        announce: print what will be done, and about how long it takes.
 
     Raises:
         UserError: every problem, one per line.
@@ -51,6 +58,7 @@ def preflight(
     checkpoint.pick_device(run.config.model.device)
     skeleton, tokenizer = loaded or run.skeleton(directory)
     problems = []
+    work: dict[str, Any] = {}
     for stage in stages:
         checks = [partial(check, run.config, skeleton) for check in filter(None, [_checks(tokenizer).get(stage)])]
         if stage in DIRECTORIES:
@@ -60,14 +68,46 @@ def preflight(
             checks.insert(0, partial(run.check_attempt, stage, settings))
         for check in checks:
             try:
-                check()
+                work[stage] = check()
             except UserError as error:
                 problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+    if announce:
+        _announce(run, skeleton, {stage: todo for stage, todo in work.items() if todo is not None})
 
 
-def _checks(tokenizer: Any) -> dict[str, Callable[..., None]]:
+def _announce(run: Run, skeleton: Any, work: dict[str, Any]) -> None:
+    """Prints what a run will do, and about how long each stage takes if this very process does it."""
+    from sppctl import machine
+    from sppctl.stages import estimate
+
+    if _results(run, "merged").is_file():
+        work.pop("eval", None)
+    if "eval" in work:
+        each = work["eval"]
+        work["eval"] = replace(each, text=f"base, pruned and merged on {each.text}", tokens=3 * each.tokens)
+    console.note(f"run: {run.directory}, on {machine.describe()}")
+    # a process that only starts others leaves the GPU to them
+    for line in estimate.lines(work, None if launch.needed(run.config) else _seconds_per_token(run, skeleton)):
+        console.note(line)
+
+
+def _seconds_per_token(run: Run, skeleton: Any) -> float:
+    from sppctl.lm import checkpoint
+    from sppctl.stages import estimate, plan
+
+    model = run.config.model
+    device = checkpoint.pick_device(model.device)
+    stored = "bfloat16" if model.dtype == "auto" and model.gguf_file is not None else model.dtype
+    compute = checkpoint.choose_dtype(
+        run.located(), device, model.compute_dtype, model.trust_remote_code, stored=stored, training=True
+    )
+    width = skeleton.config.get_text_config().hidden_size
+    return estimate.seconds_per_token(plan.num_parameters(skeleton), width, compute.dtype, device)
+
+
+def _checks(tokenizer: Any) -> dict[str, Callable[..., Any]]:
     from sppctl.stages import evaluate, prune_checks, train
     from sppctl.stages import merge as merging
 
@@ -274,7 +314,7 @@ def run_all(run: Run, elsewhere: Callable[..., None] | None = None) -> dict[str,
         The collected record of the run; None in processes that have nothing left to do after the training.
     """
     started = time.perf_counter()
-    preflight(run, STAGES)
+    preflight(run, STAGES, announce=True)
     if not _results(run, "merged").is_file():
         from sppctl.stages import evaluate as evaluation
 

@@ -53,6 +53,8 @@ MAY_IMPORT = {
         "console",
         "errors",
         "distributed",
+        "launch",
+        "machine",
     },
     "stages": {
         "attempts",

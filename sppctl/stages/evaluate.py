@@ -6,9 +6,10 @@ which weights; asking twice costs nothing, and other measures are added beside i
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from sppctl.lm.chat import try_template
 from sppctl.lm.weights import check_directory
 from sppctl.settings import Config
 from sppctl.stages import inspect, perplexities, tasks
+from sppctl.stages.estimate import CHARACTERS, Work
 from sppctl.stages.perplexities import DenseModel
 from sppctl.stages.subjects import Subject
 
@@ -31,8 +33,11 @@ DEFAULT_WINDOW = 2048
 LOADED_AT_ONCE = 20  # tasks whose data is looked for before a run starts
 
 
-def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
-    """Checks that texts can be had and tasks are known.
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
+    """Checks that texts can be loaded and tasks are known.
+
+    Returns:
+        What evaluating one checkpoint will do; benchmark tasks are not counted.
 
     Raises:
         UserError: with everything that is wrong.
@@ -40,9 +45,11 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     problems = []
     limit = checkpoint.max_window(skeleton.config)
     window = _window(config, limit)
+    tokens = 0.0
     if config.eval.seq_len is not None and limit is not None and config.eval.seq_len > limit:
         problems.append(f"eval.seq_len: {config.eval.seq_len} exceeds the model's {limit} positions")
-    checks = [partial(check_text, config, name, skeleton, tokenizer) for name in config.eval.perplexity]
+    checks: list[Callable[[], float | None]] = []
+    checks += [partial(check_text, config, name, skeleton, tokenizer) for name in config.eval.perplexity]
     checks += [
         partial(_check_reference, config, skeleton),
         partial(_check_chat, config, tokenizer, vocabulary.embeddings(skeleton.model)),
@@ -50,7 +57,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     ]
     for check in checks:
         try:
-            check()
+            tokens += check() or 0
         except UserError as error:
             problems.append(str(error))
     if config.eval.stride is not None and config.eval.stride > window:
@@ -59,10 +66,15 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         )
     if problems:
         raise UserError("\n".join(problems))
+    return Work(", ".join([*config.eval.perplexity, *(f"{name} (not counted)" for name in config.eval.tasks)]), tokens)
 
 
-def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) -> None:
-    """Raises UserError if a text is not there, shorter than a window, or has tokens that the model does not embed."""
+def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) -> float:
+    """About how many tokens a text has in all of its windows.
+
+    Raises:
+        UserError: it is not there, shorter than a window, or has tokens that the model does not embed.
+    """
     text = data.load_text(name, "test", "eval.perplexity")
     window, rows = _window(config, checkpoint.max_window(skeleton.config)), vocabulary.embeddings(skeleton.model)
     whole = text.joiner.join(text.documents)
@@ -70,6 +82,8 @@ def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) ->
     read = whole if vocabulary.may_exceed(tokenizer, rows) else whole[: 64 * window]
     windows = perplexity.text_windows(tokenizer, read, window, config.eval.max_tokens, name)
     vocabulary.check(windows, tokenizer, rows, f"eval.perplexity: {name}")
+    most = config.eval.max_tokens or math.inf, text.windows * window if text.windows else math.inf
+    return min(len(whole) / CHARACTERS, *most) * window / (config.eval.stride or window)
 
 
 def load_data(config: Config) -> None:

@@ -20,14 +20,25 @@ from sppctl.lm.targets import Target, matches
 from sppctl.lm.weights import misfits
 from sppctl.settings import Config, PruneConfig
 from sppctl.stages import calibrate
+from sppctl.stages.estimate import Work
 from sppctl.stages.prune import check_prunes, needs_inputs, planned_patterns
 
 WAITING_WIDTHS = 12  # held by a window that waits inside a block, in hidden states: 8 to 11 measured
+# over all windows, as benchmarks/prune.py measures them on a CPU
+PASSES = {
+    "magnitude": {"block": 1.0, "module": 1.0},
+    "wanda": {"block": 2.1, "module": 1.2},
+    "dsnot": {"block": 2.2, "module": 1.3},
+    "sparsegpt": {"block": 3.1, "module": 2.3},
+}
 MEAN_TOLERANCE = 0.005  # by which the mean of a list of ratios may differ from the pattern that a run is known by
 
 
-def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     """Checks all that needs no weights, and draws the calibration windows.
+
+    Returns:
+        What the pruning will do.
 
     Raises:
         UserError: with everything that is wrong, one problem per line.
@@ -57,6 +68,13 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         collect(_calibration, config, skeleton, tokenizer)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+    text, windows = f"{prune.method} {prune.pattern}, {len(targets)} matrices", prune.calibration
+    if not needs_inputs(prune):
+        return Work(text, 0)
+    passes = PASSES[prune.method][prune.order] + (prune.allocation == "owl") + 3 * prune.reconstruct_epochs
+    return Work(
+        f"{text}, {windows.samples} windows of {windows.seq_len} tokens", passes * windows.samples * windows.seq_len
+    )
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

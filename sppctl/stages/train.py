@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from sppctl.pattern import Pattern
 from sppctl.settings import Config
 from sppctl.stages import distill, evaluate, methods, plan, prune, refresh, shards
 from sppctl.stages import resume as resuming
+from sppctl.stages.estimate import Work
 from sppctl.stages.feed import Feed
 from sppctl.stages.trainer import SparseTrainer
 from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
@@ -33,7 +35,7 @@ from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 LOGS = "logs"
 
 
-def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
+def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     """Checks targets, rank, batch arithmetic, prompt, refresh, and that data and teacher are there and fit.
 
     Keys that were changed to no effect are warned of.
@@ -53,9 +55,13 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
+    feed: Feed | None = None
+    try:
+        feed = Feed(config, tokenizer, vocabulary.embeddings(skeleton.model))
+    except UserError as error:
+        problems.append(str(error))
     for check in (
         partial(plan.check_dtype, config),
-        partial(Feed, config, tokenizer, vocabulary.embeddings(skeleton.model)),
         partial(distill.preflight, config, skeleton, tokenizer),
         partial(_check_perplexity, config, skeleton, tokenizer),
     ):
@@ -72,10 +78,23 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
-    if problems:
+    if problems or feed is None:
         raise UserError("\n".join(dict.fromkeys(problems)))
     for line in methods.ignored(train):
         console.warn(line)
+    return _work(config, feed)
+
+
+def _work(config: Config, feed: Feed) -> Work:
+    """What the training will do; its tokens with padding, each run forward and twice as much backward."""
+    train, examples = config.train, len(feed.train)
+    steps = train.max_steps or math.ceil(train.epochs * math.ceil(examples / train.batch_size))
+    seen = train.max_steps * train.batch_size if train.max_steps else train.epochs * examples
+    tokens = sum(feed.train.lengths) / examples * seen
+    if not feed.packing:
+        tokens /= 1 - feed.padding_share
+    passes = 3 + train.gradient_checkpointing + (train.distill.teacher is not None)
+    return Work(f"{train.method}, {steps} steps of {train.batch_size} examples", passes * tokens)
 
 
 def _check_perplexity(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:

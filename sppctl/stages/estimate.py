@@ -1,0 +1,64 @@
+"""What the stages of a run will do, and about how long that takes: their products over the speed of one, timed now."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+ROWS, WIDEST = 512, 2048  # of the product that is timed
+OVERHEAD = 1.5  # time of a stage over that of its products: norms, softmax, elementwise work, loading
+CHARACTERS = 4  # to a token, of text that has not been tokenised
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is about to do.
+
+    Attributes:
+        text: the same in a few words.
+        tokens: that are run forward through the model; of a training three times as many, for its backward pass.
+    """
+
+    text: str
+    tokens: float
+
+
+def lines(work: Mapping[str, Work], seconds_per_token: float | None) -> Iterator[str]:
+    """One line for each stage: what it will do, and about how long that takes; None: that is not known."""
+    for stage, todo in work.items():
+        time_needed = "" if seconds_per_token is None else f", about {duration(todo.tokens * seconds_per_token)}"
+        yield f"{stage}: {todo.text}{time_needed}"
+
+
+def seconds_per_token(parameters: int, width: int, dtype: str, device: torch.device) -> float:
+    """Of a forward pass.
+
+    Args:
+        parameters: of the model, each of which multiplies every token once.
+        width: of its hidden states.
+        dtype: name of the dtype computed in.
+        device: computed on.
+    """
+    return parameters * OVERHEAD / _multiplications_per_second(min(width, WIDEST), getattr(torch, dtype), device)
+
+
+def _multiplications_per_second(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of a product as large as a layer's, the median of three."""
+    inputs, weight = (torch.rand(size, width, dtype=dtype, device=device) for size in (ROWS, 2 * width))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (inputs @ weight.t())[0, 0].item()  # which waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return ROWS * 2 * width * width / statistics.median(seconds[1:])  # the first one loads libraries
+
+
+def duration(seconds: float) -> str:
+    """A time that is only known roughly: 10 s, 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds / 10)) * 10} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
