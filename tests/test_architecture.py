@@ -75,7 +75,7 @@ MAY_IMPORT = {
         "strict_json",
         "sealed",
     },
-    "lm": {"pruning", "pattern", "errors", "distributed", "files", "machine", "strict_json", "sealed"},
+    "lm": {"pruning", "pattern", "errors", "distributed", "files", "machine", "strict_json", "sealed", "console"},
     "adapters": {"pruning", "pattern"},
     "pruning": {"pattern"},
     "run_directory": {

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sppctl import console
 from sppctl.errors import UserError
 from sppctl.lm import cache
 from sppctl.lm.data import Text, content_hash
@@ -61,7 +62,8 @@ def calibration_windows(tokenizer: Any, text: Text, *, samples: int, seq_len: in
     )
     found = _cached(path, samples, seq_len)
     if found is None:
-        found = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, **choice)
+        with console.working(f"tokenising {text.name} for calibration"):
+            found = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, **choice)
         cache.write(path, {"windows": found.tokens}, made=found.made)
     return found
 

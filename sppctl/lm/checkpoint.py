@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sppctl import distributed, machine
+from sppctl import console, distributed, machine
 from sppctl.errors import UserError
 from sppctl.files import FULL, demand_readable, writing
 from sppctl.lm import integrity
@@ -364,7 +364,7 @@ def load_model(
 
     weights.check_directory(directory, trust_remote_code)
     placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}
-    with quiet_libraries():
+    with quiet_libraries(), console.working(f"loading {directory}"):
         model: Any
         info: Any
         model, info = AutoModelForCausalLM.from_pretrained(

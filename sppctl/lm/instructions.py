@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sppctl import console
 from sppctl.errors import UserError
 from sppctl.lm import cache, data
 from sppctl.lm.prompts import Style, shared
@@ -263,7 +264,8 @@ def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
     tensors, _ = cache.read(path) or ({}, {})
     if tensors.keys() == {"tokens", "labelled", "response", "lengths", "truncated"}:
         return Examples(tensors)
-    made = _cut(_tokenized(tokenizer, rows, texts, style), seq_len, train_on_inputs)
+    with console.working(f"tokenising {len(rows):,} examples"):
+        made = _cut(_tokenized(tokenizer, rows, texts, style), seq_len, train_on_inputs)
     cache.write(path, made.tensors)
     return made
 

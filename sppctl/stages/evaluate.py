@@ -291,7 +291,8 @@ def execute(
         if distributed.is_main():
             shutil.rmtree(samples, ignore_errors=True)
         recorded = inspect.recorded_patterns(subject.directory) or {}
-        _, sparsity = inspect.measure(subject.directory, *recorded.values())
+        with console.working(f"counting zeros in {subject.directory}"):
+            _, sparsity = inspect.measure(subject.directory, *recorded.values())
         content = {
             "label": subject.label,
             "checkpoint": str(subject.place),

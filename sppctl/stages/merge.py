@@ -163,7 +163,8 @@ def execute(
     needed = checkpoint.copy_size(TensorFiles(pruned), config.merge.dtype)
     demand_space(out.parent, needed, "the merged checkpoint", f"{out.name}/*.safetensors")
     convert = partial(_converted, set(stored.values()))
-    files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
+    with console.working(f"copying {pruned}"):
+        files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
         for record in merge_matrices(source, adapter, stored, files, mask, masks):

@@ -161,7 +161,8 @@ def _copy(config: Config, base: Path, out: Path) -> OwnFiles:
     """A copy of the checkpoint in ``out``; a copy that was interrupted is made again."""
     if distributed.is_main() and not (out / COPIED).exists():
         (out / JOURNAL).unlink(missing_ok=True)
-        checkpoint.copy_for_rewriting(base, out, config.model.dtype).sync()
+        with console.working(f"copying {base}"):
+            checkpoint.copy_for_rewriting(base, out, config.model.dtype).sync()
         (out / COPIED).touch()
     distributed.barrier()
     return OwnFiles(out)

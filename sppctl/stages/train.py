@@ -190,7 +190,8 @@ def execute(
             f"{trainer.state.max_steps}; a checkpoint is written, the same command continues (under Slurm: requeue)"
         )
     seconds, in_all = time.perf_counter() - started, watch.seconds()
-    validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
+    with console.working(f"validation loss of {len(feed.held_out)} examples"):
+        validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
     history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
     trainer.save_adapter(out)
     tokens = trainer.state.num_input_tokens_seen
