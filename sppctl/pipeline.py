@@ -360,11 +360,13 @@ def evaluate_some(
     places = _checkpoints_to_measure(run, models)
     for label, path in places.items():
         preflight(run, ("eval",), Subject.at(label, path).directory if path is not None else None)
-    if elsewhere is not None:
-        from sppctl.stages.evaluate import read_results
+    from sppctl.stages import evaluate as stage
 
+    if distributed.world_size() == 1 and not all(_results(run, label).is_file() for label in places):
+        stage.load_data(run.config)
+    if elsewhere is not None:
         elsewhere("eval", *_models(*models))
-        return {label: read_results(_results(run, label)) for label in places}
+        return {label: stage.read_results(_results(run, label)) for label in places}
     with run.lock(makes=False):
         found = {label: path or _base(run) for label, path in places.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))

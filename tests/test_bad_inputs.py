@@ -171,6 +171,14 @@ def half_of_another_model(work: Workplace) -> None:
     model.save_pretrained(work.model)
 
 
+def edit_config(**values: Any) -> Callable[[Workplace], None]:
+    def damage(work: Workplace) -> None:
+        path = work.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
 def edit_tokenizer(change: Callable[[Any], object], **texts: str) -> Callable[[Workplace], None]:
     """Another tokenizer beside the same weights, which embed 260 tokens; and files in the workplace."""
 
@@ -348,6 +356,21 @@ MODELS = [
         ("train: the tokenizer has no end-of-text token", "tokenizer_config.json (eos_token)"),
         edit_tokenizer(forget_the_end),
     ),
+    Case(
+        "weights that are no floating-point numbers",
+        "prune {config} --model model",
+        ("model holds no floating-point weights", "before it was quantised"),
+        lambda work: save_file(
+            {name: tensor.to(torch.int8) for name, tensor in load_file(work.model / "model.safetensors").items()},
+            work.model / "model.safetensors",
+        ),
+    ),
+    Case(
+        "a config from which no model can be built",
+        "run {config} --model model",
+        ("model.path: no causal language model can be built from its config",),
+        edit_config(pad_token_id=260),
+    ),
     Case("NaN weights", "prune {config} --model model", (WEIGHT, "NaN"), put_nan, code=1),
     Case(
         "NaN weights, magnitude",
@@ -497,13 +520,11 @@ PRUNING = [
         "mask_from a dense checkpoint",
         "prune {config} --method sparsegpt prune.mask_from=model",
         ("model.layers.0.self_attn.q_proj", "the mask of prune.mask_from is not 2:4"),
-        code=1,
     ),
     Case(
         "mask_from a dense checkpoint, ratio",
         "prune {config} --method sparsegpt prune.pattern=0.5 prune.mask_from=model",
         ("model.layers.0.self_attn.q_proj", "the mask of prune.mask_from is not 0.5"),
-        code=1,
     ),
     Case(
         "mask_from a model of other shapes",
@@ -731,6 +752,18 @@ TEXTS = [
         "perplexity while training on a text that is not there",
         "train {config} train.perplexity_steps=1 eval.perplexity=[lost.txt]",
         ("eval.perplexity: lost.txt",),
+    ),
+    Case(
+        "a reference without weights",
+        "run {config} eval.divergence=model",
+        ("model holds no safetensors weights",),
+        remove("model/model.safetensors"),
+    ),
+    Case(
+        "a teacher without weights",
+        "run {config} train.distill.teacher=model",
+        ("model holds no safetensors weights",),
+        remove("model/model.safetensors"),
     ),
     Case("nothing to evaluate", "eval {config} --tasks ,", ("eval.perplexity", "eval.tasks")),
 ]

@@ -62,6 +62,28 @@ class Skeleton:
         more = ", ..." if len(names) > 1 else ""
         return f"{names[0]}{more} ({share:.0%} of the blocks' matrices)" if names else None
 
+    def matrix(self, target: Target, files: TensorFiles) -> Tensor:
+        """A target's matrix (out_features, in_features) as the ``files`` of a checkpoint of the model store it."""
+        for part in self._parts_of(target, files):
+            if part.expert is None:
+                tensor = files.read(part.name, target.expert)
+                if target.expert is not None:
+                    return tensor[target.first_row : target.first_row + target.out_features]
+                return tensor.t() if target.transposed else tensor
+            if (part.expert, part.first_row) == (target.expert, target.first_row):
+                return files.read(part.name)
+        raise AssertionError(f"{target.name} has no part")
+
+    def _parameter(self, target: Target) -> nn.Parameter:
+        parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
+        assert parameter is not None
+        return parameter
+
+    def _parts_of(self, target: Target, files: TensorFiles) -> list[Part]:
+        """The tensors that make up a target's parameter in a checkpoint of the model."""
+        name, shape = f"{target.owner}.{target.parameter}", self._parameter(target).shape
+        return stored_parts(files, name, tuple(shape), self.base_prefix)
+
 
 class BlockStack(Skeleton):
     """The decoder of a checkpoint whose blocks are loaded one at a time."""
@@ -80,7 +102,7 @@ class BlockStack(Skeleton):
         """
         self.files = TensorFiles(directory)
         self.device = device
-        _refuse_quantised(self.files)
+        refuse_quantised(self.files)
         config = load_config(directory, trust_remote_code)
         self.dtype: torch.dtype = getattr(torch, dtype)
         super().__init__(config, self.dtype, trust_remote_code)
@@ -122,42 +144,20 @@ class BlockStack(Skeleton):
         Kept weights that were rounded to compute with them are written as they are stored.
         """
         parameter = self._parameter(target)
-        for part in self._parts_of(target):
+        for part in self._parts_of(target, self.files):
             values, stored = part.of(parameter.data), self.files.spec(part.name).dtype
             if torch.promote_types(values.dtype, stored) != values.dtype:
                 original = self.files.read(part.name).to(values.device)
                 values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
             files.write(part.name, values)
 
-    def matrix(self, target: Target, files: TensorFiles) -> Tensor:
-        """A target's matrix (out_features, in_features) as other ``files`` of the same model store it."""
-        for part in self._parts_of(target, files):
-            if part.expert is None:
-                tensor = files.read(part.name, target.expert)
-                if target.expert is not None:
-                    return tensor[target.first_row : target.first_row + target.out_features]
-                return tensor.t() if target.transposed else tensor
-            if (part.expert, part.first_row) == (target.expert, target.first_row):
-                return files.read(part.name)
-        raise AssertionError(f"{target.name} has no part")
-
     def stored_dtype(self, target: Target, files: TensorFiles) -> torch.dtype:
         """The dtype in which ``files``, a copy of the checkpoint, hold a target."""
-        return files.spec(self._parts_of(target)[0].name).dtype
+        return files.spec(self._parts_of(target, self.files)[0].name).dtype
 
     def homes(self, target: Target) -> set[str]:
         """The files that hold a target's parameter."""
-        return {self.files.home[part.name] for part in self._parts_of(target)}
-
-    def _parameter(self, target: Target) -> nn.Parameter:
-        parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
-        assert parameter is not None
-        return parameter
-
-    def _parts_of(self, target: Target, files: TensorFiles | None = None) -> list[Part]:
-        """The tensors that make up a target's parameter, in the checkpoint or other ``files`` of the same model."""
-        name, shape = f"{target.owner}.{target.parameter}", self._parameter(target).shape
-        return stored_parts(files or self.files, name, tuple(shape), self.base_prefix)
+        return {self.files.home[part.name] for part in self._parts_of(target, self.files)}
 
     def _parts(self, parameter: str, shape: torch.Size) -> list[Part]:
         return stored_parts(self.files, parameter, tuple(shape), self.base_prefix)
@@ -307,7 +307,8 @@ def _stored_tensors(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters()] + buffers
 
 
-def _refuse_quantised(files: TensorFiles) -> None:
+def refuse_quantised(files: TensorFiles) -> None:
+    """Raises UserError if weights are stored in a way that cannot be pruned."""
     floating = {name: files.spec(name).dtype for name in files if files.spec(name).dtype.is_floating_point}
     if not floating:
         raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")

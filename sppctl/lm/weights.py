@@ -30,8 +30,8 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code
     try:
         with init_empty_weights(), quiet_libraries():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a wrong value raises wherever the model first uses it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.path: no causal language model can be built from its config ({reason})") from error
     return model.eval()
 
@@ -67,6 +67,8 @@ def check_weights(files: TensorFiles, model: Any) -> None:
         raise UserError(f"{directory}: config.json names {named!r} as transformers_weights; sppctl reads {SINGLE_NAME}")
     if getattr(config, "quantization_config", None) is not None:
         return
+    if not any(files.spec(name).dtype.is_floating_point for name in files):
+        raise UserError(f"{directory} holds no floating-point weights; use the checkpoint before it was quantised")
     problems = list(dict.fromkeys(_problems(files, model)))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""

@@ -19,26 +19,34 @@ def given_mask(stack: BlockStack, target: Target, pattern: Pattern, files: Tenso
     """The mask of one matrix, (out_features, in_features), True = kept: its zeros in ``files``.
 
     Raises:
-        StageError: another shape, or a mask that keeps more than the pattern allows.
+        StageError: another shape, or a mask that keeps more than the pattern allows, though it passed the checks.
     """
     mask = (stack.matrix(target, files) != 0).to(stack.device)
+    found = problem(mask, target, pattern)
+    if found is not None:
+        raise StageError(found)
+    return mask
+
+
+def problem(mask: Tensor, target: Target, pattern: Pattern) -> str | None:
+    """What is wrong with a mask (out_features, in_features) for a layer and its pattern."""
     shape = (target.out_features, target.in_features)
     if mask.shape != shape:
-        raise StageError(
+        return (
             f"{target.name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
             "it has to be a pruned copy of the same model"
         )
     if pattern.keep is not None and pattern.group is not None:
         kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
         if bool((kept > pattern.keep).any()):
-            raise StageError(f"{target.name}: the mask of prune.mask_from is not {pattern}")
+            return f"{target.name}: the mask of prune.mask_from is not {pattern}"
     zeros = mask.numel() - int(mask.sum())
     if zeros < mask.numel() * pattern.sparsity - _rounding(shape):
-        raise StageError(
+        return (
             f"{target.name}: the mask of prune.mask_from is not {pattern}: a share of {zeros / mask.numel():.4g} is "
             "zero; set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
         )
-    return mask
+    return None
 
 
 def warn_of_sparser(layers: list[dict[str, Any]]) -> None:

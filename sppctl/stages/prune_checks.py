@@ -14,12 +14,12 @@ from sppctl.errors import UserError
 from sppctl.files import demand_space
 from sppctl.lm import checkpoint, vocabulary
 from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE, free_memory
-from sppctl.lm.blocks import Skeleton
+from sppctl.lm.blocks import Skeleton, refuse_quantised
 from sppctl.lm.safe_files import TensorFiles
 from sppctl.lm.targets import Target, matches
 from sppctl.lm.weights import misfits
 from sppctl.settings import Config, PruneConfig
-from sppctl.stages import calibrate
+from sppctl.stages import calibrate, given_masks
 from sppctl.stages.estimate import Work
 from sppctl.stages.prune import check_prunes, needs_inputs, planned_patterns
 
@@ -62,7 +62,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     collect(_allocation, prune, targets, skeleton)
     collect(_processes, config)
     if prune.mask_from is not None:
-        collect(_mask, prune.mask_from, targets, skeleton)
+        collect(_mask, prune, targets, skeleton)
     collect(_files, config, targets, skeleton)
     if needs_inputs(prune):
         collect(_calibration, config, skeleton, tokenizer)
@@ -156,9 +156,11 @@ def _quantised(config: Config, skeleton: Skeleton) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def _mask(path: str, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+def _mask(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+    """Whether the zeros of prune.mask_from are a mask of the pattern; reading them is quick beside pruning by them."""
+    assert prune.mask_from is not None
     try:
-        files = TensorFiles(checkpoint.locate(path, key="prune.mask_from"))
+        files = TensorFiles(checkpoint.locate(prune.mask_from, key="prune.mask_from"))
     except UserError as error:
         yield f"prune.mask_from: {str(error).removeprefix('prune.mask_from: ')}"
         return
@@ -166,6 +168,11 @@ def _mask(path: str, targets: dict[str, Target], skeleton: Skeleton) -> Iterator
     for problem in misfits(files, skeleton.model, parameters):
         yield f"prune.mask_from: {files.directory}: {problem}"
         return
+    for name, pattern in planned_patterns(prune, targets, skeleton).items():
+        found = given_masks.problem(skeleton.matrix(targets[name], files) != 0, targets[name], pattern)
+        if found is not None:
+            yield found
+            return
 
 
 def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
@@ -179,6 +186,7 @@ def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> It
     files: TensorFiles | None = None
     if model.gguf_file is None:
         files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
+        refuse_quantised(files)
     _disk(config, skeleton, files)
     if needs_inputs(config.prune) and config.prune.order == "module":
         yield from _memory(config, skeleton, files)

@@ -75,6 +75,9 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
             f"model.device: training runs on the first GPU it sees, not on {config.model.device}; "
             f"call CUDA_VISIBLE_DEVICES={number} sppctl ... model.device=cuda"
         )
+    if train.gradient_checkpointing and not getattr(skeleton.model, "supports_gradient_checkpointing", True):
+        kind = skeleton.config.model_type
+        problems.append(f"train.gradient_checkpointing: {kind} does not support it in transformers; set it to false")
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")

@@ -168,11 +168,17 @@ def test_a_checkpoint_of_other_names_or_shapes(configure: Callable[..., Config],
             pipeline.preflight(Run(configure(f"prune.method={method}", f"model.path={shapes}")), ("prune",))
 
 
-def test_experts_that_are_stored_one_by_one(configure: Callable[..., Config], make_checkpoint: Any) -> None:
+def test_experts_that_are_stored_one_by_one(
+    configure: Callable[..., Config], make_checkpoint: Any, tmp_path: Path
+) -> None:
     for family in ("mixtral", "gpt2"):
         model = make_checkpoint(family)
-        overrides = ["prune.targets=all-linear", f"model.path={model}", f"prune.mask_from={model}"]
-        assert problems(configure(*overrides)) == []
+        mask = copied(model, tmp_path / family)
+        other_tensors(mask, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+        overrides = ["prune.targets=all-linear", f"model.path={model}"]
+        assert problems(configure(*overrides, f"prune.mask_from={mask}")) == []
+        (problem,) = problems(configure(*overrides, f"prune.mask_from={model}"))
+        assert "the mask of prune.mask_from is not 2:4" in problem
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
