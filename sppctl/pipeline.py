@@ -127,6 +127,7 @@ def prune(run: Run) -> dict[str, Any]:
     base = run.base()
     settings = settings_of(run.config, "prune")
     inputs = {"base": _fingerprint(base)} | _file_hash("calibration", run.config.prune.calibration.dataset)
+    inputs |= {"tokenizer": checkpoint.tokenizer_fingerprint(base)} | _newer_data(run, "prune")
     if run.config.prune.mask_from is not None:
         inputs["mask"] = _fingerprint(checkpoint.locate(run.config.prune.mask_from))
     return run.perform(
@@ -148,7 +149,7 @@ def train(run: Run) -> dict[str, Any]:
     for dataset in names_of(run.config.train.data.dataset):
         inputs |= _file_hash(f"data {dataset}", dataset)
     base, dense = _dense_models(run)
-    inputs |= dense
+    inputs |= dense | _newer_data(run, "train")
     layers = [layer["name"] for layer in pruned["metrics"]["layers"]]
     return run.perform(
         "train",
@@ -489,6 +490,18 @@ def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
     if teacher not in (None, distill.BASE):
         inputs["teacher"] = _fingerprint(distill.locate(teacher))
     return base, inputs
+
+
+def _newer_data(run: Run, stage: str) -> dict[str, str]:
+    """What has become of the hub's data in the cache since a stage read it, which it would read now."""
+    from sppctl.lm import sources
+
+    record = None if run.force else run.record(stage)
+    if record is None:
+        return {}
+    metrics = record["metrics"]
+    versions = (metrics.get("calibration") or metrics).get("versions", {})
+    return {f"data {key}": version for key, version in sources.newer(versions).items()}
 
 
 def _file_hash(key: str, dataset: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sppctl.errors import UserError
+from sppctl.lm import sources
 from sppctl.lm.prompts import formatted
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -74,7 +75,9 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     with _had(repository, split):
-        return datasets.load_dataset(repository, config, split=split, **options)
+        found = datasets.load_dataset(repository, config, split=split, **options)
+        sources.note(found)
+        return found
 
 
 @contextmanager

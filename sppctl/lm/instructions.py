@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sppctl import console
 from sppctl.errors import UserError
-from sppctl.lm import cache, data
+from sppctl.lm import cache, data, sources
 from sppctl.lm.prompts import Style, shared
 
 Row = dict[str, Any]
@@ -36,12 +36,14 @@ class Instructions:
         held_out: for the validation loss.
         taken: how many training rows each data set gave.
         left_out: how many rows were not trained on because they say what a row held out says.
+        versions: of the hub's data, see :class:`sppctl.lm.sources.Recorded`.
     """
 
     train: list[Row]
     held_out: list[Row]
     taken: dict[str, int]
     left_out: int
+    versions: dict[str, str]
 
     @cached_property
     def hash(self) -> str:
@@ -80,13 +82,14 @@ def load_instructions(
     for name in weights:
         data.check_split(HUB_NAMES.get(name, name), split, "train.data.split")
     shares = _shared_out(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
-    sources = {name: _split_rows(name, split, shares.get(name, 0), seed) for name in weights}
-    left_out = _separate(sources)
-    most = min(len(train) / weights[name] for name, (train, _) in sources.items())
+    with sources.noting() as seen:
+        parts = {name: _split_rows(name, split, shares.get(name, 0), seed) for name in weights}
+    left_out = _separate(parts)
+    most = min(len(train) / weights[name] for name, (train, _) in parts.items())
     if max_rows is not None:
         most = min(most, max_rows / sum(weights.values()))
-    mixed = Instructions([], [], {}, left_out)
-    for name, (train, held_out) in sources.items():
+    mixed = Instructions([], [], {}, left_out, seen.versions)
+    for name, (train, held_out) in parts.items():
         count = math.floor(most * weights[name] + 1e-6)  # the division above may end just below a whole number
         if not count:
             raise UserError(f"{KEY}: the weight {weights[name]:g} of {name} gives none of its rows; raise it")
@@ -98,16 +101,16 @@ def load_instructions(
     return mixed
 
 
-def _separate(sources: dict[str, tuple[list[Row], list[Row]]]) -> int:
+def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
     """Takes the rows that say what a row held out says out of those to train on; how many these were."""
-    held_out = {_said(row) for _, rows in sources.values() for row in rows}
+    held_out = {_said(row) for _, rows in parts.values() for row in rows}
     left_out = 0
-    for name, (train, own) in sources.items():
+    for name, (train, own) in parts.items():
         kept = [row for row in train if _said(row) not in held_out]
         if not kept:
             raise UserError(f"{KEY}: every row of {name} is held out too; hold out fewer (train.data.val_size)")
         left_out += len(train) - len(kept)
-        sources[name] = kept, own
+        parts[name] = kept, own
     return left_out
 
 

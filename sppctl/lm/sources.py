@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
-import inspect
 import os
 import sys
 import sysconfig
@@ -49,7 +48,9 @@ class Recorded:
         The digest says which content was read, wherever it is.
         """
         seen = (_source(Path(path).resolve()) for path in self.read - self.written)
-        paths = [path for path in seen if not _is_incidental(path)] + [Path(path).resolve() for path in self.data]
+        outside = _outside()
+        paths = [path for path in seen if not _is_incidental(path, outside)]
+        paths += [Path(path).resolve() for path in self.data]
         known = {_name(path, include_path): path for path in paths}
         files = {name: found for name in sorted(known) if (found := _content(known[name])) is not None}
         text = "".join([*sorted(files.values()), *(f"{key} {value}" for key, value in sorted(self.versions.items()))])
@@ -68,7 +69,13 @@ def are_current(sources: Mapping[str, Any], definition: Path | None, include_pat
     if definition is not None and _name(definition.resolve(), include_path) not in sources["files"]:
         return False
     files = all(_content(_place(name, include_path)) == found for name, found in sources["files"].items())
-    return files and all(_latest(key) in (None, version) for key, version in sources["versions"].items())
+    return files and not newer(sources["versions"])
+
+
+def newer(versions: Mapping[str, str]) -> dict[str, str]:
+    """Of data of the hub that was recorded, what has come into the cache of ``datasets`` since."""
+    found = {key: _latest(key) for key in versions}
+    return {key: now for key, now in found.items() if now is not None and now != versions[key].rpartition(" ")[2]}
 
 
 # --- recording --------------------------------------------------------------------------------------------------------
@@ -103,35 +110,46 @@ def recording() -> Iterator[Recorded]:
     for name in _loaded:
         sys.modules.pop(name, None)
     before, load, wrote = set(sys.modules), datasets.load_dataset, sys.dont_write_bytecode
-    _recorded = found = Recorded()
     datasets.load_dataset = functools.partial(_load_dataset, load)
     sys.dont_write_bytecode = True  # compiled modules are known by time and size alone
     try:
+        with noting() as found:
+            yield found
+    finally:
+        datasets.load_dataset, sys.dont_write_bytecode = load, wrote
+        new = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if name not in before}
+        outside = _outside()
+        _loaded.clear()
+        _loaded.update(name for name, file in new.items() if file and not _is_incidental(Path(file).resolve(), outside))
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[Recorded]:
+    """Records only what :func:`note` is given, and files if :func:`recording` listens."""
+    global _recorded
+    _recorded = found = Recorded()
+    try:
         yield found
     finally:
-        _recorded, datasets.load_dataset, sys.dont_write_bytecode = None, load, wrote
-        new = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if name not in before}
-        _loaded.clear()
-        _loaded.update(name for name, file in new.items() if file and not _is_incidental(Path(file).resolve()))
+        _recorded = None
 
 
 def _load_dataset(load: Any, *arguments: Any, **options: Any) -> Any:
     """``datasets.load_dataset``, which takes local files for unchanged if their times are, with a cache by content."""
     import datasets
 
-    given = inspect.signature(load).bind(*arguments, **options).arguments
-    given = {key: value for key, value in given.items() if key != "config_kwargs"} | given.get("config_kwargs", {})
-    if any(given.get(key) is not None for key in ("data_files", "data_dir")) or os.path.exists(str(given["path"])):
+    given = dict(zip(("path", "name", "data_dir", "data_files"), arguments, strict=False)) | options
+    if any(given.get(key) is not None for key in ("data_files", "data_dir")) or os.path.exists(str(given.get("path"))):
         builder = datasets.load_dataset_builder(**{k: v for k, v in given.items() if k not in OF_READING})
         named = [path for paths in (builder.config.data_files or {}).values() for path in paths]
         local = sorted({path for path in map(str, named) if os.path.isfile(path)})
         text = "".join(f"{path} {_content(Path(path))}" for path in local)
         folder = cache.folder(f"tasks/{hashlib.sha256(text.encode()).hexdigest()[:16]}") if local else None
         if folder is not None:
-            given["cache_dir"] = str(folder)
+            options["cache_dir"] = str(folder)
         if _recorded is not None:
             _recorded.data.update(local)
-    found = load(**given)
+    found = load(*arguments, **options)
     note(found)
     return found
 
@@ -145,8 +163,10 @@ def note(dataset: Any) -> None:
             path = Path(file["filename"]).resolve()
             root = _datasets_cache()
             if path.is_relative_to(root):
-                *key, version, _ = path.relative_to(root).parts
-                _recorded.versions["/".join(key)] = version
+                *folders, version, _ = path.relative_to(root).parts
+                key = "/".join(folders)
+                last = _latest(key)  # a version that was asked for need not be the last that was downloaded
+                _recorded.versions[key] = version if last in (None, version) else f"{version} beside {last}"
             else:
                 _recorded.read.add(str(path))
 
@@ -183,11 +203,13 @@ def _source(path: Path) -> Path:
         return path
 
 
-def _is_incidental(path: Path) -> bool:
-    """Code of Python and of packages, caches, devices: nothing that belongs to a task."""
+def _is_incidental(path: Path, outside: tuple[str, ...]) -> bool:
     tasks = _tasks_of_lm_eval()
-    if path.is_relative_to(tasks):
-        return path.parent == tasks
+    return path.parent == tasks if path.is_relative_to(tasks) else f"{path}/".startswith(outside)
+
+
+def _outside() -> tuple[str, ...]:
+    """Where nothing belongs to a task: code of Python and of packages, caches, devices."""
     import datasets
     import huggingface_hub
 
@@ -195,8 +217,8 @@ def _is_incidental(path: Path) -> bool:
     own = cache.root()
     code = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     outside = ["/proc", "/sys", "/dev", *caches, huggingface_hub.constants.HF_HUB_CACHE, *code, *([own] if own else [])]
-    outside += [tasks.parent, Path(__file__).resolve().parent.parent]
-    return any(path.is_relative_to(Path(place).resolve()) for place in outside)
+    outside += [_tasks_of_lm_eval().parent, Path(__file__).parent.parent]
+    return tuple(f"{Path(place).resolve()}/" for place in outside)
 
 
 def _name(path: Path, include_path: str | None) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sppctl.lm import cache, data
+from sppctl.lm import cache, data, sources
 from sppctl.lm.calibration import calibration_windows
 from sppctl.settings import Config, PruneConfig
 
@@ -34,11 +33,10 @@ def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
         UserError: the text cannot be had, or is too short.
     """
     settings, seed = config.prune.calibration, config.run.seed
-    path = Path(settings.dataset)
-    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-    key = (settings, seed, stamp, cache.tokenizer_identity(tokenizer) or object())
+    key = (settings, seed, data.file_hash(settings.dataset), cache.tokenizer_identity(tokenizer) or object())
     if key not in _last:
-        text = calibration_text(config.prune)
+        with sources.noting() as seen:
+            text = calibration_text(config.prune)
         windows = calibration_windows(
             tokenizer,
             text,
@@ -50,5 +48,5 @@ def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
         source = {"dataset": text.name, "windows": windows.made, "documents_hash": data.content_hash(text.documents)}
         shape = {"samples": settings.samples, "seq_len": settings.seq_len, "windows_hash": windows.hash}
         _last.clear()
-        _last[key] = windows.tokens, source | shape
+        _last[key] = windows.tokens, source | shape | {"versions": seen.versions}
     return _last[key]

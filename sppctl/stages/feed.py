@@ -173,6 +173,7 @@ class Feed:
             "validation_examples": len(self.held_out),
             "datasets": self.rows.taken,
             "duplicates_of_held_out": self.rows.left_out,
+            "versions": self.rows.versions,
             "data_hash": self.rows.hash,
             "examples_without_labels": self.unlabelled[0],
             "validation_examples_without_labels": self.unlabelled[1],

@@ -167,5 +167,10 @@ def test_data_of_the_hub_is_known_by_its_version(tmp_path: Path, monkeypatch: py
     (folder / "def").mkdir()
     os.utime(folder / "def", (2e9, 2e9))
     assert not sources.are_current(found, None, None)
+    assert sources.newer(found["versions"]) == {"owner___name/part/0.0.0": "def"}
+    with sources.recording() as recorded:  # by its revision, though a later one is there
+        sources.note(type("Data", (), {"cache_files": [{"filename": f"{folder}/abc/name-test.arrow"}]})())
+    assert sources.newer(recorded.versions) == {}
+    assert recorded.versions != found["versions"]
     shutil.rmtree(tmp_path / "owner___name")  # a machine that does not have the data
     assert sources.are_current(found, None, None)
