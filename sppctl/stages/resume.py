@@ -72,6 +72,15 @@ def newest(checkpoints: Path, strategy: str | None) -> str | None:
     return None
 
 
+def rest(checkpoints: Path) -> str:
+    """What an error leaves: the newest checkpoint."""
+    steps = [path.name.removeprefix("checkpoint-") for path in checkpoints.glob("checkpoint-*")]
+    last = max((int(step) for step in steps if step.isdigit()), default=None)
+    if last is None:
+        return "there is no checkpoint yet"
+    return f"{checkpoints / f'checkpoint-{last}'} is intact: the same command continues from there"
+
+
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None: nothing."""
     try:

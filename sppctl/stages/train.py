@@ -25,7 +25,7 @@ from sppctl.lm import checkpoint, data, perplexity, prompts, vocabulary
 from sppctl.lm.blocks import Skeleton
 from sppctl.pattern import Pattern
 from sppctl.settings import Config
-from sppctl.stages import distill, evaluate, methods, plan, prune, refresh, shards
+from sppctl.stages import distill, evaluate, methods, out_of_memory, plan, prune, refresh, shards
 from sppctl.stages import resume as resuming
 from sppctl.stages.estimate import Work
 from sppctl.stages.feed import Feed
@@ -134,8 +134,15 @@ def execute(
 
     Raises:
         UserError: no usable data.
-        StageError: the loss stopped being finite.
+        StageError: the loss stopped being finite, or memory ran out.
     """
+    with out_of_memory.explained(config, out / CHECKPOINTS):
+        return _train(config, pruned, layers, out, dtype, resume, base)
+
+
+def _train(
+    config: Config, pruned: Path, layers: list[str], out: Path, dtype: str, resume: bool, base: Path | None
+) -> dict[str, Any]:
     train = config.train
     set_seed(config.run.seed)
     device = checkpoint.pick_device(config.model.device)

@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from sppctl import distributed, strict_json
 from sppctl.errors import SharedError, UserError
 from sppctl.files import sync, sync_tree
 from sppctl.lm.instructions import IGNORED
 from sppctl.lm.safe_files import hides_full_disk, saving
-from sppctl.stages import shards
+from sppctl.stages import resume, shards
 from sppctl.stages.distill import Distillation
 from sppctl.stages.feed import Feed
 from sppctl.stages.refresh import MaskRefresh
@@ -241,10 +241,9 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         self.gathered = None
         if problem is not None:
             shutil.rmtree(saving, ignore_errors=True)
-            newest = get_last_checkpoint(str(checkpoints))
-            rest = f"{newest} is intact: the same command continues from there" if newest else "there is none before it"
             raise SharedError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; {rest}"
+                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; "
+                f"{resume.rest(checkpoints)}"
             )
         if distributed.is_main():
             shutil.rmtree(checkpoints / name, ignore_errors=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from conftest import cut_after
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppctl import console
 from sppctl.config import load_config
@@ -22,7 +24,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.lm import checkpoint
 from sppctl.lm.blocks import Skeleton
 from sppctl.settings import Config
-from sppctl.stages import prune, train
+from sppctl.stages import plan, prune, train
 from sppctl.stages import resume as resuming
 from sppctl.stages.resume import demand_files
 from sppctl.stages.trainer import SparseTrainer
@@ -416,6 +418,70 @@ def test_a_loss_that_is_not_finite_stops_it(
     config = configure("train.lr=1e18", "train.max_grad_norm=0", "train.log_steps=1", "train.epochs=3")
     with pytest.raises(StageError, match=r"loss is (nan|inf) at step"):
         trained(config, pruned, tmp_path / "adapter")
+
+
+RAN_OUT = {
+    "GPU": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB"
+    ),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2500 bytes. Error code 12"),
+    "Python": MemoryError(),
+}
+
+
+@contextlib.contextmanager
+def forwards(number: int, error: Exception) -> Iterator[None]:
+    """Inside, one forward pass of the model raises an error."""
+    original, passed = LlamaForCausalLM.forward, iter(range(1, 1000))
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if next(passed) == number:
+            raise error
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", forward)
+        yield
+
+
+def test_out_of_memory_says_what_helps_and_a_smaller_micro_batch_continues(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    options = ("train.save_steps=3", "train.dropout=0.0", "train.data.val_size=0", "train.lr=1e-4")
+    whole = trained(configure(*options, "train.micro_batch_size=4"), pruned, tmp_path / "whole")
+    config, out = configure(*options, "train.micro_batch_size=4"), tmp_path / "cut"
+    with forwards(5, RAN_OUT["GPU"]), pytest.raises(StageError) as caught:
+        trained(config, pruned, out)
+    planned = plan.execute(config)["memory"]["per_gpu"][0]["total"] / 2**30
+    assert str(caught.value) == (
+        "out of memory (tried to allocate 2.50 GiB) with train.micro_batch_size=4 and "
+        f"train.gradient_checkpointing=false, for which sppctl plan estimates {planned:.2f} GiB on each device; "
+        "lower train.micro_batch_size or set train.gradient_checkpointing=true, which change no result; "
+        f"{out}/checkpoints/checkpoint-3 is intact: the same command continues from there"
+    )
+    metrics = trained(configure(*options, "train.micro_batch_size=1"), pruned, out)
+    assert metrics["steps"] == whole["steps"] == 6
+    assert metrics["tokens"] == whole["tokens"]
+    assert metrics["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", RAN_OUT)
+def test_memory_runs_out_in_many_words(
+    kind: str, configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = configure("train.micro_batch_size=1", "train.gradient_checkpointing=true")
+    words = r"^out of memory.* train\.micro_batch_size=1 and .*; lower train\.data\.seq_len, .*; there is no checkpoint"
+    with forwards(1, RAN_OUT[kind]), pytest.raises(StageError, match=words):
+        trained(config, pruned, tmp_path / "adapter")
+
+
+def test_other_errors_are_not_taken_for_it(
+    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    with forwards(1, RuntimeError("shapes differ")), pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        trained(configure(), pruned, tmp_path / "adapter")
 
 
 def test_gradient_checkpointing_changes_nothing(
