@@ -111,6 +111,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             f"{path} is truncated or damaged, or not a safetensors file ({error}); download or write it again"
         ) from error
     metadata = header.pop("__metadata__", {})
+    odd = [name for name in header if not name.isprintable()]
+    if odd:
+        raise UserError(f"{path}: {odd[0]!r} is not the name of a tensor; download or write it again")
     foreign = [f"{name} has dtype {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
     if foreign:
         raise UserError(f"{path}: {foreign[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
@@ -254,8 +257,10 @@ def read_index(path: Path) -> dict[str, str]:
         UserError: a damaged index, or a shard that is not a safetensors file in the same directory.
     """
     try:
-        shards: dict[str, str] = dict(json.loads(path.read_text())["weight_map"].items())
+        content = json.loads(path.read_text())
+        shards: dict[str, str] = dict(content["weight_map"].items())
         names = set(shards.values())
+        content["metadata"]  # transformers insists on it
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable index of safetensors shards; download it again") from error
     for name in names:

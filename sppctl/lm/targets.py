@@ -223,13 +223,6 @@ def stored_parts(files: TensorFiles, parameter: str, shape: tuple[int, ...], bas
     return [Part(stored_name(files, parameter, base_prefix))]
 
 
-def canonical(name: str, base_prefix: str) -> str:
-    """One spelling for all names that a parameter may have in a checkpoint."""
-    for ours, theirs in RENAMED:
-        name = name.replace(theirs, ours) if theirs else name
-    return name.removeprefix(f"{base_prefix}.")
-
-
 def _spellings(name: str, base_prefix: str) -> Iterator[str]:
     for ours, theirs in RENAMED:
         renamed = name.replace(ours, theirs) if ours else name

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sppctl.errors import UserError
 from sppctl.lm.checkpoint import load_config, quiet_libraries
 from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFiles
-from sppctl.lm.targets import EXPERT_PARTS, canonical, stored_parts
+from sppctl.lm.targets import EXPERT_PARTS, stored_parts
 
 # causal masks, (1, 1, n, n) and a scalar, that old files of the GPT families hold and no model reads
-_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.((masked_)?bias|causal_mask)$")
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
@@ -115,21 +116,18 @@ def _surplus(files: TensorFiles, name: str) -> str:
 
 
 def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
-    state = {}
+    state, own = {}, model.state_dict()
     for name in files:
         spec = files.spec(name)
-        state[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        is_number = spec.dtype.is_floating_point and spec.dtype.itemsize > 1
+        state[name] = torch.empty(spec.shape, dtype=torch.float32 if is_number else spec.dtype, device="meta")
+        wanted = own.get(name, own.get(f"{model.base_model_prefix}.{name}"))
+        if wanted is not None and wanted.dtype.is_floating_point and not is_number:
+            dtype = str(spec.dtype).removeprefix("torch.")
+            yield f"{name} is stored as {dtype}, and config.json does not say how it is quantised"
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
     try:
-        with quiet_libraries():
-            _, info = type(model).from_pretrained(
-                None,
-                config=model.config,
-                state_dict=state,
-                device_map="meta",
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        loaded, info = _load(state, model)
     except RuntimeError as error:  # matrices that do not go together into one parameter
         yield from list(misfits(files, model, fused)) or _surplus_experts(files, model, fused) or [str(error)]
         return
@@ -141,8 +139,29 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
     for name in sorted(info["unexpected_keys"]):
         if not (_OLD_MASK.search(name) and name in files and len(files.spec(name).shape) in (0, 4)):
             yield _surplus(files, name)
-    spelled: dict[str, str] = {}
-    for name in files:
-        other = spelled.setdefault(canonical(name, model.base_model_prefix), name)
-        if other != name:
-            yield f"the same tensor is there twice, as {other} and {name}"
+    first = _sources(loaded, state)
+    rest = {name: tensor for name, tensor in state.items() if name not in first.values()}
+    second = _sources(_load(rest, model)[0], rest) if rest else {}
+    for key in sorted(first.keys() & second.keys()):
+        yield f"the same tensor is there twice, as {first[key]} and {second[key]}"
+
+
+def _load(state: dict[str, Tensor], model: Any) -> Any:
+    """The model with empty tensors, and transformers' account of loading them."""
+    with quiet_libraries():
+        return type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=state,
+            dtype=torch.float32,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+
+
+def _sources(loaded: Any, state: dict[str, Tensor]) -> dict[str, str]:
+    """The name in ``state`` of every tensor of the model that is one of those, told by their storage."""
+    names = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
+    places = {key: tensor.untyped_storage()._cdata for key, tensor in loaded.state_dict().items()}
+    return {key: names[place] for key, place in places.items() if place in names}

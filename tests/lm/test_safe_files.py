@@ -256,6 +256,12 @@ def test_offsets_and_names_are_those_of_a_real_file(tmp_path: Path, entries: str
         read_header(tmp_path / "a.safetensors")
 
 
+def test_a_name_is_one_line(tmp_path: Path) -> None:
+    save_file({"a\nb": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors: 'a\\nb' is not the name of a tensor"):
+        read_header(tmp_path / "a.safetensors")
+
+
 def test_a_size_that_does_not_fit_the_shape_is_refused(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}
     with pytest.raises(UserError, match="truncated or damaged, or not a safetensors file"):
@@ -376,8 +382,9 @@ def test_a_shard_is_a_plain_name(shard: object, make_checkpoint: Callable[..., P
         TensorFiles(out)
 
 
-def test_an_index_nested_without_end(tmp_path: Path) -> None:
-    (tmp_path / INDEX_NAME).write_text("[" * 100_000)
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"weight_map": {"a": "x.safetensors"}}'])
+def test_an_index_that_no_library_reads(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX_NAME).write_text(content)
     with pytest.raises(UserError, match="is not a readable index"):
         TensorFiles(tmp_path)
 

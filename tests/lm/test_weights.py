@@ -118,6 +118,11 @@ def test_a_tied_head_is_stored_not_at_all_or_twice_or_alone(changed: Callable[..
             "lm_head.weight has shape (200, 32), the model's is (260, 32)",
         ),
         (lambda t: t.update({UP[6:]: t[UP].clone()}), {}, f"is there twice, as {UP[6:]} and {UP}"),
+        (
+            lambda t: t.update({UP: t[UP].to(torch.int8)}),
+            {},
+            f"{UP} is stored as int8, and config.json does not say how",
+        ),
     ],
     ids=[
         "head",
@@ -129,6 +134,7 @@ def test_a_tied_head_is_stored_not_at_all_or_twice_or_alone(changed: Callable[..
         "vocabulary",
         "tied head",
         "two spellings",
+        "int8",
     ],
 )
 def test_what_the_files_do_not_hold_is_named(
@@ -158,6 +164,12 @@ def test_an_expert_is_named_as_it_is_stored(family: str, changed: Callable[..., 
     assert f"{fifth} (model.safetensors) is not part of the model" in complaint(
         changed(lambda tensors: tensors.update({fifth: tensors[name].clone()}), family)
     )
+
+
+def test_a_renamed_head_is_there_once(changed: Callable[..., Path]) -> None:
+    twice = changed(lambda t: t.update({"lm_head.weight": t["embed_out.weight"].clone()}), "gpt_neox")
+    assert "the same tensor is there twice, as embed_out.weight and lm_head.weight" in complaint(twice)
+    assert "no tensor lm_head.weight" in complaint(changed(lambda t: t.pop("embed_out.weight"), "gpt_neox"))
 
 
 def test_every_way_of_loading_asks(changed: Callable[..., Path]) -> None:
