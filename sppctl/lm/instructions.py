@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def load_instructions(
     """
     _check_weights(weights)
     for name in weights:
-        data.check_split(HUB_NAMES.get(name, name), split, "train.data.split")
+        find(name, split)
     shares = _shared_out(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
     with sources.noting() as seen:
         parts = {name: _split_rows(name, split, shares.get(name, 0), seed) for name in weights}
@@ -99,6 +100,16 @@ def load_instructions(
         mixed.held_out.extend(held_out)
         mixed.taken[name] = count
     return mixed
+
+
+def find(name: str, split: str) -> Path | None:
+    """The local file that a data set is; None if it is built in or of the hub.
+
+    Raises:
+        UserError: a directory, or a split of data that has none.
+    """
+    data.check_split(HUB_NAMES.get(name, name), split, "train.data.split")
+    return None if name in ("instructions", *HUB_NAMES) else data.local_file(name, KEY)
 
 
 def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
@@ -153,7 +164,7 @@ def _split_rows(name: str, split: str, val_size: int, seed: int) -> tuple[list[R
 
 def _read(name: str, split: str) -> list[Row]:
     """All rows of one data set, with the right columns."""
-    path = None if name in HUB_NAMES else data.local_file(name, KEY)
+    path = find(name, split)
     if path is not None:
         rows, columns = data.file_rows(path, KEY)
     elif name in HUB_NAMES or data.is_hub_id(name):

@@ -12,11 +12,11 @@ import torch
 
 from sppctl import launch, machine
 from sppctl.errors import UserError
-from sppctl.lm import architecture, checkpoint, data
+from sppctl.lm import architecture, checkpoint, data, instructions
 from sppctl.lm.activations import free_memory
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.targets import Target
-from sppctl.settings import Config, TrainConfig
+from sppctl.settings import Config, TrainConfig, names_of
 from sppctl.stages import footprint, plan_storage
 from sppctl.stages.footprint import FLOAT, Batch
 
@@ -270,12 +270,13 @@ def _accumulation(train: TrainConfig, processes: int) -> int | None:
 def num_examples(config: Config) -> int | None:
     """Training rows, where they are known without the network: Alpaca's, the built-in ones, those of a local file."""
     section = config.train.data
+    files = {name: instructions.find(name, section.split) for name in names_of(section.dataset)}
     if not isinstance(section.dataset, str):
         return None  # of a mixture, what the weights make of it
     if section.dataset == "instructions":
         rows: int | None = len(data.built_in_rows("train"))
-    elif Path(section.dataset).is_file():
-        rows = _rows_of_file(Path(section.dataset))
+    elif (path := files[section.dataset]) is not None:
+        rows = _rows_of_file(path)
     else:
         rows = _rows_of_split(KNOWN_ROWS.get(section.dataset), section.split)
     if rows is None:

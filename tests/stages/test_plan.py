@@ -215,6 +215,15 @@ def test_rows_are_known_or_said_to_be_unknown(
     assert (steps["steps"] is None) == (examples is None)
 
 
+def test_data_that_training_refuses_is_refused(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for data, words in (
+        ("{dataset: instructions, split: test}", r"train\.data\.split: instructions has no split test"),
+        (f"{{dataset: {{alpaca: 1, {tmp_path}: 1}}}}", r"train\.data\.dataset: .* is a directory; name one file in it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            planned(f"train.data={data}")
+
+
 # --- against autograd -------------------------------------------------------------------------------------------------
 
 
