@@ -22,10 +22,17 @@ _ATEN, _ATEN_WITHOUT = "ATEN_CPU_CAPABILITY", {"default", "avx2"}
 
 
 class Compute(NamedTuple):
-    """The name of the dtype that something computes in, and a line that says so and why."""
+    """What something computes in.
+
+    Attributes:
+        dtype: name of the dtype.
+        text: says it, and why.
+        widened: whether it is float32 only because the device does not multiply what is stored.
+    """
 
     dtype: str
     text: str
+    widened: bool = False
 
 
 def choose_dtype(wanted: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
@@ -46,7 +53,7 @@ def choose_dtype(wanted: str, stored: str, device: torch.device, *, training: bo
     lacking = _lacking(dtype, device)
     if lacking is not None:
         dtype, reason = "float32", f" ({lacking})"
-    return Compute(dtype, f"computing in {dtype}{reason}")
+    return Compute(dtype, f"computing in {dtype}{reason}", lacking is not None)
 
 
 def _lacking(dtype: str, device: torch.device) -> str | None:

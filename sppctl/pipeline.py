@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, files, launch, paths
+from sppctl import console, distributed, files, launch, machine, paths
 from sppctl.attempts import differences, settled
 from sppctl.config import result_keys
 from sppctl.errors import UserError, WriteError
@@ -135,7 +135,7 @@ def prune(run: Run) -> dict[str, Any]:
         settings,
         inputs,
         lambda out, dtype: stage.execute(run.config, base, out, dtype=dtype),
-        choose=lambda: _choose_dtype(run.config, base, stored=run.config.model.dtype),
+        choose=lambda: _choose_dtype(run.config, base, whole=False, stored=run.config.model.dtype),
     )
 
 
@@ -435,12 +435,28 @@ def settings_of(config: Config, stage: str) -> dict[str, Any]:
     return {"seed": config.run.seed, "model": model} | settings
 
 
-def _choose_dtype(config: Config, directory: Path, **options: Any) -> Any:
-    """The dtype in which a checkpoint is computed on the configured device, and why."""
+def _choose_dtype(config: Config, directory: Path, *, whole: bool = True, **options: Any) -> machine.Compute:
+    """The dtype in which a checkpoint is computed on the configured device, and why.
+
+    Args:
+        config: the configuration.
+        directory: of the checkpoint.
+        whole: whether all its weights are in memory at a time; where they fit only as stored, the reason says so.
+        options: of :func:`sppctl.lm.checkpoint.choose_dtype`.
+    """
     from sppctl.lm import checkpoint
+    from sppctl.lm.activations import free_memory
 
     model, device = config.model, checkpoint.pick_device(config.model.device)
-    return checkpoint.choose_dtype(directory, device, model.compute_dtype, model.trust_remote_code, **options)
+    chosen = checkpoint.choose_dtype(directory, device, model.compute_dtype, model.trust_remote_code, **options)
+    if whole and chosen.widened:
+        needed, free = checkpoint.weight_bytes(directory, chosen.dtype), free_memory(device)
+        if needed // 2 <= free < needed:
+            text = (
+                f"{chosen.text}, which takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
+            )
+            return chosen._replace(text=f"{text}: model.compute_dtype=bfloat16 needs half")
+    return chosen
 
 
 def _need(run: Run, stage: str) -> dict[str, Any]:

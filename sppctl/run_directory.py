@@ -252,9 +252,9 @@ class Run:
             return before
         dtype = ""
         if choose is not None:
-            dtype, text = distributed.decide(choose) if continued is None else _as_before(settings, continued)
-            settings = attempts.resolved(settings, dtype)
-            console.note(f"{stage}: {text}")
+            compute = distributed.decide(choose) if continued is None else _as_before(settings, continued)
+            dtype, settings = compute.dtype, attempts.resolved(settings, compute.dtype)
+            console.note(f"{stage}: {compute.text}")
         if continued is not None:
             console.note(f"{stage}: continuing an interrupted attempt")
         elif distributed.is_main():

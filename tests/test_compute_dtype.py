@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sppctl import pipeline
 from sppctl.config import load_config
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint
+from sppctl.lm import activations, checkpoint
 from sppctl.run_directory import Run
 from sppctl.stages import walk
 
@@ -166,6 +166,22 @@ def test_float32_is_not_rounded_to_compute_unless_that_is_asked_for(work: Work, 
     dense = load_file(plain.base() / "model.safetensors")
     for name, tensor in load_file(asked.path("prune") / "model.safetensors").items():
         assert torch.equal(tensor, torch.where(tensor == 0, 0, dense[name])), name
+
+
+def test_what_fits_only_as_stored_names_the_key(
+    work: Work, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu(AVX2)
+    run = work("eval.divergence=null")
+    pipeline.prune(run)
+    size = checkpoint.weight_bytes(run.path("prune"), "float32")
+    said = {}
+    for free in (size, size - 1, size // 2 - 1):  # all of it fits, half of it fits, nothing does
+        monkeypatch.setattr(activations, "free_memory", lambda _, free=free: free)
+        capsys.readouterr()
+        pipeline.evaluate_some(Run(run.config, force=True), ["pruned"])
+        said[free] = "model.compute_dtype=bfloat16 needs half" in capsys.readouterr().err
+    assert list(said.values()) == [False, True, False]
 
 
 def test_float16_is_refused_for_training_before_anything_is_done(work: Work) -> None:

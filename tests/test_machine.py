@@ -29,7 +29,7 @@ def test_a_cpu_with_bfloat16_units_computes_in_it(cpu: Cpu, flags: str) -> None:
 @pytest.mark.parametrize("flags", [AVX2, AVX512])
 def test_a_cpu_without_them_computes_in_float32(cpu: Cpu, flags: str) -> None:
     cpu(flags)
-    assert machine.choose_dtype("auto", "bfloat16", CPU) == ("float32", f"{NO_UNITS})")
+    assert machine.choose_dtype("auto", "bfloat16", CPU) == ("float32", f"{NO_UNITS})", True)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_float16_is_never_trained(cpu: Cpu, flags: str, expected: str) -> None:
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_what_is_configured_is_computed_in(cpu: Cpu, flags: str, stored: str) -> None:
     cpu(flags)
-    assert machine.choose_dtype("bfloat16", stored, CPU) == ("bfloat16", "computing in bfloat16 as configured")
+    assert machine.choose_dtype("bfloat16", stored, CPU) == ("bfloat16", "computing in bfloat16 as configured", False)
     assert chosen("float32") == "float32"
 
 

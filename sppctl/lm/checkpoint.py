@@ -381,6 +381,12 @@ def load_model(
     return (model if placed else model.to(device)).eval()
 
 
+def weight_bytes(directory: Path, dtype: str) -> int:
+    """What the weights of a checkpoint take in memory in a dtype."""
+    files = TensorFiles(directory)
+    return sum(math.prod(files.spec(name).shape) for name in files) * int(getattr(torch, dtype).itemsize)
+
+
 def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
     """Whether weights, computed in a dtype, have to lie on several GPUs.
 
@@ -389,8 +395,7 @@ def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
     """
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return False
-    files = TensorFiles(directory)
-    size = sum(math.prod(files.spec(name).shape) for name in files) * getattr(torch, dtype).itemsize
+    size = weight_bytes(directory, dtype)
     free = torch.cuda.mem_get_info(device)[0]
     if size > free and distributed.world_size() > 1:
         raise UserError(

@@ -210,7 +210,8 @@ def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> It
     prune, device = config.prune, checkpoint.pick_device(config.model.device)
     windows = -(-prune.calibration.samples // launch.num_processes(config))
     free = free_memory(device)
-    token = skeleton.config.get_text_config().hidden_size * _itemsize(config, files, device)
+    compute = _compute(config, files, device)
+    token = skeleton.config.get_text_config().hidden_size * getattr(torch, compute.dtype).itemsize
     waiting = windows * prune.calibration.seq_len * token * WAITING_WIDTHS
     if isinstance(prune.batch_size, int):
         running = min(windows, prune.batch_size) * prune.calibration.seq_len * token * BLOCK_WIDTHS
@@ -222,17 +223,18 @@ def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> It
         yield (
             f"prune.order: module holds all windows inside a block, some {(waiting + running) / 2**30:.1f} GiB; "
             f"{free / 2**30:.1f} GiB are free; use order block, or fewer or shorter windows"
+            + ", or model.compute_dtype=bfloat16, which needs half"
+            * compute.widened
         )
 
 
-def _itemsize(config: Config, files: TensorFiles | None, device: torch.device) -> int:
-    """Bytes of a number in the hidden states."""
+def _compute(config: Config, files: TensorFiles | None, device: torch.device) -> machine.Compute:
+    """What the hidden states are computed in."""
     if config.model.dtype != "auto":
         stored = getattr(torch, config.model.dtype)
     else:
         stored = torch.bfloat16 if files is None else checkpoint.stored_dtype(files, None)
-    chosen = machine.choose_dtype(config.model.compute_dtype, str(stored).removeprefix("torch."), device)
-    return int(getattr(torch, chosen.dtype).itemsize)
+    return machine.choose_dtype(config.model.compute_dtype, str(stored).removeprefix("torch."), device)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
