@@ -636,7 +636,7 @@ def run_prune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         ("block 2 done", ["prune.method=sparsegpt", "prune.order=module"]),
         ("block 2 done", ["prune.memory=disk", "prune.batch_size=3"]),
         ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3", "prune.memory=disk"]),
-        ("block 2 done", ["prune.method=sparsegpt", "model.dtype=bfloat16"]),
+        ("block 2 done", ["prune.method=sparsegpt", "model.dtype=bfloat16", "model.compute_dtype=float32"]),
         ("block 0 done", ["prune.method=magnitude"]),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else ",".join(value).replace("prune.", ""),
@@ -1067,7 +1067,7 @@ def in_processes(arguments: list[str], number: int, start: str = "ranks") -> End
     ("family", "options", "start"),
     [
         ("llama", ["prune.method=wanda", "prune.memory=disk"], "launch"),
-        ("llama", ["prune.method=sparsegpt", "model.dtype=bfloat16"], "torchrun"),
+        ("llama", ["prune.method=sparsegpt", "model.dtype=bfloat16", "model.compute_dtype=float32"], "torchrun"),
         ("llama", ["prune.method=dsnot", "prune.order=module"], "ranks"),
         ("llama", ["prune.pattern=0.5", "prune.allocation=owl"], "ranks"),
         ("gpt2", ["prune.method=sparsegpt"], "ranks"),
