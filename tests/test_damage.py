@@ -132,6 +132,16 @@ def test_a_run_that_was_moved_or_copied_is_whole(here: Path) -> None:
         pipeline.merge(run(f"run.dir={name}"))
 
 
+def test_dense_weights_in_the_place_of_pruned_ones_are_neither_trained_nor_merged(here: Path) -> None:
+    shutil.copy("base/model.safetensors", here / "pruned/model.safetensors")
+    before = tree(here)
+    for stage in (pipeline.train, pipeline.merge):
+        for force in (False, True):
+            with pytest.raises(UserError, match=r"run/pruned/model.safetensors is damaged: .*sppctl prune --force"):
+                stage(run(force=force))
+    assert tree(here) == before
+
+
 # --- records that agree with other weights ----------------------------------------------------------------------------
 
 

@@ -269,7 +269,7 @@ def identity_of(files: Mapping[str, str]) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
