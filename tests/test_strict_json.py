@@ -48,8 +48,10 @@ def test_nothing_else_writes_numbers_as_json() -> None:
         "strict_json.py",
         "config.py",
         "run_directory.py",
+        "sealed.py",
         "lm/cache.py",
         "lm/checkpoint.py",
+        "lm/integrity.py",
         "lm/safe_files.py",
         "stages/significance.py",
     }
