@@ -29,7 +29,7 @@ from sppctl.stages import evaluate, merge, plots_results, prune, report, train  
 DYING = """
 import os, signal, sys
 import safetensors.torch, peft.peft_model, transformers.modeling_utils, torch
-from sppctl.lm.safe_files import TensorFile
+from sppctl.lm.safe_files import OwnFile
 
 AT, HALF, FOLDER, COUNT = {at}, {half}, {folder!r}, {count!r}
 seen, inside, opened = 0, False, ("", 0)
@@ -83,7 +83,7 @@ def half_a_tensor(file, name, tensor):
 def half_a_file(path):
     os.truncate(path, os.path.getsize(path) // 2)
 
-around(TensorFile, "write", lambda file, *_: file.path, half_a_tensor)
+around(OwnFile, "write", lambda file, *_: file.path, half_a_tensor)
 around(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{{descriptor}}"))
 around(torch, "save", lambda value, path, **_: path, None, half_a_file)
 for library in (safetensors.torch, peft.peft_model, transformers.modeling_utils):
@@ -224,7 +224,9 @@ def content(folder: Path) -> dict[str, Any]:
         if path.is_dir():
             found[name] = "a folder"
         elif path.suffix == ".json":
-            kept = flatten(lasting(json.loads(path.read_text())))
+            record = json.loads(path.read_text())
+            record.pop("digest", None)  # of all of it, times too
+            kept = flatten(lasting(record))
             found |= {name: sorted(kept)} | {f"{name} {key}": value for key, value in kept.items()}
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
