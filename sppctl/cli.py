@@ -366,7 +366,7 @@ def bench(
     for title, header, rows in bench_text.tables(found):
         console.show_table(title, header, rows)
     for sentence in found["notes"]:
-        print(sentence)
+        print(console.plain(sentence))
 
 
 @app.command()
@@ -386,7 +386,7 @@ def plan(
     for title, header, rows in plan_text.tables(planned):
         console.show_table(title, header, rows)
     for sentence in plan_text.sentences(planned, config):
-        print(sentence)
+        print(console.plain(sentence))
 
 
 @app.command()
@@ -468,7 +468,7 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
     for found in runs:
         console.show_table(found["run"], *report_tables.table(found))
         for fact in provenance.facts(found):
-            print(fact)
+            print(console.plain(fact))
 
 
 def _where() -> str:
@@ -500,7 +500,7 @@ def _run() -> None:
             raise
         if distributed.is_main() or (distributed.is_connected() and not error.shared):
             for line in str(error).splitlines():
-                print(f"error: {_where()}{line}", file=sys.stderr, flush=True)
+                print(f"error: {_where()}{console.plain(line)}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # Typer turns Ctrl-C into this
@@ -510,6 +510,6 @@ def _run() -> None:
         if debug:
             raise
         reason = str(error).strip().splitlines()
-        said = f"{_where()}{type(error).__name__}: {reason[0] if reason else ''}"
+        said = console.plain(f"{_where()}{type(error).__name__}: {reason[0] if reason else ''}")
         print(f"error: {said} (--debug shows where)", file=sys.stderr)
         sys.exit(1)

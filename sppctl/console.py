@@ -22,12 +22,24 @@ SILENT_SECONDS = 1.0  # that a step without a bar may take before it is named th
 def note(message: str, stream: TextIO | None = None) -> None:
     """One line for the person who waits, on stderr; of several processes only the first prints."""
     if distributed.is_main():
-        print(message, file=stream or sys.stderr, flush=True)
+        print("\n".join(map(plain, message.split("\n"))), file=stream or sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """One line that should not be missed."""
     note(f"warning: {message}")
+
+
+def plain(text: str) -> str:
+    """Text for one line, with codes in place of all that does not print: line breaks, colours, what moves a cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _markup(text: object) -> str:
+    """Text that rich shows as it is."""
+    from rich.markup import escape
+
+    return escape(plain(str(text)))
 
 
 def command_line() -> str:
@@ -41,9 +53,8 @@ def working(label: str) -> Iterator[None]:
     stream = sys.stderr  # the step may redirect it, to silence a library
     if stream.isatty() and distributed.is_main():
         from rich.console import Console
-        from rich.markup import escape
 
-        with Console(file=stream).status(escape(label)):
+        with Console(file=stream).status(_markup(label)):
             yield
         return
     timer = threading.Timer(SILENT_SECONDS, note, [label, stream])
@@ -85,7 +96,7 @@ class Progress:
                 TextColumn("{task.fields[words]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.start, words="")
+            self._task = self._bar.add_task(_markup(self.label), total=self.total, completed=self.start, words="")
             self._bar.start()
         else:
             note(f"{self.label}: {self.done}/{self.total}")
@@ -99,7 +110,7 @@ class Progress:
         """Some steps are done; ``words`` say what a person wants to know about the last one."""
         self.done += steps
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, words=words)
+            self._bar.update(self._task, completed=self.done, words=_markup(words))
             return
         now = time.monotonic()
         if now - self._last >= PLAIN_SECONDS or self.done >= self.total:
@@ -120,10 +131,10 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]])
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_markup(title), title_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(_markup(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*map(_markup, row))
     # no terminal (a log, a pipe): never break a table for a width that nobody has
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)

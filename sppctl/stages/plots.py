@@ -33,6 +33,7 @@ MARKERS = "os^DvPX<p>h*d8"
 LINES = ("-", "--", ":")  # solid for the first of each colour
 SAME = 0.1  # percentage points of sparsity; types that are closer than this are drawn as one line
 STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",

@@ -108,6 +108,8 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[st
         axes.annotate(written, (value + error, index), (5, 0), textcoords="offset points", va="center")
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # matplotlib's own writes mathematics
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlim(min(values) / 2, max(values) * 3)
     else:
         axes.set_xlim(0, 1.18 * max(value + error for value, error in zip(values, errors, strict=True)) or 1)

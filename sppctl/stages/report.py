@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from sppctl import files, strict_json
+from sppctl import console, files, strict_json
 from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
 from sppctl.stages import report_tables as tables
 from sppctl.yaml12 import dump_yaml, read_text
@@ -121,10 +123,10 @@ def _section(table: tables.Table, notes: list[str] | None = None) -> list[str]:
 
 
 def _markdown_of_run(run: dict[str, Any], place: str) -> str:
-    lines = [f"# {run['run']}", ""]
+    lines = [f"# {tables.in_markdown(run['run'])}", ""]
     if run["checkpoints"]:
         lines += [*_section(tables.table(run)), ""]
-    lines += [f"- {fact}" for fact in provenance.facts(run)]
+    lines += [f"- {tables.in_markdown(fact)}" for fact in provenance.facts(run)]
     differences = tables.comparison_table(run)
     if differences[1]:
         lines += [
@@ -138,7 +140,7 @@ def _markdown_of_run(run: dict[str, Any], place: str) -> str:
     if layers:
         lines += ["", "## Pruning", "", *tables.grid(*tables.type_table(layers))]
         figure = f"{plots.error_measure(layers).replace('_', ' ')} and sparsity by block"
-        lines += ["", f"![{figure}]({place}{plots.FIGURE})"]
+        lines += ["", f"![{figure}]({quote(place)}{plots.FIGURE})"]
     lines += _made(run)
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -148,7 +150,7 @@ def _paired(run: dict[str, Any]) -> list[str]:
     significant, flipped = tables.significance_table(run["comparisons"]), tables.flip_table(run["comparisons"])
     if significant[1]:
         lines += ["", "## On the same samples", "", *_section(significant, [report_html.PAIRED])]
-    lines += [""] * bool(run["notes"]) + [f"- {note}" for note in run["notes"]]
+    lines += [""] * bool(run["notes"]) + [f"- {tables.in_markdown(note)}" for note in run["notes"]]
     if flipped[1]:
         lines += ["", "## Flipped answers", "", *_section(flipped)]
     return lines
@@ -158,15 +160,21 @@ def _made(run: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     commands = provenance.commands(run)
     if commands:
-        lines += ["", "```", *commands, "```"]
+        lines += ["", *_fenced("\n".join(commands))]
     for title, table in report_html.PROVENANCE.items():
         header, rows = table(run)
         if rows:
             lines += ["", f"### {title}", "", *tables.grid(header, rows)]
     if run["config"] is not None:
-        lines += ["", "<details><summary>configuration</summary>", "", "```yaml", run["config"].rstrip("\n"), "```"]
+        lines += ["", "<details><summary>configuration</summary>", "", *_fenced(run["config"].rstrip("\n"), "yaml")]
         lines += ["", "</details>"]
     return ["", "## How it was made", *lines] if lines else []
+
+
+def _fenced(text: str, language: str = "") -> list[str]:
+    """A block of code that nothing in it can end."""
+    fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))
+    return [fence + language, *map(console.plain, text.split("\n")), fence]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

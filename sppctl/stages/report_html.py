@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import html
 from collections.abc import Callable
-from html import escape
 from itertools import count, groupby
 from typing import Any
 
-from sppctl import __version__
+from sppctl import __version__, console
 from sppctl.stages import measures, over_runs, plots, plots_results, provenance
 from sppctl.stages import report_tables as tables
 
@@ -109,9 +108,14 @@ class _Page:
         self.add("<figure>", drawn, f"<figcaption>{escape(caption)}</figcaption>", "</figure>")
 
 
+def escape(text: str) -> str:
+    """Text that HTML shows as it is; lines stay lines."""
+    return html.escape("\n".join(map(console.plain, text.split("\n"))))
+
+
 def _inline(text: str) -> str:
     """Markdown's code in a cell becomes HTML's; spaces at the start keep a task below its mean."""
-    words = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text, quote=False))
+    words = f"<code>{text[1:-1]}</code>" if tables.is_code(text) else escape(text)
     return "&emsp;" + words.lstrip() if words.startswith("  ") else words
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
+from sppctl import console
 from sppctl.stages.measures import Row
 from sppctl.stages.report_tables import HEADS_MEAN, TEXT_COLUMNS, head, wide_table
 
@@ -13,6 +14,9 @@ SPECIAL = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "|": r"\textbar{}",
+    "[": "{[}",  # after the end of a row it would begin an argument, and a star belong to it
+    "]": "{]}",
+    "*": "{*}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
@@ -20,7 +24,7 @@ SPECIAL = {
 
 def escape(text: str) -> str:
     """Text that LaTeX sets as it is."""
-    return "".join(SPECIAL.get(character, character) for character in text)
+    return "".join(SPECIAL.get(character, character) for character in console.plain(text)).replace("--", "-{}-")
 
 
 def to_latex(found: list[Row]) -> str:

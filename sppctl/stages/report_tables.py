@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from typing import Any
 
+from sppctl import console
 from sppctl.stages import measures, over_runs, plots
 from sppctl.stages.measures import Row
 from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
@@ -90,8 +92,8 @@ def type_table(layers: list[plots.Layer]) -> Table:
         own = [layer for block in points.values() for layer in block]
         worst = max(own, key=lambda layer: float(layer[key]))
         sparsity, mean = (sum(layer[what] for layer in own) / len(own) for what in ("sparsity", key))
-        cells = [f"`{name}`", str(len(own)), f"{sparsity:.2%}"]
-        cells += [f"{mean:.3f}", f"{worst[key]:.3f}", f"`{worst['name']}`"]
+        cells = [code(name), str(len(own)), f"{sparsity:.2%}"]
+        cells += [f"{mean:.3f}", f"{worst[key]:.3f}", code(worst["name"])]
         cells += [_range([layer["damp"] for layer in own if layer["damp"] is not None])] * damped
         lines.append([*cells, f"{sum(layer['seconds'] for layer in own):.1f}"])
     return header, lines
@@ -263,13 +265,40 @@ def _percent(share: float) -> str:
     return f"{share:.2%}" if share else "dense"
 
 
+# --- text that is shown as it is ----------------------------------------------------------------------------------
+
+
+def code(name: str) -> str:
+    """A cell that shows a name as code, where it is one."""
+    return f"`{name}`" if re.fullmatch(r"[\w.:-]+", name) else name
+
+
+def is_code(cell: str) -> bool:
+    """Whether :func:`code` has made a cell."""
+    return re.fullmatch(r"`[\w.:-]+`", cell) is not None
+
+
+def in_markdown(text: str) -> str:
+    """Text that Markdown shows as it is; what :func:`code` has made stays code."""
+    if is_code(text):
+        return text
+    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(console.plain(text), quote=False))
+
+
+def _in_csv(value: Any) -> Any:
+    """A cell that no program takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else "") + console.plain(value)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def grid(header: list[str], lines: list[list[str]]) -> list[str]:
     """A table in Markdown: names to the left, numbers to the right."""
     sides = ["---" if name in TEXT_COLUMNS else "---:" for name in header]
-    cells = [[text.replace("|", "\\|") for text in line] for line in (header, *lines)]
+    cells = [[in_markdown(text) for text in line] for line in (header, *lines)]
     return [f"| {' | '.join(line)} |" for line in (cells[0], sides, *cells[1:])]
 
 
@@ -281,14 +310,15 @@ def to_csv(found: list[Row]) -> str:
     keys = [key for key in over_runs.short_names(found) if key != over_runs.SEED]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, *keys])
+    lines: list[list[Any]] = [[*CSV_COLUMNS, *keys]]
     for row in found:
         own = [row.run, row.checkpoint, row.method, row.pattern, row.training, row.seed, row.sparsity["sparsity"]]
         own += [row.sparsity["bytes"], row.fingerprint]
         settings = [row.settings.get(key) for key in keys]
         for name, measure in row.measures.items():
             numbers = [measure.value, measure.stderr, measure.norm, row.difference.get(name), row.recovered.get(name)]
-            writer.writerow([*own, name.strip(), measure.kind, *numbers, *settings])
+            lines.append([*own, name.strip(), measure.kind, *numbers, *settings])
         if not row.measures:
-            writer.writerow([*own, *[None] * (len(CSV_COLUMNS) - len(own)), *settings])
+            lines.append([*own, *[None] * (len(CSV_COLUMNS) - len(own)), *settings])
+    writer.writerows([[_in_csv(value) for value in line] for line in lines])
     return text.getvalue()

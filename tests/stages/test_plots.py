@@ -179,7 +179,7 @@ def test_a_failure_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "pruning.svg"
     plots.write(llama(), path)
     before = path.read_bytes()
-    monkeypatch.setattr(Figure, "savefig", lambda self, partial, **_: partial.write_bytes(b"<svg") and 1 / 0)
+    monkeypatch.setattr(Figure, "savefig", lambda self, text, **_: text.write("<svg") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plots.write(moe(), path)
     assert path.read_bytes() == before
