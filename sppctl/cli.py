@@ -236,6 +236,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Collect runs into tables and figures: report.html, .md, .csv and .json."""
+    for path in filter(None, (*run_dirs, output, latex)):
+        expand(str(path))
     from sppctl import pipeline
 
     _print_report(pipeline.report(run_dirs, output, latex), json)

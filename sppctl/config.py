@@ -26,7 +26,6 @@ from sppctl.settings import REPLACED, Config
 from sppctl.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 
 LARGEST = 2**63
-LONGEST_NAME, LONGEST_PATH = 255, 2048  # bytes; a run adds names of its own to run.dir
 SHOWN = 200  # characters of a value in an error
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -166,8 +165,6 @@ def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
                 if known[name].metadata["path"]:
                     values[name] = _expanded(values[name])
                 _check_bounds(values[name], known[name].metadata["bounds"])
-                if not known[name].metadata["free_text"]:
-                    _check_names(values[name])
             except ValueError as error:
                 values.pop(name, None)
                 context.report(key, str(error))
@@ -265,15 +262,6 @@ def _check_bounds(value: Any, bounds: Mapping[str, float | None]) -> None:
     ]
     if wrong:
         raise ValueError(f"{value} must be {' and '.join(wrong)}")
-
-
-def _check_names(value: Any) -> None:
-    """Raises ValueError if a text, or one in a list or section, can be no file's name though it may be meant as one."""
-    for name in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else ():
-        if isinstance(name, str) and any(len(part.encode()) > LONGEST_NAME for part in name.split("/")):
-            raise ValueError(f"{shown(name)} is longer than the {LONGEST_NAME} bytes of a file name")
-        if isinstance(name, str) and len(name.encode()) > LONGEST_PATH:
-            raise ValueError(f"{shown(name)} is longer than the {LONGEST_PATH} bytes of a path")
 
 
 def _impossible(config: Config) -> Iterator[str]:

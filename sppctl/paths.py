@@ -7,15 +7,20 @@ import os
 
 from sppctl.errors import UserError
 
-LONGEST_STEM = 200  # bytes of the 255 of a file name: the rest is for suffixes
+LONGEST_NAME, LONGEST_PATH = 255, 2048  # bytes; a run adds names of its own to run.dir
+LONGEST_STEM = 200  # bytes of a file name: the rest is for suffixes
 
 
 def expand(path: str) -> str:
     """A path whose ``~`` or ``~user`` is replaced by that home directory; any other path as it is.
 
     Raises:
-        UserError: that home directory is not known.
+        UserError: that home directory is not known, or the path is longer than any.
     """
+    if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
+        raise UserError(
+            f"{path[:60]}... is longer than a path ({LONGEST_PATH:,} bytes) or a file name ({LONGEST_NAME}) can be"
+        )
     if not path.startswith("~"):
         return path
     own = path.partition("/")[0] == "~"

@@ -24,12 +24,11 @@ def _key(
     high: float | None = None,
     below: float | None = None,
     affects_result: bool = True,
-    free_text: bool = False,
     path: bool = False,
 ) -> Any:
-    """A key: default, meaning, bounds, whether its value changes results, whether it is prose, or may be a path."""
+    """A key: default, meaning, bounds, whether its value changes results, whether it may be a path."""
     bounds = {"low": low, "above": above, "high": high, "below": below}
-    marks = {"affects_result": affects_result, "free_text": free_text, "path": path}
+    marks = {"affects_result": affects_result, "path": path}
     metadata = {"meaning": meaning, "bounds": bounds} | marks
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -72,7 +71,7 @@ class ModelConfig:
     path: str | None = _key(
         None, "hub id, local directory, or package:NAME (directory of an installed package)", path=True
     )
-    gguf_file: str | None = _key(None, "name of a GGUF file at model.path; converted to safetensors once")
+    gguf_file: str | None = _key(None, "name of a GGUF file at model.path; converted to safetensors once", path=True)
     revision: str | None = _key(None, "branch, tag or commit of a hub id")
     dtype: DType = _key("auto", "dtype of the pruned checkpoint; auto: as stored")
     compute_dtype: DType = _key(
@@ -152,7 +151,6 @@ class TrainDataConfig:
         "alpaca",
         "alpaca; chat (the tokenizer's own chat template); or a text with {instruction} and {input} that ends where "
         "the response starts",
-        free_text=True,
     )
     seq_len: int = _key(512, "longest example in tokens; longer ones are cut, counted and reported", low=8)
     val_size: int = _key(0, "rows held out for the validation loss (instructions: its own 64 are used)", low=0)
@@ -270,7 +268,7 @@ class EvalConfig:
         None, "examples in the prompt; null: 0 for zeroshot, 5 for mmlu, else lm-eval's", low=0
     )
     chat_template: bool = _key(False, "put prompts into the tokenizer's chat template")
-    system_prompt: str | None = _key(None, "system message of every prompt", free_text=True)
+    system_prompt: str | None = _key(None, "system message of every prompt")
     include_path: str | None = _key(None, "folder with lm-eval tasks of your own (YAML)", path=True)
     batch_size: int | Auto = _key("auto", "requests at a time", low=1, affects_result=False)
     limit: int | None = _key(None, "first N examples of each task; shown with the result", low=1)

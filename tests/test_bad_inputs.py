@@ -789,6 +789,9 @@ CHECKPOINTS = [
     ),
     Case("report on no run", "report model", ("model holds no run", "run.dir")),
     Case("report on nothing", "report nowhere", ("nowhere holds no run",)),
+    Case("inspect what no file can be called", f"inspect {300 * 'n'}", ("... is longer than", "a file name (255)")),
+    Case("report on what no file can be called", f"report {300 * 'n'}", ("... is longer than", "a file name (255)")),
+    Case("evaluate what no file can be called", f"eval {{config}} --model {300 * 'n'}", ("... is longer than",)),
     Case("evaluate nothing", "eval {config} --model ./nowhere", ("./nowhere", "does not exist")),
 ]
 

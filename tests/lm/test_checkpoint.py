@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -459,3 +460,23 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path: Path) -> None:
     # and the tokenizer came along
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer("The sea is blue.").input_ids, skip_special_tokens=True) == "The sea is blue."
+
+
+def test_a_sentencepiece_model_is_read_without_a_tokenizer_json(tmp_path: Path) -> None:
+    text = [f"Sentence number {i} says that {i * 7} follows {i * 7 - 1}." for i in range(90)]
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=file,
+            vocab_size=340,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for line in (*text[:5], "Déjà vu: {}"):
+        assert tokenizer(line, add_special_tokens=False).input_ids == own.encode(line)
+    assert tokenizer.eos_token_id == own.eos_id()
