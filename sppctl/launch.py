@@ -143,11 +143,11 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
         _PARENT: str(os.getpid()),
     }
     shared.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // number)))
     with contextlib.ExitStack() as stack:
+        shared["MASTER_PORT"] = str(stack.enter_context(held_port()))
         # what the others say is shown only if they are the first to fail
         errors: list[IO[bytes] | None] = [None]
         errors += [stack.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]
@@ -223,11 +223,16 @@ def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], errors: 
     return 0 if 0 in failed else failed[0]  # the words of the first have been heard
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port for the store of the processes, which no other program is given in the meantime.
+
+    Nobody listens at it here, so the store, which allows the address to be reused as this does, can.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def _cores() -> int:

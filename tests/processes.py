@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from sppctl import launch
 
 OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 DEADLINE = 150  # seconds
@@ -60,6 +62,7 @@ class Process:
             for number, file in enumerate(self._said, 1):
                 os.dup2(file.fileno(), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            faulthandler.dump_traceback_later(DEADLINE - 5, file=sys.stderr)
             os.environ.clear()
             os.environ.update(variables)
             sys.argv = ["sppctl", *arguments]
@@ -75,15 +78,23 @@ class Process:
             os._exit(code)
 
     def wait(self, deadline: float = DEADLINE) -> Ended:
-        """Its end; it is killed if that does not come within the seconds."""
-        until = time.monotonic() + deadline
+        """Its end; if that does not come within the seconds, it is killed, and the test says so.
+
+        Raises:
+            TimeoutError: with what it said, and where it was shortly before.
+        """
+        until, late = time.monotonic() + deadline, False
         while (ended := os.waitpid(self._pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > until:
+                late = True
                 os.kill(self._pid, signal.SIGKILL)
             time.sleep(0.01)
         for file in self._said:
             file.seek(0)
-        return Ended(os.waitstatus_to_exitcode(ended[1]), *(file.read() for file in self._said))
+        said = [file.read() for file in self._said]
+        if late:
+            raise TimeoutError(f"the test killed a process that took more than {deadline} s; it said: {said[1]}")
+        return Ended(os.waitstatus_to_exitcode(ended[1]), *said)
 
 
 def sppctl(arguments: list[str], patch: str = "") -> Ended:
@@ -91,15 +102,18 @@ def sppctl(arguments: list[str], patch: str = "") -> Ended:
     return Process(arguments, patch).wait()
 
 
+def in_ranks(arguments: list[str], number: int, patch: str = "", **variables: str) -> list[Ended]:
+    """The command line in several processes as a launcher starts them."""
+    with launch.held_port() as port:
+        shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | variables
+        processes = [
+            Process(arguments, patch, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(number)
+        ]
+        return [process.wait() for process in processes]
+
+
 def sppctl_in_ranks(arguments: list[str], number: int, patch: str = "", **variables: str) -> Ended:
     """The command line in several processes as a launcher starts them; the first return code that is not 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | variables
-    processes = [
-        Process(arguments, patch, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(number)
-    ]
-    ended = [process.wait() for process in processes]
+    ended = in_ranks(arguments, number, patch, **variables)
     code = next((one.returncode for one in ended if one.returncode), 0)
     return Ended(code, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended))

@@ -35,6 +35,17 @@ def arguments(model: Any) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config}
 
 
+def spare_compiling() -> None:
+    """Keeps DeepSpeed from compiling collectives of its own for CPUs; those of gloo do.
+
+    The compiler takes minutes where there are few cores. A process that is killed in the meantime leaves a lock behind
+    for which all later ones wait for ever, and in the compiled ones processes wait for ever for one that is gone.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 @contextmanager
 def load_in_one_process() -> Iterator[None]:
     """``from_pretrained`` reads weights in the first process of a machine only.

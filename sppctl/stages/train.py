@@ -315,6 +315,7 @@ def _strategy_arguments(config: Config, device: torch.device, model: Any) -> dic
     if config.launch.strategy == "fsdp":
         return {"ddp_backend": backend} | shards.arguments(model)
     if config.launch.strategy == "zero3":
+        shards.spare_compiling()
         # DeepSpeed converts the whole model: to float32 unless told that it is bfloat16
         return {"bf16": model.dtype == torch.bfloat16, "deepspeed": str(shards.DEEPSPEED)}
     return {"ddp_backend": backend, "ddp_find_unused_parameters": False}

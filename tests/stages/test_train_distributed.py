@@ -19,7 +19,7 @@ import torch
 import transformers
 from conftest import GROUPED, byte_tokenizer
 from peft import PeftModel
-from processes import Process, environment, sppctl_in_ranks
+from processes import Process, environment, in_ranks, sppctl_in_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -208,6 +208,48 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
     assert kl[0] == pytest.approx(kl[1], rel=1e-3)
     assert losses(record) == pytest.approx(losses(expected), abs=1e-4)
     assert_same_adapter(directory, one)
+
+
+KILLED = """
+import os, signal
+from sppctl.lm import perplexity
+from sppctl.stages import trainer, walk
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1":
+    walk.BlockWork.prune = perplexity.window_sums = die
+    first = trainer.SparseTrainer.training_step
+    def step(self, *args, **kwargs):
+        return die() if self.state.global_step == 1 else first(self, *args, **kwargs)
+    trainer.SparseTrainer.training_step = step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["prune", "ddp", "fsdp", "zero3", "eval"])
+def test_a_process_that_is_killed_ends_the_others(
+    stage: str, work: Path, several: Callable[..., tuple[list[str], Path]], tmp_path: Path
+) -> None:
+    arguments, directory = several(2, stage if stage in ("ddp", "fsdp", "zero3") else "ddp", "float32")
+    if stage in ("prune", "eval"):
+        arguments = [
+            stage,
+            *arguments[1:],
+            "prune.method=wanda",
+            "prune.calibration.seq_len=32",
+            "eval.divergence=null",
+        ]
+        arguments += ["prune.calibration.samples=4"]
+        (directory / "pruned").unlink()
+        arguments += ["--model=base"] * (stage == "eval")
+    compiled = tmp_path / "compiled"
+    first, second = in_ranks(arguments, 2, KILLED, **SPARE, TORCH_EXTENSIONS_DIR=str(compiled))
+    assert second.returncode == -signal.SIGKILL, second.stderr
+    assert first.returncode == 1
+    assert "error: " in first.stderr
+    assert not compiled.exists(), "nothing is compiled"
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
