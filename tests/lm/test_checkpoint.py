@@ -173,7 +173,7 @@ def test_a_hub_id_downloads_only_what_is_needed(
     repository = dict.fromkeys(["config.json", "tokenizer.json", templates, *COPIES, *weights], "")
     if "model.safetensors.index.json" in repository:
         repository["model.safetensors.index.json"] = json.dumps(
-            {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
+            {"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
         )
 
     def download(name: str, revision: str | None, **patterns: Any) -> str:
