@@ -262,7 +262,7 @@ COPY = r"model\.safetensors cannot be written: .* \(\d\d\d,\d+ bytes needed, [\d
 FULL: dict[str, tuple[int, tuple[str, ...], str]] = {
     "base": (50_000, (), r"\.base\.partial cannot be written: .* \([\d,]+ bytes free\)"),
     "prune": (50_000, (), COPY),
-    "train": (8_000, (), r"checkpoint of step 1 cannot be written to .*there is none before it"),
+    "train": (8_000, (), r"checkpoint of step 1 cannot be written to .*there is no checkpoint yet"),
     "merge": (50_000, (), COPY),
     "eval": (1_000, ("eval.divergence=null",), r"base\.json cannot be written: .* free\); .*measured before is kept"),
     "report": (3_000, (), r"report\.\w+ cannot be written: .* \([\d,]+ bytes needed, .* free\)"),
