@@ -50,21 +50,26 @@ def execute(config: Config) -> dict[str, Any]:
     trainable = _trainable(config.train, targets, parameters)
     compute = computed_in(config, stored, training=True)
     memory = partial(_memory, config, skeleton, targets, processes=processes)
-    # what a machine that multiplies it natively would train in
+    # what a machine that multiplies it natively would train in, as GPUs are taken to do where none is here to be asked
     narrow = "bfloat16" if stored == "float16" else stored
-    as_stored = {"dtype": narrow, "per_gpu": memory(narrow)["per_gpu"]} if narrow != compute.dtype else None
+    elsewhere = config.model.device == config.model.compute_dtype == "auto" and not torch.cuda.is_available()
+    as_stored = None
+    if narrow != compute.dtype:
+        wide, stored_dtype = (memory(dtype)["per_gpu"] for dtype in (compute.dtype, narrow))
+        as_stored = {"dtype": narrow, "per_gpu": stored_dtype, "here": wide}
+    on_gpus = narrow if elsewhere else compute.dtype
     return {
         "model": {
             "path": path,
             "source": source,
             "dtype": stored,
             "compute_dtype": compute.dtype,
-            "computing": compute.text,
+            "computing": compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}",
             "parameters": parameters,
             "blocks": len(skeleton.blocks),
         },
         "trainable": trainable,
-        "memory": memory(compute.dtype) | {"as_stored": as_stored},
+        "memory": memory(on_gpus) | {"dtype": on_gpus, "as_stored": as_stored},
         "steps": steps,
         "pruning": plan_storage.pruning(config, skeleton, computed_in(config, stored).dtype),
         "disk": plan_storage.disk(config, parameters, stored, FLOAT * trainable["parameters"]),

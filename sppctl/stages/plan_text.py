@@ -153,11 +153,11 @@ def _as_stored(memory: dict[str, Any], processes: int, strategy: str, checkpoint
     """Where the model has room only if it is computed in a dtype as narrow as the stored one."""
     if memory["as_stored"] is None:
         return
-    wide, narrow = (
+    gpus, wide, narrow = (
         _entries(per_gpu, processes, strategy)[checkpointing]
-        for per_gpu in (memory["per_gpu"], memory["as_stored"]["per_gpu"])
+        for per_gpu in (memory["per_gpu"], memory["as_stored"]["here"], memory["as_stored"]["per_gpu"])
     )
-    places = [f"{size} GB" for size in narrow["fits_gb"] if size not in wide["fits_gb"]]
+    places = [f"{size} GB" for size in narrow["fits_gb"] if size not in gpus["fits_gb"]]
     if narrow["total"] <= memory["free"] < wide["total"]:
         places.append(f"the {gib(memory['free'])} GiB that are free here")
     if places:

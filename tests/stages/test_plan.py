@@ -351,6 +351,24 @@ def test_float16_is_planned_as_it_is_pruned_and_trained(
         planned("model.compute_dtype=float16")
 
 
+def test_gpus_are_planned_as_gpus_compute_where_none_is_here(
+    planned: Callable[..., dict[str, Any]], cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu(AVX2)
+    elsewhere = planned("model.dtype=bfloat16", "model.device=auto")
+    assert elsewhere["model"]["computing"] == (
+        "computing in float32 (this CPU has no bfloat16 units), on GPUs in bfloat16"
+    )
+    configured = planned("model.dtype=bfloat16", "model.device=auto", "model.compute_dtype=float32")
+    assert configured["memory"]["weights"] == 2 * elsewhere["memory"]["weights"]
+    assert configured["pruning"] == elsewhere["pruning"]  # which this CPU does in float32
+    cpu(BF16)
+    native = planned("model.dtype=bfloat16", "model.device=auto")
+    assert native["memory"]["per_gpu"] == elsewhere["memory"]["per_gpu"]
+    assert native["memory"]["as_stored"] is None
+
+
 def test_a_device_that_is_elsewhere_is_taken_to_be_native(planned: Callable[..., dict[str, Any]], cpu: Cpu) -> None:
     cpu(AVX2)
     result = planned("model.dtype=bfloat16", "model.device=xpu")["model"]
