@@ -64,7 +64,8 @@ class Process:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             faulthandler.dump_traceback_later(DEADLINE - 5, file=sys.stderr)
             os.environ.clear()
-            os.environ.update(variables)
+            # with its launcher, this process ends when that is killed: no test is left waiting for its neighbours
+            os.environ.update({**variables, launch._PARENT: str(os.getppid())})
             sys.argv = ["sppctl", *arguments]
             exec(script, {"__name__": "patched"})
             code = 0
