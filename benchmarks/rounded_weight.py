@@ -27,7 +27,7 @@ from torch import Tensor
 from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp import layer as spp_layer
 from sppctl.config import load_config
-from sppctl.lm import checkpoint, data, perplexity
+from sppctl.lm import checkpoint, data, perplexity, vocabulary
 from sppctl.lm.instructions import IGNORED
 from sppctl.settings import Config
 from sppctl.stages import merge, train
@@ -97,7 +97,7 @@ def compare(config: Config, pruned: Path, scratch: Path) -> str:
 @torch.no_grad()
 def validation_loss(config: Config, model: Any, tokenizer: Any) -> float:
     """As training measures it: the mean over all predicted tokens."""
-    feed = Feed(config, tokenizer)
+    feed = Feed(config, tokenizer, vocabulary.embeddings(model))
     size, total, tokens = config.train.micro_batch_size, 0.0, 0
     for first in range(0, len(feed.held_out), size):
         rows = range(first, min(first + size, len(feed.held_out)))

@@ -205,13 +205,18 @@ def local_file(name: str, key: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def has_splits(name: str) -> bool:
+    """Whether data is of the hub."""
+    return is_hub_id(name) and not os.path.lexists(name)
+
+
 def check_split(name: str, split: str, key: str) -> None:
     """A part can be chosen of data sets of the hub only.
 
     Raises:
         UserError: it is chosen of other data.
     """
-    if split != "train" and (os.path.lexists(name) or not is_hub_id(name)):
+    if split != "train" and not has_splits(name):
         raise UserError(
             f"{key}: {name} has no split {split}; only a data set of the hub (OWNER/NAME) has splits to choose from"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,11 +80,10 @@ def load_instructions(
             a split of data that has none.
     """
     _check_weights(weights)
-    for name in weights:
-        find(name, split)
+    files = find(weights, split)
     shares = _shared_out(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
     with sources.noting() as seen:
-        parts = {name: _split_rows(name, split, shares.get(name, 0), seed) for name in weights}
+        parts = {name: _split_rows(name, files[name], split, shares.get(name, 0), seed) for name in weights}
     left_out = _separate(parts)
     most = min(len(train) / weights[name] for name, (train, _) in parts.items())
     if max_rows is not None:
@@ -102,14 +101,17 @@ def load_instructions(
     return mixed
 
 
-def find(name: str, split: str) -> Path | None:
-    """The local file that a data set is; None if it is built in or of the hub.
+def find(names: Collection[str], split: str) -> dict[str, Path | None]:
+    """The local file that each data set is; None if it is built in or of the hub.
 
     Raises:
-        UserError: a directory, or a split of data that has none.
+        UserError: a directory, or a split where none of the data sets has any. Of a mixture it chooses a part of those
+            of the hub.
     """
-    data.check_split(HUB_NAMES.get(name, name), split, "train.data.split")
-    return None if name in ("instructions", *HUB_NAMES) else data.local_file(name, KEY)
+    if not any(data.has_splits(HUB_NAMES.get(name, name)) for name in names):
+        for name in names:
+            data.check_split(name, split, "train.data.split")
+    return {name: None if name in ("instructions", *HUB_NAMES) else data.local_file(name, KEY) for name in names}
 
 
 def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
@@ -148,11 +150,11 @@ def _shared_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     return shares
 
 
-def _split_rows(name: str, split: str, val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows of one data set."""
     if name == "instructions":
         return data.built_in_rows("train"), data.built_in_rows("heldout")
-    rows = _read(name, split)
+    rows = _read(name, file, split)
     random.Random(seed).shuffle(rows)
     if val_size >= len(rows):
         raise UserError(
@@ -162,11 +164,10 @@ def _split_rows(name: str, split: str, val_size: int, seed: int) -> tuple[list[R
     return rows[val_size:], rows[:val_size]
 
 
-def _read(name: str, split: str) -> list[Row]:
+def _read(name: str, file: Path | None, split: str) -> list[Row]:
     """All rows of one data set, with the right columns."""
-    path = find(name, split)
-    if path is not None:
-        rows, columns = data.file_rows(path, KEY)
+    if file is not None:
+        rows, columns = data.file_rows(file, KEY)
     elif name in HUB_NAMES or data.is_hub_id(name):
         found = data.load_hub(HUB_NAMES.get(name, name), split)
         columns = list(found.column_names)

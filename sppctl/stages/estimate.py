@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 ROWS, WIDEST = 512, 2048  # of the product that is timed
-OVERHEAD = 1.5  # time of a stage over that of its products: norms, softmax, elementwise work, loading
+OVERHEAD = 2.2  # time of a stage over that of its products: norms, softmax, elementwise work, loading
 CHARACTERS = 4  # to a token, of text that has not been tokenised
 
 

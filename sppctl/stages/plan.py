@@ -275,7 +275,7 @@ def _accumulation(train: TrainConfig, processes: int) -> int | None:
 def num_examples(config: Config) -> int | None:
     """Training rows, where they are known without the network: Alpaca's, the built-in ones, those of a local file."""
     section = config.train.data
-    files = {name: instructions.find(name, section.split) for name in names_of(section.dataset)}
+    files = instructions.find(names_of(section.dataset), section.split)
     if not isinstance(section.dataset, str):
         return None  # of a mixture, what the weights make of it
     if section.dataset == "instructions":

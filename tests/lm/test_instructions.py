@@ -218,6 +218,8 @@ def test_a_split_of_what_has_none(alpaca_file: Path) -> None:
     for name in ("instructions", str(alpaca_file)):
         with pytest.raises(UserError, match=rf"^train\.data\.split: {name} has no split test; only a data set of the"):
             load(name, split="test")
+    with pytest.raises(UserError, match=r"^train\.data\.split: instructions has no split test"):
+        load("instructions", alpaca_file, split="test")
 
 
 # --- mixing -----------------------------------------------------------------------------------------------------------

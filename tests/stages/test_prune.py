@@ -114,7 +114,9 @@ def test_the_record_says_which_windows(configure: Callable[..., Config], llama: 
         for number, options in enumerate([[], [], ["run.seed=9"], ["prune.calibration.windows=concatenate"]])
     ]
     assert records[0] == records[1]  # the second time from the cache
-    assert records[0].keys() == {"dataset", "windows", "documents_hash", "windows_hash", "samples", "seq_len"}
+    assert records[0].keys() == {
+        "dataset", "versions", "windows", "documents_hash", "windows_hash", "samples", "seq_len"
+    }  # fmt: skip
     assert records[0]["windows_hash"] != records[2]["windows_hash"]
     assert records[3]["windows"] == "concatenate"
 
