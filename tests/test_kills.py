@@ -178,6 +178,8 @@ class Stage:
         if self.name == "train":  # all from the moment that its work is done, which is alike in all stages
             done = next(at for at, change in enumerate(self.changes) if "/.stage.json" in change)
             moments += [(at, False) for at in range(done, every)]
+            card = next(at for at, change in enumerate(self.changes) if change.endswith(".adapter.partial/README.md"))
+            moments.append((card + 1, True))  # which PEFT continues instead of writing it anew
         return moments
 
     def kill(self, at: int, half: bool) -> str | None:

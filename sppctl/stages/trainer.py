@@ -196,6 +196,7 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
                 f"the adapter is not finite after step {self.state.global_step}: {broken}; lower train.lr"
             )
         if distributed.is_main():
+            (directory / "README.md").unlink(missing_ok=True)  # PEFT would keep one that a killed process wrote by half
             with saving(directory):
                 self.model.save_pretrained(str(directory), state_dict=adapter)
             if self.refresh is not None:
