@@ -19,6 +19,8 @@ from sppctl.lm import activations, checkpoint
 from sppctl.run_directory import Run
 from sppctl.stages import walk
 
+pytestmark = pytest.mark.slow
+
 NO_UNITS = "computing in float32 (this CPU has no bfloat16 units)"
 Work = Callable[..., Run]
 

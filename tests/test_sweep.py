@@ -23,6 +23,8 @@ from sppctl.grid import expand, load_sweep, run_name
 from sppctl.run_directory import Run
 from sppctl.settings import Config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 # ends the process as kill -9 does, within the training of the second run
 DEATH = """
@@ -291,7 +293,6 @@ def test_changed_settings_are_told_all_at_once(
         sweep.execute(changed)
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: Path) -> None:
     killed = command(["sweep", str(sweep_file)], DEATH)
     assert killed.returncode == -9, killed.stderr

@@ -24,6 +24,8 @@ from sppctl.stages import merge, plan, prune, train
 from sppctl.stages.inspect import holds
 from sppctl.stages.merge_rules import merged_weight
 
+pytestmark = pytest.mark.slow
+
 METHODS = ["spp", "lora", "hira", "masked_lora", "masked_full", "ste"]
 ROUNDED_IN_TRAINING = ["spp", "masked_lora", "masked_full", "ste"]  # without dropout
 Configure = Callable[..., Config]

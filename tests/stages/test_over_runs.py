@@ -17,6 +17,8 @@ from sppctl.stages.over_runs import comparisons, over_seeds, places, rows_of_all
 from sppctl.stages.report import collect
 from sppctl.stages.report_tables import seed_table, to_csv, value_table
 
+pytestmark = pytest.mark.slow
+
 
 def config(model: str, rank: int, seed: int) -> str:
     train = f"{{rank: {rank}, log_steps: {seed + 1}}}"

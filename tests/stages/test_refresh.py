@@ -30,6 +30,8 @@ from sppctl.stages import merge, prune, refresh, train
 from sppctl.stages.refreshed import REFRESHED
 from sppctl.stages.subjects import Subject
 
+pytestmark = pytest.mark.slow
+
 EVERY_TWO = ("train.refresh.steps=2", "train.refresh.until=0.8", "train.epochs=2", "train.lr=5e-2")
 
 
@@ -280,7 +282,6 @@ def test_one_process_holds_whole_weights_under_any_strategy(config_file: Path) -
     assert refresh.problems(config) == []
 
 
-@pytest.mark.slow
 def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:
     patch = "from functools import partial\nfrom sppctl.pruning import dsnot\n"
     patch += "dsnot.update_mask = partial(dsnot.update_mask, threshold=1e-6)\n"

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from sppctl import sealed
 from sppctl.stages import train  # noqa: F401  (what is imported here, no forked process has to import)
 
+pytestmark = pytest.mark.slow
+
 # each ends the process as kill -9 does, at the named point of a training of 10 steps with a checkpoint every 3
 DEATHS = {
     "before the first checkpoint": """
@@ -151,7 +153,6 @@ def assert_same_adapter(prepared: list[str], adapter: Path) -> None:
     assert not (adapter / "checkpoints").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("death", DEATHS, ids=lambda name: name.replace(" ", "-"))
 def test_a_killed_training_continues_to_the_same_adapter(
     death: str, prepared: list[str], training: list[str], tmp_path: Path
@@ -307,7 +308,6 @@ def test_a_signal_from_outside_reaches_the_training(prepared: list[str], trainin
     assert "the same command continues" in said
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_intact(
     prepared: list[str], training: list[str], tmp_path: Path
 ) -> None:
