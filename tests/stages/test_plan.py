@@ -398,7 +398,7 @@ def test_a_gguf_file_is_planned_too(command: Callable[..., tuple[int, str, str]]
     result = json.loads(out)
     assert code == 0
     assert result["trainable"]["parameters"] == 2_551_680
-    assert result["steps"]["steps"] == 37
+    assert result["steps"]["steps"] == 20
     assert result["disk"]["base"] == result["disk"]["pruned"] == 2 * 134_515_008
 
 
