@@ -110,5 +110,6 @@ def demand_files(checkpoint: Path, strategy: str | None) -> None:
     reason = f": it was written under {other}" if of_deepspeed != (strategy == "zero3") else ""
     raise UserError(
         f"{checkpoint} lacks {', '.join(missing) or 'global_step*'}, which training under {strategy or 'one process'} "
-        f"continues from{reason}; continue as it was begun, remove this checkpoint, or start again (--no-resume)"
+        f"continues from{reason}; resume with the original strategy, remove this checkpoint, or start again "
+        "(--no-resume)"
     )
