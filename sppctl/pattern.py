@@ -74,4 +74,4 @@ class Pattern:
             )
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.group}" if self.is_structured else f"{self.ratio:g}"
+        return f"{self.keep}:{self.group}" if self.is_structured else str(self.ratio)

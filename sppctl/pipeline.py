@@ -360,7 +360,10 @@ def evaluate_some(
 
     places = _checkpoints_to_measure(run, models)
     for label, path in places.items():
-        preflight(run, ("eval",), Subject.at(label, path).directory if path is not None else None)
+        subject = Subject.at(label, path) if path is not None else None
+        preflight(run, ("eval",), subject and subject.directory)
+        if subject is not None:
+            subject.check(run.config.model.trust_remote_code)
     from sppctl.stages import evaluate as stage
 
     if distributed.world_size() == 1 and not all(_results(run, label).is_file() for label in places):

@@ -13,8 +13,10 @@ from sppctl import console, distributed, sealed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, integrity
 from sppctl.lm.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
+from sppctl.lm.weights import empty_model
 from sppctl.stages.refreshed import REFRESHED
 
+AGAIN = "download the adapter again, or correct its adapter_config.json"
 CONFIG, RECORD = "config.json", "stage.json"
 
 
@@ -61,6 +63,41 @@ class Subject:
         """Of all weights."""
         own = fingerprint(self.directory)
         return own if self.adapter is None else f"{own}+{fingerprint(self.adapter)}"
+
+    def check(self, trust_remote_code: bool) -> None:
+        """Shows on empty weights that the adapter's file holds what its configuration describes, and nothing else.
+
+        PEFT itself loads it, so its renames hold. What is missing it would make up, and what is surplus leave out.
+
+        Raises:
+            UserError: it does not, or PEFT cannot attach the adapter to the checkpoint.
+        """
+        if self.adapter is None:
+            return
+        from peft import PeftConfig, PeftModel
+
+        model = empty_model(checkpoint.load_config(self.directory, trust_remote_code), None, trust_remote_code)
+        renames = getattr(model, "_checkpoint_conversion_mapping", {})
+        try:
+            with checkpoint.quiet_libraries():
+                config = PeftConfig.from_pretrained(str(self.adapter))
+                if hasattr(config, "init_lora_weights"):
+                    config.init_lora_weights = True  # others compute with the base weights
+                adapted = PeftModel.from_pretrained(model, str(self.adapter), config=config, torch_device="cpu")
+                found = adapted.load_adapter(str(self.adapter), "default", torch_device="cpu", key_mapping=renames)
+        except Exception as error:  # a wrong value raises wherever PEFT first uses it
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+            raise UserError(
+                f"{self.adapter} cannot be attached to {self.directory}: {reason.rstrip('.')}; {AGAIN}"
+            ) from error
+        wrong = [f"holds no {name}" for name in found.missing_keys]
+        wrong += [f"holds {name}, which is not part of it" for name in found.unexpected_keys]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+            raise UserError(
+                f"{adapter_file(self.adapter)} is not the adapter that adapter_config.json describes: it "
+                f"{wrong[0]}{more}; {AGAIN}"
+            )
 
     def load(self, device: torch.device, dtype: str, trust_remote_code: bool) -> Any:
         """The model, in evaluation mode; adapted layers in place of plain ones if there is an adapter."""

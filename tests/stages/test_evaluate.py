@@ -249,6 +249,44 @@ def test_an_adapter_anywhere(trained: Run, work: Callable[..., Run], tmp_path: P
         pipeline.evaluate_some(work("run.dir=other"), ["mine"])
 
 
+def test_an_adapter_whose_file_is_not_what_its_configuration_describes(
+    trained: Run, work: Callable[..., Run], tmp_path: Path
+) -> None:
+    shutil.copytree("run/adapter", "mine")
+    Path("mine/stage.json").unlink()
+    run, own = work("run.dir=other", "eval.divergence=null"), load_file("mine/adapter_model.safetensors")
+    settings = json.loads(Path("mine/adapter_config.json").read_text())
+    first, *rest = sorted(own)
+
+    def refused(words: str, tensors: dict[str, torch.Tensor] = own, **changed: Any) -> None:
+        save_file(tensors, "mine/adapter_model.safetensors")
+        Path("mine/adapter_config.json").write_text(json.dumps(settings | changed))
+        with pytest.raises(UserError, match=words + r".*; download the adapter again, or correct its adapter_config"):
+            pipeline.evaluate_some(run, ["mine"])
+        assert not Path("other").exists()
+
+    refused(rf"it holds no {first}\.default", {name: own[name] for name in rest})
+    refused("it holds more, which is not part of it", own | {"more": torch.ones(2)})
+    refused(r"it holds no .*lora_A\.default\.weight \(and \d+ more\)", peft_type="LORA")
+    refused(r"it holds .*spp_alpha, which is not part of it \(and \d+ more\)", target_modules=["down_proj"])
+    refused("mine cannot be attached to run/pruned: .*size mismatch", r=2)
+    refused("mine cannot be attached to run/pruned: .*not supported between", scale="large")
+    Path("mine/adapter_config.json").write_text(json.dumps(settings))
+    Path("mine/adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="mine cannot be attached to run/pruned: .*header"):
+        pipeline.evaluate_some(run, ["mine"])
+
+
+def test_a_lora_that_began_with_the_base_weights(work: Callable[..., Run], llama: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained("pissa")
+    settings = json.loads(Path("pissa/adapter_config.json").read_text()) | {"base_model_name_or_path": str(llama)}
+    Path("pissa/adapter_config.json").write_text(json.dumps(settings))
+    assert pipeline.evaluate_some(work("eval.divergence=null"), ["pissa"])["pissa"]["results"]
+
+
 def test_a_model_that_is_not_there_names_the_option(work: Callable[..., Run]) -> None:
     with pytest.raises(UserError, match=r"^--model: \./nowhere does not exist"):
         pipeline.evaluate_some(work(), ["./nowhere"])
