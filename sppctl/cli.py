@@ -54,7 +54,7 @@ def _resolve(arguments: Sequence[str] | None, **sugar: Any) -> Config:
 
 def _given(arguments: Sequence[str] | None, **sugar: Any) -> tuple[list[str], list[str]]:
     """At most one CONFIG, and all overrides as KEY=VALUE."""
-    names = [argument for argument in arguments or [] if "=" not in argument]
+    names = [expand(argument) for argument in arguments or [] if "=" not in argument]
     overrides = [argument for argument in arguments or [] if "=" in argument]
     if len(names) > 1:
         raise UserError(f"expected one CONFIG, found {', '.join(names)}; overrides are written KEY=VALUE")
@@ -74,6 +74,11 @@ def _given(arguments: Sequence[str] | None, **sugar: Any) -> tuple[list[str], li
         if "ppl" not in chosen:
             overrides.append("eval.perplexity=[]")
     return names, overrides
+
+
+def _expanded(path: Path) -> Path:
+    """The path without ``~``, which shells leave in --output=~/folder."""
+    return Path(expand(str(path)))
 
 
 def _launch(config: Config) -> None:
@@ -236,11 +241,10 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Collect runs into tables and figures: report.html, .md, .csv and .json."""
-    for path in filter(None, (*run_dirs, output, latex)):
-        expand(str(path))
+    given = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
     from sppctl import pipeline
 
-    _print_report(pipeline.report(run_dirs, output, latex), json)
+    _print_report(pipeline.report(*given), json)
 
 
 @app.command()
@@ -270,7 +274,7 @@ def sweep(
         sweeping.check(read, made=not dry_run)
         entries = sweeping.plan(read)
         if slurm is not None and not dry_run:
-            console.note(f"sweep: {sweep_jobs.write(read, slurm, overrides)} submits the jobs")
+            console.note(f"sweep: {sweep_jobs.write(read, _expanded(slurm), overrides)} submits the jobs")
         if json:
             console.show_json(entries)
         else:
@@ -300,11 +304,13 @@ def inspect(
         expected = Pattern.parse(expect) if expect is not None else None
     except ValueError as error:
         raise UserError(f"--expect: {error}") from error
+    from sppctl.lm import integrity
     from sppctl.lm.checkpoint import locate_weights
     from sppctl.stages import inspect as stage
 
     with named_as_given(AS_ARGUMENTS):
         directory = locate_weights(expand(checkpoint))
+    integrity.check_record(directory)
     matrices, summary = stage.measure(directory, expected)
     wrong = stage.violations(matrices, expected, stage.recorded_patterns(directory)) if expected is not None else []
     if json:
@@ -329,7 +335,7 @@ def verify(
     """Read every file of a run again and compare it with the run's records; exit 2 if one is damaged or missing."""
     from sppctl.stages import verify as stage
 
-    found = stage.execute(run_dir)
+    found = stage.execute(_expanded(run_dir))
     if json:
         console.show_json([asdict(file) for file in found])
     else:

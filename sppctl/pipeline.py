@@ -361,7 +361,7 @@ def evaluate_some(
     places = _checkpoints_to_measure(run, models)
     for label, path in places.items():
         subject = Subject.at(label, path) if path is not None else None
-        preflight(run, ("eval",), subject and subject.directory)
+        preflight(run, ("eval",), subject.directory if subject is not None else None)
         if subject is not None:
             subject.check(run.config.model.trust_remote_code)
     from sppctl.stages import evaluate as stage

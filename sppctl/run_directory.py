@@ -387,6 +387,8 @@ class Run:
                     f"{key}: {name} is made by this run itself; name another checkpoint, or another run.dir"
                 )
         files.demand_directory(path, "run.dir")
+        if (path / "config.json").exists():  # what a run writes there would become part of the checkpoint
+            raise UserError(f"run.dir: {path} holds a checkpoint (config.json); name a directory of its own")
         for name in ("base", *DIRECTORIES.values(), "eval"):
             for directory in (path / name, self.partial(name)):
                 files.demand_directory(directory, "run.dir")

@@ -271,6 +271,7 @@ USAGE = [
     Case("device that does not exist", "prune {config} model.device=cuda:99", ("model.device", "cuda:99", "try auto")),
     Case("device of no kind", "prune {config} model.device=gpu", ("model.device", "gpu", "try auto")),
     Case("run.dir is a file", "run {config} --output note.txt", ("run.dir", "note.txt"), write("note.txt", "x")),
+    Case("run.dir is the model's", "run {config} --model model --output model", ("run.dir: model holds a checkpoint",)),
     Case("run.dir below a file", "run {config} --output note.txt/run", ("run.dir", "note.txt"), write("note.txt", "x")),
 ]
 MODELS = [
@@ -854,6 +855,16 @@ def lose_the_adapter(work: Workplace) -> None:
     shutil.rmtree(work.root / "run/adapter")
 
 
+def flip_a_bit(work: Workplace) -> None:
+    path = work.root / "run/pruned/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+MEASURE = "eval tiny.yaml --output other --model wide"
+
+
 def take_the_other_adapter(work: Workplace) -> None:
     shutil.rmtree(work.root / "run/adapter")
     shutil.copytree(work.root / "wide-run/adapter", work.root / "run/adapter")
@@ -922,6 +933,16 @@ IN_A_RUN = [
         "train again, otherwise",
         "train tiny.yaml train.lr=1e-2",
         ("train.lr = 0.004, now 0.01", "--force", "run.dir"),
+    ),
+    *(
+        Case(name, command, ("run/pruned/model.safetensors is damaged", "restore it"), flip_a_bit)
+        for name, command in (
+            ("damaged weights of another run to inspect", "inspect run/pruned --expect 2:4"),
+            ("damaged weights of another run to time", "bench run/pruned --batch 1 --prompt 4 --new 1 --repeats 1"),
+            ("damaged weights of another run to prune", "prune tiny.yaml --output other --model run/pruned"),
+            ("damaged weights of another run as mask", "prune tiny.yaml --output other prune.mask_from=run/pruned"),
+            ("damaged weights of another run to compare with", f"{MEASURE} eval.divergence=run/pruned"),
+        )
     ),
     Case(
         "its own pruned weights as model",

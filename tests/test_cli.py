@@ -580,6 +580,18 @@ def test_eval_of_any_other_checkpoint_has_a_file_of_its_own(run: Run, here: Path
     assert (here_too["kl"], there["kl"] > 0) == (None, True)
 
 
+def test_a_home_that_the_shell_leaves_to_options(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "home").mkdir()
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "run").rename(here / "home/run")
+    assert run("report", "~/run", "--output=~/reports", "--latex=~/table.tex").code == 0
+    assert run("verify", "~/run").code == 0
+    (here / "tiny.yaml").rename(here / "home/tiny.yaml")
+    assert run("config", "~/tiny.yaml").code == 0
+    assert {"reports", "table.tex"} <= {path.name for path in (here / "home").iterdir()}
+    assert not (here / "~").exists()
+
+
 def test_eval_of_several_and_of_the_adapter_that_is_not_merged(run: Run, here: Path) -> None:
     found = run("eval", "tiny.yaml", "--model", "adapter", "--model", "pruned", "--model", "base", "--json").json
     assert list(found) == ["adapter", "pruned", "base"]

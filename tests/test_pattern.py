@@ -28,7 +28,7 @@ def test_a_ratio_may_be_a_number_or_text(value: object) -> None:
 
 
 def test_a_pattern_parses_to_itself_and_from_its_own_text() -> None:
-    for pattern in (Pattern(keep=4, group=8), Pattern(ratio=0.7)):
+    for pattern in (Pattern(keep=4, group=8), Pattern(ratio=0.7), Pattern(ratio=0.9999999)):
         assert Pattern.parse(pattern) is pattern
         assert Pattern.parse(str(pattern)) == pattern
 

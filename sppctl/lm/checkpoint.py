@@ -203,6 +203,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         _check_names(directory / "config.json", "configuration_files")
+        _check_generation(directory / "generation_config.json")
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a wrong value raises wherever transformers first uses it
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
@@ -215,6 +216,15 @@ def _check_names(path: Path, key: str) -> None:
     names = content.get(key, []) if isinstance(content, dict) else []
     if not isinstance(names, list) or not all(map(is_plain, names)):
         raise ValueError(f"{key} in {path.name} must be names of files in the same directory")
+
+
+def _check_generation(path: Path) -> None:
+    """Raises ValueError if the settings of generation that are copied beside the weights cannot be read."""
+    try:
+        if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} beside it is damaged ({error}); download it again, or remove it") from error
 
 
 def max_window(config: Any) -> int | None:
@@ -258,7 +268,14 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
 
 
 def fingerprint(directory: Path) -> str:
-    """A short hash of the whole content of a checkpoint's weights and configuration, or of an adapter's."""
+    """A short hash of the whole content of a checkpoint's weights and configuration, or of an adapter's.
+
+    Raises:
+        UserError: they are not what a record beside them says, or cannot be read.
+    """
+    record = integrity.check_record(directory)
+    if record is not None:
+        return identity_of(record["files"])
     names = [path.name for path in directory.iterdir() if _is_weights(path.name)]
     return integrity.identity(integrity.hashes(directory, names))
 

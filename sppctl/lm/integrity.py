@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,19 @@ def check(directory: Path, recorded: Mapping[str, str], remedy: str) -> None:
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a stage that a directory holds, whose files are as it says; None if it holds none.
+
+    Raises:
+        UserError: the record is damaged, or files are not as it says.
+    """
+    if not (directory / RECORD).is_file():
+        return None
+    record = sealed.read(directory / RECORD, remedy := "redo the stage with --force")
+    check(directory, record["files"], remedy)
+    return record
 
 
 def explain(path: Path, state: str, remedy: str) -> str:

@@ -74,6 +74,11 @@ def text_windows(
     tokens = torch.tensor(tokenizer(text).input_ids)
     if max_tokens is not None:
         tokens = tokens[:max_tokens]
+    if max_tokens is not None and max_tokens < seq_len:
+        raise UserError(
+            f"eval.max_tokens: {max_tokens} is less than one window of {seq_len}; raise it, "
+            "or set a shorter eval.seq_len"
+        )
     if len(tokens) < seq_len:
         raise UserError(
             f"eval.perplexity: {name} has {len(tokens)} tokens, less than one window of {seq_len}; "

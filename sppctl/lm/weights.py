@@ -128,7 +128,7 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
     try:
         loaded, info = _load(state, model)
-    except RuntimeError as error:  # matrices that do not go together into one parameter
+    except Exception as error:  # matrices that do not go together into one parameter, or names in its way
         yield from list(misfits(files, model, fused)) or _surplus_experts(files, model, fused) or [str(error)]
         return
     for name, found, wanted in sorted(info["mismatched_keys"]):

@@ -76,6 +76,7 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
             "tokens; give shorter ones"
         )
     device = checkpoint.pick_device(settings.device)
+    fingerprint = checkpoint.fingerprint(directory)  # which finds damage before anything is measured
     measured, summary = measure(directory)
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     stored = storage(TensorFiles(directory), sparse)
@@ -86,7 +87,7 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
     rows = speed(model, weights, settings)
     return {
         "checkpoint": path,
-        "fingerprint": checkpoint.fingerprint(directory),
+        "fingerprint": fingerprint,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

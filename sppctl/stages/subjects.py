@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sppctl import console, distributed, sealed
+from sppctl import console, distributed
 from sppctl.errors import UserError
 from sppctl.lm import checkpoint, integrity
 from sppctl.lm.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
@@ -17,7 +17,7 @@ from sppctl.lm.weights import empty_model
 from sppctl.stages.refreshed import REFRESHED
 
 AGAIN = "download the adapter again, or correct its adapter_config.json"
-CONFIG, RECORD = "config.json", "stage.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,8 @@ def fingerprint(directory: Path) -> str:
 
 def _verified(directory: Path) -> dict[str, Any] | None:
     """The record in a directory that a stage has published, whose files are as it says; None without a record."""
-    path = directory / RECORD
-    if not path.is_file():
-        return None
-    record = sealed.read(path, remedy := "redo the stage with --force")
     with console.working(f"checking the files of {directory}"):
-        distributed.decide(partial(integrity.check, directory, record["files"], remedy))
-    return record
+        return distributed.decide(partial(integrity.check_record, directory))
 
 
 def _from_the_hub(adapter: Path, name: str) -> Path:

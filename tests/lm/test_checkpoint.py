@@ -393,6 +393,16 @@ def test_a_configuration_that_cannot_be_used(tmp_path: Path, content: str | None
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[1]", "", "{" * 9], ids=["a list", "empty", "no JSON"])
+def test_settings_of_generation_that_cannot_be_read(llama: Path, tmp_path: Path, content: str) -> None:
+    shutil.copyfile(llama / "config.json", tmp_path / "config.json")
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"generation_config\.json beside it is damaged \(.*\); download it again, or rem"
+    ):
+        load_config(tmp_path)
+
+
 def test_no_tokenizer(llama: Path, tmp_path: Path) -> None:
     shutil.copyfile(llama / "config.json", tmp_path / "config.json")
     with pytest.raises(UserError, match="has no usable tokenizer"):

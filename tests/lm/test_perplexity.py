@@ -67,12 +67,17 @@ def test_max_tokens_cuts_the_text(tokenizer: PreTrainedTokenizerFast, max_tokens
     assert text_windows(tokenizer, "abcdefghij!", 4, max_tokens, "text").shape == (count, 4)
 
 
-@pytest.mark.parametrize(("text", "max_tokens", "found"), [("abc", None, 3), ("abcdef", 2, 2), ("", None, 0)])
+@pytest.mark.parametrize(("text", "max_tokens", "found"), [("abc", None, 3), ("abc", 5, 3), ("", None, 0)])
 def test_less_than_one_window(
     tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int | None, found: int
 ) -> None:
     with pytest.raises(UserError, match=rf"eval\.perplexity: mine has {found} tokens, less than one window of 4"):
         text_windows(tokenizer, text, 4, max_tokens, "mine")
+
+
+def test_a_limit_below_one_window_is_not_blamed_on_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"eval\.max_tokens: 2 is less than one window of 4; raise it"):
+        text_windows(tokenizer, "abcdef", 4, 2, "mine")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -166,6 +166,16 @@ def test_an_expert_is_named_as_it_is_stored(family: str, changed: Callable[..., 
     )
 
 
+def test_experts_stored_one_by_one_and_as_one(changed: Callable[..., Path]) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+
+    def also_as_one(tensors: Tensors) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj"] = torch.stack([tensors[name.format(i)] for i in range(4)])
+
+    words = f"{name.format(0)} (model.safetensors) is not part of the model that config.json describes (and 3 more)"
+    assert words in complaint(changed(also_as_one, "mixtral"))
+
+
 def test_a_renamed_head_is_there_once(changed: Callable[..., Path]) -> None:
     twice = changed(lambda t: t.update({"lm_head.weight": t["embed_out.weight"].clone()}), "gpt_neox")
     assert "the same tensor is there twice, as embed_out.weight and lm_head.weight" in complaint(twice)

@@ -273,7 +273,7 @@ def test_an_adapter_whose_file_is_not_what_its_configuration_describes(
     refused("mine cannot be attached to run/pruned: .*not supported between", scale="large")
     Path("mine/adapter_config.json").write_text(json.dumps(settings))
     Path("mine/adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="mine cannot be attached to run/pruned: .*header"):
+    with pytest.raises(UserError, match=r"mine cannot be attached to run/pruned: .*header"):
         pipeline.evaluate_some(run, ["mine"])
 
 
