@@ -213,7 +213,10 @@ class Run:
                 self.finished.add(name)
             elif name not in resumable:
                 shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(self._old(name), ignore_errors=True)
+            old, target = self._old(name), self.directory / name
+            if old.is_dir() and not target.exists():
+                old.rename(target)  # nothing has taken its place
+            shutil.rmtree(old, ignore_errors=True)
         for left in self.directory.glob(".reference-*"):  # what the dense model predicted
             shutil.rmtree(left)
 

@@ -580,6 +580,14 @@ def test_eval_of_any_other_checkpoint_has_a_file_of_its_own(run: Run, here: Path
     assert (here_too["kl"], there["kl"] > 0) == (None, True)
 
 
+def test_what_was_moved_aside_comes_back_if_nothing_took_its_place(run: Run, here: Path) -> None:
+    weights = (here / "run/pruned/model.safetensors").read_bytes()
+    (here / "run/pruned").rename(here / "run/.pruned.old")
+    assert run("eval", "tiny.yaml").code == 0  # any command that works in the run
+    assert (here / "run/pruned/model.safetensors").read_bytes() == weights
+    assert run("verify", "run").code == 0
+
+
 def test_a_home_that_the_shell_leaves_to_options(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "home").mkdir()
     monkeypatch.setenv("HOME", str(here / "home"))

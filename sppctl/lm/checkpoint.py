@@ -42,6 +42,7 @@ SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
 # what decides a model: its weights, which of them are read, and its configuration
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json")
+MOST_BLOCKS = 10_000  # of the largest models there are some 100
 _NOT_TOKENIZER = {"config.json", "generation_config.json"}
 
 
@@ -203,6 +204,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         _check_names(directory / "config.json", "configuration_files")
+        _check_blocks(directory / "config.json")
         _check_generation(directory / "generation_config.json")
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a wrong value raises wherever transformers first uses it
@@ -216,6 +218,16 @@ def _check_names(path: Path, key: str) -> None:
     names = content.get(key, []) if isinstance(content, dict) else []
     if not isinstance(names, list) or not all(map(is_plain, names)):
         raise ValueError(f"{key} in {path.name} must be names of files in the same directory")
+
+
+def _check_blocks(path: Path) -> None:
+    """Raises ValueError if a configuration names more blocks than can be built, even without weights."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    for part in (content, content.get("text_config")) if isinstance(content, dict) else ():
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            value = part.get(key) if isinstance(part, dict) else None
+            if isinstance(value, int) and value > MOST_BLOCKS:
+                raise ValueError(f"{key} is {value}, more than {MOST_BLOCKS:,}")
 
 
 def _check_generation(path: Path) -> None:

@@ -383,8 +383,10 @@ def test_the_window_comes_from_the_configuration(llama: Path) -> None:
         '{"model_type": "no_such_family"}',
         '{"model_type": "llama", "hidden_size": "wide"}',
         '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}',
+        '{"model_type": "gpt2", "n_layer": 2000000000}',
+        '{"model_type": "gemma3", "text_config": {"num_hidden_layers": 2000000000}}',
     ],
-    ids=["missing", "no JSON", "empty", "null", "unknown family", "wrong type", "impossible"],
+    ids=["missing", "no JSON", "empty", "null", "unknown family", "wrong type", "impossible", "endless", "deep inside"],
 )
 def test_a_configuration_that_cannot_be_used(tmp_path: Path, content: str | None) -> None:
     if content is not None:
