@@ -2,7 +2,7 @@
 
 Between two changes the disk stays as it is, so these are all moments at which a death can differ: before each file is
 opened to be written, renamed, removed or cut, before each folder is made or removed, before and after each write of a
-tensor, ``save_file``, ``torch.save`` and fsync; and each once more with half of what was written last.
+tensor, ``save_file``, ``torch.save`` and fsync; and, where anything was just written, once more with half of it.
 ``SPPCTL_KILLS=all`` tries all of them, else some are tried.
 """
 
@@ -24,8 +24,8 @@ from processes import Ended, Process
 from sppctl.config import flatten
 from sppctl.stages import evaluate, merge, plots_results, prune, report, train  # noqa: F401  (forked with its imports)
 
-# how a stage is killed: at which change (-1: never), half of the last file's bytes being there or not; and counted
-# AT: at which change the process dies; HALF: with half of what is written there; COUNT: file that lists all changes
+# AT: at which change the process dies (-1: never); HALF: with half of what was written last; COUNT: file that lists all
+# changes, marked where there is such a half
 DYING = """
 import os, signal, sys
 import safetensors.torch, peft.peft_model, transformers.modeling_utils, torch
@@ -34,9 +34,12 @@ from sppctl.lm.safe_files import OwnFile
 AT, HALF, FOLDER, COUNT = {at}, {half}, {folder!r}, {count!r}
 seen, inside, opened = 0, False, ("", 0)
 
+def written():
+    return os.path.isfile(opened[0]) and os.path.getsize(opened[0]) > opened[1]
+
 def tear_opened():
     path, before = opened
-    if os.path.isfile(path):
+    if written():
         os.truncate(path, (before + os.path.getsize(path)) // 2)
 
 def change(what, path, tear=tear_opened):
@@ -47,9 +50,10 @@ def change(what, path, tear=tear_opened):
     inside = True
     if COUNT:
         with open(COUNT, "a") as file:
-            file.write(what + " " + path[len(FOLDER):] + chr(10))
+            torn = tear and (tear is not tear_opened or written())
+            file.write(("half " if torn else "whole ") + what + " " + path[len(FOLDER):] + chr(10))
     if seen == AT:
-        if HALF:
+        if HALF and tear:
             tear()
         os.kill(os.getpid(), signal.SIGKILL)
     seen, inside = seen + 1, False
@@ -68,9 +72,9 @@ def around(owner, name, place, tear_before=None, tear_after=None):
     original = getattr(owner, name)
     def wrapped(*args, **kwargs):
         path = place(*args)
-        change("before " + name, path, lambda: tear_before(*args) if tear_before else None)
+        change("before " + name, path, tear_before and (lambda: tear_before(*args)))
         result = original(*args, **kwargs)
-        change("after " + name, path, lambda: tear_after(path) if tear_after else None)
+        change("after " + name, path, tear_after and (lambda: tear_after(path)))
         return result
     setattr(owner, name, wrapped)
 
@@ -141,6 +145,7 @@ class Stage:
 
     Attributes:
         changes: of files below the run directory and the cache, in their order.
+        torn: before which of them half of a file can be missing.
         expected: what is there at the end if nothing interrupts it.
     """
 
@@ -150,7 +155,9 @@ class Stage:
         count = start.with_name(f"{name}.changes")
         done = self._call(count=str(count))
         assert done.returncode == 0, done.stderr
-        self.changes = count.read_text().splitlines()
+        lines = [line.partition(" ") for line in count.read_text().splitlines()]
+        self.changes = [change for _, _, change in lines]
+        self.torn = [at for at, (state, _, _) in enumerate(lines) if state == "half"]
         self.expected = content(folder)
 
     def _fresh(self) -> None:
@@ -173,7 +180,7 @@ class Stage:
         """At which changes to kill it, and whether the last file has half of its bytes then."""
         every = len(self.changes)
         if os.environ.get("SPPCTL_KILLS") == "all":
-            return [(at, half) for half in (False, True) for at in range(every)]
+            return [(at, False) for at in range(every)] + [(at, True) for at in self.torn]
         moments = [(at * every // MOMENTS, at % 2 > 0) for at in range(MOMENTS)]
         if self.name == "train":  # all from the moment that its work is done, which is alike in all stages
             done = next(at for at, change in enumerate(self.changes) if "/.stage.json" in change)
@@ -254,7 +261,7 @@ def stages(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
 def test_killed_at_any_change_of_a_file_the_same_command_makes_the_same(name: str, stages: dict[str, Stage]) -> None:
     stage = stages[name]
     moments = stage.moments()
-    print(f"{name}: killed at {len(moments)} of {2 * len(stage.changes)} moments")
+    print(f"{name}: killed at {len(moments)} of {len(stage.changes) + len(stage.torn)} moments")
     wrong = [said for said in (stage.kill(*moment) for moment in moments) if said]
     assert not wrong, "\n".join(wrong)
 
