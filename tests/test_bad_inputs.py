@@ -22,7 +22,7 @@ from sppctl import cli, pipeline
 from sppctl.config import load_config
 from sppctl.run_directory import Run
 
-WEIGHT = "model.layers.1.mlp.up_proj.weight"
+WEIGHT, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,10 @@ def lose_a_shard(work: Workplace) -> None:
 def pickle_weights(work: Workplace) -> None:
     (work.model / "model.safetensors").unlink()
     torch.save({}, work.model / "pytorch_model.bin")
+
+
+def put_nan_in_head(work: Workplace) -> None:
+    edit_weight(work.model, lambda weight: weight[3, 5].fill_(float("inf")), HEAD)
 
 
 def put_nan(work: Workplace) -> None:
@@ -378,6 +382,13 @@ MODELS = [
         "prune {config} --model model --method magnitude",
         (WEIGHT.removesuffix(".weight"), "NaN"),
         put_nan,
+        code=1,
+    ),
+    Case(
+        "NaN in the head, which pruning only copies",
+        "prune {config} --model model",
+        (HEAD, "NaN"),
+        put_nan_in_head,
         code=1,
     ),
     Case("NaN weights, new folders", "prune {config} --model model --output a/b/c", (WEIGHT, "NaN"), put_nan, code=1),

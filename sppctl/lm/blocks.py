@@ -7,7 +7,7 @@ whatever an architecture passes (rotary embeddings, sliding-window masks, a diff
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,13 +185,22 @@ class BlockStack(Skeleton):
                     f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
                     f"the model's is {tuple(place.shape)}; the files do not belong together"
                 )
-            if not torch.isfinite(tensor).all():
-                raise StageError(f"{self.files.directory}: {part.name} holds NaN or infinite values; it is broken")
+            self._check_finite(part.name, tensor)
             place.copy_(tensor)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
         else:
             module._buffers[leaf] = loaded
+
+    def check_rest(self, targets: Iterable[Target]) -> None:
+        """Raises StageError if a tensor that is none of the targets, and may never be loaded, is not finite."""
+        loaded = {part.name for target in targets for part in self._parts_of(target, self.files)}
+        for name in sorted(set(self.files) - loaded):
+            self._check_finite(name, self.files.read(name))
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not torch.isfinite(tensor).all():
+            raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; it is broken")
 
     # --- calls --------------------------------------------------------------------------------------------------------
 

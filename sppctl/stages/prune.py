@@ -98,6 +98,7 @@ def execute(config: Config, base: Path, out: Path, *, dtype: str) -> dict[str, A
         stack.load_embeddings()
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
+    distributed.decide(lambda: stack.check_rest(targets.values()))
     copy = _copy(config, base, out)
     plan = _plan(config, stack, targets, windows, out)
     activations = None if windows is None else _embed(stack, windows, prune, out)
