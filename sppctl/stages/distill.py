@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sppctl import distributed
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint
+from sppctl.lm import checkpoint, integrity
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.weights import check_directory
 from sppctl.settings import Config, DistillConfig
@@ -51,6 +51,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
             "the teacher must be of the same family"
         )
     check_directory(directory, trust)
+    integrity.check_record(directory)
     try:
         different = _different_tokens(tokenizer, checkpoint.load_tokenizer(directory, trust))
     except UserError as error:

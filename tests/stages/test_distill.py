@@ -14,8 +14,10 @@ from conftest import SMALL, byte_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from sppctl import sealed
 from sppctl.config import load_config
 from sppctl.errors import UserError
+from sppctl.lm import integrity
 from sppctl.lm.batches import PadCollator
 from sppctl.lm.blocks import Skeleton
 from sppctl.lm.checkpoint import load_config as load_model_config
@@ -241,6 +243,21 @@ def test_a_teacher_with_another_tokenizer_is_refused(
         path.unlink()
     with pytest.raises(UserError, match=r"distill.teacher: .*no usable tokenizer.*; copy the model's own"):
         train.preflight(config, skeleton, byte_tokenizer())
+
+
+def test_a_teacher_that_is_not_what_its_record_says_is_refused(
+    configure: Callable[..., Config], llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "teacher")
+    files = integrity.hashes(tmp_path / "teacher", integrity.listing(tmp_path / "teacher"))
+    sealed.write(tmp_path / "teacher/stage.json", {"stage": "prune", "files": files})
+    config = configure(*FITTING, f"train.distill.teacher={tmp_path / 'teacher'}")
+    train.preflight(config, Skeleton(load_model_config(llama)), byte_tokenizer())
+    with (tmp_path / "teacher/model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    with pytest.raises(UserError, match=r"teacher/model.safetensors is damaged"):
+        train.preflight(config, Skeleton(load_model_config(llama)), byte_tokenizer())
 
 
 def test_examples_without_a_response_are_refused(
