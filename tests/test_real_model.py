@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
 
 
 def held_out_perplexity(directory: Path, name: str) -> float:
+    return measured(directory, name)["metrics"]["value"]
+
+
+def measured(directory: Path, name: str) -> dict[str, Any]:
     results = pipeline.report([directory])[0]["checkpoints"][name]["results"]
-    return next(r["metrics"]["value"] for r in results if r["settings"]["text"] == "instructions")
+    return next(result for result in results if result["settings"]["text"] == "instructions")
 
 
 def test_pruning_hurts_and_training_heals(finished: tuple[Config, Path]) -> None:
@@ -70,7 +75,8 @@ def test_all_210_matrices_are_2_of_4_before_and_after(finished: tuple[Config, Pa
 def test_merged_is_base_plus_adapter(finished: tuple[Config, Path]) -> None:
     config, directory = finished
     wrapped = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(directory / "pruned", dtype="auto"), directory / "adapter"
+        AutoModelForCausalLM.from_pretrained(directory / "pruned", dtype=measured(directory, "merged")["dtype"]),
+        directory / "adapter",
     )
     tokenizer = AutoTokenizer.from_pretrained(directory / "pruned")
     text = data.load_text("instructions", "test", "test")

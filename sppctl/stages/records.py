@@ -12,7 +12,6 @@ from typing import Any
 
 from sppctl import sealed
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint
 from sppctl.stages.evaluate import read_results
 
 ORDER = ("base", "pruned", "adapter", "merged")
@@ -94,7 +93,7 @@ def _check(path: Path, content: Any, keys: list[str], remedy: str) -> None:
 
 def _outdated_stages(run_dir: Path, stages: Records) -> Iterator[tuple[str, str]]:
     """The stages that were made from other weights than those beside them, which tables would call theirs."""
-    pruned, base, adapter = stages.get("prune", {}).get("output"), _base(stages), _adapter(run_dir, stages)
+    pruned, base, adapter = stages.get("prune", {}).get("output"), _base(stages), _adapter(stages)
     gone = set()
     for stage, folder in (("train", "adapter"), ("merge", "merged")):
         used = stages.get(stage, {}).get("inputs", {})
@@ -110,7 +109,7 @@ def _outdated_stages(run_dir: Path, stages: Records) -> Iterator[tuple[str, str]
 
 def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Iterator[tuple[str, str]]:
     pruned = stages.get("prune", {}).get("output")
-    adapter = _adapter(run_dir, stages)
+    adapter = _adapter(stages)
     held = {
         "base": _base(stages),
         "pruned": pruned,
@@ -147,9 +146,6 @@ def _compared_with_base(content: dict[str, Any]) -> Iterator[str | None]:
             yield result["settings"].get("reference")
 
 
-def _adapter(run_dir: Path, stages: Records) -> str | None:
-    if "output" in stages.get("train", {}):
-        recorded: str = stages["train"]["output"]
-        return recorded
-    folder = run_dir / "adapter"
-    return checkpoint.fingerprint(folder) if any(folder.glob("*.safetensors")) else None
+def _adapter(stages: Records) -> str | None:
+    recorded: str | None = stages.get("train", {}).get("output")
+    return recorded
