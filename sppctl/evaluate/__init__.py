@@ -1,0 +1,1 @@
+"""Any checkpoint -> perplexity, distance to the dense model, accuracy."""

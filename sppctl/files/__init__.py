@@ -1,0 +1,1 @@
+"""Files: written atomically, sealed, hashed; safetensors tensor by tensor."""

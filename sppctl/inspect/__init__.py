@@ -1,0 +1,1 @@
+"""Any checkpoint -> certified sparsity, bytes, speed."""

@@ -1,1 +1,0 @@
-"""The only package that knows transformers, datasets and lm-eval."""

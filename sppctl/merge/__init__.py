@@ -1,0 +1,1 @@
+"""pruned + adapter -> merged, with the proof of the zeros."""

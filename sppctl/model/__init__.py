@@ -1,0 +1,1 @@
+"""What sppctl knows of transformers' models: checkpoints, decoder blocks, the matrices that can be pruned."""

@@ -1,0 +1,1 @@
+"""A configuration -> parameters, memory, disk and steps, from shapes alone."""

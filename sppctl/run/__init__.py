@@ -1,0 +1,1 @@
+"""One run: its directory, and its stages in their order."""

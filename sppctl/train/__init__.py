@@ -1,0 +1,1 @@
+"""pruned -> adapter."""
