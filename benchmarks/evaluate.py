@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from hardware import add_clock, describe, name_of
 
-from sppctl.lm import checkpoint
-from sppctl.lm.divergence import Reference, divergence
-from sppctl.lm.perplexity import window_losses, window_sums
+from sppctl.evaluate.divergence import Reference, divergence
+from sppctl.evaluate.perplexity import window_losses, window_sums
+from sppctl.model import checkpoint
 
 
 def main() -> None:

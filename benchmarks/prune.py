@@ -20,15 +20,15 @@ from pathlib import Path
 import hardware
 import torch
 
-from sppctl import pruning
-from sppctl.lm import checkpoint
-from sppctl.lm.activations import Activations
-from sppctl.lm.blocks import BlockStack
+from sppctl import pruners
 from sppctl.machine import peak_memory_mb, reset_peak_memory
+from sppctl.model import checkpoint
+from sppctl.model.blocks import BlockStack
 from sppctl.pattern import Pattern
-from sppctl.pruning.stats import Hessian
-from sppctl.stages.layers import Plan
-from sppctl.stages.walk import Journal, prune_blocks
+from sppctl.prune.activations import Activations
+from sppctl.prune.layers import Plan
+from sppctl.prune.walk import Journal, prune_blocks
+from sppctl.pruners.stats import Hessian
 
 CASES = (
     ("magnitude", "block"),
@@ -132,7 +132,7 @@ def synchronise(device: torch.device) -> None:
 def parts(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds in the Hessian's sums (H), its factorisation (F) and the rest of SparseGPT, its columns (C)."""
     spent = {"H": 0.0, "F": 0.0, "C": 0.0}
-    originals = (Hessian.update, Hessian._factorise, pruning.prune_sparsegpt)
+    originals = (Hessian.update, Hessian._factorise, pruners.prune_sparsegpt)
 
     def watched(key: str, function: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object, **kwargs: object) -> object:
@@ -146,12 +146,12 @@ def parts(device: torch.device) -> Iterator[dict[str, float]]:
 
     Hessian.update = watched("H", originals[0])  # type: ignore[method-assign, assignment]
     Hessian._factorise = watched("F", originals[1])  # type: ignore[method-assign, assignment]
-    pruning.prune_sparsegpt = watched("C", originals[2])  # type: ignore[assignment]
+    pruners.prune_sparsegpt = watched("C", originals[2])  # type: ignore[assignment]
     try:
         yield spent
     finally:
         spent["C"] -= spent["F"]  # which it calls
-        Hessian.update, Hessian._factorise, pruning.prune_sparsegpt = originals  # type: ignore[method-assign]
+        Hessian.update, Hessian._factorise, pruners.prune_sparsegpt = originals  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from sppctl.config import load_config
-from sppctl.lm import checkpoint, data, perplexity
-from sppctl.stages import prune
+from sppctl.config.load import load_config
+from sppctl.data import texts
+from sppctl.evaluate import perplexity
+from sppctl.model import checkpoint
+from sppctl.prune import stage as prune
 
 PATTERNS = ("0.5", "0.6", "0.75", "2:4", "4:8", "2:8")
 METHODS = {
@@ -79,7 +81,7 @@ def cell(arguments: argparse.Namespace, overrides: list[str], pattern: str) -> d
 def measured(directory: Path, max_tokens: int | None) -> float:
     device = checkpoint.pick_device("auto")
     model = checkpoint.load_model(directory, device, checkpoint.choose_dtype(directory, device, "auto").dtype)
-    text = data.load_text("wikitext2", "test", "eval.perplexity")
+    text = texts.load_text("wikitext2", "test", "eval.perplexity")
     windows = perplexity.text_windows(
         checkpoint.load_tokenizer(directory), text.joiner.join(text.documents), 2048, max_tokens, "wikitext2"
     )

@@ -26,12 +26,15 @@ from torch import Tensor
 
 from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp import layer as spp_layer
-from sppctl.config import load_config
-from sppctl.lm import checkpoint, data, perplexity, vocabulary
-from sppctl.lm.instructions import IGNORED
-from sppctl.settings import Config
-from sppctl.stages import merge, train
-from sppctl.stages.feed import Feed
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
+from sppctl.data import texts, vocabulary
+from sppctl.data.instructions import IGNORED
+from sppctl.evaluate import perplexity
+from sppctl.merge import stage as merge
+from sppctl.model import checkpoint
+from sppctl.train import stage as train
+from sppctl.train.feed import Feed
 
 
 def main() -> None:
@@ -86,7 +89,7 @@ def compare(config: Config, pruned: Path, scratch: Path) -> str:
     model = checkpoint.load_model(merged, device, dtype)
     tokenizer = checkpoint.load_tokenizer(merged)
     before, after = trained["validation_loss"], validation_loss(config, model, tokenizer)
-    text = data.load_text("instructions", "test", "eval.perplexity")
+    text = texts.load_text("instructions", "test", "eval.perplexity")
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, config.eval.seq_len or 512, None, "instructions")
     losses = torch.cat(list(perplexity.window_losses(model, windows, 8)))

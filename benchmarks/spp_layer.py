@@ -23,7 +23,7 @@ from hardware import add_clock, describe, name_of
 from torch import Tensor
 
 from sppctl.adapters.spp.kernel import spp_linear
-from sppctl.lm.checkpoint import pick_device
+from sppctl.model.checkpoint import pick_device
 
 SHAPES = "576x1536,1536x576,2048x2048,2048x5632"
 SCALE, DROPOUT, LORA_RANK = 2.0, 0.05, 8

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.tuner import DEFAULT_TARGETS
-from sppctl.lm import checkpoint
+from sppctl.model import checkpoint
 
 DROPOUT = 0.05
 

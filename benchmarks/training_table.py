@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from sppctl.lm import checkpoint, data, perplexity
+from sppctl.data import texts
+from sppctl.evaluate import perplexity
+from sppctl.inspect import inspect
+from sppctl.model import checkpoint
 from sppctl.pattern import Pattern
-from sppctl.stages import inspect
 
 RUNS = {  # name: overrides; learning rates as usual for each method
     "spp": ["train.method=spp", "train.rank=16", "train.lr=1e-2"],
@@ -117,10 +119,10 @@ def measured(directory: Path) -> dict[str, float]:
     rows = held_out_rows()
     total = tokens = 0
     for row in rows:
-        ids = torch.tensor([[*tokenizer(data.formatted(row)).input_ids, tokenizer.eos_token_id]])[:, :512]
+        ids = torch.tensor([[*tokenizer(texts.formatted(row)).input_ids, tokenizer.eos_token_id]])[:, :512]
         total += model(ids.to(model.device), labels=ids.to(model.device)).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
-    text = data.load_text("wikitext2", "test", "eval.perplexity")
+    text = texts.load_text("wikitext2", "test", "eval.perplexity")
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, 2048, PERPLEXITY_TOKENS, "wikitext2")
     losses = torch.cat(list(perplexity.window_losses(model, windows, 2)))
@@ -129,7 +131,7 @@ def measured(directory: Path) -> dict[str, float]:
 
 def held_out_rows() -> list[dict]:
     """Rows beyond all that training or validation could see."""
-    return list(data.load_hub("tatsu-lab/alpaca", "train"))[13_354 - HELD_OUT : 13_354]
+    return list(texts.load_hub("tatsu-lab/alpaca", "train"))[13_354 - HELD_OUT : 13_354]
 
 
 def table(cells: dict[str, dict]) -> str:

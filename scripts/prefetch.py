@@ -10,12 +10,13 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 
-from sppctl import console, pipeline
-from sppctl.config import load_config
+from sppctl import console
+from sppctl.config.load import load_config
+from sppctl.data import texts
 from sppctl.errors import StageError, UserError
-from sppctl.lm import data, harness
-from sppctl.run_directory import Run
-from sppctl.stages import tasks
+from sppctl.evaluate import harness, tasks
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 
 def prefetch(path: str) -> None:
@@ -32,10 +33,10 @@ def prefetch(path: str) -> None:
     splits = {"train": config.prune.calibration.dataset == "c4", "validation": "c4" in config.eval.perplexity}
     for split in [split for split, read in splits.items() if read and not offline]:
         # the whole shard: what is streamed leaves nothing in the cache
-        hf_hub_download("allenai/c4", data.C4_FIRST_SHARD[split], repo_type="dataset")
+        hf_hub_download("allenai/c4", texts.C4_FIRST_SHARD[split], repo_type="dataset")
     calibration = config.prune.calibration
-    if not offline and data.is_hub_id(calibration.dataset) and not Path(calibration.dataset).is_file():
-        data.load_hub(calibration.dataset, calibration.split)
+    if not offline and texts.is_hub_id(calibration.dataset) and not Path(calibration.dataset).is_file():
+        texts.load_hub(calibration.dataset, calibration.split)
     pipeline.preflight(Run(config, force=True), ("prune", "train", "eval"))
     wanted = [entry["tasks"] for entry in tasks.wanted(config)]
     if wanted:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sppctl.adapters.spp import SppConfig, SppModel
     from sppctl.adapters.ste import SteConfig
     from sppctl.pattern import Pattern
-    from sppctl.pruning import prune_linear
+    from sppctl.pruners import prune_linear
 
 _ADAPTERS = ("spp", "masked_lora", "masked_full", "ste")
 _HOMES = {
@@ -34,7 +34,7 @@ _HOMES = {
     "SppConfig": "sppctl.adapters.spp",
     "SppModel": "sppctl.adapters.spp",
     "SteConfig": "sppctl.adapters.ste",
-    "prune_linear": "sppctl.pruning",
+    "prune_linear": "sppctl.pruners",
 }
 
 

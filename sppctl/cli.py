@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from sppctl import __version__, console, distributed, launch
-from sppctl.config import flatten, load_config, quoted, schema, to_dict, to_yaml
+from sppctl.config.load import flatten, load_config, quoted, schema, to_dict, to_yaml
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError, named_as_given
-from sppctl.paths import expand
-from sppctl.run_directory import Run
-from sppctl.settings import Config
+from sppctl.files.paths import expand
+from sppctl.run.directory import Run
 
 # commands on any checkpoint have no configuration; what its keys are called there
 AS_ARGUMENTS = {"model.path": "CHECKPOINT", "model.device": "--device"}
@@ -130,7 +130,7 @@ def run(
         arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit
     )
     config = load_config(names[0] if names else None, overrides)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     pipeline.join_processes(config)
     elsewhere = _elsewhere(config, [*names, *overrides], force, debug)
@@ -152,7 +152,7 @@ def prune(
 ) -> None:
     """Make RUN/pruned from the dense model."""
     config = _resolve(arguments, model=model, method=method, pattern=pattern, output=output)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     pipeline.join_processes(config)
     work = Run(config, force=force)
@@ -173,7 +173,7 @@ def train(
 ) -> None:
     """Make RUN/adapter: tune SPP adapters on RUN/pruned."""
     config = _resolve(arguments, output=output)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     pipeline.join_processes(config)
     work = Run(config, force=force, resume=resume)
@@ -189,7 +189,7 @@ def merge(
 ) -> None:
     """Make RUN/merged from RUN/pruned and RUN/adapter, and prove that the pattern is unchanged."""
     config = _resolve(arguments, output=output)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     work = Run(config, force=force)
     with work.lock():
@@ -216,7 +216,7 @@ def evaluate(
     """Measure perplexity and benchmark accuracy of any checkpoint."""
     names, overrides = _given(arguments, output=output, tasks=tasks, limit=limit)
     config = load_config(names[0] if names else None, overrides)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     pipeline.join_processes(config)
     elsewhere = _elsewhere(config, [*names, *overrides], force, debug)
@@ -242,7 +242,7 @@ def report(
 ) -> None:
     """Collect runs into tables and figures: report.html, .md, .csv and .json."""
     given = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     _print_report(pipeline.report(*given), json)
 
@@ -266,15 +266,16 @@ def sweep(
     names, overrides = _given(arguments)
     if not names:
         raise UserError("which sweep? give its YAML file, or sweep-example")
-    from sppctl import grid, sweep_jobs
-    from sppctl import sweep as sweeping
+    from sppctl.sweep import grid
+    from sppctl.sweep import slurm as jobs
+    from sppctl.sweep import work as sweeping
 
     read = grid.load_sweep(names[0], overrides)
     if dry_run or slurm is not None:
         sweeping.check(read, made=not dry_run)
         entries = sweeping.plan(read)
         if slurm is not None and not dry_run:
-            console.note(f"sweep: {sweep_jobs.write(read, _expanded(slurm), overrides)} submits the jobs")
+            console.note(f"sweep: {jobs.write(read, _expanded(slurm), overrides)} submits the jobs")
         if json:
             console.show_json(entries)
         else:
@@ -304,9 +305,9 @@ def inspect(
         expected = Pattern.parse(expect) if expect is not None else None
     except ValueError as error:
         raise UserError(f"--expect: {error}") from error
-    from sppctl.lm import integrity
-    from sppctl.lm.checkpoint import locate_weights
-    from sppctl.stages import inspect as stage
+    from sppctl.files import integrity
+    from sppctl.inspect import inspect as stage
+    from sppctl.model.checkpoint import locate_weights
 
     with named_as_given(AS_ARGUMENTS):
         directory = locate_weights(expand(checkpoint))
@@ -333,7 +334,7 @@ def verify(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json: Json = False, debug: Debug = False
 ) -> None:
     """Read every file of a run again and compare it with the run's records; exit 2 if one is damaged or missing."""
-    from sppctl.stages import verify as stage
+    from sppctl.run import verify as stage
 
     found = stage.execute(_expanded(run_dir))
     if json:
@@ -363,15 +364,15 @@ def bench(
         batches = tuple(int(part) for part in batch.split(","))
     except ValueError as error:
         raise UserError(f"--batch: {batch} is no list of numbers; write --batch 1,8,32") from error
-    from sppctl.stages import bench as stage
-    from sppctl.stages import bench_text
+    from sppctl.inspect import speed as stage
+    from sppctl.inspect import speed_text
 
     with named_as_given(AS_ARGUMENTS):
         found = stage.execute(expand(checkpoint), stage.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(found)
         return
-    for title, header, rows in bench_text.tables(found):
+    for title, header, rows in speed_text.tables(found):
         console.show_table(title, header, rows)
     for sentence in found["notes"]:
         print(console.plain(sentence))
@@ -383,13 +384,13 @@ def plan(
 ) -> None:
     """Say what a run will take, without weights: parameters, memory, what fits on which GPU, disk, steps."""
     config = _resolve(arguments, model=model, method=method)
-    from sppctl import pipeline
+    from sppctl.run import pipeline
 
     planned = pipeline.plan(config)
     if json:
         console.show_json(planned)
         return
-    from sppctl.stages import plan_text
+    from sppctl.plan import text as plan_text
 
     for title, header, rows in plan_text.tables(planned):
         console.show_table(title, header, rows)
@@ -449,7 +450,7 @@ def _figure(value: Any) -> str:
 
 
 def _print_results(found: dict[str, dict[str, Any]], seed: int) -> None:
-    from sppctl.stages.readings import ACCURACY, AGREEMENT, measured
+    from sppctl.report.readings import ACCURACY, AGREEMENT, measured
 
     # with the configured seed as the run's, which goes without saying
     named, _ = measured({"stages": {"eval": {"seed": seed}}, "checkpoints": found})
@@ -469,7 +470,8 @@ def _print_report(runs: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.show_json(runs)
         return
-    from sppctl.stages import over_runs, provenance, report_tables
+    from sppctl.report import over_runs, provenance
+    from sppctl.report import tables as report_tables
 
     if len(runs) > 1:
         console.show_table(f"{len(runs)} runs", *report_tables.wide_table(over_runs.rows_of_all(runs)))

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from sppctl import distributed, strict_json
+from sppctl import distributed
+from sppctl.files import strict_json
 
 PLAIN_SECONDS = 15  # between two lines of progress where stderr is not a terminal
 SILENT_SECONDS = 1.0  # that a step without a bar may take before it is named there

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from typing import IO
 
 from sppctl import console, distributed
+from sppctl.config.settings import Config, TrainConfig
 from sppctl.errors import UserError
-from sppctl.settings import Config, TrainConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 5  # after one process has failed, until the others are killed

@@ -140,3 +140,13 @@ def _peak_of_process() -> float:
         if line.startswith("VmHWM:"):
             return float(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sppctl import machine, prune_linear
-from sppctl.settings import PROJECTIONS, Config
+from sppctl.config.settings import PROJECTIONS, Config
 
 VOCAB = 260
 SMALL = {
@@ -265,7 +265,7 @@ def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     environment = os.environ | {"SPPCTL_HF_SCRATCH": str(tmp_path_factory.mktemp("hf") / "hf")}
 
     def evaluate(expression: str) -> Any:
-        code = f"import json; from sppctl.lm import data, instructions; print(json.dumps({expression}))"
+        code = f"import json; from sppctl.data import instructions, texts; print(json.dumps({expression}))"
         done = subprocess.run(
             ["bash", "-c", f'source "{setup}" && exec "$0" -c "$1"', sys.executable, code],
             env=environment,
@@ -282,7 +282,7 @@ def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     """The tiny Llama, pruned as the module's own ``configure`` says, and the names of its layers."""
-    from sppctl.stages import prune
+    from sppctl.prune import stage as prune
 
     out = tmp_path / "pruned"
     out.mkdir()
@@ -324,7 +324,7 @@ def kept_for_backward(call: Callable[[], Tensor]) -> list[Tensor]:
 @contextlib.contextmanager
 def cut_after(step: int) -> Iterator[None]:
     """The training inside has to end with an error after an optimizer step."""
-    from sppctl.stages.watch import Watch
+    from sppctl.train.watch import Watch
 
     class CutError(Exception):
         pass

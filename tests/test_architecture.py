@@ -1,9 +1,10 @@
-"""Which part of sppctl may know which: the arrows of the design, read from the import statements."""
+"""The arrows between the rooms of sppctl, read from its import statements; docs/design.md draws them."""
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,121 +16,41 @@ import sppctl
 PACKAGE = Path(sppctl.__file__).resolve().parent
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-# cli -> sweep -> pipeline -> stages -> lm, adapters -> pruning -> pattern; cli -> config -> pattern
-MAY_IMPORT = {
-    "__init__": {"adapters", "pruning", "pattern"},  # the public names, imported when they are asked for
-    "__main__": {"cli"},
-    "cli": {
-        "sweep",
-        "sweep_jobs",
-        "grid",
-        "paths",
-        "pipeline",
-        "run_directory",
-        "stages",
-        "lm",
-        "config",
-        "settings",
-        "pattern",
-        "console",
-        "errors",
-        "distributed",
-        "launch",
-    },
-    "sweep": {"attempts", "grid", "pipeline", "launch", "run_directory", "config", "console", "errors", "distributed"},
-    "sweep_jobs": {"grid", "errors"},
-    "grid": {"config", "settings", "errors", "paths", "yaml12"},
-    "launch": {"settings", "console", "errors", "distributed"},
-    "pipeline": {
-        "paths",
-        "run_directory",
-        "attempts",
-        "files",
-        "stages",
-        "lm",
-        "config",
-        "settings",
-        "pattern",
-        "console",
-        "errors",
-        "distributed",
-        "launch",
-        "machine",
-    },
-    "stages": {
-        "attempts",
-        "files",
-        "paths",
-        "lm",
-        "adapters",
-        "pruning",
-        "config",
-        "settings",
-        "pattern",
-        "console",
-        "errors",
-        "distributed",
-        "launch",
-        "yaml12",
-        "machine",
-        "strict_json",
-        "sealed",
-    },
-    "lm": {"pruning", "pattern", "errors", "distributed", "files", "machine", "strict_json", "sealed", "console"},
-    "adapters": {"pruning", "pattern"},
-    "pruning": {"pattern"},
-    "run_directory": {
-        "attempts",
-        "files",
-        "lm",
-        "config",
-        "settings",
-        "console",
-        "errors",
-        "distributed",
-        "machine",
-        "strict_json",
-        "sealed",
-    },
-    "attempts": {"config", "errors", "sealed"},
-    "sealed": {"errors", "strict_json"},
-    "config": {"settings", "pattern", "errors", "paths", "yaml12"},
-    "settings": {"pattern"},
-    "yaml12": {"errors"},
-    "console": {"distributed", "strict_json"},
-    "distributed": {"errors"},
-    "errors": set(),
-    "paths": {"errors"},
-    "files": {"errors"},
-    "machine": set(),
-    "pattern": set(),
-    "strict_json": {"files"},
-}
-LIGHT = [
-    "__init__",
-    "__main__",
-    "attempts",
-    "cli",
-    "config",
-    "settings",
-    "console",
-    "distributed",
-    "errors",
-    "files",
-    "grid",
-    "launch",
-    "machine",
-    "paths",
-    "pattern",
-    "pipeline",
-    "run_directory",
-    "strict_json",
-    "sealed",
-    "sweep",
-    "sweep_jobs",
-    "yaml12",
-]
+# each room imports only rooms further down, of those only what stands behind it
+ROOMS = """
+__main__     cli
+cli          sweep run report plan inspect model launch config files console distributed errors pattern
+sweep        run launch config files console distributed errors
+run          report merge train prune evaluate plan data model launch config files console distributed machine errors
+report       evaluate model config files console errors
+merge        prune inspect adapters model config files console errors pattern
+train        prune plan evaluate adapters pruners data model launch config files console distributed errors pattern
+plan         prune pruners data model launch config machine errors
+prune        pruners data model launch config files console distributed machine errors pattern
+evaluate     inspect data model config files console distributed machine errors
+inspect      model files console machine errors pattern
+__init__     adapters pruners pattern
+adapters     pruners pattern
+pruners      pattern
+data         files console errors
+model        files console distributed machine errors pattern
+launch       config console distributed errors
+config       files errors pattern
+console      files distributed
+files        errors
+distributed  errors
+machine
+pattern
+errors
+"""
+TABLE = {room: below.split() for room, _, below in (line.partition(" ") for line in ROOMS.strip().splitlines())}
+CONFIGURED = {"cli", "sweep", "run", "report", "merge", "train", "plan", "prune", "evaluate", "launch", "config"}
+BIGGEST = 1 / 8  # of the code, for a room
+# imported when a command starts, so without the libraries that take seconds
+LIGHT = ("__main__", "cli", "config", "console", "distributed", "errors", "launch", "machine", "pattern", "sweep")
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
+LIGHT_FILES = {f"files/{name}.py" for name in ("disk", "names", "paths", "sealed", "strict_json")}
+LIGHT_FILES |= {f"run/{name}.py" for name in ("attempts", "directory", "pipeline")}
 
 
 @dataclass(frozen=True)
@@ -144,10 +65,18 @@ class Import:
     def top(self) -> str:
         return self.name.partition(".")[0]
 
+    @property
+    def room(self) -> str | None:
+        """Of sppctl; its version and public names are everybody's."""
+        return self.name.split(".")[1] if self.name.startswith("sppctl.") else None
+
+    @property
+    def file(self) -> str:
+        return "/".join(self.name.split(".")[1:]) + ".py"
+
 
 def imports_of(module: str) -> Iterator[Import]:
-    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
-    yield from _walk(tree, lazy=False)
+    yield from _walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8")), lazy=False)
 
 
 def _walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
@@ -169,14 +98,12 @@ def _for_types(node: ast.AST) -> bool:
 
 
 def _is_module(name: str) -> bool:
-    if not name.startswith("sppctl."):
-        return False
     path = PACKAGE.joinpath(*name.split(".")[1:])
-    return path.is_dir() or path.with_suffix(".py").is_file()
+    return name.startswith("sppctl.") and (path.is_dir() or path.with_suffix(".py").is_file())
 
 
 def room_of(module: str) -> str:
-    """``lm/data.py`` -> ``lm``, ``cli.py`` -> ``cli``."""
+    """``data/texts.py`` -> ``data``, ``cli.py`` -> ``cli``."""
     return module.partition("/")[0].removesuffix(".py")
 
 
@@ -185,78 +112,63 @@ def outside_imports(module: str) -> set[str]:
     return {found.top for found in imports_of(module)} - sys.stdlib_module_names - {"sppctl"}
 
 
-def test_every_room_has_its_place_in_the_order() -> None:
-    assert {room_of(module) for module in MODULES} <= MAY_IMPORT.keys()
+def test_the_table_has_every_room_and_points_downwards() -> None:
+    assert {room_of(module) for module in MODULES} == TABLE.keys()
+    order = list(TABLE)
+    assert all(order.index(below) > order.index(room) for room, rooms in TABLE.items() for below in rooms)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_arrows_point_downwards(module: str) -> None:
+def test_a_module_imports_what_the_table_says(module: str) -> None:
     room = room_of(module)
-    wrong = []
-    for found in imports_of(module):
-        if found.top != "sppctl" or found.name == "sppctl":  # sppctl itself: its version
-            continue
-        target = found.name.split(".")[1]
-        if target != room and target not in MAY_IMPORT[room]:
-            wrong.append(f"line {found.line}: {room} must not import {found.name}")
+    wrong = {f"line {f.line}: {f.name}" for f in imports_of(module) if f.room not in (None, room, *TABLE[room])}
     assert not wrong
 
 
-def test_the_order_has_no_cycle() -> None:
-    order = {room: depth for depth, room in enumerate(_from_the_bottom())}
-    assert order.keys() == MAY_IMPORT.keys()
+def test_the_table_has_no_arrow_that_nobody_uses() -> None:
+    used = {(room_of(module), found.room) for module in MODULES for found in imports_of(module)}
+    assert {(room, below) for room, rooms in TABLE.items() for below in rooms} <= used
 
 
-def _from_the_bottom() -> Iterator[str]:
-    left = dict(MAY_IMPORT)
-    while left:
-        free = [room for room, below in left.items() if not below & left.keys()]
-        assert free, f"a cycle among {sorted(left)}"
-        for room in free:
-            del left[room]
-        yield from free
+def test_no_room_is_too_big_to_hold_in_the_head() -> None:
+    lines = Counter[str]()
+    for module in MODULES:
+        lines[room_of(module)] += len((PACKAGE / module).read_text(encoding="utf-8").splitlines())
+    assert max(lines.values()) <= BIGGEST * lines.total(), lines.most_common(3)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ("lm", "adapters", "pruning", "pattern")])
-def test_nothing_below_the_stages_knows_the_configuration(module: str) -> None:
-    assert "sppctl.config" not in {found.name for found in imports_of(module)}
+def test_only_these_rooms_know_the_configuration() -> None:
+    assert {room for room, below in TABLE.items() if "config" in below} | {"config"} == CONFIGURED
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "pruning"])
-def test_pruning_is_torch_and_pattern_alone(module: str) -> None:
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "pruners"])
+def test_pruners_are_torch_and_pattern_alone(module: str) -> None:
     assert outside_imports(module) <= {"torch"}
-    own = {found.name for found in imports_of(module) if found.top == "sppctl"}
-    assert all(name == "sppctl.pattern" or name.startswith("sppctl.pruning") for name in own)
 
 
-@pytest.mark.parametrize("module", [f"{name}.py" for name in LIGHT])
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in LIGHT or m in LIGHT_FILES])
 def test_the_command_line_starts_without_heavy_libraries(module: str) -> None:
-    heavy = {
-        found.name
-        for found in imports_of(module)
-        if not found.lazy and (found.top in HEAVY or found.name.startswith(("sppctl.lm", "sppctl.stages")))
-    }
-    assert not heavy
+    early = [found for found in imports_of(module) if not found.lazy]
+    light = {None, *LIGHT}
+    assert not {f.name for f in early if f.top in HEAVY or (f.room not in light and f.file not in LIGHT_FILES)}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "lm"])
-def test_only_lm_knows_datasets_and_lm_eval(module: str) -> None:
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("data", "evaluate", "files", "model")])
+def test_few_rooms_know_the_hub_and_lm_eval(module: str) -> None:
     assert not outside_imports(module) & {"datasets", "lm_eval", "huggingface_hub"}
 
 
-@pytest.mark.parametrize(
-    "module", [m for m in MODULES if room_of(m) in ("config", "settings", "pattern", "errors", "console")]
-)
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ("config", "console", "errors", "pattern")])
 def test_schema_and_pattern_need_no_torch_at_all(module: str) -> None:
     assert not outside_imports(module) & {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) != "__main__"])
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "__main__.py"])
 def test_every_module_says_what_it_is_for(module: str) -> None:
     assert ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
 
 
-def test_walking_the_syntax_tree_sees_imports_wherever_they_stand() -> None:
+def test_walking_the_syntax_tree_sees_imports_wherever_they_are() -> None:
     found = list(imports_of("cli.py"))
-    assert Import("sppctl.config", next(f.line for f in found if f.name == "sppctl.config"), lazy=False) in found
-    assert any(f.name == "sppctl.pipeline" and f.lazy for f in found)
+    assert any(f.room == "config" and not f.lazy for f in found)
+    assert any(f.name == "sppctl.run.pipeline" and f.lazy for f in found)

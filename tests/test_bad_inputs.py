@@ -18,9 +18,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sppctl import cli, pipeline
-from sppctl.config import load_config
-from sppctl.run_directory import Run
+from sppctl import cli
+from sppctl.config.load import load_config
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 WEIGHT, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sppctl import pipeline
-from sppctl.config import load_config
-from sppctl.run_directory import Run
+from sppctl.config.load import load_config
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY_TRAINING = [

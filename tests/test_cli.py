@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from sppctl import __version__, cli, pipeline, run_directory, sealed
-from sppctl.config import config_keys, flatten, load_config, to_dict
-from sppctl.yaml12 import parse_yaml
+from sppctl import __version__, cli
+from sppctl.config.load import config_keys, flatten, load_config, to_dict
+from sppctl.config.yaml12 import parse_yaml
+from sppctl.files import sealed
+from sppctl.run import directory as run_directory
+from sppctl.run import pipeline
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
 WEIGHTS = ("pruned/model.safetensors", "adapter/adapter_model.safetensors", "merged/model.safetensors")

@@ -12,12 +12,13 @@ import torch
 from conftest import AVX2, BF16, Cpu, cut_after
 from safetensors.torch import load_file
 
-from sppctl import pipeline
-from sppctl.config import load_config
+from sppctl import machine
+from sppctl.config.load import load_config
 from sppctl.errors import UserError
-from sppctl.lm import activations, checkpoint
-from sppctl.run_directory import Run
-from sppctl.stages import walk
+from sppctl.model import checkpoint
+from sppctl.prune import walk
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +180,7 @@ def test_what_fits_only_as_stored_names_the_key(
     size = checkpoint.weight_bytes(run.path("prune"), "float32")
     said = {}
     for free in (size, size - 1, size // 2 - 1):  # all of it fits, half of it fits, nothing does
-        monkeypatch.setattr(activations, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(machine, "free_memory", lambda _, free=free: free)
         capsys.readouterr()
         pipeline.evaluate_some(Run(run.config, force=True), ["pruned"])
         said[free] = "model.compute_dtype=bfloat16 needs half" in capsys.readouterr().err

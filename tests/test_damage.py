@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sppctl import pipeline, sealed
-from sppctl.config import load_config
+from sppctl.config.load import load_config
 from sppctl.errors import UserError
-from sppctl.lm import integrity
-from sppctl.run_directory import Run
-from sppctl.stages import verify
+from sppctl.files import integrity, sealed
+from sppctl.run import pipeline, verify
+from sppctl.run.directory import Run
 
 Q = "model.layers.0.self_attn.q_proj"
 

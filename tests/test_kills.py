@@ -21,15 +21,19 @@ from typing import Any
 import pytest
 from processes import Ended, Process
 
-from sppctl.config import flatten
-from sppctl.stages import evaluate, merge, plots_results, prune, report, train  # noqa: F401  (forked with its imports)
+from sppctl.config.load import flatten
+from sppctl.evaluate import stage as evaluate  # noqa: F401  (forked with its imports)
+from sppctl.merge import stage as merge  # noqa: F401  (forked with its imports)
+from sppctl.prune import stage as prune  # noqa: F401  (forked with its imports)
+from sppctl.report import plots_results  # noqa: F401  (forked with its imports)
+from sppctl.train import stage as train  # noqa: F401  (forked with its imports)
 
 # AT: at which change the process dies (-1: never); HALF: with half of what was written last; COUNT: file that lists all
 # changes, marked where there is such a half
 DYING = """
 import os, signal, sys
 import safetensors.torch, peft.peft_model, transformers.modeling_utils, torch
-from sppctl.lm.safe_files import OwnFile
+from sppctl.files.safe_files import OwnFile
 
 AT, HALF, FOLDER, COUNT = {at}, {half}, {folder!r}, {count!r}
 seen, inside, opened = 0, False, ("", 0)
@@ -98,9 +102,9 @@ sys.addaudithook(hook)
 BASE = """
 import sys
 from transformers import AutoModelForCausalLM
-from sppctl.config import load_config
-from sppctl.lm import checkpoint
-from sppctl.run_directory import Run
+from sppctl.config.load import load_config
+from sppctl.model import checkpoint
+from sppctl.run.directory import Run
 
 # what is read from a GGUF file is not what is tried here
 checkpoint.convert_gguf = lambda source, *_: AutoModelForCausalLM.from_pretrained(source).save_pretrained(_[-1])

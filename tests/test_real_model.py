@@ -11,12 +11,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sppctl import pipeline
-from sppctl.config import load_config
-from sppctl.lm import data, perplexity
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.run_directory import Run
-from sppctl.settings import Config
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
+from sppctl.data import texts
+from sppctl.evaluate import perplexity
+from sppctl.files.safe_files import TensorFiles
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,7 +80,7 @@ def test_merged_is_base_plus_adapter(finished: tuple[Config, Path]) -> None:
         directory / "adapter",
     )
     tokenizer = AutoTokenizer.from_pretrained(directory / "pruned")
-    text = data.load_text("instructions", "test", "test")
+    text = texts.load_text("instructions", "test", "test")
     joined = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, joined, config.eval.seq_len or 256, config.eval.max_tokens, text.name)
     losses = torch.cat(list(perplexity.window_losses(wrapped.get_base_model().eval(), windows, 4)))

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import sppctl
-from sppctl.config import load_config
-from sppctl.settings import PROJECTIONS
+from sppctl.config.load import load_config
+from sppctl.config.settings import PROJECTIONS
 
 ROOT = Path(sppctl.__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"

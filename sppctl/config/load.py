@@ -1,6 +1,6 @@
 """Reads and describes the configuration: YAML 1.2 files, over which ``key=value`` overrides win.
 
-Precedence: command line over YAML over the defaults of :mod:`sppctl.settings`. Every problem is reported in one
+Precedence: command line over YAML over the defaults of :mod:`sppctl.config.settings`. Every problem is reported in one
 message.
 """
 
@@ -19,11 +19,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sppctl.config.settings import REPLACED, Config
+from sppctl.config.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 from sppctl.errors import UserError
-from sppctl.paths import expand
+from sppctl.files.paths import expand
 from sppctl.pattern import Pattern
-from sppctl.settings import REPLACED, Config
-from sppctl.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 
 LARGEST = 2**63
 SHOWN = 200  # characters of a value in an error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from sppctl.lm.instructions import IGNORED, Example
+from sppctl.data.instructions import IGNORED, Example
 
 MULTIPLE = 8  # padded batches are as wide as their longest example, rounded up to this
 EXACT = 0.01  # packing_error below this is rounding; families that heed borders show 0, those that do not 0.02 to 1

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from sppctl import console
+from sppctl.data.texts import Text, content_hash
 from sppctl.errors import UserError
-from sppctl.lm import cache
-from sppctl.lm.data import Text, content_hash
+from sppctl.files import cache
 
 WindowsKind = Literal["auto", "random-document", "concatenate"]
 CACHE_FORMAT = 2  # raised when windows are drawn in another way, so that no older file is taken for the same

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sppctl import console
+from sppctl.data import texts
+from sppctl.data.prompts import Style, shared
 from sppctl.errors import UserError
-from sppctl.lm import cache, data, sources
-from sppctl.lm.prompts import Style, shared
+from sppctl.files import cache, sources
 
 Row = dict[str, Any]
 KEY = "train.data.dataset"
@@ -37,7 +38,7 @@ class Instructions:
         held_out: for the validation loss.
         taken: how many training rows each data set gave.
         left_out: how many rows were not trained on because they say what a row held out says.
-        versions: of the hub's data, see :class:`sppctl.lm.sources.Recorded`.
+        versions: of the hub's data, see :class:`sppctl.files.sources.Recorded`.
     """
 
     train: list[Row]
@@ -49,12 +50,12 @@ class Instructions:
     @cached_property
     def hash(self) -> str:
         """Identifies all rows, in their order, by what they say."""
-        return data.content_hash([rows_hash(self.train), rows_hash(self.held_out)])
+        return texts.content_hash([rows_hash(self.train), rows_hash(self.held_out)])
 
 
 def rows_hash(rows: Sequence[Row]) -> str:
     """Identifies rows, in their order, by instruction, input and output."""
-    return data.content_hash([row.get(name) or "" for row in rows for name in data.INSTRUCTION_COLUMNS])
+    return texts.content_hash([row.get(name) or "" for row in rows for name in texts.INSTRUCTION_COLUMNS])
 
 
 def load_instructions(
@@ -108,10 +109,10 @@ def find(names: Collection[str], split: str) -> dict[str, Path | None]:
         UserError: a directory, or a split where none of the data sets has any. Of a mixture it chooses a part of those
             of the hub.
     """
-    if not any(data.has_splits(HUB_NAMES.get(name, name)) for name in names):
+    if not any(texts.has_splits(HUB_NAMES.get(name, name)) for name in names):
         for name in names:
-            data.check_split(name, split, "train.data.split")
-    return {name: None if name in ("instructions", *HUB_NAMES) else data.local_file(name, KEY) for name in names}
+            texts.check_split(name, split, "train.data.split")
+    return {name: None if name in ("instructions", *HUB_NAMES) else texts.local_file(name, KEY) for name in names}
 
 
 def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
@@ -128,7 +129,7 @@ def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
 
 
 def _said(row: Row) -> tuple[str, ...]:
-    return tuple((row.get(name) or "").strip() for name in data.INSTRUCTION_COLUMNS)
+    return tuple((row.get(name) or "").strip() for name in texts.INSTRUCTION_COLUMNS)
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:
@@ -153,7 +154,7 @@ def _shared_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows of one data set."""
     if name == "instructions":
-        return data.built_in_rows("train"), data.built_in_rows("heldout")
+        return texts.built_in_rows("train"), texts.built_in_rows("heldout")
     rows = _read(name, file, split)
     random.Random(seed).shuffle(rows)
     if val_size >= len(rows):
@@ -167,11 +168,11 @@ def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: i
 def _read(name: str, file: Path | None, split: str) -> list[Row]:
     """All rows of one data set, with the right columns."""
     if file is not None:
-        rows, columns = data.file_rows(file, KEY)
-    elif name in HUB_NAMES or data.is_hub_id(name):
-        found = data.load_hub(HUB_NAMES.get(name, name), split)
+        rows, columns = texts.file_rows(file, KEY)
+    elif name in HUB_NAMES or texts.is_hub_id(name):
+        found = texts.load_hub(HUB_NAMES.get(name, name), split)
         columns = list(found.column_names)
-        rows = list(found.select_columns([column for column in columns if column in data.INSTRUCTION_COLUMNS]))
+        rows = list(found.select_columns([column for column in columns if column in texts.INSTRUCTION_COLUMNS]))
     else:
         known = ", ".join(("instructions", *HUB_NAMES))
         raise UserError(f"{KEY}: {name} is no file and none of {known}, nor a hub id (OWNER/NAME)")
@@ -180,7 +181,7 @@ def _read(name: str, file: Path | None, split: str) -> list[Row]:
         raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(columns)}")
     if not rows:
         raise UserError(f"{KEY}: {name} holds no rows")
-    data.check_instructions(rows, name, KEY)
+    texts.check_instructions(rows, name, KEY)
     return rows
 
 
@@ -262,12 +263,12 @@ def _owners(lengths: Tensor) -> Tensor:
 
 def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
     """The rows as of :func:`tokenize`, from the cache if the same text was tokenised before."""
-    texts = [style.text(row) for row in rows]
+    marked = [style.text(row) for row in rows]
     path = cache.entry(
         "examples",
         {
             "format": CACHE_FORMAT,
-            "texts": data.content_hash([f"{start} {text}" for text, start in texts]),
+            "texts": texts.content_hash([f"{start} {text}" for text, start in marked]),
             "special_tokens": style.special_tokens,
             "marks": None if style.marked is None else tokenizer.get_chat_template(),
             "tokenizer": cache.tokenizer_identity(tokenizer),
@@ -280,7 +281,7 @@ def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
     if tensors.keys() == {"tokens", "labelled", "response", "lengths", "truncated"}:
         return Examples(tensors)
     with console.working(f"tokenising {len(rows):,} examples"):
-        made = _cut(_tokenized(tokenizer, rows, texts, style), seq_len, train_on_inputs)
+        made = _cut(_tokenized(tokenizer, rows, marked, style), seq_len, train_on_inputs)
     cache.write(path, made.tensors)
     return made
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from sppctl.data.chat import try_template
 from sppctl.errors import UserError
-from sppctl.lm.chat import try_template
 
 KEY = "train.data.prompt"
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sppctl.data.prompts import formatted
 from sppctl.errors import UserError
-from sppctl.lm import sources
-from sppctl.lm.prompts import formatted
+from sppctl.files import sources
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ROW_FILES = (".jsonl", ".json", ".parquet")

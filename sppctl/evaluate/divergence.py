@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sppctl import distributed
 from sppctl.errors import StageError, UserError
-from sppctl.lm.perplexity import head_is_last_step, head_logits
-from sppctl.lm.safe_files import reserve
+from sppctl.evaluate.perplexity import head_is_last_step, head_logits
+from sppctl.files.safe_files import reserve
 
 
 class Reference:

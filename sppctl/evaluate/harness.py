@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl import strict_json
 from sppctl.errors import StageError, UserError
-from sppctl.lm import sources
+from sppctl.files import sources, strict_json
 
 # the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
 ZEROSHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -285,7 +284,7 @@ def evaluate(
         ``{"tasks": {task: {metric: value, metric_stderr: value, "metric", "higher_is_better", "version", "num_fewshot",
         "samples"}}, "mean": {...}, "truncated_prompts": n, "sources": {...}}``, where "metric" is the one that tables
         show, the mean is lm-eval's own for a group it defines, else the plain mean over tasks, and the sources are
-        those of :meth:`sppctl.lm.sources.Recorded.summary`; and for each task what came of each of its samples, see
+        those of :meth:`sppctl.files.sources.Recorded.summary`; and for each task what came of each of its samples, see
         :func:`_sample`.
 
     Raises:
@@ -295,7 +294,7 @@ def evaluate(
     import datasets
     import lm_eval
 
-    from sppctl.lm.scorer import Scorer
+    from sppctl.evaluate.scorer import Scorer
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

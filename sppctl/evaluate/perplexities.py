@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from sppctl import console, distributed
+from sppctl.config.settings import Config
+from sppctl.data import texts
 from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint, data, perplexity
-from sppctl.lm.divergence import Reference, divergence
-from sppctl.settings import Config
-from sppctl.stages.subjects import fingerprint
+from sppctl.evaluate import perplexity
+from sppctl.evaluate.divergence import Reference, divergence
+from sppctl.evaluate.subjects import fingerprint
+from sppctl.model import checkpoint
 
 CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
 # settings that say what a text is compared with, and which version of a file it was: of results that differ in nothing
@@ -32,8 +34,8 @@ def contents(config: Config) -> dict[str, str]:
     """Identifies the configured texts: a local file by its bytes, any other text by what it says."""
     found = {}
     for name in config.eval.perplexity:
-        text = data.file_hash(name)
-        found[name] = text or data.content_hash(data.load_text(name, "test", "eval.perplexity").documents)
+        text = texts.file_hash(name)
+        found[name] = text or texts.content_hash(texts.load_text(name, "test", "eval.perplexity").documents)
     return found
 
 
@@ -110,7 +112,7 @@ def windows_of(config: Config, tokenizer: Any, settings: dict[str, Any], device:
         settings: an entry of :func:`wanted`.
         device: that the model is on.
     """
-    text = data.load_text(settings["text"], "test", "eval.perplexity")
+    text = texts.load_text(settings["text"], "test", "eval.perplexity")
     seq_len, stride = settings["seq_len"], settings["stride"]
     most = [count for count in (settings["max_tokens"], text.windows and text.windows * seq_len) if count]
     whole = text.joiner.join(text.documents)
@@ -118,7 +120,7 @@ def windows_of(config: Config, tokenizer: Any, settings: dict[str, Any], device:
     batch_size = _batch_size(config, device, len(tokens))
     batches = torch.arange(len(tokens)).split(batch_size)[distributed.rank() :: distributed.world_size()]
     own = torch.cat(batches) if batches else torch.arange(0)
-    return Windows(tokens, own, batch_size, data.content_hash(text.documents))
+    return Windows(tokens, own, batch_size, texts.content_hash(text.documents))
 
 
 def _batch_size(config: Config, device: torch.device, count: int) -> int:
@@ -218,9 +220,9 @@ def measure(
             model is itself the dense one, and what it has predicted is not computed again.
 
     Returns:
-        The fields of :class:`sppctl.lm.perplexity.Perplexity`, ``documents_hash`` of the text, ``compared_with`` what
-        is not the run's dense model, and ``window_nll``, the summed loss of every window in nats, by which two
-        checkpoints can be compared window by window.
+        The fields of :class:`sppctl.evaluate.perplexity.Perplexity`, ``documents_hash`` of the text,
+        ``compared_with`` what is not the run's dense model, and ``window_nll``, the summed loss of every window in
+        nats, by which two checkpoints can be compared window by window.
 
     Raises:
         UserError: the dense model has another vocabulary.

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sppctl import machine
 from sppctl.errors import UserError
-from sppctl.lm.activations import free_memory
 
 LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
 # on a CPU for fewer: up to 16 MiB are memory that malloc uses again, where larger blocks are mapped and cleared anew
@@ -178,7 +178,7 @@ def window_sums(
 def _whole_windows_that_fit(model: Any, seq_len: int) -> int:
     """Windows whose logits, and one copy of them, fit into memory together."""
     one = 2 * seq_len * int(model.config.get_text_config().vocab_size) * model.dtype.itemsize
-    return max(1, int(free_memory(model.device) * MEMORY_SHARE / one))
+    return max(1, int(machine.free_memory(model.device) * MEMORY_SHARE / one))
 
 
 def logit_rows(model: Any, dtype: torch.dtype) -> int:

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from sppctl import distributed
+from sppctl import distributed, machine
+from sppctl.data import vocabulary
 from sppctl.errors import StageError
-from sppctl.lm import vocabulary
-from sppctl.lm.activations import free_memory
 
 ALL = 1 << 30
 MEMORY_SHARE = 0.5  # of what is free may be taken by a batch
@@ -67,7 +66,7 @@ class Scorer(HFLM):
         self.truncated: set[str] = set()
         torch.cuda.empty_cache()
         sharing = distributed.world_size() if self.device.type == "cpu" else 1
-        free = torch.tensor([-free_memory(self.device) / sharing], device=self.device)
+        free = torch.tensor([-machine.free_memory(self.device) / sharing], device=self.device)
         distributed.largest(free)  # the process with the least decides for all
         self._room = -free.item() * MEMORY_SHARE
 

@@ -17,17 +17,20 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sppctl import __version__, console, distributed, sealed, strict_json
+from sppctl import __version__, console, distributed
+from sppctl.config.settings import Config
+from sppctl.data import texts, vocabulary
+from sppctl.data.chat import try_template
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint, data, harness, perplexity, vocabulary
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.chat import try_template
-from sppctl.lm.weights import check_directory
-from sppctl.settings import Config
-from sppctl.stages import inspect, perplexities, tasks
-from sppctl.stages.estimate import CHARACTERS, Work
-from sppctl.stages.perplexities import DenseModel
-from sppctl.stages.subjects import Subject
+from sppctl.evaluate import harness, perplexities, perplexity, tasks
+from sppctl.evaluate.perplexities import DenseModel
+from sppctl.evaluate.subjects import Subject
+from sppctl.files import sealed, strict_json
+from sppctl.inspect import inspect
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.model.estimate import CHARACTERS, Work
+from sppctl.model.weights import check_directory
 
 DEFAULT_WINDOW = 2048
 LOADED_AT_ONCE = 20  # tasks whose data is looked for before a run starts
@@ -75,7 +78,7 @@ def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) ->
     Raises:
         UserError: it is not there, shorter than a window, or has tokens that the model does not embed.
     """
-    text = data.load_text(name, "test", "eval.perplexity")
+    text = texts.load_text(name, "test", "eval.perplexity")
     window, rows = _window(config, checkpoint.max_window(skeleton.config)), vocabulary.embeddings(skeleton.model)
     whole = text.joiner.join(text.documents)
     # the start shows whether it suffices; all tokens are looked at where some may be beyond

@@ -11,10 +11,11 @@ import torch
 
 from sppctl import console, distributed
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint, integrity
-from sppctl.lm.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
-from sppctl.lm.weights import empty_model
-from sppctl.stages.refreshed import REFRESHED
+from sppctl.files import integrity
+from sppctl.files.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
+from sppctl.model import checkpoint
+from sppctl.model.refreshed import REFRESHED
+from sppctl.model.weights import empty_model
 
 AGAIN = "download the adapter again, or correct its adapter_config.json"
 CONFIG = "config.json"

@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, files, paths
-from sppctl.lm import harness
-from sppctl.settings import Config
+from sppctl import console, distributed
+from sppctl.config.settings import Config
+from sppctl.evaluate import harness
+from sppctl.files import disk, paths
 
 Row = tuple[str, float | None, float | None]
 SHOWN = 10  # tasks of a group in a table; of a larger one its parts, if it has any
@@ -86,9 +87,9 @@ def measure(
         samples: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
 
     Returns:
-        ``{"tasks", "mean", "truncated_prompts", "sources"}`` of :func:`sppctl.lm.harness.evaluate`, ``"groups"`` of the
-        task's :class:`sppctl.lm.harness.Member`, the number of ``"members"`` of the group that was asked for, and for
-        each task the hash of its file of samples.
+        ``{"tasks", "mean", "truncated_prompts", "sources"}`` of :func:`sppctl.evaluate.harness.evaluate`, ``"groups"``
+        of the task's :class:`sppctl.evaluate.harness.Member`, the number of ``"members"`` of the group that was asked
+        for, and for each task the hash of its file of samples.
     """
     name = settings["tasks"]
     console.note(f"{label}: {title(settings)}")
@@ -155,7 +156,7 @@ def _alone(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
 def _write_samples(path: Path, found: list[dict[str, Any]]) -> str:
     lines = harness.as_lines(found)
     if distributed.is_main():
-        files.write(path, lines)
+        disk.write(path, lines)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 

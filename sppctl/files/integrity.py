@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sppctl import sealed
 from sppctl.errors import UserError
-from sppctl.lm import cache
+from sppctl.files import cache, sealed
+from sppctl.files.names import RECORD
 
 PIECE = 1 << 24
 REMEMBERED = 1 << 20  # bytes: smaller files are read each time
 SETTLED_NS = 2_000_000_000  # a file that was changed this recently could change again and keep its times
-RECORD = "stage.json"
 # of what lies in a directory no record is kept: notes for people, and what stages put aside
 _IGNORED_FOLDERS = {"logs", "checkpoints", "__pycache__"}
 # what a library would load though no record knows it

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sppctl.errors import UserError
-from sppctl.files import FULL, sync, writing
+from sppctl.files.disk import FULL, sync, writing
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

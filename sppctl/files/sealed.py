@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sppctl import strict_json
 from sppctl.errors import UserError
+from sppctl.files import strict_json
 
 FORMAT = 1  # of everything that is sealed; raised when an older version could misread a newer record
 SEAL = ("format", "digest")

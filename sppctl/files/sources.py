@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl.lm import cache
+from sppctl.files import cache
 
 PACKAGE, INCLUDED, HERE = "lm_eval:", "include:", "./"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

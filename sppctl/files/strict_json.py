@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sppctl import files
+from sppctl.files import disk
 
 
 def finite(value: Any) -> Any:
@@ -30,4 +30,4 @@ def write(path: Path, value: Any) -> None:
     Raises:
         WriteError: it cannot be written.
     """
-    files.write(path, dumps(value, indent=2) + "\n")
+    disk.write(path, dumps(value, indent=2) + "\n")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.files.names import DIRECTORIES, RECORD
+from sppctl.files.safe_files import TensorFiles
 from sppctl.pattern import Pattern
 
 CERTIFIED = tuple(Pattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8", "1:8", "8:16", "4:16"))
@@ -155,8 +156,8 @@ def _in_any_block(name: str) -> str:
 
 def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
     """The modules that were pruned and how, if a checkpoint or its run has the record of that; else None."""
-    own = directory / "stage.json"
-    for path in (own, directory.parent / "pruned" / "stage.json") if own.is_file() else ():
+    own = directory / RECORD
+    for path in (own, directory.parent / DIRECTORIES["prune"] / RECORD) if own.is_file() else ():
         try:
             layers = json.loads(path.read_text())["metrics"]["layers"]
             return {str(layer["name"]): Pattern.parse(layer["pattern"]) for layer in layers}

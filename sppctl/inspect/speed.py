@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from sppctl import console
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.semi_structured import TwoWeights, no_kernel, relative_difference, takes
+from sppctl.files.safe_files import TensorFiles
+from sppctl.inspect.inspect import holds, measure
+from sppctl.inspect.semi_structured import TwoWeights, no_kernel, relative_difference, takes
+from sppctl.inspect.speed_text import notes
+from sppctl.inspect.storage import storage
 from sppctl.machine import cpu_name
+from sppctl.model import checkpoint
 from sppctl.pattern import Pattern
-from sppctl.stages.bench_text import notes
-from sppctl.stages.inspect import holds, measure
-from sppctl.stages.storage import storage
 
 TWO_FOUR = Pattern(keep=2, group=4)
 

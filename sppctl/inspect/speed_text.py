@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sppctl.stages.inspect import MatrixSparsity
+from sppctl.inspect.inspect import MatrixSparsity
 
 
 def notes(

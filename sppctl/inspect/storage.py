@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from sppctl.errors import StageError
-from sppctl.lm.packed import Packed, bitmask_bytes, pack_bitmask, pack_structured, structured_bytes, unpack
-from sppctl.lm.safe_files import OwnFile, TensorFiles
+from sppctl.files.safe_files import OwnFile, TensorFiles
+from sppctl.inspect.inspect import MatrixSparsity, holds
+from sppctl.inspect.packed import Packed, bitmask_bytes, pack_bitmask, pack_structured, structured_bytes, unpack
 from sppctl.pattern import Pattern
-from sppctl.stages.inspect import MatrixSparsity, holds
 
 
 def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> dict[str, Any]:

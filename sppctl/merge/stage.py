@@ -16,18 +16,19 @@ from torch import Tensor
 
 from sppctl import console
 from sppctl.adapters.masked import round_under_mask
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.files import demand_space
-from sppctl.lm import checkpoint, integrity
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import OwnFiles, TensorFile, TensorFiles, adapter_file, adapter_settings
-from sppctl.lm.targets import stored_name
-from sppctl.lm.weights import check_weights
+from sppctl.files import integrity
+from sppctl.files.disk import demand_space
+from sppctl.files.safe_files import OwnFiles, TensorFile, TensorFiles, adapter_file, adapter_settings
+from sppctl.merge.rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.model.refreshed import RefreshedFiles
+from sppctl.model.targets import stored_name
+from sppctl.model.weights import check_weights
 from sppctl.pattern import Pattern
-from sppctl.settings import Config
-from sppctl.stages import refresh
-from sppctl.stages.merge_rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
-from sppctl.stages.refreshed import RefreshedFiles
+from sppctl.prune.choose import patterns_of
 
 PEFT_PREFIX = "base_model.model."
 
@@ -239,7 +240,7 @@ def _prove_refreshed(source: RefreshedFiles, stored: dict[str, str], config: Con
         return
     trust = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust)
-    patterns = refresh.patterns(config, skeleton)
+    patterns = patterns_of(config.prune, skeleton)
     source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint
+from sppctl.model import checkpoint
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "architectures"
 

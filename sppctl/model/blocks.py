@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sppctl.errors import StageError, UserError
-from sppctl.lm.block_call import BlockCall, hidden_of
-from sppctl.lm.checkpoint import load_config
-from sppctl.lm.heap import Heap
-from sppctl.lm.safe_files import OwnFiles, TensorFiles
-from sppctl.lm.targets import Part, Target, find_targets, select, stored_parts, unseen
-from sppctl.lm.weights import check_weights, empty_model
+from sppctl.files.safe_files import OwnFiles, TensorFiles
+from sppctl.model.block_call import BlockCall, hidden_of
+from sppctl.model.checkpoint import load_config
+from sppctl.model.heap import Heap
+from sppctl.model.targets import Part, Target, find_targets, select, stored_parts, unseen
+from sppctl.model.weights import check_weights, empty_model
 
 
 class Skeleton:
@@ -94,7 +94,7 @@ class BlockStack(Skeleton):
         Args:
             directory: of the checkpoint.
             device: that blocks are run on.
-            dtype: name of the dtype to compute in, that of :func:`sppctl.lm.checkpoint.choose_dtype`.
+            dtype: name of the dtype to compute in, that of :func:`sppctl.model.checkpoint.choose_dtype`.
             trust_remote_code: whether the checkpoint's own code may be run.
 
         Raises:

@@ -23,9 +23,9 @@ import torch
 
 from sppctl import console, distributed, machine
 from sppctl.errors import UserError
-from sppctl.files import FULL, demand_readable, writing
-from sppctl.lm import integrity
-from sppctl.lm.safe_files import (
+from sppctl.files import integrity
+from sppctl.files.disk import FULL, demand_readable, writing
+from sppctl.files.safe_files import (
     INDEX_NAME,
     SINGLE_NAME,
     OwnFile,
@@ -252,7 +252,7 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
     """Unpacks a GGUF file into an ordinary safetensors checkpoint in ``out`` (bfloat16 unless told otherwise)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from sppctl.lm import weights
+    from sppctl.model import weights
 
     # the unpacking draws a bar of its own on stderr
     with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
@@ -389,7 +389,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from sppctl.lm import weights
+    from sppctl.model import weights
 
     weights.check_directory(directory, trust_remote_code)
     placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}

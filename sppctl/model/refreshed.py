@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sppctl.errors import StageError
-from sppctl.lm.safe_files import TensorFile, TensorFiles
+from sppctl.files.safe_files import TensorFile, TensorFiles
 from sppctl.pattern import Pattern
 
 REFRESHED = "refreshed.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sppctl.errors import UserError
-from sppctl.lm.safe_files import TensorFiles
+from sppctl.files.safe_files import TensorFiles
 
 # what checkpoints may call a part of the path that the model calls otherwise
 RENAMED = (("", ""), (".mlp.", ".block_sparse_moe."))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sppctl.errors import UserError
-from sppctl.lm.checkpoint import load_config, quiet_libraries
-from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME, TensorFiles
-from sppctl.lm.targets import EXPERT_PARTS, stored_parts
+from sppctl.files.safe_files import INDEX_NAME, SINGLE_NAME, TensorFiles
+from sppctl.model.checkpoint import load_config, quiet_libraries
+from sppctl.model.targets import EXPERT_PARTS, stored_parts
 
 # causal masks, (1, 1, n, n) and a scalar, that old files of the GPT families hold and no model reads
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.((masked_)?bias|causal_mask)$")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.targets import Target
+from sppctl.model.blocks import Skeleton
+from sppctl.model.targets import Target
 
 FLOAT = 4  # bytes of a float32
 KERNEL_CHUNK = 1 << 24  # elements that the kernels on a GPU hold in float32 at a time

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from sppctl import launch, machine
+from sppctl.config.settings import Config, TrainConfig, names_of
+from sppctl.data import instructions, texts
 from sppctl.errors import UserError
-from sppctl.lm import architecture, checkpoint, data, instructions
-from sppctl.lm.activations import free_memory
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.targets import Target
-from sppctl.settings import Config, TrainConfig, names_of
-from sppctl.stages import footprint, plan_storage
-from sppctl.stages.footprint import FLOAT, Batch
+from sppctl.model import architecture, checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.model.targets import Target
+from sppctl.plan import footprint
+from sppctl.plan import storage as plan_storage
+from sppctl.plan.footprint import FLOAT, Batch
 
 GPUS = (1, 2, 4, 8)
 STRATEGIES = ("ddp", "fsdp", "zero3")
@@ -228,7 +229,7 @@ def _memory(
         "tokens_on_device": batch.tokens,
         "activations": {"without": kept.kept(False), "with": kept.kept(True), "logits": kept.logits},
         "kernel": kernel,
-        "free": free_memory(torch.device("cpu")),
+        "free": machine.free_memory(torch.device("cpu")),
         "per_gpu": per_gpu,
     }
 
@@ -279,7 +280,7 @@ def num_examples(config: Config) -> int | None:
     if not isinstance(section.dataset, str):
         return None  # of a mixture, what the weights make of it
     if section.dataset == "instructions":
-        rows: int | None = len(data.built_in_rows("train"))
+        rows: int | None = len(texts.built_in_rows("train"))
     elif (path := files[section.dataset]) is not None:
         rows = _rows_of_file(path)
     else:
@@ -302,7 +303,7 @@ def _rows_of_file(path: Path) -> int:
             return int(pyarrow.parquet.read_metadata(path).num_rows)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"train.data.dataset: {path} cannot be read as parquet: {error}") from error
-    return len(data.read_rows(path, "train.data.dataset"))
+    return len(texts.read_rows(path, "train.data.dataset"))
 
 
 def _rows_of_split(rows: int | None, split: str) -> int | None:

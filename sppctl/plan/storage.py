@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS
-from sppctl.lm.blocks import Skeleton
-from sppctl.pruning import PRUNERS, Hessian, InputMoments, InputNorms
-from sppctl.settings import Config
-from sppctl.stages import footprint
-from sppctl.stages.footprint import FLOAT
-from sppctl.stages.prune import needs_inputs
-from sppctl.stages.prune_checks import WAITING_WIDTHS
+from sppctl.config.settings import Config
+from sppctl.model.blocks import Skeleton
+from sppctl.plan import footprint
+from sppctl.plan.footprint import FLOAT
+from sppctl.prune.choose import BLOCK_WIDTHS, CPU_TOKENS, WAITING_WIDTHS, needs_inputs
+from sppctl.pruners import PRUNERS, Hessian, InputMoments, InputNorms
 
 
 def pruning(config: Config, skeleton: Skeleton, dtype: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sppctl.settings import Config
-from sppctl.stages.footprint import GPU_SIZES
+from sppctl.config.settings import Config
+from sppctl.plan.footprint import GPU_SIZES
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-from sppctl import distributed
+from sppctl import distributed, machine
 from sppctl.errors import StageError
-from sppctl.lm.block_call import BlockCall
-from sppctl.lm.blocks import BlockStack
-from sppctl.lm.safe_files import reserve
+from sppctl.files.safe_files import reserve
+from sppctl.model.block_call import BlockCall
+from sppctl.model.blocks import BlockStack
+from sppctl.prune.choose import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE
 
-CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
-GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each
 RAM_SHARE = 0.5  # of the available memory
-BLOCK_WIDTHS = 40  # activations alive inside a block, in hidden states: attention, gate, up and their products
 
 
 def windows_at_a_time(stack: BlockStack, samples: int, seq_len: int) -> int:
     """How many windows fit through a block together."""
     if stack.device.type != "cuda":
         return max(1, min(samples, CPU_TOKENS // seq_len))
-    free = free_memory(stack.device)
+    free = machine.free_memory(stack.device)
     one = seq_len * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
     return max(1, min(samples, int(free * GPU_SHARE / one)))
 
@@ -106,20 +103,13 @@ class Activations:
         return self._calls[rows.stop - rows.start][index]
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def _place(stack: BlockStack, needed: int, memory: str) -> str:
     if memory != "auto":
         return "ram" if memory == "device" and stack.device.type == "cpu" else memory
-    if stack.device.type == "cuda" and needed < GPU_SHARE * free_memory(stack.device):
+    if stack.device.type == "cuda" and needed < GPU_SHARE * machine.free_memory(stack.device):
         return "device"
     share = RAM_SHARE / distributed.local_world_size()
-    return "ram" if needed < share * free_memory(torch.device("cpu")) else "disk"
+    return "ram" if needed < share * machine.free_memory(torch.device("cpu")) else "disk"
 
 
 def _reserve(path: Path, size: int) -> None:

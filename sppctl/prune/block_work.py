@@ -13,16 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from sppctl import distributed
 from sppctl.errors import StageError
-from sppctl.lm.activations import Activations
-from sppctl.lm.blocks import BlockStack
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target, gated
+from sppctl.files.safe_files import TensorFiles
+from sppctl.model.blocks import BlockStack
+from sppctl.model.targets import Target, gated
 from sppctl.pattern import Pattern
-from sppctl.pruning import PRUNERS, InputNorms, check_weight
-from sppctl.stages.given_masks import given_mask
-from sppctl.stages.in_step import in_step, wait_at
-from sppctl.stages.layers import LayerInputs, LayerRecord, Plan, SharedInputs, measure
-from sppctl.stages.reconstruct import reconstruct
+from sppctl.prune.activations import Activations
+from sppctl.prune.given_masks import given_mask
+from sppctl.prune.in_step import in_step, wait_at
+from sppctl.prune.layers import LayerInputs, LayerRecord, Plan, SharedInputs, measure
+from sppctl.prune.reconstruct import reconstruct
+from sppctl.pruners import PRUNERS, InputNorms, check_weight
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module, and what it is called with
 

@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from sppctl.lm import cache, data, sources
-from sppctl.lm.calibration import calibration_windows
-from sppctl.settings import Config, PruneConfig
+from sppctl.config.settings import Config, PruneConfig
+from sppctl.data import texts
+from sppctl.data.calibration import calibration_windows
+from sppctl.files import cache, sources
 
 # of the last call alone: loading a text again may mean another download
 _last: dict[tuple[Any, ...], tuple[Tensor, dict[str, Any]]] = {}
 
 
-def calibration_text(prune: PruneConfig) -> data.Text:
+def calibration_text(prune: PruneConfig) -> texts.Text:
     """The text that the configuration names, or its beginning where that will do.
 
     Raises:
@@ -22,8 +23,8 @@ def calibration_text(prune: PruneConfig) -> data.Text:
     """
     settings = prune.calibration
     column = None if settings.column == "auto" else settings.column
-    data.check_split(settings.dataset, settings.split, "prune.calibration.split")
-    return data.load_text(settings.dataset, settings.split, "prune.calibration.dataset", column, part=True)
+    texts.check_split(settings.dataset, settings.split, "prune.calibration.split")
+    return texts.load_text(settings.dataset, settings.split, "prune.calibration.dataset", column, part=True)
 
 
 def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -33,7 +34,7 @@ def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
         UserError: the text cannot be had, or is too short.
     """
     settings, seed = config.prune.calibration, config.run.seed
-    key = (settings, seed, data.file_hash(settings.dataset), cache.tokenizer_identity(tokenizer) or object())
+    key = (settings, seed, texts.file_hash(settings.dataset), cache.tokenizer_identity(tokenizer) or object())
     if key not in _last:
         with sources.noting() as seen:
             text = calibration_text(config.prune)
@@ -45,7 +46,7 @@ def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
             seed=seed,
             windows=settings.windows,
         )
-        source = {"dataset": text.name, "windows": windows.made, "documents_hash": data.content_hash(text.documents)}
+        source = {"dataset": text.name, "windows": windows.made, "documents_hash": texts.content_hash(text.documents)}
         shape = {"samples": settings.samples, "seq_len": settings.seq_len, "windows_hash": windows.hash}
         _last.clear()
         _last[key] = windows.tokens, source | shape | {"versions": seen.versions}

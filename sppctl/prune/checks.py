@@ -10,20 +10,27 @@ from typing import Any
 import torch
 
 from sppctl import launch, machine
+from sppctl.config.settings import Config, PruneConfig
+from sppctl.data import vocabulary
 from sppctl.errors import UserError
-from sppctl.files import demand_space
-from sppctl.lm import checkpoint, vocabulary
-from sppctl.lm.activations import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE, free_memory
-from sppctl.lm.blocks import Skeleton, refuse_quantised
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target, matches
-from sppctl.lm.weights import misfits
-from sppctl.settings import Config, PruneConfig
-from sppctl.stages import calibrate, given_masks
-from sppctl.stages.estimate import Work
-from sppctl.stages.prune import check_prunes, needs_inputs, planned_patterns
+from sppctl.files.disk import demand_space
+from sppctl.files.safe_files import TensorFiles
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton, refuse_quantised
+from sppctl.model.estimate import Work
+from sppctl.model.targets import Target, matches
+from sppctl.model.weights import misfits
+from sppctl.prune import calibrate, given_masks
+from sppctl.prune.choose import (
+    BLOCK_WIDTHS,
+    CPU_TOKENS,
+    GPU_SHARE,
+    WAITING_WIDTHS,
+    check_prunes,
+    needs_inputs,
+    planned_patterns,
+)
 
-WAITING_WIDTHS = 12  # held by a window that waits inside a block, in hidden states: 8 to 11 measured
 # over all windows, as benchmarks/prune.py measures them on a CPU
 PASSES = {
     "magnitude": {"block": 1.0, "module": 1.0},
@@ -209,7 +216,7 @@ def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> It
     """Module order: the pass stops at each layer until all windows are there."""
     prune, device = config.prune, checkpoint.pick_device(config.model.device)
     windows = -(-prune.calibration.samples // launch.num_processes(config))
-    free = free_memory(device)
+    free = machine.free_memory(device)
     compute = _compute(config, files, device)
     token = skeleton.config.get_text_config().hidden_size * getattr(torch, compute.dtype).itemsize
     waiting = windows * prune.calibration.seq_len * token * WAITING_WIDTHS

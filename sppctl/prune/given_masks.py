@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sppctl import console
 from sppctl.errors import StageError
-from sppctl.lm.blocks import BlockStack
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target
+from sppctl.files.safe_files import TensorFiles
+from sppctl.model.blocks import BlockStack
+from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sppctl import distributed
 from sppctl.errors import StageError
-from sppctl.lm.blocks import overflow_advice
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import Target
+from sppctl.files.safe_files import TensorFiles
+from sppctl.model.blocks import overflow_advice
+from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 
 ERROR_ROWS = 256  # inputs of a layer kept to measure how far its output moves

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from sppctl.lm.activations import Activations
-from sppctl.lm.blocks import BlockStack
-from sppctl.lm.targets import Target
+from sppctl.model.blocks import BlockStack
+from sppctl.model.targets import Target
+from sppctl.prune.activations import Activations
 
 
 def reconstruct(

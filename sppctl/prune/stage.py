@@ -8,61 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-from sppctl import console, distributed, sealed
-from sppctl.attempts import ALLOCATION, COPIED, JOURNAL
-from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint
-from sppctl.lm.activations import Activations
-from sppctl.lm.blocks import BlockStack, Skeleton
-from sppctl.lm.safe_files import OwnFiles, TensorFiles
-from sppctl.lm.targets import Target, matches
+from sppctl import console, distributed
+from sppctl.config.settings import Config, PruneConfig
+from sppctl.errors import StageError
+from sppctl.files import sealed
+from sppctl.files.names import ALLOCATION, COPIED, JOURNAL
+from sppctl.files.safe_files import OwnFiles, TensorFiles
+from sppctl.model import checkpoint
+from sppctl.model.blocks import BlockStack
+from sppctl.model.targets import Target, matches
 from sppctl.pattern import Pattern
-from sppctl.pruning import PRUNERS, InputNorms, allocate
-from sppctl.settings import Config, PruneConfig
-from sppctl.stages import calibrate
-from sppctl.stages.layers import Plan
-from sppctl.stages.walk import START_AGAIN, Journal, dense_pass, prune_blocks
+from sppctl.prune import calibrate
+from sppctl.prune.activations import Activations
+from sppctl.prune.choose import check_prunes, needs_inputs, planned_patterns
+from sppctl.prune.layers import Plan
+from sppctl.prune.walk import START_AGAIN, Journal, dense_pass, prune_blocks
+from sppctl.pruners import InputNorms, allocate
 
 ACTIVATIONS = "activations.bin"
-
-
-def needs_inputs(prune: PruneConfig) -> bool:
-    """Whether calibration text has to be run through the model."""
-    return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
-
-
-def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
-    """The pattern of every target: its override, else its block's ratio where a list gives one, else the common one."""
-    blocks = [f"{skeleton.blocks_name}.{index}." for index in range(len(skeleton.blocks))]
-    patterns = dict.fromkeys(targets, prune.pattern)
-    if isinstance(prune.allocation, list):
-        if len(prune.allocation) != len(blocks):
-            raise UserError(
-                f"prune.allocation: {len(prune.allocation)} ratios for {len(blocks)} blocks; give one for each"
-            )
-        for prefix, ratio in zip(blocks, prune.allocation, strict=True):
-            try:
-                pattern = Pattern.parse(ratio)
-            except ValueError as error:
-                raise UserError(f"prune.allocation: {error}") from error
-            patterns |= {name: pattern for name in targets if name.startswith(prefix)}
-    for wanted, pattern in prune.overrides.items():
-        found = [name for name in targets if matches(name, wanted)]
-        if not found:
-            raise UserError(f"prune.overrides: {wanted!r} matches none of the {len(targets)} targets")
-        patterns |= dict.fromkeys(found, pattern)
-    return patterns
-
-
-def check_prunes(prune: PruneConfig, target: Target, pattern: Pattern) -> None:
-    """Raises ValueError if a ratio is so small that no weight of a matrix becomes zero."""
-    columns = {"magnitude": target.in_features, "sparsegpt": min(prune.block_size, target.in_features)}
-    compared = columns[prune.method] * target.out_features if prune.method in columns else target.in_features
-    if not pattern.num_pruned(compared):
-        raise ValueError(
-            f"{pattern} prunes nothing in {target.name}: {prune.method} compares {compared} weights with each other, "
-            "and that share of them is less than one; raise the ratio, or leave the layer out (prune.skip)"
-        )
 
 
 def execute(config: Config, base: Path, out: Path, *, dtype: str) -> dict[str, Any]:
@@ -72,7 +35,7 @@ def execute(config: Config, base: Path, out: Path, *, dtype: str) -> dict[str, A
         config: the configuration.
         base: the dense checkpoint, only read.
         out: directory for the pruned one, and for the notes by which the next call would find what is done; who
-            publishes it removes them (:func:`sppctl.attempts.clean`).
+            publishes it removes them (:func:`sppctl.run.attempts.clean`).
         dtype: name of the dtype to compute in.
 
     Returns:

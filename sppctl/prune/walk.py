@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl import distributed, sealed, strict_json
+from sppctl import distributed
 from sppctl.errors import UserError
-from sppctl.lm import integrity
-from sppctl.lm.activations import Activations
-from sppctl.lm.blocks import BlockStack
-from sppctl.lm.safe_files import OwnFiles
-from sppctl.stages.block_work import BlockWork
-from sppctl.stages.given_masks import warn_of_sparser
-from sppctl.stages.layers import Plan, SharedInputs
+from sppctl.files import integrity, sealed, strict_json
+from sppctl.files.safe_files import OwnFiles
+from sppctl.model.blocks import BlockStack
+from sppctl.prune.activations import Activations
+from sppctl.prune.block_work import BlockWork
+from sppctl.prune.given_masks import warn_of_sparser
+from sppctl.prune.layers import Plan, SharedInputs
 
 START_AGAIN = "sppctl prune --force starts the stage again"
 

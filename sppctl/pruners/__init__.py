@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning.dsnot import update_mask
-from sppctl.pruning.magnitude import prune_magnitude
-from sppctl.pruning.masks import mask_by_row
-from sppctl.pruning.sparsegpt import prune_sparsegpt
-from sppctl.pruning.stats import Hessian, InputMoments, InputNorms
-from sppctl.pruning.wanda import prune_wanda
+from sppctl.pruners.dsnot import update_mask
+from sppctl.pruners.magnitude import prune_magnitude
+from sppctl.pruners.masks import mask_by_row
+from sppctl.pruners.sparsegpt import prune_sparsegpt
+from sppctl.pruners.stats import Hessian, InputMoments, InputNorms
+from sppctl.pruners.wanda import prune_wanda
 
 __all__ = ["PRUNERS", "Hessian", "InputMoments", "InputNorms", "Pruned", "Pruner", "prune_linear"]
 

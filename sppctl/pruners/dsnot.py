@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning.stats import InputMoments
+from sppctl.pruners.stats import InputMoments
 
 MAX_CYCLES = 50
 # of |eps| per token; the release compares 0.1 with eps summed over the 2,048 tokens of a window

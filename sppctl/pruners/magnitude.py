@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning.masks import mask_by_matrix
+from sppctl.pruners.masks import mask_by_matrix
 
 
 def prune_magnitude(weight: Tensor, pattern: Pattern) -> Tensor:

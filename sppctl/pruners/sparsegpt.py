@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning.masks import keep_largest, keep_largest_in_groups
-from sppctl.pruning.stats import Hessian
+from sppctl.pruners.masks import keep_largest, keep_largest_in_groups
+from sppctl.pruners.stats import Hessian
 
 TILE = 16  # columns solved one by one before the rest of their block is updated by one product
 

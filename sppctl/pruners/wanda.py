@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning.masks import mask_by_row
-from sppctl.pruning.stats import InputNorms
+from sppctl.pruners.masks import mask_by_row
+from sppctl.pruners.stats import InputNorms
 
 
 def prune_wanda(weight: Tensor, statistics: InputNorms, pattern: Pattern) -> Tensor:

@@ -8,8 +8,7 @@ from itertools import count, groupby
 from typing import Any
 
 from sppctl import __version__, console
-from sppctl.stages import measures, over_runs, plots, plots_results, provenance
-from sppctl.stages import report_tables as tables
+from sppctl.report import measures, over_runs, plots, plots_results, provenance, tables
 
 PROVENANCE: dict[str, Callable[[dict[str, Any]], tables.Table]] = {
     "Stages": provenance.stage_table,

@@ -6,8 +6,8 @@ import itertools
 import re
 
 from sppctl import console
-from sppctl.stages.measures import Row
-from sppctl.stages.report_tables import HEADS_MEAN, TEXT_COLUMNS, head, wide_table
+from sppctl.report.measures import Row
+from sppctl.report.tables import HEADS_MEAN, TEXT_COLUMNS, head, wide_table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Measure, measured, seed_of
+from sppctl.report.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY, Measure, measured, seed_of
 
 GAP_FORMULA = (
     "gap recovered = (x - pruned) / (base - pruned), where x is the checkpoint's value; of perplexities the logarithms "

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sppctl.config import config_keys, flatten, result_keys
-from sppctl.settings import Config
-from sppctl.stages import significance
-from sppctl.stages.measures import Row, rows
-from sppctl.yaml12 import parse_yaml
+from sppctl.config.load import config_keys, flatten, result_keys
+from sppctl.config.settings import Config
+from sppctl.config.yaml12 import parse_yaml
+from sppctl.report import significance
+from sppctl.report.measures import Row, rows
 
 IN_ROWS = ("prune.method", "prune.pattern", "train.method")  # have columns of their own
 # the keys that a checkpoint depends on; later ones depend on all

@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppctl import files
+from sppctl.files import disk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def write(layers: list[Layer], path: Path) -> None:
     text = io.StringIO()
     with style.context(["default", STYLE]):  # "default": nobody's matplotlibrc changes the figure
         draw(layers).savefig(text, format="svg", metadata={"Date": None})
-    files.write(path, text.getvalue())
+    disk.write(path, text.getvalue())
 
 
 def draw(layers: list[Layer]) -> Figure:

@@ -13,10 +13,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppctl.stages import over_runs
-from sppctl.stages.measures import Row, names
-from sppctl.stages.plots import COLOURS, STYLE
-from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
+from sppctl.report import over_runs
+from sppctl.report.measures import Row, names
+from sppctl.report.plots import COLOURS, STYLE
+from sppctl.report.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sppctl.stages import tasks
-from sppctl.stages.evaluate import result_name
-from sppctl.stages.report_tables import Table
+from sppctl.evaluate import tasks
+from sppctl.evaluate.stage import result_name
+from sppctl.report.tables import Table
 
 
 def facts(run: dict[str, Any]) -> list[str]:

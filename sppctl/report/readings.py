@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sppctl.stages import significance, tasks
-from sppctl.stages.evaluate import result_name, rows_of
+from sppctl.evaluate import tasks
+from sppctl.evaluate.stage import result_name, rows_of
+from sppctl.report import significance
 
 PERPLEXITY, DIVERGENCE, AGREEMENT, ACCURACY, OTHER = "perplexity", "kl", "agreement", "accuracy", "other"
 # what no name says, and how it is said where it differs

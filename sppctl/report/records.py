@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sppctl import sealed
 from sppctl.errors import UserError
-from sppctl.stages.evaluate import read_results
+from sppctl.evaluate.stage import read_results
 
 ORDER = ("base", "pruned", "adapter", "merged")
-STAGES = {"pruned": "prune", "adapter": "train", "merged": "merge"}
+STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
 # without these no table can be made
 METRICS = {
     "prune": ("method", "pattern", "matrices", "mean_relative_output_error"),
@@ -53,7 +52,7 @@ def read(run_dir: Path) -> tuple[Records, Records, list[str]]:
 
 
 def _stage(folder: Path, stage: str) -> dict[str, Any] | None:
-    path = folder / "stage.json"
+    path = folder / RECORD
     if not path.is_file():
         return None
     remedy = f"sppctl {stage} --force redoes it"
@@ -122,7 +121,7 @@ def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Itera
         if _differ(results[label].get("fingerprint"), held.get(label)):
             what = "pruned/ was made from" if label == "base" else f"{label}/ holds"
             yield label, f"{path} measures other weights than {what}; sppctl eval --model {label}"
-        elif stage is not None and stage not in stages and (run_dir / label / "stage.json").is_file():
+        elif stage is not None and stage not in stages and (run_dir / label / RECORD).is_file():
             yield label, f"{path} measures weights that are left out with their stage"
         elif any(_differ(reference, held["base"]) for reference in _compared_with_base(results[label])):
             yield label, f"{path} compares with another dense model than was pruned; sppctl eval --model {label}"

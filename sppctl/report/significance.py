@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppctl.stages.tasks import SHOWN, of_family
+from sppctl.evaluate.tasks import SHOWN, of_family
 
 RESAMPLES = 10_000
 SEED = 0
@@ -315,7 +315,7 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def _scored(metrics: dict[str, Any]) -> list[int]:
-    """Predicted tokens that count in each window, as :func:`sppctl.lm.perplexity.scored_tokens` has them."""
+    """Predicted tokens that count in each window, as :func:`sppctl.evaluate.perplexity.scored_tokens` has them."""
     first = metrics["seq_len"] - 1
     count = len(metrics["window_nll"])
     return [first] + [min(metrics["stride"], first)] * (count - 1)

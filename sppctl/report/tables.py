@@ -9,9 +9,9 @@ import re
 from typing import Any
 
 from sppctl import console
-from sppctl.stages import measures, over_runs, plots
-from sppctl.stages.measures import Row
-from sppctl.stages.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
+from sppctl.report import measures, over_runs, plots
+from sppctl.report.measures import Row
+from sppctl.report.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
 
 Table = tuple[list[str], list[list[str]]]
 

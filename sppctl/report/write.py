@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sppctl import console, files, strict_json
-from sppctl.stages import measures, over_runs, plots, provenance, readings, records, report_html, significance
-from sppctl.stages import report_tables as tables
-from sppctl.yaml12 import dump_yaml, read_text
+from sppctl import console
+from sppctl.config.yaml12 import dump_yaml, read_text
+from sppctl.files import disk, strict_json
+from sppctl.report import html as report_html
+from sppctl.report import measures, over_runs, plots, provenance, readings, records, significance, tables
 
 FILES = ("report.md", "report.csv", "report.json", "report.html")
 
@@ -25,7 +26,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         ``{"run", "config": YAML or None, "stages": {stage: stage.json}, "checkpoints": {label: results},
         "comparisons", "notes", "table"}``, in the order of the pipeline. ``comparisons`` has an entry for every two
         checkpoints that were measured on the same samples or windows, ``notes`` say what is left out,
-        ``table`` has a :class:`sppctl.stages.measures.Row` for each checkpoint.
+        ``table`` has a :class:`sppctl.report.measures.Row` for each checkpoint.
 
     Raises:
         UserError: a record is damaged.
@@ -200,7 +201,7 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
         report_html.page(runs),
     )
     for name, text in zip(FILES, made, strict=True):
-        files.write(directory / name, text)
+        disk.write(directory / name, text)
     layers = pruned_layers(runs[0])
     if len(runs) == 1 and layers:
         plots.write(layers, directory / plots.FIGURE)
@@ -208,6 +209,6 @@ def write(runs: list[dict[str, Any]], directory: Path) -> None:
 
 def check(directory: Path) -> None:
     """Raises UserError if no report can be written into a directory."""
-    files.demand_directory(directory, "--output")
+    disk.demand_directory(directory, "--output")
     for name in (*FILES, plots.FIGURE):
-        files.demand_file(directory / name, "--output")
+        disk.demand_file(directory / name, "--output")

@@ -6,17 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sppctl import sealed
-from sppctl.config import flatten
+from sppctl.config.load import flatten
 from sppctl.errors import UserError
+from sppctl.files import sealed
+from sppctl.files.names import CHECKPOINTS, JOURNAL, NOTE, WORKING
 
-NOTE = "attempt.json"  # in an unfinished stage: what it is an attempt at
-JOURNAL = "journal.jsonl"  # of pruning: a line for each finished block
-COPIED = "copied"  # of pruning: the dense checkpoint has been copied
-ALLOCATION = "allocation.json"  # of pruning: ratios that have been found
-CHECKPOINTS = "checkpoints"  # of training
-# no part of a finished stage; the note goes last, for without it nobody can tell whose the others are
-WORKING = (JOURNAL, COPIED, ALLOCATION, CHECKPOINTS, NOTE)
 DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
 
 

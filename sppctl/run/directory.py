@@ -23,14 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl import __version__, attempts, console, distributed, files, machine, sealed
-from sppctl.config import to_yaml
+from sppctl import __version__, console, distributed, machine
+from sppctl.config.load import to_yaml
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError, WriteError
-from sppctl.settings import Config
+from sppctl.files import disk, sealed
+from sppctl.files.names import DIRECTORIES, RECORD, WORKING
+from sppctl.run import attempts
 
-DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}
 RESUMABLE = ("prune", "train")  # an interrupted attempt is continued; the others start again
-RECORD = "stage.json"
 LOCK, RESOLVED = ".lock", "resolved.yaml"
 
 
@@ -68,7 +69,7 @@ class Run:
 
     def verify(self, stage: str, record: dict[str, Any]) -> None:
         """Raises UserError if the files of a published stage are not those of its record; each is named."""
-        from sppctl.lm import integrity
+        from sppctl.files import integrity
 
         with console.working(f"checking the files of {self.path(stage)}"):
             integrity.check(self.path(stage), record["files"], _remedy(stage))
@@ -77,7 +78,7 @@ class Run:
 
     def located(self) -> Path:
         """The directory that model.path means (in it, perhaps, a GGUF file)."""
-        from sppctl.lm import checkpoint
+        from sppctl.model import checkpoint
 
         model = self.config.model
         assert model.path is not None
@@ -102,8 +103,9 @@ class Run:
     def _unpack(self, source: Path, target: Path) -> Path:
         import torch
 
-        from sppctl.lm import checkpoint, integrity
-        from sppctl.lm.safe_files import saving
+        from sppctl.files import integrity
+        from sppctl.files.safe_files import saving
+        from sppctl.model import checkpoint
 
         model = self.config.model
         assert model.gguf_file is not None
@@ -134,8 +136,8 @@ class Run:
         Args:
             directory: the checkpoint; None: the configured model.
         """
-        from sppctl.lm import blocks, checkpoint, weights
-        from sppctl.lm.safe_files import TensorFiles
+        from sppctl.files.safe_files import TensorFiles
+        from sppctl.model import blocks, checkpoint, weights
 
         model = self.config.model
         trust, gguf_file = model.trust_remote_code, model.gguf_file
@@ -169,7 +171,7 @@ class Run:
     def _complete(self, name: str, record: dict[str, Any]) -> None:
         """Publishes a stage; from the moment that its record is there, the next command does so if this one cannot."""
         partial = self.partial(name)
-        files.sync_tree(partial)
+        disk.sync_tree(partial)
         record |= _contents(partial)
         sealed.write(partial / RECORD, record)
         self._publish(name)
@@ -181,7 +183,7 @@ class Run:
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        files.sync(self.directory)
+        disk.sync(self.directory)
         shutil.rmtree(old, ignore_errors=True)
 
     def take_over(self, source: Run, name: str) -> None:
@@ -236,7 +238,7 @@ class Run:
             settings: the configuration it depends on.
             inputs: fingerprints of what it reads.
             work: fills a directory, computing in a dtype, and returns metrics; of a resumable stage it is given what an
-                interrupted attempt left behind. All that it needs for that is in :data:`sppctl.attempts.WORKING`.
+                interrupted attempt left behind. All that it needs for that is in :data:`sppctl.files.names.WORKING`.
             choose: finds that dtype for a new attempt; None: the stage loads no model.
 
         Returns:
@@ -268,7 +270,7 @@ class Run:
         started = time.perf_counter()
         try:
             # what libraries print is no result
-            with contextlib.redirect_stdout(sys.stderr), files.writing(partial, reasons=files.FULL):
+            with contextlib.redirect_stdout(sys.stderr), disk.writing(partial, reasons=disk.FULL):
                 metrics = work(partial, dtype)
         except BaseException as error:
             kept = _kept(stage, partial, error, continued is not None)
@@ -364,11 +366,11 @@ class Run:
                 self._finish()
                 notes = makes or not any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
                 if notes and not resolved.exists():
-                    files.write(resolved, to_yaml(self.config))
+                    disk.write(resolved, to_yaml(self.config))
                 distributed.barrier()
                 yield
                 if notes:
-                    files.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
+                    disk.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
             finally:
                 if {path.name for path in self.directory.iterdir()} <= ours:
                     shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing
@@ -389,14 +391,14 @@ class Run:
                 raise UserError(
                     f"{key}: {name} is made by this run itself; name another checkpoint, or another run.dir"
                 )
-        files.demand_directory(path, "run.dir")
+        disk.demand_directory(path, "run.dir")
         if (path / "config.json").exists():  # what a run writes there would become part of the checkpoint
             raise UserError(f"run.dir: {path} holds a checkpoint (config.json); name a directory of its own")
         for name in ("base", *DIRECTORIES.values(), "eval"):
             for directory in (path / name, self.partial(name)):
-                files.demand_directory(directory, "run.dir")
+                disk.demand_directory(directory, "run.dir")
         for name in (LOCK, RESOLVED):
-            files.demand_file(path / name, "run.dir")
+            disk.demand_file(path / name, "run.dir")
 
 
 def _link(source: str, target: str) -> None:
@@ -438,10 +440,11 @@ def _remedy(stage: str) -> str:
 
 def _contents(directory: Path) -> dict[str, Any]:
     """What a record says of the files of its directory: the hash of each, and the fingerprint of the weights."""
-    from sppctl.lm import checkpoint, integrity
+    from sppctl.files import integrity
+    from sppctl.model import checkpoint
 
     with console.working(f"hashing the files of {directory}"):
-        files = integrity.hashes(directory, integrity.listing(directory, attempts.WORKING))
+        files = integrity.hashes(directory, integrity.listing(directory, WORKING))
     return {"output": checkpoint.identity_of(files), "files": files}
 
 

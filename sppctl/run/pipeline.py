@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, files, launch, machine, paths
-from sppctl.attempts import differences, settled
-from sppctl.config import result_keys
+from sppctl import console, distributed, launch, machine
+from sppctl.config.load import result_keys
+from sppctl.config.settings import Config, names_of
 from sppctl.errors import UserError, WriteError
-from sppctl.run_directory import DIRECTORIES, Run
-from sppctl.settings import Config, names_of
+from sppctl.files import disk, paths
+from sppctl.files.names import DIRECTORIES
+from sppctl.run.attempts import differences, settled
+from sppctl.run.directory import Run
 
 STAGES = ("prune", "train", "merge", "eval", "report")
 
@@ -24,7 +26,7 @@ STAGES = ("prune", "train", "merge", "eval", "report")
 def join_processes(config: Config) -> None:
     """Under torchrun, meets the other processes; otherwise nothing."""
     if distributed.world_size() > 1:
-        from sppctl.lm import checkpoint
+        from sppctl.model import checkpoint
 
         distributed.connect(checkpoint.pick_device(config.model.device))
 
@@ -53,7 +55,7 @@ def preflight(
         UserError: every problem, one per line.
     """
     run.check_directory()
-    from sppctl.lm import checkpoint
+    from sppctl.model import checkpoint
 
     checkpoint.pick_device(run.config.model.device)
     skeleton, tokenizer = loaded or run.skeleton(directory)
@@ -80,7 +82,7 @@ def preflight(
 def _announce(run: Run, skeleton: Any, work: dict[str, Any]) -> None:
     """Prints what a run will do, and about how long each stage takes if this very process does it."""
     from sppctl import machine
-    from sppctl.stages import estimate
+    from sppctl.model import estimate
 
     if _results(run, "merged").is_file():
         work.pop("eval", None)
@@ -94,8 +96,8 @@ def _announce(run: Run, skeleton: Any, work: dict[str, Any]) -> None:
 
 
 def _seconds_per_token(run: Run, skeleton: Any) -> float:
-    from sppctl.lm import checkpoint
-    from sppctl.stages import estimate, plan
+    from sppctl.model import checkpoint, estimate
+    from sppctl.plan import run as plan
 
     model = run.config.model
     device = checkpoint.pick_device(model.device)
@@ -108,8 +110,10 @@ def _seconds_per_token(run: Run, skeleton: Any) -> float:
 
 
 def _checks(tokenizer: Any) -> dict[str, Callable[..., Any]]:
-    from sppctl.stages import evaluate, prune_checks, train
-    from sppctl.stages import merge as merging
+    from sppctl.evaluate import stage as evaluate
+    from sppctl.merge import stage as merging
+    from sppctl.prune import checks as prune_checks
+    from sppctl.train import stage as train
 
     return {
         "prune": partial(prune_checks.preflight, tokenizer=tokenizer),
@@ -121,8 +125,8 @@ def _checks(tokenizer: Any) -> dict[str, Callable[..., Any]]:
 
 def prune(run: Run) -> dict[str, Any]:
     """base -> pruned."""
-    from sppctl.lm import checkpoint
-    from sppctl.stages import prune as stage
+    from sppctl.model import checkpoint
+    from sppctl.prune import stage
 
     base = run.base()
     settings = settings_of(run.config, "prune")
@@ -141,7 +145,7 @@ def prune(run: Run) -> dict[str, Any]:
 
 def train(run: Run) -> dict[str, Any]:
     """pruned -> adapter."""
-    from sppctl.stages import train as stage
+    from sppctl.train import stage
 
     pruned = _need(run, "prune")
     settings = settings_of(run.config, "train")
@@ -164,7 +168,7 @@ def train(run: Run) -> dict[str, Any]:
 
 def merge(run: Run) -> dict[str, Any]:
     """pruned + adapter -> merged."""
-    from sppctl.stages import merge as stage
+    from sppctl.merge import stage
 
     stage.preflight(run.config)
     pruned, trained = _need(run, "prune"), _need(run, "train")
@@ -186,9 +190,8 @@ def merge(run: Run) -> dict[str, Any]:
 
 def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Measures checkpoints and adapters by label; what has been measured before is not measured again."""
-    from sppctl.stages import evaluate as stage
-    from sppctl.stages import perplexities
-    from sppctl.stages.subjects import Subject
+    from sppctl.evaluate import perplexities, stage
+    from sppctl.evaluate.subjects import Subject
 
     found = {}
     reference = _dense_model(run, checkpoints)
@@ -228,14 +231,14 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
 
 def share_results(source: Run, target: Run, label: str) -> None:
     """Adds the results of a checkpoint in one run to those that another run has of it."""
-    from sppctl.stages import evaluate as stage
+    from sppctl.evaluate import stage
 
     stage.take_over(_results(source, label), _results(target, label))
 
 
 def plan(config: Config) -> dict[str, Any]:
     """What a run will take, from the shapes of its model alone; nothing is loaded or written."""
-    from sppctl.stages import plan as stage
+    from sppctl.plan import run as stage
 
     return stage.execute(config)
 
@@ -245,8 +248,8 @@ def _dense_model(run: Run, checkpoints: dict[str, Path]) -> Any:
 
     The run's dense model is the measure of what belongs to the run; a foreign checkpoint is compared only if asked.
     """
-    from sppctl.lm import checkpoint
-    from sppctl.stages.perplexities import DenseModel
+    from sppctl.evaluate.perplexities import DenseModel
+    from sppctl.model import checkpoint
 
     name = run.config.eval.divergence
     if name is None or not run.config.eval.perplexity:
@@ -266,10 +269,11 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
         latex: file for the table over all of them.
 
     Returns:
-        What :func:`sppctl.stages.report.collect` found, by run.
+        What :func:`sppctl.report.write.collect` found, by run.
     """
-    from sppctl.stages import over_runs, report_latex
-    from sppctl.stages import report as stage
+    from sppctl.report import latex as report_latex
+    from sppctl.report import over_runs
+    from sppctl.report import write as stage
 
     run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # each once
     runs = []
@@ -292,13 +296,13 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
     for place in places:
         stage.check(place)
     if latex is not None:
-        files.demand_directory(latex.parent, "--latex")
-        files.demand_file(latex, "--latex")
+        disk.demand_directory(latex.parent, "--latex")
+        disk.demand_file(latex, "--latex")
     for place, content in places.items():
         stage.write(content, place)
     console.note(f"report: {list(places)[-1] / 'report.html'}")
     if latex is not None:
-        files.write(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
+        disk.write(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
         console.note(f"report: {latex}")
     return runs
 
@@ -317,7 +321,7 @@ def run_all(run: Run, elsewhere: Callable[..., None] | None = None) -> dict[str,
     started = time.perf_counter()
     preflight(run, STAGES, announce=True)
     if not _results(run, "merged").is_file():
-        from sppctl.stages import evaluate as evaluation
+        from sppctl.evaluate import stage as evaluation
 
         evaluation.load_data(run.config)
     if elsewhere is not None:
@@ -356,7 +360,7 @@ def evaluate_some(
     run.check_directory()
     if not (run.config.eval.perplexity or run.config.eval.tasks):
         raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; name a text or a task")
-    from sppctl.stages.subjects import Subject
+    from sppctl.evaluate.subjects import Subject
 
     places = _checkpoints_to_measure(run, models)
     for label, path in places.items():
@@ -364,7 +368,7 @@ def evaluate_some(
         preflight(run, ("eval",), subject.directory if subject is not None else None)
         if subject is not None:
             subject.check(run.config.model.trust_remote_code)
-    from sppctl.stages import evaluate as stage
+    from sppctl.evaluate import stage
 
     if distributed.world_size() == 1 and not all(_results(run, label).is_file() for label in places):
         stage.load_data(run.config)
@@ -386,7 +390,7 @@ def _results(run: Run, label: str) -> Path:
 
 
 def _checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | None]:
-    from sppctl.lm import checkpoint
+    from sppctl.model import checkpoint
 
     wanted: list[str | None] = [*models] or [None]
     places: dict[str, Path | None] = {}
@@ -400,7 +404,7 @@ def _checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | Non
 
 def _checkpoint_to_measure(run: Run, model: str | None) -> tuple[str, Path | None]:
     """Label and directory; no directory for the base model, which may have to be unpacked first."""
-    from sppctl.lm import checkpoint
+    from sppctl.model import checkpoint
 
     own = {"pruned": "prune", "adapter": "train", "merged": "merge"}
     if model is None:
@@ -445,15 +449,14 @@ def _choose_dtype(config: Config, directory: Path, *, whole: bool = True, **opti
         config: the configuration.
         directory: of the checkpoint.
         whole: whether all its weights are in memory at a time; where they fit only as stored, the reason says so.
-        options: of :func:`sppctl.lm.checkpoint.choose_dtype`.
+        options: of :func:`sppctl.model.checkpoint.choose_dtype`.
     """
-    from sppctl.lm import checkpoint
-    from sppctl.lm.activations import free_memory
+    from sppctl.model import checkpoint
 
     model, device = config.model, checkpoint.pick_device(config.model.device)
     chosen = checkpoint.choose_dtype(directory, device, model.compute_dtype, model.trust_remote_code, **options)
     if whole and chosen.widened:
-        needed, free = checkpoint.weight_bytes(directory, chosen.dtype), free_memory(device)
+        needed, free = checkpoint.weight_bytes(directory, chosen.dtype), machine.free_memory(device)
         if needed // 2 <= free < needed:
             text = (
                 f"{chosen.text}, which takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
@@ -493,14 +496,14 @@ def _base(run: Run) -> Path:
 
 
 def _fingerprint(directory: Path) -> str:
-    from sppctl.stages import subjects
+    from sppctl.evaluate import subjects
 
     return subjects.fingerprint(directory)
 
 
 def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
     """The dense checkpoint if training reads it (a teacher, regrown weights), and the fingerprints of what it reads."""
-    from sppctl.stages import distill
+    from sppctl.train import distill
 
     train = run.config.train
     teacher = train.distill.teacher
@@ -513,7 +516,7 @@ def _dense_models(run: Run) -> tuple[Path | None, dict[str, str]]:
 
 def _newer_data(run: Run, stage: str) -> dict[str, str]:
     """What has become of the hub's data in the cache since a stage read it, which it would read now."""
-    from sppctl.lm import sources
+    from sppctl.files import sources
 
     record = None if run.force else run.record(stage)
     if record is None:
@@ -525,7 +528,7 @@ def _newer_data(run: Run, stage: str) -> dict[str, str]:
 
 def _file_hash(key: str, dataset: str) -> dict[str, str]:
     """Identifies local data by content; data known by name needs no more than its name."""
-    from sppctl.lm import data
+    from sppctl.data import texts
 
-    found = data.file_hash(dataset)
+    found = texts.file_hash(dataset)
     return {} if found is None else {key: found}

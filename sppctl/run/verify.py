@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sppctl import sealed
 from sppctl.errors import UserError
-from sppctl.lm import integrity
-from sppctl.stages import tasks
-from sppctl.stages.evaluate import read_results
+from sppctl.evaluate import tasks
+from sppctl.evaluate.stage import read_results
+from sppctl.files import integrity, sealed
+from sppctl.files.names import RECORD
 
 STAGES = {"base": None, "pruned": "prune", "adapter": "train", "merged": "merge"}
 
@@ -49,16 +49,16 @@ def _artefact(directory: Path, stage: str | None) -> list[Checked]:
     if not directory.is_dir():
         return []
     remedy = f"sppctl {stage} --force redoes the stage" if stage else f"delete {directory}, and it is unpacked again"
-    path = directory / integrity.RECORD
+    path = directory / RECORD
     try:
         record = sealed.read(path, remedy)
         if record["stage"] != (stage or directory.name):
             raise UserError(f"{path} is the record of another stage ({record['stage']}); {remedy}")
     except UserError as error:
         state = integrity.DAMAGED if path.is_file() else integrity.MISSING
-        return [Checked(directory.name, integrity.RECORD, state, str(error))]
+        return [Checked(directory.name, RECORD, state, str(error))]
     states = integrity.compare(directory, record["files"], anew=True)
-    return [Checked(directory.name, integrity.RECORD, integrity.OK)] + [
+    return [Checked(directory.name, RECORD, integrity.OK)] + [
         Checked(
             directory.name,
             name,

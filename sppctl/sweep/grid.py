@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl import paths
-from sppctl.config import config_keys, load_config, quoted, shipped_sweeps, shown
+from sppctl.config.load import config_keys, load_config, quoted, shipped_sweeps, shown
+from sppctl.config.settings import Config
+from sppctl.config.yaml12 import parse_yaml, read_yaml
 from sppctl.errors import UserError
-from sppctl.settings import Config
-from sppctl.yaml12 import parse_yaml, read_yaml
+from sppctl.files import paths
 
 Point = dict[str, Any]  # configuration key -> value
 KEYS = ("base", "dir", "grid", "overrides", "exclude")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sppctl.errors import UserError
-from sppctl.grid import REPORT, Sweep
+from sppctl.sweep.grid import REPORT, Sweep
 
 SUBMIT = "submit.sh"
 HEADER = """#!/usr/bin/env bash

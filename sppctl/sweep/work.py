@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from sppctl import console, distributed, launch, pipeline
-from sppctl.attempts import differences, settled
-from sppctl.config import result_keys
+from sppctl import console, distributed, launch
+from sppctl.config.load import result_keys
 from sppctl.errors import StageError, Stopped, UserError
-from sppctl.grid import REPORT, Member, Sweep, raise_problems
-from sppctl.run_directory import DIRECTORIES, Run
+from sppctl.files.names import DIRECTORIES
+from sppctl.run import pipeline
+from sppctl.run.attempts import differences, settled
+from sppctl.run.directory import Run
+from sppctl.sweep.grid import REPORT, Member, Sweep, raise_problems
 
 # what is taken over from a member: its checkpoint's directory, and the label of the results
 FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")

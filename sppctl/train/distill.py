@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sppctl import distributed
+from sppctl.config.settings import Config, DistillConfig
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint, integrity
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.weights import check_directory
-from sppctl.settings import Config, DistillConfig
+from sppctl.files import integrity
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.model.weights import check_directory
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
 BASE = "base"

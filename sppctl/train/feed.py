@@ -13,9 +13,9 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 
 from sppctl import console, distributed
+from sppctl.config.settings import Config
+from sppctl.data import batches, instructions, prompts, vocabulary
 from sppctl.errors import UserError
-from sppctl.lm import batches, instructions, prompts, vocabulary
-from sppctl.settings import Config
 
 CHECKED_TOKENS = 16  # of each of two examples that must not see each other
 
@@ -56,7 +56,7 @@ class Feed:
             config: the configuration.
             tokenizer: of the model.
             vocab_size: tokens that the model embeds.
-            today: as of :func:`sppctl.lm.prompts.style`.
+            today: as of :func:`sppctl.data.prompts.style`.
         """
         train = config.train
         if tokenizer.eos_token_id is None:

@@ -15,13 +15,13 @@ from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
 from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
+from sppctl.config.settings import Config, TrainConfig
 from sppctl.errors import UserError
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.lm.targets import stored_name
+from sppctl.files.safe_files import TensorFiles
+from sppctl.model.blocks import Skeleton
+from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
-from sppctl.settings import Config, TrainConfig
-from sppctl.stages.watch import Reporting
+from sppctl.train.watch import Reporting
 
 HIRA_SINCE = "0.20"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from sppctl import distributed
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.settings import Config
-from sppctl.stages import plan, resume
+from sppctl.plan import run as plan
+from sppctl.train import resume
 
 # cuBLAS, NCCL and the CPU's allocator raise plain RuntimeErrors
 _WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_failed", re.IGNORECASE)

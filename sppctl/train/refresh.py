@@ -1,6 +1,6 @@
 """Mask refresh: while SPP trains, pruned and kept weights change places inside the sparsity budget.
 
-Every so many optimizer steps DSnoT's exchanges (sppctl.pruning.dsnot) run on every adapted matrix, with the inputs that
+Every so many optimizer steps DSnoT's exchanges (sppctl.pruners.dsnot) run on every adapted matrix, with the inputs that
 the layers had in that step. What counts as the value of a weight is, for a kept one, its trained value
 W (1 + s alpha beta), and for a pruned one the dense model's. A weight that is given up becomes exactly zero, one that
 is taken back gets the base weight under which the adapter makes its dense value of it, dense / (1 + s alpha beta); all
@@ -26,17 +26,17 @@ from sppctl import console, distributed, launch
 from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
-from sppctl.lm import integrity
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import OwnFile, TensorFile, TensorFiles
-from sppctl.lm.targets import stored_name
+from sppctl.config.settings import Config, RefreshConfig
+from sppctl.files import integrity
+from sppctl.files.safe_files import OwnFile, TensorFile, TensorFiles
+from sppctl.model.blocks import Skeleton
+from sppctl.model.refreshed import REFRESHED, kept_per_group
+from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
-from sppctl.pruning import dsnot
-from sppctl.pruning.stats import InputMoments
-from sppctl.settings import Config, RefreshConfig
-from sppctl.stages.prune import planned_patterns
-from sppctl.stages.refreshed import REFRESHED, kept_per_group
-from sppctl.stages.watch import Reporting
+from sppctl.prune.choose import patterns_of
+from sppctl.pruners import dsnot
+from sppctl.pruners.stats import InputMoments
+from sppctl.train.watch import Reporting
 
 ADAPTER = "default"
 SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back: its base weight is divided by that
@@ -78,15 +78,10 @@ def prepare(
     assert base is not None
     skeleton = Skeleton(model.get_base_model().config, trust_remote_code=config.model.trust_remote_code)
     files = TensorFiles(pruned), TensorFiles(base)
-    refresh = MaskRefresh(model, *files, settings, patterns(config, skeleton), skeleton.base_prefix)
+    refresh = MaskRefresh(model, *files, settings, patterns_of(config.prune, skeleton), skeleton.base_prefix)
     if newest:
         refresh.restore(Path(newest))
     return refresh
-
-
-def patterns(config: Config, skeleton: Skeleton) -> dict[str, Pattern]:
-    """The pattern of each pruned layer by its name."""
-    return planned_patterns(config.prune, skeleton.targets(config.prune.targets, config.prune.skip), skeleton)
 
 
 class MaskRefresh(Reporting):

@@ -7,9 +7,9 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from sppctl import console, sealed
+from sppctl import console
 from sppctl.errors import UserError
-from sppctl.lm import integrity
+from sppctl.files import integrity, sealed
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
 BEGAN = "began"  # beside the checkpoints: when the first of them was begun

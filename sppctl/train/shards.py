@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from sppctl import distributed
-from sppctl.lm.blocks import Skeleton
+from sppctl.model.blocks import Skeleton
 
 LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # where transformers looks
 DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"

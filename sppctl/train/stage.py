@@ -19,18 +19,23 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from sppctl import console, distributed, launch
-from sppctl.attempts import CHECKPOINTS
+from sppctl.config.settings import Config
+from sppctl.data import prompts, texts, vocabulary
 from sppctl.errors import Stopped, UserError
-from sppctl.lm import checkpoint, data, perplexity, prompts, vocabulary
-from sppctl.lm.blocks import Skeleton
+from sppctl.evaluate import perplexity
+from sppctl.evaluate import stage as evaluate
+from sppctl.files.names import CHECKPOINTS
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.model.estimate import Work
 from sppctl.pattern import Pattern
-from sppctl.settings import Config
-from sppctl.stages import distill, evaluate, methods, out_of_memory, plan, prune, refresh, shards
-from sppctl.stages import resume as resuming
-from sppctl.stages.estimate import Work
-from sppctl.stages.feed import Feed
-from sppctl.stages.trainer import SparseTrainer
-from sppctl.stages.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
+from sppctl.plan import run as plan
+from sppctl.prune.choose import patterns_of
+from sppctl.train import distill, methods, out_of_memory, refresh, shards
+from sppctl.train import resume as resuming
+from sppctl.train.feed import Feed
+from sppctl.train.trainer import SparseTrainer
+from sppctl.train.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
 LOGS = "logs"
 
@@ -240,7 +245,7 @@ def _perplexity_callback(config: Config, pruned: Path, tokenizer: Any) -> list[P
     if train.perplexity_steps is None:
         return []
     name = config.eval.perplexity[0]
-    text = data.load_text(name, "test", "eval.perplexity")
+    text = texts.load_text(name, "test", "eval.perplexity")
     window = evaluate.window_of(config, pruned)
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, window, config.eval.max_tokens, name)
@@ -260,8 +265,7 @@ def _adapter_config(config: Config, model: Any, layers: list[str]) -> PeftConfig
 
 def _patterns(config: Config, skeleton: Skeleton, names: list[str]) -> dict[str, Pattern]:
     """The pattern by which each of the layers was pruned, of those that were."""
-    pruned = skeleton.targets(config.prune.targets, config.prune.skip)
-    planned = prune.planned_patterns(config.prune, pruned, skeleton)
+    planned = patterns_of(config.prune, skeleton)
     return {name: planned[name] for name in names if name in planned}
 
 

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from sppctl import distributed, strict_json
+from sppctl import distributed
+from sppctl.data.instructions import IGNORED
 from sppctl.errors import SharedError, UserError
-from sppctl.files import sync, sync_tree
-from sppctl.lm.instructions import IGNORED
-from sppctl.lm.safe_files import hides_full_disk, saving
-from sppctl.stages import resume, shards
-from sppctl.stages.distill import Distillation
-from sppctl.stages.feed import Feed
-from sppctl.stages.refresh import MaskRefresh
-from sppctl.stages.resume import OPTIMIZER, SCHEDULER, seal
-from sppctl.stages.watch import FiniteLoss, Reporting
+from sppctl.files import strict_json
+from sppctl.files.disk import sync, sync_tree
+from sppctl.files.safe_files import hides_full_disk, saving
+from sppctl.train import resume, shards
+from sppctl.train.distill import Distillation
+from sppctl.train.feed import Feed
+from sppctl.train.refresh import MaskRefresh
+from sppctl.train.resume import OPTIMIZER, SCHEDULER, seal
+from sppctl.train.watch import FiniteLoss, Reporting
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written
 

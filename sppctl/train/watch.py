@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from sppctl import console, distributed
 from sppctl.errors import SharedError
-from sppctl.lm.perplexity import summarise, window_losses
+from sppctl.evaluate.perplexity import summarise, window_losses
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 NAMED_EXAMPLES = 16  # of those in which a gradient may have gone wrong

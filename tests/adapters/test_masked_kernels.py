@@ -19,7 +19,7 @@ from sppctl.adapters.masked_full.kernel import masked_linear
 from sppctl.adapters.masked_lora import kernel as masked_lora
 from sppctl.adapters.masked_lora.kernel import masked_lora_linear
 from sppctl.adapters.ste import SteLinear
-from sppctl.pruning.masks import keep_largest, keep_largest_of_rows
+from sppctl.pruners.masks import keep_largest, keep_largest_of_rows
 
 SHAPES = [(12, 8, 4), (13, 8, 1), (7, 6, 9)]  # out, in, r: also a rank above both dimensions
 SCALE = 1.5

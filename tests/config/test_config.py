@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sppctl.config import (
+from sppctl.config.load import (
     config_keys,
     find_config,
     flatten,
@@ -26,9 +26,9 @@ from sppctl.config import (
     to_dict,
     to_yaml,
 )
+from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.pattern import Pattern
-from sppctl.settings import Config
 
 Load = Callable[..., Config]
 

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sppctl.lm import batches
-from sppctl.lm.batches import LengthGrouped, PackCollator, PadCollator, packing_error, padding_share
-from sppctl.lm.instructions import IGNORED, Example
+from sppctl.data import batches
+from sppctl.data.batches import LengthGrouped, PackCollator, PadCollator, packing_error, padding_share
+from sppctl.data.instructions import IGNORED, Example
 
 # OPT takes the positions of its learned embedding from the attention mask
 HEEDING = [family for family in FAMILIES if family != "opt"]

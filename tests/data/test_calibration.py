@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from sppctl.data.calibration import Windows, calibration_windows, draw_windows
+from sppctl.data.texts import Text
 from sppctl.errors import UserError
-from sppctl.lm import cache as cache_files
-from sppctl.lm.cache import tokenizer_identity
-from sppctl.lm.calibration import Windows, calibration_windows, draw_windows
-from sppctl.lm.data import Text
+from sppctl.files import cache as cache_files
+from sppctl.files.cache import tokenizer_identity
 
 
 def documents(count: int, length: int) -> list[str]:

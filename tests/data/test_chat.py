@@ -10,8 +10,8 @@ import psutil
 import pytest
 from conftest import byte_tokenizer
 
+from sppctl.data import chat
 from sppctl.errors import UserError
-from sppctl.lm import chat
 
 CHATS = [[{"role": "user", "content": "Hello"}]]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -18,10 +18,10 @@ from test_prompts import TEMPLATES, WITHOUT_INPUT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sppctl.data import instructions, texts
+from sppctl.data.instructions import IGNORED, Example, Examples, Instructions
+from sppctl.data.prompts import style
 from sppctl.errors import UserError
-from sppctl.lm import data, instructions
-from sppctl.lm.instructions import IGNORED, Example, Examples, Instructions
-from sppctl.lm.prompts import style
 
 EOS = 257
 ROW = {"instruction": "Add.", "input": "", "output": "No."}
@@ -78,7 +78,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -
         calls.append(arguments)
         return datasets.Dataset.from_list([row | {"text": "all of it"} for row in ALPACA])
 
-    monkeypatch.setattr(data, "load_hub", load_hub)
+    monkeypatch.setattr(texts, "load_hub", load_hub)
     found = instructions.load_instructions({name: 1.0}, "train[:24]", val_size=4, max_rows=None, seed=0)
     assert (len(found.train), len(found.held_out)) == (20, 4)
     assert found.train[0].keys() == {"instruction", "input", "output"}
@@ -87,7 +87,7 @@ def test_hub_rows(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -
 
 def test_columns_of_a_hub_data_set_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "Add."}], "id": 1}])
-    monkeypatch.setattr(data, "load_hub", lambda *_: rows)
+    monkeypatch.setattr(texts, "load_hub", lambda *_: rows)
     with pytest.raises(UserError, match=r"owner/name lacks instruction and output; its columns: messages, id$"):
         load("owner/name")
 
@@ -147,8 +147,8 @@ def test_max_rows_counts_training_rows(alpaca_file: Path) -> None:
 
 def test_the_built_in_rows_hold_out_their_own() -> None:
     found = load("instructions", val_size=3)
-    assert found.held_out == data.built_in_rows("heldout")
-    assert found.train == data.built_in_rows("train")
+    assert found.held_out == texts.built_in_rows("heldout")
+    assert found.train == texts.built_in_rows("train")
     some = load("instructions", max_rows=10).train
     assert len(some) == 10
     assert asked(some) != asked(found.train[:10])
@@ -187,7 +187,7 @@ def test_data_under_two_names_is_held_out_under_both(alpaca_file: Path, tmp_path
 
 
 def test_a_data_set_that_is_held_out_whole_by_another_name(alpaca_file: Path, tmp_path: Path) -> None:
-    own = write_rows(tmp_path / "own.jsonl", data.built_in_rows("heldout")[:5])
+    own = write_rows(tmp_path / "own.jsonl", texts.built_in_rows("heldout")[:5])
     with pytest.raises(UserError, match=rf"^train\.data\.dataset: every row of {own} is held out too"):
         load("instructions", own, weights=[1, 1])
 
@@ -263,7 +263,7 @@ def test_held_out_rows_are_shared_out_by_weight(tmp_path: Path) -> None:
 def test_the_built_in_rows_in_a_mixture_hold_out_their_own(tmp_path: Path) -> None:
     found = load("instructions", numbered(tmp_path, "a", 50), weights=[2, 1], val_size=10)
     assert found.taken["instructions"] == 2 * found.taken[str(tmp_path / "a.jsonl")] == 80
-    assert found.held_out[:64] == data.built_in_rows("heldout")
+    assert found.held_out[:64] == texts.built_in_rows("heldout")
     assert len(found.held_out) == 74
 
 

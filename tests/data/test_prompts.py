@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer
 
+from sppctl.data import chat
+from sppctl.data.prompts import Style, formatted, prompt_of, style
 from sppctl.errors import UserError
-from sppctl.lm import chat
-from sppctl.lm.prompts import Style, formatted, prompt_of, style
 
 WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
 Write a response that appropriately completes the request.

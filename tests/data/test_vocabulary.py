@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 
+from sppctl.data import vocabulary
 from sppctl.errors import UserError
-from sppctl.lm import vocabulary
 
 
 def test_a_token_beyond_the_embeddings_is_named() -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from sppctl.errors import StageError, UserError
-from sppctl.lm import perplexity
-from sppctl.lm.checkpoint import load_model
-from sppctl.lm.divergence import Reference, divergence
-from sppctl.lm.perplexity import Perplexity, scored_tokens, summarise, window_sums
+from sppctl.evaluate import perplexity
+from sppctl.evaluate.divergence import Reference, divergence
+from sppctl.evaluate.perplexity import Perplexity, scored_tokens, summarise, window_sums
+from sppctl.model.checkpoint import load_model
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 250, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -142,7 +142,7 @@ def test_a_full_disk_is_said_before_anything_is_computed(
     monkeypatch.setattr("os.posix_fallocate", full)
     model = load(llama)
     monkeypatch.setattr(model.base_model, "forward", lambda *_, **__: pytest.fail("computed"))
-    monkeypatch.setattr("sppctl.lm.divergence.head_is_last_step", lambda *_: True)
+    monkeypatch.setattr("sppctl.evaluate.divergence.head_is_last_step", lambda *_: True)
     words = rf"take 15,360 bytes in {tmp_path}, where [\d,]+ are free \(No space left on device\)"  # 5 x 24 x 32 x 4
     with pytest.raises(StageError, match=words):
         Reference(model, WINDOWS, 2, tmp_path / "hidden.bin")

@@ -18,13 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaModel
 
-from sppctl import pipeline, sealed
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.data import texts
 from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint, data
-from sppctl.run_directory import Run
-from sppctl.stages import evaluate, perplexities
-from sppctl.stages.evaluate import rows_of
+from sppctl.evaluate import perplexities
+from sppctl.evaluate import stage as evaluate
+from sppctl.evaluate.stage import rows_of
+from sppctl.files import sealed
+from sppctl.model import checkpoint
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 CPU = torch.device("cpu")
 
@@ -55,7 +58,7 @@ def test_a_text_that_changed_is_measured_again(work: Callable[..., Run], tmp_pat
     mine.write_text(text_file.read_text()[::-1])
     (after,) = pipeline.evaluate_some(work("eval.perplexity=[mine.txt]"), ["base"])["base"]["results"]
     assert after["metrics"]["nll"] != before["metrics"]["nll"]
-    assert after["settings"]["content"] == data.file_hash("mine.txt") != before["settings"]["content"]
+    assert after["settings"]["content"] == texts.file_hash("mine.txt") != before["settings"]["content"]
 
 
 def test_a_text_without_a_file_is_known_by_what_it_says(
@@ -64,7 +67,7 @@ def test_a_text_without_a_file_is_known_by_what_it_says(
     """A data set of the hub has a new revision."""
     run = work("eval.perplexity=[owner/name]")
     said = ["One " * 40, "Two " * 40]
-    monkeypatch.setattr(data, "load_text", lambda *_: data.Text("owner/name", list(said)))
+    monkeypatch.setattr(texts, "load_text", lambda *_: texts.Text("owner/name", list(said)))
     (before,) = pipeline.evaluate_some(run, ["base"])["base"]["results"]
     assert pipeline.evaluate_some(run, ["base"])["base"]["results"] == [before]
     said[1] = "Too " * 40
@@ -75,8 +78,8 @@ def test_a_text_without_a_file_is_known_by_what_it_says(
 def test_of_some_texts_only_the_first_windows_count(
     work: Callable[..., Run], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = data.Text("c4", ["a" * 90, "b" * 90], joiner=" ", windows=2)
-    monkeypatch.setattr(data, "load_text", lambda *_: text)
+    text = texts.Text("c4", ["a" * 90, "b" * 90], joiner=" ", windows=2)
+    monkeypatch.setattr(texts, "load_text", lambda *_: text)
     config = work("eval.max_tokens=null").config
     settings = {"text": "c4", "seq_len": 64, "stride": None, "max_tokens": None}
     windows = perplexities.windows_of(config, tokenizer, settings, CPU).tokens

@@ -14,10 +14,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from sppctl.errors import StageError, UserError
-from sppctl.lm import harness
-from sppctl.lm.checkpoint import load_model, load_tokenizer
-from sppctl.lm.harness import ZEROSHOT, Member, TaskGroup, _summary, check_tasks, group_of, members
-from sppctl.lm.scorer import Scorer
+from sppctl.evaluate import harness
+from sppctl.evaluate.harness import ZEROSHOT, Member, TaskGroup, _summary, check_tasks, group_of, members
+from sppctl.evaluate.scorer import Scorer
+from sppctl.model.checkpoint import load_model, load_tokenizer
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -462,7 +462,8 @@ COMPARE = """
 import json, sys
 import lm_eval, torch
 from lm_eval.models.huggingface import HFLM
-from sppctl.lm import checkpoint, harness
+from sppctl.model import checkpoint
+from sppctl.evaluate import harness
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -13,10 +13,11 @@ from conftest import FAMILIES, VOCAB
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from sppctl import machine
 from sppctl.errors import UserError
-from sppctl.lm import perplexity
-from sppctl.lm.checkpoint import load_model
-from sppctl.lm.perplexity import Perplexity, scored_tokens, summarise, text_windows, window_losses, window_sums
+from sppctl.evaluate import perplexity
+from sppctl.evaluate.perplexity import Perplexity, scored_tokens, summarise, text_windows, window_losses, window_sums
+from sppctl.model.checkpoint import load_model
 
 CPU = torch.device("cpu")
 SEQ_LEN = 32
@@ -290,7 +291,7 @@ def test_whole_logits_come_for_as_many_windows_as_fit(
     model = load_sharp(llama)
     windows = text_windows(tokenizer, text, SEQ_LEN, None, "text")
     monkeypatch.setattr(perplexity, "head_is_last_step", lambda *_: False)
-    monkeypatch.setattr(perplexity, "free_memory", lambda _: 2 * 5 * SEQ_LEN * VOCAB * 4 * 2)
+    monkeypatch.setattr(machine, "free_memory", lambda _: 2 * 5 * SEQ_LEN * VOCAB * 4 * 2)
     assert [len(losses) for losses in window_losses(model, windows, 6)] == [5, 1]
 
 

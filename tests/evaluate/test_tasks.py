@@ -12,14 +12,15 @@ import pytest
 import torch
 from processes import sppctl, sppctl_in_ranks
 
-from sppctl import pipeline
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.data import chat
 from sppctl.errors import StageError, UserError
-from sppctl.lm import chat, harness
-from sppctl.lm.checkpoint import load_model, load_tokenizer
-from sppctl.run_directory import Run
-from sppctl.stages import evaluate, tasks
-from sppctl.stages.evaluate import rows_of
+from sppctl.evaluate import harness, tasks
+from sppctl.evaluate import stage as evaluate
+from sppctl.evaluate.stage import rows_of
+from sppctl.model.checkpoint import load_model, load_tokenizer
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 
 def result(task: str, acc: float, samples: int, group: str, groups: dict[str, dict[str, bool]], members: int) -> Any:

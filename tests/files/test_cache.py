@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sppctl.lm import cache
+from sppctl.files import cache
 
 TENSORS = {"a": torch.arange(6, dtype=torch.int32), "b": torch.tensor([True, False])}
 

@@ -9,31 +9,31 @@ from pathlib import Path
 
 import pytest
 
-from sppctl import files
-from sppctl.config import load_config
+from sppctl.config.load import load_config
 from sppctl.errors import UserError, WriteError
-from sppctl.lm import cache, checkpoint
-from sppctl.run_directory import Run
+from sppctl.files import cache, disk
+from sppctl.model import checkpoint
+from sppctl.run.directory import Run
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a" / "b.txt"
-    files.write(path, "before")
+    disk.write(path, "before")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WriteError, match=r"b\.txt cannot be written: No space .*\(5 bytes needed, [\d,]+ bytes free\)"):
-        files.write(path, "after")
+        disk.write(path, "after")
     assert [found.name for found in path.parent.iterdir()] == ["b.txt"]
     assert path.read_text() == "before"
 
 
 def test_only_errors_that_are_meant_are_translated(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), files.writing(tmp_path, reasons=files.FULL):
+    with pytest.raises(FileNotFoundError), disk.writing(tmp_path, reasons=disk.FULL):
         (tmp_path / "absent").read_text()
-    with pytest.raises(WriteError, match=r"\([\d,]+ bytes free\)"), files.writing(tmp_path, reasons=files.FULL):
+    with pytest.raises(WriteError, match=r"\([\d,]+ bytes free\)"), disk.writing(tmp_path, reasons=disk.FULL):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
 

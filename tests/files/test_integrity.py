@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sppctl.errors import UserError
-from sppctl.lm import integrity
-from sppctl.lm.integrity import check, compare, hash_files, hashes, listing, mask_digest
+from sppctl.files import integrity
+from sppctl.files.integrity import check, compare, hash_files, hashes, listing, mask_digest
 
 CONTENT = bytes(range(256)) * 9000  # 2.3 MB
 

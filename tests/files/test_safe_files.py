@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sppctl.errors import UserError
-from sppctl.lm.safe_files import (
+from sppctl.files.safe_files import (
     INDEX_NAME,
     OwnFile,
     OwnFiles,

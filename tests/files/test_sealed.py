@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sppctl.errors import UserError
-from sppctl.sealed import parse, read, seal
+from sppctl.files.sealed import parse, read, seal
 
 RECORD = {"stage": "prune", "blocks": {2: 0.5, 10: 0.25}, "shape": (3, 4), "none": None}
 AS_READ = {"stage": "prune", "blocks": {"2": 0.5, "10": 0.25}, "shape": [3, 4], "none": None}

@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 import pytest
 
-from sppctl.lm import harness, sources
+from sppctl.evaluate import harness
+from sppctl.files import sources
 
 ROWS = [{"question": f"Is {i} even?", "gold": i % 2} for i in range(4)]
 

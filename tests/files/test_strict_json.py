@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sppctl
-from sppctl import strict_json
+from sppctl.files import strict_json
 
 ODD = {"loss": math.nan, "rows": [1.5, -math.inf, (math.inf, 2)], "deep": {"text": "NaN", "none": None, "number": 3}}
 
@@ -45,13 +45,13 @@ def test_nothing_else_writes_numbers_as_json() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps") and ast.unparse(node.value) == "json"
     }
     assert others <= {
-        "strict_json.py",
-        "config.py",
-        "run_directory.py",
-        "sealed.py",
-        "lm/cache.py",
-        "lm/checkpoint.py",
-        "lm/integrity.py",
-        "lm/safe_files.py",
-        "stages/significance.py",
+        "files/strict_json.py",
+        "config/load.py",
+        "run/directory.py",
+        "files/sealed.py",
+        "files/cache.py",
+        "model/checkpoint.py",
+        "files/integrity.py",
+        "files/safe_files.py",
+        "report/significance.py",
     }

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sppctl.lm.safe_files import TensorFiles
-from sppctl.pattern import Pattern
-from sppctl.stages.inspect import (
+from sppctl.files.safe_files import TensorFiles
+from sppctl.inspect.inspect import (
     MatrixSparsity,
     holds,
     matrices,
@@ -21,6 +20,7 @@ from sppctl.stages.inspect import (
     summarise,
     violations,
 )
+from sppctl.pattern import Pattern
 
 
 def pattern(text: str) -> Pattern:

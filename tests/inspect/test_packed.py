@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sppctl.lm.packed import bitmask_bytes, index_bits, pack_bitmask, pack_structured, structured_bytes, unpack
+from sppctl.inspect.packed import bitmask_bytes, index_bits, pack_bitmask, pack_structured, structured_bytes, unpack
 from sppctl.pattern import Pattern
-from sppctl.pruning.masks import mask_by_row
+from sppctl.pruners.masks import mask_by_row
 
 TWO_FOUR = Pattern.parse("2:4")
 

@@ -13,16 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from sppctl import cli
 from sppctl.errors import UserError
-from sppctl.lm import semi_structured
-from sppctl.lm.checkpoint import load_model
-from sppctl.lm.safe_files import OwnFiles, TensorFiles
-from sppctl.lm.semi_structured import no_kernel, relative_difference, takes
+from sppctl.files.safe_files import OwnFiles, TensorFiles
+from sppctl.inspect import semi_structured, speed
+from sppctl.inspect.inspect import matrices
+from sppctl.inspect.semi_structured import no_kernel, relative_difference, takes
+from sppctl.inspect.speed import Settings, execute
+from sppctl.inspect.storage import storage
+from sppctl.model.checkpoint import load_model
 from sppctl.pattern import Pattern
-from sppctl.pruning.masks import mask_by_row
-from sppctl.stages import bench
-from sppctl.stages.bench import Settings, execute
-from sppctl.stages.inspect import matrices
-from sppctl.stages.storage import storage
+from sppctl.pruners.masks import mask_by_row
 
 TINY = Settings(batches=(1, 3), prompt=8, new=3, repeats=2, device="cpu")
 LAYER = 32 * 32 * 2 + 16 * 32 * 2 + 48 * 32 * 3  # q and o, k and v, the three of the MLP
@@ -149,7 +148,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_whole_forward(
     model = load_model(make_checkpoint(family), torch.device("cpu"), "float32")
     tokens = torch.randint(250, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        *seconds, logits = bench.run(model, tokens, 8)
+        *seconds, logits = speed.run(model, tokens, 8)
         whole = model(tokens).logits[:, 7:]
     assert min(seconds) > 0
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
@@ -184,11 +183,11 @@ def test_shapes_that_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rounds, with ordinary weights that are 1 % larger standing in for those of the kernel."""
-    monkeypatch.setattr(bench, "no_kernel", lambda *_: None)
+    monkeypatch.setattr(speed, "no_kernel", lambda *_: None)
     monkeypatch.setattr(semi_structured, "to_sparse_semi_structured", lambda weight: weight * 1.01)
     model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"), "bfloat16")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    weights, kernel = bench.two_weights(model)
+    weights, kernel = speed.two_weights(model)
     assert kernel == {"layers": 14, "not_2_4": 1, "shapes_not_taken": [], "reason": None}
     linear = torch.nn.functional.linear
 
@@ -197,7 +196,7 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
         return linear(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", matrices_only)
-    for row in bench.speed(model, weights, TINY):
+    for row in speed.speed(model, weights, TINY):
         assert row["prefill_tokens_per_s"].keys() == {"dense", "sparse"}
         assert row["prefill_speedup"] > 0
         assert row["decode_speedup"] > 0
@@ -206,9 +205,9 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
 
 
 def test_a_kernel_that_refuses_is_a_reason(pruned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "no_kernel", lambda *_: None)  # what PyTorch itself says to a CPU tensor
+    monkeypatch.setattr(speed, "no_kernel", lambda *_: None)  # what PyTorch itself says to a CPU tensor
     model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"), "bfloat16")
-    weights, kernel = bench.two_weights(model)
+    weights, kernel = speed.two_weights(model)
     assert not weights.layers
     assert "refuses this GPU or model" in kernel["reason"]
 
@@ -216,12 +215,12 @@ def test_a_kernel_that_refuses_is_a_reason(pruned: Callable[..., Path], monkeypa
 def test_transposed_layers_have_no_kernel_and_it_is_said(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "no_kernel", lambda *_: None)
+    monkeypatch.setattr(speed, "no_kernel", lambda *_: None)
     model = load_model(make_checkpoint("gpt2"), torch.device("cpu"), "float32")
-    assert "no linear layer of the checkpoint is 2:4" in bench.two_weights(model)[1]["reason"]
+    assert "no linear layer of the checkpoint is 2:4" in speed.two_weights(model)[1]["reason"]
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.view(-1, 4, model.transformer.h[0].mlp.c_fc.nf)[:, 2:] = 0
-    assert "2:4 layers are Conv1D (GPT-2)" in bench.two_weights(model)[1]["reason"]
+    assert "2:4 layers are Conv1D (GPT-2)" in speed.two_weights(model)[1]["reason"]
 
 
 def test_difference_by_hand() -> None:

@@ -13,11 +13,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sppctl import SppConfig, attempts
-from sppctl.config import load_config
+from sppctl import SppConfig
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.settings import Config
-from sppctl.stages import merge, prune
+from sppctl.merge import stage as merge
+from sppctl.prune import stage as prune
+from sppctl.run import attempts
 
 
 @pytest.fixture

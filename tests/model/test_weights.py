@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sppctl.errors import UserError
-from sppctl.lm.blocks import BlockStack
-from sppctl.lm.checkpoint import load_model
-from sppctl.lm.safe_files import INDEX_NAME, SINGLE_NAME
-from sppctl.lm.weights import check_directory, refuse_random
+from sppctl.files.safe_files import INDEX_NAME, SINGLE_NAME
+from sppctl.model.blocks import BlockStack
+from sppctl.model.checkpoint import load_model
+from sppctl.model.weights import check_directory, refuse_random
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -18,12 +18,13 @@ from peft.tuners.hira import HiraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sppctl import SppConfig, cli
-from sppctl.config import load_config
+from sppctl import SppConfig, cli, machine
+from sppctl.config.load import load_config
 from sppctl.errors import UserError
-from sppctl.lm import architecture
-from sppctl.lm.blocks import Skeleton
-from sppctl.stages import footprint, plan
+from sppctl.model import architecture
+from sppctl.model.blocks import Skeleton
+from sppctl.plan import footprint
+from sppctl.plan import run as plan
 
 GIB = 2**30
 
@@ -92,7 +93,7 @@ def test_shipped_architectures_have_the_published_sizes(repository: str, paramet
 
 
 def test_every_shipped_configuration_finds_its_model_offline() -> None:
-    from sppctl.config import shipped_configs
+    from sppctl.config.load import shipped_configs
 
     paths = {load_config(name).model.path for name in shipped_configs()}
     assert {path for path in paths if path and ":" not in path} == set(architecture.shipped_models())
@@ -379,7 +380,7 @@ def test_one_sentence_says_that_it_fits_only_as_stored(
     command: Callable[..., tuple[int, str, str]], cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu(AVX2)
-    monkeypatch.setattr(plan, "free_memory", lambda _: 30 << 30)
+    monkeypatch.setattr(machine, "free_memory", lambda _: 30 << 30)
     _, out, _ = command("llama7b", "launch.num_processes=1", "model.device=cpu")
     said = " ".join(out.split())
     assert (

@@ -13,10 +13,10 @@ from conftest import FAMILIES, VOCAB, stored_dtype
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sppctl import machine
 from sppctl.errors import StageError
-from sppctl.lm import activations as module
-from sppctl.lm.activations import Activations, windows_at_a_time
-from sppctl.lm.blocks import BlockStack
+from sppctl.model.blocks import BlockStack
+from sppctl.prune.activations import Activations, windows_at_a_time
 
 CPU = torch.device("cpu")
 
@@ -186,14 +186,14 @@ def test_what_does_not_fit_into_memory_goes_to_the_disk(
 ) -> None:
     needed = 5 * 24 * stack.width * 4
     for free, place in ((2 * needed + 2, "ram"), (2 * needed - 2, "disk")):
-        monkeypatch.setattr(module, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(machine, "free_memory", lambda _, free=free: free)
         assert Activations(stack, windows(), 2, "auto", tmp_path / "hidden").place == place
 
 
 def test_processes_of_a_machine_share_its_memory(
     stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda _: 4 * 5 * 24 * stack.width * 4)
+    monkeypatch.setattr(machine, "free_memory", lambda _: 4 * 5 * 24 * stack.width * 4)
     monkeypatch.setenv("WORLD_SIZE", "4")
     for local, place in (("1", "ram"), ("2", "disk"), (None, "disk")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE")

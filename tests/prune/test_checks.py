@@ -14,14 +14,17 @@ import torch
 from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
-from sppctl import pipeline
-from sppctl.config import load_config
+from sppctl import machine
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
+from sppctl.data import texts
 from sppctl.errors import UserError
-from sppctl.lm import checkpoint, data
-from sppctl.lm.blocks import Skeleton
-from sppctl.run_directory import Run
-from sppctl.settings import Config
-from sppctl.stages import calibrate, prune_checks
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.prune import calibrate
+from sppctl.prune import checks as prune_checks
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 RATIO = "prune.pattern=0.5"
 
@@ -221,9 +224,9 @@ def test_module_order_that_cannot_be_held(
     tokens, width = 4 * 64, 32 * 4
     needed = 12 * tokens * width + 40 * 64 * width
     options = ["prune.order=module", "prune.batch_size=1"]
-    monkeypatch.setattr(prune_checks, "free_memory", lambda _: needed)
+    monkeypatch.setattr(machine, "free_memory", lambda _: needed)
     assert problems(configure(*options)) == []
-    monkeypatch.setattr(prune_checks, "free_memory", lambda _: needed - 1)
+    monkeypatch.setattr(machine, "free_memory", lambda _: needed - 1)
     (problem,) = problems(configure(*options))
     assert problem.startswith("prune.order: module holds all windows inside a block")
     assert problems(configure(*options, "launch.num_processes=2")) == []  # half of the windows each
@@ -237,8 +240,8 @@ def test_a_run_takes_over_the_windows_of_its_checks(
     configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = data.load_text
-    monkeypatch.setattr(data, "load_text", lambda name, *args, **kw: loaded.append(name) or load(name, *args, **kw))
+    load = texts.load_text
+    monkeypatch.setattr(texts, "load_text", lambda name, *args, **kw: loaded.append(name) or load(name, *args, **kw))
     text = tmp_path / "mine.txt"
     text.write_text("Some words to calibrate with. " * 40)
     config = configure(f"prune.calibration.dataset={text}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sppctl.stages.in_step import in_step, wait_at
+from sppctl.prune.in_step import in_step, wait_at
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sppctl import attempts
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import StageError
-from sppctl.lm.targets import matches
+from sppctl.model.targets import matches
 from sppctl.pattern import Pattern
-from sppctl.pruning import prune_linear
-from sppctl.settings import Config
-from sppctl.stages import calibrate, prune
+from sppctl.prune import calibrate
+from sppctl.prune import stage as prune
+from sppctl.pruners import prune_linear
+from sppctl.run import attempts
 
 
 @pytest.fixture

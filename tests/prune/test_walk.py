@@ -20,19 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from sppctl import attempts, cli, pruning, sealed
-from sppctl.config import load_config
+from sppctl import cli, pruners
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint
-from sppctl.lm.activations import Activations
-from sppctl.lm.block_call import BlockCall
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.safe_files import OwnFiles, TensorFiles
+from sppctl.files import sealed
+from sppctl.files.disk import names
+from sppctl.files.safe_files import OwnFiles, TensorFiles
+from sppctl.model import checkpoint
+from sppctl.model.block_call import BlockCall
+from sppctl.model.blocks import Skeleton
 from sppctl.pattern import Pattern
-from sppctl.pruning import Hessian, allocate, prune_linear
-from sppctl.pruning.sparsegpt import prune_sparsegpt
-from sppctl.settings import Config
-from sppctl.stages import block_work, calibrate, prune, walk
+from sppctl.prune import block_work, calibrate, walk
+from sppctl.prune import stage as prune
+from sppctl.prune.activations import Activations
+from sppctl.pruners import Hessian, allocate, prune_linear
+from sppctl.pruners.sparsegpt import prune_sparsegpt
 
 MIXTRAL_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -595,9 +598,12 @@ prune._summary = then_die
 DONE = {"write of block 2": 2, "block 0 done": 1, "block 2 done": 3, "all blocks done": 4, "before publication": 4}
 START = """
 import os, signal, sys
-from sppctl import cli, pruning
-from sppctl.lm import checkpoint, safe_files
-from sppctl.stages import prune, walk
+from sppctl import cli
+from sppctl import pruners as pruning
+from sppctl.model import checkpoint
+from sppctl.files import safe_files
+from sppctl.prune import stage as prune
+from sppctl.prune import walk
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -836,7 +842,7 @@ def test_hidden_states_may_wait_on_the_disk(configure: Callable[..., Config], de
         _, metrics = pruned(configure(f"prune.memory={memory}", "prune.batch_size=3"), deep, tmp_path / memory)
         assert metrics["activations"] == memory
     assert shards(tmp_path / "ram") == shards(tmp_path / "disk")
-    left = {path.name for path in (tmp_path / "disk").iterdir()} - set(attempts.WORKING)
+    left = {path.name for path in (tmp_path / "disk").iterdir()} - set(names.WORKING)
     assert left == {path.name for path in deep.iterdir()}
 
 
@@ -878,14 +884,14 @@ def test_dsnot_starts_from_a_given_mask(
     configure: Callable[..., Config], deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Tensor] = []
-    update_mask = pruning.update_mask
+    update_mask = pruners.update_mask
 
     def spy(weight: Tensor, mask: Tensor, *args: Any) -> Tensor:
         begun.append(mask)
         return update_mask(weight, mask, *args)
 
     start, _ = pruned(configure("prune.method=magnitude"), deep, tmp_path / "start")
-    monkeypatch.setattr(pruning, "update_mask", spy)
+    monkeypatch.setattr(pruners, "update_mask", spy)
     options = "prune.method=dsnot", f"prune.mask_from={tmp_path / 'start'}"
     after, metrics = pruned(configure(*options), deep, tmp_path / "out")
     names = [f"{layer['name']}.weight" for layer in metrics["layers"]]

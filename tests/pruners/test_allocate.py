@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from sppctl.pruning.allocate import OWL_RANGE, outlier_share, owl
+from sppctl.pruners.allocate import OWL_RANGE, outlier_share, owl
 
 
 def weighted_mean(ratios: list[float], sizes: list[int]) -> float:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning import prune_linear
-from sppctl.pruning.dsnot import MAX_CYCLES, THRESHOLD, expected_change, update_mask
-from sppctl.pruning.masks import mask_by_matrix, mask_by_row
-from sppctl.pruning.stats import InputMoments
+from sppctl.pruners import prune_linear
+from sppctl.pruners.dsnot import MAX_CYCLES, THRESHOLD, expected_change, update_mask
+from sppctl.pruners.masks import mask_by_matrix, mask_by_row
+from sppctl.pruners.stats import InputMoments
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:8", 0.5, 0.75]
 ROUNDING = 1e-4  # of the float32 sums
@@ -276,7 +276,7 @@ def test_chunks_of_rows_change_nothing(pattern: str | float, elements: int, monk
     weight, inputs = made(12)
     mask = first_mask("wanda", weight, inputs, parsed)
     whole = update_mask(weight, mask, moments_of(inputs), parsed)
-    monkeypatch.setattr("sppctl.pruning.dsnot.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("sppctl.pruners.dsnot.CHUNK_ELEMENTS", elements)
     assert torch.equal(update_mask(weight, mask, moments_of(inputs), parsed), whole)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sppctl.pattern import Pattern
-from sppctl.pruning import masks
-from sppctl.pruning.masks import keep_largest, keep_largest_in_groups, mask_by_matrix, mask_by_row
+from sppctl.pruners import masks
+from sppctl.pruners.masks import keep_largest, keep_largest_in_groups, mask_by_matrix, mask_by_row
 
 
 def test_two_of_four_by_hand() -> None:
@@ -69,7 +69,7 @@ def test_exact_counts_per_row_whatever_the_ties(ratio: float, levels: int) -> No
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.rand(11, 13, generator=torch.Generator().manual_seed(3))
     whole = keep_largest(scores, 5)
-    monkeypatch.setattr("sppctl.pruning.masks.CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr("sppctl.pruners.masks.CHUNK_ELEMENTS", 20)
     assert torch.equal(keep_largest(scores, 5), whole)
 
 

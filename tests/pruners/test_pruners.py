@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruning import prune_linear
-from sppctl.pruning.sparsegpt import prune_sparsegpt
-from sppctl.pruning.stats import MAX_DAMP, Hessian
+from sppctl.pruners import prune_linear
+from sppctl.pruners.sparsegpt import prune_sparsegpt
+from sppctl.pruners.stats import MAX_DAMP, Hessian
 
 GOLDEN = {
     "unstructured_0.5": 0.5,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sppctl.pruning.stats import Hessian, InputMoments, InputNorms
+from sppctl.pruners.stats import Hessian, InputMoments, InputNorms
 
 KINDS = (InputNorms, InputMoments, Hessian)
 Statistics = InputNorms | Hessian

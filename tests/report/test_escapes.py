@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from made_up_runs import write_run
 
-from sppctl import console, pipeline
-from sppctl.stages import plots
-from sppctl.stages.report_latex import escape
-from sppctl.stages.report_tables import code, grid, in_markdown
+from sppctl import console
+from sppctl.report import plots
+from sppctl.report.latex import escape
+from sppctl.report.tables import code, grid, in_markdown
+from sppctl.run import pipeline
 
 ODD = "=1+2 <img src=x> [x](javascript:a) $\\frac{$ `b` *c* | d_ \x1b[31me\nf\u202eg \udc80"
 

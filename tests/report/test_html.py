@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from made_up_runs import write_run
 
-from sppctl import pipeline
-from sppctl.stages import measures, over_runs, plots_results
-from sppctl.stages.report import collect
-from sppctl.stages.report_html import page
+from sppctl.report import measures, over_runs, plots_results
+from sppctl.report.html import page
+from sppctl.report.write import collect
+from sppctl.run import pipeline
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 VOID = {"meta", "link", "br", "img", "hr", "input"}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from made_up_runs import DENSE, write_run
 
-from sppctl import pipeline
-from sppctl.stages import plots_results
-from sppctl.stages.over_runs import comparisons, over_seeds, places, rows_of_all, short_names
-from sppctl.stages.report import collect
-from sppctl.stages.report_tables import seed_table, to_csv, value_table
+from sppctl.report import plots_results
+from sppctl.report.over_runs import comparisons, over_seeds, places, rows_of_all, short_names
+from sppctl.report.tables import seed_table, to_csv, value_table
+from sppctl.report.write import collect
+from sppctl.run import pipeline
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from sppctl import pipeline
-from sppctl.stages import plots
+from sppctl.report import plots
+from sppctl.run import pipeline
 
 PROJECTIONS = [
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -216,5 +216,5 @@ def test_no_layers_no_figure(layers: list[plots.Layer] | None, tmp_path: Path) -
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:
-    code = "import sys, sppctl.cli, sppctl.pipeline, sppctl.stages.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, sppctl.cli, sppctl.run.pipeline, sppctl.report.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from made_up_runs import DENSE, write_json, write_run
 
-from sppctl import pipeline
-from sppctl.stages.measures import rows
-from sppctl.stages.readings import ACCURACY, OTHER, measured
-from sppctl.stages.report import collect
+from sppctl.report.measures import rows
+from sppctl.report.readings import ACCURACY, OTHER, measured
+from sppctl.report.write import collect
+from sppctl.run import pipeline
 
 
 def text(value: float, documents: str = "x", reference: str | None = None, kl: float | None = None) -> dict[str, Any]:

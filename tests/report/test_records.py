@@ -8,8 +8,8 @@ import pytest
 from made_up_runs import write_json, write_run
 
 from sppctl.errors import UserError
-from sppctl.stages.records import read
-from sppctl.stages.report import collect
+from sppctl.report.records import read
+from sppctl.report.write import collect
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from made_up_runs import write_json, write_run
 
-from sppctl import pipeline
+from sppctl.config.yaml12 import parse_yaml
 from sppctl.errors import UserError
-from sppctl.stages import measures
-from sppctl.stages.provenance import evaluation_table, facts
-from sppctl.stages.report import collect, markdown, pruned_layers
-from sppctl.stages.report_tables import table, type_table
-from sppctl.yaml12 import parse_yaml
+from sppctl.report import measures
+from sppctl.report.provenance import evaluation_table, facts
+from sppctl.report.tables import table, type_table
+from sppctl.report.write import collect, markdown, pruned_layers
+from sppctl.run import pipeline
 
 DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 1_000_000}
 SPARSE = {"sparsity": 0.5, "patterns": ["2:4"], "sparse_matrices": 14, "bytes": 1_000_000}

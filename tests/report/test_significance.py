@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up_runs import sample, write_samples
 
-from sppctl.stages.significance import (
+from sppctl.report.significance import (
     RESAMPLES,
     TaskSamples,
     compare_tasks,
@@ -86,7 +86,7 @@ def test_the_same_seed_the_same_numbers_in_pieces_or_at_once(monkeypatch: pytest
     whole = resampled_means(differences)
     np.testing.assert_array_equal(whole, resampled_means(differences))
     assert not np.array_equal(whole, resampled_means(differences, seed=1))
-    monkeypatch.setattr("sppctl.stages.significance.DRAWN", 700)
+    monkeypatch.setattr("sppctl.report.significance.DRAWN", 700)
     np.testing.assert_allclose(whole, resampled_means(differences), rtol=0, atol=1e-14)
 
 

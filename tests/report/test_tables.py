@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from made_up_runs import SPARSE, write_run
 
-from sppctl.stages import measures
-from sppctl.stages.measures import gap_recovered, rows
-from sppctl.stages.over_runs import rows_of_all
-from sppctl.stages.provenance import version_table
-from sppctl.stages.readings import ACCURACY, DIVERGENCE, PERPLEXITY
-from sppctl.stages.report import collect
-from sppctl.stages.report_latex import escape, to_latex
-from sppctl.stages.report_tables import (
+from sppctl.report import measures
+from sppctl.report.latex import escape, to_latex
+from sppctl.report.measures import gap_recovered, rows
+from sppctl.report.over_runs import rows_of_all
+from sppctl.report.provenance import version_table
+from sppctl.report.readings import ACCURACY, DIVERGENCE, PERPLEXITY
+from sppctl.report.tables import (
     CSV_COLUMNS,
     flip_table,
     gap_table,
@@ -25,6 +24,7 @@ from sppctl.stages.report_tables import (
     value_table,
     wide_table,
 )
+from sppctl.report.write import collect
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sppctl import cli, launch, pipeline, sealed, sweep, sweep_jobs
-from sppctl.config import load_config, shipped_configs, shipped_sweeps
+from sppctl import cli, launch
+from sppctl.config.load import load_config, shipped_configs, shipped_sweeps
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, Stopped, UserError
-from sppctl.grid import expand, load_sweep, run_name
-from sppctl.run_directory import Run
-from sppctl.settings import Config
+from sppctl.files import sealed
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
+from sppctl.sweep import slurm
+from sppctl.sweep import work as sweep
+from sppctl.sweep.grid import expand, load_sweep, run_name
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEATH = """
 import os, signal
 from sppctl import cli
-from sppctl.stages import trainer
+from sppctl.train import trainer
 original, done = trainer.SparseTrainer.training_step, []
 def step(self, *args, **kwargs):
     done.append(self.state.global_step)
@@ -432,7 +436,7 @@ def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monke
     shutil.copytree(ROOT / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("cluster.env"))
     monkeypatch.chdir(checkout)
     overrides = ["prune.method=wanda", "train.data.prompt='{instruction} $x'"]
-    submit = sweep_jobs.write(load_sweep(str(sweep_file), overrides), tmp_path / "jobs", overrides)
+    submit = slurm.write(load_sweep(str(sweep_file), overrides), tmp_path / "jobs", overrides)
     written = {path.stem for path in submit.parent.iterdir()}
     runs = ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
     assert written == {
@@ -479,13 +483,13 @@ def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monke
 def test_jobs_are_written_in_a_checkout_only(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"--slurm: scripts/slurm_eval.sh is not here; call it from the root"):
-        sweep_jobs.write(load_sweep(str(sweep_file)), tmp_path / "jobs")
+        slurm.write(load_sweep(str(sweep_file)), tmp_path / "jobs")
     assert not (tmp_path / "jobs").exists()
 
 
 def test_the_jobs_of_a_sweep_do_it_together(sweep_file: Path, tmp_path: Path) -> None:
     read = load_sweep(str(sweep_file), ["prune.method=magnitude", "prune.pattern=2:4", "train.method=spp"])
-    for job in sweep_jobs.jobs(read):
+    for job in slurm.jobs(read):
         if job.script == "slurm_sweep.sh":
             assert sweep.execute(read, job.arguments[-1])[1] == {}
         elif job.script == "slurm_eval.sh":  # which finds the training to do as well

@@ -14,18 +14,18 @@ from conftest import SMALL, byte_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sppctl import sealed
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
+from sppctl.data.batches import PadCollator
+from sppctl.data.instructions import Example
 from sppctl.errors import UserError
-from sppctl.lm import integrity
-from sppctl.lm.batches import PadCollator
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.checkpoint import load_config as load_model_config
-from sppctl.lm.checkpoint import load_tokenizer
-from sppctl.lm.instructions import Example
-from sppctl.settings import Config
-from sppctl.stages import distill, train
-from sppctl.stages.feed import Feed
+from sppctl.files import integrity, sealed
+from sppctl.model.blocks import Skeleton
+from sppctl.model.checkpoint import load_config as load_model_config
+from sppctl.model.checkpoint import load_tokenizer
+from sppctl.train import distill
+from sppctl.train import stage as train
+from sppctl.train.feed import Feed
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import sppctl
-from sppctl import cli, distributed, launch, pipeline
-from sppctl.config import load_config
+from sppctl import cli, distributed, launch
+from sppctl.config.load import load_config
 from sppctl.errors import SharedError, UserError
-from sppctl.run_directory import Run
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 # responses and prompts of many lengths: no two micro-batches hold the same number of tokens
 ROWS = [
@@ -212,8 +213,9 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
 
 KILLED = """
 import os, signal
-from sppctl.lm import perplexity
-from sppctl.stages import trainer, walk
+from sppctl.evaluate import perplexity
+from sppctl.train import trainer
+from sppctl.prune import walk
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -317,7 +319,7 @@ SECOND_PROCESS_FAILS = """
 import os, sys
 import torch
 from sppctl import cli
-from sppctl.stages.watch import FiniteLoss
+from sppctl.train.watch import FiniteLoss
 def add(self, loss, examples):
     self.calls = getattr(self, "calls", 0) + 1
     # two micro-batches in each step of a process: the first of the second step

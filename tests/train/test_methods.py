@@ -15,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.lm.blocks import Skeleton
-from sppctl.lm.checkpoint import load_config as model_config
-from sppctl.settings import Config
-from sppctl.stages import merge, plan, prune, train
-from sppctl.stages.inspect import holds
-from sppctl.stages.merge_rules import merged_weight
+from sppctl.inspect.inspect import holds
+from sppctl.merge import stage as merge
+from sppctl.merge.rules import merged_weight
+from sppctl.model.blocks import Skeleton
+from sppctl.model.checkpoint import load_config as model_config
+from sppctl.plan import run as plan
+from sppctl.prune import stage as prune
+from sppctl.train import stage as train
 
 pytestmark = pytest.mark.slow
 

@@ -17,18 +17,22 @@ from processes import sppctl_in_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sppctl import SppConfig, pipeline
+from sppctl import SppConfig
 from sppctl.adapters.spp.kernel import effective_weight
-from sppctl.config import load_config, to_yaml
+from sppctl.config.load import load_config, to_yaml
+from sppctl.config.settings import Config
+from sppctl.data import batches
 from sppctl.errors import StageError
-from sppctl.lm import batches
-from sppctl.pruning import dsnot
-from sppctl.pruning.stats import InputMoments
-from sppctl.run_directory import Run
-from sppctl.settings import Config
-from sppctl.stages import merge, prune, refresh, train
-from sppctl.stages.refreshed import REFRESHED
-from sppctl.stages.subjects import Subject
+from sppctl.evaluate.subjects import Subject
+from sppctl.merge import stage as merge
+from sppctl.model.refreshed import REFRESHED
+from sppctl.prune import stage as prune
+from sppctl.pruners import dsnot
+from sppctl.pruners.stats import InputMoments
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
+from sppctl.train import refresh
+from sppctl.train import stage as train
 
 pytestmark = pytest.mark.slow
 
@@ -283,7 +287,7 @@ def test_one_process_holds_whole_weights_under_any_strategy(config_file: Path) -
 
 
 def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:
-    patch = "from functools import partial\nfrom sppctl.pruning import dsnot\n"
+    patch = "from functools import partial\nfrom sppctl.pruners import dsnot\n"
     patch += "dsnot.update_mask = partial(dsnot.update_mask, threshold=1e-6)\n"
     distilled = ("train.distill.teacher=base", "train.distill.weight=0.7", "train.log_steps=1", "train.dropout=0.0")
     base = tmp_path / "base"  # with room for a whole prompt and its response

@@ -12,11 +12,11 @@ import torch
 from conftest import cut_after
 from safetensors.torch import load_file
 
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import UserError
-from sppctl.settings import Config
-from sppctl.stages import train
-from sppctl.stages.resume import HASHES, newest, seal
+from sppctl.train import stage as train
+from sppctl.train.resume import HASHES, newest, seal
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {

@@ -15,8 +15,8 @@ import torch
 from processes import Ended, Process, environment
 from safetensors.torch import load_file
 
-from sppctl import sealed
-from sppctl.stages import train  # noqa: F401  (what is imported here, no forked process has to import)
+from sppctl.files import sealed
+from sppctl.train import stage as train  # noqa: F401  (what is imported here, no forked process has to import)
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +85,11 @@ FROM = {
 START = """
 import os, signal, sys
 from pathlib import Path
-from sppctl import cli, run_directory
-from sppctl.stages import train, trainer, watch
+from sppctl import cli
+from sppctl.run import directory as run_directory
+from sppctl.train import stage as train
+from sppctl.train import trainer
+from sppctl.train import watch
 def die(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
 """

@@ -19,16 +19,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppctl import console
-from sppctl.config import load_config
+from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.lm import checkpoint
-from sppctl.lm.blocks import Skeleton
-from sppctl.settings import Config
-from sppctl.stages import plan, prune, train
-from sppctl.stages import resume as resuming
-from sppctl.stages.resume import demand_files
-from sppctl.stages.trainer import SparseTrainer
-from sppctl.stages.watch import FiniteLoss
+from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.plan import run as plan
+from sppctl.prune import stage as prune
+from sppctl.train import resume as resuming
+from sppctl.train import stage as train
+from sppctl.train.resume import demand_files
+from sppctl.train.trainer import SparseTrainer
+from sppctl.train.watch import FiniteLoss
 
 
 @pytest.fixture

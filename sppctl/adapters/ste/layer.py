@@ -16,7 +16,7 @@ from sppctl.adapters.linear import SparseLinear, only
 from sppctl.adapters.masked_full.kernel import effective_weight, masked_linear
 from sppctl.adapters.ste.config import SteConfig
 from sppctl.pattern import Pattern
-from sppctl.pruning.masks import keep_largest_of_rows, mask_by_row
+from sppctl.pruners.masks import keep_largest_of_rows, mask_by_row
 
 
 class SteLinear(SparseLinear[SteConfig]):

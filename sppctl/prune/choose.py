@@ -1,0 +1,59 @@
+"""What pruning will do, from the configuration and shapes alone: patterns, whether it needs inputs, its memory."""
+
+from __future__ import annotations
+
+from sppctl.config.settings import PruneConfig
+from sppctl.errors import UserError
+from sppctl.model.blocks import Skeleton
+from sppctl.model.targets import Target, matches
+from sppctl.pattern import Pattern
+from sppctl.pruners import PRUNERS
+
+CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
+GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each
+BLOCK_WIDTHS = 40  # activations alive inside a block, in hidden states: attention, gate, up and their products
+WAITING_WIDTHS = 12  # held by a window that waits inside a block, in hidden states: 8 to 11 measured
+
+
+def needs_inputs(prune: PruneConfig) -> bool:
+    """Whether calibration text has to be run through the model."""
+    return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
+
+
+def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
+    """The pattern of every target: its override, else its block's ratio where a list gives one, else the common one."""
+    blocks = [f"{skeleton.blocks_name}.{index}." for index in range(len(skeleton.blocks))]
+    patterns = dict.fromkeys(targets, prune.pattern)
+    if isinstance(prune.allocation, list):
+        if len(prune.allocation) != len(blocks):
+            raise UserError(
+                f"prune.allocation: {len(prune.allocation)} ratios for {len(blocks)} blocks; give one for each"
+            )
+        for prefix, ratio in zip(blocks, prune.allocation, strict=True):
+            try:
+                pattern = Pattern.parse(ratio)
+            except ValueError as error:
+                raise UserError(f"prune.allocation: {error}") from error
+            patterns |= {name: pattern for name in targets if name.startswith(prefix)}
+    for wanted, pattern in prune.overrides.items():
+        found = [name for name in targets if matches(name, wanted)]
+        if not found:
+            raise UserError(f"prune.overrides: {wanted!r} matches none of the {len(targets)} targets")
+        patterns |= dict.fromkeys(found, pattern)
+    return patterns
+
+
+def patterns_of(prune: PruneConfig, skeleton: Skeleton) -> dict[str, Pattern]:
+    """The pattern of each pruned layer by its name."""
+    return planned_patterns(prune, skeleton.targets(prune.targets, prune.skip), skeleton)
+
+
+def check_prunes(prune: PruneConfig, target: Target, pattern: Pattern) -> None:
+    """Raises ValueError if a ratio is so small that no weight of a matrix becomes zero."""
+    columns = {"magnitude": target.in_features, "sparsegpt": min(prune.block_size, target.in_features)}
+    compared = columns[prune.method] * target.out_features if prune.method in columns else target.in_features
+    if not pattern.num_pruned(compared):
+        raise ValueError(
+            f"{pattern} prunes nothing in {target.name}: {prune.method} compares {compared} weights with each other, "
+            "and that share of them is less than one; raise the ratio, or leave the layer out (prune.skip)"
+        )
