@@ -42,7 +42,7 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def _shipped() -> list[Path]:
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), None)
     return sorted(folder.glob("*.yaml")) if folder else []
 

@@ -29,7 +29,7 @@ from sppctl.sweep.grid import expand, load_sweep, run_name
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # ends the process as kill -9 does, within the training of the second run
 DEATH = """
 import os, signal
