@@ -366,7 +366,7 @@ def test_c4_of_the_mirror(from_mirror: FromMirror) -> None:
 
 @pytest.mark.shared
 def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
-    text = from_mirror("vars(data.load_text('wikitext2', 'test', 'key'))")
+    text = from_mirror("vars(texts.load_text('wikitext2', 'test', 'key'))")
     assert len(text["documents"]) == 4358
     assert text["joiner"] == "\n\n"
     assert text["running"]
