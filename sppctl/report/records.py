@@ -12,6 +12,8 @@ from typing import Any
 
 from sppctl.errors import UserError
 from sppctl.evaluate.stage import read_results
+from sppctl.files import sealed
+from sppctl.files.names import DIRECTORIES, RECORD
 
 ORDER = ("base", "pruned", "adapter", "merged")
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
