@@ -24,8 +24,7 @@ from sppctl import cli, pruners
 from sppctl.config.load import load_config
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
-from sppctl.files import sealed
-from sppctl.files.disk import names
+from sppctl.files import names, sealed
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.model import checkpoint
 from sppctl.model.block_call import BlockCall
