@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sppctl import __version__, console, distributed, launch
-from sppctl.config.load import flatten, load_config, quoted, schema, to_dict, to_yaml
+from sppctl.config.load import flatten, load_config, quoted, schema, schema_yaml, to_dict, to_yaml
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError, named_as_given
 from sppctl.files.paths import expand
@@ -401,18 +401,18 @@ def plan(
 @app.command()
 def config(
     arguments: Arguments = None,
-    show_schema: Annotated[bool, typer.Option("--schema", help="Every key with type, default and meaning.")] = False,
+    show_schema: Annotated[
+        bool, typer.Option("--schema", help="Print every key with default, meaning and type.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print the configuration that a run would use."""
     if show_schema:
-        entries = schema()
         if json:
-            console.show_json(entries)
-            return
-        for entry in entries:
-            print(f"{entry['key']} ({entry['type']}; default {entry['default']})\n    {entry['meaning']}")
+            console.show_json(schema())
+        else:
+            print(schema_yaml(), end="")
         return
     resolved = _resolve(arguments)
     if json:

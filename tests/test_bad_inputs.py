@@ -248,7 +248,7 @@ class Case:
 ROWS = '{"instruction": "a", "input": "", "output": "b"}\n'
 USAGE = [
     Case("unknown key", "run {config} prune.patern=2:4", ("prune.patern: unknown key", "did you mean prune.pattern?")),
-    Case("wrong type", "run {config} train.rank=big", ("train.rank", "expected a whole number", "'big'")),
+    Case("wrong type", "run {config} train.rank=big", ("train.rank", "expected an integer", "'big'")),
     Case(
         "several problems at once",
         "run {config} train.rank=big prune.metod=wanda",
@@ -471,7 +471,7 @@ PRUNING = [
     Case(
         "overrides without a pattern",
         "prune {config} prune.overrides=[down_proj]",
-        ("prune.overrides", "expected a section of names with N:M or a ratio each", "['down_proj']"),
+        ("prune.overrides", "expected a mapping of name to N:M or a ratio", "['down_proj']"),
     ),
     Case(
         "overrides 2:5 do not divide",

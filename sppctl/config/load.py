@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sppctl.config.settings import REPLACED, Config
+from sppctl.config.settings import Config
 from sppctl.config.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 from sppctl.errors import UserError
 from sppctl.files.paths import expand
@@ -155,8 +157,7 @@ def _build(cls: type, tree: Any, prefix: str, context: _Context) -> Any:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in known:
-            now = f"; use {REPLACED[key]} instead" if key in REPLACED else _nearest(key)
-            context.report(key, f"unknown key{now}")
+            context.report(key, f"unknown key{_nearest(key)}")
         elif _is_section(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{key}.", context)
         else:
@@ -308,9 +309,30 @@ def schema() -> list[dict[str, Any]]:
         for part in key.split("."):
             default = getattr(default, part)
         entries.append(
-            {"key": key, "type": _type_name(hint), "default": _plain(default), "meaning": f.metadata["meaning"]}
+            {"key": key, "type": _without_articles(hint), "default": _plain(default), "meaning": f.metadata["meaning"]}
         )
     return entries
+
+
+def schema_yaml() -> str:
+    """The schema as YAML: every key with its default, above it a comment with its meaning and type.
+
+    The text is itself a configuration, the default one.
+    """
+    return "".join(_section_yaml(Config(), ""))
+
+
+def _section_yaml(config: Any, indent: str) -> Iterator[str]:
+    hints = typing.get_type_hints(type(config))
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if _is_section(type(value)):
+            yield f"{indent}# {(inspect.getdoc(type(value)) or '').splitlines()[0]}\n{indent}{f.name}:\n"
+            yield from _section_yaml(value, f"{indent}  ")
+        else:
+            comment = f"{f.metadata['meaning']} ({_without_articles(hints[f.name])})"
+            yield textwrap.indent("\n".join(textwrap.wrap(comment, 100)), f"{indent}# ") + "\n"
+            yield textwrap.indent(dump_yaml({f.name: _plain(value)}, flow=True), indent)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -368,11 +390,15 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin is list:
-        return "a list of numbers" if arguments == (float,) else "a list of names"
+        return f"a list of {'numbers' if arguments == (float,) else 'names'}"
     if origin is dict:
-        return f"a section of names with {_type_name(arguments[1])} each"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+        return f"a mapping of name to {_type_name(arguments[1])}"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     return names.get(hint, "N:M or a ratio" if hint is Pattern else str(hint))
+
+
+def _without_articles(hint: Any) -> str:
+    return re.sub(r"\ban? ", "", _type_name(hint))
 
 
 def shown(value: Any) -> str:

@@ -11,7 +11,6 @@ from sppctl.pattern import Pattern
 AllLinear = Literal["all-linear"]
 Auto = Literal["auto"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-REPLACED = {"launch.mixed_precision": "model.compute_dtype"}  # keys of older versions, and what to write instead
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,17 +48,17 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How many processes share the work; under torchrun, accelerate or srun theirs are used instead."""
+    """How many processes share the work; processes started by torchrun, accelerate or srun are used as they are."""
 
     num_processes: int | Auto = _key(
         "auto", "processes to start on this machine; auto: one per GPU", low=1, affects_result=False
     )
     num_machines: int = _key(
-        1, "machines that take part; each starts sppctl under torchrun or srun", low=1, affects_result=False
+        1, "machines in the job; sppctl is started on each by torchrun or srun", low=1, affects_result=False
     )
     strategy: Literal["ddp", "fsdp", "zero3"] = _key(
         "ddp",
-        "training on several processes: ddp, a whole model each; fsdp or zero3 (DeepSpeed), its weights shared out",
+        "training on several processes: ddp, a whole model in each; fsdp or zero3 (DeepSpeed), its weights sharded",
         affects_result=False,
     )
 
@@ -76,8 +75,8 @@ class ModelConfig:
     dtype: DType = _key("auto", "dtype of the pruned checkpoint; auto: as stored")
     compute_dtype: DType = _key(
         "auto",
-        "dtype that prune, train and eval compute in; auto: as stored where the device multiplies it natively, "
-        "else float32",
+        "dtype that prune, train and eval compute in; auto: as stored if the device multiplies it natively, "
+        "otherwise float32",
     )
     device: str = _key("auto", "cpu, cuda, cuda:1, mps; auto: the GPU if there is one", affects_result=False)
     trust_remote_code: bool = _key(False, "run Python code that comes with the model")
@@ -85,7 +84,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Text that shows the pruner which inputs matter."""
+    """Text from which the pruner learns which inputs matter."""
 
     dataset: str = _key(
         "instructions",
@@ -94,13 +93,13 @@ class CalibrationConfig:
         path=True,
     )
     split: str = _key("train", "split of a hub data set")
-    column: str | None = _key(None, "column that holds the text; null or auto: text, or instruction and output")
+    column: str | None = _key(None, "column with the text; null or auto: text, or instruction and output")
     samples: int = _key(128, "number of windows", low=1)
     seq_len: int = _key(2048, "tokens in a window", low=2)
     windows: Literal["auto", "random-document", "concatenate"] = _key(
         "auto",
-        "random-document: a random piece of each of `samples` long documents (as published); concatenate: pieces of "
-        "all documents joined; auto: the first, or the second where there are too few long documents",
+        "random-document: one random window from each of `samples` long documents (as published); concatenate: "
+        "windows of all documents joined; auto: the first, or the second if there are too few long documents",
     )
 
 
@@ -112,27 +111,30 @@ class PruneConfig:
     pattern: Pattern = _key(Pattern(keep=2, group=4), "N:M (N weights KEPT in every M) or a ratio of zeros (0.5)")
     targets: list[str] | AllLinear = _key(list(PROJECTIONS), "names of linear layers, or all-linear")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    skip: list[str] = _key([], "names or patterns to leave dense, such as '*.layers.0.*' or down_proj")
+    skip: list[str] = _key([], "names or patterns of layers to leave dense, such as '*.layers.0.*' or down_proj")
     overrides: dict[str, Pattern] = _key(
-        {}, "another pattern for names or patterns: {down_proj: 0.4}; the last one wins"
+        {}, "other sparsity patterns by layer name or pattern: {down_proj: 0.4}; the last match wins"
     )
     allocation: Literal["uniform", "owl"] | list[float] = _key(
-        "uniform", "how a ratio is shared out: the same for all blocks, by outliers (OWL), or a ratio per block"
+        "uniform",
+        "how a ratio is distributed over blocks: uniform, owl (by outliers), or a list of one ratio each",
     )
-    owl_lambda: float = _key(0.08, "OWL: a block's ratio lies within the wanted one +- this", above=0, below=1)
+    owl_lambda: float = _key(0.08, "OWL: largest deviation of a block's ratio from prune.pattern", above=0, below=1)
     mask_from: str | None = _key(
-        None, "checkpoint whose zeros are the mask: sparsegpt repairs, dsnot starts from it", path=True
+        None, "checkpoint whose zeros are the mask: sparsegpt compensates for it, dsnot starts from it", path=True
     )
     order: Literal["block", "module"] = _key(
         "block", "block: as published, two passes per block; module: one pass, layers pruned as their inputs arrive"
     )
-    reconstruct_epochs: int = _key(0, "passes of tuning each pruned block on the dense block's output; 0: none", low=0)
+    reconstruct_epochs: int = _key(0, "epochs of tuning each pruned block on the dense one's output; 0: none", low=0)
     reconstruct_lr: float = _key(1e-4, "learning rate of that tuning (Adam)", above=0)
     batch_size: int | Auto = _key("auto", "calibration windows run through a block at a time", low=1)
     memory: Literal["auto", "device", "ram", "disk"] = _key(
-        "auto", "where hidden states wait between blocks; auto: the first of these that fits", affects_result=False
+        "auto",
+        "where hidden states are kept between blocks; auto: the first that is large enough",
+        affects_result=False,
     )
-    damp: float = _key(0.01, "SparseGPT: damping as a share of the mean Hessian diagonal", above=0)
+    damp: float = _key(0.01, "SparseGPT: damping, as a fraction of the mean Hessian diagonal", above=0)
     block_size: int = _key(128, "SparseGPT: columns solved before the rest of the matrix is updated", low=1)
 
 
@@ -149,17 +151,17 @@ class TrainDataConfig:
     split: str = _key("train", "split expression of a hub dataset, such as train[:1000]")
     prompt: str = _key(
         "alpaca",
-        "alpaca; chat (the tokenizer's own chat template); or a text with {instruction} and {input} that ends where "
-        "the response starts",
+        "alpaca; chat (the tokenizer's chat template); or a text with {instruction} and {input} that ends where the "
+        "response starts",
     )
-    seq_len: int = _key(512, "longest example in tokens; longer ones are cut, counted and reported", low=8)
+    seq_len: int = _key(512, "maximum tokens in an example; longer ones are truncated, counted and reported", low=8)
     val_size: int = _key(0, "rows held out for the validation loss (instructions: its own 64 are used)", low=0)
     max_rows: int | None = _key(None, "use only the first rows, after shuffling", low=1)
-    train_on_inputs: bool = _key(True, "loss on the prompt too (as published), or on the response alone")
-    group_by_length: bool = _key(False, "batches of examples of similar length: less padding, another order")
+    train_on_inputs: bool = _key(True, "compute the loss on the prompt, too (as published), or on the response alone")
+    group_by_length: bool = _key(False, "batch examples of similar length: less padding, a different order")
     packing: bool = _key(
         False,
-        "the examples of a batch in one row without padding, each attending to itself only",
+        "concatenate the examples of a batch without padding, each attending only to itself",
         affects_result=False,
     )
 
@@ -168,18 +170,18 @@ class TrainDataConfig:
 class DistillConfig:
     """Learning from the dense model's own predictions."""
 
-    teacher: str | None = _key(None, "base (the run's dense model) or any checkpoint; null: no distillation", path=True)
+    teacher: str | None = _key(None, "base (the run's dense model) or any checkpoint; null disables it", path=True)
     weight: float = _key(0.5, "w: the loss is (1 - w) cross-entropy + w T^2 KL(teacher || student)", above=0, high=1)
     temperature: float = _key(1.0, "T: divides the logits of both in the KL divergence", above=0)
 
 
 @dataclass(frozen=True)
 class RefreshConfig:
-    """Exchanging pruned and kept weights while training, at constant sparsity."""
+    """Masks that are re-selected while training, at constant sparsity."""
 
-    steps: int | None = _key(None, "optimizer steps between two refreshes of the mask; null: the mask is fixed", low=1)
-    until: float = _key(0.5, "share of the training after which the mask stays", above=0, high=1)
-    cycles: int = _key(50, "exchanges per row at most in one refresh", low=1)
+    steps: int | None = _key(None, "optimizer steps between two refreshes of the mask; null: a fixed mask", low=1)
+    until: float = _key(0.5, "fraction of the training after which the mask is fixed", above=0, high=1)
+    cycles: int = _key(50, "maximum number of exchanges per row in one refresh", low=1)
 
 
 @dataclass(frozen=True)
@@ -189,37 +191,40 @@ class TrainConfig:
     method: Literal["spp", "lora", "hira", "masked_lora", "masked_full", "ste"] = _key(
         "spp",
         "spp; lora (merging needs merge.mask); hira, masked_lora: low rank, zeros stay; masked_full: every kept "
-        "weight (Eq. 3); ste: all weights under masks chosen again and again (Eq. 2)",
+        "weight (Eq. 3); ste: all weights, masks re-selected periodically (Eq. 2)",
     )
     rank: int = _key(16, "r: rows of alpha (spp), rank of B A (lora, hira, masked_lora)", low=1)
     scale: float = _key(2.0, "s: weight of the adapter branch (spp, lora, masked_lora)", above=0)
     dropout: float = _key(0.05, "dropout on the input of the adapter branch (not masked_full, ste)", low=0, below=1)
     beta: bool = _key(True, "spp: train beta too; false is the paper's ablation W' = W * alpha")
     init: Literal["zero_beta", "random", "ones"] = _key(
-        "zero_beta", "spp: how alpha and beta start; zero_beta starts at the pruned model"
+        "zero_beta", "spp: initialisation of alpha and beta; zero_beta starts at the pruned model"
     )
     mask_steps: int = _key(50, "ste: optimizer steps between two selections of the mask", low=1)
-    mask_decay: float = _key(2e-4, "ste: SR-STE's pull of pruned weights towards zero", low=0)
+    mask_decay: float = _key(2e-4, "ste: SR-STE's decay of pruned weights towards zero", low=0)
     targets: list[str] | Literal["pruned"] = _key("pruned", "names of linear layers; pruned: those that were pruned")
     data: TrainDataConfig = field(default_factory=TrainDataConfig)
     epochs: float = _key(3.0, "passes over the data", above=0)
-    max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever epochs says", low=1)
-    batch_size: int = _key(128, "examples in an optimizer step, over all devices; accumulation is derived", low=1)
-    micro_batch_size: int = _key(8, "examples on a device at a time", low=1, affects_result=False)
+    max_steps: int | None = _key(None, "stop after this many optimizer steps; overrides epochs", low=1)
+    batch_size: int = _key(128, "examples per optimizer step, over all devices; accumulation is derived", low=1)
+    micro_batch_size: int = _key(8, "examples per device and forward pass", low=1, affects_result=False)
     lr: float = _key(4e-3, "peak learning rate (AdamW)", above=0)
-    warmup_ratio: float = _key(0.03, "share of the steps in which the learning rate rises", low=0, below=1)
+    warmup_ratio: float = _key(0.03, "warm-up, as a fraction of all steps", low=0, below=1)
     weight_decay: float = _key(0.001, "AdamW's decoupled weight decay", low=0)
-    max_grad_norm: float = _key(1.0, "gradients are scaled down to this norm; 0: never", low=0)
+    max_grad_norm: float = _key(1.0, "gradient clipping norm; 0 disables", low=0)
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass", affects_result=False)
     save_steps: int = _key(200, "optimizer steps between checkpoints", low=1, affects_result=False)
-    keep_checkpoints: int = _key(2, "newest checkpoints kept while training", low=1, affects_result=False)
-    eval_steps: int | None = _key(None, "steps between validation losses; null: at the end only", low=1)
+    keep_checkpoints: int = _key(2, "number of newest checkpoints to keep while training", low=1, affects_result=False)
+    eval_steps: int | None = _key(None, "optimizer steps between validation losses; null: only at the end", low=1)
     perplexity_steps: int | None = _key(
-        None, "steps between perplexities on the first text of eval.perplexity", low=1, affects_result=False
+        None,
+        "optimizer steps between perplexities on the first text of eval.perplexity",
+        low=1,
+        affects_result=False,
     )
-    log_steps: int = _key(10, "steps between two lines of progress", low=1, affects_result=False)
+    log_steps: int = _key(10, "optimizer steps between two lines of progress", low=1, affects_result=False)
     report_to: list[Literal["tensorboard", "wandb"]] = _key(
-        ["tensorboard"], "where figures go besides the record: tensorboard, wandb", affects_result=False
+        ["tensorboard"], "where metrics are also logged: tensorboard, wandb", affects_result=False
     )
     distill: DistillConfig = field(default_factory=DistillConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
@@ -232,8 +237,8 @@ class MergeConfig:
     dtype: DType = _key("auto", "dtype of all floating-point tensors of merged/; auto: as in the pruned checkpoint")
     mask: Literal["keep", "reapply", "dense"] = _key(
         "keep",
-        "keep: refuse a merge that would fill zeros; reapply: prune the merged weights by the old mask again (the "
-        "paper's LoRA*); dense: give up the sparsity",
+        "keep: refuse a merge that would fill zeros; reapply: apply the old mask to the merged weights (the "
+        "paper's LoRA*); dense: accept a dense result",
     )
 
 
@@ -246,32 +251,32 @@ class EvalConfig:
         "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file",
         path=True,
     )
-    seq_len: int | None = _key(None, "window of the perplexity in tokens; null: min(2048, limit of the model)", low=2)
+    seq_len: int | None = _key(None, "perplexity window in tokens; null: min(2048, limit of the model)", low=2)
     stride: int | None = _key(
         None,
-        "tokens from one window to the next; null: seq_len, windows that do not overlap, as in the literature",
+        "tokens from one window to the next; null: seq_len, so that windows do not overlap, as in the literature",
         low=1,
     )
     divergence: str | None = _key(
         "base",
-        "checkpoint whose predictions the others are compared with on the same texts (KL divergence, top-1 "
-        "agreement): base (the run's dense model), or any other; null: none",
+        "reference for KL divergence and top-1 agreement on the same texts: base (the run's dense model), or any "
+        "checkpoint; null disables",
         path=True,
     )
-    max_tokens: int | None = _key(None, "use only the first tokens of each text; shown with the result", low=2)
+    max_tokens: int | None = _key(None, "use only the first tokens of each text; results are labelled with it", low=2)
     tasks: list[str] = _key(
         [],
         "zeroshot (the seven tasks), mmlu (5-shot), wikitext (word perplexity), all, or any lm-eval task, group or "
         "pattern (blimp_*)",
     )
     num_fewshot: int | None = _key(
-        None, "examples in the prompt; null: 0 for zeroshot, 5 for mmlu, else lm-eval's", low=0
+        None, "few-shot examples in the prompt; null: 0 for zeroshot, 5 for mmlu, otherwise lm-eval's default", low=0
     )
-    chat_template: bool = _key(False, "put prompts into the tokenizer's chat template")
+    chat_template: bool = _key(False, "apply the tokenizer's chat template to prompts")
     system_prompt: str | None = _key(None, "system message of every prompt")
-    include_path: str | None = _key(None, "folder with lm-eval tasks of your own (YAML)", path=True)
-    batch_size: int | Auto = _key("auto", "requests at a time", low=1, affects_result=False)
-    limit: int | None = _key(None, "first N examples of each task; shown with the result", low=1)
+    include_path: str | None = _key(None, "folder with your own lm-eval tasks (YAML)", path=True)
+    batch_size: int | Auto = _key("auto", "requests per batch", low=1, affects_result=False)
+    limit: int | None = _key(None, "use only the first N examples of each task; results are labelled with it", low=1)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ What is read is not trusted: its size, depth, aliases and numbers are bounded, s
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,13 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def dump_yaml(value: Any) -> str:
-    """Plain data as YAML that both 1.1 and 1.2 readers take alike."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
+def dump_yaml(value: dict[str, Any], *, flow: bool = False) -> str:
+    """Plain data as YAML that both 1.1 and 1.2 readers take alike; ``flow``: a line for each key at the top."""
+    if flow:
+        return "".join(f"{name}: {_dump(item, default_flow_style=True)}" for name, item in value.items())
+    return _dump(value, width=120)
+
+
+def _dump(value: Any, width: float = math.inf, **options: Any) -> str:
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=width, **options)
+    return text.removesuffix("...\n")  # after a scalar
