@@ -201,8 +201,3 @@ def test_a_launchers_mixed_precision_is_not_used(work: Work, monkeypatch: pytest
         pipeline.prune(run)
         pipeline.train(run)
     assert files(Path("plain/adapter")) == files(Path("launched/adapter"))
-
-
-def test_the_key_that_was_replaced_names_its_successor(work: Work) -> None:
-    with pytest.raises(UserError, match=r"launch\.mixed_precision: unknown key"):
-        work("launch.mixed_precision=bf16")
