@@ -60,8 +60,8 @@ def _training(memory: dict[str, Any]) -> Table:
     )
     rows.append(("logits of the loss", gib(kept["logits"]), gib(kept["logits"])))
     whole, saved = (_one_gpu(memory, checkpointing) for checkpointing in (False, True))
-    rows.append(("for the moment (loss, kernels)", _moment(memory, whole), _moment(memory, saved)))
-    rows.append(("in all", gib(whole["total"]), gib(saved["total"])))
+    rows.append(("transient (loss, kernels)", _moment(memory, whole), _moment(memory, saved)))
+    rows.append(("total", gib(whole["total"]), gib(saved["total"])))
     title = f"Training on one GPU, GiB: {memory['tokens_on_device']:,} tokens at a time"
     return title, ("", "plain", "gradient checkpointing"), rows
 
