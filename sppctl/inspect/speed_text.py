@@ -37,10 +37,9 @@ def notes(
         said.append(
             "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save storage alone"
         )
-    if stored["proof"] is not None:
+    if sparse:
         said.append(
-            f"storage: {stored['proof']['matrix']} was packed into a file and unpacked to the same weights; the other "
-            "sizes follow from shapes and zeros. What is packed must be unpacked to run: it saves disk, not memory"
+            "storage: by formula from shapes and zeros; packed weights are unpacked to run, which saves disk only"
         )
     return said
 

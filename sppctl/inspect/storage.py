@@ -1,35 +1,57 @@
-"""What the tensors of a checkpoint take on a disk, dense and without their zeros."""
+"""Bytes of a checkpoint's tensors on disk: dense, and with the zeros left out, by formula.
+
+- N:M keeps N values of every M and, for each, its index in the group: ceil(log2(M)) bits. For 2:4 these are the values
+  and 2-bit indices that NVIDIA's sparse tensor cores read.
+- A bitmask keeps the non-zero values and one bit per weight; it needs no pattern.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import math
 from typing import Any
 
-import torch
-
-from sppctl.errors import StageError
-from sppctl.files.safe_files import OwnFile, TensorFiles
-from sppctl.inspect.inspect import MatrixSparsity, holds
-from sppctl.inspect.packed import Packed, bitmask_bytes, pack_bitmask, pack_structured, structured_bytes, unpack
+from sppctl.files.safe_files import TensorFiles
+from sppctl.inspect.inspect import MatrixSparsity
 from sppctl.pattern import Pattern
 
 
+def index_bits(group: int) -> int:
+    """Bits of an index into a group of M."""
+    return (group - 1).bit_length()
+
+
+def structured_bytes(shape: tuple[int, ...], itemsize: int, pattern: Pattern) -> int:
+    """Bytes of an N:M matrix without its zeros; groups with more zeros than M - N take no less."""
+    assert pattern.keep is not None
+    assert pattern.group is not None
+    kept = math.prod(shape) // pattern.group * pattern.keep
+    return kept * itemsize + math.ceil(kept * index_bits(pattern.group) / 8)
+
+
+def bitmask_bytes(shape: tuple[int, ...], itemsize: int, zeros: int) -> int:
+    """Bytes of a matrix with zeros anywhere, stored as its non-zero values and a bitmask."""
+    return (math.prod(shape) - zeros) * itemsize + math.ceil(math.prod(shape) / 8)
+
+
 def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> dict[str, Any]:
-    """Bytes of a checkpoint as it is and with its sparse matrices packed; one of them is packed to prove it.
+    """Bytes of a checkpoint as it is, and with its sparse matrices packed.
 
     Returns:
         ``file_bytes``; ``dense_bytes`` of all tensors and ``sparse_matrices_bytes`` of the sparse ones among them;
         ``packed_bytes`` and ``bitmask_bytes`` of all tensors if the sparse ones are packed as N:M (``packed_matrices``
-        of them, the others stay dense) or with bitmasks; ``proof``: the matrix that was packed into a file, its bytes
-        that way (None if no matrix is sparse).
+        of them, the others stay dense) or with bitmasks.
     """
-    dense = sum(file.stop - file.start for file in map(files.spec, files))
-    size = {m.name: (m.shape, files.spec(m.name).dtype.itemsize) for m in sparse}
-    before = {m.name: torch.Size(m.shape).numel() * size[m.name][1] for m in sparse}
-    best = {m.name: _smallest(m) for m in sparse if m.patterns}
-    structured = {name: structured_bytes(*size[name], pattern) for name, pattern in best.items()}
-    bitmask = {m.name: bitmask_bytes(*size[m.name], m.zeros) for m in sparse}
+    dense = sum(spec.stop - spec.start for spec in map(files.spec, files))
+    itemsize = {matrix.name: files.spec(matrix.name).dtype.itemsize for matrix in sparse}
+    before = {matrix.name: math.prod(matrix.shape) * itemsize[matrix.name] for matrix in sparse}
+    structured = {
+        matrix.name: min(
+            structured_bytes(matrix.shape, itemsize[matrix.name], Pattern.parse(text)) for text in matrix.patterns
+        )
+        for matrix in sparse
+        if matrix.patterns
+    }
+    bitmask = {matrix.name: bitmask_bytes(matrix.shape, itemsize[matrix.name], matrix.zeros) for matrix in sparse}
     return {
         "file_bytes": files.num_bytes,
         "dense_bytes": dense,
@@ -37,43 +59,4 @@ def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> dict[str, Any]:
         "packed_bytes": dense - sum(before[name] - packed for name, packed in structured.items()),
         "packed_matrices": len(structured),
         "bitmask_bytes": dense - sum(before[name] - packed for name, packed in bitmask.items()),
-        "proof": _prove(files, sparse[0], best.get(sparse[0].name)) if sparse else None,
     }
-
-
-def _smallest(matrix: MatrixSparsity) -> Pattern:
-    """Of the patterns that hold, the one that packs smallest."""
-    return min(map(Pattern.parse, matrix.patterns), key=lambda pattern: structured_bytes((1 << 10,), 2, pattern))
-
-
-def _prove(files: TensorFiles, matrix: MatrixSparsity, pattern: Pattern | None) -> dict[str, Any]:
-    """Packs a matrix into files, reads them and unpacks it; the tensors' bytes are what the storage counts."""
-    weight = files.read(matrix.name)
-    proof: dict[str, Any] = {"matrix": matrix.name, "dense_bytes": weight.numel() * weight.element_size()}
-    ways = {"bitmask": pack_bitmask(weight)}
-    if pattern is not None:
-        along = weight if holds(weight, pattern) else weight.t()  # Conv1D is stored (in, out)
-        proof["pattern"] = str(pattern)
-        ways["packed"] = pack_structured(along, pattern)
-    for name, packed in ways.items():
-        again = unpack(_through_a_file(packed))
-        same = torch.equal(again, weight if again.shape == weight.shape else weight.t())
-        expected = (
-            bitmask_bytes(matrix.shape, weight.element_size(), matrix.zeros)
-            if packed.pattern is None
-            else structured_bytes(matrix.shape, weight.element_size(), packed.pattern)
-        )
-        if not same or packed.num_bytes != expected:
-            raise StageError(f"{matrix.name}: packing ({name}) does not give the same weights in {expected} bytes")
-        proof[f"{name}_bytes"] = packed.num_bytes
-    return proof
-
-
-def _through_a_file(packed: Packed) -> Packed:
-    tensors = {"values": packed.values, "bits": packed.bits}
-    with tempfile.TemporaryDirectory() as scratch:
-        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        file = OwnFile.create(Path(scratch) / "packed.safetensors", shapes, {})
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-        return Packed(file.read("values"), file.read("bits"), packed.shape, packed.pattern)

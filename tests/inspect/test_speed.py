@@ -65,16 +65,12 @@ def test_storage_of_2_4_by_hand(pruned: Callable[..., Path]) -> None:
     # half the values, a bit for every weight
     assert found["bitmask_bytes"] == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 8 == 99_840
     assert found["packed_matrices"] == 14
-    assert found["proof"]["pattern"] == "2:4"
-    rows = found["proof"]["dense_bytes"]
-    assert found["proof"]["packed_bytes"] == rows // 2 + rows // 4 // 2 * 2 // 8
 
 
 def test_4_8_needs_longer_indices(pruned: Callable[..., Path]) -> None:
     found = stored(pruned("4:8", torch.bfloat16))
     assert found["packed_bytes"] == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 2 * 3 // 8
     assert found["bitmask_bytes"] == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 8
-    assert found["proof"]["pattern"] == "4:8"
 
 
 def test_unstructured_zeros_are_packed_with_bitmasks_alone(pruned: Callable[..., Path]) -> None:
@@ -83,13 +79,11 @@ def test_unstructured_zeros_are_packed_with_bitmasks_alone(pruned: Callable[...,
     assert found["packed_matrices"] == 0
     assert found["packed_bytes"] == found["dense_bytes"]
     assert found["bitmask_bytes"] == 4 * OTHERS + 4 * (SPARSE - zeros) + SPARSE // 8
-    assert "packed_bytes" not in found["proof"]
 
 
 def test_a_dense_checkpoint_has_nothing_to_pack(llama: Path) -> None:
     found = stored(llama)
     assert found["dense_bytes"] == found["packed_bytes"] == found["bitmask_bytes"]
-    assert found["proof"] is None
 
 
 def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -98,7 +92,10 @@ def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path
     name = next(name for name in files if name.endswith("mlp.c_fc.weight"))
     weight = files.read(name)
     files.write(name, weight * mask_by_row(weight.t().abs().contiguous(), Pattern.parse("2:4")).t())
-    assert stored(tmp_path)["proof"]["pattern"] == "2:4"
+    count = weight.numel()
+    assert stored(tmp_path)["dense_bytes"] - stored(tmp_path)["packed_bytes"] == count * 4 - (
+        count // 2 * 4 + count // 8
+    )
 
 
 # --- speed on a CPU ---------------------------------------------------------------------------------------------------
