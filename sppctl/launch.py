@@ -1,6 +1,6 @@
 """Starting the processes of one command on this machine, or joining those that torchrun, accelerate or srun started.
 
-The processes are told who they are by the variables that torchrun sets. They are not started by torchrun itself: its
+The processes learn their rank from the variables that torchrun sets. They are not started by torchrun itself: its
 agent turns every exit code into 1, ends at SIGUSR1, and kills after 30 seconds of grace whatever is still writing.
 """
 

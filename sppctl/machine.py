@@ -82,7 +82,7 @@ def _lacking_bfloat16() -> str | None:
 
     flags = set(_cpu_entry("flags").split())
     if not flags:
-        return "what this CPU multiplies natively is not known"
+        return "the dtypes that this CPU multiplies natively are unknown"
     if not flags & {"avx512_bf16", "amx_bf16"} or not torch.backends.mkldnn.is_available():
         return "this CPU has no bfloat16 units"
     name = next((name for name in _ONEDNN if os.environ.get(name)), _ONEDNN[0])

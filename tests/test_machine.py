@@ -65,7 +65,7 @@ def test_the_old_name_of_the_switch_counts_only_alone(cpu: Cpu) -> None:
 def test_a_cpu_that_says_nothing_computes_in_float32(cpu: Cpu) -> None:
     cpu(None)
     assert machine.choose_dtype("auto", "bfloat16", CPU).text.endswith(
-        "(what this CPU multiplies natively is not known)"
+        "(the dtypes that this CPU multiplies natively are unknown)"
     )
     assert machine.cpu_name()
 

@@ -82,7 +82,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem="a list or section as a key", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 where = f"line {key_node.start_mark.line + 1}"
-                raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r:.60} stands twice, again in {where}")
+                raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r:.60} appears twice, again in {where}")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 

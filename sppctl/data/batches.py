@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from sppctl.data.instructions import IGNORED, Example
 
 MULTIPLE = 8  # padded batches are as wide as their longest example, rounded up to this
-EXACT = 0.01  # packing_error below this is rounding; families that heed borders show 0, those that do not 0.02 to 1
+EXACT = 0.01  # packing_error below this is rounding; families that honour them show 0, others 0.02 to 1
 POOL = 50  # batches whose examples are sorted by length together
 
 
@@ -140,7 +140,7 @@ def _slices(numbers: list[int], size: int) -> list[list[int]]:
 def packing_error(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> float:
     """How far a model is from keeping two packed examples apart, seen at the first token of the second one.
 
-    That token may attend to itself alone, so where borders are heeded no kernel has anything to round, whatever the
+    That token may attend to itself alone, so where borders are honoured no kernel has anything to round, whatever the
     dtype. Its logits behind the first example are compared with those at the start of a row of the same shape.
 
     Args:

@@ -65,7 +65,7 @@ def load_instructions(
 
     Several data sets are drawn from without replacement until one is used up: of data set i, with n_i training rows
     and weight w_i, floor(k w_i) rows are taken with k = min_i n_i / w_i. The shares are those of the weights, and no
-    row is there twice. The rows held out are shared out by weight too, and rows of any data set with the text of a
+    row is there twice. The held-out rows are divided by weight, too, and rows of any data set with the text of a
     held-out row are not trained on.
 
     Args:
@@ -175,7 +175,7 @@ def _read(name: str, file: Path | None, split: str) -> list[Row]:
         rows = list(found.select_columns([column for column in columns if column in texts.INSTRUCTION_COLUMNS]))
     else:
         known = ", ".join(("instructions", *HUB_NAMES))
-        raise UserError(f"{KEY}: {name} is no file and none of {known}, nor a hub id (OWNER/NAME)")
+        raise UserError(f"{KEY}: {name} is not a file and none of {known}, nor a hub id (OWNER/NAME)")
     missing = [column for column in ("instruction", "output") if column not in columns]
     if columns and missing:
         raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(columns)}")

@@ -98,13 +98,13 @@ def _check_template(prompt: str) -> None:
     try:
         fields = [found[1:] for found in string.Formatter().parse(prompt) if found[1] is not None]
     except ValueError as error:
-        raise UserError(f"{KEY}: {error} in {prompt!r}; write a brace that is no field twice: {{{{ or }}}}") from error
+        raise UserError(f"{KEY}: {error} in {prompt!r}; escape literal braces as {{{{ and }}}}") from error
     for name, specification, conversion in fields:
         if name not in ("instruction", "input") or specification or conversion:
             shown = f"{name}{'!' + conversion if conversion else ''}{':' + specification if specification else ''}"
             raise UserError(
-                f"{KEY}: {{{shown}}} in {prompt!r} is neither {{instruction}} nor {{input}}; write a brace that is no "
-                "field twice: {{ or }}"
+                f"{KEY}: {{{shown}}} in {prompt!r} is neither {{instruction}} nor {{input}}; escape literal braces "
+                "as {{ and }}"
             )
     if "instruction" not in (name for name, _, _ in fields):
         raise UserError(f"{KEY}: {prompt!r} is neither alpaca nor chat, and as a text it lacks {{instruction}}")
@@ -141,7 +141,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
         if start < len(render(row, _chat_of(row)[:1]).rstrip()):
             raise UserError(
                 f"{KEY}: the tokenizer's chat template writes a question differently once it is answered, so where the "
-                f"response starts cannot be told ({row['instruction'][:60]!r}); use another prompt"
+                f"response starts cannot be determined ({row['instruction'][:60]!r}); use another prompt"
             )
         return whole, start
 

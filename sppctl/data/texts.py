@@ -183,7 +183,7 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     elif is_hub_id(name):
         text = _hub_text(name, split, key, column, part)
     else:
-        raise UserError(f"{key}: {name} is no file and none of {', '.join(_TEXTS)}, nor a hub id (OWNER/NAME)")
+        raise UserError(f"{key}: {name} is not a file and none of {', '.join(_TEXTS)}, nor a hub id (OWNER/NAME)")
     if not any(document.strip() for document in text.documents):
         raise UserError(f"{key}: {name} holds no text")
     return text
@@ -228,7 +228,7 @@ def _form(path: Path) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be ``OWNER/NAME`` or ``OWNER/NAME:CONFIG`` and is no file that is missing."""
+    """Whether a name can be ``OWNER/NAME`` or ``OWNER/NAME:CONFIG`` and is not a file that is missing."""
     is_file = _form(Path(name)) in (".txt", *ROW_FILES) or name.endswith(".gz")
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 

@@ -66,7 +66,7 @@ def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Puts a whole entry in place, or none: a disk that is full or read-only is no reason to stop."""
+    """Puts a whole entry in place, or none: a disk that is full or read-only is not a reason to stop."""
     if path is None:
         return
     here = f".{path.stem}-{platform.node()}-"
@@ -86,7 +86,7 @@ def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> Non
 
 
 def seal(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """What an entry holds as its ``hash``: of its name too, so one that was copied over another is no entry."""
+    """What an entry holds as its ``hash``: of its name too, so one that was copied over another is not an entry."""
     return f"{digest(tensors)} {hashlib.sha256(json.dumps([path.name, metadata], sort_keys=True).encode()).hexdigest()}"
 
 

@@ -135,7 +135,7 @@ def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
             weights = TwoWeights()
             reason = f"the 2:4 kernel refuses this GPU or model ({str(error).splitlines()[0]}); dense timings only"
         if reason is None and not fitting:
-            reason = "the 2:4 kernel takes none of the 2:4 layers' shapes; dense timings only"
+            reason = "the 2:4 kernel supports none of the 2:4 layers' shapes; dense timings only"
     return weights, {
         "layers": len(weights.layers),
         "not_2_4": len(linears) - len(semi),

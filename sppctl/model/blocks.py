@@ -31,7 +31,7 @@ class Skeleton:
         """Builds the model of a transformers configuration on the meta device.
 
         Raises:
-            UserError: it is no causal language model, or has no list of decoder blocks.
+            UserError: it is not a causal language model, or has no list of decoder blocks.
         """
         self.config = config
         self.model = empty_model(config, dtype, trust_remote_code)

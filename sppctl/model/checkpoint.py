@@ -124,7 +124,7 @@ def _located(path: str, gguf_file: str | None, revision: str | None, adapters: b
     if not gguf_file and not (directory / "config.json").is_file():
         gguf = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"; name one in model.gguf_file: {', '.join(gguf)}" if gguf else ""
-        raise UserError(f"model.path: {path} has no config.json, so it is no checkpoint{hint}")
+        raise UserError(f"model.path: {path} has no config.json, so it is not a checkpoint{hint}")
     return directory
 
 
@@ -189,7 +189,7 @@ def _download(repository: str, gguf_file: str | None, revision: str | None) -> P
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model.path: {repository} is no local directory and cannot be had from the hub ({reason}); "
+            f"model.path: {repository} is not a local directory and could not be downloaded from the hub ({reason}); "
             "check the name, the network and HF_TOKEN, or download it first and give its directory"
         ) from error
 
@@ -249,7 +249,7 @@ def max_window(config: Any) -> int | None:
 
 
 def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out: Path) -> None:
-    """Unpacks a GGUF file into an ordinary safetensors checkpoint in ``out`` (bfloat16 unless told otherwise)."""
+    """Unpacks a GGUF file into an ordinary safetensors checkpoint in ``out`` (bfloat16 by default)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from sppctl.model import weights
@@ -429,7 +429,7 @@ def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
     if size > free and distributed.world_size() > 1:
         raise UserError(
             f"{directory} has {size / 2**30:.1f} GiB of weights, more than the {free / 2**30:.1f} GiB that are free on "
-            "a GPU; launch.num_processes=1 lays it over all GPUs"
+            "a GPU; launch.num_processes=1 spreads it over all GPUs"
         )
     return size > free
 

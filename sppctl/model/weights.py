@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint hold the weights of its model: told from headers, before anything is loaded."""
+"""Whether the files of a checkpoint hold the weights of its model: checked with their headers, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
     rest = {name: tensor for name, tensor in state.items() if name not in first.values()}
     second = _sources(_load(rest, model)[0], rest) if rest else {}
     for key in sorted(first.keys() & second.keys()):
-        yield f"the same tensor is there twice, as {first[key]} and {second[key]}"
+        yield f"the same tensor is stored twice, as {first[key]} and {second[key]}"
 
 
 def _load(state: dict[str, Tensor], model: Any) -> Any:

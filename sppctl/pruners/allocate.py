@@ -1,4 +1,4 @@
-"""How a ratio of zeros is shared out among blocks."""
+"""How a ratio of zeros is distributed over blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 OWL_OUTLIER = 5.0  # M of the paper: an outlier's score exceeds M times the mean score of its block
-OWL_RANGE = 0.08  # lambda of the paper: a block's ratio lies within +- lambda of the wanted one
+OWL_RANGE = 0.08  # lambda of the paper: a block's ratio is within +- lambda of the requested one
 
 
 def outlier_share(scores: list[Tensor], outlier: float = OWL_OUTLIER) -> float:

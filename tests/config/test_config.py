@@ -101,7 +101,7 @@ def test_nan_is_a_number() -> None:
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "outer:\n  a: 1\n  a: 1", "{a: 1, a: 2}"])
 def test_a_key_that_stands_twice_is_an_error(text: str) -> None:
-    with pytest.raises(UserError, match=r"^test: not valid YAML: .*key 'a' stands twice, again in line \d"):
+    with pytest.raises(UserError, match=r"^test: not valid YAML: .*key 'a' appears twice, again in line \d"):
         parse_yaml(text, "test")
 
 

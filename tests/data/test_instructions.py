@@ -117,7 +117,7 @@ def test_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c", "missing.parquet"])
 def test_an_unknown_data_set(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is no file and none of .*alpaca-gpt4, nor"):
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is not a file and none of .*alpaca-gpt4, nor"):
         load(name)
 
 

@@ -179,7 +179,7 @@ def test_unknown_names_are_told_what_there_is(name: str) -> None:
     with pytest.raises(UserError) as caught:
         texts.load_text(name, "train", KEY)
     assert str(caught.value) == (
-        f"{KEY}: {name} is no file and none of c4, wikitext2, alpaca, instructions, prose, nor a hub id (OWNER/NAME)"
+        f"{KEY}: {name} is not a file and none of c4, wikitext2, alpaca, instructions, prose, nor a hub id (OWNER/NAME)"
     )
 
 

@@ -344,7 +344,7 @@ def test_a_model_that_exceeds_a_gpu_lies_on_several(
     assert not checkpoint.exceeds(llama, CPU, "float32")
     monkeypatch.setenv("WORLD_SIZE", "2")
     if spread:
-        with pytest.raises(UserError, match=r"launch\.num_processes=1 lays it over all GPUs"):
+        with pytest.raises(UserError, match=r"launch\.num_processes=1 spreads it over all GPUs"):
             checkpoint.exceeds(llama, torch.device("cuda", 0), "float32")
 
 

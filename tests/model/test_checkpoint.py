@@ -148,7 +148,7 @@ def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"owner/name is no local directory.*\(no network\).*HF_TOKEN"):
+    with pytest.raises(UserError, match=r"owner/name is not a local directory.*\(no network\).*HF_TOKEN"):
         locate("owner/name")
 
 

@@ -117,7 +117,7 @@ def test_a_tied_head_is_stored_not_at_all_or_twice_or_alone(changed: Callable[..
             {"tie_word_embeddings": True},
             "lm_head.weight has shape (200, 32), the model's is (260, 32)",
         ),
-        (lambda t: t.update({UP[6:]: t[UP].clone()}), {}, f"is there twice, as {UP[6:]} and {UP}"),
+        (lambda t: t.update({UP[6:]: t[UP].clone()}), {}, f"is stored twice, as {UP[6:]} and {UP}"),
         (
             lambda t: t.update({UP: t[UP].to(torch.int8)}),
             {},
@@ -178,7 +178,7 @@ def test_experts_stored_one_by_one_and_as_one(changed: Callable[..., Path]) -> N
 
 def test_a_renamed_head_is_there_once(changed: Callable[..., Path]) -> None:
     twice = changed(lambda t: t.update({"lm_head.weight": t["embed_out.weight"].clone()}), "gpt_neox")
-    assert "the same tensor is there twice, as embed_out.weight and lm_head.weight" in complaint(twice)
+    assert "the same tensor is stored twice, as embed_out.weight and lm_head.weight" in complaint(twice)
     assert "no tensor lm_head.weight" in complaint(changed(lambda t: t.pop("embed_out.weight"), "gpt_neox"))
 
 
