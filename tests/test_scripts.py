@@ -234,7 +234,7 @@ def test_prefetch_opens_everything_once_with_and_once_without_the_network(cluste
     ("overrides", "code", "problem"),
     [
         ([], 0, ""),
-        (["prune.calibration.dataset=some/corpus"], 2, "dataset some/corpus (train) cannot be had"),
+        (["prune.calibration.dataset=some/corpus"], 2, "dataset some/corpus (train) could not be loaded"),
     ],
 )
 def test_prefetch_tells_what_a_node_without_network_would_lack(

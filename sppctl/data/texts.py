@@ -61,7 +61,7 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
     """A split of a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, from the network or the cache.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it could not be loaded.
     """
     import datasets
 
@@ -82,7 +82,7 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
 
 @contextmanager
 def _had(repository: str, split: str) -> Iterator[None]:
-    """Says in one line why a hub dataset cannot be had; what is streamed is fetched only while its rows are read."""
+    """Says in one line why a hub dataset could not be loaded; streamed rows are fetched only while they are read."""
     try:
         yield
     except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise
@@ -90,7 +90,7 @@ def _had(repository: str, split: str) -> Iterator[None]:
         # datasets tells on the second line which configurations there are
         reason = " ".join(lines[:2]) + "; write NAME:CONFIG" if "Config name is missing" in lines[0] else lines[0]
         raise UserError(
-            f"dataset {repository} ({split}) cannot be had: {reason}; check the name and the network, "
+            f"dataset {repository} ({split}) could not be loaded: {reason}; check the name and the network, "
             "download it first on a machine that has one, or give a local file"
         ) from error
 

@@ -74,9 +74,9 @@ def _download(repository: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model.path: {repository} is not a local directory, and its config.json is neither cached nor shipped with "
-            f"sppctl nor to be had from the hub ({reason}); check the name, the network and HF_TOKEN, or give a "
-            f"directory that holds its config.json; shipped: {', '.join(shipped_models())}"
+            f"model.path: {repository} is not a local directory, and its config.json is neither cached nor shipped, "
+            f"and could not be downloaded ({reason}); check the name, the network and HF_TOKEN, or give a directory "
+            f"with its config.json; shipped: {', '.join(shipped_models())}"
         ) from error
 
 

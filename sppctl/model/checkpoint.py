@@ -88,7 +88,7 @@ def locate(
         adapters: whether a PEFT adapter will do.
 
     Raises:
-        UserError: it does not exist, or cannot be had.
+        UserError: it does not exist, or could not be loaded.
     """
     try:
         return _located(path, gguf_file, revision, adapters)
@@ -132,7 +132,7 @@ def locate_weights(path: str) -> Path:
     """As :func:`locate`, but a directory needs no config.json: any folder of safetensors files will do.
 
     Raises:
-        UserError: it does not exist, or cannot be had.
+        UserError: it does not exist, or could not be loaded.
     """
     directory = Path(path)
     if not directory.is_dir():

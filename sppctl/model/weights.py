@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint hold the weights of its model: checked with their headers, before anything is loaded."""
+"""Whether the files of a checkpoint hold the weights of its model: from their headers, before anything is loaded."""
 
 from __future__ import annotations
 

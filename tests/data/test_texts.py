@@ -207,7 +207,7 @@ def test_a_hub_dataset_is_read_without_its_other_columns(monkeypatch: pytest.Mon
 
 
 class Streamed:
-    """Rows that are counted as they are fetched, of which the fourth cannot be had."""
+    """Rows that are counted as they are fetched, of which the fourth could not be loaded."""
 
     column_names = None
 
@@ -235,7 +235,9 @@ def test_a_part_of_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(texts, "MOST_CHARACTERS", len("".join(documents)))
     assert texts.load_text("owner/name", "train", KEY, part=True).documents == documents
     monkeypatch.setattr(texts, "MOST_CHARACTERS", 1000)
-    with pytest.raises(UserError, match=r"dataset owner/name \(train\) cannot be had: no network; check the name"):
+    with pytest.raises(
+        UserError, match=r"dataset owner/name \(train\) could not be loaded: no network; check the name"
+    ):
         texts.load_text("owner/name", "train", KEY, part=True)
 
 
@@ -284,7 +286,7 @@ def test_the_configurations_of_a_hub_dataset_are_told(monkeypatch: pytest.Monkey
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"cannot be had: .*available configs: \['a', 'b'\]; write NAME:CONFIG"):
+    with pytest.raises(UserError, match=r"could not be loaded: .*available configs: \['a', 'b'\]; write NAME:CONFIG"):
         texts.load_hub("owner/name", "train")
 
 
@@ -293,7 +295,7 @@ def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no network\nmore words")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"dataset owner/name \(test\) cannot be had: no network; check the name"):
+    with pytest.raises(UserError, match=r"dataset owner/name \(test\) could not be loaded: no network; check the name"):
         texts.load_hub("owner/name", "test")
 
 
