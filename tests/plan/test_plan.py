@@ -407,7 +407,7 @@ def test_a_model_that_is_nowhere_is_one_line_with_the_fix(command: Callable[...,
     code, out, err = command("llama7b", "model.path=nobody/nothing")
     assert (code, out) == (2, "")
     assert "model.path: nobody/nothing" in err
-    assert "give a directory that holds its config.json" in err
+    assert "give a directory with its config.json" in err
     assert "huggyllama/llama-7b" in err
     assert len(err.splitlines()) == 1
 
