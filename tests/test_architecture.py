@@ -22,7 +22,7 @@ __main__     cli
 cli          sweep run report plan inspect model launch config files console distributed errors pattern
 sweep        run launch config files console distributed errors
 run          report merge train prune evaluate plan data model launch config files console distributed machine errors
-report       evaluate model config files console errors
+report       evaluate config files console errors
 merge        prune inspect adapters model config files console errors pattern
 train        prune plan evaluate adapters pruners data model launch config files console distributed errors pattern
 plan         prune pruners data model launch config machine errors
