@@ -75,8 +75,9 @@ def test_all_210_matrices_are_2_of_4_before_and_after(finished: tuple[Config, Pa
 
 def test_merged_is_base_plus_adapter(finished: tuple[Config, Path]) -> None:
     config, directory = finished
+    dtype = measured(directory, "merged")["dtype"]
     wrapped = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(directory / "pruned", dtype=measured(directory, "merged")["dtype"]),
+        AutoModelForCausalLM.from_pretrained(directory / "pruned", dtype=dtype),
         directory / "adapter",
     )
     tokenizer = AutoTokenizer.from_pretrained(directory / "pruned")
@@ -85,7 +86,9 @@ def test_merged_is_base_plus_adapter(finished: tuple[Config, Path]) -> None:
     windows = perplexity.text_windows(tokenizer, joined, config.eval.seq_len or 256, config.eval.max_tokens, text.name)
     losses = torch.cat(list(perplexity.window_losses(wrapped.get_base_model().eval(), windows, 4)))
     unmerged = perplexity.summarise(losses, windows.shape[1]).value
-    assert unmerged == pytest.approx(held_out_perplexity(directory, "merged"), rel=1e-3)
+    # computed in another dtype than the stored bfloat16, the effective weight is rounded by merging alone
+    tolerance = 1e-3 if dtype == "bfloat16" else 1e-2
+    assert unmerged == pytest.approx(held_out_perplexity(directory, "merged"), rel=tolerance)
 
 
 def test_a_second_run_does_nothing(finished: tuple[Config, Path], capsys: pytest.CaptureFixture[str]) -> None:
