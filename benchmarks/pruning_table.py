@@ -19,6 +19,8 @@ from sppctl.config.load import load_config
 from sppctl.data import texts
 from sppctl.evaluate import perplexity
 from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.prune import checks
 from sppctl.prune import stage as prune
 
 PATTERNS = ("0.5", "0.6", "0.75", "2:4", "4:8", "2:8")
@@ -72,10 +74,12 @@ def cell(arguments: argparse.Namespace, overrides: list[str], pattern: str) -> d
         out = Path(scratch)
         started = time.perf_counter()
         dtype = checkpoint.choose_dtype(arguments.checkpoint, checkpoint.pick_device("auto"), "auto").dtype
-        metrics = prune.execute(config, arguments.checkpoint, out, dtype=dtype)
+        skeleton = Skeleton(checkpoint.load_config(arguments.checkpoint))
+        prepared = checks.prepare(config, skeleton, checkpoint.load_tokenizer(arguments.checkpoint))
+        record = prune.execute(config, prepared, arguments.checkpoint, out, dtype=dtype)
         seconds = time.perf_counter() - started
         value = measured(out, arguments.max_tokens)
-    return {"perplexity": value, "seconds": round(seconds, 1), "sparsity": metrics["sparsity"]}
+    return {"perplexity": value, "seconds": round(seconds, 1), "sparsity": record.sparsity}
 
 
 def measured(directory: Path, max_tokens: int | None) -> float:

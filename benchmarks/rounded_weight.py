@@ -12,7 +12,6 @@ without dropout, in the model's dtype, and are merged alike. They differ in what
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,11 @@ from sppctl.config.settings import Config
 from sppctl.data import texts, vocabulary
 from sppctl.data.instructions import IGNORED
 from sppctl.evaluate import perplexity
+from sppctl.files import sealed
 from sppctl.merge import stage as merge
 from sppctl.model import checkpoint
+from sppctl.model.blocks import Skeleton
+from sppctl.records import stage_record
 from sppctl.train import stage as train
 from sppctl.train.feed import Feed
 
@@ -79,16 +81,18 @@ def residual(
 
 def compare(config: Config, pruned: Path, scratch: Path) -> str:
     """Trains, merges and measures; returns a row of the table."""
-    layers = [layer["name"] for layer in json.loads((pruned / "stage.json").read_text())["metrics"]["layers"]]
+    record = stage_record(sealed.parse((pruned / "stage.json").read_bytes()), "prune").metrics
     adapter, merged = scratch / "adapter", scratch / "merged"
     merged.mkdir()
     device = checkpoint.pick_device(config.model.device)
     dtype = checkpoint.choose_dtype(pruned, device, "auto", training=True).dtype
-    trained = train.execute(config, pruned, layers, adapter, dtype=dtype, resume=False)
-    moved = merge.execute(config, pruned, adapter, merged)["moved_share"]
+    skeleton = Skeleton(checkpoint.load_config(pruned))
+    prepared = train.prepare(config, skeleton, checkpoint.load_tokenizer(pruned))
+    trained = train.execute(config, prepared, pruned, record, adapter, dtype=dtype, resume=False)
+    moved = merge.execute(config, merge.prepare(config, pruned, adapter, record, trained, merged), merged).moved_share
     model = checkpoint.load_model(merged, device, dtype)
     tokenizer = checkpoint.load_tokenizer(merged)
-    before, after = trained["validation_loss"], validation_loss(config, model, tokenizer)
+    before, after = trained.validation_loss or 0.0, validation_loss(config, model, tokenizer)
     text = texts.load_text("instructions", "test", "eval.perplexity")
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, config.eval.seq_len or 512, None, "instructions")

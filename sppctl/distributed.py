@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from sppctl.errors import StageError, UserError
 
@@ -119,6 +119,26 @@ def add_up(*tensors: torch.Tensor) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+class Counted(Protocol):
+    """Sums over tokens, and how many these are."""
+
+    num_tokens: int
+
+    def totals(self) -> Sequence[torch.Tensor]:
+        """The sums, to be changed in place."""
+
+
+def add_up_counted(statistics: Counted) -> None:
+    """Replaces sums and number of tokens by those of all processes."""
+    import torch
+
+    if world_size() > 1:
+        totals = statistics.totals()
+        count = torch.tensor(statistics.num_tokens, device=totals[0].device)
+        add_up(count, *totals)
+        statistics.num_tokens = int(count)
 
 
 def largest(tensor: torch.Tensor) -> None:

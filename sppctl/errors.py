@@ -1,4 +1,4 @@
-"""The ways in which a command can end badly, with their exit codes."""
+"""The two error classes of sppctl with their exit codes, and how the problems of several checks become one error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,39 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Wrong usage, configuration or input: found before anything expensive, exit code 2."""
+    """Wrong usage, configuration or input: found before anything expensive, exit code 2.
+
+    Its text is one line, ``key: problem; fix``. Errors of several problems have a line for each, and no key.
+    """
 
     exit_code = 2
-    shared = False  # known to all processes of a job, so that the first alone need tell it
+    shared = False  # known to all processes of a job, so that the first alone need report it
+
+    def __init__(self, key: str, problem: str | None = None, fix: str | None = None) -> None:
+        """Takes the three parts, or a whole text as the only argument.
+
+        Args:
+            key: of the configuration, or the file or argument that is wrong.
+            problem: what is wrong with it.
+            fix: what to do about it.
+        """
+        self.key = None if problem is None else key
+        self.problem = key if problem is None else problem
+        self.fix = fix
+        super().__init__(key, problem, fix)  # as it is pickled for other processes
+
+    def __str__(self) -> str:
+        text = self.problem if self.key is None else f"{self.key}: {self.problem}"
+        return text if self.fix is None else f"{text}; {self.fix}"
+
+    def under(self, key: str) -> UserError:
+        """The same error of another key: that of what was being read, or an argument in place of a key."""
+        return UserError(key, self.problem, self.fix)
+
+    @property
+    def lines(self) -> list[str]:
+        """One for each problem."""
+        return str(self).splitlines()
 
 
 class StageError(RuntimeError):
@@ -37,13 +66,46 @@ class SharedError(StageError):
     shared = True
 
 
+class Problems:
+    """What several checks find wrong, for one error that names it all.
+
+    ``with problems: check()`` notes the UserError that a check raises; ``add`` notes a problem without an exception.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, key: str, problem: str, fix: str | None = None) -> None:
+        """Notes a problem, in the three parts of a :class:`UserError`."""
+        self.lines += UserError(key, problem, fix).lines
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, UserError):
+            return False
+        self.lines += error.lines
+        return True
+
+    def raise_all(self) -> None:
+        """Raises a UserError with every problem that was noted, each once, one per line; nothing if there are none."""
+        if self.lines:
+            raise UserError("\n".join(dict.fromkeys(self.lines)))
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's text, the name of its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 @contextlib.contextmanager
 def named_as_given(names: dict[str, str]) -> Iterator[None]:
     """Lets errors name the arguments that were given in place of configuration keys (``model.path``) that were not."""
     try:
         yield
     except UserError as error:
-        words = str(error)
-        for key, name in names.items():
-            words = words.replace(f"{key}:", f"{name}:")
-        raise UserError(words) from error
+        if error.key is None or error.key not in names:
+            raise
+        raise error.under(names[error.key]) from error

@@ -88,21 +88,29 @@ def num_processes(config: Config) -> int:
     """
     if "WORLD_SIZE" in os.environ:
         return distributed.world_size()
-    launch = config.launch
-    if launch.num_machines > 1:
+    machines = config.launch.num_machines
+    if machines > 1:
+        again = " ".join(sys.argv[1:])
         raise UserError(
-            f"launch.num_machines: {launch.num_machines} machines need a launcher; on each of them: "
-            f"torchrun --nnodes {launch.num_machines} --nproc-per-node GPUS --rdzv-backend c10d "
-            f"--rdzv-endpoint FIRST_HOST:29500 -m sppctl {' '.join(sys.argv[1:])}, or in a Slurm job: "
-            f"srun --nodes {launch.num_machines} --ntasks-per-node GPUS sppctl {' '.join(sys.argv[1:])}"
+            "launch.num_machines",
+            f"{machines} machines need a launcher",
+            f"on each of them: torchrun --nnodes {machines} --nproc-per-node GPUS --rdzv-backend c10d "
+            f"--rdzv-endpoint FIRST_HOST:29500 -m sppctl {again}, or in a Slurm job: "
+            f"srun --nodes {machines} --ntasks-per-node GPUS sppctl {again}",
         )
+    return configured_processes(config)
+
+
+def configured_processes(config: Config) -> int:
+    """The processes of a job on all its machines, wherever it is started; ``auto``: one for each GPU that is used."""
+    launch = config.launch
     if launch.num_processes != "auto":
-        return launch.num_processes
+        return launch.num_processes * launch.num_machines
     if config.model.device not in ("auto", "cuda"):
-        return 1
+        return launch.num_machines
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return max(1, torch.cuda.device_count()) * launch.num_machines
 
 
 def accumulation(train: TrainConfig, processes: int) -> int:
@@ -114,8 +122,10 @@ def accumulation(train: TrainConfig, processes: int) -> int:
     step = train.micro_batch_size * processes
     if train.batch_size % step:
         raise UserError(
-            f"train.batch_size: {train.batch_size} is not a multiple of micro_batch_size x processes "
-            f"({train.micro_batch_size} x {processes}); change one of them"
+            "train.batch_size",
+            f"{train.batch_size} is not a multiple of micro_batch_size x processes ({train.micro_batch_size} x "
+            f"{processes})",
+            "change one of them",
         )
     return train.batch_size // step
 

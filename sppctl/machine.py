@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from sppctl import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,19 @@ class Compute(NamedTuple):
     dtype: str
     text: str
     widened: bool = False
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``: the names that configurations and records use."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The inverse of :func:`dtype_name`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def choose_dtype(wanted: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
@@ -111,6 +127,11 @@ def describe() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} visible)"
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The versions of sppctl and of installed libraries."""
+    return {"sppctl": __version__} | {name: importlib.metadata.version(name) for name in libraries}
 
 
 def reset_peak_memory() -> None:

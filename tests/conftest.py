@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -21,13 +23,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which transformers does
 
+import stage_calls
 import transformers
+from checkpoints import weights_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sppctl import machine, prune_linear
+from sppctl import cli, machine, prune_linear
+from sppctl.config.load import load_config, to_yaml
 from sppctl.config.settings import PROJECTIONS, Config
+from sppctl.prune.walk import Journal
+from sppctl.records import BlockRecord, PruneRecord
 
 VOCAB = 260
 SMALL = {
@@ -220,32 +227,49 @@ metadata: {version: 2}
     return folder
 
 
-@pytest.fixture
-def config_file(tmp_path: Path, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
-    """A configuration that runs the whole pipeline on the tiny Llama in some seconds."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(
-        f"""
-run: {{dir: {tmp_path / "run"}, seed: 1}}
-model: {{path: {llama}, device: cpu}}
+TINY = """
+run: {{dir: {run}, seed: 1}}
+model: {{path: {model}, device: cpu}}
 prune:
   method: wanda
   pattern: 2:4
-  calibration: {{dataset: {text_file}, samples: 4, seq_len: 64}}
+  calibration: {{dataset: {text}, samples: 4, seq_len: 64}}
 train:
   rank: 4
-  data: {{dataset: {alpaca_file}, seq_len: 128, val_size: 4}}
+  data: {{dataset: {rows}, seq_len: 128, val_size: 4}}
   epochs: 1
   batch_size: 4
   micro_batch_size: 2
   lr: 1e-2
 eval:
-  perplexity: [{text_file}]
+  perplexity: [{text}]
   seq_len: 64
   max_tokens: 512
 """
-    )
-    return path
+# of a run that takes two seconds
+SHORT = (
+    *("run.seed=0", "prune.calibration.samples=2", "train.data.seq_len=96", "train.data.val_size=2"),
+    *("train.max_steps=2", "train.batch_size=2", "train.micro_batch_size=1", "eval.max_tokens=256"),
+)
+
+
+@pytest.fixture(scope="session")
+def write_config(llama: Path, text_file: Path, alpaca_file: Path) -> Callable[..., Path]:
+    """write_config(path, KEY=VALUE, ...) writes a configuration of the whole pipeline on the tiny Llama."""
+
+    def write(path: Path, *overrides: str) -> Path:
+        path.write_text(TINY.format(run=path.parent / "run", model=llama, text=text_file, rows=alpaca_file))
+        if overrides:
+            path.write_text(to_yaml(load_config(str(path), overrides)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A configuration that runs the whole pipeline on the tiny Llama in some seconds."""
+    return write_config(tmp_path / "tiny.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -280,14 +304,114 @@ def from_mirror(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, list[str]]:
-    """The tiny Llama, pruned as the module's own ``configure`` says, and the names of its layers."""
-    from sppctl.prune import stage as prune
+def configure(config_file: Path) -> Callable[..., Config]:
+    """configure(KEY=VALUE, ...) -> that configuration, changed."""
 
-    out = tmp_path / "pruned"
-    out.mkdir()
-    metrics = prune.execute(configure(), llama, out, dtype="float32")
-    return out, [layer["name"] for layer in metrics["layers"]]
+    def configured(*overrides: str) -> Config:
+        return load_config(str(config_file), overrides)
+
+    return configured
+
+
+class Pruned(NamedTuple):
+    """A pruned checkpoint: its directory, all its tensors, and what is recorded of them."""
+
+    directory: Path
+    weights: dict[str, Tensor]
+    record: PruneRecord
+
+
+Prune = Callable[..., Pruned]
+
+
+@pytest.fixture
+def prune(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> Prune:
+    """prune(KEY=VALUE, ..., base=, windows=) prunes the tiny Llama, or another checkpoint, into a new directory."""
+    numbers = itertools.count()
+
+    def pruned(*overrides: str, base: Path = llama, windows: Tensor | None = None, out: Path | None = None) -> Pruned:
+        directory = out or tmp_path / f"pruned-{next(numbers)}"
+        record = stage_calls.prune(configure(*overrides), base, directory, windows=windows)
+        return Pruned(directory, weights_of(directory), record)
+
+    return pruned
+
+
+@pytest.fixture
+def interrupt(prune: Prune, tmp_path: Path) -> Callable[..., Path]:
+    """interrupt(KEY=VALUE, ..., base=, blocks=) -> the directory of a pruning that ended after so many blocks."""
+
+    def interrupted(*overrides: str, base: Path, blocks: int = 2) -> Path:
+        append = Journal.append
+
+        def then_stop(self: Journal, entry: BlockRecord) -> None:
+            append(self, entry)
+            if len(self.blocks) == blocks:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "append", then_stop)
+            with pytest.raises(KeyboardInterrupt):
+                prune(*overrides, base=base, out=tmp_path / "interrupted")
+        return tmp_path / "interrupted"
+
+    return interrupted
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama of four blocks in several shards, with other outliers in each; never write into it."""
+    directory = tmp_path_factory.mktemp("deep") / "deep"
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for index, block in enumerate(model.model.layers):
+        for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
+            linear.weight.data.view(-1)[:: 200 // (index + 1)] *= 40
+    model.save_pretrained(directory, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """command("prune", ...) runs ``sppctl prune ...`` in this process."""
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sppctl", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def pruned(configure: Callable[..., Config], llama: Path, tmp_path: Path) -> tuple[Path, PruneRecord]:
+    """The tiny Llama, pruned as the module's own ``configure`` says, and the record of that."""
+    return tmp_path / "pruned", stage_calls.prune(configure(), llama, tmp_path / "pruned")
 
 
 def stored_dtype(directory: Path) -> str:

@@ -19,14 +19,17 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # each room imports only rooms further down, of those only what stands behind it
 ROOMS = """
 __main__     cli
-cli          sweep run report plan inspect model launch config files console distributed errors pattern
-sweep        run launch config files console distributed errors
-run          report merge train prune evaluate plan data model launch config files console distributed machine errors
+cli          options sweep run show plan inspect model launch config files console distributed records errors pattern
+options      config files errors
+show         sweep run report inspect config console distributed records
+sweep        run launch config files console distributed records errors
+run          report plan merge train prune evaluate data model launch config files console distributed machine records \
+             errors
 report       evaluate config files console errors
-merge        prune inspect adapters model config files console errors pattern
-train        prune plan evaluate adapters pruners data model launch config files console distributed errors pattern
-plan         prune pruners data model launch config machine errors
-prune        pruners data model launch config files console distributed machine errors pattern
+plan         train prune pruners data model launch config distributed machine errors
+merge        inspect adapters model config files console machine records errors pattern
+train        evaluate adapters pruners data model launch config files console distributed records errors pattern
+prune        pruners data model launch config files console distributed machine records errors pattern
 evaluate     inspect data model config files console distributed machine errors
 inspect      model files console machine errors pattern
 __init__     adapters pruners pattern
@@ -40,17 +43,22 @@ console      files distributed
 files        errors
 distributed  errors
 machine
+records      pattern
 pattern
 errors
 """
 TABLE = {room: below.split() for room, _, below in (line.partition(" ") for line in ROOMS.strip().splitlines())}
-CONFIGURED = {"cli", "sweep", "run", "report", "merge", "train", "plan", "prune", "evaluate", "launch", "config"}
+CONFIGURED = {"options", "cli", "sweep", "run", "show", "report", "merge", "train", "plan", "prune", "evaluate"}
+CONFIGURED |= {"launch", "config"}
 BIGGEST = 1 / 8  # of the code, for a room
 # imported when a command starts, so without the libraries that take seconds
-LIGHT = ("__main__", "cli", "config", "console", "distributed", "errors", "launch", "machine", "pattern", "sweep")
+LIGHT = ("__main__", "options", "cli", "config", "console", "distributed", "errors", "launch", "machine", "pattern")
+LIGHT += ("records", "show", "sweep")
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
 LIGHT_FILES = {f"files/{name}.py" for name in ("disk", "names", "paths", "sealed", "strict_json")}
-LIGHT_FILES |= {f"run/{name}.py" for name in ("attempts", "directory", "pipeline")}
+LIGHT_FILES |= {
+    f"run/{name}.py" for name in ("attempts", "dense", "directory", "measure", "pipeline", "publish", "stage", "stages")
+}
 
 
 @dataclass(frozen=True)

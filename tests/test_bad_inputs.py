@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,24 +14,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import Command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sppctl import cli
 from sppctl.config.load import load_config
-from sppctl.run import pipeline
 from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE, TRAIN
 
 WEIGHT, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended: exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
 
 
 @dataclass
@@ -48,7 +38,7 @@ class Workplace:
     root: Path
     config: Path
     model: Path
-    run: Callable[..., Outcome]
+    run: Command
 
     def write(self, name: str, text: str) -> Path:
         path = self.root / name
@@ -65,29 +55,13 @@ class Workplace:
 
 @pytest.fixture
 def work(
-    tmp_path: Path,
-    config_file: Path,
-    llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, config_file: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> Workplace:
     (tmp_path / "tmp").mkdir()
     shutil.copytree(llama, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["sppctl", *arguments])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        printed = capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
-
-    return Workplace(tmp_path, config_file, tmp_path / "model", run)
+    return Workplace(tmp_path, config_file, tmp_path / "model", command)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -481,12 +455,12 @@ PRUNING = [
     Case(
         "OWL with N:M",
         "prune {config} prune.allocation=owl",
-        ("prune.allocation: shares out a ratio, but prune.pattern is 2:4",),
+        ("prune.allocation: splits a ratio over the blocks, but prune.pattern is 2:4",),
     ),
     Case(
         "a ratio per block with N:M",
         "prune {config} prune.allocation=[0.5,0.6]",
-        ("prune.allocation: shares out a ratio, but prune.pattern is 2:4",),
+        ("prune.allocation: splits a ratio over the blocks, but prune.pattern is 2:4",),
     ),
     Case(
         "ratios for another number of blocks",
@@ -506,7 +480,7 @@ PRUNING = [
     Case(
         "OWL beyond 0 and 1",
         "prune {config} prune.pattern=0.5 prune.allocation=owl prune.owl_lambda=0.99",
-        ("prune.allocation: OWL with a spread of 0.99 round 0.5", "lower the spread"),
+        ("prune.allocation: OWL with a spread of 0.99 around 0.5", "lower the spread"),
     ),
     Case(
         "a mask and ratios",
@@ -832,34 +806,22 @@ def test_a_wrong_command_says_so_and_leaves_nothing(case: Case, work: Workplace)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, write_config: Callable[..., Path]) -> Path:
     """A folder with tiny.yaml and a run of it up to the adapter, and with the adapter of a model of other shapes."""
     root = tmp_path_factory.mktemp("finished")
     wide = root / "wide"
     AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_shape(intermediate_size=64))).save_pretrained(wide)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(llama / name, wide / name)
-    (root / "tiny.yaml").write_text(
-        f"""
-run: {{dir: run}}
-model: {{path: {llama}, device: cpu}}
-prune: {{method: magnitude, pattern: 2:4}}
-train:
-  rank: 4
-  data: {{dataset: {alpaca_file}, seq_len: 32}}
-  max_steps: 1
-  batch_size: 1
-  micro_batch_size: 1
-eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 128}}
-"""
-    )
+    options = "run.dir=run", "prune.method=magnitude", "train.data.seq_len=32", "train.max_steps=1", "train.lr=4e-3"
+    write_config(root / "tiny.yaml", *options, "train.batch_size=1", "train.micro_batch_size=1", "eval.max_tokens=128")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for name, model in (("run", llama), ("wide-run", wide)):
             work = Run(load_config("tiny.yaml", [f"run.dir={name}", f"model.path={model}"]))
             with work.lock():
-                pipeline.prune(work)
-                pipeline.train(work)
+                work.do(PRUNE)
+                work.do(TRAIN)
     return root
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sppctl.config.load import load_config
-from sppctl.run import pipeline
 from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY_TRAINING = [
@@ -68,7 +68,7 @@ def pruned(llama: Path, tmp_path: Path) -> Path:
         )
     )
     run.directory.mkdir()
-    pipeline.prune(run)
+    run.do(PRUNE)
     return run.path("prune")
 
 

@@ -17,8 +17,11 @@ from sppctl.config.load import load_config
 from sppctl.errors import UserError
 from sppctl.model import checkpoint
 from sppctl.prune import walk
+from sppctl.records import BlockRecord
+from sppctl.run import dense as dense_model
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE, TRAIN
 
 pytestmark = pytest.mark.slow
 
@@ -73,9 +76,9 @@ def test_a_bfloat16_model_on_a_cpu_without_units(work: Work, cpu: Cpu, capsys: p
         cpu(flags)
         pipeline.run_all(work(f"model.compute_dtype={key}"))
         assert capsys.readouterr().err.count("up to date") == 6
-    for stage in (pipeline.prune, pipeline.train):
+    for stage in (PRUNE, TRAIN):
         with pytest.raises(UserError, match=r"was made with model\.compute_dtype = float32, now bfloat16; "):
-            stage(work("model.compute_dtype=bfloat16"))
+            work("model.compute_dtype=bfloat16").do(stage)
 
 
 def test_pruning_goes_on_in_the_dtype_that_it_was_begun_in(
@@ -83,29 +86,29 @@ def test_pruning_goes_on_in_the_dtype_that_it_was_begun_in(
 ) -> None:
     method = "prune.method=sparsegpt"
     cpu(BF16)
-    pipeline.prune(work(method, "run.dir=whole"))
+    work(method, "run.dir=whole").do(PRUNE)
     append = walk.Journal.append
 
-    def then_stop(self: walk.Journal, entry: dict[str, Any]) -> None:
+    def then_stop(self: walk.Journal, entry: BlockRecord) -> None:
         append(self, entry)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(walk.Journal, "append", then_stop)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.prune(work(method, "run.dir=cut"))
+            work(method, "run.dir=cut").do(PRUNE)
     cpu(AVX2)
     with pytest.raises(UserError, match=r"attempt with model\.compute_dtype = bfloat16, now float32"):
-        pipeline.prune(work(method, "run.dir=cut", "model.compute_dtype=float32"))
+        work(method, "run.dir=cut", "model.compute_dtype=float32").do(PRUNE)
     capsys.readouterr()
     run = work(method, "run.dir=cut")
-    pipeline.prune(run)
+    run.do(PRUNE)
     first, *more = capsys.readouterr().err.splitlines()
     assert first == "prune: computing in bfloat16 as the interrupted attempt did"
     assert "prune: 1 of 2 blocks are done" in more
     assert files(Path("cut/pruned")) == files(Path("whole/pruned"))
     assert recorded(run, "prune") == ["bfloat16"]
-    pipeline.prune(work(method, "run.dir=other"))
+    work(method, "run.dir=other").do(PRUNE)
     assert files(Path("other/pruned")) != files(Path("whole/pruned"))
 
 
@@ -113,16 +116,16 @@ def test_training_goes_on_in_the_dtype_that_it_was_begun_in(work: Work, cpu: Cpu
     options = ("train.save_steps=1", "train.lr=5e-2")
     cpu(AVX2)
     for name in ("whole", "cut"):
-        pipeline.prune(work(*options, f"run.dir={name}"))
-    pipeline.train(work(*options, "run.dir=whole"))
+        work(*options, f"run.dir={name}").do(PRUNE)
+    work(*options, "run.dir=whole").do(TRAIN)
     with cut_after(2):
-        pipeline.train(work(*options, "run.dir=cut"))
+        work(*options, "run.dir=cut").do(TRAIN)
     cpu(BF16)
     run = work(*options, "run.dir=cut")
-    pipeline.train(run)
+    run.do(TRAIN)
     assert recorded(run, "train") == ["float32"]
     assert files(Path("cut/adapter")) == files(Path("whole/adapter"))
-    pipeline.train(work(*options, "run.dir=cut", force=True))
+    work(*options, "run.dir=cut", force=True).do(TRAIN)
     assert files(Path("cut/adapter")) != files(Path("whole/adapter"))
 
 
@@ -130,7 +133,7 @@ def test_results_stay_valid_unless_a_dtype_is_asked_for(
     work: Work, cpu: Cpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cpu(BF16)
-    pipeline.prune(work())
+    work().do(PRUNE)
     first = pipeline.evaluate_some(work(), ["base", "pruned"])
     assert first["pruned"]["results"][0]["metrics"]["kl"] > 0
     loaded = []
@@ -161,12 +164,12 @@ def test_float32_is_not_rounded_to_compute_unless_that_is_asked_for(work: Work, 
     plain = work("run.dir=plain", dtype=torch.float32)
     asked = work("run.dir=asked", "model.compute_dtype=bfloat16", dtype=torch.float32)
     for run in (plain, asked):
-        pipeline.prune(run)
-        pipeline.train(run)
+        run.do(PRUNE)
+        run.do(TRAIN)
     assert recorded(plain, "prune", "train") == ["float32", "float32"]
     assert recorded(asked, "prune", "train") == ["bfloat16", "bfloat16"]
     assert files(plain.path("train")) != files(asked.path("train"))
-    dense = load_file(plain.base() / "model.safetensors")
+    dense = load_file(dense_model.base(plain) / "model.safetensors")
     for name, tensor in load_file(asked.path("prune") / "model.safetensors").items():
         assert torch.equal(tensor, torch.where(tensor == 0, 0, dense[name])), name
 
@@ -176,7 +179,7 @@ def test_what_fits_only_as_stored_names_the_key(
 ) -> None:
     cpu(AVX2)
     run = work("eval.divergence=null")
-    pipeline.prune(run)
+    run.do(PRUNE)
     size = checkpoint.weight_bytes(run.path("prune"), "float32")
     said = {}
     for free in (size, size - 1, size // 2 - 1):  # all of it fits, half of it fits, nothing does
@@ -198,6 +201,6 @@ def test_a_launchers_mixed_precision_is_not_used(work: Work, monkeypatch: pytest
     for name, precision in (("plain", "no"), ("launched", "bf16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         run = work(f"run.dir={name}", "prune.method=magnitude", "train.lr=5e-2", dtype=torch.float32)
-        pipeline.prune(run)
-        pipeline.train(run)
+        run.do(PRUNE)
+        run.do(TRAIN)
     assert files(Path("plain/adapter")) == files(Path("launched/adapter"))

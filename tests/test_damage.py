@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import SHORT
 from safetensors.torch import load_file, save_file
 
 from sppctl.config.load import load_config
@@ -15,30 +16,18 @@ from sppctl.errors import UserError
 from sppctl.files import integrity, sealed
 from sppctl.run import pipeline, verify
 from sppctl.run.directory import Run
+from sppctl.run.stages import MERGE, PRUNE, TRAIN
 
 Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path], llama: Path) -> Path:
     """A folder with a configuration, the base model and a finished run; tests work in copies."""
     root = tmp_path_factory.mktemp("finished")
     shutil.copytree(llama, root / "base")
-    (root / "tiny.yaml").write_text(
-        f"""
-run: {{dir: run}}
-model: {{path: base, device: cpu}}
-prune: {{method: magnitude, pattern: 2:4, calibration: {{dataset: {text_file}, samples: 2, seq_len: 64}}}}
-train:
-  rank: 4
-  data: {{dataset: {alpaca_file}, seq_len: 96, val_size: 2}}
-  max_steps: 1
-  batch_size: 2
-  micro_batch_size: 1
-  lr: 1e-2
-eval: {{perplexity: [{text_file}], seq_len: 64, max_tokens: 128, divergence: null}}
-"""
-    )
+    options = "run.dir=run", "model.path=base", "prune.method=magnitude", "eval.divergence=null"
+    write_config(root / "tiny.yaml", *SHORT, *options, "train.max_steps=1", "eval.max_tokens=128")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         pipeline.run_all(Run(load_config("tiny.yaml")))
@@ -77,11 +66,12 @@ def damages(path: Path) -> Iterator[str]:
 # --- every file in turn -----------------------------------------------------------------------------------------------
 
 READERS: dict[str, Callable[[], object]] = {
-    "pruned": lambda: pipeline.train(run()),
-    "adapter": lambda: pipeline.merge(run()),
+    "pruned": lambda: run().do(TRAIN),
+    "adapter": lambda: run().do(MERGE),
     "merged": lambda: pipeline.evaluate_some(run(), ["merged"]),
     "eval": lambda: pipeline.report([Path("run")]),
 }
+MAKERS = {"pruned": PRUNE, "adapter": TRAIN, "merged": MERGE}
 
 
 @pytest.mark.parametrize("folder", READERS)
@@ -102,18 +92,19 @@ def test_every_damage_to_every_file_is_named_by_the_next_stage_that_reads_it(fol
             assert tree(here) == before, (path, damage)
             assert [file.file for file in verify.execute(Path("run")) if file.state != "ok"] == [path.name], damage
     if folder != "eval":
-        assert len(READERS[folder]()) > 0  # whole again
+        assert READERS[folder]()  # whole again
 
 
-@pytest.mark.parametrize(("folder", "stage"), [("pruned", "prune"), ("adapter", "train"), ("merged", "merge")])
-def test_a_stage_is_not_up_to_date_while_its_own_files_are_damaged(folder: str, stage: str, here: Path) -> None:
+@pytest.mark.parametrize("folder", MAKERS)
+def test_a_stage_is_not_up_to_date_while_its_own_files_are_damaged(folder: str, here: Path) -> None:
+    stage = MAKERS[folder]
     weights = next((here / folder).glob("*.safetensors"))
     whole = weights.read_bytes()
     for _ in damages(weights):
-        with pytest.raises(UserError, match=rf"run/{folder}/{weights.name} .*sppctl {stage} --force"):
-            getattr(pipeline, stage)(run())
+        with pytest.raises(UserError, match=rf"run/{folder}/{weights.name} .*sppctl {stage.name} --force"):
+            run().do(stage)
     weights.unlink()
-    getattr(pipeline, stage)(run(force=True))
+    run(force=True).do(stage)
     assert weights.read_bytes() == whole
 
 
@@ -128,16 +119,16 @@ def test_a_run_that_was_moved_or_copied_is_whole(here: Path) -> None:
     here.rename(here.parent / "moved")
     for name in ("copy", "moved"):
         assert {file.state for file in verify.execute(Path(name))} == {"ok"}
-        pipeline.merge(run(f"run.dir={name}"))
+        run(f"run.dir={name}").do(MERGE)
 
 
 def test_dense_weights_in_the_place_of_pruned_ones_are_neither_trained_nor_merged(here: Path) -> None:
     shutil.copy("base/model.safetensors", here / "pruned/model.safetensors")
     before = tree(here)
-    for stage in (pipeline.train, pipeline.merge):
+    for stage in (TRAIN, MERGE):
         for force in (False, True):
             with pytest.raises(UserError, match=r"run/pruned/model.safetensors is damaged: .*sppctl prune --force"):
-                stage(run(force=force))
+                run(force=force).do(stage)
     assert tree(here) == before
 
 
@@ -160,7 +151,7 @@ def test_merging_is_held_to_the_recorded_masks_not_to_the_file_it_finds(here: Pa
     rehash(here / "pruned")
     before = tree(here)
     with pytest.raises(UserError, match=rf"pruned/model.safetensors: {Q}.weight does not have the zeros .* recorded"):
-        pipeline.merge(run(force=True))
+        run(force=True).do(MERGE)
     assert tree(here) == before
 
 
@@ -170,7 +161,7 @@ def test_half_an_adapter_is_refused_with_a_matrix_that_it_lacks(here: Path) -> N
     save_file({name: tensor for name, tensor in weights.items() if ".layers.1." in name}, path, {"format": "pt"})
     rehash(here / "adapter")
     with pytest.raises(UserError, match=r"run/adapter lacks 7 of the 14 matrices .* model.layers.0.mlp.down_proj"):
-        pipeline.merge(run(force=True))
+        run(force=True).do(MERGE)
 
 
 # --- the base ---------------------------------------------------------------------------------------------------------
@@ -194,8 +185,8 @@ def test_a_base_that_is_not_what_was_pruned_is_not_compared_with(how: str, here:
     if not override:
         for more in (["train.distill.teacher=base"], ["train.refresh.steps=1"]):
             with pytest.raises(UserError, match=said):
-                pipeline.train(run(*more, force=True))
+                run(*more, force=True).do(TRAIN)
         with pytest.raises(UserError, match="run/pruned was made with other base content"):
-            pipeline.prune(run())
+            run().do(PRUNE)
     assert tree(here) == before
     pipeline.evaluate_some(run(*override), ["merged"])  # which has no use for the base

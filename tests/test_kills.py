@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ import sys
 from transformers import AutoModelForCausalLM
 from sppctl.config.load import load_config
 from sppctl.model import checkpoint
+from sppctl.run import dense
 from sppctl.run.directory import Run
 
 # what is read from a GGUF file is not what is tried here
@@ -111,7 +112,7 @@ checkpoint.convert_gguf = lambda source, *_: AutoModelForCausalLM.from_pretraine
 def base(config, *overrides):
     run = Run(load_config(config, overrides))
     with run.lock():
-        run.base()
+        dense.base(run)
 from sppctl import cli
 cli.app = lambda: base(*sys.argv[2:])
 """
@@ -121,27 +122,18 @@ MOMENTS = 7  # at which each stage is killed
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory, llama: Path, text_file: Path, alpaca_file: Path) -> list[str]:
+def arguments(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path], llama: Path) -> list[str]:
     """A configuration whose stages take a few tenths of a second."""
     folder = tmp_path_factory.mktemp("kills")
     shutil.copytree(llama, folder / "llama")
     (folder / "llama" / "tiny.gguf").write_text("not read")
-    (folder / "tiny.yaml").write_text(f"""
-run: {{seed: 1}}
-model: {{path: {folder / "llama"}, device: cpu}}
-prune: {{calibration: {{dataset: {text_file}, samples: 2, seq_len: 32}}}}
-train:
-  rank: 4
-  data: {{dataset: {alpaca_file}, seq_len: 64, max_rows: 10, val_size: 2}}
-  epochs: 1
-  batch_size: 4
-  micro_batch_size: 4
-  save_steps: 1
-  keep_checkpoints: 1
-  report_to: []
-eval: {{perplexity: [{text_file}], seq_len: 32, max_tokens: 128, tasks: []}}
-""")
-    return [str(folder / "tiny.yaml")]
+    options = (
+        *(f"model.path={folder / 'llama'}", "prune.calibration.samples=2", "prune.calibration.seq_len=32"),
+        *("train.data.seq_len=64", "train.data.max_rows=10", "train.data.val_size=2", "train.micro_batch_size=4"),
+        *("train.save_steps=1", "train.keep_checkpoints=1", "train.report_to=[]", "train.lr=4e-3"),
+        *("eval.seq_len=32", "eval.max_tokens=128", "eval.tasks=[]"),
+    )
+    return [str(write_config(folder / "tiny.yaml", *options))]
 
 
 class Stage:

@@ -16,7 +16,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -181,10 +181,20 @@ def _nearest(key: str) -> str:
     section, _, leaf = key.rpartition(".")
     inside = [name for name in every if section and name.startswith(f"{section}.")]
     leaves = {name.rpartition(".")[2]: name for name in reversed(inside or every)}
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    if not close:
-        return f"; see `sppctl config --schema`{f', section {section}' if inside else ''}"
-    return f"; did you mean {leaves[close[0]]}?"
+    close = did_you_mean(leaf, leaves)
+    return close or f"; see `sppctl config --schema`{f', section {section}' if inside else ''}"
+
+
+def did_you_mean(name: str, known: Mapping[str, str] | Iterable[str]) -> str:
+    """The end of an error about an unknown name: the known one that is most like it; empty if none is.
+
+    Args:
+        name: that is not known.
+        known: all that are, perhaps with what to print for each.
+    """
+    shown_as = dict(known) if isinstance(known, Mapping) else {each: each for each in known}
+    close = difflib.get_close_matches(name, shown_as, n=1, cutoff=0.6)
+    return f"; did you mean {shown_as[close[0]]}?" if close else ""
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -206,8 +216,7 @@ def _convert(value: Any, hint: Any) -> Any:
         if value in arguments and not isinstance(value, bool):
             return value
         names = ", ".join(map(str, arguments))
-        close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-        raise ValueError(f"{shown(value)} is not one of {names}" + (f"; did you mean {close[0]}?" if close else ""))
+        raise ValueError(f"{shown(value)} is not one of {names}{did_you_mean(str(value), map(str, arguments))}")
     if origin is list:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list) or (isinstance(value, str) and value == "all-linear"):

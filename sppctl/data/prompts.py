@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from sppctl.data.chat import try_template
-from sppctl.errors import UserError
+from sppctl.errors import UserError, first_line
 
 KEY = "train.data.prompt"
 
@@ -127,10 +127,8 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
             fixed = DATE.sub(lambda found: repr(today.strftime(found[2])), tokenizer.get_chat_template())
             return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": fixed} | options))
         except Exception as error:  # a template is a program: it raises what it likes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"{KEY}: the tokenizer's chat template fails on an instruction: {reason} ({row['instruction'][:60]!r})"
-            ) from error
+            reason = f"{first_line(error)} ({row['instruction'][:60]!r})"
+            raise UserError(KEY, f"the tokenizer's chat template fails on an instruction: {reason}") from error
 
     def text(row: dict[str, Any]) -> tuple[str, int]:
         whole, asked = render(row, _chat_of(row)), render(row, _chat_of(row)[:1], add_generation_prompt=True)

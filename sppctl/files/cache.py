@@ -131,3 +131,14 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     else:
         return None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens: that of a GGUF file need not be that of the unpacked model."""
+    identity = tokenizer_identity(one)
+    marks = ("chat_template", "special_tokens_map")
+    return (
+        identity is not None
+        and identity == tokenizer_identity(other)
+        and all(getattr(one, mark, None) == getattr(other, mark, None) for mark in marks)
+    )

@@ -78,8 +78,9 @@ def demand_space(directory: Path, needed: int, what: str, replaced: str) -> None
     free = shutil.disk_usage(existing(directory)).free + held
     if needed > free:
         raise UserError(
-            f"run.dir: {directory} has {free / 2**30:.1f} GiB free, {what} takes {needed / 2**30:.1f} GiB; make room, "
-            "or name another (--output)"
+            "run.dir",
+            f"{directory} has {free / 2**30:.1f} GiB free, {what} takes {needed / 2**30:.1f} GiB",
+            "make room, or name another (--output)",
         )
 
 
@@ -87,17 +88,17 @@ def demand_directory(path: Path, key: str) -> None:
     """Raises UserError, which names ``key``, if a directory cannot be made, or not be written."""
     if os.path.lexists(path) and not path.is_dir():
         kind = "a file" if path.is_file() else "a broken link or a special file"
-        raise UserError(f"{key}: {path} is {kind}, not a directory; name another (--output)")
+        raise UserError(key, f"{path} is {kind}, not a directory", "name another (--output)")
     parent = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         what = "be written" if parent == path else f"be made, {parent} is not a writable directory"
-        raise UserError(f"{key}: {path} cannot {what}; name another")
+        raise UserError(key, f"{path} cannot {what}", "name another")
 
 
 def demand_file(path: Path, key: str) -> None:
     """Raises UserError, which names ``key``, if there is something in the place of a file that is to be written."""
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(f"{key}: {path} is not an ordinary file; remove it, or name another place")
+        raise UserError(key, f"{path} is not an ordinary file", "remove it, or name another place")
 
 
 def demand_readable(path: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sppctl import console
-from sppctl.errors import UserError
+from sppctl.errors import UserError, first_line
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.inspect import holds, measure
 from sppctl.inspect.semi_structured import TwoWeights, no_kernel, relative_difference, takes
 from sppctl.inspect.speed_text import notes
 from sppctl.inspect.storage import storage
-from sppctl.machine import cpu_name
+from sppctl.machine import cpu_name, dtype_name
 from sppctl.model import checkpoint
 from sppctl.pattern import Pattern
 
@@ -89,7 +89,7 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
         "checkpoint": path,
         "fingerprint": fingerprint,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "prompt": settings.prompt,
@@ -133,7 +133,7 @@ def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
             raise
         except RuntimeError as error:
             weights = TwoWeights()
-            reason = f"the 2:4 kernel refuses this GPU or model ({str(error).splitlines()[0]}); dense timings only"
+            reason = f"the 2:4 kernel refuses this GPU or model ({first_line(error)}); dense timings only"
         if reason is None and not fitting:
             reason = "the 2:4 kernel supports none of the 2:4 layers' shapes; dense timings only"
     return weights, {

@@ -24,19 +24,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Merger:
-    """How adapters of one PEFT type are merged.
+    """How adapters of one PEFT type are merged."""
 
-    Attributes:
-        parts: the tensors that an adapted layer has under these settings.
-        fits: whether tensors of these shapes belong to a weight (rows, columns).
-        merge: weight (m, n), tensors, settings and a dtype to the merged weight, rounded once to that dtype.
-        zeros: where the merged zeros are: ``pruned``, where the pruned weight has them; ``filled``, nowhere; ``own``,
-            where the adapter's masks have them.
-    """
-
-    parts: Callable[[Settings], set[str]]
+    parts: Callable[[Settings], set[str]]  # the tensors that an adapted layer has under these settings
+    # whether tensors of these shapes belong to a weight (rows, columns)
     fits: Callable[[Shapes, tuple[int, ...]], bool]
+    # weight (m, n), tensors, settings and a dtype to the merged weight, rounded once to that dtype
     merge: Callable[[Tensor, Tensors, Settings, torch.dtype], Tensor]
+    # where the merged zeros are: ``pruned``, where the pruned weight has them; ``filled``, nowhere; ``own``, where the
+    # adapter's masks have them
     zeros: str = "pruned"
 
 
@@ -53,14 +49,16 @@ def check_mask(kind: str, mask: str) -> None:
     zeros = MERGERS[kind].zeros
     if zeros == "filled" and mask == "keep":
         raise UserError(
-            f"merge.mask: keep is impossible with train.method {kind.lower()}, whose update fills the zeros; "
+            "merge.mask",
+            f"keep is impossible with train.method {kind.lower()}, whose update fills the zeros",
             "merge.mask=reapply prunes the merged weights by the old mask again (the paper's LoRA*), "
-            "merge.mask=dense gives up the sparsity, train.method=masked_lora trains under the mask"
+            "merge.mask=dense gives up the sparsity, train.method=masked_lora trains under the mask",
         )
     if zeros == "own" and mask == "reapply":
         raise UserError(
-            f"merge.mask: reapply would undo the masks that train.method {kind.lower()} has chosen; "
-            "merge.mask=keep keeps them, and proves their pattern"
+            "merge.mask",
+            f"reapply would undo the masks that train.method {kind.lower()} has chosen",
+            "merge.mask=keep keeps them, and proves their pattern",
         )
 
 

@@ -1,15 +1,14 @@
 """pruned + adapter -> merged: tensor by tensor in float32, rounded once, with proof of the pattern.
 
-What merging is for a type of adapter, and what is proved, stands in ``merge_rules``.
+What merging is for a type of adapter, and what is proved, is in ``rules``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.files import integrity
 from sppctl.files.disk import demand_space
 from sppctl.files.safe_files import OwnFiles, TensorFile, TensorFiles, adapter_file, adapter_settings
+from sppctl.machine import dtype_name
 from sppctl.merge.rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
@@ -28,51 +28,9 @@ from sppctl.model.refreshed import RefreshedFiles
 from sppctl.model.targets import stored_name
 from sppctl.model.weights import check_weights
 from sppctl.pattern import Pattern
-from sppctl.prune.choose import patterns_of
+from sppctl.records import MatrixRecord, MergeRecord, PruneRecord, Settings, TrainRecord
 
 PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """What merging did to one matrix.
-
-    Attributes:
-        name: of the tensor in the checkpoint.
-        zeros: weights that are zero after merging.
-        kept: weights that are not.
-        moved: of those, how many have another stored value than before.
-        filled: zeros of the pruned weight that are zero no more.
-        lost: weights that have become zero.
-        relative_change: ||merged - pruned|| / ||pruned||.
-    """
-
-    name: str
-    zeros: int
-    kept: int
-    moved: int
-    filled: int
-    lost: int
-    relative_change: float
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What the stages before have recorded, which merging is held to.
-
-    Attributes:
-        masks: digest of the mask of each pruned matrix by its name, of refreshed ones the last.
-        modules: the names of the matrices that were trained.
-    """
-
-    masks: dict[str, str]
-    modules: list[str]
-
-    @classmethod
-    def of(cls, pruned: dict[str, Any], trained: dict[str, Any]) -> Recorded:
-        """From the metrics of pruning and training."""
-        masks = {layer["name"]: layer["mask"] for layer in pruned["layers"]}
-        return cls(masks | ((trained["refresh"] or {}).get("masks") or {}), trained["modules"])
 
 
 @dataclass(frozen=True)
@@ -80,7 +38,7 @@ class Adapter:
     """A saved PEFT adapter: its settings, its kind, and its tensors by module name."""
 
     kind: str
-    settings: dict[str, Any]
+    settings: Settings
     files: TensorFile
     modules: dict[str, dict[str, str]]
 
@@ -118,78 +76,95 @@ def _split(name: str, parts: set[str]) -> tuple[str, str]:
     return module, part
 
 
-def preflight(config: Config, skeleton: Skeleton | None = None) -> None:
-    """Checks that the method's adapters can be merged as ``merge.mask`` says.
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter and a pruned checkpoint that have been found to belong together."""
 
-    Raises:
-        UserError: they cannot.
-    """
-    check_mask(config.train.method.upper(), config.merge.mask)
+    pruned: Path  # directory of the checkpoint
+    source: RefreshedFiles  # the checkpoint, with the matrices that training has refreshed in the place of its own
+    adapter: Adapter  # what to merge
+    stored: dict[str, str]  # the checkpoint's name of each adapted module's weight
+    masks: dict[str, str]  # recorded digest of each pruned matrix's mask by module; of refreshed ones the last
+    work: None = None  # nothing that takes long
+    # the checkpoint and the adapter are read anew in every attempt
+    sources: dict[str, str] = field(default_factory=dict)
 
 
-def execute(
-    config: Config, pruned: Path, adapter_directory: Path, out: Path, recorded: Recorded | None = None
-) -> dict[str, Any]:
-    """Merges an adapter into the checkpoint ``pruned``; the result goes to ``out``, an ordinary checkpoint.
+def prepare(
+    config: Config, pruned: Path, trained: Path, prune_record: PruneRecord, train_record: TrainRecord, out: Path
+) -> Prepared:
+    """Checks that an adapter can be merged into a checkpoint as ``merge.mask`` says, and that both are as recorded.
 
     Args:
         config: the configuration.
         pruned: the pruned checkpoint.
-        adapter_directory: of the adapter.
-        out: existing, empty directory.
-        recorded: what both are held to; None: they have no records.
-
-    Returns:
-        Metrics: the mask rule, matrices, zeros, kept weights and the share of them that moved, whether every zero and
-        no other weight is zero still, one record per matrix. A matrix that training has refreshed stands for the pruned
-        one.
+        trained: directory of the adapter.
+        prune_record: of the checkpoint.
+        train_record: of the adapter.
+        out: where the merged checkpoint will be written.
 
     Raises:
-        UserError: the adapter belongs to another model, or cannot be merged as ``merge.mask`` says; or a matrix is not
-            as recorded.
-        StageError: the pattern would not be what ``merge.mask`` promises, or a value is not finite.
+        UserError: the adapter belongs to another model, cannot be merged, or is not as recorded; or the disk is full.
+        StageError: a refreshed matrix does not have the zeros of its pattern.
     """
-    mask = config.merge.mask
-    adapter = Adapter.open(adapter_directory)
-    check_mask(adapter.kind, mask)
-    source = RefreshedFiles(pruned, adapter_directory)
-    if recorded and (lost := sorted(set(recorded.modules) - adapter.modules.keys())):
+    adapter = Adapter.open(trained)
+    check_mask(adapter.kind, config.merge.mask)
+    source = RefreshedFiles(pruned, trained)
+    if lost := sorted(set(train_record.modules) - adapter.modules.keys()):
         raise UserError(
-            f"{adapter_directory} lacks {len(lost)} of the {len(recorded.modules)} matrices that were trained, "
+            f"{trained} lacks {len(lost)} of the {len(train_record.modules)} matrices that were trained, "
             f"{lost[0]} among them; train again (sppctl train --force)"
         )
-    masks = recorded.masks if recorded else {}
     stored = _match(source, adapter, config, pruned)
-    _prove_refreshed(source, stored, config, pruned)
+    if source.refreshed:
+        patterns = prune_record.patterns
+        source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
     needed = checkpoint.copy_size(TensorFiles(pruned), config.merge.dtype)
     demand_space(out.parent, needed, "the merged checkpoint", f"{out.name}/*.safetensors")
-    convert = partial(_converted, set(stored.values()))
-    with console.working(f"copying {pruned}"):
-        files = checkpoint.copy_for_rewriting(pruned, out, config.merge.dtype, convert)
+    masks = prune_record.masks | (train_record.refresh.masks if train_record.refresh else {})
+    return Prepared(pruned, source, adapter, stored, masks)
+
+
+def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
+    """Merges an adapter into a pruned checkpoint; the result goes to ``out``, an ordinary checkpoint.
+
+    Args:
+        config: the configuration.
+        prepared: from :func:`prepare`.
+        out: existing, empty directory.
+
+    Raises:
+        UserError: a pruned matrix does not have the mask that was recorded.
+        StageError: the pattern would not be what ``merge.mask`` promises, or a value is not finite.
+    """
+    mask, adapter = config.merge.mask, prepared.adapter
+    convert = partial(_converted, set(prepared.stored.values()))
+    with console.working(f"copying {prepared.pruned}"):
+        files = checkpoint.copy_for_rewriting(prepared.pruned, out, config.merge.dtype, convert)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
-        for record in merge_matrices(source, adapter, stored, files, mask, masks):
+        for record in merge_matrices(prepared, files, mask):
             records.append(record)
             bar.advance()
     kept, moved = sum(record.kept for record in records), sum(record.moved for record in records)
     zeros, filled, lost = (sum(getattr(record, what) for record in records) for what in ("zeros", "filled", "lost"))
     if filled:
         console.note(f"merge: {filled:,} zeros were filled, {lost:,} other weights are zero now (merge.mask {mask})")
-    return {
-        "method": adapter.kind.lower(),
-        "mask": mask,
-        "matrices": len(records),
-        "zeros": zeros,
-        "kept_weights": kept,
-        "moved_weights": moved,
-        "moved_share": moved / kept if kept else 0.0,
-        "sparsity": zeros / (zeros + kept),
-        "filled_zeros": filled,
-        "lost_weights": lost,
-        "pattern_unchanged": not filled and not lost,
-        "refreshed_matrices": len(source.refreshed),
-        "records": [asdict(record) for record in records],
-    }
+    return MergeRecord(
+        method=adapter.kind.lower(),
+        mask=mask,
+        matrices=len(records),
+        zeros=zeros,
+        kept_weights=kept,
+        moved_weights=moved,
+        moved_share=moved / kept if kept else 0.0,
+        sparsity=zeros / (zeros + kept),
+        filled_zeros=filled,
+        lost_weights=lost,
+        pattern_unchanged=not filled and not lost,
+        refreshed_matrices=len(prepared.source.refreshed),
+        records=records,
+    )
 
 
 def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,9 +178,9 @@ def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype)
     result = round_under_mask(tensor, tensor, dtype)
     if not torch.equal(result.isfinite(), tensor.isfinite()):
         raise StageError(
-            f"merge.dtype: {str(dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
+            f"merge.dtype: {dtype_name(dtype)} cannot hold {name}, whose largest value is "
             f"{tensor[tensor.isfinite()].abs().max().item():.3g}; nothing was published, merge.dtype=auto keeps "
-            f"{str(tensor.dtype).removeprefix('torch.')}"
+            f"{dtype_name(tensor.dtype)}"
         )
     return result
 
@@ -234,34 +209,14 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
     return stored
 
 
-def _prove_refreshed(source: RefreshedFiles, stored: dict[str, str], config: Config, pruned: Path) -> None:
-    """Shows that refreshed matrices have the zeros of their patterns, before they stand for the pruned ones."""
-    if not source.refreshed:
-        return
-    trust = config.model.trust_remote_code
-    skeleton = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust)
-    patterns = patterns_of(config.prune, skeleton)
-    source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
-
-
 @torch.no_grad()
-def merge_matrices(
-    source: TensorFiles,
-    adapter: Adapter,
-    stored: dict[str, str],
-    out: OwnFiles,
-    mask: str,
-    masks: Mapping[str, str],
-) -> Iterator[MergeRecord]:
+def merge_matrices(prepared: Prepared, out: OwnFiles, mask: str) -> Iterator[MatrixRecord]:
     """Merges and proves one matrix after the other.
 
     Args:
-        source: the pruned checkpoint, with the refreshed matrices if there are any.
-        adapter: what to merge.
-        stored: the checkpoint's name of each adapted module's weight.
-        out: files that already hold a copy of ``source``.
+        prepared: from :func:`prepare`.
+        out: files that already hold a copy of the pruned checkpoint.
         mask: ``merge.mask``, which zeros are promised.
-        masks: recorded digests of the masks, by module.
 
     Yields:
         One record per matrix.
@@ -270,10 +225,11 @@ def merge_matrices(
         UserError: a pruned matrix does not have the mask that was recorded.
         StageError: the promise would not be kept, or a value is not finite; read back from the written file.
     """
+    source, adapter = prepared.source, prepared.adapter
     for module, parts in adapter.modules.items():
-        name = stored[module]
+        name = prepared.stored[module]
         weight = source.read(name)
-        if masks.get(module, digest := integrity.mask_digest(weight)) != digest:
+        if prepared.masks.get(module, digest := integrity.mask_digest(weight)) != digest:
             raise UserError(
                 f"{source.files[source.home[name]].path}: {name} does not have the zeros that were recorded; nothing "
                 "was published; prune again (sppctl prune --force)"
@@ -285,7 +241,7 @@ def merge_matrices(
         yield _prove(adapter.kind, mask, name, weight, out.read(name), pattern)
 
 
-def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MergeRecord:
+def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MatrixRecord:
     if not torch.isfinite(written).all():
         raise StageError(
             f"merging {name} gives values that are not finite; the adapter is broken, or merge.dtype cannot hold them; "
@@ -295,7 +251,7 @@ def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pat
     before, after = weight.float(), written.float()
     zero_before, zero_after = weight == 0, written == 0
     zeros = int(zero_after.sum())
-    return MergeRecord(
+    return MatrixRecord(
         name=name,
         zeros=zeros,
         kept=weight.numel() - zeros,

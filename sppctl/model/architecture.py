@@ -60,7 +60,7 @@ def _cached(repository: str, revision: str | None) -> Path | None:
         found = try_to_load_from_cache(repository, "config.json", revision=revision)
     except HFValidationError as error:
         raise UserError(
-            f"model.path: {repository} does not exist; give a hub id, a directory or package:NAME"
+            "model.path", f"{repository} does not exist", "give a hub id, a directory or package:NAME"
         ) from error
     return Path(found) if isinstance(found, str) else None
 
@@ -74,9 +74,11 @@ def _download(repository: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model.path: {repository} is not a local directory, and its config.json is neither cached nor shipped, "
-            f"and could not be downloaded ({reason}); check the name, the network and HF_TOKEN, or give a directory "
-            f"with its config.json; shipped: {', '.join(shipped_models())}"
+            "model.path",
+            f"{repository} is not a local directory, and its config.json is neither cached nor shipped, and could not "
+            f"be downloaded ({reason})",
+            "check the name, the network and HF_TOKEN, or give a directory with its config.json; shipped: "
+            + ", ".join(shipped_models()),
         ) from error
 
 

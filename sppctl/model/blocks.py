@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sppctl.errors import StageError, UserError
 from sppctl.files.safe_files import OwnFiles, TensorFiles
+from sppctl.machine import dtype_name, torch_dtype
 from sppctl.model.block_call import BlockCall, hidden_of
 from sppctl.model.checkpoint import load_config
 from sppctl.model.heap import Heap
@@ -44,7 +45,7 @@ class Skeleton:
             if isinstance(module, nn.ModuleList) and len(module) == depth and name.startswith(self.base_prefix):
                 return name, module
         kind = type(self.model).__name__
-        raise UserError(f"model.path: {kind} has no list of {depth} decoder blocks; sppctl prunes decoders")
+        raise UserError("model.path", f"{kind} has no list of {depth} decoder blocks", "sppctl prunes decoders")
 
     def targets(
         self, names: list[str] | str, skip: list[str] | None = None, key: str = "prune.targets"
@@ -104,7 +105,7 @@ class BlockStack(Skeleton):
         self.device = device
         refuse_quantised(self.files)
         config = load_config(directory, trust_remote_code)
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = torch_dtype(dtype)
         super().__init__(config, self.dtype, trust_remote_code)
         check_weights(self.files, self.model)
         self.width: int = config.get_text_config().hidden_size
@@ -323,7 +324,7 @@ def refuse_quantised(files: TensorFiles) -> None:
         raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")
     for name, dtype in floating.items():
         if dtype.itemsize == 1:
-            short = str(dtype).removeprefix("torch.")
+            short = dtype_name(dtype)
             raise UserError(
                 f"{files.directory}: {name} is stored as {short}; quantised checkpoints cannot be pruned, "
                 "use one in bfloat16, float16 or float32"
@@ -332,7 +333,7 @@ def refuse_quantised(files: TensorFiles) -> None:
 
 def overflow_advice(dtype: torch.dtype) -> str:
     """What to do about numbers that are not finite though all weights are."""
-    short = str(dtype).removeprefix("torch.")
+    short = dtype_name(dtype)
     wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
     if dtype == torch.float32:
         return "they overflow float32, so the checkpoint is broken"

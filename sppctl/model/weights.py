@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl.errors import UserError
+from sppctl.errors import UserError, first_line
 from sppctl.files.safe_files import INDEX_NAME, SINGLE_NAME, TensorFiles
+from sppctl.machine import dtype_name
 from sppctl.model.checkpoint import load_config, quiet_libraries
 from sppctl.model.targets import EXPERT_PARTS, stored_parts
 
@@ -32,8 +33,8 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code
         with init_empty_weights(), quiet_libraries():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value raises wherever the model first uses it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.path: no causal language model can be built from its config ({reason})") from error
+        reason = f"no causal language model can be built from its config ({first_line(error)})"
+        raise UserError("model.path", reason) from error
     return model.eval()
 
 
@@ -123,7 +124,7 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
         state[name] = torch.empty(spec.shape, dtype=torch.float32 if is_number else spec.dtype, device="meta")
         wanted = own.get(name, own.get(f"{model.base_model_prefix}.{name}"))
         if wanted is not None and wanted.dtype.is_floating_point and not is_number:
-            dtype = str(spec.dtype).removeprefix("torch.")
+            dtype = dtype_name(spec.dtype)
             yield f"{name} is stored as {dtype}, and config.json does not say how it is quantised"
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
     try:

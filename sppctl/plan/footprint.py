@@ -25,19 +25,12 @@ _STOCK = ("lora", "hira")  # PEFT's own layers, which convert their input to the
 
 @dataclass(frozen=True)
 class Batch:
-    """What is on a device at a time.
+    """What is on a device at a time."""
 
-    Attributes:
-        rows: examples.
-        seq_len: tokens of each, padding included.
-        itemsize: d, bytes of an element of the activations.
-        masked: the rows are padded, so that attention is given a mask.
-    """
-
-    rows: int
-    seq_len: int
-    itemsize: int
-    masked: bool = True
+    rows: int  # examples
+    seq_len: int  # tokens of each, padding included
+    itemsize: int  # d, bytes of an element of the activations
+    masked: bool = True  # the rows are padded, so that attention is given a mask
 
     @property
     def tokens(self) -> int:
@@ -47,21 +40,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass.
+    """Bytes kept for the backward pass."""
 
-    Attributes:
-        blocks: by all blocks together.
-        largest_block: by the largest of them; recomputed at a time under gradient checkpointing.
-        inputs: the hidden states before every block, all that checkpointing keeps of them.
-        head: norms after the blocks, and labels.
-        logits: log-probabilities of the loss, float32.
-    """
-
-    blocks: int
-    largest_block: int
-    inputs: int
-    head: int
-    logits: int
+    blocks: int  # by all blocks together
+    largest_block: int  # by the largest of them; recomputed at a time under gradient checkpointing
+    inputs: int  # the hidden states before every block, all that checkpointing keeps of them
+    head: int  # norms after the blocks, and labels
+    logits: int  # log-probabilities of the loss, float32
 
     def kept(self, checkpointing: bool) -> int:
         """At the end of the forward pass."""
@@ -194,7 +179,7 @@ def _times(name: str, module: nn.Module, linears: dict[str, nn.Linear]) -> int:
 
 
 def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropout: float) -> int:
-    """Bytes that the adapter's kernel holds for the moment while it works on the largest layer (m, n).
+    """Bytes that the adapter's kernel holds while it works on the largest layer (m, n).
 
     spp and masked_lora: the effective weight, d m n, and at most ``KERNEL_CHUNK`` of its elements in float32; in the
     backward pass such a slice of dy^T x instead, in d and in float32; with dropout the dropped input (T, n) and its

@@ -1,16 +1,17 @@
-"""What a run will take, from the model's shapes alone: trainable parameters, memory of training, steps."""
+"""The requirements of a run from the model's shapes alone: trainable parameters, memory of training, steps."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import re
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sppctl import launch, machine
+from sppctl import distributed, launch, machine
 from sppctl.config.settings import Config, TrainConfig, names_of
 from sppctl.data import instructions, texts
 from sppctl.errors import UserError
@@ -20,6 +21,7 @@ from sppctl.model.targets import Target
 from sppctl.plan import footprint
 from sppctl.plan import storage as plan_storage
 from sppctl.plan.footprint import FLOAT, Batch
+from sppctl.train import scope
 
 GPUS = (1, 2, 4, 8)
 STRATEGIES = ("ddp", "fsdp", "zero3")
@@ -28,11 +30,123 @@ ALPACA_ROWS = 52_002
 KNOWN_ROWS = dict.fromkeys(("alpaca", "tatsu-lab/alpaca", "alpaca-gpt4", "vicgalle/alpaca-gpt4"), ALPACA_ROWS)
 
 
-def execute(config: Config) -> dict[str, Any]:
-    """Everything that can be said of a run before it.
+@dataclass(frozen=True)
+class Model:
+    """The model: where it was found, and the dtypes that it is stored and computed in."""
 
-    Returns:
-        Sections ``model``, ``trainable``, ``memory``, ``steps``, ``pruning``, ``disk``; sizes in bytes.
+    path: str
+    source: str
+    dtype: str
+    compute_dtype: str
+    computing: str
+    parameters: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """Layers of one name and shape, and their trainable parameters."""
+
+    module: str
+    shape: tuple[int, int]
+    count: int
+    each: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Trainable parameters: of the configured method by module, and of every method."""
+
+    method: str
+    rank: int
+    modules: list[Module]
+    parameters: int
+    share: float
+    by_method: dict[str, int]
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """Bytes on each of several GPUs, and the sizes of GPU (in GB) that have room for the total."""
+
+    gpus: int
+    strategy: str
+    gradient_checkpointing: bool
+    weights: int
+    training_state: int
+    activations_peak: int
+    total: int
+    fits_gb: list[int]
+
+
+@dataclass(frozen=True)
+class AsStored:
+    """Bytes on each GPU in the stored dtype, and in the wider one that is computed in here."""
+
+    dtype: str
+    per_gpu: list[OnGpu]
+    here: list[OnGpu]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training, whole and per GPU."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    masks: int
+    teacher: int
+    tokens_on_device: int
+    activations: dict[str, int]  # kept ``without`` and ``with`` gradient checkpointing, both with the ``logits``
+    kernel: int
+    free: int  # on this machine
+    per_gpu: list[OnGpu]
+    dtype: str  # computed in
+    as_stored: AsStored | None = None  # None: the model is computed in the dtype that it is stored in
+
+    def on(self, gpus: int, strategy: str, checkpointing: bool) -> OnGpu:
+        """Of a number of GPUs and a strategy."""
+        return on(self.per_gpu, gpus, strategy, checkpointing)
+
+
+def on(per_gpu: list[OnGpu], gpus: int, strategy: str, checkpointing: bool) -> OnGpu:
+    """The entry of a number of GPUs and a strategy."""
+    wanted = (gpus, strategy, checkpointing)
+    return next(entry for entry in per_gpu if (entry.gpus, entry.strategy, entry.gradient_checkpointing) == wanted)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Batch, and the number of steps; None where the number of examples is not known."""
+
+    processes: int
+    batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    accumulation_by_gpus: dict[int, int | None]  # None where the batch cannot be shared by so many
+    examples: int | None
+    epochs: float
+    steps: int | None
+    tokens_at_most: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The requirements of a run; sizes in bytes, ``disk`` by directory."""
+
+    model: Model
+    trainable: Trainable
+    memory: Memory
+    steps: Steps
+    pruning: plan_storage.Pruning
+    disk: dict[str, int]
+
+
+def execute(config: Config) -> Plan:
+    """The requirements of a run; nothing is loaded or written.
 
     Raises:
         UserError: an unknown model, no such targets, a rank that is too large, an impossible batch size.
@@ -41,11 +155,11 @@ def execute(config: Config) -> dict[str, Any]:
     assert path is not None
     trust = config.model.trust_remote_code
     found, source = architecture.find(path, config.model.gguf_file, config.model.revision, trust)
-    check_dtype(config)
+    scope.check_dtype(config)
     stored = dtype_of(config, found)  # before the model is built, which overwrites the configuration's
     skeleton = Skeleton(found, trust_remote_code=trust)
-    targets = adapted(config, skeleton)
-    processes = num_processes(config)
+    targets = scope.adapted(config, skeleton)
+    processes = launch.configured_processes(config)
     steps = _steps(config, processes)
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
@@ -53,46 +167,40 @@ def execute(config: Config) -> dict[str, Any]:
     memory = partial(_memory, config, skeleton, targets, processes=processes)
     # what a machine that multiplies it natively would train in, as GPUs are taken to do where none is here to be asked
     narrow = "bfloat16" if stored == "float16" else stored
-    elsewhere = config.model.device == config.model.compute_dtype == "auto" and not torch.cuda.is_available()
+    absent = config.model.device == config.model.compute_dtype == "auto" and not torch.cuda.is_available()
     as_stored = None
     if narrow != compute.dtype:
-        wide, stored_dtype = (memory(dtype)["per_gpu"] for dtype in (compute.dtype, narrow))
-        as_stored = {"dtype": narrow, "per_gpu": stored_dtype, "here": wide}
-    on_gpus = narrow if elsewhere else compute.dtype
-    return {
-        "model": {
-            "path": path,
-            "source": source,
-            "dtype": stored,
-            "compute_dtype": compute.dtype,
-            "computing": compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}",
-            "parameters": parameters,
-            "blocks": len(skeleton.blocks),
-        },
-        "trainable": trainable,
-        "memory": memory(on_gpus) | {"dtype": on_gpus, "as_stored": as_stored},
-        "steps": steps,
-        "pruning": plan_storage.pruning(config, skeleton, computed_in(config, stored).dtype),
-        "disk": plan_storage.disk(config, parameters, stored, FLOAT * trainable["parameters"]),
-    }
+        as_stored = AsStored(narrow, memory(narrow).per_gpu, memory(compute.dtype).per_gpu)
+    on_gpus = narrow if absent else compute.dtype
+    computing = compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}"
+    return Plan(
+        model=Model(path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
+        trainable=trainable,
+        memory=replace(memory(on_gpus), as_stored=as_stored),
+        steps=steps,
+        pruning=plan_storage.pruning(config, skeleton, computed_in(config, stored).dtype),
+        disk=plan_storage.disk(config, parameters, stored, FLOAT * trainable.parameters),
+    )
+
+
+def bytes_on_each_device(config: Config) -> int | None:
+    """The memory that a training in the processes that there are needs on each device; None: it is not known."""
+    processes, train = distributed.world_size(), config.train
+    there = replace(config.launch, num_processes=processes, num_machines=1)
+    strategy = there.strategy if processes > 1 else "ddp"
+    with contextlib.suppress(UserError):
+        memory = execute(replace(config, launch=there)).memory
+        return memory.on(processes, strategy, train.gradient_checkpointing).total
+    return None
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def dtype_of(config: Config, found: Any) -> str:
-    """The name of the dtype of the pruned checkpoint; a GGUF file is unpacked to bfloat16."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    if config.model.gguf_file is not None:
-        return "bfloat16"
-    return str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
-
-
-def check_dtype(config: Config) -> None:
-    """Raises UserError if training would compute in float16."""
-    if config.model.compute_dtype == "float16":
-        raise UserError("model.compute_dtype: float16 gradients overflow; train in bfloat16, float32 or auto")
+    """The name of the dtype of the pruned checkpoint of a model with this transformers configuration."""
+    dtype = getattr(found, "dtype", None) or torch.float32
+    return checkpoint.dtype_of(config.model.dtype, None if config.model.gguf_file is not None else dtype)
 
 
 def computed_in(config: Config, stored: str, *, training: bool = False) -> machine.Compute:
@@ -117,27 +225,6 @@ def num_parameters(skeleton: Skeleton) -> int:
     return total
 
 
-def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
-    """The linear layers that are trained, by name.
-
-    Raises:
-        UserError: there are none, or the rank is too large for one: each row of SPP's alpha serves at least one output
-            row. A low-rank product may have any rank.
-    """
-    train, prune = config.train, config.prune
-    if train.targets == "pruned":
-        chosen = skeleton.targets(prune.targets, prune.skip)
-    else:
-        chosen = skeleton.targets(train.targets, key="train.targets")
-    targets = {name: target for name, target in chosen.items() if target.is_linear}
-    if not targets:
-        raise UserError("train.targets: sppctl trains nn.Linear layers only, and none of these is one")
-    for name, target in targets.items():
-        if train.method == "spp" and train.rank > target.out_features:
-            raise UserError(f"train.rank: {train.rank} exceeds the {target.out_features} output features of {name}")
-    return targets
-
-
 def method_of(train: TrainConfig) -> str:
     """The method's name in METHODS."""
     return "spp without beta" if train.method == "spp" and not train.beta else train.method
@@ -151,41 +238,26 @@ def num_trainable(method: str, rank: int, target: Target) -> int:
     return {"spp": r * n + m, "spp without beta": r * n}.get(method, r * (m + n))
 
 
-def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) -> dict[str, Any]:
+def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) -> Trainable:
     kinds: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets.values():
         kind = target.name.rpartition(".")[2]
         kinds.setdefault((kind, target.out_features, target.in_features), []).append(target)
     method, rank = method_of(train), train.rank
     modules = []
-    for (kind, m, n), found in kinds.items():
-        each = num_trainable(method, rank, found[0])
-        modules.append({"module": kind, "shape": [m, n], "count": len(found), "each": each, "total": len(found) * each})
-    every = {name: sum(num_trainable(name, rank, target) for target in targets.values()) for name in METHODS}
-    whole = parameters if method in ("masked_full", "ste") else parameters + every[method]
-    return {
-        "method": method,
-        "rank": rank,
-        "modules": modules,
-        "parameters": every[method],
-        "share": every[method] / whole,
-        "by_method": every,
-    }
+    for (kind, m, n), members in kinds.items():
+        each = num_trainable(method, rank, members[0])
+        modules.append(Module(kind, (m, n), len(members), each, len(members) * each))
+    by_method = {name: sum(num_trainable(name, rank, target) for target in targets.values()) for name in METHODS}
+    own = by_method[method]
+    whole = parameters if method in ("masked_full", "ste") else parameters + own
+    return Trainable(method, rank, modules, own, own / whole, by_method)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def num_processes(config: Config) -> int:
-    """Processes over all machines; ``auto`` takes the GPUs that are visible, else one."""
-    wanted = config.launch
-    here = wanted.num_processes if wanted.num_processes != "auto" else max(1, torch.cuda.device_count())
-    return here * wanted.num_machines
-
-
-def _memory(
-    config: Config, skeleton: Skeleton, targets: dict[str, Target], dtype: str, processes: int
-) -> dict[str, Any]:
+def _memory(config: Config, skeleton: Skeleton, targets: dict[str, Target], dtype: str, processes: int) -> Memory:
     """Bytes of a training, whole and per GPU.
 
     Adapter and gradients are float32, and so are AdamW's two moments; weights and activations have the dtype that is
@@ -193,7 +265,7 @@ def _memory(
     packing they are one row.
     """
     train = config.train
-    d = getattr(torch, dtype).itemsize
+    d = machine.torch_dtype(dtype).itemsize
     batch = Batch(train.micro_batch_size, train.data.seq_len, d)
     if train.data.packing:
         batch = Batch(1, batch.tokens, d)
@@ -208,61 +280,59 @@ def _memory(
     teacher = weights + 2 * kept.logits if train.distill.teacher is not None else 0
     block = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * d
     blocks = sum(p.numel() for p in skeleton.blocks.parameters()) * d
+    peaks = {checkpointing: kept.peak(checkpointing, kernel, widest) + teacher for checkpointing in (False, True)}
     per_gpu = []
     for gpus in sorted({*GPUS, processes}):
         for strategy in STRATEGIES if gpus > 1 else ("ddp",):
-            for checkpointing in (False, True):
-                sharded = _shares(weights, weights - blocks, block, adapter, gpus, strategy)
-                sharded["training_state"] += masks
-                peak = kept.peak(checkpointing, kernel, widest) + teacher
-                total = sum(sharded.values()) + peak
-                entry: dict[str, Any] = {"gpus": gpus, "strategy": strategy, "gradient_checkpointing": checkpointing}
-                entry |= sharded | {"activations_peak": peak, "total": total, "fits_gb": footprint.fits(total)}
-                per_gpu.append(entry)
-    return {
-        "weights": weights,
-        "adapter": adapter,
-        "gradients": adapter,
-        "optimizer": 2 * adapter,
-        "masks": masks,
-        "teacher": teacher,
-        "tokens_on_device": batch.tokens,
-        "activations": {"without": kept.kept(False), "with": kept.kept(True), "logits": kept.logits},
-        "kernel": kernel,
-        "free": machine.free_memory(torch.device("cpu")),
-        "per_gpu": per_gpu,
-    }
+            shares = _shares(weights, weights - blocks, block, adapter, gpus, strategy)
+            for checkpointing, peak in peaks.items():
+                state = shares[1] + masks
+                total = shares[0] + state + peak
+                fits = footprint.fits(total)
+                per_gpu.append(OnGpu(gpus, strategy, checkpointing, shares[0], state, peak, total, fits))
+    return Memory(
+        weights=weights,
+        adapter=adapter,
+        gradients=adapter,
+        optimizer=2 * adapter,
+        masks=masks,
+        teacher=teacher,
+        tokens_on_device=batch.tokens,
+        activations={"without": kept.kept(False), "with": kept.kept(True), "logits": kept.logits},
+        kernel=kernel,
+        free=machine.free_memory(torch.device("cpu")),
+        per_gpu=per_gpu,
+        dtype=dtype,
+    )
 
 
-def _shares(weights: int, outside: int, block: int, adapter: int, gpus: int, strategy: str) -> dict[str, int]:
-    """Bytes of weights and of adapter, gradients and optimizer on each of several GPUs.
+def _shares(weights: int, outside: int, block: int, adapter: int, gpus: int, strategy: str) -> tuple[int, int]:
+    """Bytes of weights, and of adapter, gradients and optimizer, on each of several GPUs.
 
     ddp: all of them, and the gradients once more in the buckets that are reduced. fsdp and zero3: a share of
     everything, and whole what is at work: embeddings and head (``outside``), the running block and the next.
     """
     if strategy == "ddp":
-        return {"weights": weights, "training_state": (4 if gpus == 1 else 5) * adapter}
-    return {"weights": weights // gpus + outside + 2 * block, "training_state": 4 * adapter // gpus}
+        return weights, (4 if gpus == 1 else 5) * adapter
+    return weights // gpus + outside + 2 * block, 4 * adapter // gpus
 
 
-def _steps(config: Config, processes: int) -> dict[str, Any]:
+def _steps(config: Config, processes: int) -> Steps:
     train = config.train
-    accumulated = launch.accumulation(train, processes)
+    accumulation = launch.accumulation(train, processes)
     examples = num_examples(config)
-    steps = train.max_steps
-    if steps is None and examples is not None:
-        steps = math.ceil(train.epochs * math.ceil(examples / train.batch_size))
-    return {
-        "processes": processes,
-        "batch_size": train.batch_size,
-        "micro_batch_size": train.micro_batch_size,
-        "accumulation": accumulated,
-        "accumulation_by_gpus": {gpus: _accumulation(train, gpus) for gpus in sorted({*GPUS, processes})},
-        "examples": examples,
-        "epochs": train.epochs,
-        "steps": steps,
-        "tokens_at_most": None if steps is None else steps * train.batch_size * train.data.seq_len,
-    }
+    steps = train.max_steps if examples is None else scope.num_steps(train, examples)
+    return Steps(
+        processes=processes,
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=accumulation,
+        accumulation_by_gpus={gpus: _accumulation(train, gpus) for gpus in sorted({*GPUS, processes})},
+        examples=examples,
+        epochs=train.epochs,
+        steps=steps,
+        tokens_at_most=None if steps is None else steps * train.batch_size * train.data.seq_len,
+    )
 
 
 def _accumulation(train: TrainConfig, processes: int) -> int | None:
@@ -290,7 +360,7 @@ def num_examples(config: Config) -> int | None:
     if section.dataset != "instructions":  # which holds out rows of its own
         rows -= section.val_size
     if rows < 1:
-        raise UserError(f"train.data.val_size: {section.val_size} leaves no row of {section.dataset} to train on")
+        raise UserError("train.data.val_size", f"{section.val_size} leaves no row of {section.dataset} to train on")
     return rows if section.max_rows is None else min(rows, section.max_rows)
 
 
@@ -302,7 +372,7 @@ def _rows_of_file(path: Path) -> int:
         try:
             return int(pyarrow.parquet.read_metadata(path).num_rows)
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"train.data.dataset: {path} cannot be read as parquet: {error}") from error
+            raise UserError("train.data.dataset", f"{path} cannot be read as parquet: {error}") from error
     return len(texts.read_rows(path, "train.data.dataset"))
 
 

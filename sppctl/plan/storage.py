@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from sppctl.config.settings import Config
+from sppctl.machine import torch_dtype
 from sppctl.model.blocks import Skeleton
 from sppctl.plan import footprint
 from sppctl.plan.footprint import FLOAT
@@ -15,7 +15,23 @@ from sppctl.prune.choose import BLOCK_WIDTHS, CPU_TOKENS, WAITING_WIDTHS, needs_
 from sppctl.pruners import PRUNERS, Hessian, InputMoments, InputNorms
 
 
-def pruning(config: Config, skeleton: Skeleton, dtype: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pruning:
+    """Bytes of the pruning stage, part by part, and the most at a time."""
+
+    method: str
+    windows_at_a_time: int
+    embeddings: int
+    block: int
+    statistics: int
+    solving: int
+    hidden_states: int
+    running: int
+    tuning: int
+    peak: int
+
+
+def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     """Bytes of the pruning stage in one process that computes in a dtype: one block at a time.
 
     - embeddings and norms outside the blocks, and the largest block
@@ -28,7 +44,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> dict[str, Any]:
       weights in float32 and four matrices (n, n) of the factorisation instead
     """
     prune = config.prune
-    settings, d = prune.calibration, getattr(torch, dtype).itemsize
+    settings, d = prune.calibration, torch_dtype(dtype).itemsize
     targets = skeleton.targets(prune.targets, prune.skip)
     statistics = PRUNERS[prune.method].statistics
     solve, distinct = 0, []
@@ -56,6 +72,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> dict[str, Any]:
         "solving": solve,
         "hidden_states": 0,
         "running": 0,
+        "tuning": 0,
     }
     if needs_inputs(prune):
         parts["hidden_states"] = settings.samples * settings.seq_len * width * d
@@ -68,7 +85,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> dict[str, Any]:
         parts["tuning"] = 4 * FLOAT * sum(target.out_features * target.in_features for target in first.values())
     # gathering and solving are different times of a block
     peak = sum(parts.values()) - min(parts["running"], parts["solving"])
-    return {"method": prune.method, "windows_at_a_time": running // settings.seq_len, **parts, "peak": peak}
+    return Pruning(prune.method, running // settings.seq_len, **parts, peak=peak)
 
 
 def _outside(skeleton: Skeleton, head: nn.Module | None) -> int:
@@ -87,13 +104,13 @@ def _statistics(kind: type[InputNorms] | type[Hessian] | None, n: int) -> int:
 
 def disk(config: Config, parameters: int, stored: str, adapter: int) -> dict[str, int]:
     """Bytes of the run directory; a checkpoint is the adapter and AdamW's moments, and one more exists while saving."""
-    weights = parameters * getattr(torch, stored).itemsize
+    weights = parameters * torch_dtype(stored).itemsize
     merged = stored if config.merge.dtype == "auto" else config.merge.dtype
     parts = {
         "base": weights if config.model.gguf_file is not None else 0,
         "pruned": weights,
         "adapter": adapter,
         "checkpoints": (config.train.keep_checkpoints + 1) * 3 * adapter,
-        "merged": parameters * getattr(torch, merged).itemsize,
+        "merged": parameters * torch_dtype(merged).itemsize,
     }
     return parts | {"total": sum(parts.values())}

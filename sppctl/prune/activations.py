@@ -45,7 +45,7 @@ class Activations:
         size = batch_size if isinstance(batch_size, int) else windows_at_a_time(stack, samples, seq_len)
         self._memory, self._path = memory, path
         self.place, self._hidden = self._allocate((samples, seq_len, stack.width), path)
-        self._beside: Tensor | None = None
+        self._second: Tensor | None = None
         self._slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
         self._calls: dict[int, list[BlockCall]] = {}
         for rows in self._slices:
@@ -63,13 +63,13 @@ class Activations:
         device = self.stack.device if place == "device" else torch.device("cpu")
         return place, torch.empty(shape, dtype=self.stack.dtype, device=device)
 
-    def beside(self) -> Tensor:
+    def second_buffer(self) -> Tensor:
         """Room for the hidden states of another point of the model, (samples, tokens, width): always the same."""
-        if self._beside is None:
-            _, self._beside = self._allocate(
+        if self._second is None:
+            _, self._second = self._allocate(
                 tuple(self._hidden.shape), self._path.with_name(f"{self._path.name}.beside")
             )
-        return self._beside
+        return self._second
 
     @property
     def batch_size(self) -> int:

@@ -20,9 +20,10 @@ from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.given_masks import given_mask
 from sppctl.prune.in_step import in_step, wait_at
-from sppctl.prune.layers import LayerInputs, LayerRecord, Plan, SharedInputs, measure
+from sppctl.prune.layers import LayerInputs, PrunePlan, SharedInputs, measure
 from sppctl.prune.reconstruct import reconstruct
 from sppctl.pruners import PRUNERS, InputNorms, check_weight
+from sppctl.records import BlockErrors, LayerRecord
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module, and what it is called with
 
@@ -37,7 +38,7 @@ class BlockWork:
         stack: BlockStack,
         index: int,
         targets: dict[str, Target],
-        plan: Plan,
+        plan: PrunePlan,
         activations: Activations | None,
         shared: SharedInputs,
         out: TensorFiles | None = None,
@@ -53,7 +54,7 @@ class BlockWork:
         self.inputs: dict[str, LayerInputs] = {}
         self.leaders: dict[str, str] = {}
         self.everything: dict[str, LayerInputs] = {}
-        self.reconstruction: dict[str, float] | None = None
+        self.reconstruction: BlockErrors | None = None
         self._seen: list[tuple[Tensor, str]] = []
         self._turn = 0
 
@@ -65,7 +66,7 @@ class BlockWork:
             return self._prune_all()
         if self.plan.order == "module":
             return self._prune_on_the_way(self.activations)
-        dense = self.activations.beside() if self.plan.reconstruct_epochs and self.targets else None
+        dense = self.activations.second_buffer() if self.plan.reconstruct_epochs and self.targets else None
         self.gather(PRUNERS[self.plan.method].statistics or InputNorms, dense=dense)
         records = self._prune_all()
         self.inputs.clear()

@@ -1,7 +1,8 @@
-"""The calibration windows of a run: the checks before it load the text and draw them, the pruning takes them over."""
+"""The calibration windows of a run, drawn once: by the checks, for the pruning."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,17 +10,24 @@ from torch import Tensor
 from sppctl.config.settings import Config, PruneConfig
 from sppctl.data import texts
 from sppctl.data.calibration import calibration_windows
-from sppctl.files import cache, sources
+from sppctl.files import sources
+from sppctl.records import Calibration
 
-# of the last call alone: loading a text again may mean another download
-_last: dict[tuple[Any, ...], tuple[Tensor, dict[str, Any]]] = {}
+
+@dataclass(frozen=True)
+class Drawn:
+    """Calibration windows."""
+
+    tokens: Tensor  # (samples, seq_len) int64
+    record: Calibration  # what is recorded of them
+    tokenizer: Any  # that they were made with
 
 
 def calibration_text(prune: PruneConfig) -> texts.Text:
     """The text that the configuration names, or its beginning where that will do.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it could not be loaded.
     """
     settings = prune.calibration
     column = None if settings.column == "auto" else settings.column
@@ -27,27 +35,30 @@ def calibration_text(prune: PruneConfig) -> texts.Text:
     return texts.load_text(settings.dataset, settings.split, "prune.calibration.dataset", column, part=True)
 
 
-def windows_of(config: Config, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Calibration windows (samples, seq_len), and what is recorded of them.
+def draw(config: Config, tokenizer: Any) -> Drawn:
+    """Calibration windows as configured.
 
     Raises:
-        UserError: the text cannot be had, or is too short.
+        UserError: the text could not be loaded, or is too short.
     """
-    settings, seed = config.prune.calibration, config.run.seed
-    key = (settings, seed, texts.file_hash(settings.dataset), cache.tokenizer_identity(tokenizer) or object())
-    if key not in _last:
-        with sources.noting() as seen:
-            text = calibration_text(config.prune)
-        windows = calibration_windows(
-            tokenizer,
-            text,
-            samples=settings.samples,
-            seq_len=settings.seq_len,
-            seed=seed,
-            windows=settings.windows,
-        )
-        source = {"dataset": text.name, "windows": windows.made, "documents_hash": texts.content_hash(text.documents)}
-        shape = {"samples": settings.samples, "seq_len": settings.seq_len, "windows_hash": windows.hash}
-        _last.clear()
-        _last[key] = windows.tokens, source | shape | {"versions": seen.versions}
-    return _last[key]
+    settings = config.prune.calibration
+    with sources.noting() as seen:
+        text = calibration_text(config.prune)
+    windows = calibration_windows(
+        tokenizer,
+        text,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        seed=config.run.seed,
+        windows=settings.windows,
+    )
+    record = Calibration(
+        dataset=text.name,
+        windows=windows.made,
+        documents_hash=texts.content_hash(text.documents),
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        windows_hash=windows.hash,
+        versions=seen.versions,
+    )
+    return Drawn(windows.tokens, record, tokenizer)

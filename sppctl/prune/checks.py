@@ -1,25 +1,24 @@
-"""What can be said against a pruning before any weight is read or written: from configuration, headers and text."""
+"""What is checked before any weight is read or written: configuration, headers, memory, text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sppctl import launch, machine
 from sppctl.config.settings import Config, PruneConfig
 from sppctl.data import vocabulary
-from sppctl.errors import UserError
+from sppctl.errors import Problems, UserError
 from sppctl.files.disk import demand_space
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton, refuse_quantised
 from sppctl.model.estimate import Work
-from sppctl.model.targets import Target, matches
+from sppctl.model.targets import Target
 from sppctl.model.weights import misfits
+from sppctl.pattern import Pattern
 from sppctl.prune import calibrate, given_masks
 from sppctl.prune.choose import (
     BLOCK_WIDTHS,
@@ -27,6 +26,7 @@ from sppctl.prune.choose import (
     GPU_SHARE,
     WAITING_WIDTHS,
     check_prunes,
+    is_overridden,
     needs_inputs,
     planned_patterns,
 )
@@ -41,90 +41,98 @@ PASSES = {
 MEAN_TOLERANCE = 0.005  # by which the mean of a list of ratios may differ from the pattern that a run is known by
 
 
-def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
+@dataclass(frozen=True)
+class Prepared:
+    """A pruning that has been checked."""
+
+    targets: dict[str, Target]  # the matrices, by name
+    patterns: dict[str, Pattern]  # of each; OWL changes them when it has seen the outliers
+    drawn: calibrate.Drawn | None  # the calibration windows; None: no inputs are needed
+    work: Work  # what will be done
+    sources: dict[str, str]  # hashes of the local files that the windows are from
+
+
+def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[str, str] | None = None) -> Prepared:
     """Checks all that needs no weights, and draws the calibration windows.
 
-    Returns:
-        What the pruning will do.
+    Args:
+        config: the configuration.
+        skeleton: of the dense model.
+        tokenizer: of the dense model.
+        sources: hashes of the local files that are read.
 
     Raises:
         UserError: with everything that is wrong, one problem per line.
     """
-    prune = config.prune
-    problems: list[str] = []
-
-    def collect(check: Callable[..., Iterator[str]], *arguments: Any) -> None:
-        try:
-            for problem in check(*arguments):
-                problems.append(problem)
-        except UserError as error:
-            problems.append(str(error))
-
+    prune, problems = config.prune, Problems()
     targets: dict[str, Target] = {}
-    try:
+    patterns: dict[str, Pattern] = {}
+    drawn: calibrate.Drawn | None = None
+    with problems:
         targets = skeleton.targets(prune.targets, prune.skip)
-    except UserError as error:
-        problems.append(str(error))
-    collect(_patterns, prune, targets, skeleton)
-    collect(_allocation, prune, targets, skeleton)
-    collect(_processes, config)
-    if prune.mask_from is not None:
-        collect(_mask, prune, targets, skeleton)
-    collect(_files, config, targets, skeleton)
+        with problems:
+            patterns = planned_patterns(prune, targets, skeleton)
+            _check_patterns(prune, targets, patterns)
+    with problems:
+        _check_allocation(prune, targets, skeleton)
+    _check_processes(config, problems)
+    with problems:
+        _check_mask(prune, targets, patterns, skeleton)
+    with problems:
+        _check_files(config, skeleton)
     if needs_inputs(prune):
-        collect(_calibration, config, skeleton, tokenizer)
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
-    text, windows = f"{prune.method} {prune.pattern}, {len(targets)} matrices", prune.calibration
+        with problems:
+            drawn = _calibration(config, skeleton, tokenizer, problems)
+    problems.raise_all()
+    return Prepared(targets, patterns, drawn, _work(prune, len(targets)), sources or {})
+
+
+def _work(prune: PruneConfig, matrices: int) -> Work:
+    text, windows = f"{prune.method} {prune.pattern}, {matrices} matrices", prune.calibration
     if not needs_inputs(prune):
         return Work(text, 0)
     passes = PASSES[prune.method][prune.order] + (prune.allocation == "owl") + 3 * prune.reconstruct_epochs
-    return Work(
-        f"{text}, {windows.samples} windows of {windows.seq_len} tokens", passes * windows.samples * windows.seq_len
-    )
+    text = f"{text}, {windows.samples} windows of {windows.seq_len} tokens"
+    return Work(text, passes * windows.samples * windows.seq_len)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def _patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
-    if not targets:
-        return
-    for name, pattern in planned_patterns(prune, targets, skeleton).items():
+def _check_patterns(prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern]) -> None:
+    for name, pattern in patterns.items():
         try:
             pattern.check_in_features(targets[name].in_features, name)
             check_prunes(prune, targets[name], pattern)
         except ValueError as error:
-            overridden = any(matches(name, wanted) for wanted in prune.overrides)
             common = "prune.pattern" if pattern == prune.pattern else "prune.allocation"
-            yield f"{'prune.overrides' if overridden else common}: {error}"
-            return
+            raise UserError("prune.overrides" if is_overridden(prune, name) else common, str(error)) from error
 
 
-def _allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+def _check_allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> None:
     if prune.allocation == "uniform":
         return
     if prune.pattern.ratio is None:
-        yield f"prune.allocation: shares out a ratio, but prune.pattern is {prune.pattern}"
-        return
+        raise UserError("prune.allocation", f"splits a ratio over the blocks, but prune.pattern is {prune.pattern}")
     sizes = [0] * len(skeleton.blocks)  # weights that no override has taken out
     for name, target in targets.items():
-        if not any(matches(name, wanted) for wanted in prune.overrides):
+        if not is_overridden(prune, name):
             block = name.removeprefix(f"{skeleton.blocks_name}.").partition(".")[0]
             sizes[int(block)] += target.out_features * target.in_features
     if prune.allocation == "owl":
-        yield from _owl(prune.owl_lambda, prune.pattern.ratio, [size for size in sizes if size])
+        _check_owl(prune.owl_lambda, prune.pattern.ratio, [size for size in sizes if size])
     elif len(prune.allocation) == len(sizes) and any(sizes):
         ratios = zip(prune.allocation, sizes, strict=True)
         mean = math.fsum(ratio * size for ratio, size in ratios) / sum(sizes)
         if 0 < mean < 1 and abs(mean - prune.pattern.ratio) > MEAN_TOLERANCE:
-            yield (
-                f"prune.allocation: the ratios' mean over all weights is {mean:.4g}, but prune.pattern is "
-                f"{prune.pattern}; give prune.pattern={mean:.4g}, or other ratios"
+            raise UserError(
+                "prune.allocation",
+                f"the ratios' mean over all weights is {mean:.4g}, but prune.pattern is {prune.pattern}",
+                f"give prune.pattern={mean:.4g}, or other ratios",
             )
 
 
-def _owl(spread: float, ratio: float, sizes: list[int]) -> Iterator[str]:
+def _check_owl(spread: float, ratio: float, sizes: list[int]) -> None:
     """Whether the ratios must leave (0, 1): whichever blocks have more outliers, they span twice the spread.
 
     Their mean is the ratio, so at the least the smallest block alone is at one end and all others at the other.
@@ -133,21 +141,23 @@ def _owl(spread: float, ratio: float, sizes: list[int]) -> Iterator[str]:
         return
     least = 2 * spread * min(sizes) / sum(sizes)
     if spread >= 0.5 or ratio + least >= 1 or ratio - least <= 0:
-        yield (
-            f"prune.allocation: OWL with a spread of {spread:g} round {ratio:g} gives ratios outside (0, 1); "
-            "lower the spread (prune.owl_lambda)"
+        raise UserError(
+            "prune.allocation",
+            f"OWL with a spread of {spread:g} around {ratio:g} gives ratios outside (0, 1)",
+            "lower the spread (prune.owl_lambda)",
         )
 
 
-def _processes(config: Config) -> Iterator[str]:
+def _check_processes(config: Config, problems: Problems) -> None:
     samples, epochs = config.prune.calibration.samples, config.prune.reconstruct_epochs
     if not needs_inputs(config.prune):
         return
-    processes = launch.num_processes(config)
-    if samples < processes:
-        yield f"prune.calibration.samples: {samples} are fewer than the {processes} processes"
-    if epochs and processes > 1:
-        yield "prune.reconstruct_epochs: tunes in one process; set launch.num_processes=1"
+    with problems:
+        processes = launch.num_processes(config)
+        if samples < processes:
+            problems.add("prune.calibration.samples", f"{samples} are fewer than the {processes} processes")
+        if epochs and processes > 1:
+            problems.add("prune.reconstruct_epochs", "tunes in one process", "set launch.num_processes=1")
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -163,62 +173,66 @@ def _quantised(config: Config, skeleton: Skeleton) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def _mask(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+def _check_mask(
+    prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern], skeleton: Skeleton
+) -> None:
     """Whether the zeros of prune.mask_from are a mask of the pattern; reading them is quick beside pruning by them."""
-    assert prune.mask_from is not None
+    if prune.mask_from is None:
+        return
     try:
         files = TensorFiles(checkpoint.locate(prune.mask_from, key="prune.mask_from"))
     except UserError as error:
-        yield f"prune.mask_from: {str(error).removeprefix('prune.mask_from: ')}"
-        return
+        raise error.under("prune.mask_from") from error
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
-    for problem in misfits(files, skeleton.model, parameters):
-        yield f"prune.mask_from: {files.directory}: {problem}"
-        return
-    for name, pattern in planned_patterns(prune, targets, skeleton).items():
+    misfit = next(misfits(files, skeleton.model, parameters), None)
+    if misfit is not None:
+        raise UserError("prune.mask_from", f"{files.directory}: {misfit}")
+    for name, pattern in patterns.items():
         found = given_masks.problem(skeleton.matrix(targets[name], files) != 0, targets[name], pattern)
         if found is not None:
-            yield found
-            return
+            raise UserError(found)
 
 
-def _files(config: Config, targets: dict[str, Target], skeleton: Skeleton) -> Iterator[str]:
+def _check_files(config: Config, skeleton: Skeleton) -> None:
     """The checkpoint's kind, the disk for its copy, and memory for an order that needs much."""
     model = config.model
     assert model.path is not None
     method = _quantised(config, skeleton)
     if method is not None:
-        yield f"model.path: {model.path} is quantised ({method}), which cannot be pruned; give the unquantised model"
-        return
+        raise UserError(
+            "model.path",
+            f"{model.path} is quantised ({method}), which cannot be pruned",
+            "give the unquantised model",
+        )
     files: TensorFiles | None = None
     if model.gguf_file is None:
         files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
         refuse_quantised(files)
-    _disk(config, skeleton, files)
+    _check_disk(config, skeleton, files)
     if needs_inputs(config.prune) and config.prune.order == "module":
-        yield from _memory(config, skeleton, files)
+        _check_memory(config, skeleton, files)
 
 
 # --- space ------------------------------------------------------------------------------------------------------------
 
 
-def _disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
+def _check_disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
     if files is None:  # unpacked, and copied
-        itemsize = (torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)).itemsize
+        itemsize = machine.torch_dtype(checkpoint.dtype_of(config.model.dtype, None)).itemsize
         needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())
     else:
         needed = checkpoint.copy_size(files, config.model.dtype)
-    directory = Path(config.run.dir)
-    demand_space(directory, needed, "the pruned checkpoint", ".pruned.partial/*.safetensors")
+    demand_space(Path(config.run.dir), needed, "the pruned checkpoint", ".pruned.partial/*.safetensors")
 
 
-def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> Iterator[str]:
+def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
     """Module order: the pass stops at each layer until all windows are there."""
     prune, device = config.prune, checkpoint.pick_device(config.model.device)
     windows = -(-prune.calibration.samples // launch.num_processes(config))
     free = machine.free_memory(device)
-    compute = _compute(config, files, device)
-    token = skeleton.config.get_text_config().hidden_size * getattr(torch, compute.dtype).itemsize
+    stored = checkpoint.dtype_of(config.model.dtype, None if files is None else checkpoint.stored_dtype(files, None))
+    compute = machine.choose_dtype(config.model.compute_dtype, stored, device)
+    token = skeleton.config.get_text_config().hidden_size * machine.torch_dtype(compute.dtype).itemsize
     waiting = windows * prune.calibration.seq_len * token * WAITING_WIDTHS
     if isinstance(prune.batch_size, int):
         running = min(windows, prune.batch_size) * prune.calibration.seq_len * token * BLOCK_WIDTHS
@@ -227,32 +241,25 @@ def _memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> It
     else:
         running = max(CPU_TOKENS, prune.calibration.seq_len) * token * BLOCK_WIDTHS
     if waiting + running > free:
-        yield (
-            f"prune.order: module holds all windows inside a block, some {(waiting + running) / 2**30:.1f} GiB; "
-            f"{free / 2**30:.1f} GiB are free; use order block, or fewer or shorter windows"
-            + ", or model.compute_dtype=bfloat16, which needs half"
-            * compute.widened
+        narrower = ", or model.compute_dtype=bfloat16, which needs half" if compute.widened else ""
+        raise UserError(
+            "prune.order",
+            f"module holds all windows inside a block, some {(waiting + running) / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free",
+            f"use order block, or fewer or shorter windows{narrower}",
         )
-
-
-def _compute(config: Config, files: TensorFiles | None, device: torch.device) -> machine.Compute:
-    """What the hidden states are computed in."""
-    if config.model.dtype != "auto":
-        stored = getattr(torch, config.model.dtype)
-    else:
-        stored = torch.bfloat16 if files is None else checkpoint.stored_dtype(files, None)
-    return machine.choose_dtype(config.model.compute_dtype, str(stored).removeprefix("torch."), device)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any) -> Iterator[str]:
+def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any, problems: Problems) -> calibrate.Drawn | None:
     settings, limit = config.prune.calibration, checkpoint.max_window(skeleton.config)
     if limit is not None and settings.seq_len > limit:
-        yield f"prune.calibration.seq_len: {settings.seq_len} exceeds the model's {limit} positions"
+        problems.add("prune.calibration.seq_len", f"{settings.seq_len} exceeds the model's {limit} positions")
         calibrate.calibration_text(config.prune)
-    else:
-        windows, _ = calibrate.windows_of(config, tokenizer)
-        where = f"prune.calibration.dataset: {settings.dataset}"
-        vocabulary.check(windows, tokenizer, vocabulary.embeddings(skeleton.model), where)
+        return None
+    drawn = calibrate.draw(config, tokenizer)
+    where = f"prune.calibration.dataset: {settings.dataset}"
+    vocabulary.check(drawn.tokens, tokenizer, vocabulary.embeddings(skeleton.model), where)
+    return drawn

@@ -27,25 +27,25 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     if isinstance(prune.allocation, list):
         if len(prune.allocation) != len(blocks):
             raise UserError(
-                f"prune.allocation: {len(prune.allocation)} ratios for {len(blocks)} blocks; give one for each"
+                "prune.allocation", f"{len(prune.allocation)} ratios for {len(blocks)} blocks", "give one for each"
             )
         for prefix, ratio in zip(blocks, prune.allocation, strict=True):
             try:
                 pattern = Pattern.parse(ratio)
             except ValueError as error:
-                raise UserError(f"prune.allocation: {error}") from error
+                raise UserError("prune.allocation", str(error)) from error
             patterns |= {name: pattern for name in targets if name.startswith(prefix)}
     for wanted, pattern in prune.overrides.items():
         found = [name for name in targets if matches(name, wanted)]
         if not found:
-            raise UserError(f"prune.overrides: {wanted!r} matches none of the {len(targets)} targets")
+            raise UserError("prune.overrides", f"{wanted!r} matches none of the {len(targets)} targets")
         patterns |= dict.fromkeys(found, pattern)
     return patterns
 
 
-def patterns_of(prune: PruneConfig, skeleton: Skeleton) -> dict[str, Pattern]:
-    """The pattern of each pruned layer by its name."""
-    return planned_patterns(prune, skeleton.targets(prune.targets, prune.skip), skeleton)
+def is_overridden(prune: PruneConfig, name: str) -> bool:
+    """Whether a target has a pattern of its own (``prune.overrides``)."""
+    return any(matches(name, wanted) for wanted in prune.overrides)
 
 
 def check_prunes(prune: PruneConfig, target: Target, pattern: Pattern) -> None:

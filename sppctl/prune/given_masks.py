@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import BlockStack
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
+from sppctl.records import LayerRecord
 
 
 def given_mask(stack: BlockStack, target: Target, pattern: Pattern, files: TensorFiles) -> Tensor:
@@ -49,17 +49,16 @@ def problem(mask: Tensor, target: Target, pattern: Pattern) -> str | None:
     return None
 
 
-def warn_of_sparser(layers: list[dict[str, Any]]) -> None:
-    """Says which layers' masks have clearly more zeros than the pattern asks for; their records hold the share."""
-    found = []
-    for layer in layers:
-        size = layer["shape"][0] * layer["shape"][1]
-        asked = Pattern.parse(layer["pattern"]).sparsity
-        if size * layer["sparsity"] > size * asked + _rounding(layer["shape"]):
-            found.append(f"{layer['name']} has {layer['sparsity']:.4g}, {layer['pattern']} asks for {asked:.4g}")
-    if found:
-        first = found[0] + (", ..." if len(found) > 1 else "")
-        console.warn(f"{len(found)} masks of prune.mask_from have more zeros than prune.pattern: {first}")
+def warn_of_sparser(layers: Sequence[LayerRecord]) -> None:
+    """Warns of layers whose masks have clearly more zeros than the pattern asks for; their records hold the share."""
+    sparser = [
+        f"{layer.name} has {layer.sparsity:.4g}, {layer.pattern} asks for {layer.pattern.sparsity:.4g}"
+        for layer in layers
+        if layer.size * layer.sparsity > layer.size * layer.pattern.sparsity + _rounding(layer.shape)
+    ]
+    if sparser:
+        first = sparser[0] + (", ..." if len(sparser) > 1 else "")
+        console.warn(f"{len(sparser)} masks of prune.mask_from have more zeros than prune.pattern: {first}")
 
 
 def _rounding(shape: Sequence[int]) -> int:

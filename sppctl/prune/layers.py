@@ -1,4 +1,4 @@
-"""What is planned for the matrices of a model, what each is given, and what became of it."""
+"""Plan, inputs and record of the matrices that are pruned."""
 
 from __future__ import annotations
 
@@ -15,61 +15,25 @@ from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import overflow_advice
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
+from sppctl.records import LayerRecord
 
 ERROR_ROWS = 256  # inputs of a layer kept to measure how far its output moves
 
 
 @dataclass(frozen=True)
-class LayerRecord:
-    """What pruning did to one matrix.
+class PrunePlan:
+    """How every matrix is to be pruned."""
 
-    Attributes:
-        name: of the layer.
-        shape: (out_features, in_features).
-        pattern: that was asked for.
-        sparsity: share of zeros now.
-        relative_output_error: ||X (W - W_pruned)^T|| / ||X W^T|| on the first calibration inputs; None without inputs.
-        relative_weight_error: ||W - W_pruned|| / ||W||.
-        damp: damping that the Hessian needed; None without one.
-        seconds: for scores, mask and update, shared by layers that were solved together.
-        fallback: what an expert that saw too few tokens was pruned by; None: as all others.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    sparsity: float
-    relative_output_error: float | None
-    relative_weight_error: float
-    damp: float | None
-    seconds: float
-    fallback: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How every matrix is to be pruned.
-
-    Attributes:
-        method: a key of ``PRUNERS``.
-        targets: the matrices, by name.
-        patterns: of each.
-        options: of the method.
-        order: ``block`` (all statistics of the dense block, then prune, then run it again) or ``module`` (each layer is
-            pruned when its input arrives).
-        masks: a checkpoint whose zeros are the masks.
-        reconstruct_epochs: passes of tuning a pruned block's kept weights on the dense block's output; 0: none.
-        reconstruct_lr: their learning rate.
-    """
-
-    method: str
-    targets: dict[str, Target]
-    patterns: dict[str, Pattern]
-    options: dict[str, Any] = field(default_factory=dict)
+    method: str  # a key of ``PRUNERS``
+    targets: dict[str, Target]  # the matrices, by name
+    patterns: dict[str, Pattern]  # of each
+    options: dict[str, float | int] = field(default_factory=dict)  # of the method
+    # ``block`` (all statistics of the dense block, then prune, then run it again) or ``module`` (each layer is pruned
+    # when its input arrives)
     order: str = "block"
-    masks: TensorFiles | None = None
-    reconstruct_epochs: int = 0
-    reconstruct_lr: float = 1e-4
+    masks: TensorFiles | None = None  # a checkpoint whose zeros are the masks
+    reconstruct_epochs: int = 0  # passes of tuning a pruned block's kept weights on the dense block's output; 0: none
+    reconstruct_lr: float = 1e-4  # their learning rate
 
     def in_block(self, prefix: str) -> dict[str, Target]:
         """The targets whose names start with ``prefix``."""
@@ -102,11 +66,7 @@ class LayerInputs:
         Raises:
             StageError: they are not finite.
         """
-        if distributed.world_size() > 1:
-            device = self.statistics.totals()[0].device
-            count = torch.tensor(float(self.statistics.num_tokens), device=device, dtype=torch.float64)
-            distributed.add_up(count, *self.statistics.totals())
-            self.statistics.num_tokens = int(count.item())
+        distributed.add_up_counted(self.statistics)
         if not all(torch.isfinite(total).all() for total in self.statistics.totals()):
             raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")
 
@@ -148,7 +108,7 @@ def measure(
     return LayerRecord(
         name=name,
         shape=(before.shape[0], before.shape[1]),
-        pattern=str(pattern),
+        pattern=pattern,
         sparsity=int((after == 0).sum()) / after.numel(),
         relative_output_error=output_error,
         relative_weight_error=_ratio(difference, before),

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from sppctl.model.blocks import BlockStack
 from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
+from sppctl.records import BlockErrors
 
 
 def reconstruct(
@@ -23,7 +24,7 @@ def reconstruct(
     *,
     epochs: int,
     lr: float,
-) -> dict[str, float]:
+) -> BlockErrors:
     """Tunes the kept weights of the targets by Adam on the mean squared error of the block's output.
 
     Args:
@@ -36,7 +37,7 @@ def reconstruct(
         lr: learning rate.
 
     Returns:
-        Relative output error of the block ``before`` and ``after``. A tuning that did not lower it is undone.
+        Relative output error of the block before and after. A tuning that did not lower it is undone.
     """
     block = stack.blocks[index]
     prefix = f"{stack.blocks_name}.{index}."
@@ -67,7 +68,7 @@ def reconstruct(
         for name, parameter in stored.items():
             parameter.data.copy_(pruned[name])
         after = before
-    return {"before": before, "after": after}
+    return BlockErrors(before, after)
 
 
 def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from sppctl.errors import UserError
 from sppctl.files import integrity, sealed, strict_json
 from sppctl.files.safe_files import OwnFiles
 from sppctl.model.blocks import BlockStack
+from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
 from sppctl.prune.block_work import BlockWork
 from sppctl.prune.given_masks import warn_of_sparser
-from sppctl.prune.layers import Plan, SharedInputs
+from sppctl.prune.layers import PrunePlan, SharedInputs
+from sppctl.records import BlockRecord, from_json, to_json
 
 START_AGAIN = "sppctl prune --force starts the stage again"
 
@@ -34,14 +36,14 @@ class Journal:
             UserError: another line is damaged.
         """
         self.path = path
-        self.blocks: list[dict[str, Any]] = []
+        self.blocks: list[BlockRecord] = []
         if path.is_file():
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines[:-1]):
                 try:
-                    entry = sealed.parse(line)
-                    if entry["block"] != number:
-                        raise ValueError(f"it is of block {entry['block']}, not {number}")
+                    entry = from_json(BlockRecord, sealed.parse(line))
+                    if entry.block != number:
+                        raise ValueError(f"it is of block {entry.block}, not {number}")
                 except ValueError as error:
                     raise UserError(f"{path}: line {number + 1} is damaged ({error}); {START_AGAIN}") from error
                 self.blocks.append(entry)
@@ -50,20 +52,20 @@ class Journal:
                 with path.open("r+b") as file:
                     file.truncate(sum(len(line) + 1 for line in lines[:-1]))
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, entry: BlockRecord) -> None:
         """Notes a finished block, on the disk before this returns."""
         self.blocks.append(entry)
         if distributed.is_main():
             with self.path.open("a") as file:
-                file.write(strict_json.dumps(sealed.seal(entry)) + "\n")
+                file.write(strict_json.dumps(sealed.seal(to_json(entry))) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
 
 @torch.no_grad()
 def prune_blocks(
-    stack: BlockStack, plan: Plan, activations: Activations | None, out: OwnFiles, journal: Journal
-) -> Iterator[dict[str, Any]]:
+    stack: BlockStack, plan: PrunePlan, activations: Activations | None, out: OwnFiles, journal: Journal
+) -> Iterator[BlockRecord]:
     """Prunes every block in turn and writes its layers to ``out``.
 
     Args:
@@ -74,13 +76,12 @@ def prune_blocks(
         journal: of finished blocks; those are only run, not pruned.
 
     Yields:
-        Per block: ``{"block", "layers": [LayerRecord as dict, in the first process with the digest of its mask],
-        "reconstruction": errors before and after or None, "weights": digest of each matrix by name}``.
+        The record of each block; digests of masks and weights are in those of the first process.
 
     Raises:
         UserError: the copy does not hold what the journal says.
     """
-    groups = SharedInputs()
+    shared = SharedInputs()
     last = _last_with_targets(stack, plan)
     if len(journal.blocks) > last:
         activations = None  # nothing is left that needs them
@@ -88,35 +89,17 @@ def prune_blocks(
         targets = plan.in_block(f"{stack.blocks_name}.{index}.")
         feeding = activations if index < last else None
         if index < len(journal.blocks):
-            if feeding is not None:
-                stack.load_block(index)
-            for name, target in targets.items():
-                weight = stack.matrix(target, out)
-                if integrity.tensor_digest(weight) != journal.blocks[index]["weights"][name]:
-                    raise UserError(f"{out.directory}: {name} is not what was pruned; {START_AGAIN}")
-                if feeding is not None:
-                    target.view(stack.model).copy_(weight)
-            if feeding is not None:
-                feeding.run(index)
-                stack.release_block(index)
+            _replay(stack, journal.blocks[index], targets, feeding, out)
             yield journal.blocks[index]
             continue
-        entry: dict[str, Any] = {"block": index, "layers": [], "reconstruction": None, "weights": {}}
+        entry = BlockRecord(index, [], None, {})
         if targets or feeding is not None:
             stack.load_block(index)
         if targets:
-            work = BlockWork(stack, index, targets, plan, activations, groups, out)
-            records = work.prune()
-            entry["layers"] = [asdict(record) for record in records]
-            entry["reconstruction"] = work.reconstruction
+            work = BlockWork(stack, index, targets, plan, activations, shared, out)
+            entry = BlockRecord(index, work.prune(), work.reconstruction, {})
             if distributed.is_main():
-                for target in {(t.owner, t.parameter): t for t in targets.values()}.values():
-                    stack.write(target, out)
-                out.sync({name for target in targets.values() for name in stack.homes(target)})
-                for layer in entry["layers"]:
-                    weight = stack.matrix(targets[layer["name"]], out)  # as it will be read again
-                    layer["mask"] = integrity.mask_digest(weight)
-                    entry["weights"][layer["name"]] = integrity.tensor_digest(weight)
+                entry = _write(stack, entry, targets, out)
         distributed.barrier()
         journal.append(entry)
         # in module order the pass that pruned the block has fed the next
@@ -125,12 +108,46 @@ def prune_blocks(
         stack.release_block(index)
         yield entry
     if plan.masks is not None:
-        warn_of_sparser([layer for entry in journal.blocks for layer in entry["layers"]])
+        warn_of_sparser([layer for entry in journal.blocks for layer in entry.layers])
+
+
+def _replay(
+    stack: BlockStack,
+    entry: BlockRecord,
+    targets: dict[str, Target],
+    feeding: Activations | None,
+    out: OwnFiles,
+) -> None:
+    """Compares a finished block with the journal, and runs it, pruned, if the next one needs its output."""
+    if feeding is not None:
+        stack.load_block(entry.block)
+    for name, target in targets.items():
+        weight = stack.matrix(target, out)
+        if integrity.tensor_digest(weight) != entry.weights[name]:
+            raise UserError(f"{out.directory}: {name} is not what was pruned; {START_AGAIN}")
+        if feeding is not None:
+            target.view(stack.model).copy_(weight)
+    if feeding is not None:
+        feeding.run(entry.block)
+        stack.release_block(entry.block)
+
+
+def _write(stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], out: OwnFiles) -> BlockRecord:
+    """Writes a pruned block, on the disk before this returns; its record with the digests of what was written."""
+    for target in {(t.owner, t.parameter): t for t in targets.values()}.values():
+        stack.write(target, out)
+    out.sync({name for target in targets.values() for name in stack.homes(target)})
+    layers, weights = [], {}
+    for layer in entry.layers:
+        weight = stack.matrix(targets[layer.name], out)  # as it will be read again
+        layers.append(replace(layer, mask=integrity.mask_digest(weight)))
+        weights[layer.name] = integrity.tensor_digest(weight)
+    return replace(entry, layers=layers, weights=weights)
 
 
 @torch.no_grad()
 def dense_pass(
-    stack: BlockStack, plan: Plan, activations: Activations, make: Callable[..., Any]
+    stack: BlockStack, plan: PrunePlan, activations: Activations, make: Callable[..., Any]
 ) -> Iterator[list[Tensor]]:
     """Runs the dense model once and yields, per block, the Wanda scores of its targets (out_features, in_features).
 
@@ -149,6 +166,6 @@ def dense_pass(
         stack.release_block(index)
 
 
-def _last_with_targets(stack: BlockStack, plan: Plan) -> int:
+def _last_with_targets(stack: BlockStack, plan: PrunePlan) -> int:
     """The last block that is pruned: nobody reads what it and later ones give."""
     return max(index for index in range(len(stack)) if plan.in_block(f"{stack.blocks_name}.{index}."))

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from sppctl.config.load import flatten
 from sppctl.errors import UserError
 from sppctl.files import sealed
 from sppctl.files.names import CHECKPOINTS, JOURNAL, NOTE, WORKING
+from sppctl.records import Attempt, from_json, to_json
 
 DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
 
 
-def read(partial: Path) -> dict[str, Any] | None:
-    """Settings and inputs of the attempt in a directory; empty if that cannot be told, None if there is no attempt."""
-    if not partial.is_dir():
-        return None
+def read(partial: Path) -> Attempt | None:
+    """The attempt in a directory; None if there is none, or its note is damaged."""
     try:
-        return sealed.parse((partial / NOTE).read_bytes())
+        return from_json(Attempt, sealed.parse((partial / NOTE).read_bytes()))
     except (OSError, ValueError):
-        return {}
+        return None
 
 
-def write(partial: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
+def write(partial: Path, attempt: Attempt) -> None:
     """Notes what an attempt is made from."""
-    sealed.write(partial / NOTE, {"settings": settings, "inputs": inputs})
+    sealed.write(partial / NOTE, to_json(attempt))
 
 
 def clean(partial: Path) -> None:
@@ -38,54 +36,43 @@ def clean(partial: Path) -> None:
             (partial / name).unlink(missing_ok=True)
 
 
-def settled(settings: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """The settings as a record or an attempt has them where they leave the choice: auto computes in its dtype."""
-    model, recorded = settings.get("model", {}), before["settings"].get("model", {})
-    if model.get("compute_dtype") != "auto" or "compute_dtype" not in recorded:
-        return settings
-    return resolved(settings, recorded["compute_dtype"])
-
-
-def resolved(settings: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The settings with the dtype that is computed in instead of auto."""
-    return settings | {"model": settings["model"] | {"compute_dtype": dtype}}
-
-
 def holds_work(partial: Path) -> bool:
     """Whether an attempt has anything that another start would have to do again: a checkpoint, a finished block."""
     journal = partial / JOURNAL
     return any(partial.glob(f"{CHECKPOINTS}/checkpoint-*/*")) or (journal.is_file() and b"\n" in journal.read_bytes())
 
 
-def check(partial: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Any] | None) -> None:
-    """Raises UserError if the attempt in a directory holds work that these settings and inputs cannot continue.
+def check(partial: Path, stage: str, attempt: Attempt, *, inputs_known: bool = True) -> None:
+    """Raises UserError if the attempt in a directory holds work that another attempt cannot continue.
 
     Args:
         partial: the directory.
         stage: prune, train or merge.
-        settings: the configuration that the stage depends on.
-        inputs: fingerprints of what it reads; None: not known yet.
+        attempt: what would be made.
+        inputs_known: whether its inputs count.
     """
-    attempt = read(partial)
-    if attempt is None or not holds_work(partial):
+    if not holds_work(partial):
         return
-    if not attempt:
-        said = f"that nobody can tell the settings of ({NOTE} is damaged)"
-    elif attempt["settings"] != settled(settings, attempt) or inputs not in (None, attempt["inputs"]):
-        said = f"with {differences(attempt, settings, attempt['inputs'] if inputs is None else inputs)}"
+    before = read(partial)
+    if before is None:
+        whose = f"whose settings are unknown ({NOTE} is damaged)"
     else:
-        return
+        if not inputs_known:
+            attempt = Attempt(attempt.settings, before.inputs)
+        if before == attempt.as_in(before):
+            return
+        whose = f"with {differences(before, attempt)}"
     raise UserError(
-        f"{partial} holds the unfinished work of an attempt {said}; its own settings continue it, another run.dir "
+        f"{partial} holds the unfinished work of an attempt {whose}; its own settings continue it, another run.dir "
         f"keeps it, {DISCARDING[stage]} discards it"
     )
 
 
-def differences(before: dict[str, Any], settings: dict[str, Any], inputs: dict[str, Any]) -> str:
-    """The keys in which a record differs from what is wanted now, with both values."""
-    old, new = flatten(before["settings"]), flatten(settled(settings, before))
+def differences(before: Attempt, now: Attempt) -> str:
+    """The keys in which what was made differs from what is wanted now, with both values."""
+    old, new = flatten(before.settings), flatten(now.as_in(before).settings)
     changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
     changed += [
-        f"other {key} content" for key in before["inputs"] | inputs if before["inputs"].get(key) != inputs.get(key)
+        f"other {key} content" for key in before.inputs | now.inputs if before.inputs.get(key) != now.inputs.get(key)
     ]
     return "; ".join(changed) or "an older version of sppctl"

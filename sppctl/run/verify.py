@@ -16,19 +16,12 @@ STAGES = {"base": None, "pruned": "prune", "adapter": "train", "merged": "merge"
 
 @dataclass(frozen=True)
 class Checked:
-    """One file of a run.
+    """One file of a run."""
 
-    Attributes:
-        artefact: the folder in the run that it belongs to.
-        file: its path in that folder.
-        state: ``ok``, ``damaged``, ``missing``, or ``surplus``: not recorded, though it would be loaded.
-        problem: what is wrong and what to do; None: nothing.
-    """
-
-    artefact: str
-    file: str
-    state: str
-    problem: str | None = None
+    artefact: str  # the folder in the run that it belongs to
+    file: str  # its path in that folder
+    state: str  # ``ok``, ``damaged``, ``missing``, or ``surplus``: not recorded, though it would be loaded
+    problem: str | None = None  # what is wrong and what to do; None: nothing
 
 
 def execute(run_dir: Path) -> list[Checked]:

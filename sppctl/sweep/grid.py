@@ -7,7 +7,6 @@ model one with the measures of the dense model. Each directory has a configurati
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl.config.load import config_keys, load_config, quoted, shipped_sweeps, shown
+from sppctl.config.load import config_keys, did_you_mean, load_config, quoted, shipped_sweeps, shown
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml, read_yaml
 from sppctl.errors import UserError
@@ -36,19 +35,12 @@ OWN_DIRECTORY = "a sweep names the directories of its runs; `dir` is the folder 
 
 @dataclass(frozen=True)
 class Member:
-    """One directory of a sweep.
+    """One directory of a sweep."""
 
-    Attributes:
-        name: of the directory, in the sweep's.
-        parent: the member whose checkpoints and results it takes over.
-        arguments: CONFIG and KEY=VALUE by which ``sppctl`` works in it.
-        config: what they mean.
-    """
-
-    name: str
-    parent: str | None
-    arguments: tuple[str, ...]
-    config: Config
+    name: str  # of the directory, in the sweep's
+    parent: str | None  # the member whose checkpoints and results it takes over
+    arguments: tuple[str, ...]  # CONFIG and KEY=VALUE by which ``sppctl`` works in it
+    config: Config  # what they mean
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ def _problems(tree: Any) -> Iterator[str]:
         return
     for key in tree:
         if key not in KEYS:
-            yield f"{key}: unknown key{_nearest(str(key), KEYS) or '; a sweep has ' + ', '.join(KEYS)}"
+            yield f"{key}: unknown key{did_you_mean(str(key), KEYS) or '; a sweep has ' + ', '.join(KEYS)}"
     for key in ("base", "dir"):
         if key in tree and not (isinstance(tree[key], str) and tree[key]):
             yield f"{key}: expected text, found {shown(tree[key])}"
@@ -185,11 +177,11 @@ def _grid_problems(key: str, values: Any, known: Sequence[str]) -> Iterator[str]
     if key == "run.dir":
         yield f"grid: run.dir: {OWN_DIRECTORY}"
     elif key not in known:
-        yield f"grid: {key}: unknown key{_nearest(key, known) or '; see `sppctl config --schema`'}"
+        yield f"grid: {key}: unknown key{did_you_mean(key, known) or '; see `sppctl config --schema`'}"
     if not isinstance(values, list) or not values:
         yield f"grid: {key}: expected a list of values, found {shown(values)}"
     elif any(value in values[:index] for index, value in enumerate(values)):
-        yield f"grid: {key}: a value stands twice in {values!r}"
+        yield f"grid: {key}: duplicate value in {values!r}"
 
 
 def _rule_problems(rule: Any, grid: Mapping[str, Any]) -> Iterator[str]:
@@ -198,14 +190,9 @@ def _rule_problems(rule: Any, grid: Mapping[str, Any]) -> Iterator[str]:
         return
     for key, value in rule.items():
         if key not in grid:
-            yield f"{key} is not in the grid{_nearest(str(key), list(grid))}"
+            yield f"{key} is not in the grid{did_you_mean(str(key), list(grid))}"
         elif isinstance(grid[key], list) and value not in grid[key]:
             yield f"{key}: {value!r} is none of the grid's {grid[key]!r}"
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 # --- its configurations -----------------------------------------------------------------------------------------------
@@ -229,7 +216,7 @@ class _Resolver:
         try:
             config = load_config(base, overrides)
         except UserError as error:
-            for line in str(error).splitlines():
+            for line in error.lines:
                 self.problems.setdefault(self._source(line), []).append(name)
             config = Config()
         return Member(name, parent, (base, *overrides), config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,12 @@ from sppctl import console, distributed, launch
 from sppctl.config.load import result_keys
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.files.names import DIRECTORIES
-from sppctl.run import pipeline
-from sppctl.run.attempts import differences, settled
+from sppctl.records import Attempt
+from sppctl.run import dense, measure, pipeline
+from sppctl.run.attempts import differences
 from sppctl.run.directory import Run
+from sppctl.run.stage import settings_of
+from sppctl.run.stages import PRUNE
 from sppctl.sweep.grid import REPORT, Member, Sweep, raise_problems
 
 # what is taken over from a member: its checkpoint's directory, and the label of the results
@@ -36,10 +40,10 @@ def check(sweep: Sweep, made: bool = True) -> None:
         UserError: every problem, one per line, with the runs that have it.
     """
     problems: dict[str, list[str]] = {}
-    for dense in sweep.dense.values():
-        loaded = Run(dense.config).skeleton()
-        for member in sweep.runs_of(dense):
-            for line in _problems(member, loaded):
+    for source in sweep.dense.values():
+        outline = Run(source.config).outline()
+        for member in sweep.runs_of(source):
+            for line in _problems(member, outline):
                 problems.setdefault(line, []).append(member.name)
     if made:
         problems |= _made_otherwise(sweep)
@@ -61,33 +65,41 @@ def _changed(sweep: Sweep, member: Member) -> dict[str, str]:
     run = Run(member.config)
     found: dict[str, str] = {}
     for stage in [] if member.name in sweep.dense else DIRECTORIES:
-        record, settings = run.record(stage), pipeline.settings_of(member.config, stage)
+        record = run.record(stage)
         if record is None:
             continue
-        other = record["settings"] != settled(settings, record)
+        wanted = Attempt(settings_of(member.config, stage), record.inputs).as_in(record.attempt)
+        other = record.attempt != wanted
         if not (other or found):
             continue
-        made = f"was made with {differences(record, settings, record['inputs'])}" if other else "rests on that"
+        made = f"was made with {differences(record.attempt, wanted)}" if other else "rests on that"
         redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
         found[stage] = f"{run.path(stage)} {made}; {redo} redoes it, another run.dir keeps it"
     return found
 
 
-def _problems(member: Member, loaded: tuple[Any, Any]) -> Iterator[str]:
+def _problems(member: Member, outline: dense.Outline) -> Iterator[str]:
     if not (member.config.eval.perplexity or member.config.eval.tasks):
         yield "eval.perplexity and eval.tasks are both empty, there would be nothing to compare; name a text or a task"
     try:
-        pipeline.preflight(Run(member.config), pipeline.STAGES, loaded=loaded)
+        pipeline.preflight(Run(member.config, loaded=outline), pipeline.STAGES)
     except UserError as error:
-        yield from str(error).splitlines()
+        yield from error.lines
 
 
-def plan(sweep: Sweep) -> list[dict[str, Any]]:
-    """The work of a sweep: an entry per directory.
+@dataclass(frozen=True)
+class Entry:
+    """The work in one directory of a sweep."""
 
-    Each has the ``directory``, its ``stages``, those that are ``made``, those made with ``other_settings``, and the
-    ``runs`` that share it.
-    """
+    directory: str  # its path
+    stages: list[str]  # that are done in it
+    made: list[str]  # those that are there
+    other_settings: list[str]  # those that are there, made with other settings
+    runs: list[str]  # that share it
+
+
+def plan(sweep: Sweep) -> list[Entry]:
+    """The work of a sweep."""
     entries = []
     for member in sweep.members():
         if member.name in sweep.dense:
@@ -96,17 +108,16 @@ def plan(sweep: Sweep) -> list[dict[str, Any]]:
             stages = ["prune", "eval pruned"]
         else:
             stages = ["train", "merge", "eval merged"]
-        runs = [run.name for run in sweep.runs_of(member)]
         other = list(_changed(sweep, member))
         made = [stage for stage in stages if _exists(Run(member.config), stage) and stage not in other]
-        work = {"stages": stages, "made": made, "other_settings": other, "runs": runs}
-        entries.append({"directory": member.config.run.dir} | work)
+        runs = [run.name for run in sweep.runs_of(member)]
+        entries.append(Entry(member.config.run.dir, stages, made, other, runs))
     return entries
 
 
-def totals(entries: list[dict[str, Any]]) -> dict[str, int]:
+def totals(entries: list[Entry]) -> dict[str, int]:
     """How often each stage of a plan is done."""
-    return dict(Counter(stage for entry in entries for stage in entry["stages"]))
+    return dict(Counter(stage for entry in entries for stage in entry.stages))
 
 
 def _exists(run: Run, stage: str) -> bool:
@@ -167,26 +178,26 @@ def _reason(error: Exception) -> str:
 
 def _work(sweep: Sweep, member: Member) -> None:
     run = Run(member.config)
-    elsewhere = partial(_elsewhere, member) if launch.needed(member.config) else None
+    start_stage = partial(_start_stage, member) if launch.needed(member.config) else None
     if member.name in sweep.dense:
-        pipeline.evaluate_some(run, ["base"], elsewhere)
+        pipeline.evaluate_some(run, ["base"], start_stage)
         for child in [*sweep.children(member), *sweep.runs_of(member)]:
             share(run, Run(child.config), *FROM_DENSE)
     elif member.name in sweep.pruned:
         pipeline.preflight(run, ("prune",))
-        if elsewhere is not None:
-            elsewhere("prune")
+        if start_stage is not None:
+            start_stage("prune")
         else:
             with run.lock():
-                pipeline.prune(run)
-        pipeline.evaluate_some(run, ["pruned"], elsewhere)
+                run.do(PRUNE)
+        pipeline.evaluate_some(run, ["pruned"], start_stage)
         for child in sweep.children(member):
             share(run, Run(child.config), *FROM_PRUNED)
     else:
-        pipeline.run_all(run, elsewhere)
+        pipeline.run_all(run, start_stage)
 
 
-def _elsewhere(member: Member, stage: str, *options: str) -> None:
+def _start_stage(member: Member, stage: str, *options: str) -> None:
     """Does a stage in processes of its own, one per GPU."""
     code = launch.start([stage, *member.arguments, *options], launch.num_processes(member.config), silent=True)
     if code - 128 in launch.SIGNALS:  # not SIGKILL, by which the system ends what takes too much memory
@@ -221,4 +232,4 @@ def share(source: Run, target: Run, directory: str, label: str) -> None:
         with target.lock():
             target.take_over(source, directory)
     if result_keys(source.config.eval) == result_keys(target.config.eval):
-        pipeline.share_results(source, target, label)
+        measure.share_results(source, target, label)

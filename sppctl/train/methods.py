@@ -16,7 +16,7 @@ from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
 from sppctl.config.settings import Config, TrainConfig
-from sppctl.errors import UserError
+from sppctl.errors import Problems, UserError
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import stored_name
@@ -28,20 +28,18 @@ HIRA_SINCE = "0.20"
 Patterns = Mapping[str, Pattern]
 
 
-def preflight(config: Config) -> list[str]:
-    """What is wrong with the method, one line each."""
-    train, problems = config.train, []
+def check(config: Config, problems: Problems) -> None:
+    """Notes what forbids the method."""
+    train = config.train
     if train.method == "ste" and config.launch.strategy != "ddp":
-        problems.append(
-            f"train.method: ste chooses masks from whole matrices, launch.strategy {config.launch.strategy} shares "
-            "them out; use ddp"
+        problems.add(
+            "train.method",
+            f"ste chooses masks from whole matrices, launch.strategy {config.launch.strategy} shards them",
+            "use ddp",
         )
     if train.method == "hira":
-        try:
+        with problems:
             _hira_config()
-        except UserError as error:
-            problems.append(str(error))
-    return problems
 
 
 def ignored(train: TrainConfig) -> list[str]:
@@ -120,8 +118,8 @@ def _hira_config() -> Any:
         from peft import HiraConfig
     except ImportError as error:
         raise UserError(
-            f"train.method: hira needs peft {HIRA_SINCE} or newer, installed is {version('peft')} "
-            f"(pip install 'peft>={HIRA_SINCE}')"
+            "train.method",
+            f"hira needs peft {HIRA_SINCE} or newer, installed is {version('peft')} (pip install 'peft>={HIRA_SINCE}')",
         ) from error
     return HiraConfig
 

@@ -27,13 +27,13 @@ from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.config.settings import Config, RefreshConfig
+from sppctl.errors import Problems
 from sppctl.files import integrity
 from sppctl.files.safe_files import OwnFile, TensorFile, TensorFiles
 from sppctl.model.blocks import Skeleton
 from sppctl.model.refreshed import REFRESHED, kept_per_group
 from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
-from sppctl.prune.choose import patterns_of
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
 from sppctl.train.watch import Reporting
@@ -42,26 +42,31 @@ ADAPTER = "default"
 SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back: its base weight is divided by that
 
 
-def problems(config: Config) -> list[str]:
-    """What forbids the configured refresh of the mask."""
+def check(config: Config, problems: Problems) -> None:
+    """Notes what forbids the configured refresh of the mask."""
     if config.train.refresh.steps is None:
-        return []
-    found = []
+        return
     if config.train.method != "spp":
-        found.append(
-            f"train.refresh.steps: only spp trains under a mask that is refreshed, not {config.train.method}; "
-            "set train.method=spp, or train.refresh.steps=null"
+        problems.add(
+            "train.refresh.steps",
+            f"only spp trains under a mask that is refreshed, not {config.train.method}",
+            "set train.method=spp, or train.refresh.steps=null",
         )
     if config.launch.strategy != "ddp" and launch.num_processes(config) > 1:
-        found.append(
-            f"train.refresh.steps: launch.strategy={config.launch.strategy} shares out the weights, a refresh needs "
-            "them whole; set launch.strategy=ddp, or train.refresh.steps=null"
+        problems.add(
+            "train.refresh.steps",
+            f"launch.strategy={config.launch.strategy} shards the weights, a refresh needs them whole",
+            "set launch.strategy=ddp, or train.refresh.steps=null",
         )
-    return found
 
 
 def prepare(
-    config: Config, model: PeftModel, pruned: Path, base: Path | None, newest: str | None
+    config: Config,
+    model: PeftModel,
+    pruned: Path,
+    base: Path | None,
+    newest: str | None,
+    patterns: dict[str, Pattern],
 ) -> MaskRefresh | None:
     """The configured refresh, in the state of the checkpoint ``newest`` if training resumes from one; None: no refresh.
 
@@ -71,6 +76,7 @@ def prepare(
         pruned: the checkpoint that it was loaded from.
         base: the dense checkpoint.
         newest: directory of a checkpoint.
+        patterns: by which each layer was pruned.
     """
     settings = config.train.refresh
     if settings.steps is None:
@@ -78,7 +84,7 @@ def prepare(
     assert base is not None
     skeleton = Skeleton(model.get_base_model().config, trust_remote_code=config.model.trust_remote_code)
     files = TensorFiles(pruned), TensorFiles(base)
-    refresh = MaskRefresh(model, *files, settings, patterns_of(config.prune, skeleton), skeleton.base_prefix)
+    refresh = MaskRefresh(model, *files, settings, patterns, skeleton.base_prefix)
     if newest:
         refresh.restore(Path(newest))
     return refresh
@@ -178,7 +184,7 @@ class MaskRefresh(Reporting):
         swaps = total = 0
         for index, (name, layer) in enumerate(self.layers.items()):
             before, statistics = self.base_weight(name), self._statistics[name]
-            _add_up(statistics)
+            distributed.add_up_counted(statistics)
             after = before.clone()
             source = index % distributed.world_size()
             if distributed.rank() == source:
@@ -274,10 +280,3 @@ def _base_weight(layer: SppLinear) -> Tensor:
     linear = layer.get_base_layer()
     assert isinstance(linear, nn.Linear)
     return linear.weight.data
-
-
-def _add_up(statistics: InputMoments) -> None:
-    """Sums the statistics of all processes."""
-    tokens = torch.tensor(statistics.num_tokens, device=statistics.squares.device)
-    distributed.add_up(tokens, *statistics.totals())
-    statistics.num_tokens = int(tokens)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import os
 import re
 import signal
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from transformers.trainer_callback import PrinterCallback
 from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
 from sppctl.data import prompts, texts, vocabulary
-from sppctl.errors import Stopped, UserError
+from sppctl.errors import Problems, Stopped, UserError
 from sppctl.evaluate import perplexity
 from sppctl.evaluate import stage as evaluate
+from sppctl.files import cache
 from sppctl.files.names import CHECKPOINTS
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
 from sppctl.pattern import Pattern
-from sppctl.plan import run as plan
-from sppctl.prune.choose import patterns_of
-from sppctl.train import distill, methods, out_of_memory, refresh, shards
+from sppctl.records import PruneRecord, TrainRecord, from_json
+from sppctl.train import distill, methods, out_of_memory, refresh, scope, shards
 from sppctl.train import resume as resuming
 from sppctl.train.feed import Feed
 from sppctl.train.trainer import SparseTrainer
@@ -40,63 +41,78 @@ from sppctl.train.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 LOGS = "logs"
 
 
-def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
-    """Checks targets, rank, batch arithmetic, prompt, refresh, and that data and teacher are there and fit.
+@dataclass(frozen=True)
+class Prepared:
+    """A training that has been checked."""
+
+    feed: Feed  # its examples, tokenised
+    tokenizer: Any  # that they were made with
+    work: Work  # what will be done
+    sources: dict[str, str]  # hashes of the local files that the examples are from
+
+
+def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[str, str] | None = None) -> Prepared:
+    """Checks targets, rank, batch, prompt, refresh, data and teacher, and tokenises the examples.
 
     Keys that were changed to no effect are warned of.
 
+    Args:
+        config: the configuration.
+        skeleton: of the dense model.
+        tokenizer: of the dense model.
+        sources: hashes of the local files that are read.
+
     Raises:
-        UserError: with everything that is wrong.
+        UserError: with everything that is wrong, one problem per line.
     """
-    train = config.train
-    problems = []
-    try:
+    train, problems = config.train, Problems()
+    feed: Feed | None = None
+    with problems:
         launch.accumulation(train, launch.num_processes(config))
         _check_strategy(config)
-        plan.adapted(config, skeleton)
-        problems += methods.preflight(config) + refresh.problems(config)
-    except UserError as error:
-        problems.append(str(error))
+        scope.adapted(config, skeleton)
+        methods.check(config, problems)
+        refresh.check(config, problems)
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
-        problems.append(f"train.data.seq_len: {train.data.seq_len} exceeds the model's {limit} positions")
-    feed: Feed | None = None
-    try:
+        problems.add("train.data.seq_len", f"{train.data.seq_len} exceeds the model's {limit} positions")
+    with problems:
         feed = Feed(config, tokenizer, vocabulary.embeddings(skeleton.model))
-    except UserError as error:
-        problems.append(str(error))
-    for check in (
-        partial(plan.check_dtype, config),
-        partial(distill.preflight, config, skeleton, tokenizer),
-        partial(_check_perplexity, config, skeleton, tokenizer),
-    ):
-        try:
-            check()
-        except UserError as error:
-            problems.append(str(error))
-    if re.fullmatch(r"cuda:0*[1-9]\d*", config.model.device):
-        number = config.model.device.partition(":")[2]
-        problems.append(
-            f"model.device: training runs on the first GPU it sees, not on {config.model.device}; "
-            f"call CUDA_VISIBLE_DEVICES={number} sppctl ... model.device=cuda"
+    with problems:
+        scope.check_dtype(config)
+    with problems:
+        distill.preflight(config, skeleton, tokenizer)
+    with problems:
+        _check_perplexity(config, skeleton, tokenizer)
+    _check_machine(config, skeleton, problems)
+    problems.raise_all()
+    assert feed is not None
+    for line in methods.ignored(train):
+        console.warn(line)
+    return Prepared(feed, tokenizer, _work(config, feed), sources or {})
+
+
+def _check_machine(config: Config, skeleton: Skeleton, problems: Problems) -> None:
+    """Device, gradient checkpointing and loggers."""
+    train, device = config.train, config.model.device
+    if re.fullmatch(r"cuda:0*[1-9]\d*", device):
+        problems.add(
+            "model.device",
+            f"training runs on the first GPU it sees, not on {device}",
+            f"call CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda",
         )
     if train.gradient_checkpointing and not getattr(skeleton.model, "supports_gradient_checkpointing", True):
         kind = skeleton.config.model_type
-        problems.append(f"train.gradient_checkpointing: {kind} does not support it in transformers; set it to false")
+        problems.add("train.gradient_checkpointing", f"{kind} does not support it in transformers", "set it to false")
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
-            problems.append(f"train.report_to: {name} is not installed; pip install {name}, or leave it out")
-    if problems or feed is None:
-        raise UserError("\n".join(dict.fromkeys(problems)))
-    for line in methods.ignored(train):
-        console.warn(line)
-    return _work(config, feed)
+            problems.add("train.report_to", f"{name} is not installed", f"pip install {name}, or leave it out")
 
 
 def _work(config: Config, feed: Feed) -> Work:
     """What the training will do; its tokens with padding, each run forward and twice as much backward."""
     train, examples = config.train, len(feed.train)
-    steps = train.max_steps or math.ceil(train.epochs * math.ceil(examples / train.batch_size))
+    steps = scope.num_steps(train, examples)
     seen = train.max_steps * train.batch_size if train.max_steps else train.epochs * examples
     tokens = sum(feed.train.lengths) / examples * seen
     if not feed.packing:
@@ -110,60 +126,77 @@ def _check_perplexity(config: Config, skeleton: Skeleton, tokenizer: Any) -> Non
     if config.train.perplexity_steps is None:
         return
     if not config.eval.perplexity:
-        raise UserError("train.perplexity_steps: eval.perplexity names no text to measure")
+        raise UserError("train.perplexity_steps", "eval.perplexity names no text to measure")
     evaluate.check_text(config, config.eval.perplexity[0], skeleton, tokenizer)
 
 
 def _check_strategy(config: Config) -> None:
     """Raises UserError if DeepSpeed is wanted and not there."""
     if config.launch.strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError("launch.strategy: zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
+        raise UserError("launch.strategy", "zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
 
 
 def execute(
-    config: Config, pruned: Path, layers: list[str], out: Path, *, dtype: str, resume: bool, base: Path | None = None
-) -> dict[str, Any]:
+    config: Config,
+    prepared: Prepared,
+    pruned: Path,
+    record: PruneRecord,
+    out: Path,
+    *,
+    dtype: str,
+    resume: bool,
+    base: Path | None = None,
+    planned: Callable[[], int | None] = lambda: None,
+) -> TrainRecord:
     """Trains an adapter on the checkpoint ``pruned`` and saves it, as PEFT does, into ``out``.
 
     Args:
         config: the configuration.
+        prepared: from :func:`prepare`.
         pruned: the pruned checkpoint, only read.
-        layers: full names of the pruned linear layers.
+        record: of its pruning.
         out: directory that may hold checkpoints of an interrupted training.
         dtype: name of the dtype to compute in.
         resume: continue from the newest of them.
         base: the dense checkpoint, for distillation from it and for refreshing the mask.
-
-    Returns:
-        Metrics: steps, losses, tokens, truncation, trainable parameters, history.
+        planned: estimates the bytes that the training needs on each device; None: they are not known.
 
     Raises:
         UserError: no usable data.
         StageError: the loss stopped being finite, or memory ran out.
     """
-    with out_of_memory.explained(config, out / CHECKPOINTS):
-        return _train(config, pruned, layers, out, dtype, resume, base)
+    with out_of_memory.explained(config, out / CHECKPOINTS, planned):
+        return from_json(TrainRecord, _train(config, prepared, pruned, record, out, dtype, resume, base))
 
 
 def _train(
-    config: Config, pruned: Path, layers: list[str], out: Path, dtype: str, resume: bool, base: Path | None
+    config: Config,
+    prepared: Prepared,
+    pruned: Path,
+    record: PruneRecord,
+    out: Path,
+    dtype: str,
+    resume: bool,
+    base: Path | None,
 ) -> dict[str, Any]:
     train = config.train
     set_seed(config.run.seed)
     device = checkpoint.pick_device(config.model.device)
     tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
-    embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
     checkpoints = out / CHECKPOINTS
     dated = prompts.is_dated(train.data.prompt, tokenizer)
     today = distributed.decide(partial(resuming.began, checkpoints, resume)) if dated else None
-    feed = Feed(config, tokenizer, embedded, today)
+    feed = prepared.feed
+    if today is not None or not cache.same_tokenizer(prepared.tokenizer, tokenizer):
+        embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
+        feed = Feed(config, tokenizer, embedded, today)
     feed.tell(train.data.seq_len)
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
         model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
     model.config.use_cache = False
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
-    peft_model = get_peft_model(model, _adapter_config(config, model, layers))
+    peft_model = get_peft_model(model, _adapter_config(config, model, record.patterns))
     methods.start_at_stored(peft_model, pruned)
     if strategy == "ddp":
         shards.keep_frozen_weights(peft_model)
@@ -180,7 +213,7 @@ def _train(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # `accelerate launch` may say otherwise: no autocast
     distillation = distill.load(config, base, device, dtype)
-    refreshing = refresh.prepare(config, peft_model, pruned, base, newest)
+    refreshing = refresh.prepare(config, peft_model, pruned, base, newest, record.patterns)
     watch = Watch()
     callbacks = [watch, *methods.callbacks(train), *([refreshing] if refreshing else [])]
     trainer = SparseTrainer(
@@ -252,21 +285,15 @@ def _perplexity_callback(config: Config, pruned: Path, tokenizer: Any) -> list[P
     return [PerplexityEvery(train.perplexity_steps, name, windows)]
 
 
-def _adapter_config(config: Config, model: Any, layers: list[str]) -> PeftConfig:
+def _adapter_config(config: Config, model: Any, patterns: Mapping[str, Pattern]) -> PeftConfig:
+    """The adapters of a model whose layers were pruned by these patterns."""
     train = config.train
-    wanted = layers if train.targets == "pruned" else list(train.targets)
-    skeleton = Skeleton(model.config)
-    targets = skeleton.targets(wanted, key="train.targets").values()
+    wanted = list(patterns if train.targets == "pruned" else train.targets)
+    targets = Skeleton(model.config).targets(wanted, key="train.targets").values()
     names = [target.name for target in targets if target.is_linear]
     if len(names) < len(targets):
-        console.warn(f"{len(targets) - len(names)} matrices are no nn.Linear (experts, Conv1D) and stay as they are")
-    return methods.adapter_config(train, names, _patterns(config, skeleton, names))
-
-
-def _patterns(config: Config, skeleton: Skeleton, names: list[str]) -> dict[str, Pattern]:
-    """The pattern by which each of the layers was pruned, of those that were."""
-    planned = patterns_of(config.prune, skeleton)
-    return {name: planned[name] for name in names if name in planned}
+        console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and stay as they are")
+    return methods.adapter_config(train, names, {name: patterns[name] for name in names if name in patterns})
 
 
 def _arguments(

@@ -26,8 +26,9 @@ from sppctl.evaluate import stage as evaluate
 from sppctl.evaluate.stage import rows_of
 from sppctl.files import sealed
 from sppctl.model import checkpoint
-from sppctl.run import pipeline
+from sppctl.run import measure, pipeline
 from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE, TRAIN
 
 CPU = torch.device("cpu")
 
@@ -123,7 +124,7 @@ def test_one_model_at_a_time(
     work: Callable[..., Run], alpaca_file: Path, text_file: Path, monkeypatch: Any, capfd: Any
 ) -> None:
     run = work(f"eval.perplexity=[{text_file}, {alpaca_file}]")
-    pipeline.prune(run)
+    run.do(PRUNE)
     loaded: list[tuple[str, Any]] = []
     load = checkpoint.load_model
 
@@ -158,7 +159,7 @@ def test_one_model_at_a_time(
 
 def test_what_a_killed_process_kept_is_removed(work: Callable[..., Run]) -> None:
     run = work()
-    pipeline.prune(run)
+    run.do(PRUNE)
     for rank in range(2):
         (run.directory / f".reference-{rank}").mkdir()
     pipeline.evaluate_some(run, ["pruned"])
@@ -168,7 +169,7 @@ def test_what_a_killed_process_kept_is_removed(work: Callable[..., Run]) -> None
 def test_another_reference_takes_the_place_of_the_one_before(
     work: Callable[..., Run], llama: Path, tmp_path: Path
 ) -> None:
-    pipeline.prune(work())
+    work().do(PRUNE)
     changed(llama, tmp_path / "other", lambda weight: weight * 1.1)
     name = evaluate.result_name(pipeline.evaluate_some(work(), ["pruned"])["pruned"]["results"][0])
     text = name.removeprefix("ppl ")
@@ -218,8 +219,8 @@ def test_an_infinite_perplexity_is_null(work: Callable[..., Run], llama: Path, t
 def trained(work: Callable[..., Run]) -> Run:
     """A run up to its adapter; where the current directory is, paths are relative."""
     run = work("run.dir=run", "train.max_steps=1")
-    pipeline.prune(run)
-    pipeline.train(run)
+    run.do(PRUNE)
+    run.do(TRAIN)
     return run
 
 
@@ -228,7 +229,7 @@ def test_an_adapter_on_weights_it_was_not_trained_on(trained: Run, work: Callabl
     shutil.copytree("run", "copy")
     # beside the copy lie the right weights, whatever becomes of the original's
     again = Run(load_config("tiny.yaml", ["run.dir=run", "prune.pattern=4:8"]), force=True)
-    pipeline.prune(again)
+    again.do(PRUNE)
     moved = pipeline.evaluate_some(work("run.dir=copy", "eval.max_tokens=256"), ["adapter"])["adapter"]
     assert moved["fingerprint"] == first["fingerprint"]
     words = r"run/adapter was trained on other weights than .*pruned holds now; train again \(sppctl train --force\)"
@@ -299,7 +300,7 @@ def test_a_model_that_is_not_there_names_the_option(work: Callable[..., Run]) ->
 
 
 def labels(run: Run, *models: str) -> list[str]:
-    return list(pipeline._checkpoints_to_measure(run, list(models)))
+    return list(measure.checkpoints_to_measure(run, list(models)))
 
 
 def test_every_checkpoint_has_a_name_of_its_own(
@@ -352,7 +353,7 @@ def test_a_model_with_a_device_map_is_measured_like_any_other(
     work: Callable[..., Run], own_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = work(f"eval.include_path={own_tasks}", "eval.tasks=[small_sums, said]", "eval.limit=2")
-    pipeline.prune(run)
+    run.do(PRUNE)
     plain = pipeline.evaluate_some(run, ["pruned"])["pruned"]
     load = checkpoint.load_model
 

@@ -47,7 +47,7 @@ def test_nothing_else_writes_numbers_as_json() -> None:
     assert others <= {
         "files/strict_json.py",
         "config/load.py",
-        "run/directory.py",
+        "records.py",
         "files/sealed.py",
         "files/cache.py",
         "model/checkpoint.py",

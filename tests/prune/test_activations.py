@@ -19,10 +19,11 @@ from sppctl.model.blocks import BlockStack
 from sppctl.prune.activations import Activations, windows_at_a_time
 
 CPU = torch.device("cpu")
+Keep = Callable[..., Activations]
 
 
-def windows(samples: int = 5, length: int = 24) -> Tensor:
-    return torch.randint(0, VOCAB - 4, (samples, length), generator=torch.Generator().manual_seed(0))
+def windows(samples: int = 5) -> Tensor:
+    return torch.randint(0, VOCAB - 4, (samples, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -39,6 +40,14 @@ def opened() -> Callable[[Path], BlockStack]:
 @pytest.fixture
 def stack(opened: Callable[[Path], BlockStack], llama: Path) -> BlockStack:
     return opened(llama)
+
+
+@pytest.fixture
+def keep(stack: BlockStack, tmp_path: Path) -> Keep:
+    """keep(size, memory) -> the embedded windows; their bytes are 5 x 24 x width x 4."""
+    return lambda size=2, memory="ram", of=stack, samples=5: Activations(
+        of, windows(samples), size, memory, tmp_path / "hidden"
+    )
 
 
 @torch.no_grad()
@@ -59,10 +68,10 @@ def everything(kept: Activations) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 5, "auto"])
 @torch.no_grad()
 def test_advancing_gives_a_plain_forwards_hidden_states(
-    size: int | str, memory: str, stack: BlockStack, llama: Path, tmp_path: Path
+    size: int | str, memory: str, keep: Keep, stack: BlockStack, llama: Path
 ) -> None:
     expected = hidden_states(llama, windows())
-    kept = Activations(stack, windows(), size, memory, tmp_path / "hidden")
+    kept = keep(size, memory)
     torch.testing.assert_close(everything(kept), expected[0])
     stack.load_block(0)
     kept.run(0)
@@ -72,12 +81,11 @@ def test_advancing_gives_a_plain_forwards_hidden_states(
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_family_bit_for_bit_in_one_batch(
-    family: str, opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], tmp_path: Path
+    family: str, opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], keep: Keep
 ) -> None:
     directory = make_checkpoint(family)
-    expected = hidden_states(directory, windows())
-    stack = opened(directory)
-    kept = Activations(stack, windows(), 5, "ram", tmp_path / "hidden")
+    expected, stack = hidden_states(directory, windows()), opened(directory)
+    kept = keep(5, of=stack)
     assert torch.equal(everything(kept), expected[0])
     stack.load_block(0)
     kept.run(0)
@@ -85,8 +93,8 @@ def test_every_family_bit_for_bit_in_one_batch(
 
 
 @torch.no_grad()
-def test_advancing_some_windows_leaves_the_others(stack: BlockStack, tmp_path: Path) -> None:
-    kept, whole = (Activations(stack, windows(), 2, "ram", tmp_path / name) for name in ("some", "all"))
+def test_advancing_some_windows_leaves_the_others(keep: Keep, stack: BlockStack) -> None:
+    kept, whole = keep(), keep()
     before = everything(kept)
     stack.load_block(0)
     whole.run(0)
@@ -96,16 +104,15 @@ def test_advancing_some_windows_leaves_the_others(stack: BlockStack, tmp_path: P
 
 
 @torch.no_grad()
-def test_a_hook_sees_every_window_once(stack: BlockStack, tmp_path: Path) -> None:
-    kept = Activations(stack, windows(), 2, "ram", tmp_path / "hidden")
+def test_a_hook_sees_every_window_once(keep: Keep, stack: BlockStack) -> None:
     seen: list[Tensor] = []
     stack.load_block(0).self_attn.register_forward_hook(lambda *_: seen.append(_[2][0]))
-    kept.run(0)
+    keep().run(0)
     assert torch.cat(seen).shape == (5, 24, stack.width)
 
 
-def test_storing_replaces_some_windows(stack: BlockStack, tmp_path: Path) -> None:
-    kept = Activations(stack, windows(), 2, "disk", tmp_path / "hidden")
+def test_storing_replaces_some_windows(keep: Keep, stack: BlockStack) -> None:
+    kept = keep(memory="disk")
     before = everything(kept)
     kept.store(slice(2, 4), torch.ones(2, 24, stack.width))
     after = everything(kept)
@@ -116,21 +123,10 @@ def test_storing_replaces_some_windows(stack: BlockStack, tmp_path: Path) -> Non
 # --- micro-batches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("size", "batches"),
-    [
-        (1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
-        (2, [(0, 2), (2, 4), (4, 5)]),
-        (3, [(0, 3), (3, 5)]),
-        (5, [(0, 5)]),
-        (9, [(0, 5)]),
-    ],
-)
-def test_the_last_micro_batch_may_be_smaller(
-    size: int, batches: list[tuple[int, int]], stack: BlockStack, tmp_path: Path
-) -> None:
-    kept = Activations(stack, windows(), size, "ram", tmp_path / "hidden")
-    assert [(rows.start, rows.stop) for rows in kept.batches] == batches
+@pytest.mark.parametrize(("size", "ends"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (5, [5]), (9, [5])])
+def test_the_last_micro_batch_may_be_smaller(size: int, ends: list[int], keep: Keep) -> None:
+    kept = keep(size)
+    assert [(rows.start, rows.stop) for rows in kept.batches] == list(zip([0, *ends], ends, strict=False))
     assert kept.batch_size == min(size, 5)
 
 
@@ -143,11 +139,11 @@ def test_windows_at_a_time_on_a_cpu(samples: int, length: int, expected: int, st
 
 @torch.no_grad()
 def test_a_smaller_last_batch_is_called_in_its_own_shape(
-    opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], tmp_path: Path
+    opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], keep: Keep
 ) -> None:
     directory = make_checkpoint("gemma2")
     stack = opened(directory)
-    kept = Activations(stack, windows(3), 2, "ram", tmp_path / "hidden")
+    kept = keep(of=stack, samples=3)
     for rows in kept.batches:
         mask = kept.call(0, rows).kwargs["attention_mask"]
         assert mask is None or mask.shape[0] in (1, rows.stop - rows.start)
@@ -160,71 +156,60 @@ def test_a_smaller_last_batch_is_called_in_its_own_shape(
 
 
 @pytest.mark.parametrize(("memory", "place"), [("ram", "ram"), ("disk", "disk"), ("device", "ram"), ("auto", "ram")])
-def test_places_on_a_cpu(memory: str, place: str, stack: BlockStack, tmp_path: Path) -> None:
-    kept = Activations(stack, windows(), 2, memory, tmp_path / "hidden")
-    assert kept.place == place
+def test_places_on_a_cpu(memory: str, place: str, keep: Keep, tmp_path: Path) -> None:
+    assert keep(memory=memory).place == place
     assert (tmp_path / "hidden").exists() == (place == "disk")
 
 
-def test_the_mapped_file_holds_the_hidden_states(stack: BlockStack, tmp_path: Path) -> None:
+def test_the_mapped_file_is_written_over_and_holds_the_hidden_states(
+    keep: Keep, stack: BlockStack, tmp_path: Path
+) -> None:
     path = tmp_path / "hidden"
-    kept = Activations(stack, windows(), 2, "disk", path)
+    path.write_bytes(b"\xff" * 1000)  # of an earlier attempt
+    on_disk, in_memory = (everything(keep(memory=memory)) for memory in ("disk", "ram"))
+    assert torch.equal(on_disk, in_memory)
     assert path.stat().st_size == 5 * 24 * stack.width * 4
     stored = torch.from_file(str(path), shared=False, size=5 * 24 * stack.width).view(5, 24, -1)
-    assert torch.equal(stored, everything(kept))
-
-
-def test_a_mapped_file_of_an_earlier_attempt_is_overwritten(stack: BlockStack, tmp_path: Path) -> None:
-    path = tmp_path / "hidden"
-    path.write_bytes(b"\xff" * 1000)
-    on_disk, in_memory = (Activations(stack, windows(), 2, place, path) for place in ("disk", "ram"))
-    assert torch.equal(everything(on_disk), everything(in_memory))
+    assert torch.equal(stored, on_disk)
 
 
 def test_what_does_not_fit_into_memory_goes_to_the_disk(
-    stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keep: Keep, stack: BlockStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 5 * 24 * stack.width * 4
     for free, place in ((2 * needed + 2, "ram"), (2 * needed - 2, "disk")):
         monkeypatch.setattr(machine, "free_memory", lambda _, free=free: free)
-        assert Activations(stack, windows(), 2, "auto", tmp_path / "hidden").place == place
-
-
-def test_processes_of_a_machine_share_its_memory(
-    stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "free_memory", lambda _: 4 * 5 * 24 * stack.width * 4)
+        assert keep(memory="auto").place == place
+    # processes of one machine share its memory
+    monkeypatch.setattr(machine, "free_memory", lambda _: 4 * needed)
     monkeypatch.setenv("WORLD_SIZE", "4")
     for local, place in (("1", "ram"), ("2", "disk"), (None, "disk")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE")
-        assert Activations(stack, windows(), 2, "auto", tmp_path / "hidden").place == place
+        assert keep(memory="auto").place == place
 
 
-def test_a_full_disk_is_said_before_anything_is_written_to_it(
-    stack: BlockStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written_to_it(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StageError, match=r"prune\.memory: no room .* 0 MiB, in .*/hidden \(No space left on device\)"):
-        Activations(stack, windows(), 2, "disk", tmp_path / "hidden")
+        keep(memory="disk")
 
 
 @pytest.mark.parametrize("memory", ["ram", "disk"])
-def test_another_point_of_the_model_waits_in_the_same_place(memory: str, stack: BlockStack, tmp_path: Path) -> None:
-    kept = Activations(stack, windows(), 2, memory, tmp_path / "hidden")
+def test_another_point_of_the_model_waits_in_the_same_place(memory: str, keep: Keep, tmp_path: Path) -> None:
+    kept = keep(memory=memory)
     before = everything(kept)
-    kept.beside().fill_(7)
-    assert kept.beside().shape == before.shape
+    kept.second_buffer().fill_(7)
+    assert kept.second_buffer().shape == before.shape
     assert torch.equal(everything(kept), before)
     assert {path.name for path in tmp_path.iterdir()} == ({"hidden", "hidden.beside"} if memory == "disk" else set())
 
 
 @pytest.mark.parametrize("memory", ["ram", "disk"])
 def test_hidden_states_keep_the_models_dtype(
-    memory: str, opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], tmp_path: Path
+    memory: str, opened: Callable[[Path], BlockStack], make_checkpoint: Callable[..., Path], keep: Keep
 ) -> None:
     stack = opened(make_checkpoint("llama", dtype=torch.bfloat16))
-    kept = Activations(stack, windows(), 2, memory, tmp_path / "hidden")
-    assert everything(kept).dtype == torch.bfloat16
+    assert everything(keep(memory=memory, of=stack)).dtype == torch.bfloat16

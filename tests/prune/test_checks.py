@@ -1,4 +1,4 @@
-"""What is found before a pruning loads or writes anything, and the windows that the checks hand to the run."""
+"""What is found before a pruning loads or writes anything."""
 
 from __future__ import annotations
 
@@ -11,45 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
-from safetensors.torch import load_file, save_file
+from checkpoints import weights_of, write_weights
+from safetensors.torch import load_file
+from stage_calls import outline
 
 from sppctl import machine
-from sppctl.config.load import load_config
 from sppctl.config.settings import Config
-from sppctl.data import texts
 from sppctl.errors import UserError
-from sppctl.model import checkpoint
-from sppctl.model.blocks import Skeleton
-from sppctl.prune import calibrate
-from sppctl.prune import checks as prune_checks
+from sppctl.prune import checks
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
 
 RATIO = "prune.pattern=0.5"
 
 
-@pytest.fixture
-def configure(config_file: Path) -> Callable[..., Config]:
-    def configured(*overrides: str) -> Config:
-        return load_config(str(config_file), overrides)
-
-    return configured
-
-
-@pytest.fixture(autouse=True)
-def forget() -> None:
-    """Windows of an earlier test are of no use here."""
-    calibrate._last.clear()
-
-
 def problems(config: Config) -> list[str]:
-    """What preflight says, line by line."""
-    skeleton = Skeleton(checkpoint.load_config(checkpoint.locate(str(config.model.path))))
+    """What the checks say, line by line."""
     try:
-        prune_checks.preflight(config, skeleton, byte_tokenizer())
+        checks.prepare(config, *outline(Path(str(config.model.path))))
     except UserError as error:
-        return str(error).splitlines()
+        return error.lines
     return []
 
 
@@ -62,9 +43,9 @@ def copied(llama: Path, directory: Path, **settings: Any) -> Path:
 
 
 def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
+    tensors = weights_of(directory)
     change(tensors)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    write_weights(tensors, directory)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -90,15 +71,15 @@ def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
         ),
         ([RATIO, "prune.allocation=[0.5]"], "prune.allocation: 1 ratios for 2 blocks"),
         ([RATIO, "prune.allocation=[0.5, 1.5]"], "prune.allocation: pattern 1.5"),
-        (["prune.allocation=[0.5, 0.5]"], "prune.allocation: shares out a ratio, but prune.pattern is 2:4"),
-        (["prune.allocation=owl"], "prune.allocation: shares out a ratio"),
+        (["prune.allocation=[0.5, 0.5]"], "prune.allocation: splits a ratio over the blocks, but prune.pattern is 2:4"),
+        (["prune.allocation=owl"], "prune.allocation: splits a ratio"),
         (
             [RATIO, "prune.allocation=[0.9, 0.9]"],
             "mean over all weights is 0.9, but prune.pattern is 0.5; give prune.p",
         ),
-        ([RATIO, "prune.allocation=owl", "prune.owl_lambda=0.5"], "OWL with a spread of 0.5 round 0.5"),
-        (["prune.pattern=0.97", "prune.allocation=owl"], "OWL with a spread of 0.08 round 0.97"),
-        (["prune.pattern=0.07", "prune.allocation=owl"], "OWL with a spread of 0.08 round 0.07"),
+        ([RATIO, "prune.allocation=owl", "prune.owl_lambda=0.5"], "OWL with a spread of 0.5 around 0.5"),
+        (["prune.pattern=0.97", "prune.allocation=owl"], "OWL with a spread of 0.08 around 0.97"),
+        (["prune.pattern=0.07", "prune.allocation=owl"], "OWL with a spread of 0.08 around 0.07"),
         (["prune.mask_from=/nowhere"], "prune.mask_from: /nowhere does not exist"),
         (["prune.calibration.seq_len=1000"], "prune.calibration.seq_len: 1000 exceeds the model's 128 positions"),
         (["prune.calibration.dataset=/nowhere.txt"], "prune.calibration.dataset: /nowhere.txt"),
@@ -231,27 +212,3 @@ def test_module_order_that_cannot_be_held(
     assert problem.startswith("prune.order: module holds all windows inside a block")
     assert problems(configure(*options, "launch.num_processes=2")) == []  # half of the windows each
     assert problems(configure("prune.batch_size=1")) == []
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_takes_over_the_windows_of_its_checks(
-    configure: Callable[..., Config], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[str] = []
-    load = texts.load_text
-    monkeypatch.setattr(texts, "load_text", lambda name, *args, **kw: loaded.append(name) or load(name, *args, **kw))
-    text = tmp_path / "mine.txt"
-    text.write_text("Some words to calibrate with. " * 40)
-    config = configure(f"prune.calibration.dataset={text}")
-    run = Run(config)
-    pipeline.preflight(run, ("prune",))
-    assert loaded == [str(text)]
-    with run.lock():
-        record = pipeline.prune(run)
-    assert loaded == [str(text)]
-    assert record["metrics"]["calibration"]["samples"] == 4
-    text.write_text("Other words to calibrate with. " * 40)
-    pipeline.preflight(Run(config, force=True), ("prune",))
-    assert loaded == [str(text)] * 2

@@ -187,6 +187,27 @@ def test_layers_that_share_inputs_share_the_factorisation() -> None:
     assert hessian.inverse_factor(0.01)[0] is hessian.inverse_factor(0.01)[0]
 
 
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("patterns", [["2:4", "2:4", "2:4"], [0.5, 0.5, 0.25], ["2:4", 0.5, "4:8"]], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["chosen", "given"])
+def test_sparsegpt_solves_layers_together_as_each_alone(
+    masked: bool, patterns: list[str | float], block_size: int
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(rows, 64, generator=generator) for rows in (24, 8, 40)]
+    masks = [torch.rand(weight.shape, generator=generator) < 0.5 for weight in weights] if masked else None
+    hessian = Hessian(64, "cpu")
+    hessian.update(torch.randn(256, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
+    parsed = [Pattern.parse(pattern) for pattern in patterns]
+    together, damp = prune_sparsegpt(weights, hessian, parsed, masks, block_size=block_size)
+    for index, (weight, pattern) in enumerate(zip(weights, parsed, strict=True)):
+        mask = None if masks is None else [masks[index]]
+        (alone,), own_damp = prune_sparsegpt([weight], hessian, [pattern], mask, block_size=block_size)
+        assert own_damp == damp
+        assert torch.equal(alone != 0, together[index] != 0)
+        torch.testing.assert_close(together[index], alone, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

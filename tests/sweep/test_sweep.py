@@ -14,15 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from safetensors.torch import load_file
+from stage_calls import write_record
 
-from sppctl import cli, launch
+from sppctl import launch
 from sppctl.config.load import load_config, shipped_configs, shipped_sweeps
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, Stopped, UserError
-from sppctl.files import sealed
+from sppctl.records import to_json
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
+from sppctl.run.stage import settings_of
+from sppctl.run.stages import Prune
 from sppctl.sweep import slurm
 from sppctl.sweep import work as sweep
 from sppctl.sweep.grid import expand, load_sweep, run_name
@@ -30,18 +34,18 @@ from sppctl.sweep.grid import expand, load_sweep, run_name
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-# ends the process as kill -9 does, within the training of the second run
+# ends the process as kill -9 does, when the training of the second run has begun
 DEATH = """
 import os, signal
 from sppctl import cli
-from sppctl.train import trainer
-original, done = trainer.SparseTrainer.training_step, []
-def step(self, *args, **kwargs):
-    done.append(self.state.global_step)
-    if done.count(0) == 2 and self.state.global_step == 1:
+from sppctl.run.stages import Train
+original, done = Train.do, []
+def do(self, *args, **kwargs):
+    done.append(args)
+    if len(done) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *args, **kwargs)
-trainer.SparseTrainer.training_step = step
+Train.do = do
 cli.main()
 """
 
@@ -158,7 +162,7 @@ exclude: [{train.lr: 1}, {train.method: ste}, 3]
         "grid: prune.metod: unknown key; did you mean prune.method?",
         "grid: train.rank: expected a list of values, found 4",
         "overrides: train.rank is in the grid too; leave it in one of them",
-        "grid: run.seed: a value stands twice in [0, 1, 0]",
+        "grid: run.seed: duplicate value in [0, 1, 0]",
         "overrides: run.dir: a sweep names the directories of its runs; `dir` is the folder that they share",
         "exclude, entry 1: train.lr is not in the grid; did you mean train.rank?",
         "exclude, entry 2: train.method: 'ste' is none of the grid's ['spp', 'lora']",
@@ -223,7 +227,9 @@ def test_runs_that_could_not_be_merged_are_told_before_any_works(sweep_file: Pat
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
-def command(arguments: list[str], code: str = "from sppctl import cli; cli.main()") -> subprocess.CompletedProcess[str]:
+def in_process(
+    arguments: list[str], code: str = "from sppctl import cli; cli.main()"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -232,14 +238,8 @@ def command(arguments: list[str], code: str = "from sppctl import cli; cli.main(
     )
 
 
-def test_a_dry_run_says_what_is_shared_and_writes_nothing(
-    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "--dry-run", "--json", "prune.method=wanda"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert not caught.value.code
-    entries = json.loads(capsys.readouterr().out)
+def test_a_dry_run_says_what_is_shared_and_writes_nothing(sweep_file: Path, tmp_path: Path, command: Command) -> None:
+    entries = command("sweep", str(sweep_file), "--dry-run", "--json", "prune.method=wanda").json
     names = ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
     assert entries[0] == {
         "directory": str(tmp_path / "sweep" / "dense"),
@@ -250,39 +250,26 @@ def test_a_dry_run_says_what_is_shared_and_writes_nothing(
     }
     assert entries[1]["stages"] == ["prune", "eval pruned"]
     assert entries[1]["runs"] == names[:2]
-    assert sweep.totals(entries) == {
-        "eval base": 1,
-        "prune": 2,
-        "eval pruned": 2,
-        "train": 4,
-        "merge": 4,
-        "eval merged": 4,
-    }
+    plan = sweep.plan(load_sweep(str(sweep_file), ["prune.method=wanda"]))
+    assert to_json(plan) == entries
+    counts = {"eval base": 1, "prune": 2, "eval pruned": 2, "train": 4, "merge": 4, "eval merged": 4}
+    assert sweep.totals(plan) == counts
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "small.yaml"}
 
 
-def test_changed_settings_are_told_all_at_once(
-    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_settings_are_reported_all_at_once(sweep_file: Path, tmp_path: Path, command: Command) -> None:
     fixed = ["prune.method=magnitude", "prune.pattern=2:4"]
     read = load_sweep(str(sweep_file), fixed)
     folder = tmp_path / "sweep"
     for member in [*read.pruned.values(), *read.runs.values()]:
-        for stage in ("prune", "train", "merge"):
-            if member.name in read.runs or stage == "prune":
-                path = Run(member.config).path(stage)
-                path.mkdir(parents=True)
-                record = {"stage": stage, "settings": pipeline.settings_of(member.config, stage), "inputs": {}}
-                record |= {"fingerprint": "", "metrics": {}}
-                (path / "stage.json").write_text(json.dumps(sealed.seal(record)))
+        for stage in ("prune", "train", "merge") if member.name in read.runs else ("prune",):
+            settings = settings_of(member.config, stage)
+            write_record(Run(member.config).path(stage), stage, settings=settings, inputs={})
     sweep.check(read)
-    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "--dry-run", *fixed, "train.max_steps=3"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    said = capsys.readouterr()
-    assert said.out.replace("\n", " ").count("other settings") == 4  # training and merging of two runs
-    errors = said.err.strip().splitlines()
+    refused = command("sweep", str(sweep_file), "--dry-run", *fixed, "train.max_steps=3")
+    assert refused.code == 2
+    assert refused.out.replace("\n", " ").count("other settings") == 4  # training and merging of two runs
+    errors = refused.err.strip().splitlines()
     assert [line.partition(" ")[2].partition(";")[0] for line in errors] == [
         f"{folder}/spp/adapter was made with train.max_steps = 2, now 3",
         f"{folder}/spp/merged rests on that",
@@ -298,12 +285,12 @@ def test_changed_settings_are_told_all_at_once(
 
 
 def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: Path) -> None:
-    killed = command(["sweep", str(sweep_file)], DEATH)
+    killed = in_process(["sweep", str(sweep_file)], DEATH)
     assert killed.returncode == -9, killed.stderr
     folder = tmp_path / "sweep"
     assert (folder / "magnitude-2of4-spp" / "merged").is_dir()
     assert not (folder / "magnitude-2of4-masked_lora" / "adapter").exists()
-    done = command(["sweep", str(sweep_file), "--json"])
+    done = in_process(["sweep", str(sweep_file), "--json"])
     assert done.returncode == 0, done.stderr
     said = Counter(" ".join(line.split()[:2]) for line in done.stderr.splitlines())
     assert said["prune: done"] == 3  # one of four was made before the end
@@ -363,17 +350,15 @@ def test_a_run_that_fails_is_told_at_the_end_and_the_others_go_on(
 
 
 def test_what_rests_on_a_failed_pruning_is_not_tried(
-    sweep_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sweep_file: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(run: Run) -> None:
+    def fails(*_: object) -> None:
         raise UserError("no")
 
-    monkeypatch.setattr(pipeline, "prune", fails)
-    monkeypatch.setattr(sys, "argv", ["sppctl", "sweep", str(sweep_file), "prune.method=wanda", "train.method=spp"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 1
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")] == [
+    monkeypatch.setattr(Prune, "do", fails)
+    ended = command("sweep", str(sweep_file), "prune.method=wanda", "train.method=spp")
+    assert ended.code == 1
+    assert [line for line in ended.err.splitlines() if line.startswith("error: ")] == [
         "error: pruned-2of4 failed: no",
         "error: 2of4 failed: pruned-2of4 failed",
         "error: pruned-0.5 failed: no",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stage_calls
 import torch
 from conftest import SMALL, byte_tokenizer
 from torch import Tensor
@@ -23,6 +24,7 @@ from sppctl.files import integrity, sealed
 from sppctl.model.blocks import Skeleton
 from sppctl.model.checkpoint import load_config as load_model_config
 from sppctl.model.checkpoint import load_tokenizer
+from sppctl.records import PruneRecord, TrainRecord
 from sppctl.train import distill
 from sppctl.train import stage as train
 from sppctl.train.feed import Feed
@@ -38,12 +40,12 @@ FITTING = ("train.data.seq_len=128", "train.data.prompt='{instruction}: '")  # i
 
 
 def first_line(metrics: dict[str, Any]) -> dict[str, Any]:
-    return next(entry for entry in metrics["history"] if "loss" in entry)
+    return next(entry for entry in metrics.history if "loss" in entry)
 
 
-def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, base: Path | None = None) -> dict[str, Any]:
+def trained(config: Config, pruned: tuple[Path, PruneRecord], out: Path, base: Path | None = None) -> TrainRecord:
     out.mkdir()
-    return train.execute(config, *pruned, out, dtype="float32", resume=False, base=base)
+    return stage_calls.train(config, *pruned, out, resume=False, base=base)
 
 
 def literal_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -84,7 +86,7 @@ def sure(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("on_inputs", ["true", "false"])
 def test_the_first_loss_equals_a_literal_computation(
-    on_inputs: str, configure: Callable[..., Config], pruned: tuple[Path, list[str]], sure: Path, tmp_path: Path
+    on_inputs: str, configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], sure: Path, tmp_path: Path
 ) -> None:
     """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
@@ -112,7 +114,7 @@ def test_the_first_loss_equals_a_literal_computation(
 
 
 def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
 ) -> None:
     common = ("train.max_steps=1", "train.dropout=0.0")
     plain = trained(configure(*common), pruned, tmp_path / "plain")
@@ -120,17 +122,17 @@ def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(
     distilled = trained(configure(*options), pruned, tmp_path / "distilled")
     assert first_line(distilled)["kl"] == pytest.approx(0, abs=1e-7)
     assert first_line(distilled)["loss"] == pytest.approx(0.75 * first_line(plain)["loss"], rel=1e-6)
-    assert plain["distillation"] is None
+    assert plain.distillation is None
 
 
 def test_accumulation_changes_nothing(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
 ) -> None:
     figures = []
     for micro in (1, 2, 4):
         options = [f"train.micro_batch_size={micro}", "train.dropout=0.0", "train.log_steps=1", "train.lr=1e-4"]
         options += ["train.distill.teacher=base", "train.distill.weight=0.8", "train.distill.temperature=1.5"]
-        history = trained(configure(*options), pruned, tmp_path / f"micro{micro}", llama)["history"]
+        history = trained(configure(*options), pruned, tmp_path / f"micro{micro}", llama).history
         figures.append([entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "grad_norm")])
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
     assert figures[2] == pytest.approx(figures[0], rel=1e-3)
@@ -163,7 +165,7 @@ def test_only_logits_that_predict_responses_count(llama: Path) -> None:
 
 
 def test_packed_examples_give_the_loss_of_padded_ones(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
 ) -> None:
     """With labels for the prompts, too: there the responses cannot be told by the labels."""
     figures = []
@@ -171,14 +173,14 @@ def test_packed_examples_give_the_loss_of_padded_ones(
         options = [f"train.data.packing={packing}", "train.data.train_on_inputs=true", "train.dropout=0.0"]
         options += ["train.log_steps=1", "train.lr=1e-4", "train.micro_batch_size=4"]
         options += ["train.distill.teacher=base", "train.distill.weight=0.8"]
-        history = trained(configure(*options), pruned, tmp_path / packing, llama)["history"]
+        history = trained(configure(*options), pruned, tmp_path / packing, llama).history
         figures.append([entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "grad_norm")])
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
 
 
 def test_a_teacher_that_mixes_packed_examples_is_refused(
     configure: Callable[..., Config],
-    pruned: tuple[Path, list[str]],
+    pruned: tuple[Path, PruneRecord],
     make_checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -189,16 +191,16 @@ def test_a_teacher_that_mixes_packed_examples_is_refused(
 
 
 def test_it_brings_the_student_nearer_to_the_teacher(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
 ) -> None:
     options = ["train.epochs=8", "train.lr=2e-2", "train.log_steps=4", "train.dropout=0.0"]
     options += ["train.distill.teacher=base", "train.distill.weight=1.0"]
     metrics = trained(configure(*options), pruned, tmp_path / "adapter", llama)
-    record = metrics["distillation"]
-    assert record["teacher"] == "base"
-    assert record["kl_last"] < 0.9 * first_line(metrics)["kl"]
-    assert record["kl_last"] < record["kl_mean"] < first_line(metrics)["kl"]
-    assert 0 < record["seconds_share"] < 1
+    record = metrics.distillation
+    assert record.teacher == "base"
+    assert record.kl_last < 0.9 * first_line(metrics)["kl"]
+    assert record.kl_last < record.kl_mean < first_line(metrics)["kl"]
+    assert 0 < record.seconds_share < 1
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(
@@ -209,12 +211,12 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     LlamaConfig(**SMALL | {"vocab_size": 300}).save_pretrained(tmp_path / "other")
     skeleton = Skeleton(load_model_config(llama))
     with pytest.raises(UserError, match=r"distill.teacher: .* vocabulary of 300 tokens, the model one of 260"):
-        train.preflight(configure(*common, f"train.distill.teacher={tmp_path / 'other'}"), skeleton, byte_tokenizer())
+        train.prepare(configure(*common, f"train.distill.teacher={tmp_path / 'other'}"), skeleton, byte_tokenizer())
     with pytest.raises(UserError, match=r"distill.teacher: .*/none does not exist"):
-        train.preflight(configure(*common, f"train.distill.teacher={tmp_path / 'none'}"), skeleton, byte_tokenizer())
-    train.preflight(configure(*common, "train.distill.teacher=base"), skeleton, byte_tokenizer())
+        train.prepare(configure(*common, f"train.distill.teacher={tmp_path / 'none'}"), skeleton, byte_tokenizer())
+    train.prepare(configure(*common, "train.distill.teacher=base"), skeleton, byte_tokenizer())
     with pytest.raises(UserError, match="not under launch"):
-        train.preflight(
+        train.prepare(
             configure(*common, "train.distill.teacher=base", "launch.strategy=zero3"), skeleton, byte_tokenizer()
         )
 
@@ -233,16 +235,16 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     (teacher / "tokenizer.json").write_text(json.dumps(content).replace('"<s>"', '"<start>"'))
     settings = (teacher / "tokenizer_config.json").read_text()
     (teacher / "tokenizer_config.json").write_text(settings.replace('"<s>"', '"<start>"'))
-    train.preflight(config, skeleton, byte_tokenizer())
+    train.prepare(config, skeleton, byte_tokenizer())
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (teacher / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"numbers 2 tokens otherwise than the model, 'a' among them"):
-        train.preflight(config, skeleton, byte_tokenizer())
+        train.prepare(config, skeleton, byte_tokenizer())
     for path in teacher.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UserError, match=r"distill.teacher: .*no usable tokenizer.*; copy the model's own"):
-        train.preflight(config, skeleton, byte_tokenizer())
+        train.prepare(config, skeleton, byte_tokenizer())
 
 
 def test_a_teacher_that_is_not_what_its_record_says_is_refused(
@@ -252,16 +254,16 @@ def test_a_teacher_that_is_not_what_its_record_says_is_refused(
     files = integrity.hashes(tmp_path / "teacher", integrity.listing(tmp_path / "teacher"))
     sealed.write(tmp_path / "teacher/stage.json", {"stage": "prune", "files": files})
     config = configure(*FITTING, f"train.distill.teacher={tmp_path / 'teacher'}")
-    train.preflight(config, Skeleton(load_model_config(llama)), byte_tokenizer())
+    train.prepare(config, Skeleton(load_model_config(llama)), byte_tokenizer())
     with (tmp_path / "teacher/model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"!")
     with pytest.raises(UserError, match=r"teacher/model.safetensors is damaged"):
-        train.preflight(config, Skeleton(load_model_config(llama)), byte_tokenizer())
+        train.prepare(config, Skeleton(load_model_config(llama)), byte_tokenizer())
 
 
 def test_examples_without_a_response_are_refused(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
 ) -> None:
     config = configure("train.data.seq_len=96", "train.distill.teacher=base")
     with pytest.raises(UserError, match="leaves no response token"):

@@ -27,8 +27,10 @@ import sppctl
 from sppctl import cli, distributed, launch
 from sppctl.config.load import load_config
 from sppctl.errors import SharedError, UserError
+from sppctl.records import to_json
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE, TRAIN
 
 # responses and prompts of many lengths: no two micro-batches hold the same number of tokens
 ROWS = [
@@ -84,8 +86,8 @@ def alone(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
         config = load_config(str(work / "tiny.yaml"), [f"model.path={work / name}", f"run.dir={directory}"])
         run = Run(config)
         directory.mkdir()
-        pipeline.prune(run)
-        made[name] = directory, pipeline.train(run)
+        run.do(PRUNE)
+        made[name] = directory, to_json(run.do(TRAIN))
     return made
 
 
@@ -198,7 +200,7 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
     one.mkdir()
     (one / "pruned").symlink_to(alone[dtype][0] / "pruned")
     given = [f"model.path={work / dtype}", f"run.dir={one}", *options]
-    expected = pipeline.train(Run(load_config(str(work / "tiny.yaml"), given)))
+    expected = to_json(Run(load_config(str(work / "tiny.yaml"), given)).do(TRAIN))
     arguments, directory = several(2, "fsdp", dtype, "--json", *options)
     done = sppctl_in_ranks(arguments, 2)
     assert done.returncode == 0, done.stderr

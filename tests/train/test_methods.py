@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
+import stage_calls
 import torch
 from conftest import byte_tokenizer, cut_after, trained_dtype
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from stage_calls import blank
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,12 +20,13 @@ from sppctl.config.load import load_config
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
 from sppctl.inspect.inspect import holds
-from sppctl.merge import stage as merge
 from sppctl.merge.rules import merged_weight
 from sppctl.model.blocks import Skeleton
 from sppctl.model.checkpoint import load_config as model_config
 from sppctl.plan import run as plan
 from sppctl.prune import stage as prune
+from sppctl.prune.choose import planned_patterns
+from sppctl.records import LayerRecord, MergeRecord, PruneRecord, TrainRecord
 from sppctl.train import stage as train
 
 pytestmark = pytest.mark.slow
@@ -47,22 +49,21 @@ def prepare(configure: Configure, make_checkpoint: Callable[..., Path], tmp_path
     def pruned(dtype: torch.dtype = torch.float32, *overrides: str) -> Path:
         out = tmp_path / "pruned"
         out.mkdir()
-        prune.execute(configure(*overrides), make_checkpoint("llama", dtype), out, dtype="float32")
+        stage_calls.prune(configure(*overrides), make_checkpoint("llama", dtype), out)
         return out
 
     return pruned
 
 
-def run_train(config: Config, pruned: Path, out: Path) -> dict[str, Any]:
-    out.mkdir(exist_ok=True)
-    skeleton = Skeleton(model_config(pruned))
-    layers = list(skeleton.targets(config.prune.targets))
-    return train.execute(config, pruned, layers, out, dtype=trained_dtype(pruned), resume=True)
+def run_train(config: Config, pruned: Path, out: Path) -> TrainRecord:
+    names = Skeleton(model_config(pruned)).targets(config.prune.targets)
+    patterns = planned_patterns(config.prune, names, Skeleton(model_config(pruned)))
+    layers = [blank(LayerRecord, name=name, pattern=patterns[name]) for name in names]
+    return stage_calls.train(config, pruned, blank(PruneRecord, layers=layers), out, dtype=trained_dtype(pruned))
 
 
-def run_merge(config: Config, pruned: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    out.mkdir()
-    return merge.execute(config, pruned, adapter, out)
+def run_merge(config: Config, pruned: Path, adapter: Path, out: Path) -> MergeRecord:
+    return stage_calls.merge(config, pruned, adapter, out)
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
@@ -88,16 +89,16 @@ def test_the_merged_model_is_the_trained_one(
     pruned, adapter = prepare(dtype), tmp_path / "adapter"
     before = (pruned / "model.safetensors").read_bytes()
     metrics = run_train(config, pruned, adapter)
-    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
-    assert metrics["method"] == method
+    losses = [entry["loss"] for entry in metrics.history if "loss" in entry]
+    assert metrics.method == method
     assert sum(losses[-5:]) < sum(losses[:5])  # the last epoch and the first
     assert (pruned / "model.safetensors").read_bytes() == before
     stored = load_file(adapter / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} <= {torch.float32, torch.bool}
 
     record = run_merge(config, pruned, adapter, tmp_path / "merged")
-    assert (record["method"], record["mask"], record["matrices"]) == (method, rule, 14)
-    assert record["moved_share"] > 0.1
+    assert (record.method, record.mask, record.matrices) == (method, rule, 14)
+    assert record.moved_share > 0.1
     ids = torch.arange(40).view(2, -1)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pruned), adapter).eval()
@@ -121,9 +122,9 @@ def test_every_zero_stays_zero(method: str, configure: Configure, prepare: Calla
     pruned = prepare(torch.bfloat16)
     run_train(config, pruned, tmp_path / "adapter")
     record = run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged")
-    assert record["pattern_unchanged"] is True
-    assert (record["filled_zeros"], record["lost_weights"]) == (0, 0)
-    assert record["sparsity"] == 0.5
+    assert record.pattern_unchanged is True
+    assert (record.filled_zeros, record.lost_weights) == (0, 0)
+    assert record.sparsity == 0.5
     after = adapted(tmp_path / "merged")
     assert all(torch.equal(weight == 0, after[name] == 0) for name, weight in adapted(pruned).items())
 
@@ -135,8 +136,8 @@ def test_a_training_that_learns_nothing_moves_nothing(
     """Although float16 is trained as another dtype."""
     config = configure(f"train.method={method}", "train.lr=1e-12", "train.max_steps=1")
     pruned = prepare(torch.float16)
-    assert run_train(config, pruned, tmp_path / "adapter")["dtype"] == "bfloat16"
-    assert run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged")["moved_share"] == 0
+    assert run_train(config, pruned, tmp_path / "adapter").dtype == "bfloat16"
+    assert run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged").moved_share == 0
 
 
 def test_hira_keeps_a_weight_that_would_vanish() -> None:
@@ -167,7 +168,7 @@ def test_lora_is_refused_unless_told_what_to_do_with_the_zeros(
 
 def test_reapply_restores_the_exact_pattern(lora: tuple[Path, Path], configure: Configure, tmp_path: Path) -> None:
     record = run_merge(configure("merge.mask=reapply"), *lora, tmp_path / "merged")
-    assert record["pattern_unchanged"] is True
+    assert record.pattern_unchanged is True
     before, after = adapted(lora[0]), adapted(tmp_path / "merged")
     stored = load_file(lora[1] / "adapter_model.safetensors")
     for name, weight in before.items():
@@ -183,10 +184,10 @@ def test_dense_says_that_the_sparsity_is_gone(lora: tuple[Path, Path], configure
     after = adapted(tmp_path / "merged")
     zeros = sum(int((weight == 0).sum()) for weight in after.values())
     total = sum(weight.numel() for weight in after.values())
-    assert record["pattern_unchanged"] is False
-    assert record["sparsity"] == zeros / total < 0.01
-    assert record["filled_zeros"] == total // 2 - zeros + record["lost_weights"]
-    assert (record["zeros"], record["kept_weights"]) == (zeros, total - zeros)
+    assert record.pattern_unchanged is False
+    assert record.sparsity == zeros / total < 0.01
+    assert record.filled_zeros == total // 2 - zeros + record.lost_weights
+    assert (record.zeros, record.kept_weights) == (zeros, total - zeros)
 
 
 def test_a_broken_low_rank_adapter_is_refused(lora: tuple[Path, Path], configure: Configure, tmp_path: Path) -> None:
@@ -212,12 +213,12 @@ def test_a_mask_that_changed_is_proved(
     config = configure("train.method=ste", "train.mask_steps=3", "train.lr=3e-2", *wanted)
     pruned = prepare(torch.bfloat16, *wanted)
     metrics = run_train(config, pruned, tmp_path / "adapter")
-    changes = {entry["step"]: entry["mask_changes"] for entry in metrics["history"] if "mask_changes" in entry}
+    changes = {entry["step"]: entry["mask_changes"] for entry in metrics.history if "mask_changes" in entry}
     assert set(changes) == {3, 6, 9}  # not after the tenth and last step
     assert all(changes.values())
     record = run_merge(config, pruned, tmp_path / "adapter", tmp_path / "merged")
-    assert record["pattern_unchanged"] is False
-    assert record["filled_zeros"] == record["lost_weights"] > 0
+    assert record.pattern_unchanged is False
+    assert record.filled_zeros == record.lost_weights > 0
     after = adapted(tmp_path / "merged")
     for name, weight in adapted(pruned).items():
         if "down_proj" in name:
@@ -282,7 +283,7 @@ def test_the_decay_counts_once_per_step_whatever_the_micro_batch(
 
 def problems(config: Config, llama: Path) -> str:
     try:
-        train.preflight(config, Skeleton(model_config(llama)), byte_tokenizer())
+        train.prepare(config, Skeleton(model_config(llama)), byte_tokenizer())
     except UserError as error:
         return str(error)
     return ""
@@ -293,7 +294,7 @@ def test_the_rank_is_limited_for_spp_alone(configure: Configure, llama: Path) ->
     for method in METHODS[1:]:
         config = configure("train.rank=33", f"train.method={method}")
         assert problems(config, llama) == ""
-        assert plan.execute(config)["trainable"]["method"] == method, "plan and train have one rule"
+        assert plan.execute(config).trainable.method == method, "plan and train have one rule"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_keys_without_effect_are_warned_of(
 def test_a_model_without_linear_layers(configure: Configure, make_checkpoint: Callable[..., Path], llama: Path) -> None:
     skeleton = Skeleton(model_config(make_checkpoint("gpt2")))
     with pytest.raises(UserError, match=r"sppctl trains nn.Linear layers only, and none of these is one"):
-        train.preflight(configure("prune.targets=all-linear", "train.method=lora"), skeleton, byte_tokenizer())
+        train.prepare(configure("prune.targets=all-linear", "train.method=lora"), skeleton, byte_tokenizer())
 
 
 def test_dynamic_masks_need_whole_matrices(configure: Configure, llama: Path) -> None:
@@ -338,8 +339,8 @@ def test_ablations_reach_the_adapter(configure: Configure, prepare: Callable[...
     counts = {}
     for name, options in {"beta": (), "no-beta": ("train.beta=false",), "ones": ("train.init=ones",)}.items():
         config = configure("train.max_steps=2", *options)
-        counts[name] = run_train(config, pruned, tmp_path / name)["trainable_parameters"]
-        assert run_merge(config, pruned, tmp_path / name, tmp_path / f"{name}-merged")["pattern_unchanged"] is True
+        counts[name] = run_train(config, pruned, tmp_path / name).trainable_parameters
+        assert run_merge(config, pruned, tmp_path / name, tmp_path / f"{name}-merged").pattern_unchanged is True
     rows = sum(weight.shape[0] for weight in adapted(pruned).values())
     columns = sum(weight.shape[1] for weight in adapted(pruned).values())
     assert counts == {"beta": 4 * columns + rows, "no-beta": 4 * columns, "ones": 4 * columns + rows}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stage_calls
 import torch
 from conftest import cut_after, trained_dtype
 from peft import get_peft_model
@@ -22,15 +23,14 @@ from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.config.load import load_config, to_yaml
 from sppctl.config.settings import Config
 from sppctl.data import batches
-from sppctl.errors import StageError
+from sppctl.errors import Problems, StageError
 from sppctl.evaluate.subjects import Subject
-from sppctl.merge import stage as merge
 from sppctl.model.refreshed import REFRESHED
-from sppctl.prune import stage as prune
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
-from sppctl.run import pipeline
+from sppctl.records import PruneRecord, TrainRecord
 from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE
 from sppctl.train import refresh
 from sppctl.train import stage as train
 
@@ -50,9 +50,9 @@ def configure(request: pytest.FixtureRequest, config_file: Path) -> Callable[...
     return lambda *overrides: load_config(str(config_file), [f"prune.pattern={request.param}", *overrides])
 
 
-def trained(config: Config, pruned: tuple[Path, list[str]], out: Path, base: Path) -> dict[str, Any]:
+def trained(config: Config, pruned: tuple[Path, PruneRecord], out: Path, base: Path) -> TrainRecord:
     out.mkdir(exist_ok=True)
-    return train.execute(config, *pruned, out, dtype=trained_dtype(pruned[0]), resume=True, base=base)
+    return stage_calls.train(config, *pruned, out, dtype=trained_dtype(pruned[0]), resume=True, base=base)
 
 
 def zeros_per_row(weight: torch.Tensor) -> list[int]:
@@ -61,7 +61,7 @@ def zeros_per_row(weight: torch.Tensor) -> list[int]:
 
 def test_pattern_and_values_after_every_refresh(
     configure: Callable[..., Config],
-    pruned: tuple[Path, list[str]],
+    pruned: tuple[Path, PruneRecord],
     llama: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -90,35 +90,35 @@ def test_pattern_and_values_after_every_refresh(
         return record
 
     monkeypatch.setattr(refresh.MaskRefresh, "_refresh", checked)
-    metrics = trained(config, pruned, tmp_path / "adapter", llama)["refresh"]
-    assert [entry["step"] for entry in metrics["refreshes"]] == [2, 4, 6, 8]
-    assert [entry["swaps"] for entry in metrics["refreshes"]] == seen
+    metrics = trained(config, pruned, tmp_path / "adapter", llama).refresh
+    assert [entry["step"] for entry in metrics.refreshes] == [2, 4, 6, 8]
+    assert [entry["swaps"] for entry in metrics.refreshes] == seen
     assert seen[0] > 0
-    total = sum(start[f"{name}.weight"].numel() for name in pruned[1])
-    assert metrics["refreshes"][0]["changed_share"] == pytest.approx(2 * seen[0] / total)
-    assert 0 < metrics["regrown_share"] < 1
+    total = sum(start[f"{name}.weight"].numel() for name in pruned[1].patterns)
+    assert metrics.refreshes[0]["changed_share"] == pytest.approx(2 * seen[0] / total)
+    assert 0 < metrics.regrown_share < 1
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def stored(
     request: pytest.FixtureRequest, configure: Callable[..., Config], make_checkpoint: Any, tmp_path: Path
-) -> tuple[Path, tuple[Path, list[str]]]:
+) -> tuple[Path, tuple[Path, PruneRecord]]:
     """A dense and a pruned checkpoint that are not float32; float16 is trained in another dtype."""
     base, out = make_checkpoint("llama", request.param), tmp_path / "stored"
     out.mkdir()
-    return base, (out, [layer["name"] for layer in prune.execute(configure(), base, out, dtype="float32")["layers"]])
+    return base, (out, stage_calls.prune(configure(), base, out))
 
 
 def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value(
-    stored: tuple[Path, tuple[Path, list[str]]], configure: Callable[..., Config], tmp_path: Path
+    stored: tuple[Path, tuple[Path, PruneRecord]], configure: Callable[..., Config], tmp_path: Path
 ) -> None:
     base, pruned = stored
     # an adapter away from zero that hardly moves, and a single refresh
     options = ("train.init=random", "train.lr=1e-12", "train.refresh.steps=2", "train.refresh.until=0.4")
     config = configure(*options)
-    trained(config, pruned, tmp_path / "adapter", base)
+    record = trained(config, pruned, tmp_path / "adapter", base)
     (tmp_path / "merged").mkdir()
-    merge.execute(config, pruned[0], tmp_path / "adapter", tmp_path / "merged")
+    stage_calls.merge(config, pruned[0], tmp_path / "adapter", tmp_path / "merged", pruned[1], record)
     dense, before, merged = (load_file(path / "model.safetensors") for path in (base, pruned[0], tmp_path / "merged"))
     regrown_places = 0
     for name, weight in load_file(tmp_path / "adapter" / REFRESHED).items():
@@ -133,11 +133,11 @@ def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value
 
 
 def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path
 ) -> None:
     config = configure("train.refresh.steps=2")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(pruned[0]), SppConfig(r=4, scale=2.0))
-    refreshing = refresh.prepare(config, model, pruned[0], llama, None)
+    refreshing = refresh.prepare(config, model, pruned[0], llama, None, pruned[1].patterns)
     assert refreshing is not None
     name, layer = next(iter(refreshing.layers.items()))
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(
 def test_the_merged_model_is_the_trained_one_bit_for_bit(
     beta: str,
     configure: Callable[..., Config],
-    pruned: tuple[Path, list[str]],
+    pruned: tuple[Path, PruneRecord],
     llama: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -165,10 +165,10 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
     original = train.get_peft_model
     monkeypatch.setattr(train, "get_peft_model", lambda *args: models.append(original(*args)) or models[0])
     config = configure(*EVERY_TWO, f"train.beta={beta}")
-    trained(config, pruned, tmp_path / "adapter", llama)
+    record = trained(config, pruned, tmp_path / "adapter", llama)
     (tmp_path / "merged").mkdir()
-    metrics = merge.execute(config, pruned[0], tmp_path / "adapter", tmp_path / "merged")
-    assert metrics["refreshed_matrices"] > 0
+    metrics = stage_calls.merge(config, pruned[0], tmp_path / "adapter", tmp_path / "merged", pruned[1], record)
+    assert metrics.refreshed_matrices > 0
     ids = torch.arange(40).view(2, 20)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(merged(ids).logits, models[0].eval()(ids).logits)
@@ -185,7 +185,7 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
 
 
 def test_a_resumed_training_ends_with_the_same_weights(
-    stored: tuple[Path, tuple[Path, list[str]]], configure: Callable[..., Config], tmp_path: Path
+    stored: tuple[Path, tuple[Path, PruneRecord]], configure: Callable[..., Config], tmp_path: Path
 ) -> None:
     llama, pruned = stored
     config = configure(*EVERY_TWO, "train.save_steps=3", "train.dropout=0.1")
@@ -197,35 +197,35 @@ def test_a_resumed_training_ends_with_the_same_weights(
     cut = trained(config, pruned, tmp_path / "cut", llama)
     for name in ("adapter_model.safetensors", REFRESHED):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
-    swaps = [[entry["swaps"] for entry in metrics["refresh"]["refreshes"]] for metrics in (whole, cut)]
+    swaps = [[entry["swaps"] for entry in metrics.refresh.refreshes] for metrics in (whole, cut)]
     assert len(swaps[0]) == 4
     assert swaps[0] == swaps[1]
 
 
-def test_off_by_default(configure: Callable[..., Config], pruned: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_off_by_default(configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    metrics = train.execute(configure("train.max_steps=2"), *pruned, tmp_path / "adapter", dtype="float32", resume=True)
-    assert metrics["refresh"] is None
+    metrics = stage_calls.train(configure("train.max_steps=2"), *pruned, tmp_path / "adapter")
+    assert metrics.refresh is None
     assert not (tmp_path / "adapter" / REFRESHED).exists()
 
 
 def test_nothing_is_exchanged_before_the_first_refresh(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
 ) -> None:
     config = configure("train.max_steps=4", "train.refresh.steps=3", "train.refresh.until=0.5")
     metrics = trained(config, pruned, tmp_path / "adapter", llama)
-    assert metrics["refresh"]["refreshes"] == []
-    assert metrics["refresh"]["changed_matrices"] == 0
+    assert metrics.refresh.refreshes == []
+    assert metrics.refresh.changed_matrices == 0
     trained(configure("train.max_steps=4"), pruned, tmp_path / "plain", llama)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "plain"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_merging_refuses_another_number_of_zeros(
-    configure: Callable[..., Config], pruned: tuple[Path, list[str]], llama: Path, tmp_path: Path
+    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
 ) -> None:
     config = configure(*EVERY_TWO)
-    trained(config, pruned, tmp_path / "adapter", llama)
+    record = trained(config, pruned, tmp_path / "adapter", llama)
     path = tmp_path / "adapter" / REFRESHED
     content = load_file(path)
     name = next(iter(content))
@@ -234,14 +234,14 @@ def test_merging_refuses_another_number_of_zeros(
     save_file(content, path, {"format": "pt"})
     (tmp_path / "merged").mkdir()
     with pytest.raises(StageError, match="does not have the zeros per"):
-        merge.execute(config, pruned[0], tmp_path / "adapter", tmp_path / "merged")
+        stage_calls.merge(config, pruned[0], tmp_path / "adapter", tmp_path / "merged", pruned[1], record)
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_nothing_but_the_examples_enters_the_statistics(
     packing: str,
     configure: Callable[..., Config],
-    pruned: tuple[Path, list[str]],
+    pruned: tuple[Path, PruneRecord],
     llama: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -269,21 +269,27 @@ def test_nothing_but_the_examples_enters_the_statistics(
     assert set(counted) == {sum(real[:2])}  # two micro-batches in a step
 
 
+def checked(config: Config) -> list[str]:
+    problems = Problems()
+    refresh.check(config, problems)
+    return problems.lines
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["train.method=hira"], "only spp trains under a mask that is refreshed"),
-        (["launch.strategy=fsdp", "launch.num_processes=2"], "launch.strategy=fsdp shares out the weights"),
+        (["launch.strategy=fsdp", "launch.num_processes=2"], "launch.strategy=fsdp shards the weights"),
     ],
 )
 def test_what_forbids_it(config_file: Path, overrides: list[str], said: str) -> None:
     config = load_config(str(config_file), ["train.refresh.steps=2", *overrides])
-    assert said in refresh.problems(config)[0]
+    assert said in checked(config)[0]
 
 
 def test_one_process_holds_whole_weights_under_any_strategy(config_file: Path) -> None:
     config = load_config(str(config_file), ["train.refresh.steps=2", "launch.strategy=fsdp", "launch.num_processes=1"])
-    assert refresh.problems(config) == []
+    assert checked(config) == []
 
 
 def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:
@@ -298,7 +304,7 @@ def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path
     records, adapters, matrices = [], [], []
     for number in (1, 2):
         config = load_config(str(config_file), [*common, f"run.dir={tmp_path / str(number)}"])
-        pipeline.prune(Run(config))
+        Run(config).do(PRUNE)
         path = tmp_path / f"{number}.yaml"
         path.write_text(to_yaml(config))
         done = sppctl_in_ranks(["train", str(path)], number, patch)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import stage_calls
 import torch
 from conftest import cut_after
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from sppctl.config.load import load_config
 from sppctl.config.settings import Config
 from sppctl.errors import UserError
-from sppctl.train import stage as train
+from sppctl.records import PruneRecord
 from sppctl.train.resume import HASHES, newest, seal
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
@@ -82,12 +83,12 @@ def test_an_empty_one_never_blocks(tmp_path: Path) -> None:
 
 def test_a_training_falls_back_and_ends_with_the_same_adapter(
     configure: Callable[..., Config],
-    pruned: tuple[Path, list[str]],
+    pruned: tuple[Path, PruneRecord],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = configure("train.save_steps=1", "train.dropout=0.1", "train.max_steps=4")
-    do = partial(train.execute, config, *pruned, dtype="float32", resume=True)
+    do = partial(stage_calls.train, config, *pruned)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     do(tmp_path / "whole")

@@ -59,7 +59,7 @@ trainer.rotate_checkpoints = then_die
     "trained, not recorded": """
 def then_die(*args):
     die()
-run_directory.Run._complete = then_die
+run_directory.Run.complete = then_die
 """,
     "complete, not published": """
 def then_die(*args):
@@ -260,7 +260,7 @@ def test_what_nobody_can_tell_the_settings_of_is_kept_if_it_holds_work(
     (partial / "attempt.json").write_text(note)
     refused = sppctl(training)
     assert refused.returncode == 2
-    assert "nobody can tell the settings of (attempt.json is damaged)" in refused.stderr
+    assert "an attempt whose settings are unknown (attempt.json is damaged)" in refused.stderr
     (checkpoint / "optimizer.pt").unlink()  # an empty folder is no work
     done = sppctl(training)
     assert done.returncode == 0, done.stderr
@@ -285,7 +285,7 @@ def test_a_damaged_record_is_named_and_force_redoes_the_stage(text: str, trainin
     [
         "train.checkpoint.load_model = lambda *_, **__: die(signal.SIGUSR1)",
         "trainer.SparseTrainer.evaluate = lambda self: die(signal.SIGUSR1)",
-        "cli.load_config = lambda *_: die(signal.SIGUSR1)",
+        "cli.options.load_config = lambda *_: die(signal.SIGUSR1)",
     ],
     ids=["loading", "final validation", "start"],
 )

@@ -1,0 +1,198 @@
+"""The three stages that make a run's checkpoints: what each reads, checks, and does."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppctl import machine
+from sppctl.config.settings import Config, names_of
+from sppctl.errors import UserError
+from sppctl.records import MergeRecord, PruneRecord, TrainRecord
+from sppctl.run import dense
+from sppctl.run.directory import Run
+
+if TYPE_CHECKING:
+    from sppctl.merge import stage as merging
+    from sppctl.prune import checks as pruning
+    from sppctl.train import stage as training
+
+
+class Prune:
+    """base -> pruned."""
+
+    name = "prune"
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """Dense model, calibration text, tokenizer, and the checkpoint that the masks are from."""
+        from sppctl.evaluate import subjects
+        from sppctl.model import checkpoint
+
+        base, prune = dense.base(run), run.config.prune
+        inputs = {"base": subjects.fingerprint(base), "tokenizer": checkpoint.tokenizer_fingerprint(base)}
+        inputs |= _hashes({"calibration": prune.calibration.dataset}) | _newer_data(run, self.name)
+        if prune.mask_from is not None:
+            inputs["mask"] = subjects.fingerprint(checkpoint.locate(prune.mask_from, key="prune.mask_from"))
+        return inputs
+
+    def compute(self, run: Run) -> machine.Compute:
+        """The dtype for one block at a time."""
+        return choose_dtype(run.config, dense.base(run), whole=False, stored=run.config.model.dtype)
+
+    def prepare(self, run: Run) -> pruning.Prepared:
+        """Checks the pruning, and draws its windows."""
+        from sppctl.prune import checks
+
+        outline, sources = run.outline(), _hashes({"calibration": run.config.prune.calibration.dataset})
+        return checks.prepare(run.config, outline.skeleton, outline.tokenizer, sources)
+
+    def do(self, run: Run, prepared: pruning.Prepared, out: Path, dtype: str) -> PruneRecord:
+        """Prunes."""
+        from sppctl.prune import stage
+
+        return stage.execute(run.config, prepared, dense.base(run), out, dtype=dtype)
+
+
+class Train:
+    """pruned -> adapter."""
+
+    name = "train"
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """Pruned checkpoint, data, and the dense model and the teacher where training reads them."""
+        from sppctl.evaluate import subjects
+        from sppctl.train import distill
+
+        teacher = run.config.train.distill.teacher
+        inputs = {"pruned": run.needed("prune").output} | self._data(run.config) | _newer_data(run, self.name)
+        if self._base(run) is not None:
+            inputs["base"] = subjects.fingerprint(dense.same_base(run))
+        if teacher not in (None, distill.BASE):
+            inputs["teacher"] = subjects.fingerprint(distill.locate(teacher))
+        return inputs
+
+    def _data(self, config: Config) -> dict[str, str]:
+        return _hashes({f"data {dataset}": dataset for dataset in names_of(config.train.data.dataset)})
+
+    def _base(self, run: Run) -> Path | None:
+        """The dense checkpoint, if training reads it: a teacher, regrown weights."""
+        from sppctl.train import distill
+
+        train = run.config.train
+        reads = train.distill.teacher == distill.BASE or train.refresh.steps is not None
+        return dense.base(run) if reads else None
+
+    def compute(self, run: Run) -> machine.Compute:
+        """The dtype for gradients."""
+        return choose_dtype(run.config, run.path("prune"), training=True)
+
+    def prepare(self, run: Run) -> training.Prepared:
+        """Checks the training, and tokenises its rows."""
+        from sppctl.train import stage
+
+        outline = run.outline()
+        return stage.prepare(run.config, outline.skeleton, outline.tokenizer, self._data(run.config))
+
+    def do(self, run: Run, prepared: training.Prepared, out: Path, dtype: str) -> TrainRecord:
+        """Trains."""
+        from sppctl.plan import run as plan
+        from sppctl.train import stage
+
+        pruned = run.record("prune")
+        assert pruned is not None
+        return stage.execute(
+            run.config,
+            prepared,
+            run.path("prune"),
+            pruned.metrics,
+            out,
+            dtype=dtype,
+            resume=run.resume,
+            base=self._base(run),
+            planned=partial(plan.bytes_on_each_device, run.config),
+        )
+
+
+class Merge:
+    """pruned + adapter -> merged."""
+
+    name = "merge"
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """Pruned checkpoint and adapter, which must belong together."""
+        from sppctl.merge.rules import check_mask
+
+        check_mask(run.config.train.method.upper(), run.config.merge.mask)
+        pruned, trained = run.needed("prune"), run.needed("train")
+        if trained.inputs["pruned"] != pruned.output:
+            raise UserError(
+                f"{run.path('train')} was trained on other weights than {run.path('prune')} holds now; "
+                "train again (sppctl train --force)"
+            )
+        return {"pruned": pruned.output, "adapter": trained.output}
+
+    def compute(self, run: Run) -> None:
+        """No model is loaded."""
+
+    def prepare(self, run: Run) -> merging.Prepared:
+        """Opens both checkpoints and finds what belongs together."""
+        from sppctl.merge import stage
+
+        pruned, trained = run.record("prune"), run.record("train")
+        assert pruned is not None
+        assert trained is not None
+        return stage.prepare(
+            run.config, run.path("prune"), run.path("train"), pruned.metrics, trained.metrics, run.partial("merged")
+        )
+
+    def do(self, run: Run, prepared: merging.Prepared, out: Path, dtype: str) -> MergeRecord:
+        """Merges."""
+        from sppctl.merge import stage
+
+        return stage.execute(run.config, prepared, out)
+
+
+PRUNE, TRAIN, MERGE = Prune(), Train(), Merge()
+
+
+def choose_dtype(config: Config, directory: Path, *, whole: bool = True, **options: Any) -> machine.Compute:
+    """The dtype in which a checkpoint is computed on the configured device, and why.
+
+    Args:
+        config: the configuration.
+        directory: of the checkpoint.
+        whole: whether all its weights are in memory at a time; where they fit only as stored, the reason says so.
+        options: of :func:`sppctl.model.checkpoint.choose_dtype`.
+    """
+    from sppctl.model import checkpoint
+
+    model, device = config.model, checkpoint.pick_device(config.model.device)
+    chosen = checkpoint.choose_dtype(directory, device, model.compute_dtype, model.trust_remote_code, **options)
+    if whole and chosen.widened:
+        needed, free = checkpoint.weight_bytes(directory, chosen.dtype), machine.free_memory(device)
+        if needed // 2 <= free < needed:
+            text = (
+                f"{chosen.text}, which takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
+            )
+            return chosen._replace(text=f"{text}: model.compute_dtype=bfloat16 needs half")
+    return chosen
+
+
+def _newer_data(run: Run, stage: str) -> dict[str, str]:
+    """What has become of the hub's data in the cache since a stage read it, which it would read now."""
+    from sppctl.files import sources
+
+    record = None if run.force else run.record(stage)
+    if record is None:
+        return {}
+    source = record.metrics if stage == "train" else record.metrics.calibration
+    return {f"data {key}": version for key, version in sources.newer(source.versions if source else {}).items()}
+
+
+def _hashes(datasets: dict[str, str]) -> dict[str, str]:
+    """Identifies local data by content; data known by name needs no more than its name."""
+    from sppctl.data import texts
+
+    found = {key: texts.file_hash(dataset) for key, dataset in datasets.items()}
+    return {key: digest for key, digest in found.items() if digest is not None}

@@ -1,0 +1,114 @@
+"""Results on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sppctl import console, distributed
+from sppctl.config.load import flatten
+from sppctl.records import StageRecord, to_json
+
+if TYPE_CHECKING:
+    from sppctl.inspect.inspect import MatrixSparsity
+    from sppctl.run.verify import Checked
+    from sppctl.sweep.work import Entry
+
+
+def tables(each: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]], sentences: Iterable[str]) -> None:
+    """Title, header and rows of tables, and sentences after them."""
+    for title, header, rows in each:
+        console.show_table(title, header, rows)
+    for sentence in sentences:
+        print(console.plain(sentence))
+
+
+def matrices(
+    checkpoint: str, each: Sequence[MatrixSparsity], summary: dict[str, Any], violations: list[str], as_json: bool
+) -> None:
+    """The sparsity of every matrix of a checkpoint."""
+    if as_json:
+        return console.show_json({"summary": summary, "violations": violations, "matrices": to_json(each)})
+    from sppctl.inspect.inspect import sentence
+
+    rows = [(m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", " ".join(m.patterns) or "-") for m in each]
+    header = ("matrix", "shape", "sparsity", "N:M that hold")
+    return tables([(checkpoint, header, rows)], [sentence(summary)])
+
+
+def files(run_dir: str, each: Sequence[Checked], as_json: bool) -> None:
+    """The state of every file of a run."""
+    if as_json:
+        return console.show_json(to_json(each))
+    rows = [(file.artefact, file.file, file.state) for file in each]
+    return console.show_table(run_dir, ("artefact", "file", "state"), rows)
+
+
+def sweep(entries: Sequence[Entry], totals: dict[str, int], as_json: bool) -> None:
+    """The plan of a sweep."""
+    if as_json:
+        console.show_json(to_json(entries))
+        return
+    rows = []
+    for entry in entries:
+        there = [*entry.made, *(f"{stage} (other settings)" for stage in entry.other_settings)]
+        rows.append((entry.directory, ", ".join(entry.stages), ", ".join(there) or "-", ", ".join(entry.runs)))
+    console.show_table("plan", ("directory", "stages", "there", "for"), rows)
+    print("; ".join(f"{stage}: {number}" for stage, number in totals.items()))
+
+
+def stage(record: StageRecord[Any], as_json: bool) -> None:
+    """The record of a stage."""
+    if not distributed.is_main():
+        return
+    content = to_json(record)
+    if as_json:
+        console.show_json(content)
+        return
+    metrics = {key: value for key, value in flatten(content["metrics"]).items() if not isinstance(value, list)}
+    console.show_table(record.stage, ("", ""), [(key, _figure(value)) for key, value in metrics.items()])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def results(found: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
+    """The results of checkpoints by label."""
+    if not distributed.is_main():
+        return
+    if as_json:
+        console.show_json(next(iter(found.values())) if len(found) == 1 else found)
+        return
+    from sppctl.report.readings import ACCURACY, AGREEMENT, measured
+
+    # with the configured seed as the run's, which goes without saying
+    named, _ = measured({"stages": {"eval": {"seed": seed}}, "checkpoints": found})
+    for label, measures in named.items():
+        rows = []
+        for name, one in measures.items():
+            if one.value is not None and one.kind not in (ACCURACY, AGREEMENT):
+                rows.append((name, f"{one.value:.3f}", ""))
+            else:
+                norm = "" if one.norm is None else f"{one.norm:.2%}"
+                rows.append((name, "-" if one.value is None else f"{one.value:.2%}", norm))
+        title = f"{label}: {found[label]['checkpoint']}"
+        console.show_table(title, ("measure", "acc / perplexity", "acc_norm"), rows)
+
+
+def report(runs: list[dict[str, Any]], as_json: bool) -> None:
+    """What was collected from runs."""
+    if as_json:
+        console.show_json(runs)
+        return
+    from sppctl.report import over_runs, provenance
+    from sppctl.report import tables as report_tables
+
+    if len(runs) > 1:
+        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(over_runs.rows_of_all(runs)))
+    for found in runs:
+        console.show_table(found["run"], *report_tables.table(found))
+        for fact in provenance.facts(found):
+            print(console.plain(fact))

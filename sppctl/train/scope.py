@@ -1,0 +1,42 @@
+"""Which layers are trained, for how many steps, in which dtypes: rules that training and its plan share."""
+
+from __future__ import annotations
+
+import math
+
+from sppctl.config.settings import Config, TrainConfig
+from sppctl.errors import UserError
+from sppctl.model.blocks import Skeleton
+from sppctl.model.targets import Target
+
+
+def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
+    """The linear layers that are trained, by name.
+
+    Raises:
+        UserError: there are none, or the rank is too large for one: each row of SPP's alpha serves at least one output
+            row. A low-rank product may have any rank.
+    """
+    train, prune = config.train, config.prune
+    if train.targets == "pruned":
+        chosen = skeleton.targets(prune.targets, prune.skip)
+    else:
+        chosen = skeleton.targets(train.targets, key="train.targets")
+    targets = {name: target for name, target in chosen.items() if target.is_linear}
+    if not targets:
+        raise UserError("train.targets", "sppctl trains nn.Linear layers only, and none of these is one")
+    for name, target in targets.items():
+        if train.method == "spp" and train.rank > target.out_features:
+            raise UserError("train.rank", f"{train.rank} exceeds the {target.out_features} output features of {name}")
+    return targets
+
+
+def num_steps(train: TrainConfig, examples: int) -> int:
+    """Optimizer steps over so many examples."""
+    return train.max_steps or math.ceil(train.epochs * math.ceil(examples / train.batch_size))
+
+
+def check_dtype(config: Config) -> None:
+    """Raises UserError if training would compute in float16."""
+    if config.model.compute_dtype == "float16":
+        raise UserError("model.compute_dtype", "float16 gradients overflow", "train in bfloat16, float32 or auto")

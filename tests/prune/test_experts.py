@@ -1,0 +1,136 @@
+"""Mixtures of experts: each is pruned by the tokens that it received, with a fall-back where these are too few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import agreement, kept_per_group, random_windows, weights_of
+from conftest import GROUPED, Prune, byte_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from sppctl.prune import block_work
+from sppctl.pruners import prune_linear
+
+
+@pytest.fixture
+def base(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("qwen3_moe")
+
+
+@torch.no_grad()
+def tokens_of_experts(base: Path, windows: Tensor) -> list[Tensor]:
+    """The hidden states that the first block of a plain model sends to each expert."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    experts = model.model.layers[0].mlp.experts
+    calls: list[tuple[Tensor, Tensor]] = []
+    experts.register_forward_pre_hook(lambda _, args: calls.append((args[0].clone(), args[1].clone())))
+    for window in windows:
+        model(window.view(1, -1))
+    received: list[list[Tensor]] = [[] for _ in range(len(experts.gate_up_proj))]
+    for hidden, chosen in calls:
+        for token, indices in zip(hidden.view(-1, hidden.shape[-1]), chosen.view(-1, chosen.shape[-1]), strict=True):
+            for index in indices.tolist():
+                received[index].append(token)
+    return [torch.stack(tokens) if tokens else torch.empty(0, 32) for tokens in received]
+
+
+@torch.no_grad()
+def test_an_experts_statistics_are_those_of_its_tokens(
+    prune: Prune, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = random_windows(4, 24)
+    found: list[dict[str, tuple[int, Tensor]]] = []
+    prune_all = block_work.BlockWork._prune_all
+
+    def spy(self: Any) -> Any:
+        found.append({n: (i.statistics.num_tokens, i.statistics.squares.clone()) for n, i in self.inputs.items()})
+        return prune_all(self)
+
+    monkeypatch.setattr(block_work.BlockWork, "_prune_all", spy)
+    prune("prune.targets=all-linear", "prune.batch_size=3", base=base, windows=windows)
+    before = weights_of(base)
+    for expert, tokens in enumerate(tokens_of_experts(base, windows)):
+        name = f"model.layers.0.mlp.experts.{expert}"
+        gate, up = (before[f"{name}.{part}.weight"] for part in ("gate_proj", "up_proj"))
+        inner = torch.stack([nn.functional.silu(gate @ token) * (up @ token) for token in tokens])
+        for part, inputs in (("gate_proj", tokens), ("up_proj", tokens), ("down_proj", inner)):
+            num_tokens, squares = found[0][f"{name}.{part}"]
+            assert num_tokens == len(tokens)
+            torch.testing.assert_close(squares, inputs.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["block", "module"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot"])
+def test_an_expert_that_saw_too_few_tokens(
+    method: str,
+    order: str,
+    prune: Prune,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    windows = random_windows(2, 32)
+    counts = [len(tokens) for tokens in tokens_of_experts(base, windows)]
+    limit = max(counts)  # all but the busiest expert saw too few
+    # on the way, pruned attention would send tokens elsewhere than the dense one that was counted
+    layers = "mlp." if order == "module" else ""
+    monkeypatch.setattr(block_work, "MIN_EXPERT_TOKENS", limit)
+    options = f"prune.method={method}", f"prune.order={order}", f"prune.targets=['*layers.0.{layers}*']"
+    _, after, record = prune(*options, base=base, windows=windows)
+    before = weights_of(base)
+    expected = {}
+    for expert, count in enumerate(counts):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            words = "magnitude" if part == "down_proj" else "inputs of all experts"
+            name = f"model.layers.0.mlp.experts.{expert}.{part}"
+            expected[name] = f"{words}: saw {count} tokens" if count < limit else None
+            assert (kept_per_group(after[f"{name}.weight"]) == 2).all()
+            if count < limit and part == "down_proj":
+                weight = prune_linear(before[f"{name}.weight"], method="magnitude", pattern="2:4")
+                assert torch.equal(after[f"{name}.weight"], weight)
+    found = {layer.name: layer.fallback for layer in record.layers}
+    assert found == dict.fromkeys(found) | expected
+    # a fall-back has an error like all others, where there is an input to measure it on
+    silent = [f"model.layers.0.mlp.experts.{e}.down_proj" for e, count in enumerate(counts) if count == 0]
+    assert [layer.name for layer in record.layers if layer.relative_output_error is None] == silent
+    number = sum(words is not None for words in expected.values())
+    assert record.fallbacks == number > 0
+    warning = f"warning: {number} matrices of experts that saw too few tokens had a fall-back: "
+    assert warning in capsys.readouterr().err
+
+
+def test_a_starved_experts_gate_is_pruned_by_what_all_experts_saw(
+    prune: Prune, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = random_windows(2, 32)
+    monkeypatch.setattr(block_work, "MIN_EXPERT_TOKENS", 1000)
+    _, after, _ = prune("prune.targets=[experts.0.gate_proj, experts.0.up_proj]", base=base, windows=windows)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    inputs: list[Tensor] = []
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    model(windows)
+    before = weights_of(base)
+    for part in ("gate_proj", "up_proj"):
+        name = f"model.layers.0.mlp.experts.0.{part}.weight"
+        expected = {name: prune_linear(before[name], inputs[0], method="wanda", pattern="2:4")}
+        assert agreement(expected, after, [name]) > 0.995
+
+
+def test_a_method_without_inputs_needs_no_fall_back(prune: Prune, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_work, "MIN_EXPERT_TOKENS", 1000)
+    options = "prune.method=magnitude", "prune.targets=all-linear", "prune.reconstruct_epochs=1"
+    assert prune(*options, base=base).record.fallbacks == 0
+
+
+def test_experts_that_stay_dense_are_reported(prune: Prune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(GptOssConfig(**GROUPED, num_local_experts=4)).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    prune("prune.method=magnitude", "prune.targets=all-linear", base=base)
+    warning = "stay dense: model.layers.0.mlp.experts.gate_up_proj, ... (83% of the blocks' matrices)"
+    assert warning in capsys.readouterr().err

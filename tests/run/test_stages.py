@@ -1,0 +1,85 @@
+"""What the checks of a stage load is handed to its work, as long as it is what the work would read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ALPACA
+
+from sppctl.config.settings import Config
+from sppctl.data import instructions, texts
+from sppctl.files import cache
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
+from sppctl.run.stages import PRUNE, TRAIN
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts and rows that have been loaded."""
+    names: list[str] = []
+    load_text, load_rows = texts.load_text, instructions.load_instructions
+
+    def text(name: str, *args: object, **options: object) -> texts.Text:
+        names.append(name)
+        return load_text(name, *args, **options)  # type: ignore[arg-type]
+
+    def rows(weights: dict[str, float], *args: object, **options: object) -> instructions.Instructions:
+        names.extend(weights)
+        return load_rows(weights, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(texts, "load_text", text)
+    monkeypatch.setattr(instructions, "load_instructions", rows)
+    return names
+
+
+def checked(config: Config, *stages: str) -> Run:
+    run = Run(config, force=True)
+    pipeline.preflight(run, stages)
+    return run
+
+
+def test_pruning_takes_over_the_windows_of_its_checks(
+    configure: Callable[..., Config], tmp_path: Path, loaded: list[str]
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("Some words to calibrate with. " * 40)
+    config = configure(f"prune.calibration.dataset={text}")
+    first = checked(config, "prune").do(PRUNE).metrics.calibration
+    assert first is not None
+    assert (loaded, first.samples) == ([str(text)], 4)
+    run = checked(config, "prune")
+    text.write_text("Other words to calibrate with. " * 40)  # since the checks
+    other = run.do(PRUNE).metrics.calibration
+    assert other is not None
+    assert loaded == [str(text)] * 3
+    assert other.documents_hash != first.documents_hash
+
+
+def test_training_takes_over_the_rows_of_its_checks(
+    configure: Callable[..., Config], tmp_path: Path, loaded: list[str]
+) -> None:
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ALPACA))
+    config = configure("prune.method=magnitude", "train.max_steps=1", f"train.data.dataset={rows}")
+    Run(config).do(PRUNE)
+    first = checked(config, "train").do(TRAIN).metrics
+    assert loaded == [str(rows)]
+    run = checked(config, "train")
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ALPACA[:12]))  # since the checks
+    other = run.do(TRAIN).metrics
+    assert loaded == [str(rows)] * 3
+    assert (first.examples, other.examples) == (20, 8)
+
+
+def test_another_tokenizer_makes_other_windows(
+    configure: Callable[..., Config], tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a GGUF file may differ from that of the unpacked model."""
+    run = checked(configure(), "prune")
+    monkeypatch.setattr(cache, "same_tokenizer", lambda *_: False)
+    run.do(PRUNE)
+    assert len(loaded) == 2
