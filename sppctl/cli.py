@@ -41,7 +41,7 @@ def _do(stage: str, work: Run, json: bool) -> None:
     if launch.needed(work.config):  # this very command in each of them
         raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(work.config)))
     with work.lock():
-        show.stage(work.do(stages.PRUNE if stage == "prune" else stages.TRAIN), json)
+        show.stage(work.do(stages.BY_NAME[stage]), json)
 
 
 def _expanded(path: Path) -> Path:

@@ -16,7 +16,7 @@ from sppctl.files import disk
 from sppctl.files.names import DIRECTORIES
 from sppctl.run import dense, measure
 from sppctl.run.directory import Run
-from sppctl.run.stages import MERGE, PRUNE, TRAIN
+from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN
 
 if TYPE_CHECKING:
     from sppctl.model.blocks import Skeleton
@@ -62,10 +62,8 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
                     run.check_attempt(stage)
                 if stage == "merge":
                     check_mask(run.config.train.method.upper(), run.config.merge.mask)
-                elif stage == "prune":
-                    work[stage] = run.prepare(PRUNE).work
                 else:
-                    work[stage] = run.prepare(TRAIN).work
+                    work[stage] = run.prepare(BY_NAME[stage]).work
         elif stage == "eval":
             from sppctl.evaluate import stage as evaluation
 

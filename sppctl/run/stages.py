@@ -12,6 +12,7 @@ from sppctl.errors import UserError
 from sppctl.records import MergeRecord, PruneRecord, TrainRecord
 from sppctl.run import dense
 from sppctl.run.directory import Run
+from sppctl.run.stage import Stage
 
 if TYPE_CHECKING:
     from sppctl.merge import stage as merging
@@ -154,6 +155,7 @@ class Merge:
 
 
 PRUNE, TRAIN, MERGE = Prune(), Train(), Merge()
+BY_NAME: dict[str, Stage[Any, Any]] = {stage.name: stage for stage in (PRUNE, TRAIN, MERGE)}
 
 
 def choose_dtype(config: Config, directory: Path, *, whole: bool = True, **options: Any) -> machine.Compute:
