@@ -26,7 +26,7 @@ from sppctl.model import checkpoint
 from sppctl.model.blocks import BlockStack
 from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
-from sppctl.prune.layers import Plan
+from sppctl.prune.layers import PrunePlan
 from sppctl.prune.walk import Journal, prune_blocks
 from sppctl.pruners.stats import Hessian
 
@@ -107,7 +107,9 @@ class Bench:
 
     def prune(self, method: str, order: str) -> None:
         targets = self.stack.targets("all-linear")
-        plan = Plan(method, targets, dict.fromkeys(targets, self.pattern), {"damp": 0.01, "block_size": 128}, order)
+        plan = PrunePlan(
+            method, targets, dict.fromkeys(targets, self.pattern), {"damp": 0.01, "block_size": 128}, order
+        )
         journal = Journal(self.out / "journal.jsonl")
         journal.path.unlink(missing_ok=True)
         journal.blocks.clear()

@@ -546,7 +546,7 @@ TEXTS = [
     Case(
         "calibration file missing",
         "prune {config} prune.calibration.dataset=lost.txt",
-        ("prune.calibration.dataset", "lost.txt is no file", "wikitext2"),
+        ("prune.calibration.dataset", "lost.txt is not a file", "wikitext2"),
     ),
     Case(
         "empty calibration file",
@@ -653,7 +653,7 @@ TEXTS = [
     Case(
         "one of several data sets missing",
         "run {config} 'train.data.dataset={{instructions: 1, lost.jsonl: 2}}'",
-        ("train.data.dataset", "lost.jsonl is no file", "alpaca-gpt4"),
+        ("train.data.dataset", "lost.jsonl is not a file", "alpaca-gpt4"),
     ),
     Case(
         "a weight of zero",
@@ -684,7 +684,7 @@ TEXTS = [
     Case(
         "evaluation text missing",
         "run {config} eval.perplexity=[lost.txt]",
-        ("eval.perplexity", "lost.txt is no file", "wikitext2"),
+        ("eval.perplexity", "lost.txt is not a file", "wikitext2"),
     ),
     Case(
         "evaluation text shorter than a window",
