@@ -96,9 +96,9 @@ def run(
 
     pipeline.join_processes(config)
     start_stage = _starter(config, [*names, *overrides], force, debug)
-    collected = pipeline.run_all(Run(config, force=force), start_stage)
-    if collected is not None:
-        show.report([collected], json)
+    study = pipeline.run_all(Run(config, force=force), start_stage)
+    if study is not None:
+        show.report(study, json)
 
 
 @app.command()
@@ -211,9 +211,9 @@ def sweep(
         show.sweep(entries, sweeping.totals(entries), json)
         sweeping.check_made(read)
         return
-    collected, failed = sweeping.execute(read, only, debug)
-    if collected:
-        show.report(collected, json)
+    study, failed = sweeping.execute(read, only, debug)
+    if study is not None:
+        show.report(study, json)
     if failed:
         raise StageError("\n".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 

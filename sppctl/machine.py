@@ -7,14 +7,16 @@ import importlib.metadata
 import os
 import platform
 import resource
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sppctl import __version__
 
 if TYPE_CHECKING:
     import torch
 
+R = TypeVar("R")
 PROCESS = Path("/proc/self")  # Linux; elsewhere the peak is that since the process started
 CPU_INFORMATION = Path("/proc/cpuinfo")
 # what switches the bfloat16 units of a CPU off: oneDNN's limits below AVX512_CORE_BF16 (in any case; its old name
@@ -171,3 +173,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def in_halves(compute: Callable[[Any], list[R]], batch: Sequence[Any]) -> list[R]:
+    """What is computed of a batch, in halves where the whole does not fit on the GPU."""
+    import torch
+
+    try:
+        return compute(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return in_halves(compute, batch[:half]) + in_halves(compute, batch[half:])

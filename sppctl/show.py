@@ -11,6 +11,7 @@ from sppctl.records import StageRecord, to_json
 
 if TYPE_CHECKING:
     from sppctl.inspect.inspect import MatrixSparsity
+    from sppctl.report.study import Study
     from sppctl.run.verify import Checked
     from sppctl.sweep.work import Entry
 
@@ -82,33 +83,16 @@ def results(found: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
     if as_json:
         console.show_json(next(iter(found.values())) if len(found) == 1 else found)
         return
-    from sppctl.report.readings import ACCURACY, AGREEMENT, measured
+    from sppctl.report import terminal
 
-    # with the configured seed as the run's, which goes without saying
-    named, _ = measured({"stages": {"eval": {"seed": seed}}, "checkpoints": found})
-    for label, measures in named.items():
-        rows = []
-        for name, one in measures.items():
-            if one.value is not None and one.kind not in (ACCURACY, AGREEMENT):
-                rows.append((name, f"{one.value:.3f}", ""))
-            else:
-                norm = "" if one.norm is None else f"{one.norm:.2%}"
-                rows.append((name, "-" if one.value is None else f"{one.value:.2%}", norm))
-        title = f"{label}: {found[label]['checkpoint']}"
-        console.show_table(title, ("measure", "acc / perplexity", "acc_norm"), rows)
+    terminal.show_results(found, seed)
 
 
-def report(runs: list[dict[str, Any]], as_json: bool) -> None:
-    """What was collected from runs."""
+def report(study: Study, as_json: bool) -> None:
+    """What runs have recorded."""
     if as_json:
-        console.show_json(runs)
+        console.show_json([run.to_json() for run in study.runs])
         return
-    from sppctl.report import over_runs, provenance
-    from sppctl.report import tables as report_tables
+    from sppctl.report import terminal
 
-    if len(runs) > 1:
-        console.show_table(f"{len(runs)} runs", *report_tables.wide_table(over_runs.rows_of_all(runs)))
-    for found in runs:
-        console.show_table(found["run"], *report_tables.table(found))
-        for fact in provenance.facts(found):
-            print(console.plain(fact))
+    terminal.show(study)

@@ -22,7 +22,7 @@ __main__     cli
 cli          options sweep run show plan inspect model launch config files console distributed records errors pattern
 options      config files errors
 show         sweep run report inspect config console distributed records
-sweep        run launch config files console distributed records errors
+sweep        run report launch config files console distributed records errors
 run          report plan merge train prune evaluate data model launch config files console distributed machine records \
              errors
 report       evaluate config files console errors

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import SHORT, Command
 
-from sppctl import __version__, cli, show
+from sppctl import __version__, cli
 from sppctl.config.load import config_keys, flatten, load_config, to_dict
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml
@@ -262,40 +262,6 @@ def test_a_measurement_with_another_configuration_changes_nothing_about_the_stag
     assert [after[key] for key in ("config", "stages")] == [before[key] for key in ("config", "stages")]
     assert [row["pattern"] for row in after["table"]] == ["dense", "2:4", "2:4"]
     assert load_config("tiny.yaml").train.rank == parse_yaml(after["config"], "")["train"]["rank"]
-
-
-def test_results_of_several_seeds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"acc": 0.5, "num_fewshot": 2, "samples": 4}
-    results = [
-        {
-            "settings": {"kind": "tasks", "tasks": "rte", "num_fewshot": 2, "limit": None, "seed": seed},
-            "metrics": {"tasks": {"rte": values | {"acc": 0.5 + seed / 4}}, "mean": {}, "groups": {}, "members": 1},
-        }
-        for seed in (0, 1)
-    ]
-    show.results({"base": {"checkpoint": "x", "results": results}}, 1, False)
-    lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "rte" in line]
-    assert [[cell.strip() for cell in line] for line in lines] == [
-        ["rte 2-shot, seed 0", "50.00%"],
-        ["rte 2-shot", "75.00%"],
-    ]
-
-
-def test_results_computed_in_several_dtypes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"acc": 0.5, "num_fewshot": 0, "samples": 4}
-    settings = {"kind": "tasks", "num_fewshot": 0, "limit": None, "seed": 0}
-    metrics: dict[str, Any] = {"mean": {}, "groups": {}, "members": 1}
-
-    def content(**dtypes: str) -> dict[str, Any]:
-        results = [
-            {"settings": settings | {"tasks": task}, "metrics": metrics | {"tasks": {task: values}}, "dtype": dtype}
-            for task, dtype in dtypes.items()
-        ]
-        return {"checkpoint": "x", "results": results}
-
-    show.results({"base": content(rte="bfloat16", boolq="float32"), "pruned": content(rte="float32")}, 0, False)
-    names = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert names == ["rte, computed in bfloat16", "boolq", "rte, computed in float32"]
 
 
 def test_force_redoes_every_stage(command: Command, here: Path) -> None:

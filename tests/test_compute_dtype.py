@@ -150,7 +150,7 @@ def test_results_stay_valid_unless_a_dtype_is_asked_for(
     assert (old["dtype"], new["dtype"]) == ("bfloat16", "float32")
     assert old["metrics"]["kl"] != new["metrics"]["kl"]
 
-    collected = pipeline.report([work().directory])[0]
+    collected = pipeline.report([work().directory]).to_json()
     names = [list(row["measures"]) for row in collected["table"]]
     assert names[0][0].endswith(", computed in bfloat16")
     assert names[1][0].endswith(", computed in float32")

@@ -50,7 +50,7 @@ def held_out_perplexity(directory: Path, name: str) -> float:
 
 
 def measured(directory: Path, name: str) -> dict[str, Any]:
-    results = pipeline.report([directory])[0]["checkpoints"][name]["results"]
+    results = pipeline.report([directory]).to_json()["checkpoints"][name]["results"]
     return next(result for result in results if result["settings"]["text"] == "instructions")
 
 

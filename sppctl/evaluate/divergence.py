@@ -39,7 +39,7 @@ class Reference:
             windows: (windows, seq_len) int64.
             batch_size: windows at a time.
             file: takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype.
-            advance: is told how many windows are done with every batch.
+            advance: called with the number of windows after every batch.
 
         Raises:
             UserError: the model does more to its logits than is known, so they cannot be made again.

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import StageError, UserError
+from sppctl.evaluate.results import Json, Rules
+from sppctl.evaluate.values import headline, plain_mean
 from sppctl.files import sources, strict_json
 
 # the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
@@ -26,8 +28,6 @@ ALL = ("zeroshot", "mmlu", "wikitext")
 # where lm-eval defines the tasks above; its index of all 14,000 files takes a quarter of a minute
 _FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default", "wikitext")
 BOOTSTRAP = 100  # samples, for the few metrics whose standard error has no formula
-
-Rules = dict[str, dict[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _manager_for(names: list[str], include_path: str | None) -> Any:
     return small if closed else _task_manager(include_path, whole=True)
 
 
-def _closed(name: str, index: dict[str, Any]) -> bool:
+def _closed(name: str, index: Json) -> bool:
     """Whether an index holds a task, or a group with all members; other files may add members to a tag."""
     entry = index.get(name)
     if entry is None or entry.kind.name == "TAG":
@@ -96,7 +96,7 @@ def expanded(names: list[str], include_path: str | None = None) -> list[str]:
     """Names without repetition; ``all``, and patterns such as ``blimp_*``, replaced by what they mean.
 
     Raises:
-        UserError: a pattern fits no task, tag or group of lm-eval.
+        UserError: a pattern matches no task, tag or group of lm-eval.
     """
     found: list[str] = []
     for name in names:
@@ -104,10 +104,10 @@ def expanded(names: list[str], include_path: str | None = None) -> list[str]:
             found += ALL
         elif set(name) & set("*?["):
             known = _task_manager(include_path, whole=True).all_tasks
-            fitting = sorted(fnmatch.filter(known, name))
-            if not fitting:
-                raise UserError(f"eval.tasks: {name} fits no lm-eval task; `lm-eval ls tasks` lists them")
-            found += fitting
+            matching = sorted(fnmatch.filter(known, name))
+            if not matching:
+                raise UserError(f"eval.tasks: {name} matches no lm-eval task; `lm-eval ls tasks` lists them")
+            found += matching
         else:
             found.append(name)
     return list(dict.fromkeys(found))
@@ -117,10 +117,10 @@ def check_tasks(names: list[str], include_path: str | None = None, tokenizer: An
     """Checks that lm-eval knows every task, without loading any data.
 
     Raises:
-        UserError: it does not, there is no such folder, or a task needs an end that the tokenizer does not have.
+        UserError: a task or folder is unknown, or a task needs an end-of-text token that the tokenizer does not have.
     """
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"eval.include_path: {include_path} is no folder; give the one that holds your tasks' YAML")
+        raise UserError(f"eval.include_path: {include_path} is not a folder; give the one with your tasks' YAML")
     foreign = [name for name in expanded(names, include_path) if name not in GROUPS]
     if not foreign:
         return
@@ -133,7 +133,7 @@ def check_tasks(names: list[str], include_path: str | None = None, tokenizer: An
     unsafe = [name for name in foreign for member in members(name, include_path) if _runs_code(member, include_path)]
     if unsafe:
         raise UserError(
-            f"eval.tasks: {unsafe[0]} runs code that the model has written, which sppctl does not; use lm_eval itself "
+            f"eval.tasks: {unsafe[0]} executes model-generated code, which sppctl refuses; use lm_eval itself "
             "(--confirm_run_unsafe_code), in a sandbox"
         )
     if tokenizer is None or tokenizer.eos_token_id is not None:
@@ -152,8 +152,8 @@ def _runs_code(member: Member, include_path: str | None) -> bool:
     return definition is not None and bool(definition.get("unsafe_code"))
 
 
-def _definition(name: str, include_path: str | None) -> dict[str, Any] | None:
-    """What the YAML of a task says; None for a group, and for a task that is a Python class."""
+def _definition(name: str, include_path: str | None) -> Json | None:
+    """The content of a task's YAML; None for a group, and for a task that is a Python class."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     entry = _manager_for([name], include_path).task_index[name]
@@ -185,7 +185,7 @@ def load_tasks(names: list[str], include_path: str | None = None) -> None:
         include_path: folder with tasks of one's own.
 
     Raises:
-        StageError: it cannot be had.
+        StageError: it could not be loaded.
     """
     try:
         with _silently():
@@ -221,7 +221,7 @@ def members(name: str, include_path: str | None = None) -> list[Member]:
     return [Member(task, groups) for task, groups in found.items()]
 
 
-def _leaves(name: str, index: dict[str, Any], above: Rules) -> Iterator[Member]:
+def _leaves(name: str, index: Json, above: Rules) -> Iterator[Member]:
     from lm_eval.tasks._factory import GROUP_FIELD_NAMES
 
     entry = index[name]
@@ -243,7 +243,7 @@ def _leaves(name: str, index: dict[str, Any], above: Rules) -> Iterator[Member]:
         yield from _leaves(child, index, groups)
 
 
-def are_current(task: str, recorded: dict[str, Any], include_path: str | None) -> bool:
+def are_current(task: str, recorded: Json, include_path: str | None) -> bool:
     """Whether a task would be made from what is recorded of an earlier run of it (``sources`` of :func:`evaluate`)."""
     return sources.are_current(recorded, _manager_for([task], include_path).task_index[task].yaml_path, include_path)
 
@@ -264,7 +264,7 @@ def evaluate(
     system_prompt: str | None = None,
     include_path: str | None = None,
     progress: Callable[[str, int], Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+) -> tuple[Json, dict[str, list[Json]]]:
     """Runs one task, or one group of lm-eval, on a loaded model; several processes share the work.
 
     Args:
@@ -278,7 +278,7 @@ def evaluate(
         chat_template: whether prompts are put into the tokenizer's chat template, few-shot examples as turns.
         system_prompt: system message.
         include_path: folder with tasks of one's own.
-        progress: given what is done and how many of it, a context manager that is told of every one (``advance``).
+        progress: given what is done and how many of it, a context manager whose ``advance`` is called for each.
 
     Returns:
         ``{"tasks": {task: {metric: value, metric_stderr: value, "metric", "higher_is_better", "version", "num_fewshot",
@@ -288,7 +288,7 @@ def evaluate(
         :func:`_sample`.
 
     Raises:
-        StageError: lm-eval failed, for example because a dataset cannot be had.
+        StageError: lm-eval failed, for example because a data set could not be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import datasets
@@ -346,7 +346,7 @@ def _failed(name: str, error: Exception) -> StageError:
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Keeps stdout for results, and stderr clean of lm-eval's bars where it is no terminal."""
+    """Keeps stdout for results, and stderr clean of lm-eval's bars where it is not a terminal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
@@ -376,7 +376,7 @@ def _silently() -> Iterator[None]:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _summary(found: Any) -> dict[str, Any]:
+def _summary(found: Any) -> Json:
     subtasks = {member for members in found.get("group_subtasks", {}).values() for member in members}
     tasks = {}
     for task, metrics in found["results"].items():
@@ -396,22 +396,7 @@ def _summary(found: Any) -> dict[str, Any]:
     return {"tasks": tasks, "mean": _plain(own_mean[0]) if own_mean else plain_mean(list(tasks.values()))}
 
 
-def headline(values: dict[str, float]) -> str | None:
-    """The metric that tables show: acc, or the first."""
-    return "acc" if "acc" in values else next(iter(values), None)
-
-
-def plain_mean(tasks: list[dict[str, Any]]) -> dict[str, float]:
-    """The mean over tasks of each accuracy that all of them have."""
-    measured = {metric for values in tasks for metric in values if metric.startswith("acc")}
-    return {
-        metric: sum(values[metric] for values in tasks) / len(tasks)
-        for metric in sorted(measured)
-        if all(metric in values for values in tasks) and not metric.endswith("stderr")
-    }
-
-
-def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+def _plain(metrics: Json) -> dict[str, float]:
     """``{"acc,none": 0.5, ...}`` without the filter's name; of several for one metric only the first loses it."""
     plain: dict[str, float] = {}
     for key, value in metrics.items():
@@ -421,13 +406,13 @@ def _plain(metrics: dict[str, Any]) -> dict[str, float]:
     return plain
 
 
-def _samples(task: Any, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _samples(task: Any, logged: list[Json]) -> list[Json]:
     """One record per document, in lm-eval's order; of several filters the first."""
     first = logged[0]["filter"]
     return [_sample(task, sample) for sample in logged if sample["filter"] == first]
 
 
-def _sample(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+def _sample(task: Any, sample: Json) -> Json:
     """What came of one document.
 
     Returns:
@@ -448,13 +433,13 @@ def _sample(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _gold(task: Any, sample: dict[str, Any], choices: list[str]) -> int | None:
+def _gold(task: Any, sample: Json, choices: list[str]) -> int | None:
     right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
     if isinstance(right, str):
         return choices.index(right) if right in choices else None
     return right if isinstance(right, int) else None
 
 
-def as_lines(samples: list[dict[str, Any]]) -> str:
+def as_lines(samples: list[Json]) -> str:
     """Records as JSON lines."""
     return "".join(strict_json.dumps(sample) + "\n" for sample in samples)

@@ -21,17 +21,15 @@ from sppctl.data import texts
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import perplexity
 from sppctl.evaluate.divergence import Reference, divergence
+from sppctl.evaluate.results import TextMeasure, TextNumbers
 from sppctl.evaluate.subjects import fingerprint
 from sppctl.model import checkpoint
 
 CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
-# settings that say what a text is compared with, and which version of a file it was: of results that differ in nothing
-# else only the newest stays
-PASSING = ("reference", "content")
 
 
 def contents(config: Config) -> dict[str, str]:
-    """Identifies the configured texts: a local file by its bytes, any other text by what it says."""
+    """Identifies the configured texts: a local file by its bytes, any other text by its content."""
     found = {}
     for name in config.eval.perplexity:
         text = texts.file_hash(name)
@@ -39,8 +37,8 @@ def contents(config: Config) -> dict[str, str]:
     return found
 
 
-def wanted(config: Config, window: int, reference: str | None, texts: dict[str, str]) -> list[dict[str, Any]]:
-    """One entry per configured text, with all settings that change its value.
+def wanted(config: Config, window: int, reference: str | None, texts: dict[str, str]) -> list[TextMeasure]:
+    """The configured texts, one measure per text.
 
     Args:
         config: the configuration.
@@ -48,29 +46,8 @@ def wanted(config: Config, window: int, reference: str | None, texts: dict[str, 
         reference: fingerprint of the dense model; None: no comparison.
         texts: of :func:`contents`.
     """
-    entries = []
-    for name in config.eval.perplexity:
-        entry = {"kind": "perplexity", "text": name, "seq_len": window, "stride": config.eval.stride}
-        entry |= {"max_tokens": config.eval.max_tokens, "reference": reference}
-        entries.append(entry | {"content": texts[name]})
-    return entries
-
-
-def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether a measurement takes the place of another one of the same text."""
-
-    def lasting(settings: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in settings.items() if key not in PASSING}
-
-    return lasting(new) == lasting(old)
-
-
-def is_done(entry: dict[str, Any], found: list[dict[str, Any]]) -> bool:
-    """Whether results hold an entry; where nothing is to be compared, one that was compared will do."""
-    done = [result["settings"] for result in found]
-    if entry["reference"] is not None:
-        return entry in done
-    return any(entry == old | {"reference": None} for old in done)
+    stride, limit = config.eval.stride, config.eval.max_tokens
+    return [TextMeasure(name, window, stride, limit, reference, texts[name]) for name in config.eval.perplexity]
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -103,20 +80,21 @@ class Windows:
         return f"{digest} {count} {step} {seq_len} {self.batch_size}"
 
 
-def windows_of(config: Config, tokenizer: Any, settings: dict[str, Any], device: torch.device) -> Windows:
+def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: torch.device) -> Windows:
     """The windows of a text.
 
     Args:
         config: the configuration, for the batch size.
         tokenizer: of the model.
-        settings: an entry of :func:`wanted`.
+        measure: one of :func:`wanted`.
         device: that the model is on.
     """
-    text = texts.load_text(settings["text"], "test", "eval.perplexity")
-    seq_len, stride = settings["seq_len"], settings["stride"]
-    most = [count for count in (settings["max_tokens"], text.windows and text.windows * seq_len) if count]
+    text = texts.load_text(measure.text, "test", "eval.perplexity")
+    most = [count for count in (measure.max_tokens, text.windows and text.windows * measure.seq_len) if count]
     whole = text.joiner.join(text.documents)
-    tokens = perplexity.text_windows(tokenizer, whole, seq_len, min(most, default=None), settings["text"], stride)
+    tokens = perplexity.text_windows(
+        tokenizer, whole, measure.seq_len, min(most, default=None), measure.text, measure.stride
+    )
     batch_size = _batch_size(config, device, len(tokens))
     batches = torch.arange(len(tokens)).split(batch_size)[distributed.rank() :: distributed.world_size()]
     own = torch.cat(batches) if batches else torch.arange(0)
@@ -141,7 +119,7 @@ class DenseModel:
 
         Args:
             name: as configured.
-            directory: where it lies.
+            directory: of the checkpoint.
             trust_remote_code: whether its own code may run.
             scratch: an existing folder for its hidden states.
         """
@@ -206,43 +184,39 @@ def _comparison(dense: DenseModel, reference: Reference, model: Any) -> Callable
 
 
 def measure(
-    config: Config, model: Any, tokenizer: Any, settings: dict[str, Any], *, label: str, dense: DenseModel | None
-) -> dict[str, Any]:
-    """Perplexity on one text; of several processes each takes every so many batches.
+    config: Config, model: Any, tokenizer: Any, measure: TextMeasure, *, label: str, dense: DenseModel | None
+) -> TextNumbers:
+    """Perplexity on one text; several processes take batches in turn.
 
     Args:
         config: the configuration, for what does not change the numbers.
         model: the loaded model.
         tokenizer: its tokenizer.
-        settings: an entry of :func:`wanted`.
+        measure: one of :func:`wanted`.
         label: of the checkpoint, for progress.
-        dense: the model to compare with, which has predicted these windows. Where the settings name no reference, this
+        dense: the model to compare with, which has predicted these windows. Where the measure names no reference, this
             model is itself the dense one, and what it has predicted is not computed again.
-
-    Returns:
-        The fields of :class:`sppctl.evaluate.perplexity.Perplexity`, ``documents_hash`` of the text,
-        ``compared_with`` what is not the run's dense model, and ``window_nll``, the summed loss of every window in
-        nats, by which two checkpoints can be compared window by window.
 
     Raises:
         UserError: the dense model has another vocabulary.
         StageError: the model gives no finite logits.
     """
-    text = windows_of(config, tokenizer, settings, model.device)
-    windows, own, stride = text.tokens, text.own, settings["stride"]
+    text = windows_of(config, tokenizer, measure, model.device)
+    windows, own, stride = text.tokens, text.own, measure.stride
     scored = perplexity.scored_tokens(len(windows), windows.shape[1], stride)
     known = None if dense is None else dense.on(text, model.dtype)
-    compared = settings["reference"] is not None
     compare = hidden = None
-    if compared:
+    compared_with = None
+    if measure.reference is not None:
         assert dense is not None
         assert known is not None
         compare = _comparison(dense, known, model)
+        compared_with = None if dense.name == "base" else dense.name
     elif known is not None:
         hidden = known.hidden
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
     done = 0
-    with console.Progress(f"{label}: perplexity of {settings['text']}", len(own)) as bar:
+    with console.Progress(f"{label}: perplexity of {measure.text}", len(own)) as bar:
         for batch in perplexity.window_sums(model, windows[own], text.batch_size, scored[own], compare, hidden=hidden):
             sums[own[done : done + len(batch)]] = batch
             done += len(batch)
@@ -254,14 +228,12 @@ def measure(
         sums = shared.cpu()
     _check_finite(sums, model, label)
     losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
-    measured = asdict(perplexity.summarise(sums, windows.shape[1], stride, compared))
-    if compared and dense is not None and dense.name != "base":
-        measured["compared_with"] = dense.name
-    return measured | {"documents_hash": text.documents_hash, "window_nll": losses}
+    numbers = asdict(perplexity.summarise(sums, windows.shape[1], stride, compare is not None))
+    return TextNumbers(**numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)
 
 
 def _check_finite(sums: Tensor, model: Any, label: str) -> None:
-    """An infinite loss is a bad model, which is a result; what is no number is a broken one."""
+    """An infinite loss is a result, of a bad model; NaN means a broken one."""
     broken = sums.isnan().any(dim=1).nonzero().flatten().tolist()
     if broken:
         dtype = str(model.dtype).removeprefix("torch.")

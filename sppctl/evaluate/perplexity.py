@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sppctl import machine
 from sppctl.errors import UserError
+from sppctl.evaluate.results import Perplexity
 
 LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
 # on a CPU for fewer: up to 16 MiB are memory that malloc uses again, where larger blocks are mapped and cleared anew
@@ -21,35 +22,6 @@ LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for
 CPU_LOGITS = 1 << 24  # bytes in the model's dtype
 CPU_LOSS = 1 << 20  # elements in float32
 MEMORY_SHARE = 0.5  # of what is free may be taken by logits of whole windows
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """A measured perplexity, and the distance to a reference model if there was one.
-
-    Attributes:
-        value: exp of the mean negative log-likelihood per predicted token.
-        nll: that mean, in nats.
-        stderr: standard error of ``nll`` over windows; None for a single one.
-        tokens: predicted tokens.
-        windows: windows of ``seq_len`` tokens.
-        seq_len: tokens in a window.
-        stride: tokens from one window to the next.
-        kl: mean KL(reference || model) per predicted token, in nats.
-        kl_stderr: standard error of ``kl`` over windows.
-        top1_agreement: share of the predicted tokens for which both models find the same one likeliest.
-    """
-
-    value: float
-    nll: float
-    stderr: float | None
-    tokens: int
-    windows: int
-    seq_len: int
-    stride: int
-    kl: float | None = None
-    kl_stderr: float | None = None
-    top1_agreement: float | None = None
 
 
 def text_windows(
@@ -143,7 +115,8 @@ def window_sums(
     if not (chunked or whole):
         batch_size = min(batch_size, _whole_windows_that_fit(model, windows.shape[1]))
 
-    def sums_of(first: int, end: int) -> Tensor:
+    def sums_of(indices: range) -> list[Tensor]:
+        first, end = indices.start, indices.stop
         batch = windows[first:end].to(model.device)
         if hidden is not None and chunked:
             output = hidden[first:end].to(model.device)
@@ -159,20 +132,12 @@ def window_sums(
                 if compare is not None:
                     compared = compare(first + row, start, stop, finish(logits))
                     sums[row, 1:] += torch.tensor(compared, dtype=torch.float64)
-        return sums
-
-    def halved(first: int, end: int) -> Tensor:
-        try:
-            return sums_of(first, end)
-        except torch.OutOfMemoryError:
-            if whole or end - first == 1:  # the processes of a sharded model must make the same calls
-                raise
-        torch.cuda.empty_cache()
-        middle = (first + end) // 2
-        return torch.cat([halved(first, middle), halved(middle, end)])
+        return [sums]
 
     for first in range(0, len(windows), batch_size):
-        yield halved(first, min(first + batch_size, len(windows)))
+        indices = range(first, min(first + batch_size, len(windows)))
+        # the processes of a sharded model must make the same calls
+        yield torch.cat(sums_of(indices) if whole else machine.in_halves(sums_of, indices))
 
 
 def _whole_windows_that_fit(model: Any, seq_len: int) -> int:
@@ -191,7 +156,7 @@ def logit_rows(model: Any, dtype: torch.dtype) -> int:
 def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], Tensor]) -> float:
     """Summed negative log-likelihood in float32 of the tokens (positions,) under logits (positions, vocabulary)."""
     rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_LOSS // logits.shape[1])
-    # of a model that is spread over GPUs the head lies on another one than the embedding
+    # of a model that is spread over GPUs the head and the embedding are on different ones
     parts = zip(logits.split(rows), following.to(logits.device).split(rows), strict=True)
     return sum(F.cross_entropy(finish(part), tokens, reduction="sum").item() for part, tokens in parts)
 

@@ -2,7 +2,7 @@
 
 lm-eval itself gives each process documents of its own, so that a request is computed in other company than in a single
 process, and its score differs in the last bits. Here every process prepares all requests and makes the same batches;
-each computes every so many of them. Any number of processes thus gives the numbers of one.
+they compute these in turn. Any number of processes thus gives the numbers of one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Scorer(HFLM):
             tokenizer: its tokenizer.
             batch_size: requests at a time; None: as many as fit.
             seed: for generation that draws.
-            progress: given what is done and how many of it, a context manager that is told of every one (``advance``).
+            progress: given what is done and how many of it, a context manager whose ``advance`` is called for each.
         """
         rows = vocabulary.embeddings(model)
         exceeds = vocabulary.may_exceed(tokenizer, rows)
@@ -80,10 +80,10 @@ class Scorer(HFLM):
         config = self.model.config.get_text_config()
         # logits and their log-softmax, with room for one copy; a block's activations at their widest
         width = 3 * config.vocab_size + 20 * config.hidden_size
-        fitting = int(self._room // (length * width * self.model.dtype.itemsize))
+        size = int(self._room // (length * width * self.model.dtype.itemsize))
         if self.device.type == "cpu":
-            fitting = min(fitting, CPU_TOKENS // length)
-        return max(1, min(fitting, LARGEST.get(self.device.type, LARGEST["cpu"])))
+            size = min(size, CPU_TOKENS // length)
+        return max(1, min(size, LARGEST.get(self.device.type, LARGEST["cpu"])))
 
     def _own(self, batches: list[list[int]], title: str) -> Iterator[list[int]]:
         own = batches[distributed.rank() :: distributed.world_size()]
@@ -112,7 +112,7 @@ class Scorer(HFLM):
             self._check_tokens(context + answer)
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
         for batch in self._own(self._batches(requests), "batches of requests"):
-            found = _halved(self._score, [requests[index] for index in batch])
+            found = machine.in_halves(self._score, [requests[index] for index in batch])
             scores[batch] = torch.tensor(found, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
         distributed.add_up(shared)
@@ -170,22 +170,12 @@ class Scorer(HFLM):
         for batch in self._own(batches, "batches of texts"):
             # what is drawn depends on the batch, not on how many processes there are and what they drew before
             torch.manual_seed(self.seed + batch[0])
-            texts |= dict(zip(batch, _halved(self._generate, [requests[index] for index in batch]), strict=True))
+            texts |= dict(
+                zip(batch, machine.in_halves(self._generate, [requests[index] for index in batch]), strict=True)
+            )
         for other in distributed.collect(texts):
             texts |= other
         return [texts[index] for index in range(len(requests))]
 
     def _generate(self, batch: list[Any]) -> list[str]:
         return super().generate_until(batch, disable_tqdm=True)
-
-
-def _halved(compute: Callable[[list[Any]], list[Any]], batch: list[Any]) -> list[Any]:
-    """What is computed of a batch, in halves where the whole does not fit on the GPU."""
-    try:
-        return compute(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    torch.cuda.empty_cache()
-    half = len(batch) // 2
-    return _halved(compute, batch[:half]) + _halved(compute, batch[half:])

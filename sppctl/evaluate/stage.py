@@ -10,9 +10,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -24,8 +24,8 @@ from sppctl.data.chat import try_template
 from sppctl.errors import UserError
 from sppctl.evaluate import harness, perplexities, perplexity, tasks
 from sppctl.evaluate.perplexities import DenseModel
+from sppctl.evaluate.results import AnyResult, Measure, Results, TaskMeasure, TaskResult, TextMeasure, TextResult
 from sppctl.evaluate.subjects import Subject
-from sppctl.files import sealed, strict_json
 from sppctl.inspect import inspect
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
@@ -93,9 +93,9 @@ def load_data(config: Config) -> None:
     """Loads the data of the configured tasks, unless they are many, so that what is missing is found at once.
 
     Raises:
-        StageError: some cannot be had.
+        StageError: some could not be loaded.
     """
-    names = list(dict.fromkeys(entry["tasks"] for entry in tasks.wanted(config)))
+    names = list(dict.fromkeys(measure.task for measure in tasks.wanted(config)))
     if names and len(names) <= LOADED_AT_ONCE:
         harness.load_tasks(names, config.eval.include_path)
 
@@ -144,12 +144,10 @@ def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
         raise UserError("eval.system_prompt: this model's chat template takes no system message; set it to null")
 
 
-def measures(
-    config: Config, window: int, texts: dict[str, str], dense: DenseModel | None = None
-) -> list[dict[str, Any]]:
-    """What the configuration asks for: one entry per text and task, with all settings that change its value."""
+def wanted(config: Config, window: int, texts: dict[str, str], dense: DenseModel | None = None) -> list[Measure]:
+    """What the configuration asks for: a measure per text and task."""
     reference = None if dense is None else dense.fingerprint
-    return perplexities.wanted(config, window, reference, texts) + tasks.wanted(config)
+    return [*perplexities.wanted(config, window, reference, texts), *tasks.wanted(config)]
 
 
 def window_of(config: Config, directory: Path) -> int:
@@ -161,91 +159,59 @@ def _window(config: Config, limit: int | None) -> int:
     return config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The results file of a checkpoint; empty if there is none."""
-    if not path.is_file():
-        return {}
-    remedy = "delete it and run sppctl eval again"
-    content = sealed.read(path, remedy, older=True)
-    if content.get("label", path.stem) != path.stem:
-        raise UserError(f"{path} holds the results of another checkpoint ({content['label']}); {remedy}")
-    return content
-
-
-def known(config: Config, subject: Subject, results: Path) -> list[dict[str, Any]]:
+def known(config: Config, subject: Subject, path: Path) -> list[AnyResult]:
     """What a results file holds for these weights and this tokenizer, as far as its samples are there.
 
     Whatever dtype it was computed in will do, unless one is configured.
     """
-    before = read_results(results)
-    if before.get("fingerprint") != subject.fingerprint:
+    before = Results.load(path)
+    if before is None or before.fingerprint != subject.fingerprint:
         return []
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
-    valid = [result for result in before["results"] if result.get("tokenizer", tokenizer) == tokenizer]
-    if config.model.compute_dtype != "auto":
-        valid = [result for result in valid if result.get("dtype") == config.model.compute_dtype]
-    samples, asked = _samples(results), {entry["tasks"] for entry in tasks.wanted(config)}
-    return [
-        result
-        for result in valid
-        if result["settings"]["kind"] == "perplexity"
-        or (
-            result["settings"]["tasks"] in asked
-            and tasks.has_samples(result, samples)
-            and tasks.is_current(config, result)
-        )
-    ]
+    dtype = config.model.compute_dtype
+    asked = {measure.task for measure in tasks.wanted(config)}
+
+    def is_valid(result: AnyResult) -> bool:
+        if result.tokenizer != tokenizer or dtype not in ("auto", result.dtype):
+            return False
+        if isinstance(result, TextResult):
+            return True
+        is_asked = result.measure.task in asked
+        return is_asked and tasks.has_samples(result, _samples(path)) and tasks.is_current(config, result)
+
+    return [result for result in before.results if is_valid(result)]
 
 
 def missing(
     config: Config,
     subject: Subject,
-    found: list[dict[str, Any]],
+    known: list[AnyResult],
     texts: dict[str, str],
     dense: DenseModel | None = None,
-) -> list[dict[str, Any]]:
-    """The measures that are asked for and not among those found."""
-    wanted = measures(config, window_of(config, subject.directory), texts, dense)
-    return [
-        settings
-        for settings in wanted
-        if not (
-            perplexities.is_done(settings, found)
-            if settings["kind"] == "perplexity"
-            else tasks.is_done(config, settings, found)
-        )
-    ]
-
-
-def _of(settings: dict[str, Any]) -> ModuleType:
-    return perplexities if settings["kind"] == "perplexity" else tasks
-
-
-def replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether a measurement, by its settings, takes the place of another one."""
-    return bool(new["kind"] == old["kind"] and _of(new).replaces(new, old))
+) -> list[Measure]:
+    """The measures that are asked for and not among the known ones."""
+    measures = wanted(config, window_of(config, subject.directory), texts, dense)
+    valid = Results(subject.label, str(subject.place), subject.fingerprint, {}, known)
+    return valid.missing(measures, partial(tasks.is_placed, config))
 
 
 def take_over(source: Path, target: Path) -> None:
     """Adds what one results file holds, and its samples, to another of the same label, which may hold more."""
-    content = read_results(source)
-    before = read_results(target)
-    if before.get("fingerprint") == content["fingerprint"]:
-        taken = [result["settings"] for result in content["results"]]
-        content["results"] += [
-            result for result in before["results"] if not any(replaces(new, result["settings"]) for new in taken)
-        ]
-    samples = _samples(source)
-    if samples.is_dir():
-        shutil.copytree(samples, _samples(target), dirs_exist_ok=True)
-    sealed.write(target, content)
+    content, before = Results.load(source), Results.load(target)
+    assert content is not None
+    if before is not None and before.fingerprint == content.fingerprint:
+        measures = [result.measure for result in content.results]
+        content.results += [old for old in before.results if not any(new.supersedes(old.measure) for new in measures)]
+    if _samples(source).is_dir():
+        shutil.copytree(_samples(source), _samples(target), dirs_exist_ok=True)
+    content.save(target)
 
 
-def _samples(results: Path) -> Path:
-    return results.with_suffix(".samples")
+def _samples(path: Path) -> Path:
+    return path.with_suffix(".samples")
 
 
-def predict(config: Config, jobs: Iterable[tuple[Subject, str, list[dict[str, Any]], DenseModel | None]]) -> None:
+def predict(config: Config, jobs: Iterable[tuple[Subject, str, list[Measure], DenseModel | None]]) -> None:
     """Runs the dense model on all windows on which it will be compared, before any other model is loaded.
 
     Args:
@@ -255,90 +221,98 @@ def predict(config: Config, jobs: Iterable[tuple[Subject, str, list[dict[str, An
     """
     device = checkpoint.pick_device(config.model.device)
     texts: dict[DenseModel, list[tuple[perplexities.Windows, str]]] = {}
-    for subject, dtype, wanted, dense in jobs:
-        asked = [settings for settings in wanted if settings["kind"] == "perplexity"]
+    for subject, dtype, measures, dense in jobs:
+        asked = [measure for measure in measures if isinstance(measure, TextMeasure)]
         if dense is not None and asked:
             tokenizer = checkpoint.load_tokenizer(subject.directory, config.model.trust_remote_code)
-            windows = [(perplexities.windows_of(config, tokenizer, settings, device), dtype) for settings in asked]
+            windows = [(perplexities.windows_of(config, tokenizer, measure, device), dtype) for measure in asked]
             texts.setdefault(dense, []).extend(windows)
-    for dense, found in texts.items():
-        dense.predict(found, device)
+    for dense, windows in texts.items():
+        dense.predict(windows, device)
 
 
 def execute(
     config: Config,
     subject: Subject,
     dtype: str,
-    results: Path,
-    wanted: list[dict[str, Any]],
-    found: list[dict[str, Any]],
+    path: Path,
+    measures: list[Measure],
+    known: list[AnyResult],
     dense: DenseModel | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Measures one checkpoint and adds to its results file after every measure.
 
     Args:
         config: the configuration.
         subject: the checkpoint, or an adapter on one.
         dtype: name of the dtype to compute in.
-        results: its JSON file.
-        wanted: entries of :func:`measures`.
-        found: results of :func:`known` that may serve where the same was measured for another group.
+        path: its results file.
+        measures: of :func:`missing`.
+        known: results of :func:`known` that may serve where the same was measured for another group.
         dense: the model with which others are compared, and perhaps this one itself; after :func:`predict`.
 
     Returns:
         The content of the results file.
     """
-    content = distributed.tell(read_results(results), 0)
-    samples = _samples(results)
-    if content.get("fingerprint") != subject.fingerprint:
-        if distributed.is_main():
-            shutil.rmtree(samples, ignore_errors=True)
-        recorded = inspect.recorded_patterns(subject.directory) or {}
-        with console.working(f"counting zeros in {subject.directory}"):
-            _, sparsity = inspect.measure(subject.directory, *recorded.values())
-        content = {
-            "label": subject.label,
-            "checkpoint": str(subject.place),
-            "fingerprint": subject.fingerprint,
-            "sparsity": sparsity,
-            "results": [],
-        }
+    content: Results | None = distributed.tell(Results.load(path), 0)
+    if content is None or content.fingerprint != subject.fingerprint:
+        content = _none_yet(subject, path)
     # a mean over a group would mix what was measured before and after its files changed
-    asked = {settings["tasks"] for settings in wanted if settings["kind"] == "tasks"}
-    content["results"] = [
-        result
-        for result in content["results"]
-        if result["settings"].get("tasks") not in asked
-        or "sources" not in result["metrics"]
-        or tasks.is_current(config, result)
-    ]
-    device = checkpoint.pick_device(config.model.device)
-    trust = config.model.trust_remote_code
-    model, label = None, subject.label
-    found = list(found)
-    for settings in wanted:
-        entry = tasks.shared(config, settings, found) if settings["kind"] == "tasks" else None
-        if entry is None:
+    asked = {measure.task for measure in measures if isinstance(measure, TaskMeasure)}
+    content.results = [old for old in content.results if not _is_outdated(config, old, asked)]
+    device, trust = checkpoint.pick_device(config.model.device), config.model.trust_remote_code
+    model = tokenizer = None
+    shareable = [result for result in known if isinstance(result, TaskResult)]
+    for measure in measures:
+        result: AnyResult | None = None
+        if isinstance(measure, TaskMeasure):
+            result = tasks.shared(config, measure, shareable)
+        if result is None:
             if model is None:
                 model = subject.load(device, dtype, trust)
                 tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
-            started = time.perf_counter()
-            if settings["kind"] == "perplexity":
-                metrics = perplexities.measure(config, model, tokenizer, settings, label=label, dense=dense)
-            else:
-                metrics = tasks.measure(config, model, tokenizer, settings, label=label, samples=samples)
-            entry = {"settings": settings, "metrics": strict_json.finite(metrics)}
-            entry["seconds"] = round(time.perf_counter() - started, 2)
-            entry |= {"dtype": dtype, "device": device.type, "versions": _versions()}
-            entry["batch_size"] = config.eval.batch_size
-            entry["tokenizer"] = checkpoint.tokenizer_fingerprint(subject.directory)
-            entry["command"] = console.command_line()
-        found.append(entry)
-        kept = [old for old in content["results"] if not replaces(settings, old["settings"])]
-        content["results"] = [*kept, entry]
+            result = _measured(config, subject, measure, model, tokenizer, dense, path)
+            result = replace(result, dtype=dtype, device=device.type)
+        shareable += [result] if isinstance(result, TaskResult) else []
+        content.add(result)
         if distributed.is_main():
-            sealed.write(results, content)
+            content.save(path)
     return content
+
+
+def _is_outdated(config: Config, result: AnyResult, asked: set[str]) -> bool:
+    """Whether a result is of one of these tasks before its files changed."""
+    return isinstance(result, TaskResult) and result.measure.task in asked and not tasks.is_current(config, result)
+
+
+def _none_yet(subject: Subject, path: Path) -> Results:
+    """The results of weights of which nothing has been measured."""
+    if distributed.is_main():
+        shutil.rmtree(_samples(path), ignore_errors=True)
+    recorded = inspect.recorded_patterns(subject.directory) or {}
+    with console.working(f"counting zeros in {subject.directory}"):
+        _, sparsity = inspect.measure(subject.directory, *recorded.values())
+    return Results(subject.label, str(subject.place), subject.fingerprint, sparsity)
+
+
+def _measured(
+    config: Config, subject: Subject, measure: Measure, model: Any, tokenizer: Any, dense: DenseModel | None, path: Path
+) -> AnyResult:
+    label, samples, started = subject.label, _samples(path), time.perf_counter()
+    result: AnyResult
+    if isinstance(measure, TextMeasure):
+        text = perplexities.measure(config, model, tokenizer, measure, label=label, dense=dense)
+        result = TextResult(measure, text)
+    else:
+        result = TaskResult(measure, tasks.measure(config, model, tokenizer, measure, label=label, samples=samples))
+    return replace(
+        result,
+        seconds=round(time.perf_counter() - started, 2),
+        versions=_versions(),
+        batch_size=config.eval.batch_size,
+        tokenizer=checkpoint.tokenizer_fingerprint(subject.directory),
+        command=console.command_line(),
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -346,32 +320,3 @@ def _versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "lm_eval", "datasets")
     return {"sppctl": __version__} | {name: importlib.metadata.version(name) for name in names}
-
-
-def result_name(result: dict[str, Any]) -> str:
-    """How a measure is called in tables, with what limited it."""
-    settings, metrics = result["settings"], result["metrics"]
-    if settings["kind"] != "perplexity":
-        return tasks.title(tasks.as_measured([result]))
-    step = settings.get("stride") or settings["seq_len"]
-    used = (metrics["windows"] - 1) * step + settings["seq_len"] if "windows" in metrics else settings["max_tokens"]
-    cut = f", first {used} tokens" if settings["max_tokens"] else ""
-    stride = f" stride {settings['stride']}" if settings.get("stride") else ""
-    return f"ppl {settings['text']} @{settings['seq_len']}{stride}{cut}"
-
-
-def rows_of(content: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """The results of a checkpoint as rows: name, value (perplexity or acc), acc_norm where there is one."""
-    rows: list[tuple[str, float | None, float | None]] = []
-    for result in content["results"]:
-        if result["settings"]["kind"] != "perplexity":
-            continue
-        name, metrics = result_name(result), result["metrics"]
-        rows.append((name, metrics["value"], None))
-        if metrics.get("kl") is not None:
-            text = name.removeprefix("ppl ")
-            if "compared_with" in metrics:
-                text += f" (dense: {metrics['compared_with']})"
-            rows.append((f"KL(dense || model) {text}", metrics["kl"], None))
-            rows.append((f"top-1 agreement {text}", metrics["top1_agreement"], None))
-    return rows + tasks.rows([result for result in content["results"] if result["settings"]["kind"] == "tasks"])

@@ -56,7 +56,7 @@ class Subject:
 
     @property
     def place(self) -> Path:
-        """Where it lies, for people."""
+        """Where it is, for people."""
         return self.adapter or self.directory
 
     @cached_property

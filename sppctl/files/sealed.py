@@ -31,12 +31,8 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     strict_json.write(path, seal(record))
 
 
-def parse(text: str | bytes, *, older: bool = False) -> dict[str, Any]:
+def parse(text: str | bytes) -> dict[str, Any]:
     """The record in a JSON text, without its seal.
-
-    Args:
-        text: of one record.
-        older: accept one without a seal, which earlier versions wrote.
 
     Raises:
         ValueError: it is not as it was written; the message says why.
@@ -48,8 +44,6 @@ def parse(text: str | bytes, *, older: bool = False) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
     if not record.keys() & set(SEAL):
-        if older:
-            return record
         raise ValueError("it has no format number: another program or an older version of sppctl wrote it")
     found, digest = (record.pop(key, None) for key in SEAL)
     if found != FORMAT:
@@ -59,19 +53,18 @@ def parse(text: str | bytes, *, older: bool = False) -> dict[str, Any]:
     return record
 
 
-def read(path: Path, remedy: str, *, older: bool = False) -> dict[str, Any]:
+def read(path: Path, remedy: str) -> dict[str, Any]:
     """The record in a file, without its seal.
 
     Args:
         path: of the file.
         remedy: what to do about a damaged one.
-        older: as for :func:`parse`.
 
     Raises:
         UserError: it cannot be read, is damaged, or has another format.
     """
     try:
-        return parse(path.read_bytes(), older=older)
+        return parse(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     except UnknownFormatError as error:

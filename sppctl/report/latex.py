@@ -1,4 +1,4 @@
-"""The table over runs in LaTeX, for the packages booktabs and graphicx."""
+"""A table in LaTeX, for the packages booktabs and graphicx."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import itertools
 import re
 
 from sppctl import console
-from sppctl.report.measures import Row
-from sppctl.report.tables import HEADS_MEAN, TEXT_COLUMNS, head, wide_table
+from sppctl.report.tables import HEADS_MEAN, Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -20,6 +19,11 @@ SPECIAL = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
+CAPTION = (
+    r"Perplexities; accuracies and sparsity in percent, their differences to the dense model (-- base) in "
+    r"percentage points. Gap recovered in percent: $(x - \mathrm{pruned}) / (\mathrm{base} - \mathrm{pruned})$, "
+    r"of perplexities the logarithms. "
+)
 
 
 def escape(text: str) -> str:
@@ -27,35 +31,24 @@ def escape(text: str) -> str:
     return "".join(SPECIAL.get(character, character) for character in console.plain(text)).replace("--", "-{}-")
 
 
-def to_latex(found: list[Row]) -> str:
+def to_latex(table: Table) -> str:
     """A table of the package booktabs; percentages without their sign, which the caption has."""
-    header, lines = wide_table(found)
-    sides = "".join("l" if name in TEXT_COLUMNS else "r" for name in header)
     body = []
-    before = None
-    for row, line in zip(found, lines, strict=True):
-        if before not in (None, row.run):
-            body.append(r"\midrule")
-        before = row.run
-        body.append(" & ".join(_typeset(text) for text in line) + r" \\")
-    caption = (
-        r"Perplexities; accuracies and sparsity in percent, their differences to the dense model (-- base) in "
-        r"percentage points. Gap recovered in percent: $(x - \mathrm{pruned}) / (\mathrm{base} - \mathrm{pruned})$, "
-        r"of perplexities the logarithms. " + escape(HEADS_MEAN)
-    )
-    heads = [head(name) for name in header]
-    titles = " & ".join(r"\shortstack[r]{" + _broken(escape(name)) + "}" for _, name in heads)
+    for at, row in enumerate(table.rows):
+        body += [r"\midrule"] if at in table.breaks else []
+        body.append(" & ".join(_typeset(text) for text in row) + r" \\")
+    titles = " & ".join(r"\shortstack[r]{" + _broken(escape(column.name)) + "}" for column in table.columns)
     return "\n".join(
         [
             "% needs \\usepackage{booktabs,graphicx}; made by sppctl report",
             r"\begin{table*}",
             r"\centering",
-            rf"\caption{{{caption}}}",
+            rf"\caption{{{CAPTION}{escape(HEADS_MEAN)}}}",
             r"\label{tab:sppctl}",
             r"\resizebox{\textwidth}{!}{%",
-            rf"\begin{{tabular}}{{{sides}}}",
+            rf"\begin{{tabular}}{{{''.join('l' if column.is_text else 'r' for column in table.columns)}}}",
             r"\toprule",
-            *_spanning([shared for shared, _ in heads]),
+            *_spanning([column.group for column in table.columns]),
             rf"{titles} \\",
             r"\midrule",
             *body,
@@ -67,17 +60,15 @@ def to_latex(found: list[Row]) -> str:
     )
 
 
-def _spanning(shared: list[str]) -> list[str]:
-    """The upper head: what neighbouring columns share stands there once, above a rule."""
+def _spanning(groups: list[str]) -> list[str]:
+    """The upper head: what neighbouring columns share is there once, above a rule."""
     cells, rules, at = [], [], 1
-    for name, columns in itertools.groupby(shared):
+    for name, columns in itertools.groupby(groups):
         size = len(list(columns))
-        cells.append(rf"\multicolumn{{{size}}}{{c}}{{{escape({'- base': 'difference to base'}.get(name, name))}}}")
-        rules += [rf"\cmidrule(lr){{{at}-{at + size - 1}}}"] * bool(name)
+        cells.append(rf"\multicolumn{{{size}}}{{c}}{{{escape(name)}}}")
+        rules += [rf"\cmidrule(lr){{{at}-{at + size - 1}}}"] if name else []
         at += size
-    if not any(shared):
-        return []
-    return [" & ".join(cells) + r" \\", "".join(rules)]
+    return [" & ".join(cells) + r" \\", "".join(rules)] if any(groups) else []
 
 
 def _broken(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def by_type(layers: list[Layer]) -> dict[str, Points]:
     """Sorts layers by module type and block, in the order of the model.
 
     ``model.layers.3.mlp.experts.5.gate_proj`` is a ``gate_proj`` of block 3, as are those of the other experts. Where
-    one name stands for different modules, as much of the path is added as tells them apart: ``attn.c_proj`` and
+    one name means different modules, as much of the path is added as distinguishes them: ``attn.c_proj`` and
     ``mlp.c_proj``, ``shared_expert.gate_proj`` beside ``experts.gate_proj``.
     """
     paths = [_path(layer["name"]) for layer in layers]
@@ -96,12 +97,22 @@ def _short_names(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 def write(layers: list[Layer], path: Path) -> None:
     """Draws the layers of one run into the SVG file ``path``, which is complete as soon as it exists."""
+    disk.write(path, svg(lambda: draw(layers)))
+
+
+def svg(make: Callable[[], Figure], **options: str) -> str:
+    """A figure as SVG; the same records give the same text.
+
+    Args:
+        make: draws the figure; called under the project's style.
+        options: of matplotlib beside that style.
+    """
     from matplotlib import style
 
     text = io.StringIO()
-    with style.context(["default", STYLE]):  # "default": nobody's matplotlibrc changes the figure
-        draw(layers).savefig(text, format="svg", metadata={"Date": None})
-    disk.write(path, text.getvalue())
+    with style.context(["default", STYLE, options]):  # "default": nobody's matplotlibrc changes the figure
+        make().savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def draw(layers: list[Layer]) -> Figure:
@@ -118,7 +129,7 @@ def draw(layers: list[Layer]) -> Figure:
     whole = "output" if error == "relative_output_error" else "weight"
     above.set_ylabel(f"relative {whole} error\n(share of the {whole} norm)")
     drawn = [value for values in errors.values() for value in values.values()]
-    if min(drawn) < max(drawn) / 2:  # errors of weights lie close together, and from zero nothing could be told apart
+    if min(drawn) < max(drawn) / 2:  # an axis from zero hides differences of what is close together
         above.set_ylim(bottom=0)
     sparsity = {name: _means(points, "sparsity", 100) for name, points in types.items()}
     _sparsity_lines(below, sparsity)

@@ -1,22 +1,20 @@
 """Collected runs -> figures of results, losses and costs, in the style of ``plots``.
 
-What tells two things apart is never the colour alone: bars carry their number, their name and a hatch, lines a marker
-and a dash, so that a grey print still says everything. matplotlib is imported only when something is drawn.
+Colour alone never distinguishes two things: bars have their number, their name and a hatch, lines a marker and a dash,
+so that a grey print shows the same. matplotlib is imported only when something is drawn.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppctl.report import over_runs
-from sppctl.report.measures import Row, names
-from sppctl.report.plots import COLOURS, STYLE
-from sppctl.report.readings import ACCURACY, AGREEMENT, DIVERGENCE, PERPLEXITY
+from sppctl.evaluate.values import Kind, Quantity, Value
+from sppctl.report.plots import COLOURS, svg
+from sppctl.report.study import Row, RunStudy, quantities, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,79 +25,72 @@ BARS = {"base": ("#ffffff", ""), "pruned": ("#E69F00", "///"), "adapter": ("#56B
 FURTHER = (("#CC79A7", "xxx"), ("#009E73", "---"), ("#D55E00", "\\\\\\"))
 MARKS = {"base": "s", "pruned": "v", "adapter": "D", "merged": "o"}
 FURTHER_MARKS = "^P*X<>phd8"  # ten, and three fills: thirty that differ
-LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis could not be told from nothing
+LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis would vanish
 WIDTH = 7.0  # inches: a page's text
 
 
-def svg(make: Callable[[], Figure], title: str, prefix: str) -> str:
-    """A figure as an element that stands in a page: letters as paths, no declaration, no identifier used twice.
-
-    Args:
-        make: draws the figure; called under the project's style.
-        title: what a screen reader says.
-        prefix: of all identifiers, another one for every figure of a page.
-    """
-    from matplotlib import style
-
-    text = io.StringIO()
-    with style.context(["default", STYLE, {"svg.fonttype": "path"}]):  # nobody's matplotlibrc changes the figure
-        make().savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    element = text.getvalue()[text.getvalue().index("<svg") :]
-    element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
-    element = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', element)
-    element = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', element)
-    element = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", element)
+def element(make: Callable[[], Figure], title: str) -> str:
+    """A figure as an element of a page: letters as paths, no declaration; ``title`` is for screen readers."""
+    text = svg(make, **{"svg.fonttype": "path"})
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return element.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).rstrip()
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).rstrip()
+
+
+def with_prefix(text: str, prefix: str) -> str:
+    """The same element with another prefix of all identifiers for every figure of a page."""
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
 
 
 # --- perplexity and divergence ----------------------------------------------------------------------------------------
 
 
-def bar_names(found: Sequence[Row]) -> list[str]:
-    """Measures that are drawn as bars: perplexities, then divergences."""
-    kinds = {name: measure.kind for row in found for name, measure in row.measures.items() if _finite(row, name)}
-    return [name for wanted in (PERPLEXITY, DIVERGENCE) for name, kind in kinds.items() if kind == wanted]
+def bar_quantities(rows: Sequence[Row]) -> list[Quantity]:
+    """What is drawn as bars: perplexities, then divergences."""
+    drawn = dict.fromkeys(quantity for row in rows for quantity in row.values if _finite(row, quantity))
+    return [one for kind in (Kind.PERPLEXITY, Kind.DIVERGENCE) for one in drawn if one.metric.kind == kind]
 
 
-def bars(found: Sequence[Row]) -> Figure:
+def bars(rows: Sequence[Row]) -> Figure:
     """A panel per perplexity and divergence, a bar per checkpoint; the whisker is one standard error."""
     from matplotlib.figure import Figure
 
-    drawn = bar_names(found)
-    panels = [[row for row in found if _finite(row, name)] for name in drawn]
-    titles = [_title(name, rows) for name, rows in zip(drawn, panels, strict=True)]
-    heights = [0.24 * len(rows) + 0.75 + 0.15 * title.count("\n") for rows, title in zip(panels, titles, strict=True)]
+    drawn = bar_quantities(rows)
+    panels = [[row for row in rows if _finite(row, quantity)] for quantity in drawn]
+    titles = [_title(quantity, own) for quantity, own in zip(drawn, panels, strict=True)]
+    heights = [0.24 * len(own) + 0.75 + 0.15 * title.count("\n") for own, title in zip(panels, titles, strict=True)]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)
-    looks = _looks(found)
-    for axes, name, rows, title in zip(grid[:, 0], drawn, panels, titles, strict=True):
-        _panel(axes, name, rows, looks)
+    looks = _looks(rows)
+    for axes, quantity, own, title in zip(grid[:, 0], drawn, panels, titles, strict=True):
+        _panel(axes, quantity, own, looks)
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     return figure
 
 
-def _title(name: str, rows: Sequence[Row]) -> str:
+def _title(quantity: Quantity, rows: Sequence[Row]) -> str:
     """The name in lines as wide as the axes beside the labels, in inches at this size of letters."""
+    is_perplexity = quantity.metric.kind == Kind.PERPLEXITY  # which the label of the axis names
     labels = 0.075 * max(len(_row_name(row, rows)) for row in rows)
-    return textwrap.fill(name.removeprefix("ppl "), max(20, int((WIDTH - labels - 0.2) / 0.09)))
+    width = max(20, int((WIDTH - labels - 0.2) / 0.09))
+    return textwrap.fill(quantity.scope if is_perplexity else quantity.label, width)
 
 
-def _finite(row: Row, name: str) -> bool:
-    measure = row.measures.get(name)
-    return measure is not None and measure.value is not None and math.isfinite(measure.value)
+def _finite(row: Row, quantity: Quantity) -> bool:
+    value = row.values.get(quantity)
+    return value is not None and value.number is not None and math.isfinite(value.number)
 
 
-def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[str, str]]) -> None:
-    chosen = [row.measures[name] for row in rows]
-    values = [float(measure.value or 0.0) for measure in chosen]
-    perplexity = chosen[0].kind == PERPLEXITY
+def _panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], looks: dict[str, tuple[str, str]]) -> None:
+    chosen = [row.values[quantity] for row in rows]
+    values = [float(value.number or 0.0) for value in chosen]
+    perplexity = quantity.metric.kind == Kind.PERPLEXITY
     digits = 2 if perplexity else _digits(values)
     logarithmic = perplexity and max(values) > LOG_FROM * min(values)
     # of the mean loss, so that of the perplexity is to first order its product with the perplexity
-    errors = [
-        (measure.stderr or 0.0) * (value if perplexity else 1.0) for measure, value in zip(chosen, values, strict=True)
-    ]
+    errors = [(one.stderr or 0.0) * (value if perplexity else 1.0) for one, value in zip(chosen, values, strict=True)]
     _horizontal(axes, [_row_name(row, rows) for row in rows], values, [looks[row.checkpoint] for row in rows])
     for index, (value, error) in enumerate(zip(values, errors, strict=True)):
         if error:
@@ -113,8 +104,7 @@ def _panel(axes: Axes, name: str, rows: Sequence[Row], looks: dict[str, tuple[st
         axes.set_xlim(min(values) / 2, max(values) * 3)
     else:
         axes.set_xlim(0, 1.18 * max(value + error for value, error in zip(values, errors, strict=True)) or 1)
-    words = "perplexity, lower is better" if perplexity else "nats per token, lower is better"
-    axes.set_xlabel(words + (", logarithmic axis" if logarithmic else ""))
+    axes.set_xlabel(f"{quantity.metric.unit}, lower is better" + (", logarithmic axis" if logarithmic else ""))
 
 
 def _digits(values: Sequence[float]) -> int:
@@ -134,13 +124,13 @@ def _horizontal(axes: Axes, labels: list[str], values: list[float], looks: Seque
     axes.grid(visible=False, axis="y")
 
 
-def _looks(found: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    others = list(dict.fromkeys(row.checkpoint for row in found if row.checkpoint not in BARS))
+def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    others = list(dict.fromkeys(row.checkpoint for row in rows if row.checkpoint not in BARS))
     return BARS | {label: FURTHER[index % len(FURTHER)] for index, label in enumerate(others)}
 
 
 def _row_name(row: Row, rows: Sequence[Row]) -> str:
-    """The checkpoint, with as much of how it was made as tells it from the others."""
+    """The checkpoint, with as much of how it was made as distinguishes it from the others."""
     if sum(other.checkpoint == row.checkpoint for other in rows) == 1:
         return row.checkpoint
     name = _made(row, rows)
@@ -150,7 +140,7 @@ def _row_name(row: Row, rows: Sequence[Row]) -> str:
 
 def _made(row: Row, rows: Sequence[Row]) -> str:
     words = [word for word in (row.checkpoint, row.method, row.pattern, row.training) if word]
-    names = over_runs.short_names(list(rows))
+    names = short_names(rows)
     for key, value in row.settings.items():  # a number alone would say nothing
         words.append(f"{names[key]} {value}" if isinstance(value, int | float) else str(value))
     return " ".join(words)
@@ -159,38 +149,39 @@ def _made(row: Row, rows: Sequence[Row]) -> str:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def task_names(found: Sequence[Row]) -> list[str]:
-    """Measures that are drawn as dots: shares of 1."""
-    own = {name for row in found for name, measure in row.measures.items() if measure.kind in (ACCURACY, AGREEMENT)}
-    return [name for name in names(list(found)) if name in own]
+def dot_quantities(rows: Sequence[Row]) -> list[Quantity]:
+    """What is drawn as dots: shares of 1."""
+    return [quantity for quantity in quantities(rows) if quantity.metric.is_share]
 
 
-def dots(found: Sequence[Row]) -> Figure:
+def dots(rows: Sequence[Row]) -> Figure:
     """A line per task, a marker per checkpoint of one run; the whisker is one standard error."""
     from matplotlib.figure import Figure
 
-    drawn = task_names(found)
+    drawn = dot_quantities(rows)
     figure = Figure(layout="constrained")
     axes = figure.subplots()
-    looks = _looks(found)
-    others = [row.checkpoint for row in found if row.checkpoint not in MARKS]
+    looks = _looks(rows)
+    others = [row.checkpoint for row in rows if row.checkpoint not in MARKS]
     marks = MARKS | {label: FURTHER_MARKS[index % len(FURTHER_MARKS)] for index, label in enumerate(others)}
-    step = min(0.16, 0.6 / len(found))  # the markers of a task stand one below the other, so that all whiskers show
-    for index, row in enumerate(found):
-        shift = step * (index - (len(found) - 1) / 2)
-        own = [(row.measures[name], at + shift) for at, name in enumerate(drawn) if _finite(row, name)]
-        if own:
+    step = min(0.16, 0.6 / len(rows))  # the markers of a task stand one below the other, so that all whiskers show
+    for index, row in enumerate(rows):
+        shift = step * (index - (len(rows) - 1) / 2)
+        points: list[tuple[Value, float]] = [
+            (row.values[quantity], at + shift) for at, quantity in enumerate(drawn) if _finite(row, quantity)
+        ]
+        if points:
             fill, _ = looks[row.checkpoint]
             style: dict[str, Any] = {"color": fill, "markeredgecolor": "black", "markeredgewidth": 0.8, "markersize": 6}
             style |= {"ecolor": "black", "elinewidth": 0.8, "label": textwrap.fill(row.checkpoint, 70)}
-            shares = [100 * (measure.value or 0) for measure, _ in own]
-            errors = [100 * (measure.stderr or 0) for measure, _ in own]
-            axes.errorbar(shares, [at for _, at in own], xerr=errors, fmt=marks[row.checkpoint], **style)
-    axes.set_yticks(range(len(drawn)), [name.strip() for name in drawn])
+            shares = [100 * (value.number or 0) for value, _ in points]
+            errors = [100 * (value.stderr or 0) for value, _ in points]
+            axes.errorbar(shares, [at for _, at in points], xerr=errors, fmt=marks[row.checkpoint], **style)
+    axes.set_yticks(range(len(drawn)), [quantity.label for quantity in drawn])
     axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set_xlabel("accuracy or agreement, %, higher is better")
-    height = (0.3 + 0.08 * max(0, len(found) - 3)) * len(drawn) + 0.8
+    height = (0.3 + 0.08 * max(0, len(rows) - 3)) * len(drawn) + 0.8
     figure.set_size_inches(WIDTH, height)
     figure.set_size_inches(WIDTH, height + _legend(figure))
     return figure
@@ -269,13 +260,13 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 
-def costs_of(run: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def costs_of(run: RunStudy) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of every stage and evaluation, and megabytes of every checkpoint."""
-    seconds = {stage: float(record["wall_time_s"]) for stage, record in run["stages"].items()}
+    seconds = {stage: float(record["wall_time_s"]) for stage, record in run.stages.items()}
     sizes = {}
-    for label, content in run["checkpoints"].items():
-        seconds[f"eval {label}"] = sum(float(result.get("seconds", 0)) for result in content["results"])
-        sizes[label] = content["sparsity"]["bytes"] / 1e6
+    for label, content in run.checkpoints.items():
+        seconds[f"eval {label}"] = sum(result.seconds for result in content.results)
+        sizes[label] = content.sparsity["bytes"] / 1e6
     return {name: value for name, value in seconds.items() if value}, sizes
 
 

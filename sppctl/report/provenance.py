@@ -1,33 +1,40 @@
-"""What was done to make the numbers: commands, versions, seeds, machines, fingerprints. Old records may lack some."""
+"""What was done to make the numbers: commands, versions, seeds, machines, fingerprints."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sppctl.evaluate import tasks
-from sppctl.evaluate.stage import result_name
-from sppctl.report.tables import Table
+from sppctl.evaluate.results import Result, TaskResult, TaskScores, TextNumbers, TextResult
+from sppctl.evaluate.values import SHOWN, families, task_quantity, text_quantity
+from sppctl.report.records import Record
+from sppctl.report.study import RunStudy
+from sppctl.report.tables import NOTHING, Table, number_columns, text_columns
 
 
-def facts(run: dict[str, Any]) -> list[str]:
+def tables(run: RunStudy) -> list[Table]:
+    """Everything below "How it was made"."""
+    return [stage_table(run.stages), evaluation_table(run), version_table(run), fingerprint_table(run)]
+
+
+def facts(run: RunStudy) -> list[str]:
     """What was done, one line per stage."""
     lines = []
-    stages = run["stages"]
+    stages = run.stages
     if "prune" in stages:
         metrics = stages["prune"]["metrics"]
         error = metrics["mean_relative_output_error"]
-        words = f", mean relative output error {error:.3f}" if error is not None else ""
+        output = f", mean relative output error {error:.3f}" if error is not None else ""
         lines.append(
-            f"prune: {metrics['method']} {metrics['pattern']}, {metrics['matrices']} matrices{words}, "
+            f"prune: {metrics['method']} {metrics['pattern']}, {metrics['matrices']} matrices{output}, "
             f"{stages['prune']['wall_time_s']:.0f} s"
         )
     if "train" in stages:
         metrics = stages["train"]["metrics"]
-        validation = metrics["validation_loss"]
-        words = f", validation loss {validation:.3f}" if validation is not None else ""
+        loss = metrics["validation_loss"]
+        validation = f", validation loss {loss:.3f}" if loss is not None else ""
         lines.append(
             f"train: {metrics['method']}, {metrics['trainable_parameters']:,} parameters "
-            f"({metrics['trainable_share']:.2%}), {metrics['steps']} steps, {metrics['tokens']:,} tokens{words}, "
+            f"({metrics['trainable_share']:.2%}), {metrics['steps']} steps, {metrics['tokens']:,} tokens{validation}, "
             f"{stages['train']['wall_time_s']:.0f} s"
         )
     if "merge" in stages:
@@ -39,7 +46,7 @@ def facts(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _zeros(merge: dict[str, Any]) -> str:
+def _zeros(merge: Record) -> str:
     """What became of the zeros in merging."""
     if merge.get("pattern_unchanged", True):
         return f"all {merge['zeros']:,} zeros kept"
@@ -47,39 +54,38 @@ def _zeros(merge: dict[str, Any]) -> str:
     return f"{changes}, sparsity now {merge['sparsity']:.2%} (mask {merge['mask']})"
 
 
-def commands(run: dict[str, Any]) -> list[str]:
+def commands(run: RunStudy) -> list[str]:
     """The exact commands that made the stages and the evaluations, each once, in this order."""
-    results = [result for content in run["checkpoints"].values() for result in content["results"]]
-    return list(dict.fromkeys(one["command"] for one in [*run["stages"].values(), *results] if "command" in one))
+    evaluations = [result.command for content in run.checkpoints.values() for result in content.results]
+    made = [*(record.get("command") for record in run.stages.values()), *evaluations]
+    return list(dict.fromkeys(command for command in made if command is not None))
 
 
-def stage_table(run: dict[str, Any]) -> Table:
-    """Header and rows: when, on what and with which seed every stage ran, how long, and with how much memory."""
-    header = ["stage", "finished", "seconds", "peak memory, MB", "seed", "hardware"]
+def stage_table(stages: dict[str, Record]) -> Table:
+    """When, on what and with which seed every stage ran, how long, and with how much memory."""
+    columns = text_columns("stage", "finished") + number_columns("seconds", "peak memory, MB", "seed")
     lines = []
-    for stage, record in run["stages"].items():
+    for stage, record in stages.items():
         if "created" in record:
             memory = ", ".join(f"{size:.0f} {name}" for name, size in record.get("peak_memory_mb", {}).items())
-            seconds = f"{record['wall_time_s']:.0f}"
-            seed = str(record.get("seed", "-"))
-            lines.append([stage, record["created"], seconds, memory or "-", seed, record.get("hardware", "-")])
-    return header, lines
+            seed, hardware = str(record.get("seed", NOTHING)), record.get("hardware", NOTHING)
+            lines.append([stage, record["created"], f"{record['wall_time_s']:.0f}", memory or NOTHING, seed, hardware])
+    return Table(columns + text_columns("hardware"), lines, "Stages")
 
 
-def version_table(run: dict[str, Any]) -> Table:
-    """Header and rows: a row per package, a column per stage, and one for the evaluations."""
+def version_table(run: RunStudy) -> Table:
+    """A row per package, a column per stage, and one for the evaluations."""
     columns: dict[str, dict[str, str]] = {
-        stage: record["versions"] for stage, record in run["stages"].items() if "versions" in record
+        stage: record["versions"] for stage, record in run.stages.items() if "versions" in record
     }
-    for label, content in run["checkpoints"].items():
-        found = [result["versions"] for result in content["results"] if "versions" in result]
-        merged = {name: ", ".join(dict.fromkeys(one[name] for one in found if name in one)) for name in _names(found)}
+    for label, content in run.checkpoints.items():
+        used = [result.versions for result in content.results]
+        merged = {name: ", ".join(dict.fromkeys(one[name] for one in used if name in one)) for name in _names(used)}
         if merged:
             columns[f"eval {label}"] = merged
     same = _shared(columns)
-    return ["package", *same], [
-        [name, *(one.get(name, "-") for one in same.values())] for name in _names([*same.values()])
-    ]
+    lines = [[name, *(one.get(name, NOTHING) for one in same.values())] for name in _names([*same.values()])]
+    return Table([*text_columns("package"), *number_columns(*same)], lines, "Versions")
 
 
 def _names(versions: list[dict[str, str]]) -> list[str]:
@@ -98,76 +104,74 @@ def _shared(columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return found
 
 
-def fingerprint_table(run: dict[str, Any]) -> Table:
-    """Header and rows: every identity that was recorded, of weights and of data."""
+def fingerprint_table(run: RunStudy) -> Table:
+    """Every identity that was recorded, of weights and of data."""
     lines = []
-    for stage, record in run["stages"].items():
+    for stage, record in run.stages.items():
         lines += [[stage, f"input {name}", str(value)] for name, value in record.get("inputs", {}).items()]
         calibration = record["metrics"].get("calibration") or {}
         for key in ("documents_hash", "windows_hash"):
             if key in calibration:
-                text = (
+                data = (
                     f"calibration {calibration['dataset']}, {calibration['samples']} x {calibration['seq_len']} tokens"
                 )
-                lines.append([stage, f"{text}: {key.replace('_', ' ')}", calibration[key]])
+                lines.append([stage, f"{data}: {key.replace('_', ' ')}", calibration[key]])
         if "output" in record:
             lines.append([stage, "output", record["output"]])
-    for label, content in run["checkpoints"].items():
-        if "fingerprint" in content:
-            lines.append([f"eval {label}", f"weights of {content.get('checkpoint', label)}", content["fingerprint"]])
-        for result in content["results"]:
-            if "documents_hash" in result["metrics"]:
-                name = result_name(result)
-                lines.append([f"eval {label}", f"text of {name}", result["metrics"]["documents_hash"]])
-    return ["stage", "what", "value"], lines
+    for label, content in run.checkpoints.items():
+        if content.fingerprint is not None:
+            lines.append([f"eval {label}", f"weights of {content.checkpoint}", content.fingerprint])
+        for text in content.texts:
+            if text.numbers.documents_hash is not None:
+                lines.append([f"eval {label}", f"text of {text_quantity(text).label}", text.numbers.documents_hash])
+    return Table(text_columns("stage", "what", "value"), lines, "Fingerprints")
 
 
-def evaluation_table(run: dict[str, Any]) -> Table:
-    """Header and rows: on how much every number rests, with which few-shot count and task version, and what it took."""
-    header = ["weights", "text or tasks", "measured on", "dtype", "device", "seconds"]
+def evaluation_table(run: RunStudy) -> Table:
+    """On how much every number rests, with which few-shot count and task version, and how long it took."""
+    columns = text_columns("weights", "text or tasks", "measured on", "dtype", "device") + number_columns("seconds")
     lines = []
-    for label, content in run["checkpoints"].items():
-        families: dict[str, list[dict[str, Any]]] = {}
-        for result in content["results"]:
-            families.setdefault(_family(result), []).append(result)
-        for family in families.values():
-            group = family[0]["settings"].get("group")
-            name = result_name(family[0]) if group is None else tasks.title(tasks.as_measured(family), group)
-            cells = [", ".join(_different(family, key)) or "-" for key in ("dtype", "device")]
-            seconds = sum(result.get("seconds", 0) for result in family)
-            lines.append([label, name, _amount(family), *cells, f"{seconds:.1f}" if seconds else "-"])
-    return header, lines
+    for label, content in run.checkpoints.items():
+        for text in content.texts:
+            lines.append([label, text_quantity(text).label, _windows(text.numbers), *_made([text])])
+        for family in families(content.tasks):
+            lines.append([label, task_quantity(family).title, _samples(family), *_made(family)])
+    return Table(columns, lines, "Evaluations")
 
 
-def _family(result: dict[str, Any]) -> str:
-    """The same for the tasks of a group that are measured one by one."""
-    hidden = {"tasks"} if "group" in result["settings"] else set()
-    return str({key: value for key, value in result["settings"].items() if key not in hidden})
+def _made(family: list[TextResult] | list[TaskResult]) -> list[str]:
+    """Dtypes, devices and seconds of results."""
+    results: list[Result] = [*family]
+    devices = dict.fromkeys(result.device for result in results if result.device is not None)
+    dtypes = dict.fromkeys(result.dtype for result in results if result.dtype is not None)
+    seconds = sum(result.seconds for result in results)
+    return [", ".join(dtypes) or NOTHING, ", ".join(devices) or NOTHING, f"{seconds:.1f}" if seconds else NOTHING]
 
 
-def _different(family: list[dict[str, Any]], key: str) -> list[str]:
-    return list(dict.fromkeys(str(result[key]) for result in family if key in result))
+def _windows(numbers: TextNumbers) -> str:
+    error = "" if numbers.stderr is None else f", loss ± {numbers.stderr:.4f} nats"
+    return f"{numbers.tokens:,} tokens in {numbers.windows} windows{error}"
 
 
-def _amount(family: list[dict[str, Any]]) -> str:
-    metrics = family[0]["metrics"]
-    if family[0]["settings"]["kind"] == "perplexity":
-        words = [f"{metrics['tokens']:,} tokens in {metrics['windows']} windows"] if "tokens" in metrics else []
-        error = metrics.get("stderr")
-        words += [f"loss ± {error:.4f} nats"] if error is not None else []
-        return ", ".join(words)
-    tasks = {task: values for result in family for task, values in result["metrics"]["tasks"].items()}
-    whole = f"{sum(values.get('samples') or 0 for values in tasks.values()):,} samples of {len(tasks)} tasks"
-    if len(tasks) > 10:
-        shots = dict.fromkeys(str(values.get("num_fewshot", "?")) for values in tasks.values())
-        return f"{whole}, {' or '.join(shots)}-shot"
+def _samples(family: list[TaskResult]) -> str:
+    tasks = {task: scores for result in family for task, scores in result.numbers.tasks.items()}
+    whole = f"{sum(scores.samples or 0 for scores in tasks.values()):,} samples of {len(tasks)} tasks"
+    if len(tasks) > SHOWN:
+        return f"{whole}, {' or '.join(dict.fromkeys(_shots(scores) for scores in tasks.values()))}"
     details = [
-        f"{task} v{values.get('version', '?')}, {values.get('num_fewshot', '?')}-shot" + _error(values)
-        for task, values in tasks.items()
+        f"{task} v{_or_unknown(scores.version)}, {_shots(scores)}{_error(scores)}" for task, scores in tasks.items()
     ]
     return f"{whole}: {'; '.join(details)}"
 
 
-def _error(values: dict[str, Any]) -> str:
-    error = values.get("acc_stderr")
+def _shots(scores: TaskScores) -> str:
+    return f"{_or_unknown(scores.num_fewshot)}-shot"
+
+
+def _or_unknown(value: Any) -> Any:
+    return "?" if value is None else value
+
+
+def _error(scores: TaskScores) -> str:
+    error = scores.scores.get("acc_stderr")
     return f", acc ± {error:.2%}" if error is not None else ""

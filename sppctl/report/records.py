@@ -1,7 +1,7 @@
 """What a run has recorded: read, checked for being whole, and without what belongs to weights that are gone.
 
 A stage that is redone leaves the measures of its older weights behind, and the checkpoints that were made from them.
-Their numbers would stand under the new stage's name, so they are left out, and a note says so.
+Their numbers would appear under the new stage's name, so they are left out, and a note lists them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import UserError
-from sppctl.evaluate.stage import read_results
+from sppctl.evaluate.results import REMEDY, Results
 from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES, RECORD
 
@@ -25,21 +25,21 @@ METRICS = {
 }
 SPARSITY = ("sparsity", "patterns", "sparse_matrices", "bytes")
 
-Records = dict[str, dict[str, Any]]
+Record = dict[str, Any]  # of a stage
 
 
-def read(run_dir: Path) -> tuple[Records, Records, list[str]]:
+def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str]]:
     """The records of a run that belong together.
 
     Returns:
-        ``stage.json`` by stage; results files by label, in the order of the pipeline; a note for each that is left out.
+        ``stage.json`` by stage; results by label, in the order of the pipeline; a note for each that is left out.
 
     Raises:
         UserError: a record is damaged.
     """
-    stages = {stage: found for folder, stage in STAGES.items() if (found := _stage(run_dir / folder, stage))}
-    found = {path.stem: _results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
-    results = {label: found[label] for label in sorted(found, key=lambda label: (*ORDER, label).index(label))}
+    stages = {stage: record for folder, stage in STAGES.items() if (record := _stage(run_dir / folder, stage))}
+    loaded = {path.stem: _results(path) for path in sorted((run_dir / "eval").glob("*.json"))}
+    results = {label: loaded[label] for label in sorted(loaded, key=lambda label: (*ORDER, label).index(label))}
     notes = []
     for stage, note in _outdated_stages(run_dir, stages):
         del stages[stage]
@@ -50,33 +50,23 @@ def read(run_dir: Path) -> tuple[Records, Records, list[str]]:
     return stages, results, notes
 
 
-# --- whole ------------------------------------------------------------------------------------------------------------
-
-
-def _stage(folder: Path, stage: str) -> dict[str, Any] | None:
+def _stage(folder: Path, stage: str) -> Record | None:
     path = folder / RECORD
     if not path.is_file():
         return None
     remedy = f"sppctl {stage} --force redoes it"
-    record = sealed.read(path, remedy, older=True)
+    record = sealed.read(path, remedy)
     if record.get("stage", stage) != stage:
         raise UserError(f"{path} is the record of another stage ({record['stage']}); {remedy}")
-    keys = ["wall_time_s", *(f"metrics.{key}" for key in METRICS[stage])]
-    _check(path, record, keys, remedy)
+    _check(path, record, ["wall_time_s", *(f"metrics.{key}" for key in METRICS[stage])], remedy)
     return record
 
 
-def _results(path: Path) -> dict[str, Any]:
-    content = read_results(path)
-    remedy = "delete it and run sppctl eval again"
-    _check(path, content, ["results", *(f"sparsity.{key}" for key in SPARSITY)], remedy)
-    for number, result in enumerate(content["results"]):
-        of_kind = {"perplexity": ("settings.text", "metrics.value"), "tasks": ("settings.tasks", "metrics.tasks")}
-        _check(path, result, ["settings.kind"], f"{remedy}; entry {number} of its results")
-        _check(
-            path, result, list(of_kind.get(result["settings"]["kind"], ())), f"{remedy}; entry {number} of its results"
-        )
-    return content
+def _results(path: Path) -> Results:
+    results = Results.load(path)
+    assert results is not None
+    _check(path, {"sparsity": results.sparsity}, [f"sparsity.{key}" for key in SPARSITY], REMEDY)
+    return results
 
 
 def _check(path: Path, content: Any, keys: list[str], remedy: str) -> None:
@@ -89,10 +79,16 @@ def _check(path: Path, content: Any, keys: list[str], remedy: str) -> None:
             inner = inner[part]
 
 
+def demand(run_dir: Path) -> None:
+    """Raises UserError if a directory has no records."""
+    if not [*run_dir.glob(f"*/{RECORD}"), *run_dir.glob("eval/*.json")]:
+        raise UserError(f"{run_dir} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
+
+
 # --- of the weights that are there ------------------------------------------------------------------------------------
 
 
-def _outdated_stages(run_dir: Path, stages: Records) -> Iterator[tuple[str, str]]:
+def _outdated_stages(run_dir: Path, stages: dict[str, Record]) -> Iterator[tuple[str, str]]:
     """The stages that were made from other weights than those beside them, which tables would call theirs."""
     pruned, base, adapter = stages.get("prune", {}).get("output"), _base(stages), _adapter(stages)
     gone = set()
@@ -108,7 +104,9 @@ def _outdated_stages(run_dir: Path, stages: Records) -> Iterator[tuple[str, str]
         yield "merge", f"{run_dir / 'merged'} was merged with another adapter than adapter/ holds; sppctl merge --force"
 
 
-def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Iterator[tuple[str, str]]:
+def _outdated_results(
+    run_dir: Path, stages: dict[str, Record], results: dict[str, Results]
+) -> Iterator[tuple[str, str]]:
     pruned = stages.get("prune", {}).get("output")
     adapter = _adapter(stages)
     held = {
@@ -120,7 +118,7 @@ def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Itera
     for label in list(results):
         path = run_dir / "eval" / f"{label}.json"
         stage = STAGES.get(label)
-        if _differ(results[label].get("fingerprint"), held.get(label)):
+        if _differ(results[label].fingerprint, held.get(label)):
             what = "pruned/ was made from" if label == "base" else f"{label}/ holds"
             yield label, f"{path} measures other weights than {what}; sppctl eval --model {label}"
         elif stage is not None and stage not in stages and (run_dir / label / RECORD).is_file():
@@ -130,23 +128,21 @@ def _outdated_results(run_dir: Path, stages: Records, results: Records) -> Itera
 
 
 def _differ(one: str | None, other: str | None) -> bool:
-    """Older records lack some."""
+    """Where a stage is missing nothing is known to differ."""
     return None not in (one, other) and one != other
 
 
-def _base(stages: Records) -> str | None:
+def _base(stages: dict[str, Record]) -> str | None:
     """The dense model that was pruned."""
-    found: str | None = stages.get("prune", {}).get("inputs", {}).get("base")
-    return found
+    base: str | None = stages.get("prune", {}).get("inputs", {}).get("base")
+    return base
 
 
-def _compared_with_base(content: dict[str, Any]) -> Iterator[str | None]:
+def _compared_with_base(results: Results) -> Iterator[str | None]:
     """What the run's dense model was whenever something was compared with it."""
-    for result in content["results"]:
-        if result["settings"]["kind"] == "perplexity" and "compared_with" not in result["metrics"]:
-            yield result["settings"].get("reference")
+    return (result.measure.reference for result in results.texts if result.numbers.compared_with is None)
 
 
-def _adapter(stages: Records) -> str | None:
+def _adapter(stages: dict[str, Record]) -> str | None:
     recorded: str | None = stages.get("train", {}).get("output")
     return recorded

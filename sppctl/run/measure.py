@@ -24,6 +24,7 @@ OWN = {folder: stage for stage, folder in DIRECTORIES.items()}  # the run's chec
 def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Measures checkpoints and adapters by label; what has been measured before is not measured again."""
     from sppctl.evaluate import perplexities, stage
+    from sppctl.evaluate.results import Results
     from sppctl.evaluate.subjects import Subject
 
     found = {}
@@ -46,13 +47,13 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
         stage.predict(run.config, jobs)
         for subject, dtype, wanted, _ in jobs:
             results = results_of(run, subject.label)
-            if not wanted and results.is_file():
+            before = None if wanted else Results.load(results)
+            if before is not None:
                 console.note(f"eval {subject.label}: up to date ({results})")
-                found[subject.label] = stage.read_results(results)
-            else:
-                found[subject.label] = stage.execute(
-                    run.config, subject, dtype, results, wanted, known[subject.label], reference
-                )
+            content = before or stage.execute(
+                run.config, subject, dtype, results, wanted, known[subject.label], reference
+            )
+            found[subject.label] = content.to_json()
             perplexities.release()
     except WriteError as error:
         raise WriteError(f"{error}; make room: what was measured before is kept, the same command continues") from error

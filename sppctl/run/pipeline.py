@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sppctl import console, distributed, launch, machine
 from sppctl.config.settings import Config
 from sppctl.errors import Problems, UserError
-from sppctl.files import disk
 from sppctl.files.names import DIRECTORIES
 from sppctl.run import dense, measure
 from sppctl.run.directory import Run
@@ -21,6 +19,7 @@ from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN
 if TYPE_CHECKING:
     from sppctl.model.blocks import Skeleton
     from sppctl.model.estimate import Work
+    from sppctl.report.study import Study
 
 STAGES = ("prune", "train", "merge", "eval", "report")
 
@@ -103,54 +102,14 @@ def _seconds_per_token(run: Run, skeleton: Skeleton) -> float:
     return estimate.seconds_per_token(plan.num_parameters(skeleton), width, compute.dtype, device)
 
 
-def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None = None) -> list[dict[str, Any]]:
-    """Collects runs and writes their reports.
+def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None = None) -> Study:
+    """Writes the reports of runs; see :func:`sppctl.report.write.report`."""
+    from sppctl.report import write
 
-    Args:
-        run_dirs: each gets a report of its own, unless it is the only one and ``output`` is given.
-        output: where the report over all of them goes; None: the folder that they share.
-        latex: file for the table over all of them.
-
-    Returns:
-        What :func:`sppctl.report.write.collect` found, by run.
-    """
-    from sppctl.report import latex as report_latex
-    from sppctl.report import over_runs
-    from sppctl.report import write as stage
-
-    run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # each once
-    runs = []
-    for path in run_dirs:
-        collected = stage.collect(path)
-        if not collected["stages"] and not collected["checkpoints"]:
-            raise UserError(f"{path} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
-        runs.append(collected)
-    if latex is not None and not any(run["checkpoints"] for run in runs):
-        raise UserError(f"--latex {latex}: nothing has been measured yet; sppctl eval does")
-    if len(runs) == 1:
-        places = {output or run_dirs[0]: runs}
-    else:
-        shared = output or Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
-        if output is None and shared == Path(shared.anchor):
-            raise UserError("these runs share no folder; name one for the report over all (--output)")
-        if shared.resolve() in [path.resolve() for path in run_dirs]:
-            raise UserError(f"{shared} is itself one of the runs; name a folder for the report over all (--output)")
-        places = {path: [run] for path, run in zip(run_dirs, runs, strict=True)} | {shared: runs}
-    for place in places:
-        stage.check(place)
-    if latex is not None:
-        disk.demand_directory(latex.parent, "--latex")
-        disk.demand_file(latex, "--latex")
-    for place, content in places.items():
-        stage.write(content, place)
-    console.note(f"report: {list(places)[-1] / 'report.html'}")
-    if latex is not None:
-        disk.write(latex, report_latex.to_latex(over_runs.rows_of_all(runs)))
-        console.note(f"report: {latex}")
-    return runs
+    return write.report(run_dirs, output, latex)
 
 
-def run_all(run: Run, start_stage: Callable[..., None] | None = None) -> dict[str, Any] | None:
+def run_all(run: Run, start_stage: Callable[..., None] | None = None) -> Study | None:
     """The whole pipeline.
 
     Args:
@@ -159,7 +118,7 @@ def run_all(run: Run, start_stage: Callable[..., None] | None = None) -> dict[st
             is one of, do it.
 
     Returns:
-        The collected record of the run; None in processes that have nothing left to do after the training.
+        What the run has recorded; None in processes that have nothing left to do after the training.
     """
     started = time.perf_counter()
     preflight(run, STAGES, announce=True)
@@ -183,9 +142,9 @@ def run_all(run: Run, start_stage: Callable[..., None] | None = None) -> dict[st
             measure.evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
     if start_stage is not None:
         start_stage("eval", *_models("base", "pruned", "merged"))
-    collected = report([run.directory])[0]
+    study = report([run.directory])
     console.note(f"run: done in {time.perf_counter() - started:.0f} s ({run.directory})")
-    return collected
+    return study
 
 
 def evaluate_some(
@@ -213,12 +172,14 @@ def evaluate_some(
         if subject is not None:
             subject.check(run.config.model.trust_remote_code)
     from sppctl.evaluate import stage
+    from sppctl.evaluate.results import Results
 
     if distributed.world_size() == 1 and not all(measure.results_of(run, label).is_file() for label in places):
         stage.load_data(run.config)
     if start_stage is not None:
         start_stage("eval", *_models(*models))
-        return {label: stage.read_results(measure.results_of(run, label)) for label in places}
+        measured = {label: Results.load(measure.results_of(run, label)) for label in places}
+        return {label: content.to_json() for label, content in measured.items() if content is not None}
     with run.lock(makes=False):
         found = {label: path or dense.same_base(run) for label, path in places.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sppctl.errors import UserError
 from sppctl.evaluate import tasks
-from sppctl.evaluate.stage import read_results
+from sppctl.evaluate.results import Results
 from sppctl.files import integrity, sealed
 from sppctl.files.names import RECORD
 
@@ -64,16 +64,14 @@ def _artefact(directory: Path, stage: str | None) -> list[Checked]:
 
 def _results(path: Path) -> list[Checked]:
     try:
-        sealed.read(path, "delete it and run sppctl eval again")  # one without a seal cannot be verified
-        content = read_results(path)
+        content = Results.load(path)
     except UserError as error:
         return [Checked("eval", path.name, integrity.DAMAGED, str(error))]
+    assert content is not None
     found = [Checked("eval", path.name, integrity.OK)]
     samples = path.with_suffix(".samples")
-    for result in content["results"]:
+    for result in content.tasks:
         if not tasks.has_samples(result, samples):
-            problem = (
-                f"{samples} does not hold the samples of {result['settings']['tasks']}; sppctl eval measures again"
-            )
+            problem = f"{samples} does not hold the samples of {result.measure.task}; sppctl eval measures again"
             found.append(Checked("eval", samples.name, integrity.DAMAGED, problem))
     return found

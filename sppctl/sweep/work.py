@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sppctl import console, distributed, launch
 from sppctl.config.load import result_keys
@@ -24,6 +24,9 @@ from sppctl.run.directory import Run
 from sppctl.run.stage import settings_of
 from sppctl.run.stages import PRUNE
 from sppctl.sweep.grid import REPORT, Member, Sweep, raise_problems
+
+if TYPE_CHECKING:
+    from sppctl.report.study import Study
 
 # what is taken over from a member: its checkpoint's directory, and the label of the results
 FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")
@@ -128,7 +131,7 @@ def _exists(run: Run, stage: str) -> bool:
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
-def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple[Study | None, dict[str, str]]:
     """Does a sweep, or one of its members.
 
     Args:
@@ -137,7 +140,7 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
         debug: raise the error of a run that fails instead of going on.
 
     Returns:
-        What was collected from the runs (empty for a single member), and the reason of each failure by name.
+        What the runs have recorded (None for a single member), and the reason of each failure by name.
 
     Raises:
         UserError: found before anything was done.
@@ -168,7 +171,7 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
                 raise
             failed[member.name] = _reason(error)
             console.note(f"sweep: {member.name} failed: {failed[member.name]}")
-    return ([] if only is not None else _report(sweep, failed)), failed
+    return (None if only is not None else _report(sweep, failed)), failed
 
 
 def _reason(error: Exception) -> str:
@@ -206,13 +209,13 @@ def _start_stage(member: Member, stage: str, *options: str) -> None:
         raise StageError(f"{stage} ended with exit code {code}")
 
 
-def _report(sweep: Sweep, failed: dict[str, str]) -> list[dict[str, Any]]:
+def _report(sweep: Sweep, failed: dict[str, str]) -> Study | None:
     """The report over all runs that are complete."""
     runs = [Run(member.config) for name, member in sweep.runs.items() if name not in failed]
     measured = [run.directory for run in runs if _exists(run, "eval merged")]
     if not measured:
         console.warn(f"no run of {sweep.directory} is complete, there is nothing to report")
-        return []
+        return None
     return pipeline.report(measured, sweep.directory)
 
 

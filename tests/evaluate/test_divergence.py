@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import perplexity
 from sppctl.evaluate.divergence import Reference, divergence
-from sppctl.evaluate.perplexity import Perplexity, scored_tokens, summarise, window_sums
+from sppctl.evaluate.perplexity import scored_tokens, summarise, window_sums
+from sppctl.evaluate.results import Perplexity
 from sppctl.model.checkpoint import load_model
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from sppctl.data import texts
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import perplexities
 from sppctl.evaluate import stage as evaluate
-from sppctl.evaluate.stage import rows_of
+from sppctl.evaluate.results import TextMeasure
 from sppctl.files import sealed
 from sppctl.model import checkpoint
 from sppctl.run import measure, pipeline
@@ -82,22 +82,21 @@ def test_of_some_texts_only_the_first_windows_count(
     text = texts.Text("c4", ["a" * 90, "b" * 90], joiner=" ", windows=2)
     monkeypatch.setattr(texts, "load_text", lambda *_: text)
     config = work("eval.max_tokens=null").config
-    settings = {"text": "c4", "seq_len": 64, "stride": None, "max_tokens": None}
-    windows = perplexities.windows_of(config, tokenizer, settings, CPU).tokens
+    windows = perplexities.windows_of(config, tokenizer, TextMeasure("c4", 64), CPU).tokens
     assert tokenizer.decode(windows.flatten()) == "a" * 90 + " " + "b" * 37
-    assert len(perplexities.windows_of(config, tokenizer, settings | {"stride": 32}, CPU).tokens) == 3
+    assert len(perplexities.windows_of(config, tokenizer, TextMeasure("c4", 64, 32), CPU).tokens) == 3
 
 
 def test_every_process_has_a_batch(
     work: Callable[..., Run], tokenizer: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = work("eval.max_tokens=192").config  # three windows
-    (settings,) = perplexities.wanted(config, 64, None, perplexities.contents(config))
+    (measure,) = perplexities.wanted(config, 64, None, perplexities.contents(config))
     own = []
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        own.append(perplexities.windows_of(config, tokenizer, settings, CPU).own.tolist())
+        own.append(perplexities.windows_of(config, tokenizer, measure, CPU).own.tolist())
     assert own == [[0], [1], [2]]
 
 
@@ -171,11 +170,11 @@ def test_another_reference_takes_the_place_of_the_one_before(
 ) -> None:
     work().do(PRUNE)
     changed(llama, tmp_path / "other", lambda weight: weight * 1.1)
-    name = evaluate.result_name(pipeline.evaluate_some(work(), ["pruned"])["pruned"]["results"][0])
-    text = name.removeprefix("ppl ")
+    before = pipeline.evaluate_some(work(), ["pruned"])["pruned"]["results"]
     content = pipeline.evaluate_some(work("eval.divergence=other"), ["pruned"])["pruned"]
-    names = [name, f"KL(dense || model) {text} (dense: other)", f"top-1 agreement {text} (dense: other)"]
-    assert [row for row, *_ in rows_of(content)] == names
+    (found,) = content["results"]
+    assert (before[0]["metrics"]["compared_with"], found["metrics"]["compared_with"]) == (None, "other")
+    assert before[0]["metrics"]["kl"] != found["metrics"]["kl"]
     # without a comparison nothing is missing, and nothing is lost
     assert pipeline.evaluate_some(work("eval.divergence=null"), ["pruned"])["pruned"] == content
 

@@ -22,14 +22,10 @@ from sppctl.model.checkpoint import load_model, load_tokenizer
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_groups_of_the_literature() -> None:
-    assert group_of("zeroshot") == TaskGroup(
-        ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), 0
-    )
+def test_the_groups_of_the_literature_and_any_other_name_which_is_one_task() -> None:
+    tasks = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+    assert group_of("zeroshot") == TaskGroup(tasks, 0)
     assert group_of("mmlu") == TaskGroup(("mmlu",), 5)
-
-
-def test_any_other_name_is_one_task_with_its_own_shots() -> None:
     assert group_of("piqa") == TaskGroup(("piqa",), None)
 
 
@@ -51,27 +47,26 @@ def test_tasks_and_groups_of_the_library_are_known() -> None:
 
 
 @pytest.mark.usefixtures("task_manager")
-def test_an_unknown_task_is_told_what_comes_near() -> None:
-    with pytest.raises(UserError, match=r"eval\.tasks: arc_eazy is neither .* did you mean .*arc_easy"):
-        check_tasks(["piqa", "arc_eazy"])
-    with pytest.raises(UserError, match=r"eval\.tasks: zeroshots .* did you mean zeroshot"):
-        check_tasks(["zeroshots"])
-
-
-@pytest.mark.usefixtures("task_manager")
-def test_an_unknown_task_with_nothing_near() -> None:
-    with pytest.raises(UserError, match=r"eval\.tasks: §§§§ is neither .*; `lm-eval ls tasks` lists them"):
-        check_tasks(["§§§§"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["piqa", "arc_eazy"], "arc_eazy is neither .* did you mean .*arc_easy"),
+        (["zeroshots"], "zeroshots .* did you mean zeroshot"),
+        (["§§§§"], "§§§§ is neither .*; `lm-eval ls tasks` lists them"),
+        (["boolq", "arc_q*"], r"arc_q\* matches no lm-eval task; `lm-eval ls tasks` lists them"),
+        (["humaneval*"], r"humaneval\w* executes model-generated code"),
+        (["boolq", "mbpp_plus"], "mbpp_plus executes model-generated code"),  # includes another file
+    ],
+)
+def test_tasks_that_are_unknown_or_run_code_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"eval\.tasks: {message}"):
+        check_tasks(names)
 
 
 def test_patterns_mean_all_tasks_and_groups_that_fit(own_tasks: Path) -> None:
     names = ["wikitext", "arc_?asy", "a[r]c_easy", "all"]
     assert harness.expanded(names) == ["wikitext", "arc_easy", "zeroshot", "mmlu"]
     assert harness.expanded(["*_sums", "su?s"], str(own_tasks)) == ["large_sums", "small_sums", "sums"]
-    with pytest.raises(UserError, match=r"eval\.tasks: arc_q\* fits no lm-eval task; `lm-eval ls tasks` lists them"):
-        check_tasks(["boolq", "arc_q*"])
-    with pytest.raises(UserError, match=r"eval\.tasks: humaneval\w* runs code"):
-        check_tasks(["humaneval*"])
 
 
 def test_examples_in_prompts_are_known_beforehand(own_tasks: Path) -> None:
@@ -117,7 +112,7 @@ def test_members_of_other_groups(task_manager: Any, own_tasks: Path) -> None:
 
 def test_own_tasks_are_known(own_tasks: Path, tmp_path: Path) -> None:
     check_tasks(["sums", "read", "mmlu"], str(own_tasks))
-    with pytest.raises(UserError, match=r"eval\.include_path: .*nowhere is no folder"):
+    with pytest.raises(UserError, match=r"eval\.include_path: .*nowhere is not a folder"):
         check_tasks(["mmlu"], str(tmp_path / "nowhere"))
 
 
@@ -313,20 +308,26 @@ def test_batches_are_those_of_the_library(llama: Path, own_tasks: Path, task: st
         assert logged[0] == logged[1]
 
 
-def test_a_batch_that_does_not_fit_is_halved(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(llama, own_tasks, batch_size=16)
-    score = HFLM._loglikelihood_tokens
-    refused = []
+@pytest.mark.parametrize(
+    ("task", "method", "size", "largest"),
+    [("small_sums", "_loglikelihood_tokens", 16, 3), ("said", "generate_until", 4, 1)],
+)
+def test_a_batch_that_does_not_fit_is_halved(
+    task: str, method: str, size: int, largest: int, llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(llama, own_tasks, task, batch_size=size)
+    original, refused = getattr(HFLM, method), []
 
     def small_device(self: Any, requests: list[Any], **options: Any) -> Any:
-        if len(requests) > 3:
+        if len(requests) > largest:
             refused.append(len(requests))
             raise torch.OutOfMemoryError
-        return score(self, requests, **options)
+        return original(self, requests, **options)
 
-    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", small_device)
-    assert run(llama, own_tasks, batch_size=16) == expected
-    assert refused
+    monkeypatch.setattr(HFLM, method, small_device)
+    assert run(llama, own_tasks, task, batch_size=size) == expected
+    assert refused[0] > largest
+    assert task != "said" or refused == [4, 2, 2]
 
 
 def test_batches_grow_as_requests_become_shorter(llama: Path) -> None:
@@ -357,21 +358,6 @@ def test_batches_of_generation_are_sized_by_their_prompts(
     assert sizes == [4]  # all of them, though one of 8,192 tokens would fill a batch
 
 
-def test_generation_that_does_not_fit_is_halved(llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(llama, own_tasks, "said", batch_size=4)
-    original, refused = HFLM.generate_until, []
-
-    def small_device(self: Any, requests: list[Any], **options: Any) -> Any:
-        if len(requests) > 1:
-            refused.append(len(requests))
-            raise torch.OutOfMemoryError
-        return original(self, requests, **options)
-
-    monkeypatch.setattr(HFLM, "generate_until", small_device)
-    assert run(llama, own_tasks, "said", batch_size=4) == expected
-    assert refused == [4, 2, 2]
-
-
 def test_what_is_drawn_depends_on_the_seed_alone(llama: Path, own_tasks: Path) -> None:
     one, again, other = (texts_of(llama, own_tasks, seed) for seed in (1, 1, 2))
     assert one == again != other
@@ -396,12 +382,6 @@ def test_a_model_that_gives_no_numbers_fails(llama: Path, own_tasks: Path) -> No
     options: dict[str, Any] = {"num_fewshot": None, "batch_size": 2, "limit": 2, "seed": 0}
     with pytest.raises(StageError, match=r"small_sums: logits are not finite \(dtype float32\)"):
         harness.evaluate(model, load_tokenizer(llama), "small_sums", include_path=str(own_tasks), **options)
-
-
-def test_tasks_that_run_what_the_model_writes_are_refused() -> None:
-    for name in ("humaneval", "mbpp_plus"):  # the latter includes another file
-        with pytest.raises(UserError, match=rf"eval\.tasks: {name} runs code that the model has written"):
-            check_tasks(["boolq", name])
 
 
 def test_the_library_writes_nothing_where_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
@@ -465,7 +445,6 @@ from lm_eval.models.huggingface import HFLM
 from sppctl.model import checkpoint
 from sppctl.evaluate import harness
 from pathlib import Path
-from types import SimpleNamespace
 
 directory = Path(sys.argv[1])
 model = checkpoint.load_model(directory, torch.device("cpu"), "float32")

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from sppctl import machine
 from sppctl.errors import UserError
 from sppctl.evaluate import perplexity
-from sppctl.evaluate.perplexity import Perplexity, scored_tokens, summarise, text_windows, window_losses, window_sums
+from sppctl.evaluate.perplexity import scored_tokens, summarise, text_windows, window_losses, window_sums
+from sppctl.evaluate.results import Perplexity
 from sppctl.model.checkpoint import load_model
 
 CPU = torch.device("cpu")

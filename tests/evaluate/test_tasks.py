@@ -17,21 +17,23 @@ from sppctl.data import chat
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import harness, tasks
 from sppctl.evaluate import stage as evaluate
-from sppctl.evaluate.stage import rows_of
+from sppctl.evaluate.results import Results, TaskMeasure
+from sppctl.evaluate.values import group_mean, values_of
+from sppctl.files import sealed
 from sppctl.model.checkpoint import load_model, load_tokenizer
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
 
+Measure = Callable[..., dict[str, Any]]
 
-def result(task: str, acc: float, samples: int, group: str, groups: dict[str, dict[str, bool]], members: int) -> Any:
-    settings = {"kind": "tasks", "tasks": task, "num_fewshot": 5, "limit": None, "seed": 0, "group": group}
-    values = {"acc": acc, "acc_stderr": 0.01, "metric": "acc", "samples": samples}
-    metrics = {"tasks": {task: values}, "mean": {"acc": acc}, "groups": groups, "members": members}
-    return {"settings": settings, "metrics": metrics}
+
+def names(content: dict[str, Any]) -> list[str]:
+    """Of the rows that tables have."""
+    return [value.quantity.label for value in values_of(Results.from_json(content).results)]
 
 
 @pytest.fixture
-def measure(config_file: Path, llama: Path, own_tasks: Path) -> Callable[..., dict[str, Any]]:
+def measure(config_file: Path, llama: Path, own_tasks: Path) -> Measure:
     """measure("eval.limit=3", ...) -> the results of the base model on the tasks of one's own."""
 
     def run(*overrides: str, names: str = "sums") -> dict[str, Any]:
@@ -41,46 +43,50 @@ def measure(config_file: Path, llama: Path, own_tasks: Path) -> Callable[..., di
     return run
 
 
+class Asked(list[str]):
+    """The tasks that lm-eval has been asked for; at the number ``fails_at`` the power is cut."""
+
+    fails_at: int | None = None
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    run, asked = harness.evaluate, Asked()
+
+    def recorded(model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
+        asked.append(name)
+        if len(asked) == asked.fails_at:
+            raise StageError("power cut")
+        return run(model, tokenizer, name, **options)
+
+    monkeypatch.setattr(harness, "evaluate", recorded)
+    return asked
+
+
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def wanted(*overrides: str) -> list[dict[str, Any]]:
+def wanted(*overrides: str) -> list[TaskMeasure]:
     return tasks.wanted(load_config(None, ["run.seed=4", *overrides]))
 
 
-def test_a_task_without_options_is_identified_as_ever() -> None:
-    assert wanted("eval.tasks=[wikitext]") == [
-        {"kind": "tasks", "tasks": "wikitext", "num_fewshot": None, "limit": None, "seed": 4}
-    ]
-
-
-def test_options_enter_when_they_are_set(own_tasks: Path) -> None:
+def test_what_is_asked_for(own_tasks: Path) -> None:
+    assert wanted("eval.tasks=[wikitext]") == [TaskMeasure("wikitext", seed=4)]
     options = ["eval.num_fewshot=2", "eval.chat_template=true", "eval.system_prompt=Add.", "eval.limit=7"]
-    (entry,) = wanted("eval.tasks=[read]", f"eval.include_path={own_tasks}", *options)
-    assert entry == {
-        "kind": "tasks",
-        "tasks": "read",
-        "num_fewshot": 2,
-        "limit": 7,
-        "seed": 4,
-        "chat_template": True,
-        "system_prompt": "Add.",
-    }
-    assert tasks.title(entry) == "read 2-shot chat system prompt, limit 7"
+    options += ["eval.tasks=[read]", f"eval.include_path={own_tasks}", "eval.batch_size=3"]
+    assert wanted(*options) == [TaskMeasure("read", 2, 7, 4, None, True, "Add.", 3)]
 
 
 def test_all_is_every_group_task_by_task() -> None:
-    entries = wanted("eval.tasks=[all, zeroshot]")
-    assert [entry.get("group") for entry in entries] == ["zeroshot"] * 7 + ["mmlu"] * 57 + [None]
-    assert [entry["num_fewshot"] for entry in entries] == [0] * 7 + [5] * 57 + [None]
+    measures = wanted("eval.tasks=[all, zeroshot]")
+    assert [measure.group for measure in measures] == ["zeroshot"] * 7 + ["mmlu"] * 57 + [None]
+    assert [measure.num_fewshot for measure in measures] == [0] * 7 + [5] * 57 + [None]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def test_every_task_is_written_with_all_that_one_must_know(
-    measure: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_every_task_is_written_with_all_that_one_must_know(measure: Measure, tmp_path: Path) -> None:
     content = measure("eval.limit=3")
     small, large = content["results"]
     assert [entry["settings"]["tasks"] for entry in (small, large)] == ["small_sums", "large_sums"]
@@ -97,40 +103,19 @@ def test_every_task_is_written_with_all_that_one_must_know(
     assert values["acc"] == pytest.approx(sum(json.loads(line)["acc"] for line in lines) / 3)
 
 
-def test_an_interrupted_group_goes_on_with_the_next_task(
-    measure: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = harness.evaluate
-    asked: list[str] = []
-
-    def fail_on_the_second(model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
-        asked.append(name)
-        if asked == ["small_sums", "large_sums"]:
-            raise StageError("power cut")
-        return run(model, tokenizer, name, **options)
-
-    monkeypatch.setattr(harness, "evaluate", fail_on_the_second)
+def test_an_interrupted_group_continues_with_the_next_task(measure: Measure, asked: Asked, tmp_path: Path) -> None:
+    asked.fails_at = 2
     with pytest.raises(StageError):
         measure()
     half = json.loads((tmp_path / "run/eval/base.json").read_text())
-    assert [name for name, *_ in rows_of(half)] == ["sums mean of 1 of 2 tasks", "  small_sums (sums)"]
+    assert names(half) == ["sums mean of 1 of 2 tasks", "small_sums (sums)"]
     content = measure()
     assert measure() == content
     assert asked == ["small_sums", "large_sums", "large_sums"]
-    assert [name for name, *_ in rows_of(content)] == ["sums mean", "  small_sums (sums)", "  large_sums (sums)"]
+    assert names(content) == ["sums mean", "small_sums (sums)", "large_sums (sums)"]
 
 
-def test_a_task_is_measured_once_for_all_groups_that_have_it(
-    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = harness.evaluate
-    asked: list[str] = []
-
-    def counted(model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
-        asked.append(name)
-        return run(model, tokenizer, name, **options)
-
-    monkeypatch.setattr(harness, "evaluate", counted)
+def test_a_task_is_measured_once_for_all_groups_that_have_it(measure: Measure, asked: Asked) -> None:
     measure(names="large_sums")
     content = measure(names="sums, small_sums")
     assert asked == ["large_sums", "small_sums"]
@@ -139,56 +124,45 @@ def test_a_task_is_measured_once_for_all_groups_that_have_it(
         assert (alone["settings"].get("group"), of_group["settings"]["group"]) == (None, "sums")
         assert alone["metrics"]["tasks"] == of_group["metrics"]["tasks"]
         assert (alone["metrics"]["members"], of_group["metrics"]["members"]) == (1, 2)
-    names = [name for name, *_ in rows_of(content)]
-    assert names == ["large_sums", "sums mean", "  small_sums (sums)", "  large_sums (sums)", "small_sums"]
+    assert names(content) == ["large_sums", "sums mean", "small_sums (sums)", "large_sums (sums)", "small_sums"]
 
 
-def test_what_was_measured_with_the_tasks_own_count_is_found_by_that_count(
-    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_with_the_tasks_own_count_is_found_by_that_count(measure: Measure, asked: Asked) -> None:
     measure(names="small_sums")  # no examples of its own
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate.Subject, "load", lambda *_: pytest.fail("the model was loaded"))
-        content = measure("eval.num_fewshot=0", names="small_sums")
+    content = measure("eval.num_fewshot=0", names="small_sums")
     assert [entry["settings"]["num_fewshot"] for entry in content["results"]] == [None, 0]
     assert content["results"][1]["seconds"] == 0
-    assert measure("eval.num_fewshot=1", names="small_sums")["results"][2]["seconds"] > 0
-    assert measure("eval.limit=2", names="small_sums")["results"][3]["seconds"] > 0
+    assert len(asked) == 1
+    measure("eval.num_fewshot=1", names="small_sums")
+    measure("eval.limit=2", names="small_sums")
+    assert len(asked) == 3
 
 
-def test_groups_with_other_numbers_of_examples_do_not_take_turns(
-    measure: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_seed_that_changes_nothing_measures_nothing(measure: Measure, asked: Asked) -> None:
+    measure("run.seed=1", names="small_sums")
+    content = measure("run.seed=2", names="small_sums")
+    assert [entry["settings"]["seed"] for entry in content["results"]] == [1, 2]
+    assert len(asked) == 1
+    drawn = [measure(f"run.seed={seed}", "eval.num_fewshot=1", names="small_sums") for seed in (1, 2)]
+    assert [len(content["results"]) for content in drawn] == [3, 4]
+    assert len(asked) == 3
+
+
+def test_groups_with_other_numbers_of_examples_do_not_take_turns(measure: Measure, tmp_path: Path) -> None:
     measure("eval.num_fewshot=1", names="small_sums")
     both = measure(names="small_sums")
     assert measure("eval.num_fewshot=1", names="small_sums") == both
     samples = tmp_path / "run/eval/base.samples"
     assert sorted(path.name for path in samples.iterdir()) == ["small_sums.1-shot.jsonl", "small_sums.jsonl"]
-    first = both["results"][0]
-    (samples / "small_sums.1-shot.jsonl").rename(samples / "small_sums.jsonl")  # as it once was called
+    first, second = Results.from_json(both).tasks
     assert tasks.has_samples(first, samples)
-    (samples / "small_sums.jsonl").write_text("other\n")
+    (samples / "small_sums.1-shot.jsonl").write_text("other\n")
     assert not tasks.has_samples(first, samples)
-
-
-def test_a_seed_that_changes_nothing_measures_nothing(
-    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measure("run.seed=1", names="small_sums")
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate.Subject, "load", lambda *_: pytest.fail("the model was loaded"))
-        content = measure("run.seed=2", names="small_sums")
-    assert [(entry["settings"]["seed"], entry["seconds"] > 0) for entry in content["results"]] == [
-        (1, True),
-        (2, False),
-    ]
-    drawn = [measure(f"run.seed={seed}", "eval.num_fewshot=1", names="small_sums") for seed in (1, 2)]
-    assert [len(content["results"]) for content in drawn] == [3, 4]
-    assert drawn[1]["results"][3]["seconds"] > 0
+    assert tasks.has_samples(second, samples)
 
 
 def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
-    own_tasks: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_tasks: Path, config_file: Path, tmp_path: Path, asked: Asked
 ) -> None:
     """Also if the evaluation is interrupted after the first; a task whose files are as they were is left alone."""
     folder = shutil.copytree(own_tasks, tmp_path / "own")
@@ -203,23 +177,14 @@ def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
         (folder / name).write_text((folder / name).read_text().replace(old, new))
         os.utime(folder / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
-    def cut(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(harness, "evaluate", stop)
-        return evaluate(*arguments, **options)
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    evaluate = harness.evaluate
-    monkeypatch.setattr(harness, "evaluate", cut)
-    with pytest.raises(KeyboardInterrupt):
+    asked.fails_at = len(asked) + 2
+    with pytest.raises(StageError):
         pipeline.evaluate_some(run, ["base"])
     half = json.loads((tmp_path / "run/eval/base.json").read_text())["results"]
     assert [one["settings"]["tasks"] for one in half] == ["read", "small_sums"]
     assert half[0] == before["read"]
     assert half[1]["metrics"]["sources"]["digest"] != before["small_sums"]["metrics"]["sources"]["digest"]
-    assert tasks.rows(half[1:])[0][0] == "sums, limit 3 mean of 1 of 2 tasks"
-    monkeypatch.setattr(harness, "evaluate", evaluate)
+    assert "sums, limit 3 mean of 1 of 2 tasks" in names(sealed.parse((tmp_path / "run/eval/base.json").read_text()))
     after = pipeline.evaluate_some(run, ["base"])["base"]["results"]
     assert [one["settings"]["tasks"] for one in after] == ["read", "small_sums", "large_sums"]
     hashes = [
@@ -230,7 +195,7 @@ def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
 
 
 def test_another_rule_of_a_group_needs_no_measuring(
-    own_tasks: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_tasks: Path, config_file: Path, tmp_path: Path, asked: Asked
 ) -> None:
     folder = shutil.copytree(own_tasks, tmp_path / "own")
     overrides = [f"eval.include_path={folder}", "eval.tasks=[sums]", "eval.perplexity=[]", "eval.limit=3"]
@@ -238,41 +203,35 @@ def test_another_rule_of_a_group_needs_no_measuring(
     pipeline.evaluate_some(run, ["base"])
     (folder / "sums.yaml").write_text((folder / "sums.yaml").read_text().replace("metric: acc,", "metric: acc_norm,"))
     harness._task_manager.cache_clear()  # another command
-    monkeypatch.setattr(harness, "evaluate", lambda *_, **__: pytest.fail("measured again"))
     after = pipeline.evaluate_some(run, ["base"])["base"]["results"]
     assert [list(one["metrics"]["groups"]["sums"]) for one in after] == [["acc_norm"]] * 2
+    assert len(asked) == 2
 
 
-def test_another_tokenizer_makes_results_stale(
-    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_tokenizer_makes_results_stale(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     before = measure()
     monkeypatch.setattr(evaluate.checkpoint, "tokenizer_fingerprint", lambda directory: "another")
     after = measure()
     assert {entry["tokenizer"] for entry in after["results"]} == {"another"} != before["results"][0]["tokenizer"]
 
 
-def test_a_template_that_is_not_there(measure: Callable[..., dict[str, Any]]) -> None:
+def test_a_template_that_is_not_there(measure: Measure) -> None:
     with pytest.raises(UserError, match=r"eval\.chat_template: this model's tokenizer has no chat template"):
         measure("eval.chat_template=true")
 
 
-def test_the_mean_of_a_group_is_that_of_the_library(
-    measure: Callable[..., dict[str, Any]], llama: Path, own_tasks: Path
-) -> None:
+def test_the_mean_of_a_group_is_that_of_the_library(measure: Measure, llama: Path, own_tasks: Path) -> None:
     content = measure()
     model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
     options: dict[str, Any] = {"num_fewshot": None, "batch_size": 4, "limit": None, "seed": 1}
     whole, _ = harness.evaluate(model, tokenizer, "sums", include_path=str(own_tasks), **options)
     assert set(whole["mean"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
-    assert tasks.group_mean(content["results"], "sums") == pytest.approx(whole["mean"], rel=1e-12)
+    assert group_mean(Results.from_json(content).tasks, "sums") == pytest.approx(whole["mean"], rel=1e-12)
     sizes = [whole["tasks"][task]["samples"] for task in ("small_sums", "large_sums")]
     assert sizes == [9, 4]  # so that the two kinds of mean differ
 
 
-def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(
-    measure: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(measure: Measure, tmp_path: Path) -> None:
     samples = tmp_path / "run/eval/base.samples/small_sums.jsonl"
     full = measure(names="small_sums")
     assert measure(names="small_sums") == full
@@ -284,7 +243,7 @@ def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(
     assert [entry["settings"]["limit"] for entry in again["results"]] == [2, None]
 
 
-def test_another_batch_size_is_measured_and_recorded(measure: Callable[..., dict[str, Any]]) -> None:
+def test_another_batch_size_is_measured_and_recorded(measure: Measure) -> None:
     def sizes(content: dict[str, Any]) -> list[tuple[Any, Any]]:
         return [(entry["batch_size"], entry["settings"].get("batch_size")) for entry in content["results"]]
 
@@ -293,17 +252,15 @@ def test_another_batch_size_is_measured_and_recorded(measure: Callable[..., dict
 
 
 def test_the_number_of_examples_is_that_of_the_prompts(
-    measure: Callable[..., dict[str, Any]], own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+    measure: Measure, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (
-        rows_of(measure("eval.num_fewshot=1", "eval.limit=2", names="small_sums"))[0][0] == "small_sums 1-shot, limit 2"
-    )
+    assert names(measure("eval.num_fewshot=1", "eval.limit=2", names="small_sums")) == ["small_sums 1-shot, limit 2"]
     monkeypatch.setattr(harness, "_shots", lambda *_: 0)  # a task that insists on its own
     content = measure("eval.num_fewshot=3", "eval.limit=4", names="small_sums")
-    assert [name for name, *_ in rows_of(content)][1:] == ["small_sums, limit 4"]
+    assert names(content)[1:] == ["small_sums, limit 4"]
 
 
-def test_a_long_task_tells_of_its_progress(measure: Callable[..., dict[str, Any]], capfd: Any) -> None:
+def test_a_long_task_tells_of_its_progress(measure: Measure, capfd: Any) -> None:
     measure(names="small_sums")
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("base: small_sums, batches of requests: ") for line in lines)
@@ -365,8 +322,8 @@ def test_two_processes_give_the_numbers_of_one(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text(text_file.read_text()[:70])  # one window for two processes
-    names = "eval.tasks=[sums, read, said, drawn]"
-    arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", names, "eval.batch_size=2"]
+    arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", "eval.tasks=[sums, read, said, drawn]"]
+    arguments += ["eval.batch_size=2"]
     other = make_checkpoint("llama", torch.bfloat16)
     arguments += [f"eval.perplexity=[{text_file}, {short}]", f"eval.divergence={other}"]
     found = []
@@ -377,7 +334,7 @@ def test_two_processes_give_the_numbers_of_one(
         done = sppctl_in_ranks(whole, 2) if name == "ranks" else sppctl(whole)
         assert done.returncode == 0, done.stderr
         content = json.loads(done.stdout)
-        assert content == evaluate.read_results(place / "eval/base.json")  # without its seal
+        assert content == sealed.parse((place / "eval/base.json").read_text())
         assert not list(place.glob(".reference*"))
         told = shlex.split(content["results"][0]["command"])
         # processes that were started for it are told all but how to print
@@ -388,88 +345,3 @@ def test_two_processes_give_the_numbers_of_one(
     texts = [metrics for settings, metrics in found[0][0] if settings["kind"] == "perplexity"]
     assert [(metrics["windows"], metrics["kl"] != 0) for metrics in texts] == [(8, True), (1, True)]
     assert list(found[0][1]) == ["drawn.jsonl", "large_sums.jsonl", "read.jsonl", "said.jsonl", "small_sums.jsonl"]
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_large_group_is_shown_by_its_parts() -> None:
-    rules = {"acc": True}
-    family = [result(f"a{i}", 0.5, 10, "mmlu", {"mmlu": rules, "mmlu_stem": rules}, 12) for i in range(11)] + [
-        result("b", 0.2, 40, "mmlu", {"mmlu": rules, "mmlu_other": rules}, 12)
-    ]
-    assert tasks.rows(family) == [
-        ("mmlu 5-shot mean", pytest.approx((0.5 * 110 + 0.2 * 40) / 150), None),
-        ("  mmlu_stem (mmlu 5-shot)", pytest.approx(0.5), None),
-        ("  mmlu_other (mmlu 5-shot)", pytest.approx(0.2), None),
-    ]
-
-
-def test_the_same_group_with_other_settings_is_another() -> None:
-    one = result("boolq", 0.5, 10, "zeroshot", {"zeroshot": {}}, 1)
-    other = result("boolq", 0.7, 10, "zeroshot", {"zeroshot": {}}, 1)
-    other["settings"] |= {"limit": 10}
-    names = [name for name, *_ in tasks.rows([one, other])]
-    assert names[0] == "zeroshot 5-shot mean"
-    assert names[2] == "zeroshot 5-shot, limit 10 mean"
-
-
-def test_word_perplexity_says_whose_it_is() -> None:
-    settings = {"kind": "tasks", "tasks": "wikitext", "num_fewshot": None, "limit": None, "seed": 0}
-    values = {"word_perplexity": 31.5, "byte_perplexity": 1.9, "metric": "word_perplexity", "samples": 62}
-    content = {"results": [{"settings": settings, "metrics": {"tasks": {"wikitext": values}, "mean": {}}}]}
-    assert rows_of(content) == [("wikitext word perplexity (lm-eval)", 31.5, None)]
-    assert not tasks.is_share("wikitext word perplexity (lm-eval)")
-    assert tasks.is_share("  boolq (zeroshot)")
-
-
-def test_a_group_without_acc_shows_what_it_averages() -> None:
-    rules = {"exact_match": True, "math_verify": True}
-    family = [result(name, 0.5, 10, "math", {"math": rules}, 2) for name in ("algebra", "geometry")]
-    for score, entry in enumerate(family):
-        values = {"exact_match": score, "exact_match_stderr": 0.1, "metric": "exact_match", "samples": 10}
-        entry["metrics"]["tasks"] = {entry["settings"]["tasks"]: values}
-    names = [
-        "math 5-shot mean exact match",
-        "  algebra (math 5-shot) exact match",
-        "  geometry (math 5-shot) exact match",
-    ]
-    assert tasks.rows(family) == list(zip(names, (0.5, 0, 1), (None,) * 3, strict=True))
-    whole = {"settings": family[0]["settings"] | {"tasks": "bbh"}, "metrics": {"mean": {"exact_match": 0.25}}}
-    del whole["settings"]["group"]
-    whole["metrics"]["tasks"] = {"a": {"exact_match": 0.25}, "b": {"exact_match": 0.25}}
-    assert tasks.rows([whole])[0] == ("bbh 5-shot mean exact match", 0.25, None)
-    assert all(tasks.is_share(name) for name in names)
-
-
-@pytest.mark.parametrize(
-    ("name", "share"),
-    [
-        ("boolq", True),
-        ("gsm8k 5-shot chat system prompt, limit 10 exact match", True),
-        ("sums mean of 1 of 2 tasks", True),
-        ("squad, limit 3 f1", True),
-        ("humaneval pass@1", True),
-        ("ifeval prompt level strict acc", True),
-        ("wmt16 5-shot bleu", False),
-        ("  a_task (a_group 2-shot) ter", False),
-        ("a_group mean rmse", False),
-        ("wikitext word perplexity (lm-eval)", False),
-        ("ppl wikitext2 @2048", False),
-        ("KL(dense || model) wikitext2 @2048", False),
-        ("top-1 agreement wikitext2 @2048", True),
-    ],
-)
-def test_what_is_shown_in_percent(name: str, share: bool) -> None:
-    assert tasks.is_share(name) == share
-
-
-def test_results_of_whole_groups_are_shown_as_before() -> None:
-    settings = {"kind": "tasks", "tasks": "zeroshot", "num_fewshot": 0, "limit": 5, "seed": 0}
-    found = {"boolq": {"acc": 0.5, "acc_stderr": 0.1}, "rte": {"acc": 0.7, "acc_norm": 0.8}}
-    metrics = {"tasks": found, "mean": {"acc": 0.6}}
-    assert tasks.rows([{"settings": settings, "metrics": metrics}]) == [
-        ("zeroshot, limit 5 mean", 0.6, None),
-        ("  boolq (zeroshot, limit 5)", 0.5, None),
-        ("  rte (zeroshot, limit 5)", 0.7, 0.8),
-    ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import write_run
+from made_up_runs import study_of, task, text, write_run
 
-from sppctl.report import measures, over_runs, plots_results
-from sppctl.report.html import page
-from sppctl.report.write import collect
+from sppctl.evaluate.results import TextResult
+from sppctl.report import plots_results
+from sppctl.report.document import chapter
+from sppctl.report.html import to_html
+from sppctl.report.study import Row, RunStudy, Study
 from sppctl.run import pipeline
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -80,8 +83,8 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(runs: Path, name: str) 
 def test_every_figure_is_well_formed_and_has_a_size_and_a_name(runs: Path, name: str, figures: int) -> None:
     drawn = re.findall(r"<svg .*?</svg>", (runs / name).read_text(), re.DOTALL)
     assert len(drawn) == figures
-    for text in drawn:
-        element = ET.fromstring(text)
+    for figure in drawn:
+        element = ET.fromstring(figure)
         assert all(float(str(element.get(key)).removesuffix("pt")) > 50 for key in ("width", "height"))
         assert element.get("aria-label")
         assert sum(1 for _ in element.iter("{http://www.w3.org/2000/svg}path")) > 10
@@ -119,8 +122,8 @@ def test_headings_skip_no_level(runs: Path, name: str) -> None:
 
 
 def test_the_same_records_give_the_same_page(runs: Path) -> None:
-    found = [collect(runs / "one")]
-    assert page(found) == page(found) == (runs / "one/report.html").read_text()
+    one = RunStudy.of(runs / "one")
+    assert to_html(chapter(one)) == to_html(chapter(one)) == (runs / "one/report.html").read_text()
 
 
 @pytest.mark.parametrize("gone", [["eval"], ["adapter", "merged"], ["pruned"], ["eval", "adapter", "merged"]])
@@ -128,46 +131,67 @@ def test_a_page_of_a_run_in_parts(gone: list[str], tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     for name in gone:
         shutil.rmtree(one / name)
-    text = page([collect(one)])
-    Checked(text)
-    assert ("No checkpoint of this run has been measured yet" in text) == ("eval" in gone)
-    assert ("<h2>Training</h2>" in text) == ("adapter" not in gone)
-    assert ("<h2>Pruning</h2>" in text) == ("pruned" not in gone)
+    page = to_html(chapter(RunStudy.of(one)))
+    Checked(page)
+    assert ("No checkpoint of this run has been measured yet" in page) == ("eval" in gone)
+    assert ("<h2>Training</h2>" in page) == ("adapter" not in gone)
+    assert ("<h2>Pruning</h2>" in page) == ("pruned" not in gone)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
-def test_a_bar_for_each_perplexity_with_its_number(runs: Path) -> None:
-    perplexity, divergence = plots_results.bars(measures.rows(collect(runs / "one"))).axes
-    assert [label.get_text() for label in perplexity.get_yticklabels()] == ["base", "pruned", "merged"]
+@pytest.fixture(scope="module")
+def rows(runs: Path) -> list[Row]:
+    return RunStudy.of(runs / "one").rows
+
+
+def names(axes: Any) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def written(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_a_bar_for_each_perplexity_with_its_number(rows: list[Row]) -> None:
+    perplexity, divergence = plots_results.bars(rows).axes
+    assert names(perplexity) == ["base", "pruned", "merged"]
     widths = [bar.get_width() for bar in perplexity.patches]  # type: ignore[attr-defined]
-    written = [text.get_text() for text in perplexity.texts]
-    assert written == [f"{width:.2f}" for width in widths]
-    assert written[:2] == ["9.57", "55.97"]
-    assert [label.get_text() for label in divergence.get_yticklabels()] == ["pruned", "merged"]
+    assert written(perplexity) == [f"{width:.2f}" for width in widths]
+    assert written(perplexity)[:2] == ["9.57", "55.97"]
+    assert names(divergence) == ["pruned", "merged"]
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in perplexity.patches}) == 3
 
 
-def test_perplexities_far_apart_have_a_logarithmic_axis_that_says_so(runs: Path) -> None:
-    run = collect(runs / "one")
-    run["checkpoints"]["pruned"]["results"][0]["metrics"]["value"] = 9000.0
-    axes = plots_results.bars(measures.rows(run)).axes[0]
+def compared(value: float, kl: float | None = None) -> list[TextResult]:
+    return [text(value, kl=kl, top1_agreement=0.5)]
+
+
+def test_perplexities_far_apart_have_a_logarithmic_axis_that_says_so() -> None:
+    axes = plots_results.bars(study_of(base=compared(9.0), pruned=compared(9000.0)).rows).axes[0]
     assert axes.get_xscale() == "log"
-    assert "logarithmic" in axes.get_xlabel()
+    assert axes.get_xlabel() == "perplexity, lower is better, logarithmic axis"
 
 
-def test_a_perplexity_that_is_infinite_is_not_drawn(runs: Path) -> None:
-    run = collect(runs / "one")
-    run["checkpoints"]["pruned"]["results"][0]["metrics"]["value"] = float("inf")
-    axes = plots_results.bars(measures.rows(run)).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["base", "merged"]
+def test_a_perplexity_that_is_infinite_is_not_drawn() -> None:
+    found = study_of(base=compared(9.0), pruned=compared(float("inf")), merged=compared(10.0))
+    assert names(plots_results.bars(found.rows).axes[0]) == ["base", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"), [((1.8, 0.52), ["1.80", "0.52"]), ((1.8, 0.00123), ["1.8000", "0.0012"])]
+)
+def test_divergences_of_a_panel_have_equal_decimals(values: tuple[float, float], numbers: list[str]) -> None:
+    found = study_of(pruned=compared(9.0, values[0]), merged=compared(9.0, values[1]))
+    axes = plots_results.bars(found.rows).axes[1]
+    assert written(axes) == numbers
+    assert axes.get_xlabel() == "nats per token, lower is better"
 
 
 def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
-    found = over_runs.rows_of_all([collect(runs / "one"), collect(runs / "two")])
-    axes = plots_results.bars(found).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
+    found = Study.of([runs / "one", runs / "two"])
+    assert names(plots_results.bars(found.rows).axes[0]) == [
         "base dense (one)",
         "pruned wanda 2:4 seed 0",
         "merged wanda 2:4 spp seed 0",
@@ -177,15 +201,25 @@ def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
     ]
 
 
-def many(run: dict[str, Any], labels: list[str]) -> list[measures.Row]:
+def test_long_titles_and_labels_stay_inside(rows: list[Row]) -> None:
+    name = "/a/long/way/to/the/text/that/was/read.txt"
+    own = {row.checkpoint: [text(5.0, name=name, kl=0.5)] for row in rows}
+    other = study_of(1, **own)
+    figure = plots_results.bars(Study.over([study_of(**own), dataclasses.replace(other, directory="runs/other")]).rows)
+    figure.savefig(io.BytesIO())
+    for axes in figure.axes:
+        assert axes.get_title(loc="left").replace("\n", "").replace(" ", "").count("/a/long/way") == 1
+        assert axes._left_title.get_window_extent().x1 <= figure.bbox.width  # type: ignore[attr-defined]
+
+
+def many(rows: list[Row], labels: list[str]) -> list[Row]:
     """The rows of a run beside further checkpoints."""
-    further = dict.fromkeys(labels, run["checkpoints"]["merged"])
-    return measures.rows(run | {"checkpoints": run["checkpoints"] | further})
+    return [*rows, *(dataclasses.replace(rows[-1], checkpoint=label) for label in labels)]
 
 
 @pytest.mark.parametrize("number", [0, 2, 6, 20])
-def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(runs: Path, number: int) -> None:
-    found = many(collect(runs / "one"), [f"a-checkpoint-from-elsewhere-{index}" for index in range(number)])
+def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(rows: list[Row], number: int) -> None:
+    found = many(rows, [f"a-checkpoint-from-elsewhere-{index}" for index in range(number)])
     figure = plots_results.dots(found)
     figure.savefig(io.BytesIO())  # lays it out
     (legend,) = figure.legends
@@ -197,28 +231,16 @@ def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(ru
     assert len(looks) == len(found) == len(legend.get_texts()) == 3 + number
 
 
-def test_whiskers_of_accuracies_are_their_standard_errors(runs: Path) -> None:
-    (pruned,) = (row for row in measures.rows(collect(runs / "one")) if row.checkpoint == "pruned")
-    (container,) = plots_results.dots([pruned]).axes[0].containers
-    ends = [line[:, 0] for line in container[2][0].get_segments()]  # type: ignore[index]
-    drawn = dict(zip(plots_results.task_names([pruned]), ends, strict=True))
-    assert drawn["  rte (zeroshot, limit 200)"] == pytest.approx([48.5 - 3.5, 48.5 + 3.5])
+def test_whiskers_of_accuracies_are_their_standard_errors() -> None:
+    axes = plots_results.dots(study_of(pruned=[task(0.485), task(0.5, "boolq")]).rows).axes[0]
+    assert names(axes) == ["rte", "boolq"]
+    ends = [line[:, 0] for line in axes.containers[0][2][0].get_segments()]  # type: ignore[index]
+    assert ends[0] == pytest.approx([48.5 - 3, 48.5 + 3])
 
 
-def test_divergences_of_a_panel_have_equal_decimals(runs: Path) -> None:
-    run = collect(runs / "one")
-    run["checkpoints"]["pruned"]["results"][0]["metrics"]["kl"] = 1.8
-    divergence = plots_results.bars(measures.rows(run)).axes[1]
-    assert [text.get_text() for text in divergence.texts] == ["1.80", "0.52"]
-    run["checkpoints"]["merged"]["results"][0]["metrics"]["kl"] = 0.00123
-    divergence = plots_results.bars(measures.rows(run)).axes[1]
-    assert [text.get_text() for text in divergence.texts] == ["1.8000", "0.0012"]
-
-
-def test_bars_fill_their_panel_however_many_there_are(runs: Path) -> None:
-    axes = plots_results.bars(many(collect(runs / "one"), [str(index) for index in range(40)])).axes[0]
-    low, high = axes.get_ylim()
-    assert (low, high) == pytest.approx((43 - 0.4, -0.6))
+def test_bars_fill_their_panel_however_many_there_are(rows: list[Row]) -> None:
+    axes = plots_results.bars(many(rows, [str(index) for index in range(40)])).axes[0]
+    assert axes.get_ylim() == pytest.approx((43 - 0.4, -0.6))
 
 
 def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -9,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+from made_up_runs import layer, write_record
 from matplotlib.figure import Figure
 
 from sppctl.report import plots
@@ -20,27 +20,15 @@ PROJECTIONS = [
 ]
 
 
-def layer(name: str, error: float | None = 0.25, sparsity: float = 0.5) -> plots.Layer:
-    return {
-        "name": name,
-        "shape": [8, 8],
-        "sparsity": sparsity,
-        "relative_output_error": error,
-        "relative_weight_error": 0.5,
-        "damp": None,
-        "seconds": 0.1,
-    }
-
-
 def llama(blocks: int = 3, **options: Any) -> list[plots.Layer]:
-    return [layer(f"model.layers.{block}.{name}", **options) for block in range(blocks) for name in PROJECTIONS]
+    return [layer(f"{block}.{name}", **options) for block in range(blocks) for name in PROJECTIONS]
 
 
 def moe() -> list[plots.Layer]:
     """Two blocks of four experts; the errors of block 0 average 0.25, those of block 1 average 0.5."""
     errors = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.4, 0.6, 0.8))
     return [
-        layer(f"model.layers.{block}.mlp.experts.{index}.gate_proj", error, 0.5 + index / 10)
+        layer(f"{block}.mlp.experts.{index}.gate_proj", error, sparsity=0.5 + index / 10)
         for block, of_block in enumerate(errors)
         for index, error in enumerate(of_block)
     ]
@@ -71,11 +59,11 @@ def legend(figure: Figure) -> list[str]:
     ],
 )
 def test_a_module_type_is_as_short_as_it_is_clear(names: list[str], types: list[str]) -> None:
-    assert list(plots.by_type([layer(name) for name in names])) == types
+    assert list(plots.by_type([layer("") | {"name": name} for name in names])) == types
 
 
 def test_layers_are_sorted_by_type_and_block() -> None:
-    layers = [*llama(2), layer("model.layers.10.mlp.up_proj")]
+    layers = [*llama(2), layer("10.mlp.up_proj")]
     found = plots.by_type(layers)
     assert list(found) == [name.rpartition(".")[2] for name in PROJECTIONS]
     assert {block: [one["name"] for one in own] for block, own in found["up_proj"].items()} == {
@@ -129,7 +117,7 @@ def test_different_sparsity_is_a_line_for_each_module_type() -> None:
 
 
 def test_no_two_lines_look_alike() -> None:
-    layers = [layer(f"model.layers.0.part_{index}") for index in range(28)]
+    layers = [layer(f"0.part_{index}") for index in range(28)]
     lines = plots.draw(layers).axes[0].lines
     looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines]
     assert len(set(looks)) == 28
@@ -185,34 +173,19 @@ def test_a_failure_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_bytes() == before
 
 
-REPORT = ("report.md", "report.csv", "report.json", "report.html")
-
-
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def record(directory: Path, layers: list[plots.Layer] | None) -> None:
-    (directory / "pruned").mkdir()
+@pytest.mark.parametrize("layers", [llama(), None, []])
+def test_a_report_draws_what_was_pruned_if_anything(layers: list[plots.Layer] | None, tmp_path: Path) -> None:
     metrics = {"method": "wanda", "pattern": "2:4", "matrices": 7, "mean_relative_output_error": 0.25}
     metrics |= {} if layers is None else {"layers": layers}
-    (directory / "pruned/stage.json").write_text(json.dumps({"wall_time_s": 1.0, "metrics": metrics}))
-
-
-def test_a_report_draws_what_was_pruned(tmp_path: Path) -> None:
-    record(tmp_path, llama())
-    (found,) = pipeline.report([tmp_path])
-    assert {path.name for path in tmp_path.iterdir()} == {"pruned", *REPORT, "pruning.svg"}
-    assert "](pruning.svg)" in (tmp_path / "report.md").read_text()
-    assert json.loads((tmp_path / "report.json").read_text()) == found
-    assert found.keys() == {"run", "config", "stages", "checkpoints", "comparisons", "notes", "table"}
-
-
-@pytest.mark.parametrize("layers", [None, []])
-def test_no_layers_no_figure(layers: list[plots.Layer] | None, tmp_path: Path) -> None:
-    record(tmp_path, layers)
+    write_record(tmp_path, "prune", {"wall_time_s": 1.0, "metrics": metrics})
     pipeline.report([tmp_path])
-    assert {path.name for path in tmp_path.iterdir()} == {"pruned", *REPORT}
-    assert "pruning.svg" not in (tmp_path / "report.md").read_text()
+    figure = {"pruning.svg"} if layers else set()
+    files = {"report.md", "report.csv", "report.json", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned"} | files | figure
+    assert ("](pruning.svg)" in (tmp_path / "report.md").read_text()) == bool(layers)
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:

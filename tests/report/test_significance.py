@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_runs import sample, write_samples
+from made_up_runs import sample, task, text, with_measure, write_samples
 
+from sppctl.evaluate.results import TaskResult, TaskScores, TextResult
 from sppctl.report.significance import (
     RESAMPLES,
+    Flips,
+    Paired,
     TaskSamples,
     compare_tasks,
     compare_texts,
@@ -116,175 +119,162 @@ def test_flipped_answers_and_what_became_of_them() -> None:
         (sample("e", 0, 2), sample("e", 0, 2)),
         (sample("f", 1, 1) | {"chosen": None}, sample("f", 0, 2)),  # no multiple choice
     ]
-    assert flips(pairs) == {
-        "answers": 5,
-        "flipped": 4,
-        "share": 0.8,
-        "correct_to_wrong": 2,
-        "wrong_to_correct": 1,
-        "wrong_to_wrong": 1,
-    }
+    found = flips(pairs)
+    assert found == Flips(answers=5, flipped=4, correct_to_wrong=2, wrong_to_correct=1, wrong_to_wrong=1)
+    assert found.share == 0.8
+    assert flips(pairs[5:]).share is None
 
 
-def test_a_task_without_choices_has_no_share() -> None:
-    assert flips([(sample("a", 1) | {"chosen": None}, sample("a", 1))])["share"] is None
-
-
-def task(samples: list[dict[str, Any]], *, alone: bool = True, **groups: bool) -> TaskSamples:
+def samples_of(samples: list[dict[str, Any]], *, alone: bool = True, **groups: bool) -> TaskSamples:
     return TaskSamples("a task", groups, alone, samples)
 
 
 def test_accuracies_of_a_task_and_their_difference() -> None:
-    first = {"boolq": task([sample(str(n), n % 2) for n in range(100)], mean=False), "rte": task([], mean=False)}
-    second = {"boolq": task([sample(str(n), int(n % 4 > 0)) for n in range(100)])}
-    (entry,) = compare_tasks(first, second)
-    assert (entry["name"], entry["samples"], entry["first"], entry["second"]) == ("a task", 100, 0.5, 0.75)
-    assert entry["difference"] == 0.25
-    assert entry["p"] < 0.001
-    assert (entry["flips"]["wrong_to_correct"], entry["flips"]["correct_to_wrong"]) == (25, 0)
-    assert "note" not in entry
+    first = {"boolq": samples_of([sample(str(n), n % 2) for n in range(100)], mean=False)}
+    second = {"boolq": samples_of([sample(str(n), int(n % 4 > 0)) for n in range(100)])}
+    (entry,) = compare_tasks(first | {"rte": samples_of([], mean=False)}, second)
+    assert (entry.name, entry.samples, entry.first, entry.second, entry.note) == ("a task", 100, 0.5, 0.75, None)
+    assert entry.paired is not None
+    assert entry.flips is not None
+    assert entry.paired.difference == 0.25
+    assert entry.paired.p < 0.001
+    assert (entry.flips.wrong_to_correct, entry.flips.correct_to_wrong) == (25, 0)
 
 
 def test_a_checkpoint_compared_with_itself() -> None:
-    own = {"boolq": task([sample(str(number), number % 2) for number in range(10)])}
+    own = {"boolq": samples_of([sample(str(number), number % 2) for number in range(10)])}
     (entry,) = compare_tasks(own, own)
-    assert (entry["difference"], entry["low"], entry["high"], entry["p"], entry["flips"]["flipped"]) == (0, 0, 0, 1, 0)
+    assert entry.paired == Paired(difference=0, low=0, high=0, p=1)
+    assert entry.flips is not None
+    assert entry.flips.flipped == 0
 
 
-def test_samples_that_do_not_match_are_left_out_and_said() -> None:
-    first, second = task([sample("a", 1), sample("b", 1)]), task([sample("b", 0), sample("c", 0)])
+def test_samples_that_do_not_match_are_left_out_and_noted() -> None:
+    first, second = samples_of([sample("a", 1), sample("b", 1)]), samples_of([sample("b", 0), sample("c", 0)])
     (entry,) = compare_tasks({"boolq": first}, {"boolq": second})
-    assert (entry["samples"], entry["difference"]) == (1, -1)
-    assert entry["note"].startswith("2 samples stand in one of the two files only")
-    (entry,) = compare_tasks({"boolq": first}, {"boolq": task([sample("c", 0)])})
-    assert entry["samples"] == 0
-    assert "p" not in entry
+    assert (entry.samples, entry.first, entry.second) == (1, 1, 0)
+    assert entry.note == "2 samples stand in one of the two files only and are left out"
+    (entry,) = compare_tasks({"boolq": first}, {"boolq": samples_of([sample("c", 0)])})
+    assert (entry.samples, entry.paired) == (0, None)
 
 
 @pytest.mark.parametrize(("by_samples", "mean"), [(False, 0.5), (True, 0.1)])
 def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, mean: float) -> None:
     right, wrong = ([sample(str(number), acc) for number in range(10)] for acc in (1, 0))
     many = [sample(str(number), 0) for number in range(90)]
-    first = {"a": task(wrong, both=by_samples), "b": task(many, both=by_samples)}
-    group, *tasks = compare_tasks(first, {"a": task(right), "b": task(many)})
-    assert (group["name"], group["samples"], len(tasks)) == ("both", 100, 2)
-    assert (group["first"], group["second"], group["difference"]) == (0, mean, mean)
-    assert (group["low"], group["high"]) == (mean, mean)  # within each task all differences are equal
-    assert group["flips"]["share"] == 0.1
+    first = {"a": samples_of(wrong, both=by_samples), "b": samples_of(many, both=by_samples)}
+    group, *tasks = compare_tasks(first, {"a": samples_of(right), "b": samples_of(many)})
+    assert (group.name, group.samples, group.is_mean, len(tasks)) == ("both", 100, True, 2)
+    assert (group.first, group.second) == (0, mean)
+    # within each task all differences are equal
+    assert group.paired is not None
+    assert (group.paired.difference, group.paired.low, group.paired.high) == (mean, mean, mean)
+    assert group.flips is not None
+    assert group.flips.share == 0.1
 
 
 def test_the_tasks_of_a_large_group_have_no_rows_unless_something_is_missing() -> None:
-    first = {str(n): task([sample("x", 0), sample("y", 1)], alone=False, mmlu=True) for n in range(3)}
-    assert [entry["name"] for entry in compare_tasks(first, first)] == ["mmlu"]
-    second = first | {"1": task([sample("x", 0)], alone=False)}
-    assert [entry["name"] for entry in compare_tasks(first, second)] == ["mmlu", "a task"]
+    first = {str(n): samples_of([sample("x", 0), sample("y", 1)], alone=False, mmlu=True) for n in range(3)}
+    assert [entry.name for entry in compare_tasks(first, first)] == ["mmlu"]
+    second = first | {"1": samples_of([sample("x", 0)], alone=False)}
+    assert [entry.name for entry in compare_tasks(first, second)] == ["mmlu", "a task"]
 
 
-def result(name: str, identity: str, **metrics: Any) -> dict[str, Any]:
-    settings = {"kind": "tasks", "tasks": name, "group": "all", "num_fewshot": 0, "limit": 5, "seed": 0}
-    return {"settings": settings, "metrics": {"tasks": {name: {}}, "samples_hash": {name: identity}} | metrics}
+def result(folder: Path, name: str, samples: list[dict[str, Any]], **options: Any) -> TaskResult:
+    """A task of the group "all" with its file of samples, which has the name of its task."""
+    identity = write_samples(folder / f"{name}.jsonl", samples)
+    options = {"group": "all", "groups": {"all": {"acc": True}}, "limit": 5, "samples_hash": {name: identity}} | options
+    return task(0.5, name, options.pop("shots", 0), **options)
+
+
+def names_of(folder: Path, results: list[TaskResult]) -> list[str]:
+    found, _ = read_samples(folder, results)
+    return [entry.name for entry in compare_tasks(found, found)]
 
 
 def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> None:
-    rte = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
-    own = write_samples(tmp_path / "own-task.jsonl", [sample("a", 1), sample("b", 0)])
-    write_samples(tmp_path / "boolq.jsonl", [sample("c", 1)])
+    rules = {"all": {"acc": True}, "part": {}}
     results = [
-        result("rte", rte, groups={"all": {"acc": True}, "part": {}}, members=57),
-        result("own task", own, groups={}, members=1),
-        result("boolq", "of before", groups={}, members=1),
-        {"settings": {"kind": "perplexity"}, "metrics": {}},
+        result(tmp_path, "rte", [sample("a", 1)], groups=rules, members=57),
+        result(tmp_path, "own-task", [sample("a", 1), sample("b", 0)], groups={}, group=None),
+        result(tmp_path, "boolq", [sample("c", 1)], samples_hash={"boolq": "of before"}),
     ]
     found, notes = read_samples(tmp_path, results)
     assert notes == [f"{tmp_path / 'boolq.jsonl'} belongs to another evaluation and is left out"]
     grouped, alone = found.values()
     assert (grouped.name, grouped.alone, len(grouped.samples)) == ("rte, limit 5", False, 1)
     assert grouped.groups == {"all, limit 5 mean": True, "part, limit 5 mean": False}
-    assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own task, limit 5", True, 2, {})
+    assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own-task, limit 5", True, 2, {})
     assert read_samples(tmp_path / "nowhere", results) == ({}, [])
 
 
 def test_the_mean_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
-    rules: dict[str, Any] = {"all": {"acc": True}, "part": {"acc": True}}
-    results = []
-    for name in ("a", "b"):
-        own = write_samples(tmp_path / f"{name}.jsonl", [sample(name, 1)])
-        results.append(result(name, own, groups=rules, members=3))
-    found, _ = read_samples(tmp_path, results)
-    assert [entry["name"] for entry in compare_tasks(found, found)][:1] == ["all, limit 5 mean of 2 of 3 tasks"]
-    assert not any("part" in entry["name"] for entry in compare_tasks(found, found))
-    results.append(result("c", write_samples(tmp_path / "c.jsonl", [sample("c", 1)]), groups={"all": {}}, members=3))
-    found, _ = read_samples(tmp_path, results)
-    assert [entry["name"] for entry in compare_tasks(found, found)][:2] == ["all, limit 5 mean", "part, limit 5 mean"]
+    rules = {"all": {"acc": True}, "part": {"acc": True}}
+    results = [result(tmp_path, name, [sample(name, 1)], groups=rules, members=3) for name in ("a", "b")]
+    assert names_of(tmp_path, results)[:1] == ["all, limit 5 mean of 2 of 3 tasks"]
+    assert not any("part" in name for name in names_of(tmp_path, results))
+    results.append(result(tmp_path, "c", [sample("c", 1)], members=3))
+    assert names_of(tmp_path, results)[:2] == ["all, limit 5 mean", "part, limit 5 mean"]
     (tmp_path / "a.jsonl").unlink()
-    found, _ = read_samples(tmp_path, results)
-    names = [entry["name"] for entry in compare_tasks(found, found)]
-    assert names[0] == "all, limit 5 mean of 2 of 3 tasks"
+    assert names_of(tmp_path, results)[0] == "all, limit 5 mean of 2 of 3 tasks"
+
+
+def test_the_tasks_of_a_group_that_lm_eval_ran_as_one_are_all_there(tmp_path: Path) -> None:
+    hashes = {name: write_samples(tmp_path / f"{name}.jsonl", [sample(name, 1)]) for name in ("one", "two")}
+    scores = {name: TaskScores({"acc": 0.5}, "acc", samples=1) for name in hashes}
+    whole = task(None, "odd", tasks=scores, mean={"acc": 0.5}, samples_hash=hashes)
+    assert names_of(tmp_path, [whole]) == ["odd mean", "one", "two"]
 
 
 def test_a_task_alone_and_in_a_group_is_one_task(tmp_path: Path) -> None:
-    own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
-    measured_with = {"tasks": {"rte": {"num_fewshot": 0}}, "members": 57}
-    in_group, alone = (result("rte", own, **(measured_with | {"members": members})) for members in (57, 1))
-    in_group["metrics"]["groups"] = {"all": {"acc": True}}
-    del alone["settings"]["group"]
-    alone["settings"]["num_fewshot"] = None  # its own, which is 0
+    in_group = result(tmp_path, "rte", [sample("a", 1)], members=57)
+    asked = {"group": None, "groups": {}, "members": 1}
+    alone = with_measure(result(tmp_path, "rte", [sample("a", 1)], **asked), num_fewshot=None)  # its own, which is 0
     for results in ([in_group, alone], [alone, in_group]):
-        (task,) = read_samples(tmp_path, results)[0].values()
-        assert (task.alone, task.groups) == (True, {"all, limit 5 mean": True})
+        (found,) = read_samples(tmp_path, results)[0].values()
+        assert (found.alone, found.groups) == (True, {"all, limit 5 mean": True})
     both = [read_samples(tmp_path, [one])[0] for one in (in_group, alone)]
     assert len(compare_tasks(*both)) == 1
 
 
 def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
-    own = write_samples(tmp_path / "rte.jsonl", [sample("a", 1)])
-    zero, other, elsewhere = (result("rte", own) for _ in range(3))
-    other["settings"]["num_fewshot"] = 5
-    del elsewhere["settings"]["group"]
-    found = [read_samples(tmp_path, [one])[0] for one in (zero, other, elsewhere)]
-    assert compare_tasks(found[0], found[1]) == []
+    zero, five = (result(tmp_path, "rte", [sample("a", 1)], shots=shots) for shots in (0, 5))
+    alone = result(tmp_path, "rte", [sample("a", 1)], group=None)
+    wide = result(tmp_path, "rte", [sample("a", 1)], dtype="float32")
+    found = [read_samples(tmp_path, [one])[0] for one in (zero, five, alone, wide)]
+    assert compare_tasks(found[0], found[1]) == compare_tasks(found[0], found[3]) == []
     assert len(compare_tasks(found[0], found[2])) == 1
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def measured(losses: list[float], *, seq_len: int = 5, stride: int = 5, **metrics: Any) -> list[dict[str, Any]]:
-    settings = {"kind": "perplexity", "text": "prose", "seq_len": seq_len, "stride": None, "reference": object.__name__}
-    own = {"seq_len": seq_len, "stride": stride, "window_nll": losses, "documents_hash": "x"}
-    return [{"settings": settings, "metrics": own | metrics}]
+def losses(*own: float | None, stride: int = 5, **options: Any) -> list[TextResult]:
+    return [text(9.0, 5, **{"window_nll": list(own), "stride": stride} | options)]
 
 
 def test_windows_are_compared_per_predicted_token() -> None:
-    first = measured([8.0, 4.0, 6.0])
-    second = measured([12.0, 8.0, 10.0])
-    second[0]["settings"]["reference"] = "another"  # a reference does not change the loss
-    (entry,) = compare_texts(first, second)
-    assert (entry["name"], entry["samples"]) == ("prose", 3)
-    assert (entry["first"], entry["second"]) == (1.5, 2.5)
-    assert (entry["difference"], entry["low"], entry["high"]) == (1, 1, 1)
+    # a reference does not change the loss
+    (entry,) = compare_texts(losses(8.0, 4.0, 6.0, reference="a"), losses(12.0, 8.0, 10.0, reference="b"))
+    assert (entry.name, entry.samples, entry.first, entry.second) == ("prose", 3, 1.5, 2.5)
+    assert entry.paired is not None
+    assert (entry.paired.difference, entry.paired.low, entry.paired.high) == (1, 1, 1)
 
 
 def test_overlapping_windows_count_what_they_add() -> None:
-    (entry,) = compare_texts(measured([4.0, 2.0], stride=2), measured([8.0, 4.0], stride=2))
-    assert (entry["first"], entry["second"]) == (1, 2)  # 4 + 2 tokens
+    (entry,) = compare_texts(losses(4.0, 2.0, stride=2), losses(8.0, 4.0, stride=2))
+    assert (entry.first, entry.second) == (1, 2)  # 4 + 2 tokens
 
 
-def test_other_texts_and_older_results_are_not_compared() -> None:
-    assert compare_texts(measured([1.0]), measured([1.0], documents_hash="y")) == []
-    assert compare_texts(measured([1.0, 2.0]), measured([1.0])) == []
-    old = measured([1.0])
-    del old[0]["metrics"]["window_nll"]
-    assert compare_texts(old, measured([1.0])) == compare_texts(measured([1.0]), old) == []
+def test_other_texts_are_not_compared() -> None:
+    for other in (losses(1.0, documents_hash="y"), losses(1.0, 2.0), losses(1.0, dtype="float32"), losses()):
+        assert compare_texts(losses(1.0), other) == compare_texts(other, losses(1.0)) == []
 
 
 @pytest.mark.parametrize("broken", [float("inf"), float("nan"), None])
-def test_windows_without_a_finite_loss_are_left_out_and_said(broken: float | None) -> None:
-    second = measured([4.0, 8.0, 4.0])
-    second[0]["metrics"]["window_nll"][0] = broken
-    (entry,) = compare_texts(measured([4.0, 4.0, 4.0]), second)
-    assert (entry["samples"], entry["first"], entry["second"]) == (2, 1.0, 1.5)
-    assert entry["note"] == "1 windows have no finite loss and are left out"
-    second[0]["metrics"]["window_nll"] = [broken] * 3
-    (entry,) = compare_texts(measured([4.0, 4.0, 4.0]), second)
-    assert "p" not in entry
+def test_windows_without_a_finite_loss_are_left_out_and_noted(broken: float | None) -> None:
+    (entry,) = compare_texts(losses(4.0, 4.0, 4.0), losses(broken, 8.0, 4.0))
+    assert (entry.samples, entry.first, entry.second) == (2, 1.0, 1.5)
+    assert entry.note == "1 windows have no finite loss and are left out"
+    (entry,) = compare_texts(losses(4.0, 4.0, 4.0), losses(broken, broken, broken))
+    assert entry.paired is None

@@ -2,119 +2,95 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
-from typing import Any
+from pathlib import Path
 
 import pytest
-from made_up_runs import SPARSE, write_run
+from made_up_runs import layer, study_of, task, text, write_run
 
-from sppctl.report import measures
+from sppctl.report.csv_text import to_csv
 from sppctl.report.latex import escape, to_latex
-from sppctl.report.measures import gap_recovered, rows
-from sppctl.report.over_runs import rows_of_all
-from sppctl.report.provenance import version_table
-from sppctl.report.readings import ACCURACY, DIVERGENCE, PERPLEXITY
+from sppctl.report.provenance import evaluation_table, version_table
+from sppctl.report.study import RunStudy, Study
 from sppctl.report.tables import (
-    CSV_COLUMNS,
+    Table,
     flip_table,
     gap_table,
+    long_table,
+    seed_table,
     significance_table,
-    to_csv,
+    table,
+    type_table,
     value_table,
     wide_table,
 )
-from sppctl.report.write import collect
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     root = tmp_path_factory.mktemp("runs")
-    return [collect(write_run(root / "one")), collect(write_run(root / "two_%", pattern="4:8", seed=1))]
+    return Study.of([write_run(root / "one"), write_run(root / "two_%", pattern="4:8", seed=1)])
 
 
-# --- how a checkpoint stands to the dense one -------------------------------------------------------------------------
+def heads(made: Table) -> list[str]:
+    return [column.head for column in made.columns]
 
 
-@pytest.mark.parametrize(
-    ("kind", "base", "pruned", "value", "share"),
-    [
-        (ACCURACY, 0.7, 0.5, 0.6, 0.5),
-        (ACCURACY, 0.7, 0.5, 0.5, 0.0),
-        (ACCURACY, 0.7, 0.5, 0.7, 1.0),
-        (ACCURACY, 0.7, 0.5, 0.4, -0.5),  # worse than pruned
-        (ACCURACY, 0.5, 0.6, 0.6, None),  # pruning did no harm
-        (ACCURACY, 0.5, 0.5, 0.6, None),
-        (PERPLEXITY, 8.0, 32.0, 16.0, 0.5),  # halfway between 2^3 and 2^5
-        (PERPLEXITY, 10.0, 40.0, 10.0, 1.0),
-        (PERPLEXITY, 10.0, 1000.0, 100.0, 0.5),
-        (PERPLEXITY, 10.0, 9.0, 9.5, None),
-        (PERPLEXITY, 10.0, math.inf, 20.0, None),
-        (DIVERGENCE, 0.0, 1.0, 0.5, None),  # the dense model has none of itself
-        (ACCURACY, None, 0.5, 0.6, None),
-        (ACCURACY, 0.7, None, 0.6, None),
-    ],
-)
-def test_share_of_the_gap(kind: str, base: float | None, pruned: float | None, value: float, share: float) -> None:
-    assert gap_recovered(kind, base, pruned, value) == (None if share is None else pytest.approx(share, abs=1e-12))
+def records(made: Table) -> list[dict[str, str]]:
+    return [dict(zip(heads(made), row, strict=True)) for row in made.rows]
 
 
-def test_rows_say_how_a_checkpoint_was_made(collected: list[dict[str, Any]]) -> None:
-    found = rows(collected[0])
-    assert [(row.checkpoint, row.method, row.pattern, row.training, row.seed) for row in found] == [
-        ("base", None, "dense", None, 0),
-        ("pruned", "wanda", "2:4", None, 0),
-        ("merged", "wanda", "2:4", "spp", 0),
+def by_first_cell(made: Table) -> dict[str, list[str]]:
+    return {row[0]: list(row[1:]) for row in made.rows}
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_column_for_each_checkpoint() -> None:
+    made = table(study_of(base=[text(12.345, 2048)], pruned=[text(45.678, 2048)], merged=[]).rows)
+    assert heads(made) == ["", "base", "pruned", "merged"]
+    assert [column.is_text for column in made.columns] == [True, False, False, False]
+    assert made.rows == [
+        ["sparsity of pruned matrices", "dense", "50.00%", "50.00%"],
+        ["pattern", "dense", "2:4", "2:4"],
+        ["sparse matrices", "0", "210", "210"],
+        ["size, MB", "269.1", "269.1", "269.1"],
+        ["ppl prose @2048", "12.35", "45.68", "-"],
     ]
-    base, pruned, merged = found
-    assert base.difference == base.recovered == pruned.recovered == {}
-    name = "ppl wikitext2 @512"
-    dense, sparse, healed = (row.measures[name].value or 0 for row in found)
-    assert pruned.difference[name] == sparse - dense
-    assert merged.recovered[name] == pytest.approx(math.log(healed / sparse) / math.log(dense / sparse))
-    assert "KL(dense || model) wikitext2 @512" not in merged.difference
 
 
-def test_perplexities_first_and_kl_in_nats(collected: list[dict[str, Any]]) -> None:
-    found = rows(collected[0])
-    assert measures.names(found)[:4] == [
-        "ppl wikitext2 @512",
-        "KL(dense || model) wikitext2 @512",
-        "top-1 agreement wikitext2 @512",
-        "zeroshot, limit 200 mean",
-    ]
-    assert measures.headlines(found) == ["ppl wikitext2 @512", "zeroshot, limit 200 mean"]
-    header, lines = value_table(found)
-    assert lines[1][header.index("KL(dense || model) wikitext2 @512")] == "1.8100"
-    assert lines[1][header.index("top-1 agreement wikitext2 @512")] == "44.00%"
+def test_other_settings_are_other_rows() -> None:
+    found = by_first_cell(table(study_of(base=[text(5.0, 2048)], pruned=[text(6.0)]).rows))
+    assert found["ppl prose @2048"] == ["5.00", "-"]
+    assert found["ppl prose @64"] == ["-", "6.00"]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("value", "words"), [(99999.0, "99999.00"), (123456.0, "1.23e+05"), (float("inf"), "-")])
+def test_a_hopeless_perplexity_stays_short(value: float, words: str) -> None:
+    assert by_first_cell(table(study_of(base=[text(value)]).rows))["ppl prose @64"] == [words]
 
 
-def test_the_table_over_runs(collected: list[dict[str, Any]]) -> None:
-    found = rows_of_all(collected)
-    header, lines = wide_table(found)
-    assert header[:7] == ["run", "checkpoint", "method", "pattern", "training", "seed", "sparsity"]
-    assert header[-4:] == [
-        "ppl wikitext2 @512 - base",
-        "zeroshot, limit 200 mean - base",
-        "gap recovered, ppl wikitext2 @512",
-        "gap recovered, zeroshot, limit 200 mean",
-    ]
-    assert {len(line) for line in lines} == {len(header)}
-    assert [line[:7] for line in lines[3:]] == [
-        ["two_%", "base", "-", "dense", "-", "-", "dense"],
-        ["two_%", "pruned", "wanda", "4:8", "-", "1", "50.00%"],
-        ["two_%", "merged", "wanda", "4:8", "spp", "1", "50.00%"],
-    ]
-    assert lines[1][-4] == "+46.40"
-    assert gap_table(found[:3])[0][0] == "checkpoint"  # a single run needs no name
+def test_shares_are_percentages_and_other_metrics_are_not() -> None:
+    both = {"acc": 0.5, "acc_norm": 0.625}
+    results = [task(0.5, scores=both), task(None, "lambada", scores={"perplexity": 12.5}, metric="perplexity")]
+    found = by_first_cell(table(study_of(base=[*results, text(5.0, kl=1.81, top1_agreement=0.44)]).rows))
+    assert found["rte"] == ["50.00% (norm 62.50%)"]
+    assert found["lambada perplexity (lm-eval)"] == ["12.50"]
+    assert found["KL(dense || model) prose @64"] == ["1.8100"]
+    assert found["top-1 agreement prose @64"] == ["44.00%"]
 
 
-def test_differences_with_their_intervals(collected: list[dict[str, Any]]) -> None:
-    header, lines = significance_table(collected[0]["comparisons"])
-    found = {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
+def test_tasks_of_a_group_are_marked() -> None:
+    results = [task(0.5, name, group="g", groups={"g": {}}, members=2) for name in "ab"]
+    made = table(study_of(base=results).rows)
+    assert [made.rows[at][0] for at in sorted(made.parts)] == ["a (g)", "b (g)"]
+
+
+def test_differences_with_their_intervals(study: Study) -> None:
+    found = {
+        (line["comparison"], line["measure"]): line for line in records(significance_table(study.runs[0].comparisons))
+    }
     mean = found["pruned to merged", "zeroshot, limit 200 mean acc"]
     assert mean["samples"] == "1400"
     low, high = (float(bound) for bound in mean["95 % interval"].split(" to "))
@@ -123,84 +99,199 @@ def test_differences_with_their_intervals(collected: list[dict[str, Any]]) -> No
     assert {pair for pair, _ in found} == {"base to pruned", "base to merged", "pruned to merged"}
 
 
-def test_flips_by_comparison(collected: list[dict[str, Any]]) -> None:
-    header, lines = flip_table(collected[0]["comparisons"])
+def test_flips_by_comparison(study: Study) -> None:
+    lines = records(flip_table(study.runs[0].comparisons))
     assert len(lines) == 3 * 8
     for line in lines:
-        cells = dict(zip(header, line, strict=True))
-        flipped = int(cells["flipped"].split()[0])
-        assert flipped == sum(int(cells[kind]) for kind in header[4:])
+        kinds = ("correct to wrong", "wrong to correct", "wrong to wrong")
+        assert int(line["flipped"].split()[0]) == sum(int(line[kind]) for kind in kinds)
 
 
-def test_packages_of_equal_versions_share_a_column(collected: list[dict[str, Any]]) -> None:
-    header, lines = version_table(collected[0])
-    assert header == ["package", "prune, train, merge", "eval base, eval pruned, eval merged"]
-    assert ["python", "3.11.7", "-"] in lines
+def test_packages_of_equal_versions_share_a_column(study: Study) -> None:
+    made = version_table(study.runs[0])
+    assert heads(made) == ["package", "prune, train, merge", "eval base, eval pruned, eval merged"]
+    assert ["python", "3.11.7", "-"] in made.rows
+
+
+def test_tasks_of_a_group_measured_one_by_one_are_one_line_of_evaluations() -> None:
+    results = [task(0.5, f"mmlu_{at}", 5, group="mmlu", members=57, seconds=1.5) for at in range(57)]
+    (line,) = evaluation_table(study_of(base=results)).rows
+    assert line == ["base", "mmlu 5-shot", "570 samples of 57 tasks, 5-shot", "-", "-", "85.5"]
+
+
+# --- what pruning did to each module type -----------------------------------------------------------------------------
+
+
+def test_one_row_for_each_module_type() -> None:
+    layers = [
+        layer("0.self_attn.q_proj", 0.125, sparsity=0.25),
+        layer("0.mlp.down_proj", 0.25),
+        layer("1.self_attn.q_proj", 0.375, sparsity=0.75),
+        layer("1.mlp.down_proj", 0.125),
+    ]
+    made = type_table(layers)
+    errors = ["mean relative output error", "worst", "worst layer"]
+    assert heads(made) == ["module type", "matrices", "mean sparsity", *errors, "seconds"]
+    assert [column.head for column in made.columns if column.kind == "code"] == ["module type", "worst layer"]
+    assert made.rows == [
+        ["q_proj", "2", "50.00%", "0.250", "0.375", "model.layers.1.self_attn.q_proj", "0.5"],
+        ["down_proj", "2", "50.00%", "0.188", "0.250", "model.layers.0.mlp.down_proj", "0.5"],
+    ]
+
+
+def test_damping_is_a_range_where_there_was_any() -> None:
+    damps = {"0.mlp.up_proj": 0.01, "0.mlp.down_proj": 0.01, "0.mlp.gate_proj": None, "1.mlp.down_proj": 0.1}
+    lines = records(type_table([layer(name, damp=damp) for name, damp in damps.items()]))
+    assert [line["damping"] for line in lines] == ["0.01", "0.01 to 0.1", "-"]
+
+
+def test_without_inputs_it_is_the_error_of_the_weights() -> None:
+    made = type_table([layer("0.mlp.up_proj", None)])
+    assert heads(made)[3:5] == ["mean relative weight error", "worst"]
+    assert made.rows[0][3:5] == ["0.500", "0.500"]
+
+
+def test_every_expert_is_counted_and_the_worst_is_named() -> None:
+    layers = [layer(f"{block}.mlp.experts.{i}.gate_proj", block / 10 + i / 100) for block in (0, 1) for i in range(4)]
+    ((name, matrices, _, mean, worst, where, _),) = type_table(layers).rows
+    assert (name, matrices, mean, worst) == ("gate_proj", "8", "0.065", "0.130")
+    assert where == "model.layers.1.mlp.experts.3.gate_proj"
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_over_runs(study: Study) -> None:
+    made = wide_table(study.rows)
+    assert heads(made)[:7] == ["run", "checkpoint", "method", "pattern", "training", "seed", "sparsity"]
+    assert heads(made)[-4:] == [
+        "ppl wikitext2 @512 - base",
+        "zeroshot, limit 200 mean - base",
+        "gap recovered, ppl wikitext2 @512",
+        "gap recovered, zeroshot, limit 200 mean",
+    ]
+    groups = ["difference to base"] * 2 + ["gap recovered"] * 2
+    assert [column.group for column in made.columns[-5:]] == ["zeroshot, limit 200", *groups]
+    assert {len(line) for line in made.rows} == {len(made.columns)}
+    assert [line[:7] for line in made.rows[3:]] == [
+        ["two_%", "base", "-", "dense", "-", "-", "dense"],
+        ["two_%", "pruned", "wanda", "4:8", "-", "1", "50.00%"],
+        ["two_%", "merged", "wanda", "4:8", "spp", "1", "50.00%"],
+    ]
+    assert made.rows[1][-4] == "+46.40"
+    assert made.breaks == {3}
+    assert heads(gap_table(study.rows[:3]))[0] == "checkpoint"  # a single run needs no name
+
+
+def test_columns_of_a_text_or_group_stand_together() -> None:
+    in_group = {"group": "g", "groups": {"g": {}}, "members": 2}
+    results = [
+        text(5.0, 64, kl=1.0),
+        text(6.0, 128, kl=1.0),
+        task(0.5, "a", **in_group),
+        task(0.5, "b"),
+        task(0.5, "c"),
+    ]
+    columns = value_table(study_of(base=results).rows).columns[5:]
+    assert [(column.group, column.name) for column in columns] == [
+        *(("prose @64", name) for name in ("ppl", "KL", "top-1")),
+        *(("prose @128", name) for name in ("ppl", "KL", "top-1")),
+        *(("g", "mean of 1 of 2 tasks"), ("g", "a"), ("", "b"), ("", "c")),
+    ]
+
+
+def test_mean_and_deviation_over_seeds_in_a_table() -> None:
+    parts = [(f"runs/{seed}", f"run: {{seed: {seed}}}", seed) for seed in (0, 1)]
+    runs = []
+    for directory, config, seed in parts:
+        checkpoints = study_of(merged=[text(5.0 + seed), task(0.5 + seed / 4)]).checkpoints
+        runs.append(RunStudy.over(directory, config, {}, checkpoints, {}, []))
+    (line,) = records(seed_table(Study.over(runs).seeds))
+    assert (line["checkpoint"], line["seeds"]) == ("merged", "2")
+    assert (line["ppl prose @64"], line["rte"]) == ("5.50 ± 0.71", "62.50% ± 17.68%")
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def test_csv_holds_every_number_unrounded(collected: list[dict[str, Any]]) -> None:
-    found = rows_of_all(collected)
-    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
-    assert list(lines[0]) == CSV_COLUMNS
-    assert len(lines) == sum(len(row.measures) for row in found)
+def lines_of(rows: Study | RunStudy) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(to_csv(long_table(rows.rows)))))
+
+
+def test_csv_holds_every_number_unrounded(study: Study) -> None:
+    lines = lines_of(study)
+    columns = ["run", "checkpoint", "method", "pattern", "training", "seed", "sparsity", "bytes", "fingerprint"]
+    columns += ["measure", "kind", "value", "stderr", "acc_norm", "difference_to_base", "gap_recovered"]
+    assert list(lines[0]) == columns
+    assert len(lines) == sum(len(row.values) for row in study.rows)
     merged = next(line for line in lines if (line["checkpoint"], line["kind"]) == ("merged", "perplexity"))
-    row = found[2]
-    measure = row.measures["ppl wikitext2 @512"]
+    row = study.rows[2]
+    quantity = next(iter(row.values))
     assert (merged["run"], merged["method"], merged["training"], merged["seed"]) == (row.run, "wanda", "spp", "0")
-    numbers = [measure.value, row.difference[measure.name], row.recovered[measure.name], 0.03]
+    numbers = [row.values[quantity].number, row.difference[quantity], row.recovered[quantity], 0.03]
     keys = ("value", "difference_to_base", "gap_recovered", "stderr")
     assert [float(merged[key]) for key in keys] == numbers
     assert next(line for line in lines if line["measure"].startswith("boolq"))["acc_norm"]
 
 
-def test_csv_keeps_what_has_not_been_measured(collected: list[dict[str, Any]]) -> None:
-    run = collected[0] | {"checkpoints": {"pruned": {"sparsity": SPARSE, "results": []}}}
-    (line,) = csv.DictReader(io.StringIO(to_csv(rows(run))))
+def test_csv_keeps_what_has_not_been_measured() -> None:
+    (line,) = lines_of(study_of(pruned=[]))
     assert (line["checkpoint"], line["pattern"], line["measure"]) == ("pruned", "2:4", "")
+
+
+def test_csv_has_the_full_names_of_keys(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(rank), seed=rank) for rank in (8, 16)]
+    for run in runs:
+        (run / "resolved.yaml").write_text(f"train: {{rank: {run.name}}}\nrun: {{seed: {run.name}}}")
+    lines = lines_of(Study.of(runs))
+    by_label = {
+        label: {(x["seed"], x["train.rank"]) for x in lines if x["checkpoint"] == label} for label in ("merged", "base")
+    }
+    assert by_label == {"merged": {("8", "8"), ("16", "16")}, "base": {("8", ""), ("16", "")}}
 
 
 # --- LaTeX ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "latex"),
+    ("raw", "latex"),
     [
         ("arc_easy", r"arc\_easy"),
         ("50 % & more", r"50 \% \& more"),
         ("a\\b", r"a\textbackslash{}b"),
         ("#1 {x} ~ ^ $", r"\#1 \{x\} \textasciitilde{} \textasciicircum{} \$"),
         ("KL(p || q) < 1", r"KL(p \textbar{}\textbar{} q) \textless{} 1"),
+        ("[a] *b", "{[}a{]} {*}b"),
+        ("a--b_c", r"a-{}-b\_c"),
+        ("50% & $x$\n", r"50\% \& \$x\$\textbackslash{}n"),
     ],
 )
-def test_latex_sets_text_as_it_is(text: str, latex: str) -> None:
-    assert escape(text) == latex
+def test_latex_sets_text_as_it_is(raw: str, latex: str) -> None:
+    assert escape(raw) == latex
 
 
-def test_latex_table(collected: list[dict[str, Any]]) -> None:
-    found = rows_of_all(collected)
-    text = to_latex(found)
-    columns = len(wide_table(found)[0])
-    start, end = text.index(r"\toprule"), text.index(r"\bottomrule")
-    above, *body = [line for line in text[start:end].splitlines() if line.endswith(r"\\")]
-    assert len(body) == 1 + len(found)
+def test_latex_table(study: Study) -> None:
+    made = wide_table(study.rows)
+    latex = to_latex(made)
+    columns = len(made.columns)
+    start, end = latex.index(r"\toprule"), latex.index(r"\bottomrule")
+    above, *body = [line for line in latex[start:end].splitlines() if line.endswith(r"\\")]
+    assert len(body) == 1 + len(study.rows)
     spans = [int(size) for size in re.findall(r"\\multicolumn{(\d+)}", above)]
     assert sum(spans) == columns
     assert above.count("zeroshot, limit 200") == above.count("difference to base") == 1
     assert r"\shortstack[r]{arc\_easy} & " in body[0]
-    assert r"\begin{table*}" in text
-    assert r"\label{tab:sppctl}" in text
+    assert r"\begin{table*}" in latex
+    assert r"\label{tab:sppctl}" in latex
     for line in body:
         assert line.replace(r"\&", "").count(" & ") == columns - 1
-    assert text.count(r"\midrule") == 2  # below the head, and between the runs
-    assert text.count(r"\begin{") == text.count(r"\end{") == 2
-    assert r"two\_\%" in text
+    assert latex.count(r"\midrule") == 2  # below the head, and between the runs
+    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
+    assert r"two\_\%" in latex
     assert r"$-$" in body[2]  # a lost accuracy
     assert "%" not in body[2].replace(r"\%", "")
     depth = 0
-    for before, character in zip(" " + text, text, strict=False):
+    for before, character in zip(" " + latex, latex, strict=False):
         depth += {"{": 1, "}": -1}.get(character, 0) if before != "\\" else 0
         assert depth >= 0
     assert depth == 0

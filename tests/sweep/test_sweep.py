@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
+from made_up_runs import task, text
 from safetensors.torch import load_file
 from stage_calls import write_record
 
@@ -22,6 +24,7 @@ from sppctl import launch
 from sppctl.config.load import load_config, shipped_configs, shipped_sweeps
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, Stopped, UserError
+from sppctl.evaluate.results import Results
 from sppctl.records import to_json
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
@@ -324,7 +327,7 @@ def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: P
     for name, tensor in load_file(tmp_path / "alone" / "merged" / "model.safetensors").items():
         assert torch.equal(tensor, ours[name]), name
     (row,) = [row for row in rows if row["run"].endswith("/wanda-2of4-spp") and row["checkpoint"] == "merged"]
-    direct = pipeline.report([tmp_path / "alone"])[0]["table"]
+    direct = pipeline.report([tmp_path / "alone"]).to_json()["table"]
     assert row["measures"] == next(entry for entry in direct if entry["checkpoint"] == "merged")["measures"]
     assert row["recovered"] == next(entry for entry in direct if entry["checkpoint"] == "merged")["recovered"]
 
@@ -399,16 +402,17 @@ def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
 def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path) -> None:
     read = load_sweep(str(sweep_file))
     source, target = Run(read.dense["dense"].config), Run(read.runs["wanda-2of4-spp"].config)
-    a, b, c = ({"kind": "tasks", "tasks": name} for name in "abc")
-    text = {"kind": "perplexity", "text": "prose", "reference": None}
-    for run, asked in ((source, [a, b | {"batch_size": 8}, text]), (target, [text, b, c])):
-        (run.directory / "eval").mkdir(parents=True)
-        results = [{"settings": settings, "of": run.directory.name} for settings in asked]
-        (run.directory / "eval" / "base.json").write_text(json.dumps({"fingerprint": "f", "results": results}))
+    for run, asked in (
+        (source, [task(0.5, "a"), task(0.5, "b", batch_size=8), text(5.0)]),
+        (target, [text(5.0), task(0.5, "b"), task(0.5, "c")]),
+    ):
+        results = [dataclasses.replace(result, command=run.directory.name) for result in asked]
+        Results("base", "x", "f", {}, results).save(run.directory / "eval/base.json")
     sweep.share(source, target, "base", "base")
-    found = json.loads((target.directory / "eval" / "base.json").read_text())["results"]
+    found = Results.load(target.directory / "eval/base.json")
+    assert found is not None
     # b at another batch size takes the place of the older one
-    assert [(result["settings"].get("tasks"), result["of"]) for result in found] == [
+    assert [(getattr(result.measure, "task", None), result.command) for result in found.results] == [
         *(("a", "dense"), ("b", "dense"), (None, "dense"), ("c", "wanda-2of4-spp"))
     ]
 

@@ -1,0 +1,416 @@
+"""Results -> numbers, each with what it is a number of; renderers ask for names last.
+
+Quantities are equal where numbers may be compared: a perplexity on the same windows, an accuracy on the same task with
+the same number of examples. What changes a number but is rarely of interest (the seed of few-shot examples, the version
+of a text, the dense model of a divergence, the system prompt, the dtype) is kept beside it as circumstances, and
+becomes a part of the quantity only where results of one run differ in it (:func:`distinguish`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from sppctl.evaluate.results import AnyResult, Json, TaskMeasure, TaskResult, TaskScores, TextResult
+
+SHOWN = 10  # tasks of a group in a table; of a larger one its parts, if it has any
+# what names leave out, and its text where it differs
+CIRCUMSTANCES = {
+    "text": "text {:.8}",
+    "reference": "dense model {:.8}",
+    "seed": "seed {}",
+    "tasks": "task files {:.8}",
+    "prompt": "system prompt {:.8}",
+    "dtype": "computed in {}",
+}
+SHARES = {"exact match", "quasi exact match", "prefix exact match", "quasi prefix exact match", "em", "f1"}
+
+
+# --- what a number is of ----------------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What a number means, by which it is written, drawn and compared."""
+
+    PERPLEXITY = "perplexity"
+    DIVERGENCE = "kl"
+    AGREEMENT = "agreement"
+    ACCURACY = "accuracy"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A kind of number."""
+
+    name: str  # of a column; lm-eval's name of a task's metric
+    title: str  # in full; empty for acc, the usual one
+    kind: Kind
+    unit: str = ""
+    higher_is_better: bool | None = field(default=None, compare=False)  # None where lm-eval does not define it
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of 1, written in percent."""
+        return self.kind in (Kind.ACCURACY, Kind.AGREEMENT)
+
+    @classmethod
+    def of_task(cls, name: str, higher_is_better: bool | None = None) -> Metric:
+        """A metric of lm-eval: accuracies, exact matches, F1 and pass rates are shares of the samples."""
+        words = name.replace("_", " ")
+        is_share = bool({"acc", "accuracy"} & set(words.split())) or words in SHARES or words.startswith("pass@")
+        title = "" if name == "acc" else words + (" (lm-eval)" if name.endswith("perplexity") else "")
+        return cls(name, title, Kind.ACCURACY if is_share else Kind.OTHER, "", higher_is_better)
+
+
+PERPLEXITY = Metric("ppl", "ppl", Kind.PERPLEXITY, "perplexity", higher_is_better=False)
+DIVERGENCE = Metric("KL", "KL(dense || model)", Kind.DIVERGENCE, "nats per token", higher_is_better=False)
+AGREEMENT = Metric("top-1", "top-1 agreement", Kind.AGREEMENT, higher_is_better=True)
+ACC = Metric.of_task("acc", higher_is_better=True)
+
+
+@dataclass(frozen=True)
+class TextQuantity:
+    """A number of a text."""
+
+    metric: Metric
+    text: str
+    seq_len: int
+    stride: int | None
+    tokens: int | None  # that the windows cover, where the text was cut
+    dense: str | None = None  # the model compared with, if it is not the run's dense model
+    details: tuple[str, ...] = ()  # circumstances in which numbers of this name differ
+
+    @property
+    def scope(self) -> str:
+        """The text with what limits it, which the columns of its metrics share."""
+        stride = f" stride {self.stride}" if self.stride else ""
+        cut = f", first {self.tokens} tokens" if self.tokens else ""
+        dense = f" (dense: {self.dense})" if self.dense is not None else ""
+        return ", ".join([f"{self.text} @{self.seq_len}{stride}{cut}{dense}", *self.details])
+
+    @property
+    def name(self) -> str:
+        """What is its own in a column below the scope."""
+        return self.metric.name
+
+    @property
+    def label(self) -> str:
+        """The full name."""
+        return f"{self.metric.title} {self.scope}"
+
+
+@dataclass(frozen=True)
+class TaskQuantity:
+    """A number of a task, or the mean of a group."""
+
+    metric: Metric
+    task: str | None  # or a part of a large group; None: the mean
+    group: str | None  # that it is shown with
+    num_fewshot: int | None  # that prompts had; None: no examples
+    limit: int | None  # None: all documents
+    chat_template: bool = False
+    system_prompt: bool = False
+    measured: tuple[int, int] | None = None  # tasks that the mean is over, of how many; None: of all
+    details: tuple[str, ...] = ()  # circumstances in which numbers of this name differ
+
+    @property
+    def title(self) -> str:
+        """The group, or the task by itself, with what limits it."""
+        words = [self.group or self.task or ""]
+        words += [f"{self.num_fewshot}-shot"] if self.num_fewshot else []
+        words += ["chat"] if self.chat_template else []
+        words += ["system prompt"] if self.system_prompt else []
+        return " ".join(words) + (f", limit {self.limit}" if self.limit is not None else "")
+
+    @property
+    def scope(self) -> str:
+        """The group with what limits it, which the columns of its tasks share."""
+        return "" if self.group is None else self.title
+
+    @property
+    def name(self) -> str:
+        """What is its own in a column below the scope."""
+        return self._with_metric(self.title if self.group is None else self.task or self._mean)
+
+    @property
+    def label(self) -> str:
+        """The full name."""
+        if self.group is None:
+            return self.name
+        return self._with_metric(f"{self.task} ({self.title})" if self.task else f"{self.title} {self._mean}")
+
+    @property
+    def _mean(self) -> str:
+        return "mean" if self.measured is None else "mean of {} of {} tasks".format(*self.measured)
+
+    def _with_metric(self, name: str) -> str:
+        return ", ".join([f"{name} {self.metric.title}".rstrip(), *self.details])
+
+
+Quantity = TextQuantity | TaskQuantity
+
+
+def is_part(quantity: Quantity) -> bool:
+    """Whether its row belongs below that of a mean."""
+    return isinstance(quantity, TaskQuantity) and None not in (quantity.task, quantity.group)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number of one checkpoint."""
+
+    quantity: Quantity
+    number: float | None  # None where lm-eval gave none, or where it is not finite
+    stderr: float | None = None  # of the mean loss in nats for a perplexity
+    norm: float | None = None  # acc_norm beside an accuracy
+    circumstances: Mapping[str, str] = field(default_factory=dict)  # by the keys of CIRCUMSTANCES
+
+    @property
+    def dtype(self) -> str | None:
+        """That it was computed in, of a mean perhaps several; None where that is not recorded."""
+        return self.circumstances.get("dtype")
+
+    def to_json(self) -> Json:
+        """For reports."""
+        kind = self.quantity.metric.kind
+        own = {"name": self.quantity.label, "kind": kind, "value": self.number}
+        return own | {"norm": self.norm, "stderr": self.stderr, "dtype": self.dtype}
+
+
+# --- of results -------------------------------------------------------------------------------------------------------
+
+
+def values_of(results: Iterable[AnyResult]) -> Iterator[Value]:
+    """Every number of a checkpoint that tables show: of texts, then of tasks with the means of their groups."""
+    tasks = []
+    for result in results:
+        if isinstance(result, TextResult):
+            yield from _of_text(result)
+        else:
+            tasks.append(result)
+    for family in families(tasks):
+        yield from _of_single(family[0]) if family[0].measure.group is None else _of_group(family)
+
+
+def families(results: list[TaskResult]) -> list[list[TaskResult]]:
+    """The tasks of a group that were measured one by one together, every other result by itself."""
+    found: dict[TaskMeasure, list[TaskResult]] = {}
+    for result in results:
+        found.setdefault(result.measure.family, []).append(result)
+    return list(found.values())
+
+
+def text_quantity(result: TextResult) -> TextQuantity:
+    """The perplexity of a text, cut to the tokens that windows covered."""
+    measure, numbers = result.measure, result.numbers
+    covered = (numbers.windows - 1) * numbers.stride + numbers.seq_len
+    tokens = None if measure.max_tokens is None else covered
+    return TextQuantity(PERPLEXITY, measure.text, measure.seq_len, measure.stride, tokens)
+
+
+def _of_text(result: TextResult) -> Iterator[Value]:
+    numbers, quantity = result.numbers, text_quantity(result)
+    own = {"text": numbers.documents_hash, "dtype": result.dtype}
+    finite = numbers.value if math.isfinite(numbers.value) else None
+    yield Value(quantity, finite, numbers.stderr, circumstances=_known(own))
+    if numbers.kl is not None:
+        compared = _known(own | {"reference": result.measure.reference})  # which changes no perplexity
+        quantity = replace(quantity, dense=numbers.compared_with)
+        yield Value(replace(quantity, metric=DIVERGENCE), numbers.kl, numbers.kl_stderr, circumstances=compared)
+        yield Value(replace(quantity, metric=AGREEMENT), numbers.top1_agreement, circumstances=compared)
+
+
+def _known(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def quantity_of(measure: TaskMeasure) -> TaskQuantity:
+    """What a task that is still to be measured is called."""
+    shots, prompted = measure.num_fewshot or None, bool(measure.system_prompt)
+    return TaskQuantity(ACC, measure.task, None, shots, measure.limit, measure.chat_template, prompted)
+
+
+def task_quantity(family: list[TaskResult], task: str | None = None) -> TaskQuantity:
+    """A task of a family, or its mean, with settings as they came true.
+
+    A task may insist on its own number of examples, and a limit that every task stays below cuts nothing.
+    """
+    measure = family[0].measure
+    tasks = [scores for result in family for scores in result.numbers.tasks.values()]
+    shots = {scores.num_fewshot for scores in tasks}
+    num_fewshot = shots.pop() if len(shots) == 1 and None not in shots else measure.num_fewshot
+    limit = measure.limit
+    if limit is not None and all((scores.samples or limit) < limit for scores in tasks):
+        limit = None
+    quantity = quantity_of(replace(measure, num_fewshot=num_fewshot, limit=limit))
+    group = measure.group or (measure.task if _is_group(family[0]) else None)
+    return quantity if group is None else replace(quantity, task=task, group=group)
+
+
+def _is_group(result: TaskResult) -> bool:
+    return list(result.numbers.tasks) != [result.measure.task]
+
+
+def _of_single(result: TaskResult) -> Iterator[Value]:
+    """A task, or a group that lm-eval ran as one."""
+    tasks = result.numbers.tasks
+    if _is_group(result):
+        yield _mean(task_quantity([result]), result.numbers.mean, [result])
+    for task, scores in tasks.items() if len(tasks) <= SHOWN else ():
+        yield _of_task(task_quantity([result], task), scores, result)
+
+
+def _of_group(family: list[TaskResult]) -> Iterator[Value]:
+    """The mean of tasks that were measured one by one, then the tasks, or the parts of a large group."""
+    group, members = family[0].measure.group or "", family[0].numbers.members
+    whole = task_quantity(family)
+    if len(family) < members:
+        whole = replace(whole, measured=(len(family), members))
+    yield _mean(whole, group_mean(family, group), family)
+    if members > SHOWN:
+        for part in dict.fromkeys(part for result in family for part in list(result.numbers.groups)[1:]):
+            inside = [result for result in family if part in result.numbers.groups]
+            yield _mean(task_quantity(family, part), group_mean(family, part), inside)
+        return
+    for result in family:
+        for task, scores in result.numbers.tasks.items():
+            yield _of_task(task_quantity(family, task), scores, result)
+
+
+def _of_task(quantity: TaskQuantity, task: TaskScores, result: TaskResult) -> Value:
+    name, scores = task.metric or headline(task.scores) or "acc", task.scores
+    quantity = replace(quantity, metric=Metric.of_task(name, task.higher_is_better))
+    error, norm = scores.get(f"{name}_stderr"), scores.get("acc_norm")
+    return Value(quantity, scores.get(name), error, norm, _circumstances([result]))
+
+
+def _mean(quantity: TaskQuantity, mean: Mapping[str, float], inside: list[TaskResult]) -> Value:
+    """With lm-eval's standard error, else with that of a mean of independent means."""
+    name = headline(mean) or "acc"
+    error = mean.get(f"{name}_stderr")
+    if error is None:
+        tasks = [scores.scores for result in inside for scores in result.numbers.tasks.values()]
+        errors = [scores[f"{name}_stderr"] for scores in tasks if f"{name}_stderr" in scores]
+        error = math.hypot(*errors) / len(errors) if errors and len(errors) == len(tasks) else None
+    quantity = replace(quantity, metric=Metric.of_task(name))
+    return Value(quantity, mean.get(name), error, mean.get("acc_norm"), _circumstances(inside))
+
+
+def _circumstances(results: list[TaskResult]) -> dict[str, str]:
+    """What the names of numbers that these results give do not say."""
+    measure = results[0].measure
+    files = [result.numbers.sources["digest"] for result in results if result.numbers.sources is not None]
+    if len(files) > 1:
+        files = [hashlib.sha256("".join(sorted(files)).encode()).hexdigest()]
+    prompt, dtypes = measure.system_prompt, {result.dtype for result in results if result.dtype is not None}
+    return _known(
+        {
+            "seed": str(measure.seed) if any(draws_examples(result) for result in results) else None,
+            "prompt": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
+            "tasks": files[0] if files else None,
+            "dtype": " and ".join(sorted(dtypes)) or None,
+        }
+    )
+
+
+def draws_examples(result: TaskResult) -> bool:
+    """Whether the tasks of a result have few-shot examples; without any, its seed changes nothing."""
+    return any([result.measure.num_fewshot, *(scores.num_fewshot for scores in result.numbers.tasks.values())])
+
+
+def headline(scores: Mapping[str, float]) -> str | None:
+    """The metric that tables show: acc, or the first."""
+    return "acc" if "acc" in scores else next(iter(scores), None)
+
+
+# --- means ------------------------------------------------------------------------------------------------------------
+
+
+def plain_mean(tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean over tasks of each accuracy that all of them have."""
+    metrics = {metric for scores in tasks for metric in scores if metric.startswith("acc")}
+    return {
+        metric: sum(scores[metric] for scores in tasks) / len(tasks)
+        for metric in sorted(metrics)
+        if all(metric in scores for scores in tasks) and not metric.endswith("stderr")
+    }
+
+
+def group_mean(family: list[TaskResult], group: str) -> dict[str, float]:
+    """The mean of a group over those of its tasks that have been measured, with its standard error if it is lm-eval's.
+
+    Args:
+        family: results of single tasks.
+        group: one of the groups they name.
+    """
+    inside = [result.numbers for result in family if group in result.numbers.groups]
+    tasks = [scores for numbers in inside for scores in numbers.tasks.values()]
+    rules = inside[0].groups[group]
+    if not rules:
+        return plain_mean([scores.scores for scores in tasks])
+    mean = {}
+    for metric, by_samples in rules.items():
+        having = [task for task in tasks if metric in task.scores]
+        if not having:
+            continue
+        sizes = [task.samples or 0 for task in having]
+        weights = sizes if by_samples else [1] * len(having)
+        pairs = zip(weights, having, strict=True)
+        mean[metric] = sum(weight * task.scores[metric] for weight, task in pairs) / sum(weights)
+        errors = [task.scores[f"{metric}_stderr"] for task in having if f"{metric}_stderr" in task.scores]
+        if len(errors) == len(having):
+            mean[f"{metric}_stderr"] = _error_of_mean(errors, sizes, by_samples)
+    return mean
+
+
+def _error_of_mean(errors: list[float], sizes: list[int], by_samples: bool) -> float:
+    """lm-eval's: of the pooled variance over all samples, or of a mean of independent means."""
+    if not by_samples:
+        return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    pooled = sum((size - 1) * size * error**2 for error, size in zip(errors, sizes, strict=True))
+    return math.sqrt(pooled / (sum(sizes) - len(sizes)) / sum(sizes))
+
+
+# --- equal names are equal measures -----------------------------------------------------------------------------------
+
+
+def distinguish(
+    values: Mapping[str, Iterable[Value]], seed: int | None
+) -> tuple[dict[str, dict[Quantity, Value]], list[str]]:
+    """The values of a run's checkpoints by quantity, so that equal quantities may be compared.
+
+    Args:
+        values: by label of the checkpoint.
+        seed: of the run, which names leave out.
+
+    Returns:
+        Where circumstances differ they become details of the quantity; and a note for each quantity with several.
+    """
+    listed = [(checkpoint, value) for checkpoint, own in values.items() for value in own]
+    ways: dict[Quantity, list[Mapping[str, str]]] = {}
+    for _, value in listed:
+        ways.setdefault(value.quantity, []).append(value.circumstances)
+    differing = {
+        quantity: [key for key in CIRCUMSTANCES if len({way.get(key) for way in known}) > 1]
+        for quantity, known in ways.items()
+    }
+    named: dict[str, dict[Quantity, Value]] = {checkpoint: {} for checkpoint in values}
+    differences: dict[Quantity, list[str]] = {}
+    for checkpoint, value in listed:
+        way, keys = value.circumstances, differing[value.quantity]
+        details = {key: CIRCUMSTANCES[key].format(way.get(key, "unknown")) for key in keys}
+        if details:
+            differences.setdefault(value.quantity, []).append(f"{checkpoint} {' '.join(details.values())}")
+        named_ones = [details[key] for key in keys if key in way and (key, way[key]) != ("seed", str(seed))]
+        quantity = replace(value.quantity, details=tuple(named_ones))
+        named[checkpoint][quantity] = replace(value, quantity=quantity)
+    notes = [
+        f"{quantity.label} is not one measure, and only equal ones are compared: {', '.join(found)}"
+        for quantity, found in differences.items()
+    ]
+    return named, notes

@@ -1,0 +1,193 @@
+"""A report as a tree of sections, whatever it is rendered to: Markdown, HTML, LaTeX, CSV or a terminal.
+
+Cells are text as it is; each renderer escapes what means something to it. What a renderer must know of a column (what
+it shares with its neighbours, whether it is text, a number or code) is a property of the column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sppctl.report import plots, plots_results, provenance, tables
+from sppctl.report.study import Row, RunStudy, Study
+from sppctl.report.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+PAIRED = (
+    "Paired bootstrap over samples (10,000 resamples, fixed seed): the 95 % interval of the mean difference, in "
+    "percentage points for accuracies, in nats per token for losses (over windows); p, two-sided, is how often a "
+    "resampled mean, centred on zero, is at least as far from zero. It is not corrected for the number of rows."
+)
+FLIPPED = "Answers whose likeliest choice is another one; a small difference of accuracies can hide many."
+RESULTS, BETWEEN = "Results", "Merged checkpoints on the same samples, against the first run"
+OVER_SEEDS = "Mean ± standard deviation over the runs that differ in nothing but run.seed."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of short statements; on the page each may be a paragraph in small print."""
+
+    lines: list[str]
+    is_small: bool = False
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph in small print."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be shown line by line."""
+
+    text: str
+    language: str = ""  # for Markdown
+    folded: str | None = None  # the words that unfold it; None: it is shown
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing."""
+
+    caption: str
+    draw: Callable[[], Drawing]  # called under the project's style
+    file: tuple[str, str] | None = None  # where it is also a file: its name, and a description
+
+    @cached_property
+    def svg(self) -> str:
+        """As an element of a page, drawn once."""
+        return plots_results.element(self.draw, self.caption)
+
+
+Item = Table | Figure | Note | Facts | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what belongs to it."""
+
+    title: str
+    items: Sequence[Item] = ()
+    level: int = 2  # of the heading; 1 for the whole report
+    anchor: str = ""  # by which the page links to it
+    folder: str = ""  # where files of its figures are
+    is_summary: bool = False  # a terminal shows it
+
+
+def document(study: Study, chapters: Sequence[Sequence[Section]], folders: Sequence[str] = ("",)) -> list[Section]:
+    """The report over runs: of several an overview, then a chapter for each.
+
+    Args:
+        study: the runs.
+        chapters: of each run, see :func:`chapter`.
+        folders: where each run is, as seen from the report.
+    """
+    if len(study.runs) == 1:
+        return list(chapters[0])
+    sections = [Section(f"{len(study.runs)} runs", level=1), *_overview(study)]
+    for at, (sections_of_run, folder) in enumerate(zip(chapters, folders, strict=True)):
+        lower = [replace(section, level=section.level + 1, folder=folder) for section in sections_of_run]
+        sections += [replace(lower[0], anchor=f"run{at}"), *lower[1:]]
+    return sections
+
+
+def _overview(study: Study) -> list[Section]:
+    rows = study.rows
+    if not rows:
+        return []
+    items = _with_note(tables.value_table(rows), tables.HEADS_MEAN)
+    items += [tables.gap_table([row for row in rows if row.difference]), Note(tables.note_on_differences(rows))]
+    if plots_results.bar_quantities(rows):
+        caption = "Perplexity and divergence from the dense model, all runs"
+        items.append(Figure(caption, lambda: plots_results.bars(rows)))
+    seeds = _with_note(tables.seed_table(study.seeds), OVER_SEEDS)
+    between = _with_note(tables.significance_table(study.comparisons), PAIRED)
+    sections = [
+        Section("All runs", items, is_summary=True),
+        Section("Over seeds", seeds, 3),
+        Section(BETWEEN, between, 3),
+    ]
+    return [section for section in sections if section.items]
+
+
+def chapter(run: RunStudy) -> list[Section]:
+    """The report of one run."""
+    facts = provenance.facts(run)
+    items: list[Item] = [Facts(facts)] if facts else []
+    if not run.rows:
+        items.append(Note("No checkpoint of this run has been measured yet; sppctl eval does."))
+    sections = [Section(run.directory, items, level=1, is_summary=True)]
+    for title, own in (
+        (RESULTS, _results(run.rows)),
+        ("Distance to the dense model", _distance(run.rows)),
+        ("On the same samples", _with_note(tables.significance_table(run.comparisons), PAIRED)),
+        ("", [Facts(run.notes, is_small=True)] if run.notes else []),
+        ("Flipped answers", _with_note(tables.flip_table(run.comparisons), FLIPPED)),
+        ("Training", _training(run)),
+        ("Pruning", _pruning(run)),
+        ("Time and size", _costs(run)),
+        ("How it was made", _made(run)),
+    ):
+        if own and title:
+            sections.append(Section(title, own, is_summary=title == RESULTS))
+        elif own:  # belongs to the section before
+            sections[-1] = replace(sections[-1], items=[*sections[-1].items, *own])
+    return sections
+
+
+def _with_note(table: Table, note: str) -> list[Item]:
+    return [table, Note(note)] if table.rows else []
+
+
+def _distance(rows: Sequence[Row]) -> list[Item]:
+    return _with_note(tables.comparison_table(rows), tables.note_on_differences(rows))
+
+
+def _results(rows: Sequence[Row]) -> list[Item]:
+    items: list[Item] = [tables.table(rows)] if rows else []
+    if plots_results.bar_quantities(rows):
+        caption = "Perplexity and divergence from the dense model; whiskers are one standard error over windows"
+        items.append(Figure(caption, lambda: plots_results.bars(rows)))
+    if plots_results.dot_quantities(rows):
+        caption = "Accuracies and agreement with the dense model; whiskers: one standard error"
+        items.append(Figure(caption, lambda: plots_results.dots(rows)))
+    return items
+
+
+def _costs(run: RunStudy) -> list[Item]:
+    seconds, sizes = plots_results.costs_of(run)
+    caption = "Time of each stage, size of each checkpoint"
+    return [Figure(caption, lambda: plots_results.costs(seconds, sizes))] if seconds or sizes else []
+
+
+def _training(run: RunStudy) -> list[Item]:
+    metrics = run.stages.get("train", {}).get("metrics", {})
+    if not metrics:
+        return []
+    curves = plots_results.loss_curves(metrics.get("history", []), (metrics["steps"], metrics.get("validation_loss")))
+    caption = f"By optimizer step: {', '.join(curves)}"
+    return [Figure(caption, lambda: plots_results.losses(curves))] if curves else []
+
+
+def _pruning(run: RunStudy) -> list[Item]:
+    layers = run.layers
+    if not layers:
+        return []
+    error = plots.error_measure(layers).replace("_", " ")
+    file = plots.FIGURE, f"{error} and sparsity by block"
+    caption = f"{error.capitalize()} and sparsity by block and module type"
+    return [Figure(caption, lambda: plots.draw(layers), file), tables.type_table(layers)]
+
+
+def _made(run: RunStudy) -> list[Item]:
+    commands = provenance.commands(run)
+    items: list[Item] = [Code("\n".join(commands))] if commands else []
+    items += [table for table in provenance.tables(run) if table.rows]
+    return items + ([] if run.config is None else [Code(run.config.rstrip("\n"), "yaml", "Configuration")])

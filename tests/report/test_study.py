@@ -1,0 +1,327 @@
+"""Rows of runs, how they compare to the dense model and to each other, and that all is computed once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up_runs import (
+    DENSE,
+    change_record,
+    change_results,
+    load,
+    results_of,
+    save,
+    study_of,
+    text,
+    with_measure,
+    with_numbers,
+    write_run,
+)
+
+from sppctl.config.yaml12 import parse_yaml
+from sppctl.evaluate.results import Results
+from sppctl.evaluate.values import Kind
+from sppctl.report import significance, study
+from sppctl.report.study import RunStudy, Study, gap_recovered, headlines, places, quantities, short_names
+from sppctl.run import pipeline
+
+NAME = "ppl wikitext2 @512"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> RunStudy:
+    return RunStudy.of(write_run(tmp_path_factory.mktemp("runs") / "one"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks by two seeds."""
+    root = tmp_path_factory.mktemp("sweep")
+    for rank in (8, 16):
+        for seed in (0, 1):
+            run = write_run(root / f"r{rank}-s{seed}", seed=seed)
+            train = f"{{rank: {rank}, log_steps: {seed + 1}}}"
+            config = f"run: {{dir: x, seed: {seed}}}\nmodel: {{path: a/model, device: cpu}}\ntrain: {train}\n"
+            (run / "resolved.yaml").write_text(config)
+    return root
+
+
+@pytest.fixture(scope="module")
+def grid(folder: Path) -> list[RunStudy]:
+    return [RunStudy.of(run) for run in sorted(folder.iterdir()) if run.is_dir()]
+
+
+def with_config(runs: list[RunStudy], *configs: str | None) -> Study:
+    """The first runs as if they had been made with other configurations."""
+    parts = [(run.directory, config, run.stages, run.checkpoints) for run, config in zip(runs, configs, strict=False)]
+    return Study.over([RunStudy.over(*own, {}, []) for own in parts])
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "pruned", "value", "share"),
+    [
+        (Kind.ACCURACY, 0.7, 0.5, 0.6, 0.5),
+        (Kind.ACCURACY, 0.7, 0.5, 0.5, 0.0),
+        (Kind.ACCURACY, 0.7, 0.5, 0.7, 1.0),
+        (Kind.ACCURACY, 0.7, 0.5, 0.4, -0.5),  # worse than pruned
+        (Kind.ACCURACY, 0.5, 0.6, 0.6, None),  # pruning did no harm
+        (Kind.ACCURACY, 0.5, 0.5, 0.6, None),
+        (Kind.PERPLEXITY, 8.0, 32.0, 16.0, 0.5),  # halfway between 2^3 and 2^5
+        (Kind.PERPLEXITY, 10.0, 40.0, 10.0, 1.0),
+        (Kind.PERPLEXITY, 10.0, 1000.0, 100.0, 0.5),
+        (Kind.PERPLEXITY, 10.0, 9.0, 9.5, None),
+        (Kind.PERPLEXITY, 10.0, math.inf, 20.0, None),
+        (Kind.DIVERGENCE, 0.0, 1.0, 0.5, None),  # the dense model has none of itself
+        (Kind.ACCURACY, None, 0.5, 0.6, None),
+        (Kind.ACCURACY, 0.7, None, 0.6, None),
+    ],
+)
+def test_share_of_the_gap(kind: Kind, base: float | None, pruned: float | None, value: float, share: float) -> None:
+    assert gap_recovered(kind, base, pruned, value) == (None if share is None else pytest.approx(share, abs=1e-12))
+
+
+def test_rows_say_how_a_checkpoint_was_made(one: RunStudy) -> None:
+    assert [(row.checkpoint, row.method, row.pattern, row.training, row.seed) for row in one.rows] == [
+        ("base", None, "dense", None, 0),
+        ("pruned", "wanda", "2:4", None, 0),
+        ("merged", "wanda", "2:4", "spp", 0),
+    ]
+    base, pruned, merged = (row.to_json() for row in one.rows)
+    assert base["difference"] == base["recovered"] == pruned["recovered"] == {}
+    dense, sparse, healed = (row["measures"][NAME]["value"] for row in (base, pruned, merged))
+    assert pruned["difference"][NAME] == sparse - dense
+    assert merged["recovered"][NAME] == pytest.approx(math.log(healed / sparse) / math.log(dense / sparse))
+    assert "KL(dense || model) wikitext2 @512" not in merged["difference"]
+
+
+def test_perplexities_first_and_what_a_paper_quotes(one: RunStudy) -> None:
+    assert [quantity.label for quantity in quantities(one.rows)][:4] == [
+        NAME,
+        "KL(dense || model) wikitext2 @512",
+        "top-1 agreement wikitext2 @512",
+        "zeroshot, limit 200 mean",
+    ]
+    assert [quantity.label for quantity in headlines(one.rows)] == [NAME, "zeroshot, limit 200 mean"]
+
+
+def test_a_merged_checkpoint_whose_zeros_were_filled_has_the_pattern_that_it_has() -> None:
+    stages: Any = {"prune": {"metrics": {"method": "wanda", "pattern": "2:4, 0.3 in 1 matrices"}}}
+    stages["merge"] = {"metrics": {"pattern_unchanged": False}}
+    merged = results_of("merged", [text(15.0)], DENSE)
+    run = RunStudy.over("r", None, stages, {"pruned": results_of("pruned", []), "merged": merged}, {}, [])
+    assert [row.pattern for row in run.rows] == ["2:4, 0.3 in 1 matrices", "dense"]
+
+
+def test_the_gap_of_a_run_is_no_other_checkpoints(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one")
+    foreign = load(run, "merged")
+    save(run, Results("other", "other", "other", foreign.sparsity, foreign.results))
+    merged, other = (row for row in RunStudy.of(run).rows if row.checkpoint in ("merged", "other"))
+    assert merged.recovered
+    assert other.recovered == {}
+    assert other.difference
+
+
+def test_the_configuration_is_that_of_the_records(tmp_path: Path) -> None:
+    """Whatever a command that made no stage has set since."""
+    run = write_run(tmp_path / "made", seed=3)
+    change_record(run, "prune", settings={"seed": 3, "prune": {"damp": 0.5}})
+    change_record(run, "merge", settings={"seed": 3, "merge": {"dtype": "float32"}})
+    config = {"run": {"seed": 3}, "prune": {"damp": 0.5}, "merge": {"dtype": "float32"}}
+    assert parse_yaml(RunStudy.of(run).config or "", "") == config
+
+
+def test_samples_of_another_evaluation_are_not_compared(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one")
+    strange = run / "eval/merged.samples/rte.jsonl"
+    strange.write_text("".join(strange.read_text().splitlines(keepends=True)[:100]))
+    found = RunStudy.of(run)
+    names = {pair.second: [entry.name for entry in pair.entries] for pair in found.comparisons}
+    assert "rte, limit 200" in names["pruned"]
+    assert not {"rte, limit 200", "zeroshot, limit 200 mean"} & set(names["merged"])
+    assert found.notes == [f"{strange} belongs to another evaluation and is left out"]
+
+
+def test_windows_without_a_finite_loss_are_noted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one")
+
+    def spoil(content: Results) -> None:
+        losses = [None, *content.texts[0].numbers.window_nll[1:]]
+        content.add(with_numbers(content.texts[0], value=math.inf, window_nll=losses))
+
+    change_results(run, "pruned", spoil)
+    words = "base and pruned, wikitext2: 1 windows have no finite loss and are left out"
+    assert words in RunStudy.of(run).notes
+
+
+# --- several runs: columns --------------------------------------------------------------------------------------------
+
+
+def test_keys_that_differ_belong_to_the_checkpoints_that_depend_on_them(grid: list[RunStudy]) -> None:
+    rows = Study.over(grid).rows
+    assert short_names(rows) == {"run.seed": "seed", "train.rank": "rank"}
+    assert [(row.checkpoint, row.settings) for row in rows[3:6]] == [
+        ("base", {}),
+        ("pruned", {"run.seed": 1}),
+        ("merged", {"run.seed": 1, "train.rank": 16}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("configs", "names"),
+    [
+        (
+            # what was measured with is in the names of quantities, so keys of eval are no columns
+            [
+                f"model: {{path: {path}}}\nprune: {{calibration: {{seq_len: {n}}}}}\n"
+                f"train: {{scale: 1, data: {{seq_len: {n}}}}}\neval: {{seq_len: {n}}}"
+                for n, path in enumerate("ab")
+            ],
+            {
+                "model.path": "model",
+                "prune.calibration.seq_len": "prune.calibration.seq_len",
+                "train.data.seq_len": "train.data.seq_len",
+            },
+        ),
+        # a run that lacks a stage takes no columns from others
+        (["train: {rank: 4}", "train: {rank: 8}", "prune: {damp: 1}"], {"train.rank": "rank"}),
+        ([None, None], {}),
+    ],
+)
+def test_names_of_the_keys_that_differ(configs: list[str | None], names: dict[str, str], grid: list[RunStudy]) -> None:
+    assert short_names(with_config(grid, *configs).rows) == names
+
+
+def test_runs_computed_in_several_dtypes_say_so() -> None:
+    runs = [study_of(merged=[text(5.0, dtype=dtype)]) for dtype in ("bfloat16", "float32")]
+    assert [row.settings for row in Study.over(runs).rows] == [
+        {"model.compute_dtype": "bfloat16"},
+        {"model.compute_dtype": "float32"},
+    ]
+
+
+def test_a_checkpoint_that_runs_share_is_there_once(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    change_record(runs[1], "prune", output=load(runs[0], "pruned").fingerprint)
+    change_record(runs[1], "train", inputs={})
+    change_record(runs[1], "merge", inputs={})
+    for label in ("base", "pruned"):
+        save(runs[1], load(runs[0], label))
+    assert [row.checkpoint for row in Study.of(runs).rows] == ["base", "pruned", "merged", "merged"]
+    unknown = study_of(base=[])
+    assert len(Study.over([unknown, unknown]).rows) == 2  # nothing says that they are the same
+
+
+def test_no_run_disappears_because_its_weights_equal_anothers(tmp_path: Path) -> None:
+    """A training that moved nothing, a pruning that came out the same by another method."""
+    one, other = (RunStudy.of(write_run(tmp_path / name, method=name)) for name in ("wanda", "magnitude"))
+    same = RunStudy.over(other.directory, other.config, other.stages, one.checkpoints, {}, [])
+    assert [(row.checkpoint, row.method) for row in Study.over([one, same]).rows] == [
+        *((("base"), None), ("pruned", "wanda"), ("merged", "wanda")),
+        *(("pruned", "magnitude"), ("merged", "magnitude")),
+    ]
+
+
+def test_runs_are_named_from_the_folder_that_they_share(grid: list[RunStudy]) -> None:
+    assert list(places(run.directory for run in grid).values()) == ["r16-s0", "r16-s1", "r8-s0", "r8-s1"]
+
+
+def test_mean_and_deviation_over_seeds(grid: list[RunStudy]) -> None:
+    merged = [group for group in Study.over(grid).seeds if group.row.checkpoint == "merged"]
+    assert [(group.row.settings, group.seeds) for group in merged] == [({"train.rank": 16}, 2), ({"train.rank": 8}, 2)]
+    own = [run.checkpoints["merged"].texts[0].numbers.value or 0 for run in grid[:2]]
+    spread = {quantity.label: merged[0].spread(quantity) for quantity in merged[0].numbers}
+    assert spread[NAME] == (statistics.fmean(own), statistics.stdev(own))
+    assert Study.over(grid[:1]).seeds == []
+
+
+# --- several runs: the same samples -----------------------------------------------------------------------------------
+
+
+def test_merged_checkpoints_of_runs_on_the_same_samples(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, training=name) for name in ("spp", "lora")]
+
+    def better(content: Results) -> None:
+        content.add(
+            with_numbers(content.texts[0], window_nll=[n - 51.1 for n in content.texts[0].numbers.window_nll or []])
+        )
+
+    change_results(runs[1], "merged", better)
+    (pair,) = Study.of(runs).comparisons
+    assert (pair.first, pair.second) == ("spp", "lora")
+    entry, mean = pair.entries
+    assert (entry.name, mean.name, mean.samples) == ("wikitext2", "zeroshot, limit 200 mean", 1400)
+    assert entry.paired is not None
+    assert mean.paired is not None
+    assert (entry.paired.difference, mean.paired.difference) == (pytest.approx(-0.1), 0)
+    assert Study.of(runs[:1]).comparisons == []
+    first, second = (RunStudy.of(run) for run in runs)
+    assert Study.over([first, study_of(base=[]), second]).comparisons[0].entries
+
+
+@pytest.mark.parametrize(
+    ("change", "measures"),
+    [
+        ({"seed": 5}, {"nll", "acc"}),  # which draws nothing
+        ({"seed": 5, "num_fewshot": 5}, {"nll"}),
+    ],
+)
+def test_another_seed_is_compared_where_it_draws_nothing(
+    change: dict[str, int], measures: set[str], tmp_path: Path
+) -> None:
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+
+    def again(content: Results) -> None:
+        content.results = [*content.texts, *(with_measure(result, **change) for result in content.tasks)]
+
+    change_results(runs[1], "merged", again)
+    assert {entry.measure for entry in Study.of(runs).comparisons[0].entries} == measures
+
+
+def test_windows_of_other_tokens_are_no_pairs() -> None:
+    losses = {"window_nll": [1.0, 2.0], "stride": 64}
+    runs = [study_of(merged=[text(5.0, tokenizer=name, **losses)]) for name in "aab"]
+    assert len(Study.over(runs[:2]).comparisons) == 1
+    assert Study.over(runs[1:]).comparisons == []
+
+
+# --- once -------------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_computed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report over four runs and one of each: Markdown, HTML, CSV, JSON and LaTeX."""
+    calls: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for name in ("rows_of", "distinguish", "over_seeds"):
+        count(study, name)
+    for name in ("resampled_means", "read_samples"):
+        count(significance, name)
+    runs = [run for run in sorted(folder.iterdir()) if run.is_dir()]
+    found = pipeline.report(runs, latex=folder / "all.tex")
+    assert calls["rows_of"] == calls["distinguish"] == 4
+    assert calls["over_seeds"] == 1
+    assert calls["read_samples"] == 4 * 3
+    # a text and seven tasks of three pairs of checkpoints in each run, and of three pairs of runs
+    assert calls["resampled_means"] == 8 * (4 * 3 + 3)
+    before = calls.copy()
+    found.to_json()
+    assert calls == before
+    assert np.isfinite([entry.paired.p for entry in found.comparisons[0].entries if entry.paired]).all()
