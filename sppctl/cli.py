@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune, retrain, merge and evaluate sparse language models that stay sparse.",
     epilog="CONFIG is a YAML file or the name of a shipped one (default: quickstart). KEY=VALUE overrides any key: "
-    "sppctl run prune.pattern=4:8 train.epochs=1. Command line over YAML over defaults.",
+    "sppctl run prune.pattern=4:8 train.epochs=1. Precedence: command line, then YAML, then defaults.",
 )
 
 
@@ -69,12 +71,21 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command, whose help is its docstring with examples."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        return app.command(name, help=options.help_of(name, getdoc(function) or ""))(function)
+
+    return register
+
+
 @app.callback()
 def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
 
 
-@app.command()
+@command("run")
 def run(
     arguments: options.Arguments = None,
     model: options.Model = None,
@@ -87,7 +98,10 @@ def run(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Prune, train, merge, evaluate and report; stages that are up to date are skipped."""
+    """Prune, train, merge, evaluate and report in one command.
+
+    Stages that are up to date are skipped, interrupted ones are resumed.
+    """
     names, overrides = options.given(
         arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit
     )
@@ -101,7 +115,7 @@ def run(
         show.report(study, json)
 
 
-@app.command()
+@command("prune")
 def prune(
     arguments: options.Arguments = None,
     model: options.Model = None,
@@ -112,12 +126,12 @@ def prune(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make RUN/pruned from the dense model."""
+    """Prune the dense model into RUN/pruned."""
     config = options.resolve(arguments, model=model, method=method, pattern=pattern, output=output)
     _do("prune", Run(config, force=force), json)
 
 
-@app.command()
+@command("train")
 def train(
     arguments: options.Arguments = None,
     output: options.Output = None,
@@ -126,12 +140,15 @@ def train(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make RUN/adapter: tune SPP adapters on RUN/pruned."""
+    """Train a sparsity-preserving adapter on RUN/pruned, into RUN/adapter.
+
+    The same command resumes an interrupted training.
+    """
     config = options.resolve(arguments, output=output)
     _do("train", Run(config, force=force, resume=resume), json)
 
 
-@app.command()
+@command("merge")
 def merge(
     arguments: options.Arguments = None,
     output: options.Output = None,
@@ -139,7 +156,7 @@ def merge(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make RUN/merged from RUN/pruned and RUN/adapter, and prove that the pattern is unchanged."""
+    """Merge RUN/pruned and RUN/adapter into RUN/merged, and verify that every zero is still zero."""
     config = options.resolve(arguments, output=output)
     from sppctl.run import stages
 
@@ -148,7 +165,7 @@ def merge(
         show.stage(work.do(stages.MERGE), json)
 
 
-@app.command(name="eval")
+@command("eval")
 def evaluate(
     arguments: options.Arguments = None,
     model: options.Subjects = None,
@@ -159,7 +176,10 @@ def evaluate(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure perplexity and benchmark accuracy of any checkpoint."""
+    """Measure perplexity and benchmark accuracy of any checkpoint, into RUN/eval.
+
+    What was measured with the same settings on the same weights is not measured again.
+    """
     names, overrides = options.given(arguments, output=output, tasks=tasks, limit=limit)
     config = load_config(names[0] if names else None, overrides)
     from sppctl.run import pipeline
@@ -170,7 +190,7 @@ def evaluate(
     show.results(found, config.run.seed, json)
 
 
-@app.command()
+@command("report")
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
     output: options.ReportFolder = None,
@@ -178,14 +198,14 @@ def report(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Collect runs into tables and figures: report.html, .md, .csv and .json."""
+    """Collect runs into tables and figures: report.html, report.md, report.csv and report.json."""
     places = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
     from sppctl.run import pipeline
 
     show.report(pipeline.report(*places), json)
 
 
-@app.command()
+@command("sweep")
 def sweep(
     arguments: options.SweepArguments,
     dry_run: options.DryRun = False,
@@ -194,7 +214,7 @@ def sweep(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Do a grid of runs; what they share is made once, what is up to date is skipped, and one table compares them."""
+    """Run a grid of configurations; shared stages are computed once."""
     names, overrides = options.given(arguments)
     if not names:
         raise UserError("which sweep? give its YAML file, or sweep-example")
@@ -218,14 +238,14 @@ def sweep(
         raise StageError("\n".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 
 
-@app.command()
+@command("inspect")
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
     expect: options.Expect = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Certify the sparsity of any safetensors checkpoint."""
+    """Certify the sparsity of any safetensors checkpoint, matrix by matrix."""
     from sppctl.pattern import Pattern
 
     try:
@@ -247,13 +267,16 @@ def inspect(
         raise StageError(f"{checkpoint} is not {expected}: {len(wrong)} violations\n" + "\n".join(wrong[:3]) + more)
 
 
-@app.command()
+@command("verify")
 def verify(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Read every file of a run again and compare it with the run's records; exit 2 if one is damaged or missing."""
+    """Compare every file of a run with the hashes in its records.
+
+    Exits with code 2 if a file is damaged, missing or not recorded.
+    """
     from sppctl.run import verify as stage
 
     found = stage.execute(_expanded(run_dir))
@@ -263,18 +286,18 @@ def verify(
         raise UserError("\n".join(problems))
 
 
-@app.command()
+@command("bench")
 def bench(
     checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
-    batch: Annotated[str, typer.Option(help="Sequences at a time, with commas.")] = "1,8,32",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Rounds whose median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Measured rounds; the median is reported.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time a checkpoint's prefill and decode, dense and with 2:4 kernels, and say what it takes to store."""
+    """Measure prefill and decode speed of a checkpoint, dense and with 2:4 kernels, and its storage."""
     try:
         batches = tuple(int(part) for part in batch.split(","))
     except ValueError as error:
@@ -285,12 +308,12 @@ def bench(
     with named_as_given(AS_ARGUMENTS):
         found = stage.execute(expand(checkpoint), stage.Settings(batches, prompt, new, repeats, device))
     if json:
-        console.show_json(found)
+        console.show_json(asdict(found))
     else:
-        show.tables(speed_text.tables(found), found["notes"])
+        show.tables(speed_text.tables(found), found.notes)
 
 
-@app.command()
+@command("plan")
 def plan(
     arguments: options.Arguments = None,
     model: options.Model = None,
@@ -298,7 +321,7 @@ def plan(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what a run will take, without weights: parameters, memory, what fits on which GPU, disk, steps."""
+    """Estimate parameters, memory, disk and steps without loading weights."""
     config = options.resolve(arguments, model=model, method=method)
     from sppctl.plan import run as planning
     from sppctl.plan import text as plan_text
@@ -310,7 +333,7 @@ def plan(
         show.tables(plan_text.tables(planned), plan_text.sentences(planned, config))
 
 
-@app.command()
+@command("config")
 def config(
     arguments: options.Arguments = None,
     show_schema: Annotated[
@@ -319,7 +342,7 @@ def config(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Print the configuration that a run would use."""
+    """Print the configuration that a run would use, or the schema of all keys."""
     if show_schema:
         if json:
             console.show_json(schema())

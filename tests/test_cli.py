@@ -92,6 +92,16 @@ def test_no_command_shows_the_help(command: Command) -> None:
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [registered.name for registered in cli.app.registered_commands])
+def test_help_has_examples_and_names_a_document(name: str, command: Command) -> None:
+    text = command(name, "--help").out
+    assert re.findall(rf"^ +sppctl {name}\b", text, re.MULTILINE)
+    documents = re.search(r"More: (.*)", text)
+    assert documents is not None
+    root = Path(cli.__file__).parents[1]
+    assert all((root / document.strip()).is_file() for document in documents[1].split(","))
+
+
 def test_config_prints_yaml_that_can_be_run(command: Command, config_file: Path, tmp_path: Path) -> None:
     outcome = command("config", str(config_file), "prune.pattern=4:8")
     assert outcome.code == 0

@@ -16,9 +16,9 @@ from sppctl.errors import UserError, first_line
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.inspect import holds, measure
 from sppctl.inspect.semi_structured import TwoWeights, no_kernel, relative_difference, takes
-from sppctl.inspect.speed_text import notes
+from sppctl.inspect.speed_text import BatchSpeed, Bench, Kernel, notes
 from sppctl.inspect.storage import storage
-from sppctl.machine import cpu_name, dtype_name
+from sppctl.machine import cpu_name
 from sppctl.model import checkpoint
 from sppctl.pattern import Pattern
 
@@ -52,21 +52,15 @@ class Settings:
             raise UserError(f"--repeats: {self.repeats} is not a positive number; medians need 3 or more")
 
 
-def execute(path: str, settings: Settings) -> dict[str, Any]:
+def execute(path: str, settings: Settings) -> Bench:
     """Measures a checkpoint.
 
     Args:
         path: directory, hub id or ``package:NAME``.
         settings: what is measured.
 
-    Returns:
-        ``checkpoint``, ``fingerprint``, ``device``, ``dtype``, ``threads``, ``torch``, ``prompt``, ``new``,
-        ``repeats``; ``kernel`` (which layers it multiplies), ``speed`` (a row for every
-        batch), ``storage``, and ``notes``: sentences that say what the numbers do not show.
-
     Raises:
         UserError: no checkpoint, no such device, or windows longer than the model allows.
-        StageError: the packed weights are not the same weights.
     """
     directory = checkpoint.locate(path)
     limit = checkpoint.max_window(checkpoint.load_config(directory))
@@ -79,38 +73,32 @@ def execute(path: str, settings: Settings) -> dict[str, Any]:
     fingerprint = checkpoint.fingerprint(directory)  # which finds damage before anything is measured
     measured, summary = measure(directory)
     sparse = [matrix for matrix in measured if matrix.is_sparse]
-    stored = storage(TensorFiles(directory), sparse)
     compute = checkpoint.choose_dtype(directory, device, "auto")
     console.note(f"bench: {compute.text}")
     model = checkpoint.load_model(directory, device, compute.dtype)
     weights, kernel = two_weights(model)
     rows = speed(model, weights, settings)
-    return {
-        "checkpoint": path,
-        "fingerprint": fingerprint,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "dtype": dtype_name(model.dtype),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "prompt": settings.prompt,
-        "new": settings.new,
-        "repeats": settings.repeats,
-        "patterns": summary["patterns"],
-        "sparsity": summary["sparsity"],
-        "kernel": kernel,
-        "speed": rows,
-        "storage": stored,
-        "notes": notes(kernel, rows, sparse, stored),
-    }
+    return Bench(
+        checkpoint=path,
+        fingerprint=fingerprint,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        dtype=compute.dtype,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        prompt=settings.prompt,
+        new=settings.new,
+        repeats=settings.repeats,
+        patterns=summary["patterns"],
+        sparsity=summary["sparsity"],
+        kernel=kernel,
+        speed=rows,
+        storage=storage(TensorFiles(directory), sparse),
+        notes=notes(kernel, rows, sparse),
+    )
 
 
-def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
-    """The 2:4 layers of a model with both kinds of weights, as far as there is a kernel for them.
-
-    Returns:
-        The layers, and ``layers`` (how many), ``not_2_4`` (how many linear layers are not), ``shapes_not_taken``
-        (which 2:4 ones the kernel leaves dense) and ``reason`` (why none is sparse; None if one is).
-    """
+def two_weights(model: Any) -> tuple[TwoWeights, Kernel]:
+    """The 2:4 layers of a model with both kinds of weights, as far as there is a kernel for them."""
     weights = TwoWeights()
     capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else (0, 0)
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -136,12 +124,7 @@ def two_weights(model: Any) -> tuple[TwoWeights, dict[str, Any]]:
             reason = f"the 2:4 kernel refuses this GPU or model ({first_line(error)}); dense timings only"
         if reason is None and not fitting:
             reason = "the 2:4 kernel supports none of the 2:4 layers' shapes; dense timings only"
-    return weights, {
-        "layers": len(weights.layers),
-        "not_2_4": len(linears) - len(semi),
-        "shapes_not_taken": refused,
-        "reason": reason,
-    }
+    return weights, Kernel(len(weights.layers), len(linears) - len(semi), refused, reason)
 
 
 def _is_transposed_2_4(layer: nn.Module) -> bool:
@@ -150,14 +133,8 @@ def _is_transposed_2_4(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def speed(model: Any, weights: TwoWeights, settings: Settings) -> list[dict[str, Any]]:
-    """Medians of interleaved rounds for every batch.
-
-    Returns:
-        For every batch ``batch``, ``prefill_tokens_per_s`` and ``decode_ms_per_token`` (of the whole batch) by kind of
-        weights; ``prefill_speedup`` and ``decode_speedup``, medians of dense over sparse within a round, and
-        ``max_relative_difference`` of their logits (None without a kernel).
-    """
+def speed(model: Any, weights: TwoWeights, settings: Settings) -> list[BatchSpeed]:
+    """Medians of interleaved rounds for every batch."""
     kinds = ["dense", "sparse"] if weights.layers else ["dense"]
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -174,9 +151,9 @@ def speed(model: Any, weights: TwoWeights, settings: Settings) -> list[dict[str,
                     *seconds, logits[kind] = run(model, tokens, settings.prompt)
                     rounds[kind].append((seconds[0], seconds[1]))
                 progress.advance(f"batch {batch}")
-            row = _row(batch, settings, {kind: times[1:] for kind, times in rounds.items()})
-            both = (logits["dense"], logits[kinds[-1]])
-            rows.append(row | {"max_relative_difference": relative_difference(*both) if weights.layers else None})
+            difference = relative_difference(logits["dense"], logits["sparse"]) if weights.layers else None
+            counted = {kind: times[1:] for kind, times in rounds.items()}  # the first one warms up
+            rows.append(_row(batch, settings, counted, difference))
     weights.use("dense")
     return rows
 
@@ -219,7 +196,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _row(batch: int, settings: Settings, rounds: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+def _row(
+    batch: int, settings: Settings, rounds: dict[str, list[tuple[float, float]]], difference: float | None
+) -> BatchSpeed:
     def median(kind: str, part: int) -> float:
         return statistics.median(times[part] for times in rounds[kind])
 
@@ -229,10 +208,11 @@ def _row(batch: int, settings: Settings, rounds: dict[str, list[tuple[float, flo
         pairs = zip(rounds["dense"], rounds["sparse"], strict=True)
         return statistics.median(dense[part] / sparse[part] for dense, sparse in pairs)
 
-    return {
-        "batch": batch,
-        "prefill_tokens_per_s": {kind: batch * settings.prompt / median(kind, 0) for kind in rounds},
-        "prefill_speedup": ratio(0),
-        "decode_ms_per_token": {kind: 1000 * median(kind, 1) / settings.new for kind in rounds},
-        "decode_speedup": ratio(1),
-    }
+    return BatchSpeed(
+        batch=batch,
+        prefill_tokens_per_s={kind: batch * settings.prompt / median(kind, 0) for kind in rounds},
+        prefill_speedup=ratio(0),
+        decode_ms_per_token={kind: 1000 * median(kind, 1) / settings.new for kind in rounds},
+        decode_speedup=ratio(1),
+        max_relative_difference=difference,
+    )

@@ -1,24 +1,66 @@
-"""What a bench found, in tables and in sentences that say where sparsity gains nothing."""
+"""What a bench measured: its types, and the tables and sentences that say where sparsity gains nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from sppctl.inspect.inspect import MatrixSparsity
+from sppctl.inspect.storage import Storage
 
 
-def notes(
-    kernel: dict[str, Any], rows: list[dict[str, Any]], sparse: list[MatrixSparsity], stored: dict[str, Any]
-) -> list[str]:
+@dataclass(frozen=True)
+class Kernel:
+    """Which linear layers the 2:4 kernel multiplies."""
+
+    layers: int
+    not_2_4: int  # linear layers with other weights
+    shapes_not_taken: list[str]  # 2:4 layers that the kernel leaves dense
+    reason: str | None  # why no layer is sparse; None if one is
+
+
+@dataclass(frozen=True)
+class BatchSpeed:
+    """Medians over the rounds of one batch size."""
+
+    batch: int
+    prefill_tokens_per_s: dict[str, float]  # by kind of weights: dense, sparse
+    prefill_speedup: float | None  # median of dense over sparse within a round; None without a kernel
+    decode_ms_per_token: dict[str, float]  # of the whole batch
+    decode_speedup: float | None
+    max_relative_difference: float | None  # of the logits
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured on a checkpoint."""
+
+    checkpoint: str
+    fingerprint: str
+    device: str
+    dtype: str
+    threads: int
+    torch: str  # version
+    prompt: int
+    new: int
+    repeats: int
+    patterns: list[str]
+    sparsity: float
+    kernel: Kernel
+    speed: list[BatchSpeed]
+    storage: Storage
+    notes: list[str]  # what the numbers do not show
+
+
+def notes(kernel: Kernel, rows: list[BatchSpeed], sparse: list[MatrixSparsity]) -> list[str]:
     """What the numbers mean, and where sparsity gains nothing."""
     said = []
-    if kernel["reason"] is not None:
-        said.append(kernel["reason"])
+    if kernel.reason is not None:
+        said.append(kernel.reason)
     else:
-        moved = max(row["max_relative_difference"] for row in rows)
+        moved = max(row.max_relative_difference or 0.0 for row in rows)
         said.append(
-            f"sparse: {kernel['layers']} linear layers multiplied by the 2:4 kernel; {kernel['not_2_4']} that are not "
+            f"sparse: {kernel.layers} linear layers multiplied by the 2:4 kernel; {kernel.not_2_4} that are not "
             f"2:4 stay dense; the logits differ by at most {moved:.1e} of the largest one"
         )
         said.append(
@@ -26,8 +68,8 @@ def notes(
             "so the layers that are sparse gain 1.8x at the very most, and fewer than 8 rows are padded to 8; the time "
             "to launch kernels from Python is part of these numbers, and a small model is bound by it"
         )
-    if kernel["shapes_not_taken"]:
-        count, some = len(kernel["shapes_not_taken"]), ", ".join(kernel["shapes_not_taken"][:3])
+    if kernel.shapes_not_taken:
+        count, some = len(kernel.shapes_not_taken), ", ".join(kernel.shapes_not_taken[:3])
         said.append(f"left dense, of shapes that the 2:4 kernel does not take: {count} 2:4 layers ({some}, ...)")
     if not sparse:
         said.append("the checkpoint is dense: no zeros to skip, nothing to pack")
@@ -44,34 +86,34 @@ def notes(
     return said
 
 
-def tables(found: dict[str, Any]) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
+def tables(found: Bench) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
     """Title, header and rows of the speed and the storage."""
-    kinds = list(found["speed"][0]["prefill_tokens_per_s"])
+    kinds = list(found.speed[0].prefill_tokens_per_s)
     speed_rows: list[Sequence[str]] = []
-    for row in found["speed"]:
-        cells = [str(row["batch"])]
-        for measured, ratio, form in (
-            ("prefill_tokens_per_s", "prefill_speedup", ",.0f"),
-            ("decode_ms_per_token", "decode_speedup", ",.2f"),
+    for row in found.speed:
+        cells = [str(row.batch)]
+        for numbers, ratio, form in (
+            (row.prefill_tokens_per_s, row.prefill_speedup, ",.0f"),
+            (row.decode_ms_per_token, row.decode_speedup, ",.2f"),
         ):
-            cells += [format(row[measured][kind], form) for kind in kinds]
-            cells += [f"{row[ratio]:.2f}x"] if row[ratio] is not None else []
+            cells += [format(numbers[kind], form) for kind in kinds]
+            cells += [f"{ratio:.2f}x"] if ratio is not None else []
         speed_rows.append(cells)
     more = ("speed-up",) * (len(kinds) - 1)
     prefill = [f"prefill {kind}, tokens/s" for kind in kinds]
     decode = [f"decode {kind}, ms/token" for kind in kinds]
     header = ("batch", *prefill, *more, *decode, *more)
-    where = f"{found['device']}, {found['dtype']}, prompt {found['prompt']}, {found['new']} new tokens"
-    stored = found["storage"]
+    where = f"{found.device}, {found.dtype}, prompt {found.prompt}, {found.new} new tokens"
+    stored = found.storage
     sizes = [
-        ("dense safetensors", stored["dense_bytes"]),
-        (f"N:M values and indices ({stored['packed_matrices']} matrices)", stored["packed_bytes"]),
-        ("values and bitmask", stored["bitmask_bytes"]),
+        ("dense safetensors", stored.dense_bytes),
+        (f"N:M values and indices ({stored.packed_matrices} matrices)", stored.packed_bytes),
+        ("values and bitmask", stored.bitmask_bytes),
     ]
     storage_rows: list[Sequence[str]] = [
-        (name, f"{size / 1e6:,.1f}", f"{size / stored['dense_bytes']:.1%}") for name, size in sizes
+        (name, f"{size / 1e6:,.1f}", f"{size / stored.dense_bytes:.1%}") for name, size in sizes
     ]
     return [
-        (f"{found['checkpoint']}: {where}", header, speed_rows),
+        (f"{found.checkpoint}: {where}", header, speed_rows),
         ("storage of all tensors", ("", "MB", "of dense"), storage_rows),
     ]

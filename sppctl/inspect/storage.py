@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.inspect import MatrixSparsity
@@ -33,14 +33,20 @@ def bitmask_bytes(shape: tuple[int, ...], itemsize: int, zeros: int) -> int:
     return (math.prod(shape) - zeros) * itemsize + math.ceil(math.prod(shape) / 8)
 
 
-def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> dict[str, Any]:
-    """Bytes of a checkpoint as it is, and with its sparse matrices packed.
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of a checkpoint as it is, and with its sparse matrices packed."""
 
-    Returns:
-        ``file_bytes``; ``dense_bytes`` of all tensors and ``sparse_matrices_bytes`` of the sparse ones among them;
-        ``packed_bytes`` and ``bitmask_bytes`` of all tensors if the sparse ones are packed as N:M (``packed_matrices``
-        of them, the others stay dense) or with bitmasks.
-    """
+    file_bytes: int
+    dense_bytes: int  # of all tensors
+    sparse_matrices_bytes: int  # of the sparse matrices among them, stored dense
+    packed_bytes: int  # of all tensors, the sparse matrices as N:M where they have a pattern
+    packed_matrices: int  # that have one
+    bitmask_bytes: int  # of all tensors, the sparse matrices with bitmasks
+
+
+def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> Storage:
+    """What the tensors of a checkpoint take on disk, of which the sparse matrices are given."""
     dense = sum(spec.stop - spec.start for spec in map(files.spec, files))
     itemsize = {matrix.name: files.spec(matrix.name).dtype.itemsize for matrix in sparse}
     before = {matrix.name: math.prod(matrix.shape) * itemsize[matrix.name] for matrix in sparse}
@@ -52,11 +58,11 @@ def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> dict[str, Any]:
         if matrix.patterns
     }
     bitmask = {matrix.name: bitmask_bytes(matrix.shape, itemsize[matrix.name], matrix.zeros) for matrix in sparse}
-    return {
-        "file_bytes": files.num_bytes,
-        "dense_bytes": dense,
-        "sparse_matrices_bytes": sum(before.values()),
-        "packed_bytes": dense - sum(before[name] - packed for name, packed in structured.items()),
-        "packed_matrices": len(structured),
-        "bitmask_bytes": dense - sum(before[name] - packed for name, packed in bitmask.items()),
-    }
+    return Storage(
+        file_bytes=files.num_bytes,
+        dense_bytes=dense,
+        sparse_matrices_bytes=sum(before.values()),
+        packed_bytes=dense - sum(before[name] - packed for name, packed in structured.items()),
+        packed_matrices=len(structured),
+        bitmask_bytes=dense - sum(before[name] - packed for name, packed in bitmask.items()),
+    )

@@ -4,8 +4,8 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from sppctl.inspect import semi_structured, speed
 from sppctl.inspect.inspect import matrices
 from sppctl.inspect.semi_structured import no_kernel, relative_difference, takes
 from sppctl.inspect.speed import Settings, execute
-from sppctl.inspect.storage import storage
+from sppctl.inspect.speed_text import Bench, Kernel
+from sppctl.inspect.storage import Storage, storage
 from sppctl.model.checkpoint import load_model
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import mask_by_row
@@ -48,7 +49,7 @@ def pruned(
     return make
 
 
-def stored(directory: Path) -> dict[str, Any]:
+def stored(directory: Path) -> Storage:
     files = TensorFiles(directory)
     return storage(files, [matrix for matrix in matrices(files) if matrix.is_sparse])
 
@@ -58,32 +59,32 @@ def stored(directory: Path) -> dict[str, Any]:
 
 def test_storage_of_2_4_by_hand(pruned: Callable[..., Path]) -> None:
     found = stored(pruned("2:4"))
-    assert found["dense_bytes"] == 4 * (SPARSE + OTHERS) == 128_640
-    assert found["sparse_matrices_bytes"] == 4 * SPARSE
+    assert found.dense_bytes == 4 * (SPARSE + OTHERS) == 128_640
+    assert found.sparse_matrices_bytes == 4 * SPARSE
     # half the values in 4 bytes, 2 bits for each
-    assert found["packed_bytes"] == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 2 * 2 // 8 == 99_840
+    assert found.packed_bytes == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 2 * 2 // 8 == 99_840
     # half the values, a bit for every weight
-    assert found["bitmask_bytes"] == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 8 == 99_840
-    assert found["packed_matrices"] == 14
+    assert found.bitmask_bytes == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 8 == 99_840
+    assert found.packed_matrices == 14
 
 
 def test_4_8_needs_longer_indices(pruned: Callable[..., Path]) -> None:
     found = stored(pruned("4:8", torch.bfloat16))
-    assert found["packed_bytes"] == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 2 * 3 // 8
-    assert found["bitmask_bytes"] == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 8
+    assert found.packed_bytes == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 2 * 3 // 8
+    assert found.bitmask_bytes == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 8
 
 
 def test_unstructured_zeros_are_packed_with_bitmasks_alone(pruned: Callable[..., Path]) -> None:
     found = stored(pruned("0.6"))
     zeros = 2 * (192 * 19 + 32 * 28)  # of a block's rows of 32, and of 48
-    assert found["packed_matrices"] == 0
-    assert found["packed_bytes"] == found["dense_bytes"]
-    assert found["bitmask_bytes"] == 4 * OTHERS + 4 * (SPARSE - zeros) + SPARSE // 8
+    assert found.packed_matrices == 0
+    assert found.packed_bytes == found.dense_bytes
+    assert found.bitmask_bytes == 4 * OTHERS + 4 * (SPARSE - zeros) + SPARSE // 8
 
 
 def test_a_dense_checkpoint_has_nothing_to_pack(llama: Path) -> None:
     found = stored(llama)
-    assert found["dense_bytes"] == found["packed_bytes"] == found["bitmask_bytes"]
+    assert found.dense_bytes == found.packed_bytes == found.bitmask_bytes
 
 
 def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -93,9 +94,7 @@ def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path
     weight = files.read(name)
     files.write(name, weight * mask_by_row(weight.t().abs().contiguous(), Pattern.parse("2:4")).t())
     count = weight.numel()
-    assert stored(tmp_path)["dense_bytes"] - stored(tmp_path)["packed_bytes"] == count * 4 - (
-        count // 2 * 4 + count // 8
-    )
+    assert stored(tmp_path).dense_bytes - stored(tmp_path).packed_bytes == count * 4 - (count // 2 * 4 + count // 8)
 
 
 # --- speed on a CPU ---------------------------------------------------------------------------------------------------
@@ -103,24 +102,16 @@ def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path
 
 def test_a_cpu_times_dense_weights_and_says_why(pruned: Callable[..., Path]) -> None:
     found = execute(str(pruned("2:4")), TINY)
-    assert [row["batch"] for row in found["speed"]] == [1, 3]
-    for row in found["speed"]:
-        assert row.keys() == {
-            "batch",
-            "prefill_tokens_per_s",
-            "prefill_speedup",
-            "decode_ms_per_token",
-            "decode_speedup",
-            "max_relative_difference",
-        }
-        assert row["prefill_tokens_per_s"].keys() == row["decode_ms_per_token"].keys() == {"dense"}
-        assert row["prefill_tokens_per_s"]["dense"] > 0
-        assert row["prefill_speedup"] is row["decode_speedup"] is row["max_relative_difference"] is None
-    assert found["patterns"] == ["2:4"]
-    assert found["kernel"]["layers"] == 0
-    assert found["notes"][0].startswith("no sparse kernel on this device (cpu)")
-    assert "exactly as fast as a dense one" in found["notes"][0]
-    assert not any("not all sparse matrices are 2:4" in note for note in found["notes"])
+    assert [row.batch for row in found.speed] == [1, 3]
+    for row in found.speed:
+        assert row.prefill_tokens_per_s.keys() == row.decode_ms_per_token.keys() == {"dense"}
+        assert row.prefill_tokens_per_s["dense"] > 0
+        assert row.prefill_speedup is row.decode_speedup is row.max_relative_difference is None
+    assert found.patterns == ["2:4"]
+    assert found.kernel.layers == 0
+    assert found.notes[0].startswith("no sparse kernel on this device (cpu)")
+    assert "exactly as fast as a dense one" in found.notes[0]
+    assert not any("not all sparse matrices are 2:4" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +121,12 @@ def test_other_zeros_gain_no_time_and_it_is_said(
     pruned: Callable[..., Path], llama: Path, text: str | None, said: str
 ) -> None:
     found = execute(str(pruned(text) if text else llama), TINY)
-    assert any(said in note for note in found["notes"])
+    assert any(said in note for note in found.notes)
 
 
 def test_1_4_is_2_4_too(pruned: Callable[..., Path]) -> None:
     found = execute(str(pruned("1:4")), TINY)
-    assert not any("not all sparse matrices are 2:4" in note for note in found["notes"])
+    assert not any("not all sparse matrices are 2:4" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
@@ -185,7 +176,7 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
     model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"), "bfloat16")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     weights, kernel = speed.two_weights(model)
-    assert kernel == {"layers": 14, "not_2_4": 1, "shapes_not_taken": [], "reason": None}
+    assert kernel == Kernel(layers=14, not_2_4=1, shapes_not_taken=[], reason=None)
     linear = torch.nn.functional.linear
 
     def matrices_only(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -194,10 +185,10 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
 
     monkeypatch.setattr(torch.nn.functional, "linear", matrices_only)
     for row in speed.speed(model, weights, TINY):
-        assert row["prefill_tokens_per_s"].keys() == {"dense", "sparse"}
-        assert row["prefill_speedup"] > 0
-        assert row["decode_speedup"] > 0
-        assert 0 < row["max_relative_difference"] < 0.2
+        assert row.prefill_tokens_per_s.keys() == {"dense", "sparse"}
+        assert row.prefill_speedup > 0
+        assert row.decode_speedup > 0
+        assert 0 < row.max_relative_difference < 0.2
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
@@ -206,7 +197,7 @@ def test_a_kernel_that_refuses_is_a_reason(pruned: Callable[..., Path], monkeypa
     model = load_model(pruned("2:4", torch.bfloat16), torch.device("cpu"), "bfloat16")
     weights, kernel = speed.two_weights(model)
     assert not weights.layers
-    assert "refuses this GPU or model" in kernel["reason"]
+    assert "refuses this GPU or model" in str(kernel.reason)
 
 
 def test_transposed_layers_have_no_kernel_and_it_is_said(
@@ -214,10 +205,10 @@ def test_transposed_layers_have_no_kernel_and_it_is_said(
 ) -> None:
     monkeypatch.setattr(speed, "no_kernel", lambda *_: None)
     model = load_model(make_checkpoint("gpt2"), torch.device("cpu"), "float32")
-    assert "no linear layer of the checkpoint is 2:4" in speed.two_weights(model)[1]["reason"]
+    assert "no linear layer of the checkpoint is 2:4" in str(speed.two_weights(model)[1].reason)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.view(-1, 4, model.transformer.h[0].mlp.c_fc.nf)[:, 2:] = 0
-    assert "2:4 layers are Conv1D (GPT-2)" in speed.two_weights(model)[1]["reason"]
+    assert "2:4 layers are Conv1D (GPT-2)" in str(speed.two_weights(model)[1].reason)
 
 
 def test_difference_by_hand() -> None:
@@ -240,11 +231,11 @@ def test_on_a_gpu_sparse_weights_give_the_same_logits(pruned: Callable[..., Path
                 weight *= mask_by_row(weight.float().abs(), Pattern.parse("2:4"))
     model.save_pretrained(tmp_path)
     found = execute(str(tmp_path), Settings(batches=(1, 8), prompt=32, new=4, repeats=2, device="cuda"))
-    assert found["kernel"]["reason"] is None
-    assert found["kernel"]["layers"] == 14
-    for row in found["speed"]:
-        assert row["max_relative_difference"] < 0.05
-        assert row["prefill_speedup"] > 0
+    assert found.kernel.reason is None
+    assert found.kernel.layers == 14
+    for row in found.speed:
+        assert row.max_relative_difference < 0.05
+        assert row.prefill_speedup > 0
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -257,23 +248,7 @@ def test_the_command_prints_json(
     monkeypatch.setattr(sys, "argv", ["sppctl", "bench", str(pruned("2:4")), *options, "--json"])
     _main()
     found = json.loads(capsys.readouterr().out)
-    assert found.keys() == {
-        "checkpoint",
-        "fingerprint",
-        "device",
-        "dtype",
-        "threads",
-        "torch",
-        "prompt",
-        "new",
-        "repeats",
-        "patterns",
-        "sparsity",
-        "kernel",
-        "speed",
-        "storage",
-        "notes",
-    }
+    assert list(found) == [field.name for field in fields(Bench)]
     assert [row["batch"] for row in found["speed"]] == [1, 2]
 
 
