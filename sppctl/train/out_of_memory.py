@@ -11,7 +11,7 @@ import torch
 
 from sppctl.config.settings import Config
 from sppctl.errors import StageError
-from sppctl.train import resume
+from sppctl.train import checkpoints as resume
 
 # cuBLAS, NCCL and the CPU's allocator raise plain RuntimeErrors
 _WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_failed", re.IGNORECASE)

@@ -32,10 +32,10 @@ from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
 from sppctl.pattern import Pattern
 from sppctl.records import PruneRecord, TrainRecord, from_json
+from sppctl.train import checkpoints as resuming
 from sppctl.train import distill, methods, out_of_memory, refresh, scope, shards
-from sppctl.train import resume as resuming
 from sppctl.train.feed import Feed
-from sppctl.train.trainer import SparseTrainer
+from sppctl.train.loop import SparseTrainer
 from sppctl.train.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
 
 LOGS = "logs"

@@ -216,7 +216,7 @@ def test_sharded_students_learn_from_whole_teachers_what_one_does(
 KILLED = """
 import os, signal
 from sppctl.evaluate import perplexity
-from sppctl.train import trainer
+from sppctl.train import loop as trainer
 from sppctl.prune import walk
 
 def die(*_, **__):

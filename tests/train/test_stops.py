@@ -88,7 +88,7 @@ from pathlib import Path
 from sppctl import cli
 from sppctl.run import directory as run_directory
 from sppctl.train import stage as train
-from sppctl.train import trainer
+from sppctl.train import loop as trainer
 from sppctl.train import watch
 def die(number=signal.SIGKILL):
     os.kill(os.getpid(), number)

@@ -28,10 +28,10 @@ from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.plan import run as plan
 from sppctl.records import LayerRecord, PruneRecord, TrainRecord, to_json
-from sppctl.train import resume as resuming
+from sppctl.train import checkpoints as resuming
 from sppctl.train import stage as train
-from sppctl.train.resume import demand_files
-from sppctl.train.trainer import SparseTrainer
+from sppctl.train.checkpoints import demand_files
+from sppctl.train.loop import SparseTrainer
 from sppctl.train.watch import FiniteLoss
 
 

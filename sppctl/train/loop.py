@@ -24,11 +24,12 @@ from sppctl.errors import SharedError, UserError
 from sppctl.files import strict_json
 from sppctl.files.disk import sync, sync_tree
 from sppctl.files.safe_files import hides_full_disk, saving
-from sppctl.train import resume, shards
+from sppctl.train import checkpoints as resume
+from sppctl.train import shards
+from sppctl.train.checkpoints import OPTIMIZER, SCHEDULER, seal
 from sppctl.train.distill import Distillation
 from sppctl.train.feed import Feed
 from sppctl.train.refresh import MaskRefresh
-from sppctl.train.resume import OPTIMIZER, SCHEDULER, seal
 from sppctl.train.watch import FiniteLoss, Reporting
 
 SAVING = "saving"  # beside the finished checkpoints: the one that is being written

@@ -17,7 +17,7 @@ from sppctl.config.load import load_config
 from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.records import PruneRecord
-from sppctl.train.resume import HASHES, newest, seal
+from sppctl.train.checkpoints import HASHES, newest, seal
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
