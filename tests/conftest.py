@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sppctl import cli, machine, prune_linear
+from sppctl import cli, console, machine, prune_linear
 from sppctl.config.load import load_config, to_yaml
 from sppctl.config.settings import PROJECTIONS, Config
 from sppctl.prune.walk import Journal
@@ -447,20 +447,19 @@ def kept_for_backward(call: Callable[[], Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def cut_after(step: int) -> Iterator[None]:
-    """The training inside has to end with an error after an optimizer step."""
-    from sppctl.train.watch import Watch
+    """The training inside has to end with an error after an optimizer step, before anything is logged or saved."""
 
     class CutError(Exception):
         pass
 
-    original = Watch.on_step_end
+    original = console.Progress.advance
 
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
+    def stop(self: console.Progress, text: str = "", steps: int = 1) -> None:
+        original(self, text, steps)
+        if (self.label, self.done) == ("training", step):
             raise CutError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "on_step_end", stop)
+        patch.setattr(console.Progress, "advance", stop)
         with pytest.raises(CutError):
             yield

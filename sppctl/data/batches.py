@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from transformers import DataCollatorWithFlattening
 
 from sppctl.data.instructions import IGNORED, Example
 
 MULTIPLE = 8  # padded batches are as wide as their longest example, rounded up to this
 EXACT = 0.01  # packing_error below this is rounding; families that honour them show 0, others 0.02 to 1
 POOL = 50  # batches whose examples are sorted by length together
+
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,24 @@ class PadCollator:
     pad_token_id: int
     response_mask: bool = False
 
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example]) -> Batch:
         """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers.
 
         With ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses.
         """
         width = padded_width([len(example.input_ids) for example in examples])
-        input_ids = torch.full((len(examples), width), self.pad_token_id)
-        attention_mask = torch.zeros(len(examples), width, dtype=torch.int64)
-        labels = torch.full((len(examples), width), IGNORED)
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            input_ids[row, :length] = torch.tensor(example.input_ids)
-            attention_mask[row, :length] = 1
-            labels[row, :length] = torch.tensor(example.labels)
-        numbers = [example.number for example in examples]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "examples": numbers}
+
+        def padded(rows: list[list[Any]], filler: Any) -> Tensor:
+            return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+
+        batch: Batch = {
+            "input_ids": padded([example.input_ids for example in examples], self.pad_token_id),
+            "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
+            "labels": padded([example.labels for example in examples], IGNORED),
+            "examples": [example.number for example in examples],
+        }
         if self.response_mask:
-            batch["response_mask"] = torch.tensor(
-                [[*e.response, *[False] * (width - len(e.response))] for e in examples]
-            )
+            batch["response_mask"] = padded([example.response for example in examples], False)
         return batch
 
 
@@ -60,25 +60,19 @@ class PackCollator:
 
     response_mask: bool = False
 
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example]) -> Batch:
         """Returns input_ids, position_ids and labels, each (1, tokens) int64, and the examples' numbers.
 
         The first label of an example is IGNORED: the token before it belongs to another example. With
         ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses but such first ones.
         """
-        batch: dict[str, Any] = {
-            "input_ids": _row(example.input_ids for example in examples),
-            "position_ids": _row(range(len(example.input_ids)) for example in examples),
-            "labels": _row([IGNORED, *example.labels[1:]] for example in examples),
-            "examples": [example.number for example in examples],
-        }
+        flatten = DataCollatorWithFlattening(separator_id=IGNORED)
+        batch: Batch = flatten([{"input_ids": one.input_ids, "labels": one.labels} for one in examples])
+        batch["examples"] = [example.number for example in examples]
         if self.response_mask:
-            batch["response_mask"] = _row([False, *example.response[1:]] for example in examples)
+            parts = [[False, *example.response[1:]] for example in examples]
+            batch["response_mask"] = torch.tensor([list(itertools.chain.from_iterable(parts))])
         return batch
-
-
-def _row(parts: Any) -> Tensor:
-    return torch.tensor([list(itertools.chain.from_iterable(parts))])
 
 
 def padded_width(lengths: Sequence[int]) -> int:
@@ -88,52 +82,46 @@ def padded_width(lengths: Sequence[int]) -> int:
 
 def padding_share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
     """Share of the positions that padding fills when examples of these lengths are padded in batches in this order."""
-    positions = 0
-    for start in range(0, len(order), batch_size):
-        batch = [lengths[number] for number in order[start : start + batch_size]]
-        positions += len(batch) * padded_width(batch)
-    return 1 - sum(lengths[number] for number in order) / positions
+    batches = [[lengths[number] for number in part] for part in slices(order, batch_size)]
+    return 1 - sum(map(sum, batches)) / sum(len(batch) * padded_width(batch) for batch in batches)
 
 
-class LengthGrouped(Sampler[int]):
+def random_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A random order of so many examples, another one in every epoch."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    return order
+
+
+def grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
     """An order in which examples of similar length are in the same batch, and which is another one in every epoch.
 
     Examples are shuffled, sorted by length in pools of 50 batches, and the batches are shuffled, but for the one with
-    the longest example, which comes first: memory that does not suffice shows at once. The order depends on seed and
-    epoch alone, so that several processes, and a training that is resumed, agree on it.
+    the longest example, which comes first: memory that does not suffice shows at once. transformers'
+    ``get_length_grouped_indices`` leaves the batches of a pool in descending order of their lengths, so that the
+    learning rate of a step would go with the length of its examples.
 
     Args:
         lengths: of all examples.
-        batch_size: examples in a batch.
+        batch_size: examples in an optimizer step.
         seed: of the order.
+        epoch: number of the pass over the examples.
     """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The Trainer tells which epoch begins."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        chooser = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        chooser.shuffle(order)
-        # small sets are cut into four pools at least, or all epochs would have the same batches
-        pool = max(1, min(POOL, len(order) // (4 * self.batch_size))) * self.batch_size
-        parts = [sorted(part, key=lambda i: -self.lengths[i]) for part in _slices(order, pool)]
-        batches = _slices(list(itertools.chain.from_iterable(parts)), self.batch_size)
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        chooser.shuffle(batches)
-        batches.sort(key=lambda batch: max(self.lengths[i] for i in batch) < max(self.lengths))  # stable: it only moves
-        return itertools.chain.from_iterable(batches + rest)
+    chooser = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    chooser.shuffle(order)
+    # small sets are cut into four pools at least, or all epochs would have the same batches
+    pool = max(1, min(POOL, len(order) // (4 * batch_size))) * batch_size
+    parts = [sorted(part, key=lambda i: -lengths[i]) for part in slices(order, pool)]
+    batches = slices(list(itertools.chain.from_iterable(parts)), batch_size)
+    rest = [batches.pop()] if len(batches[-1]) < batch_size else []
+    chooser.shuffle(batches)
+    batches.sort(key=lambda batch: max(lengths[i] for i in batch) < max(lengths))  # stable: it only moves
+    return list(itertools.chain.from_iterable(batches + rest))
 
 
-def _slices(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def slices(numbers: Sequence[Any], size: int) -> list[list[Any]]:
+    """The numbers in lists of ``size``; the last one may be shorter."""
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
 @torch.no_grad()
@@ -160,24 +148,6 @@ def packing_error(model: nn.Module, first: Sequence[int], second: Sequence[int])
 
     positions = torch.tensor([[*range(len(first)), *range(len(second))]], device=device)
     alone = logits([*second, *first], 0)
-    told = logits([*first, *second], len(first), position_ids=positions)
-    untold = logits([*first, *second], len(first))
-    return float((told - alone).norm() / (untold - alone).norm())
-
-
-class FilledOrder(Sampler[int]):
-    """The order of another sampler, then the fillers that make it as long for every process."""
-
-    def __init__(self, sampler: Any, total: int) -> None:
-        self.sampler, self.total = sampler, total
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self.sampler
-        yield from range(len(self.sampler), self.total)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
-        self.sampler.set_epoch(epoch)
+    restarted = logits([*first, *second], len(first), position_ids=positions)
+    continued = logits([*first, *second], len(first))
+    return float((restarted - alone).norm() / (continued - alone).norm())

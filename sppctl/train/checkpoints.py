@@ -1,19 +1,30 @@
-"""Checkpoints of a training that was interrupted: which are as they were written, and which it continues from."""
+"""Checkpoints of a training: written so that they are whole or absent, and which of them an interrupted one resumes."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import random
+import shutil
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from sppctl import console
-from sppctl.errors import UserError
-from sppctl.files import integrity, sealed
+import torch
+from safetensors import SafetensorError
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # the Trainer's own names
-BEGAN = "began"  # beside the checkpoints: when the first of them was begun
-HASHES = "files.json"  # in a checkpoint: what its files are
+from sppctl import console, distributed
+from sppctl.errors import SharedError, UserError
+from sppctl.files import integrity, sealed
+from sppctl.files.disk import sync, sync_tree
+from sppctl.files.safe_files import hides_full_disk
+
+# beside the checkpoints: the one that is being written, and when the first of them was begun
+SAVING, BEGAN = "saving", "began"
+# in a checkpoint, with the adapter: steps, tokens and history; random generators of each process; hashes of all files
+OPTIMIZER, SCHEDULER, STATE, RANDOM = "optimizer.pt", "scheduler.pt", "state.json", "rng_state_{}.pth"
+HASHES = "files.json"
 
 
 def began(checkpoints: Path, resume: bool) -> datetime:
@@ -28,18 +39,86 @@ def began(checkpoints: Path, resume: bool) -> datetime:
     return now
 
 
-def seal(checkpoint: Path) -> None:
-    """Records what the files of a checkpoint are, once all processes have written theirs.
+def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
+    """Writes a checkpoint aside, and names it once all processes have their parts of it on the disk. All must call it.
+
+    Args:
+        checkpoints: the folder that holds them.
+        step: that was done last.
+        write: puts this process's part into a directory.
+        keep: number of the newest that stay.
 
     Raises:
-        OSError: it cannot be written.
-        UserError: a file cannot be read.
+        StageError: one of the processes cannot write its part; no checkpoint is lost.
     """
-    files = integrity.hashes(checkpoint, integrity.listing(checkpoint))
-    sealed.write(checkpoint / HASHES, {"checkpoint": checkpoint.name, "files": files})
+    draft, final = checkpoints / SAVING, checkpoints / f"checkpoint-{step}"
+
+    def begin() -> None:
+        if distributed.is_main():
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+
+    def complete() -> None:
+        if distributed.is_main():
+            files = integrity.hashes(draft, integrity.listing(draft))
+            sealed.write(draft / HASHES, {"checkpoint": final.name, "files": files})
+            sync_tree(draft)
+
+    # none begins before all have ended what comes before it, because each asks the others for their problems
+    problem = _problem(begin) or _problem(lambda: write(draft)) or _problem(complete)
+    if problem is not None:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise SharedError(
+            f"the checkpoint of step {step} cannot be written to {checkpoints}: {problem}; {rest(checkpoints)}"
+        )
+    if distributed.is_main():
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(draft, final)
+        sync(checkpoints)  # the name is on the disk before an older checkpoint goes
+        for _, older in _by_step(checkpoints)[keep:]:
+            shutil.rmtree(older)
+    distributed.barrier()
 
 
-def newest(checkpoints: Path, strategy: str | None) -> str | None:
+def _problem(write: Callable[[], None]) -> str | None:
+    """Why this process, or the first of the others, cannot write its part of a checkpoint; None: all have."""
+    problem = None
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if hides_full_disk(error) and not isinstance(error, OSError):
+            problem += " (is the disk full?)"
+    return distributed.first(problem)
+
+
+def save_random_state(directory: Path) -> None:
+    """Stores the state of this process's random generators."""
+    state = {"python": random.getstate(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    torch.save(state, directory / RANDOM.format(distributed.rank()))
+
+
+def load_random_state(directory: Path) -> None:
+    """Takes up that state; a process that did not exist then, or on another kind of device, draws new numbers."""
+    path = directory / RANDOM.format(distributed.rank())
+    if not path.is_file():
+        return
+    state = torch.load(path, weights_only=True)
+    random.setstate(state["python"])
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Steps and directories, the newest first."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in checkpoints.glob("checkpoint-*")]
+    return sorted(((int(step), path) for step, path in found if step.isdigit() and path.is_dir()), reverse=True)
+
+
+def newest(checkpoints: Path, strategy: str | None) -> Path | None:
     """The newest checkpoint that is intact; None if there is none at all. Damaged ones are renamed, with a warning.
 
     Args:
@@ -49,9 +128,8 @@ def newest(checkpoints: Path, strategy: str | None) -> str | None:
     Raises:
         UserError: all are damaged, or it was written under a strategy that this one cannot continue from.
     """
-    steps = {path: path.name.removeprefix("checkpoint-") for path in checkpoints.glob("checkpoint-*") if path.is_dir()}
     damaged: dict[Path, str] = {}
-    for path in sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path])):
+    for _, path in _by_step(checkpoints):
         if not any(path.iterdir()):
             path.rmdir()
             continue
@@ -61,7 +139,7 @@ def newest(checkpoints: Path, strategy: str | None) -> str | None:
             for other, reason in damaged.items():
                 aside = other.rename(other.with_name(f"damaged-{other.name}-{time.time_ns()}"))
                 console.warn(f"{other} is damaged ({reason}) and now called {aside.name}; continuing from {path.name}")
-            return str(path)
+            return path
         damaged[path] = problem
     if damaged:
         path, reason = next(iter(damaged.items()))
@@ -74,11 +152,10 @@ def newest(checkpoints: Path, strategy: str | None) -> str | None:
 
 def rest(checkpoints: Path) -> str:
     """What an error leaves: the newest checkpoint."""
-    steps = [path.name.removeprefix("checkpoint-") for path in checkpoints.glob("checkpoint-*")]
-    last = max((int(step) for step in steps if step.isdigit()), default=None)
-    if last is None:
+    newest_first = _by_step(checkpoints)
+    if not newest_first:
         return "there is no checkpoint yet"
-    return f"{checkpoints / f'checkpoint-{last}'} is intact: the same command continues from there"
+    return f"{newest_first[0][1]} is intact: the same command continues from there"
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -97,13 +174,10 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def demand_files(checkpoint: Path, strategy: str | None) -> None:
-    """Raises UserError if a checkpoint lacks what a training under a strategy continues from.
-
-    The Trainer would do without, with an optimizer and a schedule that start anew.
-    """
+    """Raises UserError if a checkpoint lacks what a training under a strategy continues from."""
     of_deepspeed = any(checkpoint.glob("global_step*"))
-    wanted = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
-    missing = [name for name in [*wanted, "trainer_state.json"] if not (checkpoint / name).is_file()]
+    needed = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
+    missing = [name for name in [*needed, STATE] if not (checkpoint / name).is_file()]
     if not missing and (strategy != "zero3" or of_deepspeed):
         return
     other = "launch.strategy=zero3" if of_deepspeed else "ddp or fsdp"

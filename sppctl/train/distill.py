@@ -4,8 +4,8 @@ With z the logits, T the temperature and w the weight (Hinton et al., 2015, arXi
 
     loss = (1 - w) cross-entropy + w T^2 mean KL(softmax(z_teacher / T) || softmax(z_student / T))
 
-The cross-entropy is the Trainer's own. The mean runs over the response tokens of the whole optimizer step: of all its
-micro-batches and all processes, however long the responses in each of them are.
+The cross-entropy is that of a training without a teacher. The mean runs over the response tokens of the whole optimizer
+step: of all its micro-batches and all processes, however long the responses in each of them are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sppctl.files import integrity
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
+from sppctl.train.watch import State
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
 BASE = "base"
@@ -59,15 +60,15 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         raise UserError(f"train.distill.teacher: {error}; copy the model's own there if it is the same") from error
     if different:
         raise UserError(
-            f"train.distill.teacher: {teacher} numbers {len(different)} tokens otherwise than the model, "
+            f"train.distill.teacher: {teacher} assigns different ids to {len(different)} tokens than the model, "
             f"{min(different)!r} among them; the teacher must have the model's tokenizer"
         )
 
 
 def _different_tokens(ours: Any, theirs: Any) -> set[str]:
-    """Tokens that have another number there, or are missing on one side.
+    """Tokens that have another id there, or are missing on one side.
 
-    Added tokens (special ones, mostly) may be missing: instruction-tuned models rename such as were kept in reserve.
+    Added tokens (special ones, mostly) may be missing: instruction-tuned models rename reserved ones.
     """
     vocabularies = ours.get_vocab(), theirs.get_vocab()
     added = ours.get_added_vocab().keys() | theirs.get_added_vocab().keys()
@@ -83,7 +84,7 @@ def locate(teacher: str) -> Path:
     """The directory of a teacher that is not ``base``.
 
     Raises:
-        UserError: it does not exist, or cannot be had.
+        UserError: it does not exist, or could not be downloaded.
     """
     return checkpoint.locate(teacher, key="train.distill.teacher")
 
@@ -130,7 +131,7 @@ class Distillation:
         """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
 
         Args:
-            loss: its cross-entropy, as the Trainer scales it: divided by the tokens of the optimizer step, times the
+            loss: its cross-entropy: divided by the tokens of the optimizer step, times the
                 processes, whose gradients are averaged.
             logits: (batch, tokens, vocabulary) of the student.
             inputs: that the student was given.
@@ -159,26 +160,23 @@ class Distillation:
         self._divergence, self._steps = 0.0, 0
         return mean
 
-    def metrics(self, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    def metrics(self, state: State, seconds: float) -> dict[str, Any]:
         """What is recorded of a training.
 
         Args:
-            history: the Trainer's log; ``kl`` stands in its lines of the loss.
-            seconds: of this training.
+            state: of the training; ``kl`` is in the lines of the loss.
+            seconds: of this attempt.
 
         Returns:
             Teacher, divergence (last and mean of the logged steps), and the share of the time that teacher and
             divergence took, without the divergence's share of the backward pass.
         """
-        lines = [(entry["step"], entry["kl"]) for entry in history if "kl" in entry]
-        steps = [step - before for (step, _), before in zip(lines, [0, *(step for step, _ in lines)], strict=False)]
-        mean = sum(kl * count for (_, kl), count in zip(lines, steps, strict=True)) / max(1, sum(steps))
         return {
             "teacher": self.settings.teacher,
             "weight": self.settings.weight,
             "temperature": self.settings.temperature,
-            "kl_last": lines[-1][1] if lines else None,
-            "kl_mean": mean if lines else None,
+            "kl_last": next((line["kl"] for line in reversed(state.history) if "kl" in line), None),
+            "kl_mean": state.mean("kl"),
             "seconds_share": self.watch.seconds() / seconds,
         }
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
+from torch.utils.data import DataLoader
 
 from sppctl import console, distributed
 from sppctl.config.settings import Config
 from sppctl.data import batches, instructions, prompts, vocabulary
+from sppctl.data.batches import Batch
+from sppctl.data.instructions import Example
 from sppctl.errors import UserError
+
+Collator = Callable[[list[Example]], Batch]
 
 CHECKED_TOKENS = 16  # of each of two examples that must not see each other
 
@@ -24,7 +30,7 @@ def load_rows(config: Config) -> instructions.Instructions:
     """Training and validation rows as configured.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: they could not be loaded.
     """
     section = config.train.data
     weights = {section.dataset: 1.0} if isinstance(section.dataset, str) else section.dataset
@@ -34,19 +40,18 @@ def load_rows(config: Config) -> instructions.Instructions:
 
 
 class Feed:
-    """The tokenised examples of a training, with all that turns them into batches; what had to be cut is said.
+    """The tokenised examples of a training, with all that turns them into batches; what had to be cut is printed.
 
     Attributes:
         train: examples to train on.
         held_out: examples for the validation loss.
-        order: sampler of the training examples; None: the Trainer's own, a new random order in every epoch.
         collator: makes the training batches.
         padded: makes the validation batches.
         padding_share: share of the positions of padded batches that padding fills, in the order of the first epoch if
             examples are grouped by length, otherwise in a random one. Packing avoids it.
 
     Raises:
-        UserError: the data cannot be had, or leaves nothing to learn from.
+        UserError: the data could not be loaded, or leaves nothing to learn from.
     """
 
     def __init__(self, config: Config, tokenizer: Any, vocab_size: int, today: datetime | None = None) -> None:
@@ -58,7 +63,8 @@ class Feed:
             vocab_size: tokens that the model embeds.
             today: as of :func:`sppctl.data.prompts.style`.
         """
-        train = config.train
+        train, self.seed = config.train, config.run.seed
+        self.settings = train
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "train: the tokenizer has no end-of-text token, which every response needs; "
@@ -86,14 +92,11 @@ class Feed:
         for part in (self.train, self.held_out):
             vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
         self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distils)
-        self.packing = self.unchecked = train.data.packing
-        self.collator = batches.PackCollator(distils) if self.packing else self.padded
-        self.filler = instructions.Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, [False])
-        self.multiple = train.micro_batch_size * distributed.world_size()
-        self.order = None
-        if train.data.group_by_length:
-            self.order = batches.LengthGrouped(self.train.lengths, train.batch_size, config.run.seed)
-        order = list(self.order or random.Random(config.run.seed).sample(range(len(self.train)), len(self.train)))
+        self.packing = train.data.packing
+        self.collator: Collator = batches.PackCollator(distils) if self.packing else self.padded
+        self.filler = Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, [False])
+        some = random.Random(self.seed).sample(range(len(self.train)), len(self.train))
+        order = self.order(0) if train.data.group_by_length else some
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
 
     def tell(self, seq_len: int) -> None:
@@ -122,49 +125,82 @@ class Feed:
         if self.packing:
             console.note(f"packing: {self.padding_share:.1%} of the positions of padded batches would be padding")
 
-    def filled(self, examples: Sequence[instructions.Example]) -> Sequence[instructions.Example]:
-        """Examples, and so many without anything to learn that several processes can share them evenly.
+    def order(self, epoch: int) -> list[int]:
+        """The numbers of the training examples in the order of an epoch: the same for any number of processes."""
+        if self.settings.data.group_by_length:
+            return batches.grouped_order(self.train.lengths, self.settings.batch_size, self.seed, epoch)
+        return batches.random_order(len(self.train), self.seed, epoch)
 
-        accelerate would repeat examples from the start of the epoch instead, and the last step would not be that of
-        one process.
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in a pass over the training examples; the last one may have fewer of them."""
+        return math.ceil(len(self.train) / self.settings.batch_size)
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.settings.max_steps or math.ceil(self.settings.epochs * self.steps_per_epoch)
+
+    def epochs(self, step: int) -> float:
+        """Passes over the training examples after an optimizer step, in micro-batches of all processes."""
+        epoch, done = divmod(step, self.steps_per_epoch)
+        size = self.settings.micro_batch_size * distributed.world_size()
+        return epoch + done * (self.settings.batch_size // size) / math.ceil(len(self.train) / size)
+
+    def steps(self, first: int) -> Iterator[list[Batch]]:
+        """The micro-batches of this process for one optimizer step after the other, without an end.
+
+        Args:
+            first: steps that are done already.
         """
-        if distributed.world_size() == 1:
-            return examples
-        return [*examples, *[self.filler] * (-len(examples) % self.multiple)]
+        accumulation = self.settings.batch_size // (self.settings.micro_batch_size * distributed.world_size())
+        first_epoch, done = divmod(first, self.steps_per_epoch)
+        for epoch in itertools.count(first_epoch):
+            order = self.order(epoch)[done * self.settings.batch_size :]
+            micro_batches = iter(self._loader(self.train, order, self.collator))
+            while step := list(itertools.islice(micro_batches, accumulation)):
+                yield step
+            done = 0
 
-    def sampler(self, seed: int) -> Any:
-        """The order of the filled training examples, fillers last; None: what the Trainer makes by itself."""
-        total = len(self.filled(self.train))
-        if total == len(self.train):
-            return self.order
-        # what accelerate makes of the Trainer's own sampler
-        order = self.order or SeedableRandomSampler(range(len(self.train)), generator=torch.Generator(), data_seed=seed)
-        return batches.FilledOrder(order, total)
+    def validation(self) -> Iterable[Batch]:
+        """The batches of this process for the validation loss, padded always."""
+        return self._loader(self.held_out, range(len(self.held_out)), self.padded)
 
-    def check(self, model: nn.Module, teacher: nn.Module | None) -> None:
+    def _loader(self, examples: Sequence[Example], order: Sequence[int], collator: Collator) -> Iterable[Batch]:
+        """This process's share of the examples, in micro-batches: of P processes, every P-th.
+
+        Where they do not come out even, examples without labels are put in, so that all processes have as many
+        micro-batches. accelerate would repeat examples, and the last step would not be that of one process.
+        """
+        size, processes = self.settings.micro_batch_size, distributed.world_size()
+        missing = -len(order) % (size * processes) if processes > 1 else 0
+        share = batches.slices([*order, *[None] * missing], size)[distributed.rank() :: processes]
+
+        def collate(numbers: list[int | None]) -> Batch:
+            return collator([self.filler if number is None else examples[number] for number in numbers])
+
+        # the micro-batches stand in the place of a data set
+        return DataLoader(share, batch_size=None, collate_fn=collate, pin_memory=torch.cuda.is_initialized())  # type: ignore[arg-type]
+
+    def check_packing(self, model: nn.Module, teacher: nn.Module | None) -> None:
         """Before the first packed batch: the model, and its teacher if there is one, must keep packed examples apart.
 
         Raises:
             UserError: one of them does not.
         """
-        if not self.unchecked:
+        if not self.packing:
             return
-        self.unchecked = False
-        training = model.training
         model.eval()
         # one from its start, one to its end: instructions begin alike
         first, second = self.train[0].input_ids[:CHECKED_TOKENS], self.train[len(self.train) - 1].input_ids
-        asked = {"model": model} | ({} if teacher is None else {"teacher": teacher})
-        errors = {who: batches.packing_error(it, first, second[-CHECKED_TOKENS:]) for who, it in asked.items()}
-        model.train(training)
-        for who, error in errors.items():
-            if error <= batches.EXACT:
-                continue
-            raise UserError(
-                f"train.data.packing: this {who} does not keep packed examples apart (one changes the other by "
-                f"{error:.0%} of what it does without borders); set train.data.packing to false, and "
-                "train.data.group_by_length to true to save padding"
-            )
+        for who, asked in {"model": model, "teacher": teacher}.items():
+            error = 0.0 if asked is None else batches.packing_error(asked, first, second[-CHECKED_TOKENS:])
+            if error > batches.EXACT:
+                raise UserError(
+                    f"train.data.packing: this {who} does not keep packed examples apart (one changes the other by "
+                    f"{error:.0%} of what it does without borders); set train.data.packing to false, and "
+                    "train.data.group_by_length to true to save padding"
+                )
 
     def metrics(self) -> dict[str, Any]:
         """What the record of the training says about its data."""

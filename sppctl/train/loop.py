@@ -1,188 +1,264 @@
-"""transformers' Trainer with checkpoints that are whole or absent, the same for any number of processes.
+"""The training loop: micro-batches, backward, clipping, update, schedule; and what is due between two steps.
 
-It takes a teacher, and a mask that changes, if they are wanted.
+accelerate wraps model and optimizer for one process, DDP, FSDP2 or ZeRO-3. Everything else is written out here, so
+that the steps are the same ones for any number of processes and after any interruption.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import get_scheduler
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sppctl import distributed
+from sppctl.config.settings import TrainConfig
+from sppctl.data.batches import Batch
 from sppctl.data.instructions import IGNORED
-from sppctl.errors import SharedError, UserError
+from sppctl.errors import SharedError
 from sppctl.files import strict_json
-from sppctl.files.disk import sync, sync_tree
-from sppctl.files.safe_files import hides_full_disk, saving
-from sppctl.train import checkpoints as resume
-from sppctl.train import shards
-from sppctl.train.checkpoints import OPTIMIZER, SCHEDULER, seal
+from sppctl.files.safe_files import saving
+from sppctl.train import checkpoints, shards
 from sppctl.train.distill import Distillation
 from sppctl.train.feed import Feed
-from sppctl.train.refresh import MaskRefresh
-from sppctl.train.watch import FiniteLoss, Reporting
+from sppctl.train.watch import Figures, Hook, State, StopSignals, Watch, demand_finite
 
-SAVING = "saving"  # beside the finished checkpoints: the one that is being written
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, for the model
 
 
-class SparseTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose checkpoints are written aside, synced and renamed, and which looks at every loss.
+@dataclass
+class Loop:
+    """One training: its model and optimizer under accelerate, and how far it is.
 
-    Args:
-        args: of the Trainer.
-        finite: looks at the losses.
-        feed: how examples reach the model.
+    Attributes:
+        train: the section of the configuration.
+        accelerator: of the processes.
+        peft: the model with its adapter, in the state of the checkpoint that is resumed from.
+        feed: the examples.
+        folder: of the checkpoints.
+        resumed: one of them.
         distillation: a teacher.
-        refresh: the mask's changes, whose base weights are saved with the adapter.
-        kwargs: of the Trainer.
+        hooks: what else happens around the steps.
+        trackers: where figures go besides the history.
     """
 
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
+    train: TrainConfig
+    accelerator: Accelerator
+    peft: Any
+    feed: Feed
+    folder: Path
+    resumed: Path | None
+    distillation: Distillation | None
+    hooks: Sequence[Hook]
+    trackers: Sequence[GeneralTracker]
 
-    def __init__(
-        self,
-        *args: Any,
-        finite: FiniteLoss,
-        feed: Feed,
-        distillation: Distillation | None = None,
-        refresh: MaskRefresh | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.feed = feed
-        self.distillation, self.refresh = distillation, refresh
-        self.gathered: tuple[dict[str, Tensor] | None, dict[str, Any]] | None = None
-        data: dict[str, Any] = {
-            "train_dataset": feed.filled(feed.train),
-            "eval_dataset": feed.filled(feed.held_out) or None,
-        }
-        super().__init__(*args, data_collator=feed.collator, **data, **kwargs)
-        self.finite = finite
-        self.add_callback(finite)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, Reporting):
-                callback.log = self.log
-        self.checkpoints = Path(str(self.args.output_dir))
+    def __post_init__(self) -> None:
+        train, max_steps = self.train, self.feed.max_steps
+        parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
+        self.peft = self.accelerator.unwrap_model(self.model)
+        warmup = math.ceil(train.warmup_ratio * max_steps)
+        self.scheduler = get_scheduler("linear", self.optimizer, warmup, max_steps)
+        self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        self.state = State() if self.resumed is None else self._load(self.resumed)
+        self.watch = Watch(self.state.step, max_steps, self.state.tokens, self.state.seconds)
+        # of this process, added up since the last report
+        self._loss, self._reported = torch.zeros((), device=self.accelerator.device), self.state.step
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Makes the accelerator; under FSDP among CPU processes too."""
-        if self.args.fsdp_plugin_args is not None:
-            shards.allow_on_cpu()
-        super().create_accelerator_and_postprocess()
+    # --- steps --------------------------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The model's loss; in training it is distilled if wanted, and remembered with the numbers of its examples."""
-        examples, responses = inputs.pop("examples", []), inputs.pop("response_mask", None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            if self.distillation is not None:
-                loss = self.distillation.mix(loss, outputs.logits, inputs, responses)
-            self.finite.add(loss, examples)
-        return (loss, outputs) if return_outputs else loss
+    def run(self, signals: StopSignals) -> int | None:
+        """All steps that are left, or until a signal.
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an optimizer step; with a teacher their response tokens are counted, too.
+        Returns:
+            The signal that ended it before the last step.
 
-        None at all if the checkpoint that was resumed from is that of the last step: the Trainer would do one more.
+        Raises:
+            UserError: the model mixes packed examples.
+            StageError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return [], None
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        state, train = self.state, self.train
+        self.feed.check_packing(self.model, None if self.distillation is None else self.distillation.teacher)
+        steps = self._steps()
+        stop = None
+        with self.watch.bar:
+            while state.step < self.feed.max_steps and not stop:
+                norm, rate = self._step(next(steps))
+                state.step += 1
+                self.watch.advance()
+                for hook in self.hooks:
+                    if figures := hook.after_step(self.peft, state.step):
+                        self._log(figures)
+                is_last = state.step == self.feed.max_steps
+                stop = None if is_last else signals.agreed(self.accelerator.device)
+                save = is_last or stop or state.step % train.save_steps == 0
+                # before each checkpoint, too, which does not hold the losses since the last report
+                if save or state.step == 1 or state.step % train.log_steps == 0:
+                    self._report(norm, rate)
+                if train.eval_steps and self.feed.held_out and (is_last or state.step % train.eval_steps == 0):
+                    self.validate()
+                if save:
+                    self._save()
+        state.seconds = self.watch.seconds()
+        return stop
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of the steps that are left; the random generators are where they were before the first."""
+        steps = self.feed.steps(self.state.step)
+        if self.resumed:
+            # each pass over the data begins with a draw, by torch's DataLoader: within one it was made before the save
+            if self.state.step % self.feed.steps_per_epoch:
+                steps = itertools.chain([next(steps)], steps)
+            checkpoints.load_random_state(self.resumed)
+        return steps
+
+    def _step(self, batches: list[Batch]) -> tuple[float, float]:
+        """One optimizer step; returns the norm of the gradient, before it was clipped, and the learning rate."""
+        tokens = self._count(batches)
+        for hook in self.hooks:
+            hook.before_step(self.state.step + 1)
+        self.model.train()
+        losses = []
+        for number, batch in enumerate(batches, 1):
+            self.accelerator.sync_gradients = number == len(batches)  # DeepSpeed's update is part of that backward
+            synced = self.accelerator.sync_gradients or self.is_deepspeed
+            with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.model):
+                loss = self._loss_of(batch, tokens)
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed else {}))
+            losses.append(loss.detach())
+            self._loss += losses[-1]
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm or math.inf))
+        demand_finite(losses, batches, norm, self.state.step + 1)
+        for hook in self.hooks:
+            hook.before_update(self.peft)
+        self.optimizer.step()
+        rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return norm, rate
+
+    def _count(self, batches: list[Batch]) -> Tensor:
+        """Tokens that a step's examples predict, over all micro-batches and processes; counts those that it sees."""
+        predicted = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        seen = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+        counts = torch.tensor([predicted, seen], device=self.accelerator.device)
+        distributed.add_up(counts)
+        self.state.tokens += int(counts[1])
         if self.distillation is not None:
-            self.distillation.start_step(batches, device)
-        return batches, num_items
+            self.distillation.start_step(batches, self.accelerator.device)
+        return counts[0]
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the divergence from the teacher to each report of the loss; the history is stored as JSON."""
-        if self.distillation is not None and "loss" in logs:
-            logs["kl"] = self.distillation.report()
-        super().log(logs, *args, **kwargs)
-        self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])
+    def _loss_of(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """A micro-batch's part of the loss per token of the whole step, distilled if there is a teacher."""
+        inputs = self._inputs(batch)
+        logits = self.model(**inputs).logits
+        # times the processes: their gradients are averaged, and should be added up
+        loss = cross_entropy(logits, batch, tokens) * distributed.world_size()
+        if self.distillation is None:
+            return loss
+        return self.distillation.mix(loss, logits, inputs, batch["response_mask"].to(logits.device))
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Before the first step: does the model, as it is wrapped and placed now, keep packed examples apart?"""
-        self.feed.check(model, None if self.distillation is None else self.distillation.teacher)
-        return super().training_step(model, inputs, *args, **kwargs)
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: batch[name].to(self.accelerator.device) for name in INPUTS if name in batch}
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that is reported, known before the optimizer's step (DeepSpeed tells it after its own)."""
-        self.finite.gradient_norm = super()._get_grad_norm(model, grad_norm)
-        return self.finite.gradient_norm
+    # --- figures ------------------------------------------------------------------------------------------------------
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Reports before each checkpoint: the Trainer forgets the losses since its last report when it resumes."""
-        self.control.should_log |= self.control.should_save
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+    def _log(self, figures: Figures) -> None:
+        """Adds a line to the history, which is stored as JSON, and tells the trackers."""
+        step = self.state.step
+        line = figures | {"epoch": self.feed.epochs(step), "num_input_tokens_seen": self.state.tokens}
+        self.state.history.append(strict_json.finite(line | {"step": step}))
+        # in the sections of transformers' own callbacks
+        named = {f"train/{name}".replace("train/eval_", "eval/"): value for name, value in line.items()}
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in named.items() if not isinstance(value, str)}, step=step)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Padded batches always."""
-        self.data_collator = self.feed.padded
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = self.feed.collator
+    def _report(self, norm: float, rate: float) -> None:
+        """The mean loss since the last report."""
+        distributed.add_up(self._loss)
+        loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported)
+        self._loss.zero_()
+        self._reported = self.state.step
+        divergence = {} if self.distillation is None else {"kl": self.distillation.report()}
+        seconds = round(self.watch.seconds(), 2)
+        self._log({"loss": loss, "grad_norm": norm, "learning_rate": rate, **divergence, "seconds": seconds})
+        self.watch.show_loss(loss, norm, rate, self.state.tokens)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """The validation loss: the mean over all predicted tokens, however they are batched and shared out.
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The validation loss: the mean over all predicted tokens, however they are batched and distributed.
 
         Raises:
             StageError: it is not finite.
         """
-        # DeepSpeed gathers parameters from its first forward on, which may be this one
-        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        # DDP would synchronise; DeepSpeed gathers parameters from its first forward on, which may be this one
+        model = self.model if self.is_deepspeed or self.is_fsdp else self.peft
         model.eval()
-        total = [0.0, 0.0]
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            count = int((inputs["labels"][..., 1:] != IGNORED).sum())
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(self.compute_loss(model, inputs))
-            if count:  # of fillers alone there is no mean
-                total = [total[0] + loss * count, total[1] + count]
-        sums = torch.tensor(total, dtype=torch.float64)
-        if distributed.world_size() > 1:
-            sums = sums.to(self.args.device)
-            distributed.add_up(sums)
-        mean = float(sums[0] / sums[1])
-        if sums[1] and not math.isfinite(mean):
-            raise SharedError(f"the validation loss is {mean} at step {self.state.global_step}; lower train.lr")
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": mean}, self.num_examples(dataloader))  # type: ignore[arg-type]
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in self.feed.validation():
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            loss = float(cross_entropy(model(**self._inputs(batch)).logits, batch))
+            if count:  # fillers alone have no mean
+                total += torch.tensor([loss * count, count], dtype=torch.float64)
+        total = total.to(self.accelerator.device)
+        distributed.add_up(total)
+        mean = float(total[0] / total[1])
+        if not math.isfinite(mean):
+            raise SharedError(f"the validation loss is {mean} at step {self.state.step}; lower train.lr")
+        self._log({"eval_loss": mean})
+        self.watch.show_validation(mean)
+        return mean
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The order of the examples: the same for any number of processes, with fillers at the end only."""
-        return self.feed.sampler(self.args.data_seed or 0) or super()._get_train_sampler(train_dataset)
+    # --- files --------------------------------------------------------------------------------------------------------
 
-    # --- saving -------------------------------------------------------------------------------------------------------
+    def _load(self, checkpoint: Path) -> State:
+        """Takes up optimizer and schedule, and returns where they are."""
+        if self.is_deepspeed:
+            self.model.load_checkpoint(str(checkpoint), load_module_strict=False)
+        else:
+            stored = torch.load(checkpoint / checkpoints.OPTIMIZER, map_location="cpu", weights_only=True)
+            shards.scatter_state(self.optimizer, stored)
+        self.scheduler.load_state_dict(torch.load(checkpoint / checkpoints.SCHEDULER, weights_only=True))
+        return State(**json.loads((checkpoint / checkpoints.STATE).read_text()))
+
+    def _save(self) -> None:
+        """A checkpoint; one under ZeRO-3 has DeepSpeed's own format, all others do not know who wrote them."""
+        self.state.seconds = self.watch.seconds()
+        # gathered before anything is written: a process whose disk is full must not miss the others
+        adapter = self._adapter()
+        optimizer = None if self.is_deepspeed else shards.gathered_state(self.optimizer)
+
+        def write(directory: Path) -> None:
+            if self.is_deepspeed:
+                self.model.save_checkpoint(str(directory), exclude_frozen_parameters=True)
+            checkpoints.save_random_state(directory)
+            if not distributed.is_main():
+                return
+            self._write_adapter(directory, adapter)
+            if optimizer is not None:
+                torch.save(optimizer, directory / checkpoints.OPTIMIZER)
+            torch.save(self.scheduler.state_dict(), directory / checkpoints.SCHEDULER)
+            strict_json.write(directory / checkpoints.STATE, asdict(self.state))
+
+        checkpoints.save(self.folder, self.state.step, write, self.train.keep_checkpoints)
 
     def save_adapter(self, directory: Path) -> None:
         """Stores the adapter as PEFT does, and the base weights that a refresh has changed. All processes must call it.
-
-        Of a sharded model nothing but the adapter is gathered.
 
         Raises:
             StageError: the adapter is not finite.
@@ -190,107 +266,54 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         adapter = self._adapter()
         broken = None
         if distributed.is_main():
-            trained = adapter or {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            trained = adapter or {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
             broken = next((name for name, tensor in trained.items() if not tensor.isfinite().all()), None)
         broken = distributed.first(broken)
         if broken is not None:
-            raise SharedError(
-                f"the adapter is not finite after step {self.state.global_step}: {broken}; lower train.lr"
-            )
+            raise SharedError(f"the adapter is not finite after step {self.state.step}: {broken}; lower train.lr")
         if distributed.is_main():
             (directory / "README.md").unlink(missing_ok=True)  # PEFT would keep one that a killed process wrote by half
             with saving(directory):
-                self.model.save_pretrained(str(directory), state_dict=adapter)
-            if self.refresh is not None:
-                self.refresh.save(directory)
+                self._write_adapter(directory, adapter)
 
     def _adapter(self) -> dict[str, Tensor] | None:
-        """The adapter's tensors; None where the model itself has them whole."""
-        if self.is_deepspeed_enabled:
+        """The adapter's tensors, gathered in the first process; None where the model itself has them whole."""
+        if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            trained = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
             return {name: safe_get_full_fp32_param(p).cpu() for name, p in trained.items()}
-        return shards.gathered(self.model) if self.is_fsdp_enabled else None
+        return shards.gathered(self.peft) if self.is_fsdp else None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model's part of a checkpoint."""
-        if self.gathered is None:
-            super().save_model(output_dir, _internal_call)
-        elif distributed.is_main():
-            self.model.save_pretrained(output_dir, state_dict=self.gathered[0])
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.gathered is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif distributed.is_main():
-            torch.save(self.gathered[1], Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.checkpoints / SAVING)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoints, saving = self.checkpoints, self.checkpoints / SAVING
-        if distributed.is_main():
-            shutil.rmtree(saving, ignore_errors=True)
-        distributed.barrier()
-        if self.is_fsdp_enabled:  # before anything is written: a process whose disk is full must not miss the others
-            self.gathered = shards.gathered(self.model), shards.gathered_state(self.optimizer)
-        name = f"checkpoint-{self.state.global_step}"
-        problem = _problem(lambda: self._write_checkpoint(model, trial, saving / name))
-        # when all have written their parts
-        problem = problem or _problem(lambda: self._complete_checkpoint(saving / name))
-        self.gathered = None
-        if problem is not None:
-            shutil.rmtree(saving, ignore_errors=True)
-            raise SharedError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {checkpoints}: {problem}; "
-                f"{resume.rest(checkpoints)}"
-            )
-        if distributed.is_main():
-            shutil.rmtree(checkpoints / name, ignore_errors=True)
-            os.rename(saving / name, checkpoints / name)
-            sync(checkpoints)  # the name is on the disk before an older checkpoint goes
-            rotate_checkpoints(output_dir=str(checkpoints), save_total_limit=self.args.save_total_limit)
-        distributed.barrier()
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any, directory: Path) -> None:
-        super()._save_checkpoint(model, trial)
-        if distributed.is_main() and self.refresh is not None:
-            self.refresh.save(directory)
-
-    def _complete_checkpoint(self, directory: Path) -> None:
-        if distributed.is_main():
-            seal(directory)
-            sync_tree(directory.parent)
-
-    # --- resuming -----------------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:  # a sharded model was given the adapter before it was sharded
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
-        shards.scatter_state(self.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+    def _write_adapter(self, directory: Path, adapter: dict[str, Tensor] | None) -> None:
+        self.peft.save_pretrained(str(directory), state_dict=adapter)
+        for hook in self.hooks:
+            hook.save(directory)
 
 
-def _problem(write: Callable[[], Any]) -> str | None:
-    """Why this process, or the first of the others, cannot write its part of a checkpoint; None: all have."""
-    problem = None
+def cross_entropy(logits: Tensor, batch: Batch, tokens: Tensor | None = None) -> Tensor:
+    """The sum over a batch divided by ``tokens``; by default the mean over its predicted tokens.
+
+    Not the model's own loss: that of some is the mean of a micro-batch whatever it is given, and that of mixtures of
+    experts has a term for each micro-batch, so that steps would depend on how they are accumulated.
+    """
+    loss: Tensor = ForCausalLMLoss(logits, batch["labels"].to(logits.device), logits.shape[-1], tokens)
+    return loss
+
+
+@contextlib.contextmanager
+def reporting_to(train: TrainConfig, out: Path) -> Iterator[list[GeneralTracker]]:
+    """TensorBoard, whose files are in OUT/logs, and W&B, with the run directory's name, where they are wanted."""
+    project = os.environ.get("WANDB_PROJECT", "sppctl")
+    makers: dict[str, Callable[[], GeneralTracker]] = {
+        "tensorboard": lambda: TensorBoardTracker("logs", out),
+        "wandb": lambda: WandBTracker(project, name=out.parent.name, config=asdict(train)),
+    }
+    trackers = [makers[name]() for name in train.report_to]
+    for tracker in trackers:
+        tracker.start()
     try:
-        write()
-    except (OSError, RuntimeError, SafetensorError, UserError) as error:
-        problem = _reason(error)
-    return distributed.first(problem)
-
-
-def _reason(error: Exception) -> str:
-    """What the operating system said; writers of archives and tensors hide a full disk behind words of their own."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{text} (is the disk full?)" if hides_full_disk(error) and not isinstance(error, OSError) else text
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.finish()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import TrainerCallback
 
 from sppctl import console
 from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
@@ -21,7 +21,7 @@ from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
-from sppctl.train.watch import Reporting
+from sppctl.train.watch import Figures, Hook
 
 HIRA_SINCE = "0.20"
 
@@ -45,7 +45,7 @@ def check(config: Config, problems: Problems) -> None:
 def ignored(train: TrainConfig) -> list[str]:
     """Which keys were changed to no effect, one line for each reason."""
     usual = TrainConfig()
-    keys = set().union(*KEYS.values()) - KEYS[train.method]
+    keys = set().union(*(method.keys for method in METHODS.values())) - METHODS[train.method].keys
     cases: list[tuple[str, Any, Any, set[str], str]] = [("", train, usual, keys, f"with train.method={train.method}")]
     if train.distill.teacher is None:
         keys = {"weight", "temperature"}
@@ -69,7 +69,7 @@ def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patt
         target_modules: full names of the linear layers to adapt.
         patterns: what those of them that were pruned were pruned by.
     """
-    config = METHODS[train.method](train, patterns)
+    config: Any = METHODS[train.method].config(train, patterns)
     config.task_type = "CAUSAL_LM"
     config.target_modules = set(target_modules)
     return config
@@ -94,23 +94,9 @@ def start_at_stored(model: PeftModel, pruned: Path) -> None:
                 layer.start_at(adapter, files.read(stored))
 
 
-def callbacks(train: TrainConfig) -> list[TrainerCallback]:
-    """What the method does between optimizer steps."""
-    return [MaskSelection(train.mask_steps, train.mask_decay)] if train.method == "ste" else []
-
-
-def _spp(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    return SppConfig(r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=train.init)
-
-
-def _lora(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    alpha: Any = train.scale * train.rank  # PEFT asks for a whole number and only ever divides it by r
-    return LoraConfig(r=train.rank, lora_alpha=alpha, lora_dropout=train.dropout)
-
-
-def _hira(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    config: PeftConfig = _hira_config()(r=train.rank, hira_dropout=train.dropout)
-    return config
+def hooks(train: TrainConfig, max_steps: int) -> list[Hook]:
+    """What the method does around the optimizer steps."""
+    return [MaskSelection(train.mask_steps, train.mask_decay, max_steps)] if train.method == "ste" else []
 
 
 def _hira_config() -> Any:
@@ -124,59 +110,69 @@ def _hira_config() -> Any:
     return HiraConfig
 
 
-def _masked_lora(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    return MaskedLoraConfig(r=train.rank, scale=train.scale, dropout=train.dropout)
+def _patterns(patterns: Patterns) -> dict[str, str]:
+    return {name: str(pattern) for name, pattern in patterns.items() if pattern.is_structured}
 
 
-def _masked_full(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    return MaskedFullConfig()
+@dataclass(frozen=True)
+class Method:
+    """One way of training.
+
+    Attributes:
+        keys: those that it uses of the keys of ``train`` that not every method uses.
+        config: makes its PEFT configuration of the section and the patterns of the layers.
+    """
+
+    keys: set[str]
+    config: Callable[[TrainConfig, Patterns], Any]
 
 
-def _ste(train: TrainConfig, patterns: Patterns) -> PeftConfig:
-    return SteConfig(patterns={name: str(pattern) for name, pattern in patterns.items() if pattern.is_structured})
-
-
-METHODS: dict[str, Callable[[TrainConfig, Patterns], Any]] = {
-    "spp": _spp,
-    "lora": _lora,
-    "hira": _hira,
-    "masked_lora": _masked_lora,
-    "masked_full": _masked_full,
-    "ste": _ste,
+METHODS = {
+    "spp": Method(
+        {"rank", "scale", "dropout", "beta", "init"},
+        lambda train, _: SppConfig(
+            r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=train.init
+        ),
+    ),
+    # PEFT asks for a whole alpha and only ever divides it by r
+    "lora": Method(
+        {"rank", "scale", "dropout"},
+        lambda train, _: LoraConfig(
+            r=train.rank,
+            lora_alpha=train.scale * train.rank,  # type: ignore[arg-type]
+            lora_dropout=train.dropout,
+        ),
+    ),
+    "hira": Method({"rank", "dropout"}, lambda train, _: _hira_config()(r=train.rank, hira_dropout=train.dropout)),
+    "masked_lora": Method(
+        {"rank", "scale", "dropout"},
+        lambda train, _: MaskedLoraConfig(r=train.rank, scale=train.scale, dropout=train.dropout),
+    ),
+    "masked_full": Method(set(), lambda *_: MaskedFullConfig()),
+    "ste": Method({"mask_steps", "mask_decay"}, lambda _, patterns: SteConfig(patterns=_patterns(patterns))),
 }
 
 
-# which of the keys that not every method heeds each of them does
-KEYS: dict[str, set[str]] = {
-    "spp": {"rank", "scale", "dropout", "beta", "init"},
-    "lora": {"rank", "scale", "dropout"},
-    "hira": {"rank", "dropout"},
-    "masked_lora": {"rank", "scale", "dropout"},
-    "masked_full": set(),
-    "ste": {"mask_steps", "mask_decay"},
-}
-
-
-class MaskSelection(Reporting):
+class MaskSelection(Hook):
     """Dynamic masks: the decay of pruned weights in every optimizer step, a new selection after every so many."""
 
-    def __init__(self, steps: int, decay: float) -> None:
-        self.steps, self.decay = steps, decay
+    def __init__(self, steps: int, decay: float, max_steps: int) -> None:
+        self.steps, self.decay, self.max_steps = steps, decay, max_steps
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def before_update(self, model: PeftModel) -> None:
         """Adds the decay once per step, whatever the accumulation, and after the gradient's norm was limited."""
         for layer in _ste_layers(model):
             for name in layer.active_adapters:
                 layer.add_decay(name, self.decay)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def after_step(self, model: PeftModel, step: int) -> Figures:
         """Selects before a checkpoint is written; not after the last step, for nothing would be trained under it."""
-        if state.global_step % self.steps or state.global_step >= state.max_steps:
-            return
+        if step % self.steps or step >= self.max_steps:
+            return {}
         left = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
-        self.log({"mask_changes": left})
-        console.note(f"step {state.global_step}: {left:,} weights left the mask for others")
+        console.note(f"step {step}: {left:,} weights left the mask for others")
+        return {"mask_changes": left}
 
 
-def _ste_layers(model: Any) -> list[SteLinear]:
+def _ste_layers(model: PeftModel) -> list[SteLinear]:
     return [module for module in model.modules() if isinstance(module, SteLinear)]

@@ -11,7 +11,7 @@ import torch
 
 from sppctl.config.settings import Config
 from sppctl.errors import StageError
-from sppctl.train import checkpoints as resume
+from sppctl.train.checkpoints import rest
 
 # cuBLAS, NCCL and the CPU's allocator raise plain RuntimeErrors
 _WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_failed", re.IGNORECASE)
@@ -52,5 +52,5 @@ def _message(config: Config, checkpoints: Path, planned: int | None, reason: str
         f"out of memory{f' (tried to allocate {wanted[1]})' if wanted else ''} with train.micro_batch_size="
         f"{train.micro_batch_size} and train.gradient_checkpointing={str(train.gradient_checkpointing).lower()}"
         f"{'' if planned is None else f', for which sppctl plan estimates {planned / 2**30:.2f} GiB on each device'}; "
-        f"{change}; {resume.rest(checkpoints)}"
+        f"{change}; {rest(checkpoints)}"
     )

@@ -26,7 +26,7 @@ from sppctl import console, distributed, launch
 from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
-from sppctl.config.settings import Config, RefreshConfig
+from sppctl.config.settings import Config
 from sppctl.errors import Problems
 from sppctl.files import integrity
 from sppctl.files.safe_files import OwnFile, TensorFile, TensorFiles
@@ -36,7 +36,7 @@ from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
-from sppctl.train.watch import Reporting
+from sppctl.train.watch import Figures, Hook
 
 ADAPTER = "default"
 SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back: its base weight is divided by that
@@ -65,94 +65,88 @@ def prepare(
     model: PeftModel,
     pruned: Path,
     base: Path | None,
-    newest: str | None,
     patterns: dict[str, Pattern],
+    max_steps: int,
+    resumed: Path | None,
 ) -> MaskRefresh | None:
-    """The configured refresh, in the state of the checkpoint ``newest`` if training resumes from one; None: no refresh.
+    """The configured refresh, in the state of the checkpoint that training resumes from; None: no refresh."""
+    if config.train.refresh.steps is None:
+        return None
+    assert base is not None
+    refresh = MaskRefresh(config, model, TensorFiles(pruned), TensorFiles(base), patterns, max_steps)
+    if resumed:
+        refresh.restore(resumed)
+    return refresh
+
+
+class MaskRefresh(Hook):
+    """Gathers the inputs of a step's micro-batches, and exchanges weights after it.
 
     Args:
         config: the configuration.
         model: under SPP, still on the CPU.
         pruned: the checkpoint that it was loaded from.
-        base: the dense checkpoint.
-        newest: directory of a checkpoint.
+        dense: the checkpoint that was pruned.
         patterns: by which each layer was pruned.
+        max_steps: optimizer steps of the training.
+
+    Attributes:
+        steps: the optimizer steps after which the mask is refreshed; never after the last, which nothing would follow.
     """
-    settings = config.train.refresh
-    if settings.steps is None:
-        return None
-    assert base is not None
-    skeleton = Skeleton(model.get_base_model().config, trust_remote_code=config.model.trust_remote_code)
-    files = TensorFiles(pruned), TensorFiles(base)
-    refresh = MaskRefresh(model, *files, settings, patterns, skeleton.base_prefix)
-    if newest:
-        refresh.restore(Path(newest))
-    return refresh
-
-
-class MaskRefresh(Reporting):
-    """Gathers the inputs of a step's micro-batches, and exchanges weights after it."""
 
     def __init__(
         self,
+        config: Config,
         model: PeftModel,
         pruned: TensorFiles,
         dense: TensorFiles,
-        settings: RefreshConfig,
         patterns: dict[str, Pattern],
-        base_prefix: str,
+        max_steps: int,
     ) -> None:
-        self.model, self.pruned, self.dense, self.settings = model, pruned, dense, settings
-        modules = model.get_base_model().named_modules()
-        found = {name: module for name, module in modules if isinstance(module, SppLinear)}
-        # a layer that is trained but was not pruned has nothing to exchange
-        self.layers = {name: layer for name, layer in found.items() if name in patterns}
+        self.model, self.pruned, self.dense, self.settings = model, pruned, dense, config.train.refresh
+        skeleton = Skeleton(model.get_base_model().config, trust_remote_code=config.model.trust_remote_code)
         self.patterns = patterns
-        self.stored = {name: stored_name(dense, f"{name}.weight", base_prefix) for name in self.layers}
+        modules = model.get_base_model().named_modules()
+        adapted = {name: module for name, module in modules if isinstance(module, SppLinear)}
+        # a layer that is trained but was not pruned has nothing to exchange
+        self.layers = {name: layer for name, layer in adapted.items() if name in self.patterns}
+        self.stored = {name: stored_name(dense, f"{name}.weight", skeleton.base_prefix) for name in self.layers}
         self.changed: set[str] = set()
         self._unrounded: dict[str, Tensor] = {}  # changed matrices as stored, on the CPU, if the model's differ
         self._statistics: dict[str, InputMoments] = {}
         self._hooks: list[Any] = []
         self._real: Tensor | None = None
         self._gathering = False
-
-    def steps(self, max_steps: int) -> range:
-        """The optimizer steps after which the mask is refreshed; never after the last, which nothing would follow."""
-        assert self.settings.steps is not None
-        last = min(int(self.settings.until * max_steps + 1e-9), max_steps - 1)
-        return range(self.settings.steps, last + 1, self.settings.steps)
-
-    # --- the Trainer's events -----------------------------------------------------------------------------------------
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says what will happen."""
-        steps = self.steps(state.max_steps)
-        if steps:
-            console.note(f"the mask is refreshed {len(steps)} times, after steps {steps[0]} to {steps[-1]}")
+        every, until = self.settings.steps, self.settings.until
+        assert every is not None
+        self.steps = range(every, min(int(until * max_steps + 1e-9), max_steps - 1) + 1, every)
+        if self.steps:
+            count, first, last = len(self.steps), self.steps[0], self.steps[-1]
+            console.note(f"the mask is refreshed {count} times, after steps {first} to {last}")
         else:
             console.warn(
-                f"train.refresh: no refresh falls into the first {self.settings.until:.0%} of {state.max_steps} steps; "
+                f"train.refresh: no refresh falls into the first {until:.0%} of {max_steps} steps; "
                 "lower train.refresh.steps"
             )
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    # --- around the steps ---------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
         """Before a step that a refresh follows: starts to gather."""
-        if state.global_step + 1 in self.steps(state.max_steps):
+        if step in self.steps:
             self._start_gathering()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def after_step(self, model: PeftModel, step: int) -> Figures:
         """After such a step: exchanges weights, before anything is measured or saved."""
         if not self._hooks:
-            return
+            return {}
         for hook in self._hooks:
             hook.remove()
         started = time.perf_counter()
-        record = self._refresh() | {"seconds": time.perf_counter() - started}
+        record = self._refresh()
         self._hooks, self._statistics, self._real = [], {}, None
-        self.log(record)
-        console.note(
-            f"step {state.global_step}: {record['swaps']:,} exchanges change {record['changed_share']:.3%} of the mask"
-        )
+        console.note(f"step {step}: {record['swaps']:,} exchanges change {record['changed_share']:.3%} of the mask")
+        return record | {"seconds": time.perf_counter() - started}
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +160,7 @@ class MaskRefresh(Reporting):
     def _open(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         real = kwargs.get("attention_mask")  # none where nothing is padded
         self._real = None if real is None else real.bool().flatten()
-        self._gathering = module.training  # what is asked about packing is no input of the step
+        self._gathering = True
 
     def _close(self, *_: Any) -> None:
         self._gathering = False  # checkpointing runs the layers again in the backward pass
@@ -180,7 +174,7 @@ class MaskRefresh(Reporting):
 
     @torch.no_grad()
     def _refresh(self) -> dict[str, Any]:
-        """Exchanges weights in every layer; the layers are shared out among the processes, which send their results."""
+        """Exchanges weights in every layer; each process computes its share of the layers and sends the results."""
         swaps = total = 0
         for index, (name, layer) in enumerate(self.layers.items()):
             before, statistics = self.base_weight(name), self._statistics[name]
@@ -254,7 +248,7 @@ class MaskRefresh(Reporting):
         """What is recorded of a training.
 
         Args:
-            history: the Trainer's log, which holds a record of each refresh.
+            history: of the training, with a record of each refresh.
         """
         regrown = kept = 0
         masks = {}

@@ -1,15 +1,18 @@
-"""A model in several processes: its weights in memory once (DDP) or shared out (FSDP2), what was trained gathered."""
+"""A model in several processes: its weights in memory once (DDP) or sharded (FSDP2), what was trained gathered."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -17,22 +20,57 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from sppctl import distributed
+from sppctl.config.settings import Config
 from sppctl.model.blocks import Skeleton
 
 LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # where transformers looks
 DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
 
 
-def arguments(model: Any) -> dict[str, Any]:
-    """What transformers' TrainingArguments must say to shard a model by its decoder blocks."""
-    classes = sorted({type(block).__name__ for block in Skeleton(model.config).blocks})
-    config = {
-        "version": 2,
-        "reshard_after_forward": True,
-        "transformer_layer_cls_to_wrap": classes,
-        "cpu_ram_efficient_loading": True,
+def make_accelerator(config: Config, device: torch.device, model: Any) -> Accelerator:
+    """accelerate's handle of the processes and of the way in which they share a model, as configured.
+
+    Args:
+        config: of the training.
+        device: its kind is used; of several GPUs each process takes its own.
+        model: of transformers, to be sharded by its decoder blocks.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one (a sweep, the tests)
+    state = PartialState(cpu=device.type == "cpu")  # not by Accelerator, which shards on no CPU that it is told of
+    strategy = config.launch.strategy if distributed.world_size() > 1 else None
+    plugins: dict[str, Any] = {}
+    if strategy == "fsdp":
+        allow_on_cpu(state)
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=sorted({type(block).__name__ for block in Skeleton(model.config).blocks}),
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=True,
+        )
+    if strategy == "zero3":
+        plugins["deepspeed_plugin"] = _deepspeed(config, model.dtype)
+    # no autocast, whatever `accelerate launch` says, but DeepSpeed's own dtype
+    accelerator = Accelerator(mixed_precision="no", **plugins)
+    sharded = {"fsdp": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
+    assert sharded.get(strategy or "") in (None, accelerator.distributed_type), "not sharded"
+    return accelerator
+
+
+def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
+    train, processes = config.train, distributed.world_size()
+    spare_compiling()
+    settings = json.loads(DEEPSPEED.read_text())
+    settings |= {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * processes),
+        "train_batch_size": train.batch_size,
+        "gradient_clipping": train.max_grad_norm,
+        # it converts the whole model: to float32 unless told that it is bfloat16
+        "bf16": {"enabled": dtype == torch.bfloat16},
     }
-    return {"fsdp": True, "fsdp_config": config}
+    return DeepSpeedPlugin(hf_ds_config=settings)
 
 
 def spare_compiling() -> None:
@@ -60,13 +98,12 @@ def load_in_one_process() -> Iterator[None]:
             del os.environ[name]
 
 
-def allow_on_cpu() -> None:
-    """Lets accelerate shard among CPU processes, by the same code as among GPUs; called before it makes its state.
+def allow_on_cpu(state: PartialState) -> None:
+    """Lets accelerate shard among CPU processes, by the same code as among GPUs.
 
     It takes the wish for FSDP from kinds of processes in a list that has no CPUs in it (AcceleratorState), and turns
     the kind into FSDP at once: nothing afterwards sees the one that is named here. The device stays the CPU.
     """
-    state = PartialState()
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
@@ -94,21 +131,19 @@ def gathered_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Puts what :func:`gathered_state` gave, known to all processes, into an optimizer of sharded parameters."""
-    shards = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        shards[index] = {
-            key: distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-            else value
-            for key, value in state["state"].get(index, {}).items()
-        }
-    optimizer.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
+    """Puts what :func:`gathered_state` gave, known to all processes, into an optimizer, sharded or not."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
+    def shard(value: Any, parameter: Any) -> Any:
+        if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return value
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
-def _parameters(optimizer: Optimizer) -> Iterator[Any]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    states = {
+        index: {key: shard(value, parameters[index]) for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": state["param_groups"]})
 
 
 def _whole(tensor: Tensor) -> Tensor | None:

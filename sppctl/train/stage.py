@@ -1,13 +1,12 @@
-"""pruned -> adapter: instruction tuning of an adapter with transformers' Trainer on the PEFT model."""
+"""pruned -> adapter: instruction tuning of an adapter on the PEFT model."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import re
 import signal
-import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import set_seed
 
 from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
@@ -32,13 +30,10 @@ from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
 from sppctl.pattern import Pattern
 from sppctl.records import PruneRecord, TrainRecord, from_json
-from sppctl.train import checkpoints as resuming
-from sppctl.train import distill, methods, out_of_memory, refresh, scope, shards
+from sppctl.train import checkpoints, distill, methods, out_of_memory, refresh, scope, shards
 from sppctl.train.feed import Feed
-from sppctl.train.loop import SparseTrainer
-from sppctl.train.watch import FiniteLoss, PerplexityEvery, StopSignals, Watch
-
-LOGS = "logs"
+from sppctl.train.loop import Loop, reporting_to
+from sppctl.train.watch import Hook, PerplexityEvery, StopSignals
 
 
 @dataclass(frozen=True)
@@ -179,100 +174,106 @@ def _train(
     resume: bool,
     base: Path | None,
 ) -> dict[str, Any]:
-    train = config.train
-    set_seed(config.run.seed)
+    train, folder = config.train, out / CHECKPOINTS
     device = checkpoint.pick_device(config.model.device)
-    tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
-    checkpoints = out / CHECKPOINTS
-    dated = prompts.is_dated(train.data.prompt, tokenizer)
-    today = distributed.decide(partial(resuming.began, checkpoints, resume)) if dated else None
-    feed = prepared.feed
-    if today is not None or not cache.same_tokenizer(prepared.tokenizer, tokenizer):
-        embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
-        feed = Feed(config, tokenizer, embedded, today)
-    feed.tell(train.data.seq_len)
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
-    with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
-        model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
-    model.config.use_cache = False
-    set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
-    peft_model = get_peft_model(model, _adapter_config(config, model, record.patterns))
-    methods.start_at_stored(peft_model, pruned)
-    if strategy == "ddp":
-        shards.keep_frozen_weights(peft_model)
-    tuner: Any = peft_model.base_model
-    trainable, total = peft_model.get_nb_trainable_parameters()
+    tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
+    feed = _feed(config, prepared, pruned, tokenizer, folder, resume)
+    model = _adapted(config, pruned, record.patterns, dtype, strategy)
+    trainable, total = model.get_nb_trainable_parameters()
     console.note(
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
     )
-    newest = distributed.decide(partial(resuming.newest, checkpoints, strategy)) if resume else None
+    newest = distributed.decide(partial(checkpoints.newest, folder, strategy)) if resume else None
     if newest:
         console.note(f"resuming from {newest}")
-        if strategy == "fsdp":
-            set_peft_model_state_dict(peft_model, load_peft_weights(newest, device="cpu"))
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / LOGS)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # `accelerate launch` may say otherwise: no autocast
+        set_peft_model_state_dict(model, load_peft_weights(str(newest), device="cpu"))
     distillation = distill.load(config, base, device, dtype)
-    refreshing = refresh.prepare(config, peft_model, pruned, base, newest, record.patterns)
-    watch = Watch()
-    callbacks = [watch, *methods.callbacks(train), *([refreshing] if refreshing else [])]
-    trainer = SparseTrainer(
-        model=peft_model,
-        args=_arguments(config, checkpoints, device, model, bool(feed.held_out)),
-        feed=feed,
-        callbacks=[*callbacks, *_perplexity_callback(config, pruned, tokenizer)],
-        finite=FiniteLoss(),
-        distillation=distillation,
-        refresh=refreshing,
-    )
-    if strategy:  # or all would drop out alike; the first process does as one alone
-        torch.manual_seed(config.run.seed + distributed.rank())
-    trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    with StopSignals() as signals:
-        trainer.add_callback(signals)
-        trainer.train(resume_from_checkpoint=newest)
-    if signals.caught and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(
-            f"stopped by {signal.Signals(signals.caught).name} after step {trainer.state.global_step} of "
-            f"{trainer.state.max_steps}; a checkpoint is written, the same command continues (under Slurm: requeue)"
-        )
-    seconds, in_all = time.perf_counter() - started, watch.seconds()
-    with console.working(f"validation loss of {len(feed.held_out)} examples"):
-        validation = trainer.evaluate()["eval_loss"] if feed.held_out else None
-    history = [e for e in trainer.state.log_history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
-    trainer.save_adapter(out)
-    tokens = trainer.state.num_input_tokens_seen
+    refreshing = refresh.prepare(config, model, pruned, base, record.patterns, feed.max_steps, newest)
+    hooks: list[Hook] = [*methods.hooks(train, feed.max_steps), *([refreshing] if refreshing else [])]
+    hooks += _perplexity(config, pruned, tokenizer)
+    accelerator = shards.make_accelerator(config, device, model.get_base_model())
+    # each process drops out other inputs; the first one those of one process alone
+    set_seed(config.run.seed + distributed.rank())
+    with reporting_to(train, out) as trackers:
+        loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
+        validation = _run(loop)
+    loop.save_adapter(out)
+    tuner: Any = model.base_model
+    state = loop.state
+    history = [e for e in state.history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
     return {
         "method": train.method,
         "modules": sorted(tuner.targeted_module_names),
         "trainable_parameters": trainable,
         "trainable_share": trainable / total,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "train_loss": _mean_loss(history),
+        "steps": state.step,
+        "epochs": feed.epochs(state.step),
+        "train_loss": state.mean("loss"),
         "validation_loss": validation,
         **feed.metrics(),
-        "tokens": tokens,
-        "seconds": in_all,
-        "tokens_per_second": tokens / in_all,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
         "dtype": dtype,
-        "distillation": distillation and distillation.metrics(history, seconds),
-        "refresh": refreshing and refreshing.metrics(trainer.state.log_history),
+        "distillation": distillation and distillation.metrics(state, state.seconds - loop.watch.seconds_before),
+        "refresh": refreshing and refreshing.metrics(state.history),
         "history": history,
     }
 
 
-def _mean_loss(history: list[dict[str, Any]]) -> float | None:
-    """Mean training loss over all steps; each entry is the mean since the one before, which no checkpoint parts."""
-    total, last = 0.0, 0
-    for entry in (entry for entry in history if "loss" in entry):
-        total += entry["loss"] * (entry["step"] - last)
-        last = entry["step"]
-    return total / last if last else None
+def _run(loop: Loop) -> float | None:
+    """All steps of a training, and its validation loss if anything is held out.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    with StopSignals() as signals:
+        stopped = loop.run(signals)
+    if stopped:
+        raise Stopped(
+            f"stopped by {signal.Signals(stopped).name} after step {loop.state.step} of {loop.feed.max_steps}; a "
+            "checkpoint is written, the same command continues (under Slurm: requeue)"
+        )
+    with console.working(f"validation loss of {len(loop.feed.held_out)} examples"):
+        return loop.validate() if loop.feed.held_out else None
 
 
-def _perplexity_callback(config: Config, pruned: Path, tokenizer: Any) -> list[PerplexityEvery]:
+def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, folder: Path, resume: bool) -> Feed:
+    """The examples that were prepared, if they are still right.
+
+    A chat template that prints the date prints that of the first attempt, and the pruned checkpoint's tokenizer counts.
+    """
+    dated = prompts.is_dated(config.train.data.prompt, tokenizer)
+    today = distributed.decide(partial(checkpoints.began, folder, resume)) if dated else None
+    feed = prepared.feed
+    if today is not None or not cache.same_tokenizer(prepared.tokenizer, tokenizer):
+        embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
+        feed = Feed(config, tokenizer, embedded, today)
+    feed.tell(config.train.data.seq_len)
+    return feed
+
+
+def _adapted(
+    config: Config, pruned: Path, patterns: Mapping[str, Pattern], dtype: str, strategy: str | None
+) -> PeftModel:
+    """The pruned model with a new adapter, on the CPU."""
+    with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
+        model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
+    model.config.use_cache = False
+    set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
+    adapted = get_peft_model(model, _adapter_config(config, model, patterns))
+    methods.start_at_stored(adapted, pruned)
+    if strategy == "ddp":
+        shards.keep_frozen_weights(adapted)
+    if config.train.gradient_checkpointing:
+        with warnings.catch_warnings():  # newer versions of transformers prefer another name for it
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapted
+
+
+def _perplexity(config: Config, pruned: Path, tokenizer: Any) -> list[PerplexityEvery]:
     """The perplexity every so many steps, on the first text of the evaluation, if it is wanted."""
     train = config.train
     if train.perplexity_steps is None:
@@ -282,7 +283,7 @@ def _perplexity_callback(config: Config, pruned: Path, tokenizer: Any) -> list[P
     window = evaluate.window_of(config, pruned)
     whole = text.joiner.join(text.documents)
     windows = perplexity.text_windows(tokenizer, whole, window, config.eval.max_tokens, name)
-    return [PerplexityEvery(train.perplexity_steps, name, windows)]
+    return [PerplexityEvery(train.perplexity_steps, name, windows, train.micro_batch_size)]
 
 
 def _adapter_config(config: Config, model: Any, patterns: Mapping[str, Pattern]) -> PeftConfig:
@@ -294,59 +295,3 @@ def _adapter_config(config: Config, model: Any, patterns: Mapping[str, Pattern])
     if len(names) < len(targets):
         console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and stay as they are")
     return methods.adapter_config(train, names, {name: patterns[name] for name in names if name in patterns})
-
-
-def _arguments(
-    config: Config, checkpoints: Path, device: torch.device, model: Any, validate: bool
-) -> TrainingArguments:
-    train = config.train
-    further = _strategy_arguments(config, device, model)
-    if train.gradient_checkpointing:
-        further |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=train.micro_batch_size,
-        per_device_eval_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=launch.accumulation(train, launch.num_processes(config)),
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
-        learning_rate=train.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=train.warmup_ratio,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        logging_steps=train.log_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not averaged away
-        save_steps=train.save_steps,
-        save_total_limit=train.keep_checkpoints,
-        eval_strategy="steps" if validate and train.eval_steps else "no",
-        eval_steps=train.eval_steps,
-        # a packed batch has no attention mask to tell padding by, and no padding
-        include_num_input_tokens_seen="all" if train.data.packing else "non_padding",
-        remove_unused_columns=False,
-        report_to=list(train.report_to),
-        disable_tqdm=True,
-        seed=config.run.seed,
-        data_seed=config.run.seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        **further,
-    )
-    # a process has one GPU, however many it sees: the Trainer would copy the model to all and multiply the batch
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
-
-
-def _strategy_arguments(config: Config, device: torch.device, model: Any) -> dict[str, Any]:
-    """How the processes share the model."""
-    if distributed.world_size() == 1:
-        return {}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if config.launch.strategy == "fsdp":
-        return {"ddp_backend": backend} | shards.arguments(model)
-    if config.launch.strategy == "zero3":
-        shards.spare_compiling()
-        # DeepSpeed converts the whole model: to float32 unless told that it is bfloat16
-        return {"bf16": model.dtype == torch.bfloat16, "deepspeed": str(shards.DEEPSPEED)}
-    return {"ddp_backend": backend, "ddp_find_unused_parameters": False}

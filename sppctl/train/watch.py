@@ -1,147 +1,165 @@
-"""Watching a training: progress, what is not finite, and the signals that ask it to stop."""
+"""Watching a training: how far it is, what is not finite, and the signals that ask it to stop."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
 
 from sppctl import console, distributed
+from sppctl.data.batches import Batch
 from sppctl.errors import SharedError
 from sppctl.evaluate.perplexity import summarise, window_losses
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 NAMED_EXAMPLES = 16  # of those in which a gradient may have gone wrong
 
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows loss, learning rate, gradient norm, tokens per second and the time left."""
-
-    def __init__(self) -> None:
-        self.bar: console.Progress | None = None
-        self.words = ""
-        self.started, self.seconds_before, self.tokens_before = 0.0, 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the bar."""
-        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
-        self.seconds_before = max((e.get("seconds", 0.0) for e in state.log_history if "loss" in e), default=0.0)
-        self.bar = console.Progress("training", state.max_steps, state.global_step).__enter__()
-
-    def seconds(self) -> float:
-        """Seconds of training, with those of the attempts that led to the checkpoint that was resumed from."""
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar."""
-        assert self.bar is not None
-        self.bar.advance(self.words)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Takes the figures that the Trainer reports."""
-        logs = logs or {}
-        if "loss" in logs:
-            speed = (state.num_input_tokens_seen - self.tokens_before) / (time.perf_counter() - self.started)
-            norm = f", gradient norm {float(logs['grad_norm']):.2g}" if "grad_norm" in logs else ""
-            state.log_history[-1]["seconds"] = round(self.seconds(), 2)
-            self.words = f"loss {logs['loss']:.3f}{norm}, lr {logs['learning_rate']:.1e}, {speed:.0f} tokens/s"
-        if "eval_loss" in logs:
-            self.words = f"validation loss {logs['eval_loss']:.3f}"
-            if self.bar is None or self.bar.done < self.bar.total:
-                console.note(f"step {state.global_step}: {self.words}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the bar away."""
-        assert self.bar is not None
-        self.bar.__exit__()
+Figures = dict[str, float | str]
 
 
-class Reporting(TrainerCallback):  # type: ignore[misc]
-    """A callback whose figures go where the Trainer's own go, who fills in ``log``: history, TensorBoard, W&B."""
+@dataclass
+class State:
+    """How far a training is, as its checkpoints store it.
 
-    log: Callable[[dict[str, float]], None]
+    Attributes:
+        step: optimizer steps that are done.
+        tokens: seen so far, without padding.
+        seconds: of all attempts.
+        history: a line for each report, with its ``step``.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a figure over all steps; each line has that since the line before, which no checkpoint parts."""
+        total, last = 0.0, 0
+        for line in self.history:
+            if name in line:
+                total += line[name] * (line["step"] - last)
+                last = line["step"]
+        return total / last if last else None
 
 
-class PerplexityEvery(Reporting):
-    """The perplexity of a text every so many optimizer steps, written to the log."""
+class Hook:
+    """What a method or an option does around each optimizer step; by default nothing. All processes call it alike."""
 
-    def __init__(self, steps: int, name: str, windows: Tensor) -> None:
-        self.steps, self.name, self.windows = steps, name, windows
+    def before_step(self, step: int) -> None:
+        """Before the first micro-batch of a step, numbered from 1."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def before_update(self, model: PeftModel) -> None:
+        """When the gradient is complete and clipped, before the optimizer uses it."""
+
+    def after_step(self, model: PeftModel, step: int) -> Figures:
+        """After the optimizer's update, before anything is measured or saved.
+
+        Returns:
+            What goes to the history, and the numbers of it to TensorBoard or W&B.
+        """
+        return {}
+
+    def save(self, directory: Path) -> None:
+        """Puts what belongs to the adapter in this state beside it; the first process calls it."""
+
+
+class PerplexityEvery(Hook):
+    """The perplexity of a text every so many optimizer steps."""
+
+    def __init__(self, steps: int, name: str, windows: Tensor, batch_size: int) -> None:
+        self.steps, self.name, self.windows, self.batch_size = steps, name, windows, batch_size
+
+    def after_step(self, model: PeftModel, step: int) -> Figures:
         """Measures on all processes alike: under FSDP each forward needs all of them."""
-        if state.global_step % self.steps:
-            return
-        training = model.training
+        if step % self.steps:
+            return {}
         model.eval()
         sharded = isinstance(model, FSDPModule)
         called = model if sharded else model.get_base_model()
-        batches = window_losses(called, self.windows, args.per_device_eval_batch_size, whole=sharded)
-        losses = torch.cat(list(batches))
-        model.train(training)
-        measured = summarise(losses, self.windows.shape[1])
-        self.log({"perplexity": measured.value})
-        state.log_history[-1]["text"] = self.name
-        console.note(f"step {state.global_step}: perplexity of {self.name} {measured.value:.2f}")
+        losses = torch.cat(list(window_losses(called, self.windows, self.batch_size, whole=sharded)))
+        value = summarise(losses, self.windows.shape[1]).value
+        console.note(f"step {step}: perplexity of {self.name} {value:.2f}")
+        return {"perplexity": value, "text": self.name}
 
 
-class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stops at a loss or gradient that is not finite, naming step and examples; looks once per optimizer step."""
+class Watch:
+    """A bar with loss, learning rate, gradient norm, tokens per second and the time left; the seconds of training."""
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, list[int]]] = []
-        self.gradient_norm: Tensor | float | None = None  # of all processes together, once it is known
+    def __init__(self, step: int, max_steps: int, tokens: int, seconds: float) -> None:
+        """Continues the tokens and seconds of the attempts that led to the checkpoint that was resumed from."""
+        self._started, self._tokens_before, self.seconds_before = time.perf_counter(), tokens, seconds
+        self._text = ""
+        self.bar = console.Progress("training", max_steps, step)
 
-    def add(self, loss: Tensor, examples: list[int]) -> None:
-        """Takes the loss of a micro-batch, still on its device, and the numbers of its examples."""
-        self.seen.append((loss.detach(), examples))
+    def seconds(self) -> float:
+        """Of all attempts."""
+        return self.seconds_before + time.perf_counter() - self._started
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at all micro-batches of the step, in all processes, before the optimizer spoils the weights.
+    def advance(self) -> None:
+        """One more step is done."""
+        self.bar.advance(self._text)
 
-        Raises:
-            StageError: one of the losses is not finite, or the gradient.
-        """
-        losses = torch.stack([loss for loss, _ in self.seen])
-        broken = (~losses.isfinite()).any().int()
-        distributed.largest(broken)
-        problem = distributed.first(self._problem(losses.tolist())) if broken else None
-        if problem is not None:
-            raise SharedError(
-                f"the training loss is {problem[0]} at step {state.global_step + 1}, in {problem[1]}; lower train.lr, "
-                "or look at these examples"
-            )
-        norm = 0.0 if self.gradient_norm is None else float(self.gradient_norm)
-        broken = torch.tensor(not math.isfinite(norm), device=losses.device).int()
-        distributed.largest(broken)
-        if broken:
-            numbers = sorted({number for part in distributed.collect(self._examples()) for number in part})
-            shown = ", ".join(map(str, numbers[:NAMED_EXAMPLES])) + ", ..." * (len(numbers) > NAMED_EXAMPLES)
-            raise SharedError(
-                f"the norm of the gradient is {norm} at step {state.global_step + 1}, of training examples {shown}; "
-                "lower train.lr, or look at these examples"
-            )
-        self.seen.clear()
+    def show_loss(self, loss: float, norm: float, rate: float, tokens: int) -> None:
+        """The figures of a report, and the speed of this attempt."""
+        speed = (tokens - self._tokens_before) / (time.perf_counter() - self._started)
+        self._text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
 
-    def _examples(self) -> list[int]:
-        return [number for _, examples in self.seen for number in examples]
-
-    def _problem(self, losses: list[float]) -> tuple[float, str] | None:
-        for value, (_, examples) in zip(losses, self.seen, strict=True):
-            if not math.isfinite(value):
-                return value, f"training examples {', '.join(map(str, examples))}"
-        return None
+    def show_validation(self, loss: float) -> None:
+        """The validation loss; after the last step it is in the record."""
+        self._text = f"validation loss {loss:.3f}"
+        if self.bar.done < self.bar.total:
+            console.note(f"step {self.bar.done}: {self._text}")
 
 
-class StopSignals(TrainerCallback):  # type: ignore[misc]
+def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: float, step: int) -> None:
+    """Looks at a step before its update spoils the weights. All processes call it.
+
+    Args:
+        losses: of this process's micro-batches, on their device.
+        batches: those, with the numbers of their examples.
+        norm: of the gradient of all processes.
+        step: that it is.
+
+    Raises:
+        StageError: a loss or the gradient is not finite; it names step and examples.
+    """
+    stacked = torch.stack([*losses])
+    broken = torch.stack([(~stacked.isfinite()).any(), torch.tensor(not math.isfinite(norm), device=stacked.device)])
+    broken = broken.int()
+    distributed.largest(broken)
+    loss_broken, norm_broken = broken.tolist()
+    advice = "lower train.lr, or look at these examples"
+    if loss_broken:
+        values = zip(stacked.tolist(), batches, strict=True)
+        own = next(((value, batch["examples"]) for value, batch in values if not math.isfinite(value)), None)
+        value, examples = distributed.first(own) or (math.nan, [])
+        raise SharedError(
+            f"the training loss is {value} at step {step}, in training examples {_listed(examples)}; {advice}"
+        )
+    if norm_broken:
+        collected = distributed.collect([number for batch in batches for number in batch["examples"]])
+        numbers = sorted({number for part in collected for number in part})
+        raise SharedError(
+            f"the norm of the gradient is {norm} at step {step}, of training examples {_listed(numbers)}; {advice}"
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:NAMED_EXAMPLES])) + ", ..." * (len(numbers) > NAMED_EXAMPLES)
+
+
+class StopSignals:
     """SIGTERM or SIGUSR1 (preemption by Slurm): a checkpoint after the running step, then the end of the training."""
 
     def __init__(self) -> None:
@@ -160,11 +178,8 @@ class StopSignals(TrainerCallback):  # type: ignore[misc]
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Of several processes all stop at the same step, whichever was told."""
-        flag = torch.tensor(self.caught or 0, device=args.device)
+    def agreed(self, device: torch.device) -> int | None:
+        """The signal that any of the processes has caught, so that all stop after the same step."""
+        flag = torch.tensor(self.caught or 0, device=device)
         distributed.largest(flag)
-        self.caught = int(flag) or None
-        if self.caught and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+        return int(flag) or None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sppctl.data import batches
-from sppctl.data.batches import LengthGrouped, PackCollator, PadCollator, packing_error, padding_share
+from sppctl.data.batches import PackCollator, PadCollator, grouped_order, packing_error, padding_share, random_order
 from sppctl.data.instructions import IGNORED, Example
 
 # OPT takes the positions of its learned embedding from the attention mask
@@ -144,31 +144,27 @@ LENGTHS = torch.randint(20, 500, (1003,), generator=torch.Generator().manual_see
 
 
 def test_grouped_batches_hold_similar_lengths() -> None:
-    order = LengthGrouped(LENGTHS, 8, seed=0)
-    numbers = list(order)
-    assert len(order) == 1003
-    assert sorted(numbers) == list(range(1003))
+    numbers = grouped_order(LENGTHS, 8, seed=0, epoch=0)
     assert padding_share(LENGTHS, range(1003), 8) > 0.3
     assert padding_share(LENGTHS, numbers, 8) < 0.06
     assert LENGTHS[numbers[0]] == max(LENGTHS)
     widths = [max(LENGTHS[i] for i in numbers[start : start + 8]) for start in range(8, 1000, 8)]
     rises = sum(a < b for a, b in itertools.pairwise(widths))
     assert 0.3 < rises / len(widths) < 0.7  # batches are in random order
-
-
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        sampler = LengthGrouped(LENGTHS, 8, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert order(0, 1) == order(0, 1)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert {tuple(sorted(order(0, 0)[i : i + 8])) for i in range(0, 1000, 8)} != {
-        tuple(sorted(order(0, 1)[i : i + 8])) for i in range(0, 1000, 8)
+    assert {frozenset(numbers[i : i + 8]) for i in range(0, 1000, 8)} != {
+        frozenset(grouped_order(LENGTHS, 8, seed=0, epoch=1)[i : i + 8]) for i in range(0, 1000, 8)
     }
 
 
-@pytest.mark.parametrize("count", [1, 3, 8, 9])
-def test_grouping_few_examples(count: int) -> None:
-    assert sorted(LengthGrouped(LENGTHS[:count], 8, seed=0)) == list(range(count))
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 1003])
+@pytest.mark.parametrize("kind", ["random", "grouped"])
+def test_orders_hold_all_examples_and_depend_on_seed_and_epoch_alone(kind: str, count: int) -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        if kind == "random":
+            return tuple(random_order(count, seed, epoch))
+        return tuple(grouped_order(LENGTHS[:count], 8, seed, epoch))
+
+    orders = [order(seed, epoch) for seed in (0, 10) for epoch in (0, 1)]
+    assert {tuple(sorted(one)) for one in orders} == {tuple(range(count))}
+    assert orders[1] == order(0, 1)
+    assert count < 9 or len(set(orders)) == 4

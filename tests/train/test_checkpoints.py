@@ -1,4 +1,4 @@
-"""Which checkpoint an interrupted training continues from: the newest that is as it was written."""
+"""Checkpoints are written whole, and an interrupted training continues from the newest that is as it was written."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import stage_calls
-import torch
 from conftest import cut_after
-from safetensors.torch import load_file
+from fitting import Configure, Fit
 
 from sppctl.config.load import load_config
-from sppctl.config.settings import Config
-from sppctl.errors import UserError
+from sppctl.errors import StageError, UserError
 from sppctl.records import PruneRecord
-from sppctl.train.checkpoints import HASHES, newest, seal
+from sppctl.train.checkpoints import HASHES, demand_files, newest, save
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "scheduler.pt", "state.json")
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "a bit": lambda path, other: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
     "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-3]),
@@ -29,23 +26,77 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.fixture
-def configure(config_file: Path) -> Callable[..., Config]:
+def configure(config_file: Path) -> Configure:
     return lambda *overrides: load_config(str(config_file), overrides)
 
 
-def made(checkpoints: Path, *steps: int) -> Path:
-    for step in steps:
-        folder = checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
+@pytest.fixture
+def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
+    return Fit(configure, pruned, llama, tmp_path)
+
+
+def made(checkpoints: Path, *steps: int, keep: int = 9) -> Path:
+    def write(step: int, folder: Path) -> None:
         for name in FILES:
             (folder / name).write_text(f"{name} after step {step}")
-        seal(folder)
+
+    for step in steps:
+        save(checkpoints, step, partial(write, step), keep)
     return checkpoints
+
+
+def test_saving_keeps_the_newest_and_replaces_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "saving" / "half").mkdir(parents=True)  # of a process that was killed
+    made(tmp_path, 3, 6, 9, 6, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-9"}
+    assert {path.name for path in (tmp_path / "checkpoint-6").iterdir()} == {*FILES, HASHES}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), r"No space left on device; "),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64"), r"\(is the disk full\?\); "),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    error: Exception, words: str, tmp_path: Path
+) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "optimizer.pt").touch()
+        raise error
+
+    words = rf"^the checkpoint of step 6 cannot be written to .*{words}.*checkpoint-3 is intact: the same command"
+    with pytest.raises(StageError, match=words):
+        save(made(tmp_path, 3), 6, fail, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_the_newest_by_its_number(tmp_path: Path) -> None:
     assert newest(tmp_path / "none", None) is None
-    assert newest(made(tmp_path, 6, 9, 12), None) == str(tmp_path / "checkpoint-12")
+    assert newest(made(tmp_path, 6, 9, 12), None) == tmp_path / "checkpoint-12"
+
+
+@pytest.mark.parametrize(
+    ("gone", "more", "strategy", "words"),
+    [
+        ("state.json", "trainer_state.json", None, r"lacks state\.json, which training under one process continues"),
+        ("scheduler.pt", None, "ddp", r"lacks scheduler\.pt, which training under ddp continues from; resume with"),
+        (None, None, "zero3", r"lacks latest, which training under zero3 .* it was written under ddp or fsdp; resume"),
+        ("optimizer.pt", "global_step3/", "ddp", r"under ddp .*: it was written under launch\.strategy=zero3; resume"),
+    ],
+    ids=["older", "no schedule", "for DeepSpeed", "of DeepSpeed"],
+)
+def test_nothing_is_continued_without_what_belongs_to_it(
+    gone: str | None, more: str | None, strategy: str | None, words: str, tmp_path: Path
+) -> None:
+    saved = made(tmp_path, 3) / "checkpoint-3"
+    if gone is not None:
+        (saved / gone).unlink()
+    if more is not None:
+        (saved / more).mkdir() if more.endswith("/") else (saved / more).touch()
+    with pytest.raises(UserError, match=words):
+        demand_files(saved, strategy)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -55,12 +106,12 @@ def test_a_damaged_one_is_put_aside_for_the_one_before(
 ) -> None:
     made(tmp_path, 3, 6)
     DAMAGES[damage](tmp_path / "checkpoint-6" / name, tmp_path / "checkpoint-3")
-    assert newest(tmp_path, None) == str(tmp_path / "checkpoint-3")
+    assert newest(tmp_path, None) == tmp_path / "checkpoint-3"
     said = capsys.readouterr().err
     assert f"checkpoint-6 is damaged ({name}" in said
     assert "continuing from checkpoint-3" in said
     assert {path.name.rpartition("-")[0] for path in tmp_path.iterdir()} == {"checkpoint", "damaged-checkpoint-6"}
-    assert newest(tmp_path, None) == str(tmp_path / "checkpoint-3")
+    assert newest(tmp_path, None) == tmp_path / "checkpoint-3"
     assert not capsys.readouterr().err
 
 
@@ -78,28 +129,19 @@ def test_an_empty_one_never_blocks(tmp_path: Path) -> None:
     assert newest(tmp_path, None) is None
     made(tmp_path, 6)
     (tmp_path / "checkpoint-9").mkdir()
-    assert newest(tmp_path, None) == str(tmp_path / "checkpoint-6")
+    assert newest(tmp_path, None) == tmp_path / "checkpoint-6"
 
 
-def test_a_training_falls_back_and_ends_with_the_same_adapter(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config = configure("train.save_steps=1", "train.dropout=0.1", "train.max_steps=4")
-    do = partial(stage_calls.train, config, *pruned)
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    do(tmp_path / "whole")
+def test_a_training_falls_back_and_ends_with_the_same_adapter(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("train.save_steps=1", "train.dropout=0.1", "train.max_steps=4")
+    fit("whole", *options)
     with cut_after(3):
-        do(tmp_path / "cut")
-    optimizer = tmp_path / "cut/checkpoints/checkpoint-2/optimizer.pt"
+        fit("cut", *options)
+    optimizer = fit.root / "cut/checkpoints/checkpoint-2/optimizer.pt"
     content = optimizer.read_bytes()
     optimizer.write_bytes(content[:2000] + bytes([content[2000] ^ 4]) + content[2001:])
-    do(tmp_path / "cut")
+    fit("cut", *options)
     said = capsys.readouterr().err
     assert "checkpoint-2 is damaged (optimizer.pt is damaged)" in said
-    assert f"resuming from {tmp_path}/cut/checkpoints/checkpoint-1\n" in said
-    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    assert f"resuming from {fit.root}/cut/checkpoints/checkpoint-1\n" in said
+    assert fit.adapter("cut") == fit.adapter("whole")

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import stage_calls
 import torch
-from conftest import SMALL, byte_tokenizer
+from conftest import SMALL
+from fitting import Configure, Fit, preflight
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sppctl.config.load import load_config
-from sppctl.config.settings import Config
 from sppctl.data.batches import PadCollator
 from sppctl.data.instructions import Example
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed
-from sppctl.model.blocks import Skeleton
-from sppctl.model.checkpoint import load_config as load_model_config
 from sppctl.model.checkpoint import load_tokenizer
 from sppctl.records import PruneRecord, TrainRecord
 from sppctl.train import distill
-from sppctl.train import stage as train
 from sppctl.train.feed import Feed
 
 
 @pytest.fixture
-def configure(config_file: Path) -> Callable[..., Config]:
+def configure(config_file: Path) -> Configure:
     common = ["train.data.seq_len=256"]  # the prompt alone has more than 128 bytes
     return lambda *overrides: load_config(str(config_file), [*common, *overrides])
 
@@ -39,13 +35,13 @@ def configure(config_file: Path) -> Callable[..., Config]:
 FITTING = ("train.data.seq_len=128", "train.data.prompt='{instruction}: '")  # into the 128 positions of the model
 
 
-def first_line(metrics: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture
+def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
+    return Fit(configure, pruned, llama, tmp_path)
+
+
+def first_line(metrics: TrainRecord) -> dict[str, Any]:
     return next(entry for entry in metrics.history if "loss" in entry)
-
-
-def trained(config: Config, pruned: tuple[Path, PruneRecord], out: Path, base: Path | None = None) -> TrainRecord:
-    out.mkdir()
-    return stage_calls.train(config, *pruned, out, resume=False, base=base)
 
 
 def literal_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -85,21 +81,18 @@ def sure(llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("on_inputs", ["true", "false"])
-def test_the_first_loss_equals_a_literal_computation(
-    on_inputs: str, configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], sure: Path, tmp_path: Path
-) -> None:
+def test_the_first_loss_equals_a_literal_computation(on_inputs: str, fit: Fit, sure: Path) -> None:
     """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
     options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
-    distilled = [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
-    config = configure(*options, *distilled)
-    line = first_line(trained(config, pruned, tmp_path / "adapter"))
-    tokenizer = load_tokenizer(pruned[0])
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (pruned[0], sure))
+    options += [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
+    line = first_line(fit("adapter", *options))
+    tokenizer = load_tokenizer(fit.pruned[0])
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure))
     entropy = divergence = torch.zeros((), dtype=torch.float64)
     tokens = responses = 0
     with torch.no_grad():
-        for example in Feed(config, tokenizer, SMALL["vocab_size"]).train:
+        for example in Feed(fit.configure(*options), tokenizer, SMALL["vocab_size"]).train:
             ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
             ours, theirs = student(ids).logits[0, :-1].double(), teacher(ids).logits[0, :-1].double()
             counted = labels != -100
@@ -113,29 +106,13 @@ def test_the_first_loss_equals_a_literal_computation(
     assert line["loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
+def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(fit: Fit) -> None:
     common = ("train.max_steps=1", "train.dropout=0.0")
-    plain = trained(configure(*common), pruned, tmp_path / "plain")
-    options = (*common, f"train.distill.teacher={pruned[0]}", "train.distill.weight=0.25")
-    distilled = trained(configure(*options), pruned, tmp_path / "distilled")
+    plain = fit("plain", *common)
+    distilled = fit("distilled", *common, f"train.distill.teacher={fit.pruned[0]}", "train.distill.weight=0.25")
     assert first_line(distilled)["kl"] == pytest.approx(0, abs=1e-7)
     assert first_line(distilled)["loss"] == pytest.approx(0.75 * first_line(plain)["loss"], rel=1e-6)
     assert plain.distillation is None
-
-
-def test_accumulation_changes_nothing(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
-    figures = []
-    for micro in (1, 2, 4):
-        options = [f"train.micro_batch_size={micro}", "train.dropout=0.0", "train.log_steps=1", "train.lr=1e-4"]
-        options += ["train.distill.teacher=base", "train.distill.weight=0.8", "train.distill.temperature=1.5"]
-        history = trained(configure(*options), pruned, tmp_path / f"micro{micro}", llama).history
-        figures.append([entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "grad_norm")])
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
-    assert figures[2] == pytest.approx(figures[0], rel=1e-3)
 
 
 def test_only_logits_that_predict_responses_count(llama: Path) -> None:
@@ -164,38 +141,9 @@ def test_only_logits_that_predict_responses_count(llama: Path) -> None:
     assert divergence(changed) != whole
 
 
-def test_packed_examples_give_the_loss_of_padded_ones(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
-    """With labels for the prompts, too: there the responses cannot be told by the labels."""
-    figures = []
-    for packing in ("false", "true"):
-        options = [f"train.data.packing={packing}", "train.data.train_on_inputs=true", "train.dropout=0.0"]
-        options += ["train.log_steps=1", "train.lr=1e-4", "train.micro_batch_size=4"]
-        options += ["train.distill.teacher=base", "train.distill.weight=0.8"]
-        history = trained(configure(*options), pruned, tmp_path / packing, llama).history
-        figures.append([entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "grad_norm")])
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
-
-
-def test_a_teacher_that_mixes_packed_examples_is_refused(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    make_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    settings = [f"train.distill.teacher={make_checkpoint('opt')}", "train.data.packing=true"]
-    config = configure(*settings, "train.data.seq_len=96", "train.data.prompt='{instruction}'")
-    with pytest.raises(UserError, match="this teacher does not keep packed examples apart"):
-        trained(config, pruned, tmp_path / "adapter")
-
-
-def test_it_brings_the_student_nearer_to_the_teacher(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
+def test_it_brings_the_student_nearer_to_the_teacher(fit: Fit) -> None:
     options = ["train.epochs=8", "train.lr=2e-2", "train.log_steps=4", "train.dropout=0.0"]
-    options += ["train.distill.teacher=base", "train.distill.weight=1.0"]
-    metrics = trained(configure(*options), pruned, tmp_path / "adapter", llama)
+    metrics = fit("adapter", *options, "train.distill.teacher=base", "train.distill.weight=1.0")
     record = metrics.distillation
     assert record.teacher == "base"
     assert record.kl_last < 0.9 * first_line(metrics)["kl"]
@@ -203,31 +151,29 @@ def test_it_brings_the_student_nearer_to_the_teacher(
     assert 0 < record.seconds_share < 1
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(
-    configure: Callable[..., Config], llama: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("teacher", "more", "words"),
+    [
+        ("other", [], r"distill.teacher: .* vocabulary of 300 tokens, the model one of 260"),
+        ("none", [], r"distill.teacher: .*/none does not exist"),
+        ("base", ["launch.strategy=zero3"], "not under launch"),
+        ("base", [], None),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(
+    teacher: str, more: list[str], words: str | None, configure: Configure, llama: Path, tmp_path: Path
 ) -> None:
-    common = FITTING
     shutil.copytree(llama, tmp_path / "other")
     LlamaConfig(**SMALL | {"vocab_size": 300}).save_pretrained(tmp_path / "other")
-    skeleton = Skeleton(load_model_config(llama))
-    with pytest.raises(UserError, match=r"distill.teacher: .* vocabulary of 300 tokens, the model one of 260"):
-        train.prepare(configure(*common, f"train.distill.teacher={tmp_path / 'other'}"), skeleton, byte_tokenizer())
-    with pytest.raises(UserError, match=r"distill.teacher: .*/none does not exist"):
-        train.prepare(configure(*common, f"train.distill.teacher={tmp_path / 'none'}"), skeleton, byte_tokenizer())
-    train.prepare(configure(*common, "train.distill.teacher=base"), skeleton, byte_tokenizer())
-    with pytest.raises(UserError, match="not under launch"):
-        train.prepare(
-            configure(*common, "train.distill.teacher=base", "launch.strategy=zero3"), skeleton, byte_tokenizer()
-        )
+    place = teacher if teacher == "base" else tmp_path / teacher
+    with contextlib.nullcontext() if words is None else pytest.raises(UserError, match=words):
+        preflight(configure(*FITTING, f"train.distill.teacher={place}", *more), llama)
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(
-    configure: Callable[..., Config], llama: Path, tmp_path: Path
-) -> None:
+def test_a_teacher_with_another_tokenizer_is_refused(configure: Configure, llama: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(llama, teacher)
     config = configure(*FITTING, f"train.distill.teacher={teacher}")
-    skeleton = Skeleton(load_model_config(llama))
     content = json.loads((teacher / "tokenizer.json").read_text())
     for token in content["added_tokens"]:  # a token in reserve that the teacher has given another name
         if token["content"] == "<s>":
@@ -235,36 +181,30 @@ def test_a_teacher_with_another_tokenizer_is_refused(
     (teacher / "tokenizer.json").write_text(json.dumps(content).replace('"<s>"', '"<start>"'))
     settings = (teacher / "tokenizer_config.json").read_text()
     (teacher / "tokenizer_config.json").write_text(settings.replace('"<s>"', '"<start>"'))
-    train.prepare(config, skeleton, byte_tokenizer())
+    preflight(config, llama)
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (teacher / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"numbers 2 tokens otherwise than the model, 'a' among them"):
-        train.prepare(config, skeleton, byte_tokenizer())
+    with pytest.raises(UserError, match=r"assigns different ids to 2 tokens than the model, 'a' among them"):
+        preflight(config, llama)
     for path in teacher.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UserError, match=r"distill.teacher: .*no usable tokenizer.*; copy the model's own"):
-        train.prepare(config, skeleton, byte_tokenizer())
+        preflight(config, llama)
 
 
 def test_a_teacher_that_is_not_what_its_record_says_is_refused(
-    configure: Callable[..., Config], llama: Path, tmp_path: Path
+    configure: Configure, llama: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(llama, tmp_path / "teacher")
-    files = integrity.hashes(tmp_path / "teacher", integrity.listing(tmp_path / "teacher"))
-    sealed.write(tmp_path / "teacher/stage.json", {"stage": "prune", "files": files})
-    config = configure(*FITTING, f"train.distill.teacher={tmp_path / 'teacher'}")
-    train.prepare(config, Skeleton(load_model_config(llama)), byte_tokenizer())
-    with (tmp_path / "teacher/model.safetensors").open("r+b") as file:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(llama, teacher)
+    sealed.write(
+        teacher / "stage.json", {"stage": "prune", "files": integrity.hashes(teacher, integrity.listing(teacher))}
+    )
+    config = configure(*FITTING, f"train.distill.teacher={teacher}")
+    preflight(config, llama)
+    with (teacher / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"!")
     with pytest.raises(UserError, match=r"teacher/model.safetensors is damaged"):
-        train.prepare(config, Skeleton(load_model_config(llama)), byte_tokenizer())
-
-
-def test_examples_without_a_response_are_refused(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
-    config = configure("train.data.seq_len=96", "train.distill.teacher=base")
-    with pytest.raises(UserError, match="leaves no response token"):
-        trained(config, pruned, tmp_path / "adapter", llama)
+        preflight(config, llama)

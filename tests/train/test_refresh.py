@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 import stage_calls
 import torch
-from conftest import cut_after, trained_dtype
+from conftest import cut_after
+from fitting import Configure, Fit
 from peft import get_peft_model
 from processes import sppctl_in_ranks
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ from sppctl.evaluate.subjects import Subject
 from sppctl.model.refreshed import REFRESHED
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
-from sppctl.records import PruneRecord, TrainRecord
+from sppctl.records import PruneRecord
 from sppctl.run.directory import Run
 from sppctl.run.stages import PRUNE
 from sppctl.train import refresh
@@ -46,28 +46,22 @@ def exchange_in_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["2:4", "0.5"])
-def configure(request: pytest.FixtureRequest, config_file: Path) -> Callable[..., Config]:
+def configure(request: pytest.FixtureRequest, config_file: Path) -> Configure:
     return lambda *overrides: load_config(str(config_file), [f"prune.pattern={request.param}", *overrides])
 
 
-def trained(config: Config, pruned: tuple[Path, PruneRecord], out: Path, base: Path) -> TrainRecord:
-    out.mkdir(exist_ok=True)
-    return stage_calls.train(config, *pruned, out, dtype=trained_dtype(pruned[0]), resume=True, base=base)
+@pytest.fixture
+def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
+    return Fit(configure, pruned, llama, tmp_path)
 
 
 def zeros_per_row(weight: torch.Tensor) -> list[int]:
     return (weight == 0).sum(1).tolist()
 
 
-def test_pattern_and_values_after_every_refresh(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = configure(*EVERY_TWO)
-    dense, start = load_file(llama / "model.safetensors"), load_file(pruned[0] / "model.safetensors")
+def test_pattern_and_values_after_every_refresh(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, start = load_file(fit.dense / "model.safetensors"), load_file(fit.pruned[0] / "model.safetensors")
+    structured = fit.configure().prune.pattern.is_structured
     seen: list[int] = []
     original = refresh.MaskRefresh._refresh
 
@@ -78,7 +72,7 @@ def test_pattern_and_values_after_every_refresh(
         for name, layer in self.layers.items():
             key, weight = self.stored[name], self.base_weight(name)
             assert zeros_per_row(weight) == zeros_per_row(start[key])
-            if config.prune.pattern.is_structured:
+            if structured:
                 assert (weight.view(len(weight), -1, 4) != 0).sum(-1).max() <= 2
             survived, regrown = (before[name] != 0) & (weight != 0), (before[name] == 0) & (weight != 0)
             assert torch.equal(weight[survived], before[name][survived])
@@ -90,38 +84,31 @@ def test_pattern_and_values_after_every_refresh(
         return record
 
     monkeypatch.setattr(refresh.MaskRefresh, "_refresh", checked)
-    metrics = trained(config, pruned, tmp_path / "adapter", llama).refresh
+    metrics = fit("adapter", *EVERY_TWO).refresh
     assert [entry["step"] for entry in metrics.refreshes] == [2, 4, 6, 8]
     assert [entry["swaps"] for entry in metrics.refreshes] == seen
     assert seen[0] > 0
-    total = sum(start[f"{name}.weight"].numel() for name in pruned[1].patterns)
+    total = sum(start[f"{layer.name}.weight"].numel() for layer in fit.pruned[1].layers)
     assert metrics.refreshes[0]["changed_share"] == pytest.approx(2 * seen[0] / total)
     assert 0 < metrics.regrown_share < 1
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def stored(
-    request: pytest.FixtureRequest, configure: Callable[..., Config], make_checkpoint: Any, tmp_path: Path
-) -> tuple[Path, tuple[Path, PruneRecord]]:
-    """A dense and a pruned checkpoint that are not float32; float16 is trained in another dtype."""
+def rounded(request: pytest.FixtureRequest, configure: Configure, make_checkpoint: Any, tmp_path: Path) -> Fit:
+    """Of a dense and a pruned checkpoint that are not float32; float16 is trained in another dtype."""
     base, out = make_checkpoint("llama", request.param), tmp_path / "stored"
-    out.mkdir()
-    return base, (out, stage_calls.prune(configure(), base, out))
+    return Fit(configure, (out, stage_calls.prune(configure(), base, out)), base, tmp_path)
 
 
-def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value(
-    stored: tuple[Path, tuple[Path, PruneRecord]], configure: Callable[..., Config], tmp_path: Path
-) -> None:
-    base, pruned = stored
+def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value(rounded: Fit) -> None:
     # an adapter away from zero that hardly moves, and a single refresh
     options = ("train.init=random", "train.lr=1e-12", "train.refresh.steps=2", "train.refresh.until=0.4")
-    config = configure(*options)
-    record = trained(config, pruned, tmp_path / "adapter", base)
-    (tmp_path / "merged").mkdir()
-    stage_calls.merge(config, pruned[0], tmp_path / "adapter", tmp_path / "merged", pruned[1], record)
-    dense, before, merged = (load_file(path / "model.safetensors") for path in (base, pruned[0], tmp_path / "merged"))
+    rounded("adapter", *options)
+    rounded.merge(*options)
+    folders = (rounded.dense, rounded.pruned[0], rounded.root / "merged")
+    dense, before, merged = (load_file(path / "model.safetensors") for path in folders)
     regrown_places = 0
-    for name, weight in load_file(tmp_path / "adapter" / REFRESHED).items():
+    for name, weight in load_file(rounded.root / "adapter" / REFRESHED).items():
         assert weight.dtype == before[name].dtype
         survived, regrown = (before[name] != 0) & (weight != 0), (before[name] == 0) & (weight != 0)
         assert torch.equal(weight[survived], before[name][survived])
@@ -132,12 +119,10 @@ def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value
     assert regrown_places > 0
 
 
-def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path
-) -> None:
-    config = configure("train.refresh.steps=2")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pruned[0]), SppConfig(r=4, scale=2.0))
-    refreshing = refresh.prepare(config, model, pruned[0], llama, None, pruned[1].patterns)
+def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(fit: Fit) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(fit.pruned[0]), SppConfig(r=4, scale=2.0))
+    config = fit.configure("train.refresh.steps=2")
+    refreshing = refresh.prepare(config, model, fit.pruned[0], fit.dense, fit.pruned[1].patterns, 10, None)
     assert refreshing is not None
     name, layer = next(iter(refreshing.layers.items()))
     torch.manual_seed(0)
@@ -154,28 +139,20 @@ def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(
 
 @pytest.mark.parametrize("beta", ["true", "false"])
 def test_the_merged_model_is_the_trained_one_bit_for_bit(
-    beta: str,
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    beta: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
     original = train.get_peft_model
     monkeypatch.setattr(train, "get_peft_model", lambda *args: models.append(original(*args)) or models[0])
-    config = configure(*EVERY_TWO, f"train.beta={beta}")
-    record = trained(config, pruned, tmp_path / "adapter", llama)
-    (tmp_path / "merged").mkdir()
-    metrics = stage_calls.merge(config, pruned[0], tmp_path / "adapter", tmp_path / "merged", pruned[1], record)
-    assert metrics.refreshed_matrices > 0
+    fit("adapter", *EVERY_TWO, f"train.beta={beta}")
+    assert fit.merge(*EVERY_TWO, f"train.beta={beta}").refreshed_matrices > 0
     ids = torch.arange(40).view(2, 20)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(merged(ids).logits, models[0].eval()(ids).logits)
-    # the adapter as it lies there, measured without merging
+    # the adapter as it is, measured without merging
     unmerged = Subject.at("adapter", tmp_path / "adapter").load(torch.device("cpu"), "float32", False)
     assert torch.equal(merged(ids).logits, unmerged(ids).logits)
-    before, after = load_file(pruned[0] / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    before, after = (load_file(path / "model.safetensors") for path in (fit.pruned[0], tmp_path / "merged"))
     changed = 0
     for name, weight in before.items():
         if weight.dim() == 2:
@@ -184,67 +161,44 @@ def test_the_merged_model_is_the_trained_one_bit_for_bit(
     assert changed > 0
 
 
-def test_a_resumed_training_ends_with_the_same_weights(
-    stored: tuple[Path, tuple[Path, PruneRecord]], configure: Callable[..., Config], tmp_path: Path
-) -> None:
-    llama, pruned = stored
-    config = configure(*EVERY_TWO, "train.save_steps=3", "train.dropout=0.1")
-    whole = trained(config, pruned, tmp_path / "whole", llama)
-
+def test_a_resumed_training_ends_with_the_same_weights(rounded: Fit) -> None:
+    options = (*EVERY_TWO, "train.save_steps=3", "train.dropout=0.1")
+    whole = rounded("whole", *options)
     with cut_after(5):
-        trained(config, pruned, tmp_path / "cut", llama)
-    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-3" / REFRESHED).is_file()
-    cut = trained(config, pruned, tmp_path / "cut", llama)
-    for name in ("adapter_model.safetensors", REFRESHED):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+        rounded("cut", *options)
+    assert (rounded.root / "cut" / "checkpoints" / "checkpoint-3" / REFRESHED).is_file()
+    cut = rounded("cut", *options)
+    assert rounded.adapter("cut") == rounded.adapter("whole")
+    assert (rounded.root / "cut" / REFRESHED).read_bytes() == (rounded.root / "whole" / REFRESHED).read_bytes()
     swaps = [[entry["swaps"] for entry in metrics.refresh.refreshes] for metrics in (whole, cut)]
     assert len(swaps[0]) == 4
     assert swaps[0] == swaps[1]
 
 
-def test_off_by_default(configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    metrics = stage_calls.train(configure("train.max_steps=2"), *pruned, tmp_path / "adapter")
-    assert metrics.refresh is None
-    assert not (tmp_path / "adapter" / REFRESHED).exists()
-
-
-def test_nothing_is_exchanged_before_the_first_refresh(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
-    config = configure("train.max_steps=4", "train.refresh.steps=3", "train.refresh.until=0.5")
-    metrics = trained(config, pruned, tmp_path / "adapter", llama)
+def test_nothing_is_exchanged_before_the_first_refresh(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = fit("adapter", "train.max_steps=4", "train.refresh.steps=3", "train.refresh.until=0.5")
     assert metrics.refresh.refreshes == []
     assert metrics.refresh.changed_matrices == 0
-    trained(configure("train.max_steps=4"), pruned, tmp_path / "plain", llama)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "plain"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert "no refresh falls into the first 50% of 4 steps; lower train.refresh.steps" in capsys.readouterr().err
+    assert fit("plain", "train.max_steps=4").refresh is None  # off by default
+    assert not (fit.root / "plain" / REFRESHED).exists()
+    assert fit.adapter("plain") == fit.adapter("adapter")
 
 
-def test_merging_refuses_another_number_of_zeros(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
-    config = configure(*EVERY_TWO)
-    record = trained(config, pruned, tmp_path / "adapter", llama)
-    path = tmp_path / "adapter" / REFRESHED
+def test_merging_refuses_another_number_of_zeros(fit: Fit) -> None:
+    fit("adapter", *EVERY_TWO)
+    path = fit.root / "adapter" / REFRESHED
     content = load_file(path)
-    name = next(iter(content))
-    row = content[name][0]
+    row = next(iter(content.values()))[0]
     row[(row == 0).nonzero()[0]] = 1.0
     save_file(content, path, {"format": "pt"})
-    (tmp_path / "merged").mkdir()
     with pytest.raises(StageError, match="does not have the zeros per"):
-        stage_calls.merge(config, pruned[0], tmp_path / "adapter", tmp_path / "merged", pruned[1], record)
+        fit.merge(*EVERY_TWO)
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_nothing_but_the_examples_enters_the_statistics(
-    packing: str,
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    packing: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int] = []
     original = refresh.MaskRefresh._refresh
@@ -254,8 +208,6 @@ def test_nothing_but_the_examples_enters_the_statistics(
         return original(self)
 
     monkeypatch.setattr(refresh.MaskRefresh, "_refresh", count)
-    options = ("train.refresh.steps=1", "train.refresh.until=0.5", "train.max_steps=2")
-    config = configure(*options, f"train.data.packing={packing}")
     real: list[int] = []
     collator = batches.PackCollator if packing == "true" else batches.PadCollator
     collate = collator.__call__
@@ -265,14 +217,15 @@ def test_nothing_but_the_examples_enters_the_statistics(
         return collate(self, examples)
 
     monkeypatch.setattr(collator, "__call__", note)
-    trained(config, pruned, tmp_path / "adapter", llama)
+    options = ("train.refresh.steps=1", "train.refresh.until=0.5", "train.max_steps=2")
+    fit("adapter", *options, f"train.data.packing={packing}")
     assert set(counted) == {sum(real[:2])}  # two micro-batches in a step
 
 
-def checked(config: Config) -> list[str]:
-    problems = Problems()
-    refresh.check(config, problems)
-    return problems.lines
+def problems(config: Config) -> list[str]:
+    noted = Problems()
+    refresh.check(config, noted)
+    return noted.lines
 
 
 @pytest.mark.parametrize(
@@ -284,12 +237,12 @@ def checked(config: Config) -> list[str]:
 )
 def test_what_forbids_it(config_file: Path, overrides: list[str], said: str) -> None:
     config = load_config(str(config_file), ["train.refresh.steps=2", *overrides])
-    assert said in checked(config)[0]
+    assert said in problems(config)[0]
 
 
 def test_one_process_holds_whole_weights_under_any_strategy(config_file: Path) -> None:
     config = load_config(str(config_file), ["train.refresh.steps=2", "launch.strategy=fsdp", "launch.num_processes=1"])
-    assert checked(config) == []
+    assert problems(config) == []
 
 
 def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:

@@ -6,59 +6,54 @@ import contextlib
 import functools
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import stage_calls
 import torch
-from conftest import cut_after
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from conftest import FAMILIES, cut_after
+from fitting import Configure, Fit, figures, preflight
 from stage_calls import blank
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppctl import console
 from sppctl.config.load import load_config
-from sppctl.config.settings import Config
+from sppctl.data.instructions import IGNORED
 from sppctl.errors import StageError, UserError
 from sppctl.model import checkpoint
-from sppctl.model.blocks import Skeleton
 from sppctl.plan import run as plan
-from sppctl.records import LayerRecord, PruneRecord, TrainRecord, to_json
-from sppctl.train import checkpoints as resuming
-from sppctl.train import stage as train
-from sppctl.train.checkpoints import demand_files
-from sppctl.train.loop import SparseTrainer
-from sppctl.train.watch import FiniteLoss
+from sppctl.records import LayerRecord, PruneRecord, to_json
+from sppctl.train import checkpoints
+from sppctl.train.loop import Loop, cross_entropy
+
+Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def configure(config_file: Path) -> Callable[..., Config]:
+def configure(config_file: Path) -> Configure:
+    """20 examples in steps of two micro-batches of 2: an epoch has 5 steps."""
     return lambda *overrides: load_config(str(config_file), overrides)
 
 
-def trained(config: Config, pruned: tuple[Path, PruneRecord], out: Path, resume: bool = True) -> TrainRecord:
-    out.mkdir(exist_ok=True)
-    return stage_calls.train(config, *pruned, out, resume=resume)
+@pytest.fixture
+def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
+    return Fit(configure, pruned, llama, tmp_path)
 
 
-def test_the_loss_falls_and_the_record_says_so(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    before = (pruned[0] / "model.safetensors").read_bytes()
-    config = configure("train.epochs=12", "train.lr=5e-2", "train.log_steps=1", "train.dropout=0.0")
-    metrics = trained(config, pruned, tmp_path / "adapter")
-    losses = [entry["loss"] for entry in metrics.history if "loss" in entry]
+def test_the_loss_falls_and_the_record_says_so(fit: Fit) -> None:
+    weights = fit.pruned[0] / "model.safetensors"
+    before = weights.read_bytes()
+    metrics = fit("adapter", "train.epochs=12", "train.lr=5e-2", "train.log_steps=1", "train.dropout=0.0")
+    losses = figures(metrics, "loss")
     assert metrics.steps == len(losses) == 12 * 5
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.05 * 5
-    assert metrics.examples == 20
-    assert metrics.validation_examples == 4
+    assert (metrics.epochs, metrics.examples, metrics.validation_examples) == (12, 20, 4)
     assert metrics.validation_loss < losses[0]
-    assert (pruned[0] / "model.safetensors").read_bytes() == before
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+    assert weights.read_bytes() == before
+    assert {path.name for path in (fit.root / "adapter").iterdir()} == {
         "README.md",
         "logs",
         "checkpoints",  # until the stage is published
@@ -67,189 +62,134 @@ def test_the_loss_falls_and_the_record_says_so(
     }
 
 
-def test_figures_go_to_tensorboard_and_perplexity_to_the_record(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
+def test_figures_go_to_tensorboard_and_to_the_record(fit: Fit) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = configure("train.log_steps=1", "train.perplexity_steps=2", "eval.seq_len=64", "eval.max_tokens=256")
-    history = trained(config, pruned, tmp_path / "adapter").history
-    events = EventAccumulator(str(tmp_path / "adapter" / "logs"))
+    options = ("train.log_steps=1", "train.perplexity_steps=2", "train.eval_steps=4", "eval.max_tokens=256")
+    metrics = fit("adapter", *options)
+    events = EventAccumulator(str(fit.root / "adapter" / "logs"))
     events.Reload()
-    logged = [entry for entry in history if "loss" in entry]
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([e["loss"] for e in logged])
-    assert all(event.value > 0 for event in events.Scalars("train/grad_norm"))
-    measured = [entry for entry in history if "perplexity" in entry]
-    assert [event.step for event in events.Scalars("train/perplexity")] == [2, 4]
-    assert [entry["step"] for entry in measured] == [2, 4]
-    assert measured[1]["perplexity"] < measured[0]["perplexity"]
+    for name, tag, steps in (
+        ("loss", "train/loss", [1, 2, 3, 4, 5]),
+        ("grad_norm", "train/grad_norm", [1, 2, 3, 4, 5]),
+        ("perplexity", "train/perplexity", [2, 4]),
+        ("eval_loss", "eval/loss", [4, 5, 5]),  # the last step, and the result
+    ):
+        assert [event.step for event in events.Scalars(tag)] == figures(metrics, name, "step")[1::2] == steps
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(figures(metrics, name))
+        assert min(figures(metrics, name)) > 0
+    first, second = figures(metrics, "perplexity")
+    assert second < first
 
 
-def test_an_infinite_perplexity_is_null_in_checkpoints_and_record(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
+def test_an_infinite_perplexity_is_null_in_checkpoints_and_record(fit: Fit) -> None:
     """A text that the model holds for impossible is no reason to stop; JSON has no infinity."""
-    model = AutoModelForCausalLM.from_pretrained(pruned[0])
+    model = AutoModelForCausalLM.from_pretrained(fit.pruned[0])
     model.lm_head.weight.data.mul_(1e5)
-    model.save_pretrained(pruned[0])
+    model.save_pretrained(fit.pruned[0])
     options = ("train.max_steps=2", "train.perplexity_steps=1", "train.save_steps=1", "train.lr=1e-9")
-    metrics = trained(configure(*options, "eval.max_tokens=256"), pruned, tmp_path / "adapter")
-    assert [entry["perplexity"] for entry in metrics.history if "perplexity" in entry] == [None, None]
-    for path in (tmp_path / "adapter" / "checkpoints").glob("*/trainer_state.json"):
+    assert figures(fit("adapter", *options, "eval.max_tokens=256"), "perplexity") == [None, None]
+    for path in (fit.root / "adapter" / "checkpoints").glob("*/state.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_learning_rate_warms_up_and_decays_linearly(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config = configure("train.epochs=4", "train.lr=1e-3", "train.warmup_ratio=0.25", "train.log_steps=1")
-    rates = [
-        entry["learning_rate"]
-        for entry in trained(config, pruned, tmp_path / "adapter").history
-        if "learning_rate" in entry
-    ]
+def test_learning_rate_warms_up_and_decays_linearly(fit: Fit) -> None:
+    metrics = fit("adapter", "train.epochs=4", "train.lr=1e-3", "train.warmup_ratio=0.25", "train.log_steps=1")
     warm = [1e-3 * step / 5 for step in range(5)]
     decay = [1e-3 * (20 - step) / 15 for step in range(5, 20)]
-    assert rates == pytest.approx(warm + decay, abs=1e-9)
+    assert figures(metrics, "learning_rate") == pytest.approx(warm + decay, abs=1e-9)
 
 
-def test_a_resumed_training_ends_with_the_same_adapter(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configure("train.epochs=2", "train.save_steps=3", "train.dropout=0.1")
-    trained(config, pruned, tmp_path / "whole")
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
-    with cut_after(5):
-        trained(config, pruned, tmp_path / "cut")
-    checkpoint = tmp_path / "cut" / "checkpoints" / "checkpoint-3"
-    stored = {path.name for path in checkpoint.iterdir()}
+
+@pytest.mark.parametrize(
+    ("save_steps", "cut", "keys"),
+    [(3, 5, []), (5, 7, []), (3, 5, ["group_by_length"]), (5, 8, ["group_by_length", "packing"])],
+    ids=["within an epoch", "at its end", "grouped", "grouped and packed"],
+)
+def test_a_resumed_training_ends_with_the_same_adapter(save_steps: int, cut: int, keys: list[str], fit: Fit) -> None:
+    options = ["train.epochs=2.4", "train.dropout=0.1", *(f"train.data.{key}=true" for key in keys)]
+    options.append(f"train.save_steps={save_steps}")
+    fit("whole", *options)
+    with cut_after(cut):
+        fit("cut", *options)
+    stored = {path.name for path in (fit.root / "cut" / "checkpoints" / f"checkpoint-{save_steps}").iterdir()}
     assert "adapter_model.safetensors" in stored
     assert "model.safetensors" not in stored
-    metrics = trained(config, pruned, tmp_path / "cut")
-    assert metrics.steps == 10
-    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, cut[name]), name
+    assert fit("cut", *options).steps == 12
+    assert fit.adapter("cut") == fit.adapter("whole")
 
 
 @pytest.mark.parametrize("steps", [7, 10], ids=["inside an epoch", "end of an epoch"])
-def test_resuming_after_the_last_step_adds_nothing(
-    steps: int, configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    out = tmp_path / "adapter"
-    options = ("train.save_steps=4", "train.eval_steps=2", "train.perplexity_steps=3", "train.refresh.steps=3")
-    config = configure(f"train.max_steps={steps}", *options, "eval.max_tokens=256")
-    dense = Path(str(config.model.path))
-    whole = stage_calls.train(config, *pruned, out, base=dense)
-    weights = (out / "adapter_model.safetensors").read_bytes()
-    kept = {path.name for path in (out / "checkpoints").iterdir()}
+def test_resuming_after_the_last_step_adds_nothing(steps: int, fit: Fit) -> None:
+    options = ["train.save_steps=4", "train.eval_steps=2", "train.perplexity_steps=3", "train.refresh.steps=3"]
+    options += [f"train.max_steps={steps}", "eval.max_tokens=256"]
+    whole = fit("adapter", *options)
+    weights, kept = fit.adapter("adapter"), fit.checkpoints("adapter")
     # killed before anything but the checkpoints was written
-    (out / "adapter_model.safetensors").unlink()
-    resumed = stage_calls.train(config, *pruned, out, base=dense)
+    (fit.root / "adapter" / "adapter_model.safetensors").unlink()
+    assert untimed(to_json(fit("adapter", *options))) == untimed(to_json(whole))
     assert whole.steps == steps
-    assert untimed(to_json(resumed)) == untimed(to_json(whole))
-    assert (out / "adapter_model.safetensors").read_bytes() == weights
-    assert {path.name for path in (out / "checkpoints").iterdir()} == kept
+    assert fit.adapter("adapter") == weights
+    assert fit.checkpoints("adapter") == kept
 
 
 def untimed(value: Any) -> Any:
     """A record without times."""
     if isinstance(value, list):
         return [untimed(inner) for inner in value]
-    timed = ("second", "runtime")
-    return (
-        {key: untimed(inner) for key, inner in value.items() if not any(word in key for word in timed)}
-        if isinstance(value, dict)
-        else value
-    )
+    if isinstance(value, dict):
+        return {key: untimed(inner) for key, inner in value.items() if "second" not in key}
+    return value
 
 
-def test_the_mean_loss_and_the_time_count_all_attempts(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config = configure("train.epochs=2", "train.save_steps=3", "train.log_steps=4")
-    every = trained(configure("train.epochs=2", "train.log_steps=1"), pruned, tmp_path / "every")
+def test_the_mean_loss_and_the_time_count_all_attempts(fit: Fit) -> None:
+    each = fit("each", "train.epochs=2", "train.log_steps=1")
+    options = ("train.epochs=2", "train.save_steps=3", "train.log_steps=4")
     with cut_after(8):
-        trained(config, pruned, tmp_path / "cut")
-    state = json.loads((tmp_path / "cut/checkpoints/checkpoint-6/trainer_state.json").read_text())
-    metrics = trained(config, pruned, tmp_path / "cut")
-    assert metrics.train_loss == pytest.approx(every.train_loss, rel=1e-6)
-    assert [entry["step"] for entry in metrics.history if "loss" in entry] == [1, 3, 4, 6, 8, 9, 10]
-    before = max(entry["seconds"] for entry in state["log_history"])
-    assert metrics.seconds > before > 0
+        fit("cut", *options)
+    state = json.loads((fit.root / "cut/checkpoints/checkpoint-6/state.json").read_text())
+    metrics = fit("cut", *options)
+    assert metrics.train_loss == pytest.approx(each.train_loss, rel=1e-6)
+    assert figures(metrics, "loss", "step")[1::2] == [1, 3, 4, 6, 8, 9, 10]
+    assert metrics.tokens == each.tokens > state["tokens"] > 0
+    assert metrics.seconds > state["seconds"] > 0
     assert metrics.tokens_per_second == pytest.approx(metrics.tokens / metrics.seconds)
 
 
-def test_a_checkpoint_that_lacks_the_optimizer_is_not_continued_with_a_new_one(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config, out = configure("train.epochs=2", "train.save_steps=3"), tmp_path / "cut"
-    with cut_after(5):
-        trained(config, pruned, out)
-    saved = out / "checkpoints" / "checkpoint-3"
-    (saved / "scheduler.pt").rename(saved / "away")
-    with pytest.raises(UserError, match=r"checkpoint-3 is damaged \(scheduler\.pt is missing\)"):
-        trained(config, pruned, out)
-    (saved / "away").rename(saved / "scheduler.pt")
-    with pytest.raises(UserError, match=r"checkpoint-3 lacks latest, which training under zero3 continues from"):
-        demand_files(saved, "zero3")
-    (saved / "optimizer.pt").unlink()
-    (saved / "global_step3").mkdir()
-    with pytest.raises(UserError, match=r"under ddp continues from: it was written under launch\.strategy=zero3"):
-        demand_files(saved, "ddp")
+def test_no_resume_starts_again(fit: Fit) -> None:
+    for lr in ("1e-2", "3e-2"):
+        fit("again", "train.save_steps=2", "train.dropout=0.1", f"train.lr={lr}", resume=False)
+    fit("once", "train.save_steps=2", "train.dropout=0.1", "train.lr=3e-2", resume=False)
+    assert fit.adapter("once") == fit.adapter("again")
 
 
-@pytest.mark.parametrize("step", [3, 5], ids=["a step that is saved", "the last step"])
-def test_a_gradient_that_is_not_finite_stops_it(
-    step: int,
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    original = SparseTrainer.training_step
+def test_a_date_in_the_text_stays_that_of_the_first_day(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that is interrupted on one day and resumed on another equals one that was not."""
+    (fit.pruned[0] / "chat_template.jinja").write_text(
+        "{{ strftime_now('%A %d %B %Y') }} {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
 
-    def overflow(self: SparseTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = original(self, model, *args, **kwargs)
-        if self.state.global_step == step - 1:
-            next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
-        return loss
+    class Day(datetime):
+        day_now = 1
 
-    monkeypatch.setattr(SparseTrainer, "training_step", overflow)
-    with pytest.raises(StageError, match=rf"norm of the gradient is inf at step {step}, of training examples \d+, "):
-        trained(configure("train.save_steps=3"), pruned, tmp_path / "adapter")
-    assert not list(tmp_path.glob("adapter/checkpoints/checkpoint-3")) or step == 5
-    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2024, 7, cls.day_now)
 
-
-@pytest.mark.parametrize(
-    ("broken", "words"), [("loss", "validation loss is nan at step 5"), ("adapter", "adapter is not finite after")]
-)
-def test_nothing_that_is_not_finite_is_published(
-    broken: str,
-    words: str,
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    evaluate = SparseTrainer.evaluate
-
-    def spoil(self: SparseTrainer) -> Any:
-        if broken == "adapter":
-            found = evaluate(self)
-        next(p for p in self.model.parameters() if p.requires_grad).data.fill_(float("nan"))
-        return found if broken == "adapter" else evaluate(self)
-
-    monkeypatch.setattr(SparseTrainer, "evaluate", spoil)
-    with pytest.raises(StageError, match=words):
-        trained(configure(), pruned, tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(checkpoints, "datetime", Day)
+    options = ("train.max_steps=4", "train.save_steps=2", "train.data.prompt=chat", "train.lr=1e-1")
+    fit("whole", *options)
+    with cut_after(3):
+        fit("cut", *options)
+    Day.day_now = 4
+    fit("cut", *options)
+    fit("later", *options)
+    assert fit.adapter("cut") == fit.adapter("whole") != fit.adapter("later")
 
 
-def test_the_time_left_does_not_count_what_was_done_before(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_left_does_not_count_what_was_done_before(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
     times = iter([0.0, 20.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
     with console.Progress("training", 100, start=80) as bar:
@@ -257,83 +197,184 @@ def test_the_time_left_does_not_count_what_was_done_before(
     assert "training: 90/100, 20 s, 20 s left" in capsys.readouterr().err
 
 
-def test_a_single_process_uses_one_gpu_however_many_it_sees(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def forwards(number: int, act: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, ``act`` gets the output of one forward pass of the model."""
+    original, passed = LlamaForCausalLM.forward, iter(range(1, 1000))
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if next(passed) == number:
+            act(output)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", forward)
+        yield
+
+
+def spoil(output: Any) -> None:
+    output.logits = output.logits * torch.nan
+
+
+def test_a_loss_that_is_not_finite_names_step_and_examples(fit: Fit) -> None:
+    words = r"^the training loss is nan at step 4, in training examples \d+, \d+; lower train\.lr, or look"
+    with forwards(8, spoil), pytest.raises(StageError, match=words):
+        fit("adapter", "train.save_steps=3", "train.gradient_checkpointing=true")
+    assert fit.checkpoints("adapter") == {"checkpoint-3"}
+
+
+@pytest.mark.parametrize("step", [3, 5], ids=["a step that is saved", "the last step"])
+def test_a_gradient_that_is_not_finite_stops_it(step: int, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = iter(range(1, 100)), Accelerator.backward
+
+    def overflow(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+        original(self, loss, **kwargs)
+        if next(calls) == 2 * step:
+            next(p for p in self._models[0].parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(Accelerator, "backward", overflow)
+    words = rf"norm of the gradient is inf at step {step}, of training examples \d+, \d+, \d+, \d+; lower"
+    with pytest.raises(StageError, match=words):
+        fit("adapter", "train.save_steps=3")
+    assert not list(fit.root.glob(f"adapter/checkpoints/checkpoint-{step}"))
+    assert not (fit.root / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"), [("loss", "validation loss is nan at step 5"), ("adapter", "adapter is not finite after")]
+)
+def test_nothing_that_is_not_finite_is_published(
+    broken: str, words: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    validate = Loop.validate
 
-    original = train.TrainingArguments
+    def spoiled(self: Loop) -> float:
+        loss = validate(self) if broken == "adapter" else 0.0
+        next(p for p in self.model.parameters() if p.requires_grad).data.fill_(torch.nan)
+        return loss if broken == "adapter" else validate(self)
 
-    def of_four_gpus(**given: Any) -> Any:
-        arguments = original(**given)
-        assert arguments.device.type == "cpu"
-        arguments._n_gpu = 4
-        made.append(arguments)
-        return arguments
-
-    monkeypatch.setattr(train, "TrainingArguments", of_four_gpus)
-    metrics = trained(configure("train.max_steps=1"), pruned, tmp_path / "adapter")
-    assert metrics.steps == 1
-    assert made[0].n_gpu == 1
-    assert made[0].train_batch_size == made[0].per_device_train_batch_size
+    monkeypatch.setattr(Loop, "validate", spoiled)
+    with pytest.raises(StageError, match=words):
+        fit("adapter")
+    assert not (fit.root / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_another_gpu_than_the_first_is_refused_with_the_fix(configure: Callable[..., Config], llama: Path) -> None:
-    config = configure("model.device=cuda:1")
-    with pytest.raises(UserError, match=r"not on cuda:1; call CUDA_VISIBLE_DEVICES=1 sppctl \.\.\. model\.device=cuda"):
-        train.prepare(config, Skeleton(checkpoint.load_config(llama)), checkpoint.load_tokenizer(llama))
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+RAN_OUT = {
+    "GPU": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB"
+    ),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2500 bytes. Error code 12"),
+    "Python": MemoryError(),
+}
 
 
-def test_no_resume_starts_again(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
+def fail(error: Exception, _: Any) -> None:
+    raise error
+
+
+def test_out_of_memory_says_what_helps_and_a_smaller_micro_batch_continues(fit: Fit) -> None:
+    options = ("train.save_steps=3", "train.dropout=0.0", "train.data.val_size=0", "train.lr=1e-4")
+    whole = fit("whole", *options, "train.micro_batch_size=4")
+    with forwards(5, functools.partial(fail, RAN_OUT["GPU"])), pytest.raises(StageError) as caught:
+        fit("cut", *options, "train.micro_batch_size=4")
+    planned = plan.execute(fit.configure(*options, "train.micro_batch_size=4")).memory.per_gpu[0].total
+    assert str(caught.value) == (
+        "out of memory (tried to allocate 2.50 GiB) with train.micro_batch_size=4 and "
+        f"train.gradient_checkpointing=false, for which sppctl plan estimates {planned / 2**30:.2f} GiB on each device;"
+        " lower train.micro_batch_size or set train.gradient_checkpointing=true, which change no result; "
+        f"{fit.root}/cut/checkpoints/checkpoint-3 is intact: the same command continues from there"
+    )
+    metrics = fit("cut", *options, "train.micro_batch_size=1")
+    assert metrics.steps == whole.steps == 6
+    assert metrics.tokens == whole.tokens
+    assert metrics.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", RAN_OUT)
+def test_memory_runs_out_in_many_words(kind: str, fit: Fit) -> None:
+    words = r"^out of memory.* train\.micro_batch_size=1 and .*; lower train\.data\.seq_len, .*; there is no checkpoint"
+    with forwards(1, functools.partial(fail, RAN_OUT[kind])), pytest.raises(StageError, match=words):
+        fit("adapter", "train.micro_batch_size=1", "train.gradient_checkpointing=true")
+
+
+def test_other_errors_are_not_taken_for_it(fit: Fit) -> None:
+    error = RuntimeError("shapes differ")
+    with forwards(1, functools.partial(fail, error)), pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        fit("adapter")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_one_that_the_model_computes(family: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    ids = torch.randint(0, 256, (2, 12))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.rand(2, 12) < 0.3, IGNORED)}
+    logits = model(input_ids=ids).logits
+    assert torch.equal(cross_entropy(logits, batch), model(**batch).loss)
+    tokens = torch.tensor(40)
+    assert torch.equal(cross_entropy(logits, batch, tokens), model(**batch, num_items_in_batch=tokens).loss)
+
+
+# --- how examples are batched -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", ["null", "base"])
+def test_neither_accumulation_nor_packing_nor_checkpointing_changes_a_figure(
+    teacher: str, fit: Fit, capsys: Said
 ) -> None:
-    config = configure("train.save_steps=2", "train.dropout=0.1")
-    trained(config, pruned, tmp_path / "one", resume=False)
-    trained(config, pruned, tmp_path / "two", resume=False)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    """With labels for the prompts, too: there the responses of a distillation cannot be told by the labels."""
+    fixed = ["train.dropout=0.0", "train.log_steps=1", "train.lr=1e-4", "train.data.train_on_inputs=true"]
+    fixed += ["train.data.seq_len=300", f"train.distill.teacher={teacher}"]
+    fixed += [] if teacher == "null" else ["train.distill.weight=0.8", "train.distill.temperature=1.5"]
+    names = ("loss", "grad_norm") if teacher == "null" else ("loss", "grad_norm", "kl")
+    variants = {f"by {size}": f"train.micro_batch_size={size}" for size in (4, 2, 1)}
+    variants |= {"packed": "train.data.packing=true", "recomputed": "train.gradient_checkpointing=true"}
+    metrics = {name: fit(name, *fixed, more) for name, more in variants.items()}
+    expected = metrics.pop("by 4")
+    for name, found in metrics.items():
+        assert figures(found, *names) == pytest.approx(figures(expected, *names), rel=1e-3), name
+        assert found.validation_loss == pytest.approx(expected.validation_loss, rel=1e-4), name
+        assert found.tokens == expected.tokens, name
+    share = metrics["packed"].padding_share
+    assert share == metrics["by 2"].padding_share > 0
+    assert f"packing: {share:.1%} of the positions of padded batches" in capsys.readouterr().err
 
 
-def test_accumulation_gives_the_loss_and_gradient_of_the_whole_batch(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
+@pytest.mark.parametrize("who", ["model", "teacher"])
+def test_what_mixes_packed_examples_is_not_used_with_packing(
+    who: str, fit: Fit, make_checkpoint: Callable[..., Path]
 ) -> None:
-    figures = []
-    for micro in (1, 2, 4):
-        overrides = (f"train.micro_batch_size={micro}", "train.dropout=0.0", "train.log_steps=1", "train.lr=1e-4")
-        history = trained(configure(*overrides), pruned, tmp_path / f"micro{micro}").history
-        figures.append(
-            [figure for entry in history if "loss" in entry for figure in (entry["loss"], entry["grad_norm"])]
-        )
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
-    assert figures[2] == pytest.approx(figures[0], rel=1e-3)
+    options, opt = ["train.data.packing=true", "train.data.seq_len=96"], make_checkpoint("opt")
+    if who == "model":
+        names = [f"model.decoder.layers.{block}.self_attn.q_proj" for block in range(2)]
+        fit.pruned = opt, blank(PruneRecord, layers=[blank(LayerRecord, name=name) for name in names])
+        options += ["train.targets=[q_proj]", "prune.targets=[q_proj]"]
+    else:
+        options += ["train.data.prompt='{instruction}'", f"train.distill.teacher={opt}"]
+    words = rf"^train\.data\.packing: this {who} does not keep packed examples apart .* set train\.data\.packing to"
+    with pytest.raises(UserError, match=words):
+        fit("adapter", *options)
 
 
-def test_truncation_is_counted(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    metrics = trained(configure("train.data.seq_len=96", "train.max_steps=1"), pruned, tmp_path / "adapter")
-    assert metrics.truncated_examples == 20
-    assert "20 of 20 examples (100.0%) are longer than 96 tokens and were cut" in capsys.readouterr().err
-
-
-def test_padding_that_the_model_does_not_embed_changes_nothing(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config = configure("train.max_steps=2", "train.log_steps=1")
-    before = trained(config, pruned, tmp_path / "own")
-    tokenizer = checkpoint.load_tokenizer(pruned[0])
+def test_padding_that_the_model_does_not_embed_changes_nothing(fit: Fit) -> None:
+    before = fit("own", "train.max_steps=2", "train.log_steps=1")
+    tokenizer = checkpoint.load_tokenizer(fit.pruned[0])
     tokenizer.add_tokens(["<more>"])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == 260
-    tokenizer.save_pretrained(pruned[0])
-    after = trained(config, pruned, tmp_path / "beyond")
-    assert figures(after, "loss") == figures(before, "loss")
+    tokenizer.save_pretrained(fit.pruned[0])
+    assert figures(fit("beyond", "train.max_steps=2", "train.log_steps=1"), "loss") == figures(before, "loss")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def long_prompts(path: Path, held_out: int, trained: int) -> Path:
@@ -349,272 +390,60 @@ def long_prompts(path: Path, held_out: int, trained: int) -> Path:
 @pytest.mark.parametrize("more", ["train.lr=1e-3", "train.distill.teacher=base", "train.data.packing=true"])
 @pytest.mark.parametrize("held_out", [1, 2])
 def test_examples_without_labels_are_left_out_counted_and_reported(
-    held_out: int,
-    more: str,
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    llama: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    held_out: int, more: str, fit: Fit, capsys: Said
 ) -> None:
     """One example in a step: that of a prompt which fills the window would be 0/0."""
-    options = [f"train.data.dataset={long_prompts(tmp_path / 'rows.jsonl', held_out, 3)}", "train.data.val_size=2"]
+    options = [f"train.data.dataset={long_prompts(fit.root / 'rows.jsonl', held_out, 3)}", "train.data.val_size=2"]
     options += ["train.data.prompt='{instruction} {input}: '", "train.data.train_on_inputs=false", "train.log_steps=1"]
     options += ["train.data.seq_len=64", "train.batch_size=1", "train.micro_batch_size=1", "train.eval_steps=2", more]
-    metrics = stage_calls.train(configure(*options), *pruned, tmp_path / "new", base=llama)
+    metrics = fit("adapter", *options)
     assert (metrics.examples, metrics.examples_without_labels, metrics.steps) == (4, 3, 4)
     assert metrics.validation_examples == 2 - held_out
     assert metrics.validation_examples_without_labels == held_out
     assert (metrics.validation_loss is None) == (held_out == 2)
     json.dumps(to_json(metrics), allow_nan=False)
-    assert len([entry for entry in metrics.history if entry.get("loss", 0) > 1]) == 4
+    assert len([loss for loss in figures(metrics, "loss") if loss > 1]) == 4
     said = capsys.readouterr().err
     for count, kind in ((3, "training"), (held_out, "validation")):
-        assert (
-            f"{count} {kind} examples have no response within 64 tokens (train.data.seq_len) and are left out" in said
-        )
+        words = f"{count} {kind} examples have no response within 64 tokens (train.data.seq_len) and are left out"
+        assert words in said
 
 
-def test_no_response_token_left_is_an_error_before_anything_is_computed(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path
-) -> None:
-    config = configure("train.data.seq_len=64", "train.data.train_on_inputs=false")
+@pytest.mark.parametrize("more", ["train.data.train_on_inputs=false", "train.distill.teacher=base"])
+def test_no_response_token_left_is_an_error_before_anything_is_computed(more: str, fit: Fit, llama: Path) -> None:
     words = r"^train\.data\.seq_len: 64 leaves no response token to learn from in any of the 20 examples; raise it$"
     with pytest.raises(UserError, match=words):
-        trained(config, pruned, tmp_path / "adapter")
+        fit("adapter", "train.data.seq_len=64", more)
     with pytest.raises(UserError, match=words):
-        train.prepare(config, Skeleton(checkpoint.load_config(llama)), checkpoint.load_tokenizer(llama))
+        preflight(fit.configure("train.data.seq_len=64", more), llama)
 
 
-def test_a_date_in_the_text_stays_that_of_the_first_day(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A training that is interrupted on one day and resumed on another equals one that was not."""
-    (pruned[0] / "chat_template.jinja").write_text(
-        "{{ strftime_now('%A %d %B %Y') }} {% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    )
-
-    class Day(datetime):
-        day_now = 1
-
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2024, 7, cls.day_now)
-
-    monkeypatch.setattr(resuming, "datetime", Day)
-    config = configure("train.max_steps=4", "train.save_steps=2", "train.data.prompt=chat", "train.lr=1e-1")
-    trained(config, pruned, tmp_path / "whole")
-    with cut_after(3):
-        trained(config, pruned, tmp_path / "cut")
-    Day.day_now = 4
-    trained(config, pruned, tmp_path / "cut")
-    trained(config, pruned, tmp_path / "later")
-    whole, cut, later = (
-        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut", "later")
-    )
-    assert cut == whole
-    assert later != whole
-
-
-def test_a_loss_that_is_not_finite_stops_it(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config = configure("train.lr=1e18", "train.max_grad_norm=0", "train.log_steps=1", "train.epochs=3")
-    with pytest.raises(StageError, match=r"loss is (nan|inf) at step"):
-        trained(config, pruned, tmp_path / "adapter")
-
-
-RAN_OUT = {
-    "GPU": torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB"
-    ),
-    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2500 bytes. Error code 12"),
-    "Python": MemoryError(),
-}
-
-
-@contextlib.contextmanager
-def forwards(number: int, error: Exception) -> Iterator[None]:
-    """Inside, one forward pass of the model raises an error."""
-    original, passed = LlamaForCausalLM.forward, iter(range(1, 1000))
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if next(passed) == number:
-            raise error
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaForCausalLM, "forward", forward)
-        yield
-
-
-def test_out_of_memory_says_what_helps_and_a_smaller_micro_batch_continues(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    options = ("train.save_steps=3", "train.dropout=0.0", "train.data.val_size=0", "train.lr=1e-4")
-    whole = trained(configure(*options, "train.micro_batch_size=4"), pruned, tmp_path / "whole")
-    config, out = configure(*options, "train.micro_batch_size=4"), tmp_path / "cut"
-    with forwards(5, RAN_OUT["GPU"]), pytest.raises(StageError) as caught:
-        trained(config, pruned, out)
-    planned = plan.execute(config).memory.per_gpu[0].total / 2**30
-    assert str(caught.value) == (
-        "out of memory (tried to allocate 2.50 GiB) with train.micro_batch_size=4 and "
-        f"train.gradient_checkpointing=false, for which sppctl plan estimates {planned:.2f} GiB on each device; "
-        "lower train.micro_batch_size or set train.gradient_checkpointing=true, which change no result; "
-        f"{out}/checkpoints/checkpoint-3 is intact: the same command continues from there"
-    )
-    metrics = trained(configure(*options, "train.micro_batch_size=1"), pruned, out)
-    assert metrics.steps == whole.steps == 6
-    assert metrics.tokens == whole.tokens
-    assert metrics.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", RAN_OUT)
-def test_memory_runs_out_in_many_words(
-    kind: str, configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config = configure("train.micro_batch_size=1", "train.gradient_checkpointing=true")
-    words = r"^out of memory.* train\.micro_batch_size=1 and .*; lower train\.data\.seq_len, .*; there is no checkpoint"
-    with forwards(1, RAN_OUT[kind]), pytest.raises(StageError, match=words):
-        trained(config, pruned, tmp_path / "adapter")
-
-
-def test_other_errors_are_not_taken_for_it(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    with forwards(1, RuntimeError("shapes differ")), pytest.raises(RuntimeError, match=r"^shapes differ$"):
-        trained(configure(), pruned, tmp_path / "adapter")
-
-
-def test_gradient_checkpointing_changes_nothing(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    adapters = []
-    for value in ("false", "true"):
-        trained(configure(f"train.gradient_checkpointing={value}"), pruned, tmp_path / value)
-        adapters.append(load_file(tmp_path / value / "adapter_model.safetensors"))
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-4, atol=1e-5)
-
-
-def test_other_targets(configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path) -> None:
-    trained(configure("train.targets=[q_proj]", "train.max_steps=1"), pruned, tmp_path / "adapter")
-    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {name.split(".")[-2] for name in names} == {"q_proj"}
-
-
-def figures(metrics: TrainRecord, *names: str) -> list[float]:
-    return [entry[name] for entry in metrics.history if "loss" in entry for name in names]
-
-
-def test_packing_changes_no_figure(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    found = []
-    for value in ("false", "true"):
-        overrides = (f"train.data.packing={value}", "train.dropout=0.0", "train.log_steps=1", "train.epochs=2")
-        found.append(trained(configure(*overrides, "train.data.seq_len=300"), pruned, tmp_path / value))
-    padded, packed = found
-    assert figures(packed, "loss", "grad_norm") == pytest.approx(figures(padded, "loss", "grad_norm"), rel=1e-3)
-    assert packed.validation_loss == pytest.approx(padded.validation_loss, rel=1e-4)
-    assert packed.tokens == padded.tokens
-    assert packed.padding_share == padded.padding_share > 0
-    assert f"packing: {packed.padding_share:.1%} of the positions of padded batches" in capsys.readouterr().err
-
-
-def test_a_model_that_does_not_heed_borders_is_not_trained_packed(
-    configure: Callable[..., Config], make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    names = [f"model.decoder.layers.{block}.self_attn.q_proj" for block in range(2)]
-    layers = [blank(LayerRecord, name=name) for name in names]
-    config = configure("train.data.packing=true", "train.targets=[q_proj]", "prune.targets=[q_proj]")
-    with pytest.raises(UserError, match=r"^train\.data\.packing: .* set train\.data\.packing to false"):
-        trained(config, (make_checkpoint("opt"), blank(PruneRecord, layers=layers)), tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("packing", ["false", "true"])
-def test_a_resumed_training_takes_up_the_grouped_order(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    packing: str,
-) -> None:
-    config = configure(
-        "train.epochs=3",
-        "train.save_steps=7",
-        "train.dropout=0.1",
-        "train.data.group_by_length=true",
-        f"train.data.packing={packing}",
-    )
-    seen: list[list[int]] = []
-    original = FiniteLoss.add
-
-    def note(self: Any, loss: Any, examples: list[int]) -> None:
-        seen.append(examples)
-        original(self, loss, examples)
-
-    monkeypatch.setattr(FiniteLoss, "add", note)
-    trained(config, pruned, tmp_path / "whole")
-    whole, seen[:] = list(seen), []
-    for epoch in range(3):
-        assert sorted(number for batch in whole[10 * epoch : 10 * epoch + 10] for number in batch) == list(range(20))
-    assert whole[:10] != whole[10:20]
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 9:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Watch, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            trained(config, pruned, tmp_path / "cut")
-    seen.clear()
-    trained(config, pruned, tmp_path / "cut")
-    assert seen == whole[14:]  # two micro-batches per step
-    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
-
-
-def test_the_record_says_which_data(
-    configure: Callable[..., Config],
-    pruned: tuple[Path, PruneRecord],
-    tmp_path: Path,
-    alpaca_file: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    mixture = f"train.data.dataset={{{alpaca_file}: 1, instructions: 2}}"
-    metrics = trained(configure(mixture, "train.max_steps=1"), pruned, tmp_path / "adapter")
+def test_the_record_says_which_data_and_what_was_cut(fit: Fit, alpaca_file: Path, capsys: Said) -> None:
+    metrics = fit("adapter", f"train.data.dataset={{{alpaca_file}: 1, instructions: 2}}", "train.max_steps=1")
     assert metrics.datasets == {str(alpaca_file): 20, "instructions": 40}
     assert (metrics.examples, metrics.validation_examples) == (60, 4 + 64)
     assert f"60 examples: 20 of {alpaca_file}, 40 of instructions" in capsys.readouterr().err
-    alone = trained(configure("train.max_steps=1"), pruned, tmp_path / "alone")
-    again = trained(configure("train.max_steps=1", "train.data.seq_len=100"), pruned, tmp_path / "again")
+    alone, again = fit("alone", "train.max_steps=1"), fit("again", "train.max_steps=1", "train.data.seq_len=96")
     assert alone.data_hash == again.data_hash != metrics.data_hash
+    assert again.truncated_examples == 20
+    assert "20 of 20 examples (100.0%) are longer than 96 tokens and were cut" in capsys.readouterr().err
 
 
-def test_an_own_prompt_is_trained_on(
-    configure: Callable[..., Config], pruned: tuple[Path, PruneRecord], tmp_path: Path
-) -> None:
-    config = configure("train.data.prompt='Q: {instruction} A: '", "train.max_steps=1", "train.data.val_size=0")
-    metrics = trained(config, pruned, tmp_path / "adapter")
+def test_an_own_prompt_is_trained_on(fit: Fit) -> None:
+    metrics = fit("adapter", "train.data.prompt='Q: {instruction} A: '", "train.max_steps=1", "train.data.val_size=0")
     # at most: "Q: Add 22 and 23. A: The sum is 45." and the end of the text
     assert metrics.truncated_examples == 0
     assert metrics.tokens <= 4 * 37
 
 
-@pytest.mark.slow
-def test_float16_checkpoints_are_trained_in_another_dtype(
-    configure: Callable[..., Config], make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = make_checkpoint("llama", torch.float16)
-    (tmp_path / "half").mkdir()
-    record = stage_calls.prune(configure(), base, tmp_path / "half")
-    metrics = trained(configure(), (tmp_path / "half", record), tmp_path / "adapter")
-    assert metrics.dtype in ("bfloat16", "float32")
-    shutil.rmtree(tmp_path / "adapter")
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def test_other_targets(fit: Fit) -> None:
+    fit("adapter", "train.targets=[q_proj]", "train.max_steps=1")
+    assert {name.split(".")[-2] for name in fit.tensors("adapter")} == {"q_proj"}
+
+
+def test_another_gpu_than_the_first_is_refused_with_the_fix(configure: Configure, llama: Path) -> None:
+    with pytest.raises(UserError, match=r"not on cuda:1; call CUDA_VISIBLE_DEVICES=1 sppctl \.\.\. model\.device=cuda"):
+        preflight(configure("model.device=cuda:1"), llama)

@@ -1,0 +1,141 @@
+"""Starting the processes of a command, or joining those of another launcher; and how they end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import Process
+
+from sppctl import cli, distributed, launch
+from sppctl.config.load import load_config
+from sppctl.errors import SharedError, UserError
+
+STILL_BUSY = """
+import atexit, threading, time
+from sppctl import distributed
+threading.Thread(target=time.sleep, args=(60,)).start()
+atexit.register(print, "registered for the end")
+distributed.is_connected = lambda: True
+"""
+
+
+def test_a_connected_process_ends_whatever_still_runs_in_it() -> None:
+    started_at = time.monotonic()
+    done = Process(["config", "nosuch.yaml"], STILL_BUSY).wait()
+    assert (done.returncode, done.stdout) == (2, "registered for the end\n")
+    assert time.monotonic() - started_at < 30
+
+
+def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch.start(["config", "nosuch.yaml"], 2) == 2
+    assert capfd.readouterr().err.count("nosuch.yaml") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("no memory\nnor disk"), "error: process 1: no memory\nerror: process 1: nor disk\n"),
+        (SharedError("the loss is nan"), ""),
+    ],
+)
+def test_what_one_process_alone_has_met_it_says(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "is_connected", lambda: True)
+    monkeypatch.setattr(distributed, "exit_now", sys.exit)  # the test's own process goes on
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == said
+
+
+ENDS = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+for part in sys.argv[1].split(";"):
+    which, seconds, code, words = part.split(",")
+    if int(which) == rank:
+        time.sleep(float(seconds))
+        if words:
+            print("error:", words, file=sys.stderr)
+        os.kill(os.getpid(), -int(code)) if int(code) < 0 else os._exit(int(code))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [
+        ("0,0,1,Connection closed by peer;1,0,2,process 1: no memory", 2, "process 1: no memory"),
+        ("0,0,1,;1,0.3,1,process 1: half a shard", 1, "process 1: half a shard"),
+        ("0,0.3,1,broken loss;1,0,1,process 1: Connection reset by peer", 1, "broken loss"),
+        ("0,0.3,1,Connection closed by peer;1,0,-9,", 137, "process 1 of 2 was ended by SIGKILL"),
+        ("0,0,-10,;1,0,-10,", 143, ""),
+    ],
+)
+def test_the_process_that_knows_why_tells_it(
+    ends: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:3] = []\n{ENDS}")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert launch.start([ends], 2) == code
+    said = capfd.readouterr().err
+    assert words in said
+    assert "reset by peer" not in said
+
+
+def test_several_machines_need_a_launcher(config_file: Path) -> None:
+    config = load_config(str(config_file), ["launch.num_machines=2"])
+    with pytest.raises(UserError, match=r"launch\.num_machines: .*torchrun --nnodes 2 .*srun --nodes 2"):
+        launch.num_processes(config)
+
+
+# --- srun -------------------------------------------------------------------------------------------------------------
+
+TASK = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+}
+
+
+def test_a_task_of_srun_knows_its_place() -> None:
+    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "32345"}
+    assert launch.from_slurm(TASK) == wanted
+
+
+def test_what_the_job_script_sets_stays() -> None:
+    found = launch.from_slurm(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert found.keys() == {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        TASK | {"SLURM_STEP_NUM_TASKS": "1"},
+        TASK | {"WORLD_SIZE": "16", "RANK": "9"},
+    ],
+    ids=["outside", "batch script", "one task", "torchrun in srun"],
+)
+def test_no_task_of_srun(environment: dict[str, str]) -> None:
+    assert launch.from_slurm(environment) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("login1", "login1"), ("a1,b2", "a1"), ("gpu[03-05,9],b", "gpu03"), ("n[7,9]", "n7"), ("r[1-2]-ib,x", "r1-ib")],
+)
+def test_the_first_host(nodes: str, host: str) -> None:
+    assert launch.first_host(nodes) == host
