@@ -15,11 +15,10 @@ from torch import Tensor
 
 from sppctl import console
 from sppctl.data import texts
-from sppctl.data.prompts import Style, shared
+from sppctl.data.prompts import Row, Style, shared
 from sppctl.errors import UserError
 from sppctl.files import cache, sources
 
-Row = dict[str, Any]
 KEY = "train.data.dataset"
 IGNORED = -100  # the label that the loss leaves out
 HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "alpaca-gpt4": "vicgalle/alpaca-gpt4"}

@@ -12,6 +12,8 @@ from typing import Any
 from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
 
+Row = dict[str, Any]  # of a data set: its values by column
+
 KEY = "train.data.prompt"
 
 # the two prompts of Stanford Alpaca, as every Alpaca-trained model expects them
@@ -30,13 +32,13 @@ DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # by which a chat
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # by which it says itself what the assistant says
 
 
-def prompt_of(row: dict[str, Any]) -> str:
+def prompt_of(row: Row) -> str:
     """The Alpaca prompt of a row, up to where the response starts."""
     template = PROMPT_WITH_INPUT if (row.get("input") or "").strip() else PROMPT_WITHOUT_INPUT
     return template.format(instruction=row["instruction"], input=row.get("input", ""))
 
 
-def formatted(row: dict[str, Any]) -> str:
+def formatted(row: Row) -> str:
     """Alpaca prompt and response of a row as one text."""
     return prompt_of(row) + row["output"]
 
@@ -54,9 +56,9 @@ class Style:
         ends: whether anything follows the response, by which a model learns to end it.
     """
 
-    text: Callable[[dict[str, Any]], tuple[str, int]]
+    text: Callable[[Row], tuple[str, int]]
     special_tokens: bool = True
-    marked: Callable[[dict[str, Any]], tuple[list[int], list[int]]] | None = None
+    marked: Callable[[Row], tuple[list[int], list[int]]] | None = None
     ends: bool = True
 
 
@@ -84,10 +86,10 @@ def is_dated(prompt: str, tokenizer: Any) -> bool:
     return prompt == "chat" and bool(DATE.search(str(getattr(tokenizer, "chat_template", None))))
 
 
-def _followed(prompt: Callable[[dict[str, Any]], str]) -> Style:
+def _followed(prompt: Callable[[Row], str]) -> Style:
     """A prompt that the response follows as it is."""
 
-    def text(row: dict[str, Any]) -> tuple[str, int]:
+    def text(row: Row) -> tuple[str, int]:
         before = prompt(row)
         return before + row["output"], len(before)
 
@@ -122,7 +124,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
             f"{KEY}: chat, but the tokenizer has no chat template; use alpaca or a text with {{instruction}}"
         )
 
-    def render(row: dict[str, Any], messages: Any, **options: Any) -> Any:
+    def render(row: Row, messages: Any, **options: Any) -> Any:
         try:
             fixed = DATE.sub(lambda found: repr(today.strftime(found[2])), tokenizer.get_chat_template())
             return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": fixed} | options))
@@ -130,7 +132,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
             reason = f"{first_line(error)} ({row['instruction'][:60]!r})"
             raise UserError(KEY, f"the tokenizer's chat template fails on an instruction: {reason}") from error
 
-    def text(row: dict[str, Any]) -> tuple[str, int]:
+    def text(row: Row) -> tuple[str, int]:
         whole, asked = render(row, _chat_of(row)), render(row, _chat_of(row)[:1], add_generation_prompt=True)
         if whole.startswith(asked):
             return whole, len(asked)
@@ -143,7 +145,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
             )
         return whole, start
 
-    def marked(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def marked(row: Row) -> tuple[list[int], list[int]]:
         found = render(row, _chat_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return found["input_ids"], found["assistant_masks"]
 
@@ -164,7 +166,7 @@ def shared(*parts: Sequence[Any]) -> int:
     return next((place for place, items in columns if any(item != items[0] for item in items)), min(map(len, parts)))
 
 
-def _chat_of(row: dict[str, Any]) -> list[dict[str, str]]:
+def _chat_of(row: Row) -> list[dict[str, str]]:
     context = (row.get("input") or "").strip()
     asked = row["instruction"] + (f"\n\n{row['input']}" if context else "")
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sppctl.data.prompts import formatted
+from sppctl.data.prompts import Row, formatted
 from sppctl.errors import UserError
 from sppctl.files import sources
 
@@ -133,7 +133,7 @@ def _instructions(split: str) -> Text:
     return Text("instructions", [formatted(row) for row in built_in_rows("train" if split == "train" else "heldout")])
 
 
-def built_in_rows(split: str) -> list[dict[str, Any]]:
+def built_in_rows(split: str) -> list[Row]:
     """The rows that come with sppctl; ``split`` is ``train`` or ``heldout``."""
     rows = read_rows(ASSETS / "instructions.jsonl", "instructions")
     return [row for row in rows if row["split"] == split]
@@ -247,7 +247,7 @@ def _hub_text(name: str, split: str, key: str, column: str | None, part: bool) -
     return Text(name, _documents(found, column, name, key, columns))
 
 
-def _first(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _first(rows: Iterable[Row]) -> Iterator[Row]:
     """The first rows, as many as calibration reads at most."""
     characters = 0
     for row in itertools.islice(rows, MOST_DOCUMENTS):
@@ -280,7 +280,7 @@ def _check_packing(path: Path, key: str) -> None:
         raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
 
 
-def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[Row], list[str]]:
     """The rows of a parquet, JSON or JSON lines file, and the names of all its columns.
 
     Args:
@@ -304,7 +304,7 @@ def _opened(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")  # some editors put a byte order mark in front
 
 
-def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[Row], list[str]]:
     """The rows, of the columns that may be needed, and the names of all columns."""
     import pyarrow
     import pyarrow.parquet
@@ -323,9 +323,7 @@ def _readable(columns: Sequence[str], column: str | None) -> list[str]:
     return [name for name in columns if name in wanted] or list(columns)
 
 
-def _documents(
-    rows: list[dict[str, Any]], column: str | None, name: str, key: str, columns: Sequence[str] | None
-) -> list[str]:
+def _documents(rows: list[Row], column: str | None, name: str, key: str, columns: Sequence[str] | None) -> list[str]:
     """One document per row; ``columns``: all that the source has, for it may be read without some of them."""
     wanted = column or "text"
     if all(wanted in row for row in rows):
@@ -340,7 +338,7 @@ def _documents(
     raise UserError(f"{key}: {name} lacks {wished} in some row{hint}; its columns: {found}")
 
 
-def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
+def read_rows(path: Path, key: str) -> list[Row]:
     """The objects of a JSON list or of JSON lines, plain or .gz.
 
     Raises:
@@ -349,7 +347,7 @@ def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     return list(_json_rows(path, key))
 
 
-def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path, key: str) -> Iterator[Row]:
     for row in _json_values(path, key):
         if not isinstance(row, dict):
             raise UserError(f"{key}: {path} must hold one JSON object per row")
@@ -375,7 +373,7 @@ def _json_values(path: Path, key: str) -> Iterator[Any]:
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
 
 
-def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
+def check_instructions(rows: list[Row], name: str, key: str) -> None:
     """Every row must have texts as instruction and output, and as input a text or nothing.
 
     Raises:
@@ -384,9 +382,7 @@ def check_instructions(rows: list[dict[str, Any]], name: str, key: str) -> None:
     _check_texts(rows, name, key, ("instruction", "output"), ("input",))
 
 
-def _check_texts(
-    rows: list[dict[str, Any]], name: str, key: str, needed: Sequence[str], optional: Sequence[str]
-) -> None:
+def _check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str], optional: Sequence[str]) -> None:
     for number, row in enumerate(rows, start=1):
         wrong = [column for column in needed if not isinstance(row.get(column), str)]
         wrong += [column for column in optional if not isinstance(row.get(column), str | None)]
