@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from hardware import describe
 from torch import Tensor
 
+from sppctl import records
 from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp import layer as spp_layer
 from sppctl.config.load import load_config
@@ -30,11 +31,9 @@ from sppctl.config.settings import Config
 from sppctl.data import texts, vocabulary
 from sppctl.data.instructions import IGNORED
 from sppctl.evaluate import perplexity
-from sppctl.files import sealed
 from sppctl.merge import stage as merge
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
-from sppctl.records import stage_record
 from sppctl.train import stage as train
 from sppctl.train.feed import Feed
 
@@ -81,7 +80,7 @@ def residual(
 
 def compare(config: Config, pruned: Path, scratch: Path) -> str:
     """Trains, merges and measures; returns a row of the table."""
-    record = stage_record(sealed.parse((pruned / "stage.json").read_bytes()), "prune").metrics
+    record = records.read(pruned / "stage.json", "prune", "give a pruned checkpoint with its record").metrics
     adapter, merged = scratch / "adapter", scratch / "merged"
     merged.mkdir()
     device = checkpoint.pick_device(config.model.device)

@@ -9,8 +9,11 @@ import json
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from sppctl.errors import UserError
+from sppctl.files import sealed
 from sppctl.pattern import Pattern
 
 Settings = dict[
@@ -279,13 +282,24 @@ def to_json(record: Any) -> Any:
     return str(record) if isinstance(record, Pattern) else record
 
 
-def stage_record(content: dict[str, Any], stage: str) -> StageRecord[Any]:
-    """The record in the JSON of a stage.json.
+def read(path: Path, stage: str, remedy: str) -> StageRecord[Any]:
+    """The stage.json of a stage.
+
+    Args:
+        path: of the file.
+        stage: prune, train or merge.
+        remedy: what to do about a damaged one.
 
     Raises:
-        ValueError: a value is missing, unknown or of another type; the message names it.
+        UserError: it cannot be read, is damaged, or is that of another stage.
     """
-    return from_json(StageRecord, content, METRICS[stage])
+    content = sealed.read(path, remedy)
+    if content.get("stage") != stage:
+        raise UserError(f"{path} is the record of another stage ({content.get('stage')}); {remedy}")
+    try:
+        return from_json(StageRecord, content, METRICS[stage])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def from_json(kind: type[R], content: Any, metrics: type | None = None) -> R:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stage_calls import blank
+
 from sppctl.evaluate.results import (
     AnyResult,
     Results,
@@ -23,6 +25,8 @@ from sppctl.evaluate.results import (
 )
 from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES
+from sppctl.pattern import Pattern
+from sppctl.records import METRICS, Calibration, LayerRecord, StageRecord, to_json
 from sppctl.report.study import RunStudy, Study
 
 DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 269_060_552}
@@ -77,11 +81,17 @@ def results_of(label: str, results: list[AnyResult], sparsity: dict[str, Any] = 
 
 def study_of(seed: int | None = 0, stages: dict[str, Any] | None = None, **results: list[AnyResult]) -> RunStudy:
     """A run with these results by label of the checkpoint; all but base are sparse."""
-    records = {} if seed is None else {"merge": {"seed": seed, "wall_time_s": 3.0, "metrics": {}}}
+    records = {} if seed is None else {"merge": stage_of("merge", seed=seed, wall_time_s=3.0)}
     checkpoints = {
         label: results_of(label, own, DENSE if label == "base" else SPARSE) for label, own in results.items()
     }
     return RunStudy.over("runs/mine", None, records if stages is None else stages, checkpoints, {}, [])
+
+
+def stage_of(stage: str, metrics: dict[str, Any] | None = None, **entries: Any) -> StageRecord[Any]:
+    """The record of a stage with these metrics and entries; others are empty, and no zero was filled."""
+    own = ({"pattern_unchanged": True} if stage == "merge" else {}) | (metrics or {})
+    return blank(StageRecord, stage=stage, metrics=blank(METRICS[stage], **own), **entries)
 
 
 def over(runs: list[RunStudy]) -> Study:
@@ -119,11 +129,11 @@ def write_run(
     return directory
 
 
-def write_record(run: Path, stage: str, record: dict[str, Any]) -> None:
+def write_record(run: Path, stage: str, record: StageRecord[Any] | dict[str, Any]) -> None:
     """``stage.json`` of a stage, sealed."""
     folder = run / DIRECTORIES[stage]
     folder.mkdir(parents=True, exist_ok=True)
-    sealed.write(folder / "stage.json", record)
+    sealed.write(folder / "stage.json", to_json(record))
 
 
 def save(run: Path, content: Results) -> None:
@@ -195,16 +205,14 @@ def _text(label: str, windows: list[float], chance: random.Random) -> TextResult
     return text(value, 512, "wikitext2", **numbers, seconds=61.2, **MADE)
 
 
-def layer(name: str, error: float | None = 0.25, damp: float | None = None, sparsity: float = 0.5) -> dict[str, Any]:
+def layer(name: str, error: float | None = 0.25, damp: float | None = None, sparsity: float = 0.5) -> LayerRecord:
     """The record of a pruned layer."""
-    errors = {"relative_output_error": error, "relative_weight_error": 0.5}
-    own = {"name": f"model.layers.{name}", "shape": [8, 8], "sparsity": sparsity, "damp": damp, "seconds": 0.25}
-    return own | errors
+    return LayerRecord(f"model.layers.{name}", (8, 8), Pattern(keep=2, group=4), sparsity, error, 0.5, damp, 0.25)
 
 
 def _stages(
     directory: Path, method: str, pattern: str, training: str, seed: int, chance: random.Random
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, StageRecord[Any]]:
     layers = [
         layer(f"{block}.{name}", 0.1 + 0.02 * at + 0.1 * chance.random())
         for block in range(12)
@@ -212,7 +220,7 @@ def _stages(
     ]
     hashes = {"documents_hash": "c" * 16, "windows_hash": "d" * 16}
     pruned = {"method": method, "pattern": pattern, "matrices": len(layers), "mean_relative_output_error": 0.223}
-    pruned |= {"layers": layers, "calibration": {"dataset": "c4", "samples": 128, "seq_len": 2048} | hashes}
+    pruned |= {"layers": layers, "calibration": blank(Calibration, dataset="c4", samples=128, seq_len=2048, **hashes)}
     history: list[dict[str, Any]] = []
     for step in range(10, 301, 10):
         history.append({"loss": 1.9 + 1.2 * 0.98**step + 0.1 * chance.random(), "step": step})
@@ -223,15 +231,13 @@ def _stages(
     trained |= {"tokens": 374110, "validation_loss": 2.004, "history": history}
     merged = {"matrices": 210, "zeros": 53084651, "moved_share": 0.867}
 
-    def record(stage: str, seconds: float, metrics: Any, inputs: dict[str, str], **output: str) -> dict[str, Any]:
+    def record(stage: str, seconds: float, metrics: Any, inputs: dict[str, str], output: str) -> StageRecord[Any]:
         own = {"wall_time_s": seconds, "inputs": inputs, "command": f"sppctl {stage} run.dir={directory.name}"}
-        return COMMON | {"seed": seed, "metrics": metrics} | own | output
+        return stage_of(stage, metrics, **COMMON, **own, seed=seed, output=output)
 
     fingerprint = f"p{directory.name}"
     return {
-        "prune": record("prune", 17.2, pruned, {"base": "b" * 16}, output=fingerprint),
-        "train": record("train", 166.0, trained, {"pruned": fingerprint}),
-        "merge": record(
-            "merge", 2.1, merged, {"pruned": fingerprint, "adapter": "f" * 16}, output=f"m{directory.name}"
-        ),
+        "prune": record("prune", 17.2, pruned, {"base": "b" * 16}, fingerprint),
+        "train": record("train", 166.0, trained, {"pruned": fingerprint}, "f" * 16),
+        "merge": record("merge", 2.1, merged, {"pruned": fingerprint, "adapter": "f" * 16}, f"m{directory.name}"),
     }

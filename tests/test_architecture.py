@@ -25,7 +25,7 @@ show         sweep run report inspect config console distributed records
 sweep        run report launch config files console distributed records errors
 run          report plan merge train prune evaluate data model launch config files console distributed machine records \
              errors
-report       evaluate config files console errors
+report       evaluate config files console records errors
 plan         train prune pruners data model launch config distributed machine errors
 merge        inspect adapters model config files console machine records errors pattern
 train        evaluate adapters pruners data model launch config files console distributed records errors pattern
@@ -39,11 +39,11 @@ data         files console errors
 model        files console distributed machine errors pattern
 launch       config console distributed errors
 config       files errors pattern
+records      files errors pattern
 console      files distributed
 files        errors
 distributed  errors
 machine
-records      pattern
 pattern
 errors
 """

@@ -22,7 +22,7 @@ from sppctl.records import (
     RefreshRecord,
     StageRecord,
     TrainRecord,
-    stage_record,
+    from_json,
     to_json,
 )
 
@@ -53,13 +53,13 @@ def content(stage: str) -> Any:
 
 @pytest.mark.parametrize("stage", METRICS)
 def test_there_and_back(stage: str) -> None:
-    record = stage_record(content(stage), stage)
+    record = from_json(StageRecord, content(stage), METRICS[stage])
     assert record.metrics == FULL[stage]
     assert json.loads(json.dumps(to_json(record))) == content(stage)
 
 
 def test_what_later_stages_take_from_pruning() -> None:
-    record = stage_record(content("prune"), "prune").metrics
+    record = from_json(PruneRecord, content("prune")["metrics"])
     assert record.patterns == {"a.q_proj": Pattern.parse("2:4"), "a.down_proj": Pattern.parse(0.7)}
     assert record.masks == {"a.q_proj": "digest", "a.down_proj": "other"}
 
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_named(change: Any, message: str) -> None:
     record = content("prune")
     change(record)
     with pytest.raises(ValueError, match=message):
-        stage_record(record, "prune")
+        from_json(StageRecord, record, PruneRecord)
 
 
 def test_an_attempt_that_leaves_the_dtype_open_is_the_same_as_one_that_chose_it() -> None:

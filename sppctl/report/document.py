@@ -168,10 +168,10 @@ def _costs(run: RunStudy) -> list[Item]:
 
 
 def _training(run: RunStudy) -> list[Item]:
-    metrics = run.stages.get("train", {}).get("metrics", {})
-    if not metrics:
+    if "train" not in run.stages:
         return []
-    curves = plots_results.loss_curves(metrics.get("history", []), (metrics["steps"], metrics.get("validation_loss")))
+    trained = run.stages["train"].metrics
+    curves = plots_results.loss_curves(trained.history, (trained.steps, trained.validation_loss))
     caption = f"By optimizer step: {', '.join(curves)}"
     return [Figure(caption, lambda: plots_results.losses(curves))] if curves else []
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppctl.files import disk
+from sppctl.records import LayerRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,25 +52,24 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "sppctl",  # otherwise the identifiers inside the file are random
 }
 
-Layer = dict[str, Any]  # one entry of metrics["layers"] of pruned/stage.json, a LayerRecord
-Points = dict[int, list[Layer]]  # block index -> its layers of one module type
+Points = dict[int, list[LayerRecord]]  # block index -> its layers of one module type
 
 
-def error_measure(layers: list[Layer]) -> str:
-    """The key of the error that all layers have: that of their weights, where pruning needed no inputs."""
-    if any(layer["relative_output_error"] is None for layer in layers):
+def error_measure(layers: list[LayerRecord]) -> str:
+    """The field of the error that all layers have: that of their weights, where pruning needed no inputs."""
+    if any(layer.relative_output_error is None for layer in layers):
         return "relative_weight_error"
     return "relative_output_error"
 
 
-def by_type(layers: list[Layer]) -> dict[str, Points]:
+def by_type(layers: list[LayerRecord]) -> dict[str, Points]:
     """Sorts layers by module type and block, in the order of the model.
 
     ``model.layers.3.mlp.experts.5.gate_proj`` is a ``gate_proj`` of block 3, as are those of the other experts. Where
     one name means different modules, as much of the path is added as distinguishes them: ``attn.c_proj`` and
     ``mlp.c_proj``, ``shared_expert.gate_proj`` beside ``experts.gate_proj``.
     """
-    paths = [_path(layer["name"]) for layer in layers]
+    paths = [_path(layer.name) for layer in layers]
     names = _short_names(list(dict.fromkeys(path for _, path in paths)))
     found: dict[str, Points] = {name: defaultdict(list) for name in names.values()}
     for layer, (block, path) in zip(layers, paths, strict=True):
@@ -95,7 +95,7 @@ def _short_names(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     return names
 
 
-def write(layers: list[Layer], path: Path) -> None:
+def write(layers: list[LayerRecord], path: Path) -> None:
     """Draws the layers of one run into the SVG file ``path``, which is complete as soon as it exists."""
     disk.write(path, svg(lambda: draw(layers)))
 
@@ -115,7 +115,7 @@ def svg(make: Callable[[], Figure], **options: str) -> str:
     return text.getvalue()
 
 
-def draw(layers: list[Layer]) -> Figure:
+def draw(layers: list[LayerRecord]) -> Figure:
     """The figure: error by depth above, sparsity by depth below. Experts of one block are averaged."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -145,7 +145,10 @@ def draw(layers: list[Layer]) -> Figure:
 
 def _means(points: Points, key: str, scale: float = 1.0) -> dict[int, float]:
     """Block index -> mean over its layers of this type."""
-    return {block: scale * sum(one[key] for one in layers) / len(layers) for block, layers in sorted(points.items())}
+    return {
+        block: scale * sum(getattr(one, key) for one in layers) / len(layers)
+        for block, layers in sorted(points.items())
+    }
 
 
 def _label(name: str, points: Points) -> str:

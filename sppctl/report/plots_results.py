@@ -262,7 +262,7 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
 
 def costs_of(run: RunStudy) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of every stage and evaluation, and megabytes of every checkpoint."""
-    seconds = {stage: float(record["wall_time_s"]) for stage, record in run.stages.items()}
+    seconds = {stage: record.wall_time_s for stage, record in run.stages.items()}
     sizes = {}
     for label, content in run.checkpoints.items():
         seconds[f"eval {label}"] = sum(result.seconds for result in content.results)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sppctl.evaluate.results import Result, TaskResult, TaskScores, TextNumbers, TextResult
 from sppctl.evaluate.values import SHOWN, families, task_quantity, text_quantity
+from sppctl.records import Calibration, MergeRecord, PruneRecord, TrainRecord
 from sppctl.report.records import Record
 from sppctl.report.study import RunStudy
 from sppctl.report.tables import NOTHING, Table, number_columns, text_columns
@@ -21,43 +22,43 @@ def facts(run: RunStudy) -> list[str]:
     lines = []
     stages = run.stages
     if "prune" in stages:
-        metrics = stages["prune"]["metrics"]
-        error = metrics["mean_relative_output_error"]
+        pruned: PruneRecord = stages["prune"].metrics
+        error = pruned.mean_relative_output_error
         output = f", mean relative output error {error:.3f}" if error is not None else ""
         lines.append(
-            f"prune: {metrics['method']} {metrics['pattern']}, {metrics['matrices']} matrices{output}, "
-            f"{stages['prune']['wall_time_s']:.0f} s"
+            f"prune: {pruned.method} {pruned.pattern}, {pruned.matrices} matrices{output}, "
+            f"{stages['prune'].wall_time_s:.0f} s"
         )
     if "train" in stages:
-        metrics = stages["train"]["metrics"]
-        loss = metrics["validation_loss"]
+        trained: TrainRecord = stages["train"].metrics
+        loss = trained.validation_loss
         validation = f", validation loss {loss:.3f}" if loss is not None else ""
         lines.append(
-            f"train: {metrics['method']}, {metrics['trainable_parameters']:,} parameters "
-            f"({metrics['trainable_share']:.2%}), {metrics['steps']} steps, {metrics['tokens']:,} tokens{validation}, "
-            f"{stages['train']['wall_time_s']:.0f} s"
+            f"train: {trained.method}, {trained.trainable_parameters:,} parameters "
+            f"({trained.trainable_share:.2%}), {trained.steps} steps, {trained.tokens:,} tokens{validation}, "
+            f"{stages['train'].wall_time_s:.0f} s"
         )
     if "merge" in stages:
-        metrics = stages["merge"]["metrics"]
+        merged: MergeRecord = stages["merge"].metrics
         lines.append(
-            f"merge: {metrics['matrices']} matrices, {_zeros(metrics)}, "
-            f"{metrics['moved_share']:.1%} of the kept weights moved, {stages['merge']['wall_time_s']:.0f} s"
+            f"merge: {merged.matrices} matrices, {_zeros(merged)}, "
+            f"{merged.moved_share:.1%} of the kept weights moved, {stages['merge'].wall_time_s:.0f} s"
         )
     return lines
 
 
-def _zeros(merge: Record) -> str:
+def _zeros(merge: MergeRecord) -> str:
     """What became of the zeros in merging."""
-    if merge.get("pattern_unchanged", True):
-        return f"all {merge['zeros']:,} zeros kept"
-    changes = f"{merge['filled_zeros']:,} zeros filled, {merge['lost_weights']:,} other weights zero"
-    return f"{changes}, sparsity now {merge['sparsity']:.2%} (mask {merge['mask']})"
+    if merge.pattern_unchanged:
+        return f"all {merge.zeros:,} zeros kept"
+    changes = f"{merge.filled_zeros:,} zeros filled, {merge.lost_weights:,} other weights zero"
+    return f"{changes}, sparsity now {merge.sparsity:.2%} (mask {merge.mask})"
 
 
 def commands(run: RunStudy) -> list[str]:
     """The exact commands that made the stages and the evaluations, each once, in this order."""
     evaluations = [result.command for content in run.checkpoints.values() for result in content.results]
-    made = [*(record.get("command") for record in run.stages.values()), *evaluations]
+    made = [*(record.command for record in run.stages.values()), *evaluations]
     return list(dict.fromkeys(command for command in made if command is not None))
 
 
@@ -66,18 +67,15 @@ def stage_table(stages: dict[str, Record]) -> Table:
     columns = text_columns("stage", "finished") + number_columns("seconds", "peak memory, MB", "seed")
     lines = []
     for stage, record in stages.items():
-        if "created" in record:
-            memory = ", ".join(f"{size:.0f} {name}" for name, size in record.get("peak_memory_mb", {}).items())
-            seed, hardware = str(record.get("seed", NOTHING)), record.get("hardware", NOTHING)
-            lines.append([stage, record["created"], f"{record['wall_time_s']:.0f}", memory or NOTHING, seed, hardware])
+        memory = ", ".join(f"{size:.0f} {name}" for name, size in record.peak_memory_mb.items()) or NOTHING
+        seconds, seed = f"{record.wall_time_s:.0f}", str(record.seed)
+        lines.append([stage, record.created, seconds, memory, seed, record.hardware])
     return Table(columns + text_columns("hardware"), lines, "Stages")
 
 
 def version_table(run: RunStudy) -> Table:
     """A row per package, a column per stage, and one for the evaluations."""
-    columns: dict[str, dict[str, str]] = {
-        stage: record["versions"] for stage, record in run.stages.items() if "versions" in record
-    }
+    columns = {stage: record.versions for stage, record in run.stages.items()}
     for label, content in run.checkpoints.items():
         used = [result.versions for result in content.results]
         merged = {name: ", ".join(dict.fromkeys(one[name] for one in used if name in one)) for name in _names(used)}
@@ -108,16 +106,13 @@ def fingerprint_table(run: RunStudy) -> Table:
     """Every identity that was recorded, of weights and of data."""
     lines = []
     for stage, record in run.stages.items():
-        lines += [[stage, f"input {name}", str(value)] for name, value in record.get("inputs", {}).items()]
-        calibration = record["metrics"].get("calibration") or {}
-        for key in ("documents_hash", "windows_hash"):
-            if key in calibration:
-                data = (
-                    f"calibration {calibration['dataset']}, {calibration['samples']} x {calibration['seq_len']} tokens"
-                )
-                lines.append([stage, f"{data}: {key.replace('_', ' ')}", calibration[key]])
-        if "output" in record:
-            lines.append([stage, "output", record["output"]])
+        lines += [[stage, f"input {name}", value] for name, value in record.inputs.items()]
+        calibration: Calibration | None = record.metrics.calibration if stage == "prune" else None
+        if calibration is not None:
+            data = f"calibration {calibration.dataset}, {calibration.samples} x {calibration.seq_len} tokens"
+            lines.append([stage, f"{data}: documents hash", calibration.documents_hash])
+            lines.append([stage, f"{data}: windows hash", calibration.windows_hash])
+        lines.append([stage, "output", record.output])
     for label, content in run.checkpoints.items():
         if content.fingerprint is not None:
             lines.append([f"eval {label}", f"weights of {content.checkpoint}", content.fingerprint])

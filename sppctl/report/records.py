@@ -10,22 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sppctl import records as stage_records
 from sppctl.errors import UserError
 from sppctl.evaluate.results import REMEDY, Results
-from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES, RECORD
+from sppctl.records import StageRecord
 
 ORDER = ("base", "pruned", "adapter", "merged")
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
-# without these no table can be made
-METRICS = {
-    "prune": ("method", "pattern", "matrices", "mean_relative_output_error"),
-    "train": ("method", "trainable_parameters", "trainable_share", "steps", "tokens", "validation_loss"),
-    "merge": ("matrices", "zeros", "moved_share"),
-}
 SPARSITY = ("sparsity", "patterns", "sparse_matrices", "bytes")
 
-Record = dict[str, Any]  # of a stage
+Record = StageRecord[Any]  # with the metrics of its stage
 
 
 def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str]]:
@@ -52,14 +47,7 @@ def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str
 
 def _stage(folder: Path, stage: str) -> Record | None:
     path = folder / RECORD
-    if not path.is_file():
-        return None
-    remedy = f"sppctl {stage} --force redoes it"
-    record = sealed.read(path, remedy)
-    if record.get("stage", stage) != stage:
-        raise UserError(f"{path} is the record of another stage ({record['stage']}); {remedy}")
-    _check(path, record, ["wall_time_s", *(f"metrics.{key}" for key in METRICS[stage])], remedy)
-    return record
+    return stage_records.read(path, stage, f"sppctl {stage} --force redoes it") if path.is_file() else None
 
 
 def _results(path: Path) -> Results:
@@ -90,30 +78,29 @@ def demand(run_dir: Path) -> None:
 
 def _outdated_stages(run_dir: Path, stages: dict[str, Record]) -> Iterator[tuple[str, str]]:
     """The stages that were made from other weights than those beside them, which tables would call theirs."""
-    pruned, base, adapter = stages.get("prune", {}).get("output"), _base(stages), _adapter(stages)
+    pruned, base, adapter = _output(stages, "prune"), _base(stages), _output(stages, "train")
     gone = set()
     for stage, folder in (("train", "adapter"), ("merge", "merged")):
-        used = stages.get(stage, {}).get("inputs", {})
+        used = stages[stage].inputs if stage in stages else {}
         if _differ(used.get("pruned"), pruned):
             gone.add(stage)
             yield stage, f"{run_dir / folder} was made from other weights than pruned/ holds; sppctl {stage} --force"
         elif _differ(used.get("base"), base):
             gone.add(stage)
             yield stage, f"{run_dir / folder} was made with another dense model than pruned/; sppctl {stage} --force"
-    if "merge" not in gone and _differ(stages.get("merge", {}).get("inputs", {}).get("adapter"), adapter):
+    if "merge" in stages and "merge" not in gone and _differ(stages["merge"].inputs.get("adapter"), adapter):
         yield "merge", f"{run_dir / 'merged'} was merged with another adapter than adapter/ holds; sppctl merge --force"
 
 
 def _outdated_results(
     run_dir: Path, stages: dict[str, Record], results: dict[str, Results]
 ) -> Iterator[tuple[str, str]]:
-    pruned = stages.get("prune", {}).get("output")
-    adapter = _adapter(stages)
+    pruned, adapter = _output(stages, "prune"), _output(stages, "train")
     held = {
         "base": _base(stages),
         "pruned": pruned,
         "adapter": f"{pruned}+{adapter}" if pruned and adapter else None,
-        "merged": stages.get("merge", {}).get("output"),
+        "merged": _output(stages, "merge"),
     }
     for label in list(results):
         path = run_dir / "eval" / f"{label}.json"
@@ -134,8 +121,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 def _base(stages: dict[str, Record]) -> str | None:
     """The dense model that was pruned."""
-    base: str | None = stages.get("prune", {}).get("inputs", {}).get("base")
-    return base
+    return stages["prune"].inputs.get("base") if "prune" in stages else None
 
 
 def _compared_with_base(results: Results) -> Iterator[str | None]:
@@ -143,6 +129,6 @@ def _compared_with_base(results: Results) -> Iterator[str | None]:
     return (result.measure.reference for result in results.texts if result.numbers.compared_with is None)
 
 
-def _adapter(stages: dict[str, Record]) -> str | None:
-    recorded: str | None = stages.get("train", {}).get("output")
-    return recorded
+def _output(stages: dict[str, Record], stage: str) -> str | None:
+    """The fingerprint of what a stage made."""
+    return stages[stage].output if stage in stages else None

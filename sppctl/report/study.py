@@ -19,6 +19,8 @@ from sppctl.config.settings import Config
 from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
 from sppctl.evaluate.results import Json, Results, TextResult
 from sppctl.evaluate.values import Kind, Quantity, TaskQuantity, Value, distinguish, values_of
+from sppctl.files.names import DIRECTORIES
+from sppctl.records import LayerRecord, to_json
 from sppctl.report import records, significance
 from sppctl.report.records import Record
 from sppctl.report.significance import Comparison, Measured, TaskSamples
@@ -100,12 +102,12 @@ def rows_of(
     """A row per checkpoint of a run."""
     numbers = {label: {key: value.number for key, value in own.items()} for label, own in values.items()}
     base, pruned = numbers.get("base", {}), numbers.get("pruned", {})
-    prune, train, merge = (stages.get(stage, {}).get("metrics", {}) for stage in ("prune", "train", "merge"))
+    prune, train, merge = (stages[stage].metrics if stage in stages else None for stage in DIRECTORIES)
     rows = []
     for label, own in values.items():
         sparsity = checkpoints[label].sparsity
         is_sparse, is_trained = label in ("pruned", "adapter", "merged"), label in ("adapter", "merged")
-        as_pruned = is_sparse and (label != "merged" or merge.get("pattern_unchanged", True))
+        as_pruned = is_sparse and (label != "merged" or merge is None or merge.pattern_unchanged)
         recovered = {
             key: gap_recovered(key.metric.kind, base.get(key), pruned.get(key), number)
             for key, number in numbers[label].items()
@@ -115,9 +117,9 @@ def rows_of(
             Row(
                 run=run,
                 checkpoint=label,
-                method=prune.get("method") if is_sparse else None,
-                pattern=(prune.get("pattern") if as_pruned else None) or pattern_text(sparsity),
-                training=train.get("method") if is_trained else None,
+                method=prune.method if is_sparse and prune is not None else None,
+                pattern=prune.pattern if as_pruned and prune is not None else pattern_text(sparsity),
+                training=train.method if is_trained and train is not None else None,
                 seed=seed_of(stages),
                 fingerprint=checkpoints[label].fingerprint,
                 sparsity=sparsity,
@@ -142,7 +144,7 @@ def _differences(
 
 def seed_of(stages: dict[str, Record]) -> int | None:
     """The seed of a run, where a stage recorded it."""
-    return next((record["seed"] for record in stages.values() if "seed" in record), None)
+    return next((record.seed for record in stages.values()), None)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -190,17 +192,16 @@ class RunStudy:
         return cls(directory, config, stages, checkpoints, rows, comparisons, notes + unequal + left_out, merged)
 
     @property
-    def layers(self) -> list[Json]:
+    def layers(self) -> list[LayerRecord]:
         """The records of all layers that were pruned; none without pruning."""
-        layers: list[Json] = self.stages.get("prune", {}).get("metrics", {}).get("layers") or []
-        return layers
+        return self.stages["prune"].metrics.layers if "prune" in self.stages else []
 
     def to_json(self) -> Json:
         """For ``report.json``."""
         return {
             "run": self.directory,
             "config": self.config,
-            "stages": self.stages,
+            "stages": to_json(self.stages),
             "checkpoints": {label: content.to_json() for label, content in self.checkpoints.items()},
             "comparisons": [asdict(pair) for pair in self.comparisons],
             "notes": self.notes,
@@ -212,7 +213,7 @@ def _configuration(run_dir: Path, stages: dict[str, Record]) -> str | None:
     """The configuration that the stages were made with; of a run without stages what its last command was given."""
     settings: Json = {}
     for record in stages.values():
-        settings |= record.get("settings", {})
+        settings |= record.settings
     if settings:
         seed = settings.pop("seed", None)
         return dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)

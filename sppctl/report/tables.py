@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sppctl.evaluate.values import Kind, Quantity, is_part
+from sppctl.records import LayerRecord
 from sppctl.report import plots
 from sppctl.report.significance import Comparison, Entry
 from sppctl.report.study import SEED, OverSeeds, Row, headlines, pattern_text, places, quantities, short_names
@@ -99,22 +100,22 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     return Table(columns, lines)
 
 
-def type_table(layers: list[plots.Layer]) -> Table:
+def type_table(layers: list[LayerRecord]) -> Table:
     """What pruning did, one row per module type, the experts of all blocks counted in one."""
     key = plots.error_measure(layers)
     error = key.replace("_", " ")
-    damped = any(layer["damp"] is not None for layer in layers)
+    damped = any(layer.damp is not None for layer in layers)
     columns = [Column("module type", kind="code")]
     columns += number_columns("matrices", "mean sparsity", f"mean {error}", "worst")
     columns += [Column("worst layer", kind="code"), *number_columns(*["damping"] * damped, "seconds")]
     lines = []
     for name, points in plots.by_type(layers).items():
         own = [layer for block in points.values() for layer in block]
-        worst = max(own, key=lambda layer: float(layer[key]))
-        sparsity, mean = (sum(layer[what] for layer in own) / len(own) for what in ("sparsity", key))
-        cells = [name, str(len(own)), f"{sparsity:.2%}", f"{mean:.3f}", f"{worst[key]:.3f}", worst["name"]]
-        cells += [_range([layer["damp"] for layer in own if layer["damp"] is not None])] if damped else []
-        lines.append([*cells, f"{sum(layer['seconds'] for layer in own):.1f}"])
+        worst = max(own, key=lambda layer: float(getattr(layer, key)))
+        sparsity, mean = (sum(getattr(layer, what) for layer in own) / len(own) for what in ("sparsity", key))
+        cells = [name, str(len(own)), f"{sparsity:.2%}", f"{mean:.3f}", f"{getattr(worst, key):.3f}", worst.name]
+        cells += [_range([layer.damp for layer in own if layer.damp is not None])] if damped else []
+        lines.append([*cells, f"{sum(layer.seconds for layer in own):.1f}"])
     return Table(columns, lines)
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl import console, distributed, machine
+from sppctl import console, distributed, machine, records
 from sppctl.errors import StageError, UserError, WriteError
-from sppctl.files import disk, sealed
+from sppctl.files import disk
 from sppctl.files.names import DIRECTORIES, RECORD
-from sppctl.records import Attempt, StageRecord, stage_record
+from sppctl.records import Attempt, StageRecord
 from sppctl.run import attempts, dense
 from sppctl.run.publish import RESUMABLE, RunDirectory
 from sppctl.run.stage import M_co, P, Prepared, Stage, settings_of
@@ -46,16 +46,8 @@ class Run(RunDirectory):
         Raises:
             UserError: it is damaged.
         """
-        path = self.path(stage) / RECORD
-        if not self.path(stage).is_dir():
-            return None
-        content = sealed.read(path, _remedy(stage))
-        if content.get("stage") != stage:
-            raise UserError(f"{path} is the record of another stage ({content.get('stage')}); {_remedy(stage)}")
-        try:
-            return stage_record(content, stage)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); {_remedy(stage)}") from error
+        path = self.path(stage)
+        return records.read(path / RECORD, stage, _remedy(stage)) if path.is_dir() else None
 
     def verify(self, stage: str, record: StageRecord[Any]) -> None:
         """Raises UserError if the files of a published stage are not those of its record; each is named."""

@@ -3,14 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pytest
-from made_up_runs import layer, write_record
+from made_up_runs import layer, stage_of, write_record
 from matplotlib.figure import Figure
 
+from sppctl.records import LayerRecord
 from sppctl.report import plots
 from sppctl.run import pipeline
 
@@ -20,11 +22,11 @@ PROJECTIONS = [
 ]
 
 
-def llama(blocks: int = 3, **options: Any) -> list[plots.Layer]:
+def llama(blocks: int = 3, **options: Any) -> list[LayerRecord]:
     return [layer(f"{block}.{name}", **options) for block in range(blocks) for name in PROJECTIONS]
 
 
-def moe() -> list[plots.Layer]:
+def moe() -> list[LayerRecord]:
     """Two blocks of four experts; the errors of block 0 average 0.25, those of block 1 average 0.5."""
     errors = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.4, 0.6, 0.8))
     return [
@@ -59,14 +61,14 @@ def legend(figure: Figure) -> list[str]:
     ],
 )
 def test_a_module_type_is_as_short_as_it_is_clear(names: list[str], types: list[str]) -> None:
-    assert list(plots.by_type([layer("") | {"name": name} for name in names])) == types
+    assert list(plots.by_type([replace(layer(""), name=name) for name in names])) == types
 
 
 def test_layers_are_sorted_by_type_and_block() -> None:
     layers = [*llama(2), layer("10.mlp.up_proj")]
     found = plots.by_type(layers)
     assert list(found) == [name.rpartition(".")[2] for name in PROJECTIONS]
-    assert {block: [one["name"] for one in own] for block, own in found["up_proj"].items()} == {
+    assert {block: [one.name for one in own] for block, own in found["up_proj"].items()} == {
         block: [f"model.layers.{block}.mlp.up_proj"] for block in (0, 1, 10)
     }
 
@@ -76,7 +78,7 @@ def test_layers_are_sorted_by_type_and_block() -> None:
 
 def test_a_line_of_errors_for_each_module_type() -> None:
     layers = llama(2)
-    layers[-1]["relative_output_error"] = 0.75
+    layers[-1] = replace(layers[-1], relative_output_error=0.75)
     errors, _ = plots.draw(layers).axes
     assert len(errors.lines) == 7
     assert errors.lines[-1].get_xydata().tolist() == [[0, 0.25], [1, 0.75]]  # type: ignore[union-attr]
@@ -85,7 +87,7 @@ def test_a_line_of_errors_for_each_module_type() -> None:
 
 def test_errors_close_together_are_not_drawn_from_zero() -> None:
     layers = llama(2)
-    layers[-1]["relative_output_error"] = 0.375
+    layers[-1] = replace(layers[-1], relative_output_error=0.375)
     assert plots.draw(layers).axes[0].get_ylim()[0] > 0.2
 
 
@@ -107,7 +109,7 @@ def test_equal_sparsity_is_one_line() -> None:
 
 def test_different_sparsity_is_a_line_for_each_module_type() -> None:
     layers = llama()
-    layers[0]["sparsity"] = 0.75
+    layers[0] = replace(layers[0], sparsity=0.75)
     _, sparsity = plots.draw(layers).axes
     assert len(sparsity.lines) == 7
     assert list(sparsity.lines[0].get_ydata()) == [75, 50, 50]
@@ -176,11 +178,9 @@ def test_a_failure_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.Mon
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [llama(), None, []])
-def test_a_report_draws_what_was_pruned_if_anything(layers: list[plots.Layer] | None, tmp_path: Path) -> None:
-    metrics = {"method": "wanda", "pattern": "2:4", "matrices": 7, "mean_relative_output_error": 0.25}
-    metrics |= {} if layers is None else {"layers": layers}
-    write_record(tmp_path, "prune", {"wall_time_s": 1.0, "metrics": metrics})
+@pytest.mark.parametrize("layers", [llama(), []])
+def test_a_report_draws_what_was_pruned_if_anything(layers: list[LayerRecord], tmp_path: Path) -> None:
+    write_record(tmp_path, "prune", stage_of("prune", {"layers": layers}))
     pipeline.report([tmp_path])
     figure = {"pruning.svg"} if layers else set()
     files = {"report.md", "report.csv", "report.json", "report.html"}

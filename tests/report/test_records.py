@@ -86,8 +86,7 @@ def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "record", "message"),
     [
-        ("merge", {}, "(it has no wall_time_s); sppctl merge --force redoes it"),
-        ("merge", {"wall_time_s": 1, "metrics": {}}, "(it has no metrics.matrices); sppctl merge"),
+        ("merge", {"stage": "merge"}, "(it has no fingerprint); sppctl merge --force redoes it"),
         ("train", None, "sppctl train --force redoes it"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from made_up_runs import (
     load,
     results_of,
     save,
+    stage_of,
     study_of,
     task,
     text,
@@ -25,6 +27,7 @@ from made_up_runs import (
 )
 
 from sppctl.errors import UserError
+from sppctl.records import StageRecord, to_json
 from sppctl.report import terminal
 from sppctl.report.document import chapter, document
 from sppctl.report.markdown import to_markdown
@@ -33,29 +36,16 @@ from sppctl.report.study import RunStudy, Study
 from sppctl.run import pipeline
 
 FILES = {"report.md", "report.csv", "report.json", "report.html"}
-PRUNE: dict[str, Any] = {
-    "wall_time_s": 12.4,
-    "metrics": {"method": "wanda", "pattern": "2:4", "matrices": 14, "mean_relative_output_error": 0.12345},
-}
-TRAIN: dict[str, Any] = {
-    "wall_time_s": 65.0,
-    "metrics": {
-        "method": "spp",
-        "trainable_parameters": 19578880,
-        "trainable_share": 0.0029,
-        "steps": 300,
-        "tokens": 1234567,
-        "validation_loss": 1.2345,
-    },
-}
-MERGE: dict[str, Any] = {
-    "wall_time_s": 3.0,
-    "metrics": {"matrices": 14, "zeros": 7680, "moved_share": 0.9876, "pattern_unchanged": True},
-}
+PRUNED = {"method": "wanda", "pattern": "2:4", "matrices": 14, "mean_relative_output_error": 0.12345}
+RECORDED = {"created": "today", "command": "sppctl prune", "hardware": "a CPU", "output": "p" * 16}
+PRUNE = stage_of("prune", PRUNED, wall_time_s=12.4, **RECORDED)
+TRAINED = {"method": "spp", "trainable_parameters": 19578880, "trainable_share": 0.0029, "steps": 300}
+TRAIN = stage_of("train", TRAINED | {"tokens": 1234567, "validation_loss": 1.2345}, wall_time_s=65.0)
+MERGE = stage_of("merge", {"matrices": 14, "zeros": 7680, "moved_share": 0.9876}, wall_time_s=3.0)
 
 
-def with_metrics(record: dict[str, Any], **metrics: Any) -> dict[str, Any]:
-    return record | {"metrics": record["metrics"] | metrics}
+def with_metrics(record: StageRecord[Any], **metrics: Any) -> StageRecord[Any]:
+    return replace(record, metrics=replace(record.metrics, **metrics))
 
 
 def markdown(*runs: RunStudy, folders: tuple[str, ...] = ("",)) -> str:
@@ -119,6 +109,16 @@ def test_a_report_in_markdown() -> None:
         "\n"
         "## How it was made\n"
         "\n"
+        "```\n"
+        "sppctl prune\n"
+        "```\n"
+        "\n"
+        "**Stages**\n"
+        "\n"
+        "| stage | finished | seconds | peak memory, MB | seed | hardware |\n"
+        "| --- | --- | ---: | ---: | ---: | --- |\n"
+        "| prune | today | 12 | - | 0 | a CPU |\n"
+        "\n"
         "**Evaluations**\n"
         "\n"
         "| weights | text or tasks | measured on | dtype | device | seconds |\n"
@@ -130,6 +130,7 @@ def test_a_report_in_markdown() -> None:
         "\n"
         "| stage | what | value |\n"
         "| --- | --- | --- |\n"
+        "| prune | output | pppppppppppppppp |\n"
         "| eval base | text of ppl prose @64 | x |\n"
         "| eval pruned | text of ppl prose @64 | x |\n"
     )
@@ -137,7 +138,7 @@ def test_a_report_in_markdown() -> None:
 
 def test_pruned_layers_are_a_table_and_a_figure_and_no_results_are_said() -> None:
     prune = with_metrics(PRUNE, layers=[layer("0.mlp.up_proj")])
-    assert markdown(study_of(stages={"prune": prune})) == (
+    assert markdown(study_of(stages={"prune": prune})).partition("\n## How it was made")[0] == (
         "# runs/mine\n"
         "\n"
         "- prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s\n"
@@ -296,7 +297,7 @@ def test_an_unfinished_run_and_one_that_is_none(tmp_path: Path) -> None:
         pipeline.report([tmp_path])
     write_record(tmp_path, "prune", PRUNE)
     nothing = {"config": None, "checkpoints": {}, "comparisons": [], "notes": [], "table": []}
-    assert RunStudy.of(tmp_path).to_json() == {"run": str(tmp_path), "stages": {"prune": PRUNE}} | nothing
+    assert RunStudy.of(tmp_path).to_json() == {"run": str(tmp_path), "stages": {"prune": to_json(PRUNE)}} | nothing
     with pytest.raises(UserError, match=r"--latex .*: nothing has been measured yet"):
         pipeline.report([tmp_path], latex=tmp_path / "a.tex")
 

@@ -17,6 +17,7 @@ from made_up_runs import (
     load,
     results_of,
     save,
+    stage_of,
     study_of,
     text,
     with_measure,
@@ -114,8 +115,8 @@ def test_perplexities_first_and_what_a_paper_quotes(one: RunStudy) -> None:
 
 
 def test_a_merged_checkpoint_whose_zeros_were_filled_has_the_pattern_that_it_has() -> None:
-    stages: Any = {"prune": {"metrics": {"method": "wanda", "pattern": "2:4, 0.3 in 1 matrices"}}}
-    stages["merge"] = {"metrics": {"pattern_unchanged": False}}
+    pruned = stage_of("prune", {"method": "wanda", "pattern": "2:4, 0.3 in 1 matrices"})
+    stages = {"prune": pruned, "merge": stage_of("merge", {"pattern_unchanged": False})}
     merged = results_of("merged", [text(15.0)], DENSE)
     run = RunStudy.over("r", None, stages, {"pruned": results_of("pruned", []), "merged": merged}, {}, [])
     assert [row.pattern for row in run.rows] == ["2:4, 0.3 in 1 matrices", "dense"]
