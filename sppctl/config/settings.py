@@ -204,7 +204,7 @@ class TrainConfig:
     mask_decay: float = _key(2e-4, "ste: SR-STE's decay of pruned weights towards zero", low=0)
     targets: list[str] | Literal["pruned"] = _key("pruned", "names of linear layers; pruned: those that were pruned")
     data: TrainDataConfig = field(default_factory=TrainDataConfig)
-    epochs: float = _key(3.0, "passes over the data", above=0)
+    epochs: float = _key(3.0, "passes over the data", above=0, high=1e6)
     max_steps: int | None = _key(None, "stop after this many optimizer steps; overrides epochs", low=1)
     batch_size: int = _key(128, "examples per optimizer step, over all devices; accumulation is derived", low=1)
     micro_batch_size: int = _key(8, "examples per device and forward pass", low=1, affects_result=False)

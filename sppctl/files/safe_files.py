@@ -313,10 +313,10 @@ class TensorFiles:
         if missing:
             raise UserError(f"{directory}: shard {missing[0]} is missing, though {INDEX_NAME} names it")
         surplus = [name for name in there if _SHARD.fullmatch(name) and name not in names]
+        if surplus and SINGLE_NAME in there:
+            raise UserError(f"{directory}: {surplus[0]} is a shard beside {SINGLE_NAME}; remove one of both")
         if surplus:
-            raise UserError(
-                f"{directory}: {surplus[0]} does not belong to the weights in {names[0]}; remove it, or download again"
-            )
+            raise UserError(f"{directory}: {INDEX_NAME} does not name {surplus[0]}; download both again")
         return names
 
     def _check_index(self, index: dict[str, str]) -> None:

@@ -335,6 +335,12 @@ def test_a_gguf_file_of_the_command_line_stays(load: Load, overrides: tuple[str,
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["model.path", "eval.perplexity"])
+def test_a_path_has_no_control_characters(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^command line: {key}: the .* contains a control character$"):
+        load_config(None, [f'{key}="a\\nb"'])
+
+
 def test_all_problems_come_in_one_message_with_their_source(load: Load, tmp_path: Path) -> None:
     text = "prune: {metod: wanda, pattern: 4:2}\ntrain: {rank: 0, scale: two}\nevall: {}"
     found = problems_of(load, text, "train.lr=-1", "merge.dtyp=auto")

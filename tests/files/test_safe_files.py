@@ -348,7 +348,7 @@ def test_an_index_that_does_not_describe_its_shards(make_checkpoint: Callable[..
     refused(lambda index: index.update(extra=first), rf"extra is in no shard, but in {first} by {INDEX_NAME}")
     refused(lambda index: index.pop(name), rf"{name} is in model-0000\d-of-00006\.safetensors, but in no shard by")
     refused(lambda index: index.update({name: first if index[name] != first else last}), rf"{name} is in model-")
-    unnamed = r"model-00006-of-00006\.safetensors does not belong to the weights in model-00001-of-00006"
+    unnamed = r"model\.safetensors\.index\.json does not name model-00006-of-00006\.safetensors; download both"
     refused(lambda index: [index.pop(key) for key in list(index) if index[key] == last], unnamed)
 
 
@@ -367,7 +367,7 @@ def test_leftover_shards_beside_one_file(llama: Path, make_checkpoint: Callable[
     for name in ("model-00001-of-00002.safetensors", "shard-00000-model-00001-of-00001.safetensors"):
         out = Path(shutil.copytree(llama, tmp_path / name))
         shutil.copy(llama / "model.safetensors", out / name)
-        with pytest.raises(UserError, match=rf"{name} does not belong to the weights in model\.safetensors"):
+        with pytest.raises(UserError, match=rf"{name} is a shard beside model\.safetensors; remove one"):
             TensorFiles(out)
 
 
