@@ -774,8 +774,8 @@ CHECKPOINTS = [
         prune_all_but_one_group,
         code=1,
     ),
-    Case("report on no run", "report model", ("model holds no run", "run.dir")),
-    Case("report on nothing", "report nowhere", ("nowhere holds no run",)),
+    Case("report on no run", "report model", ("model is not a run directory", "run.dir")),
+    Case("report on nothing", "report nowhere", ("nowhere is not a run directory",)),
     Case("inspect what no file can be called", f"inspect {300 * 'n'}", ("... is longer than", "a file name (255)")),
     Case("report on what no file can be called", f"report {300 * 'n'}", ("... is longer than", "a file name (255)")),
     Case("evaluate what no file can be called", f"eval {{config}} --model {300 * 'n'}", ("... is longer than",)),
@@ -961,7 +961,7 @@ IN_A_RUN = [
         ("pruned/stage.json", "damaged"),
         write("run/pruned/stage.json", "{"),
     ),
-    Case("report on a good and a bad run", "report run model", ("model holds no run",)),
+    Case("report on a good and a bad run", "report run model", ("model is not a run directory",)),
 ]
 
 

@@ -341,7 +341,7 @@ def test_verify_reads_every_file_and_names_what_is_wrong(command: Command, here:
 def test_verify_of_no_run_is_refused(command: Command, tmp_path: Path) -> None:
     outcome = command("verify", str(tmp_path))
     assert outcome.code == 2
-    assert "holds no run" in outcome.err
+    assert "is not a run directory" in outcome.err
 
 
 def test_inspect_json_is_whole_also_where_the_expectation_fails(command: Command, here: Path) -> None:

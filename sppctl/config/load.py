@@ -180,8 +180,11 @@ def _nearest(key: str) -> str:
     every = list(config_keys())
     section, _, leaf = key.rpartition(".")
     inside = [name for name in every if section and name.startswith(f"{section}.")]
+    prefix = f"{section}." if inside else ""
+    beside = {name.removeprefix(prefix).partition(".")[0] for name in inside or every}
     leaves = {name.rpartition(".")[2]: name for name in reversed(inside or every)}
-    close = did_you_mean(leaf, leaves)
+    siblings = {} if leaf in leaves else {name: f"{prefix}{name}" for name in sorted(beside)}
+    close = did_you_mean(leaf, siblings) or did_you_mean(leaf, leaves)
     return close or f"; see `sppctl config --schema`{f', section {section}' if inside else ''}"
 
 

@@ -34,7 +34,9 @@ def execute(run_dir: Path) -> list[Checked]:
     for path in sorted((run_dir / "eval").glob("*.json")):
         found += _results(path)
     if not found:
-        raise UserError(f"{run_dir} holds no run: no stage.json and no eval/*.json; give the run.dir of a run")
+        raise UserError(
+            f"{run_dir} is not a run directory (no */stage.json, no eval/*.json); give the run.dir of a run"
+        )
     return found
 
 

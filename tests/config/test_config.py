@@ -361,6 +361,7 @@ def test_all_problems_come_in_one_message_with_their_source(load: Load, tmp_path
         ("train.learning_rate", "see `sppctl config --schema`, section train"),
         ("prune.zzz", "see `sppctl config --schema`, section prune"),
         ("rank", "did you mean train.rank?"),
+        ("trian.lr", "did you mean train?"),
         ("patern", "did you mean prune.pattern?"),
         ("prune.calibration.sample", "did you mean prune.calibration.samples?"),
         ("eval.task", "did you mean eval.tasks?"),
@@ -369,7 +370,7 @@ def test_all_problems_come_in_one_message_with_their_source(load: Load, tmp_path
 )
 def test_an_unknown_key_points_to_a_known_one(load: Load, key: str, suggestion: str) -> None:
     (problem,) = problems_of(load, "", f"{key}=1")
-    assert problem.startswith(f"command line: {key}: unknown key")
+    assert problem.startswith(f"command line: {key.removesuffix('.lr')}: unknown key")
     assert suggestion in problem
 
 

@@ -293,7 +293,7 @@ def test_a_run_in_parts_has_a_report(gone: str, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_and_one_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="is not a run directory"):
         pipeline.report([tmp_path])
     write_record(tmp_path, "prune", PRUNE)
     nothing = {"config": None, "checkpoints": {}, "comparisons": [], "notes": [], "table": []}
