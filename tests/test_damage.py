@@ -74,6 +74,7 @@ READERS: dict[str, Callable[[], object]] = {
 MAKERS = {"pruned": PRUNE, "adapter": TRAIN, "merged": MERGE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", READERS)
 def test_every_damage_to_every_file_is_named_by_the_next_stage_that_reads_it(folder: str, here: Path) -> None:
     paths = [path for path in sorted((here / folder).rglob("*")) if path.is_file() and "logs" not in path.parts]

@@ -230,6 +230,7 @@ def test_prefetch_opens_everything_once_with_and_once_without_the_network(cluste
     assert [call[0] for call in cluster.calls("fake-python")] == ["-m", "scripts/prefetch.py", "scripts/prefetch.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "code", "problem"),
     [

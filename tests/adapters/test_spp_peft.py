@@ -205,6 +205,7 @@ def test_bad_targets(pruned: nn.Module) -> None:
         get_peft_model(pruned, config(target_modules=["embed_tokens"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["import sppctl, peft", "import peft, sppctl", "import sppctl, peft.mapping"])
 def test_importing_sppctl_registers_spp_whatever_the_order(statement: str) -> None:
     code = f"{statement}; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m; assert 'SPP' in m"

@@ -118,6 +118,7 @@ for kernel, pointers in ((kernels._write_kernel, 4), (kernels._gradient_kernel, 
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_gpus(kernels: types.ModuleType, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

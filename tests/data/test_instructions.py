@@ -515,6 +515,7 @@ def test_a_damaged_file_is_made_anew(counting: Counting, cache: Path, damage: st
 # --- the data mirror --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_alpaca_of_the_mirror(from_mirror: Callable[[str], Any]) -> None:
     expression = (

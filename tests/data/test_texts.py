@@ -359,6 +359,7 @@ def test_c4_is_measured_on_as_in_the_literature(monkeypatch: pytest.MonkeyPatch)
     assert (text.joiner, text.windows) == (" ", 256)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_c4_of_the_mirror(from_mirror: FromMirror) -> None:
     found = from_mirror("texts.load_text('c4', 'train', 'key').documents")
@@ -366,6 +367,7 @@ def test_c4_of_the_mirror(from_mirror: FromMirror) -> None:
     assert all(document.strip() for document in found)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
     text = from_mirror("vars(texts.load_text('wikitext2', 'test', 'key'))")
@@ -375,6 +377,7 @@ def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
     assert text["documents"][:2] == ["", " = Robert Boulter = \n"]
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_alpaca_of_the_mirror(from_mirror: FromMirror) -> None:
     (text,) = from_mirror("texts.load_text('alpaca', 'train[:1]', 'key').documents")

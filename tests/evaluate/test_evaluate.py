@@ -119,6 +119,7 @@ def test_the_default_window_bounds_the_stride(work: Callable[..., Run], monkeypa
 # --- the dense model --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time(
     work: Callable[..., Run], alpaca_file: Path, text_file: Path, monkeypatch: Any, capfd: Any
 ) -> None:

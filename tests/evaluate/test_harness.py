@@ -63,6 +63,7 @@ def test_tasks_that_are_unknown_or_run_code_are_refused(names: list[str], messag
         check_tasks(names)
 
 
+@pytest.mark.slow
 def test_patterns_mean_all_tasks_and_groups_that_fit(own_tasks: Path) -> None:
     names = ["wikitext", "arc_?asy", "a[r]c_easy", "all"]
     assert harness.expanded(names) == ["wikitext", "arc_easy", "zeroshot", "mmlu"]

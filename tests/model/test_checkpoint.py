@@ -438,6 +438,7 @@ def test_a_broken_gguf_file(tmp_path: Path) -> None:
         load_gguf_config(tmp_path, "small.gguf")
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_configuration_of_a_gguf_file() -> None:
     config = load_gguf_config(*smollm2())

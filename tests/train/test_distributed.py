@@ -328,6 +328,7 @@ def test_run_uses_the_processes_where_it_can(torchrun: int, work: Path, tmp_path
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_impossible_batch_is_refused_before_anything_starts(several: Several) -> None:
     arguments, directory = several(3, "ddp", "float32")
     done = call(arguments)
