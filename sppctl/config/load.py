@@ -252,9 +252,6 @@ def _expanded(value: Any) -> Any:
         if len(found) < len(value):
             raise ValueError(f"two of {', '.join(value)} are the same path")
         return found
-    names = value if isinstance(value, list) else [value or ""]
-    if any(ord(character) < ord(" ") for name in names for character in name):
-        raise ValueError(f"{shown(value)} contains a control character")
     return [expand(name) for name in value] if isinstance(value, list) else value and expand(value)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sppctl import __version__, console, distributed
+from sppctl import console, distributed, machine
 from sppctl.config.settings import Config
 from sppctl.data import texts, vocabulary
 from sppctl.data.chat import try_template
@@ -308,15 +308,8 @@ def _measured(
     return replace(
         result,
         seconds=round(time.perf_counter() - started, 2),
-        versions=_versions(),
+        versions=machine.versions("torch", "transformers", "lm_eval", "datasets"),
         batch_size=config.eval.batch_size,
         tokenizer=checkpoint.tokenizer_fingerprint(subject.directory),
         command=console.command_line(),
     )
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    names = ("torch", "transformers", "lm_eval", "datasets")
-    return {"sppctl": __version__} | {name: importlib.metadata.version(name) for name in names}

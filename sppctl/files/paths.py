@@ -15,12 +15,14 @@ def expand(path: str) -> str:
     """A path whose ``~`` or ``~user`` is replaced by that home directory; any other path as it is.
 
     Raises:
-        UserError: that home directory is not known, or the path is longer than any.
+        UserError: that home directory is not known, or the path is longer than any, or has a control character in it.
     """
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
         raise UserError(
             f"{path[:60]}... is longer than a path ({LONGEST_PATH:,} bytes) or a file name ({LONGEST_NAME}) can be"
         )
+    if any(ord(character) < ord(" ") for character in path):
+        raise UserError(f"the path {path!r} contains a control character")
     if not path.startswith("~"):
         return path
     own = path.partition("/")[0] == "~"

@@ -70,9 +70,12 @@ def _check(path: Path, content: Any, keys: list[str], remedy: str) -> None:
 def demand(run_dir: Path) -> None:
     """Raises UserError if a directory has no records."""
     if not [*run_dir.glob(f"*/{RECORD}"), *run_dir.glob("eval/*.json")]:
-        raise UserError(
-            f"{run_dir} is not a run directory (no */stage.json, no eval/*.json); give the run.dir of a run"
-        )
+        raise no_run(run_dir)
+
+
+def no_run(run_dir: Path) -> UserError:
+    """The error about a directory without records."""
+    return UserError(f"{run_dir} is not a run directory (no */stage.json, no eval/*.json); give the run.dir of a run")
 
 
 # --- of the weights that are there ------------------------------------------------------------------------------------

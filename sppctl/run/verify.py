@@ -10,6 +10,7 @@ from sppctl.evaluate import tasks
 from sppctl.evaluate.results import Results
 from sppctl.files import integrity, sealed
 from sppctl.files.names import RECORD
+from sppctl.report.records import no_run
 
 STAGES = {"base": None, "pruned": "prune", "adapter": "train", "merged": "merge"}
 
@@ -34,9 +35,7 @@ def execute(run_dir: Path) -> list[Checked]:
     for path in sorted((run_dir / "eval").glob("*.json")):
         found += _results(path)
     if not found:
-        raise UserError(
-            f"{run_dir} is not a run directory (no */stage.json, no eval/*.json); give the run.dir of a run"
-        )
+        raise no_run(run_dir)
     return found
 
 

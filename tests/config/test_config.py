@@ -335,10 +335,11 @@ def test_a_gguf_file_of_the_command_line_stays(load: Load, overrides: tuple[str,
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["model.path", "eval.perplexity"])
-def test_a_path_has_no_control_characters(key: str) -> None:
-    with pytest.raises(UserError, match=rf"^command line: {key}: the .* contains a control character$"):
-        load_config(None, [f'{key}="a\\nb"'])
+@pytest.mark.parametrize("value", ['model.path="a\\nb"', 'eval.perplexity="a\\nb"', 'train.data.dataset={"a\\nb": 1}'])
+def test_a_path_has_no_control_characters(value: str) -> None:
+    key = value.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^command line: {key}: the path .* contains a control character$"):
+        load_config(None, [value])
 
 
 def test_all_problems_come_in_one_message_with_their_source(load: Load, tmp_path: Path) -> None:
