@@ -112,7 +112,7 @@ def first_process_first() -> Iterator[None]:
             barrier()
 
 
-def add_up(*tensors: torch.Tensor) -> None:
+def all_reduce_sum(*tensors: torch.Tensor) -> None:
     """Replaces each tensor by its sum over the processes."""
     import torch.distributed as dist
 
@@ -130,18 +130,18 @@ class Counted(Protocol):
         """The sums, to be changed in place."""
 
 
-def add_up_counted(statistics: Counted) -> None:
+def all_reduce_counted(statistics: Counted) -> None:
     """Replaces sums and number of tokens by those of all processes."""
     import torch
 
     if world_size() > 1:
         totals = statistics.totals()
         count = torch.tensor(statistics.num_tokens, device=totals[0].device)
-        add_up(count, *totals)
+        all_reduce_sum(count, *totals)
         statistics.num_tokens = int(count)
 
 
-def largest(tensor: torch.Tensor) -> None:
+def all_reduce_max(tensor: torch.Tensor) -> None:
     """Replaces a tensor by its maximum over the processes."""
     import torch.distributed as dist
 
@@ -149,7 +149,7 @@ def largest(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def send(tensor: torch.Tensor, source: int) -> None:
+def broadcast(tensor: torch.Tensor, source: int) -> None:
     """Overwrites a tensor with that of process ``source``."""
     import torch.distributed as dist
 
@@ -157,18 +157,12 @@ def send(tensor: torch.Tensor, source: int) -> None:
         dist.broadcast(tensor, source)
 
 
-def first(value: T | None) -> T | None:
+def first_known(value: T | None) -> T | None:
     """The small value of the first process that has one, known to all; None where none has."""
-    import torch.distributed as dist
-
-    if world_size() == 1:
-        return value
-    values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return next((found for found in values if found is not None), None)
+    return next((found for found in gather_objects(value) if found is not None), None)
 
 
-def tell(value: T, source: int) -> T:
+def broadcast_object(value: T, source: int) -> T:
     """The small value that process ``source`` has."""
     import torch.distributed as dist
 
@@ -189,14 +183,14 @@ def decide(choose: Callable[[], T]) -> T:
             outcome = choose()
         except (UserError, StageError) as error:
             outcome = error
-    told = tell(outcome, 0)
-    if isinstance(told, UserError | StageError):
-        told.shared = True
-        raise told
-    return told  # type: ignore[return-value]
+    outcome = broadcast_object(outcome, 0)
+    if isinstance(outcome, UserError | StageError):
+        outcome.shared = True
+        raise outcome
+    return outcome  # type: ignore[return-value]
 
 
-def collect(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """The small values of all processes, in their order."""
     import torch.distributed as dist
 

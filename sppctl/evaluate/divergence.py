@@ -83,7 +83,7 @@ def _reserve(file: Path, size: int) -> None:
             f"the hidden states of the dense model take {size:,} bytes in {file.parent}, where {free:,} are free "
             f"({error.strerror}); free some, or set eval.divergence to null"
         )
-    problem = distributed.first(problem)  # all processes end together
+    problem = distributed.first_known(problem)  # all processes end together
     if problem is not None:
         file.unlink(missing_ok=True)
         raise StageError(problem)

@@ -224,7 +224,7 @@ def measure(
             bar.advance(f"{nll.exp().item():.2f}", steps=len(batch))
     if distributed.world_size() > 1:
         shared = sums.to(model.device)  # NCCL adds up on GPUs only
-        distributed.add_up(shared)
+        distributed.all_reduce_sum(shared)
         sums = shared.cpu()
     _check_finite(sums, model, label)
     losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by

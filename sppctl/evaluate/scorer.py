@@ -67,7 +67,7 @@ class Scorer(HFLM):
         torch.cuda.empty_cache()
         sharing = distributed.world_size() if self.device.type == "cpu" else 1
         free = torch.tensor([-machine.free_memory(self.device) / sharing], device=self.device)
-        distributed.largest(free)  # the process with the least decides for all
+        distributed.all_reduce_max(free)  # the process with the least decides for all
         self._room = -free.item() * MEMORY_SHARE
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
@@ -115,7 +115,7 @@ class Scorer(HFLM):
             found = machine.in_halves(self._score, [requests[index] for index in batch])
             scores[batch] = torch.tensor(found, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
-        distributed.add_up(shared)
+        distributed.all_reduce_sum(shared)
         if shared.isnan().any():
             raise StageError(f"logits are not finite (dtype {str(self.model.dtype).removeprefix('torch.')})")
         return [(likelihood, bool(greedy)) for likelihood, greedy in shared.tolist()]
@@ -173,7 +173,7 @@ class Scorer(HFLM):
             texts |= dict(
                 zip(batch, machine.in_halves(self._generate, [requests[index] for index in batch]), strict=True)
             )
-        for other in distributed.collect(texts):
+        for other in distributed.gather_objects(texts):
             texts |= other
         return [texts[index] for index in range(len(requests))]
 

@@ -254,7 +254,7 @@ def execute(
     Returns:
         The content of the results file.
     """
-    content: Results | None = distributed.tell(Results.load(path), 0)
+    content: Results | None = distributed.broadcast_object(Results.load(path), 0)
     if content is None or content.fingerprint != subject.fingerprint:
         content = _none_yet(subject, path)
     # a mean over a group would mix what was measured before and after its files changed

@@ -308,7 +308,7 @@ class BlockWork:
                 problem = str(error)
             except ValueError as error:
                 problem = f"{names[0]}: {error}"
-        damp, problem = distributed.tell((damp, problem), owner)
+        damp, problem = distributed.broadcast_object((damp, problem), owner)
         if problem is not None:  # known to all, so that the first process can say it and none waits for another
             raise StageError(problem)
         self._share(weights, owner)
@@ -326,7 +326,7 @@ class BlockWork:
         if distributed.world_size() > 1:
             for weight in weights:
                 whole = weight.contiguous()
-                distributed.send(whole, owner)
+                distributed.broadcast(whole, owner)
                 weight.copy_(whole)
 
     def _masks(self, names: list[str], patterns: list[Pattern]) -> list[Tensor] | None:

@@ -66,7 +66,7 @@ class LayerInputs:
         Raises:
             StageError: they are not finite.
         """
-        distributed.add_up_counted(self.statistics)
+        distributed.all_reduce_counted(self.statistics)
         if not all(torch.isfinite(total).all() for total in self.statistics.totals()):
             raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")
 

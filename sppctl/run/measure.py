@@ -37,7 +37,7 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
         results = results_of(run, label)
         compared = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
         # from the first process: the others may have read the file while it was written
-        known[label] = distributed.tell([] if run.force else stage.known(run.config, subject, results), 0)
+        known[label] = distributed.broadcast_object([] if run.force else stage.known(run.config, subject, results), 0)
         wanted = stage.missing(run.config, subject, known[label], texts, compared)
         compute = distributed.decide(partial(choose_dtype, run.config, subject.directory))
         if wanted:

@@ -89,7 +89,7 @@ def _problem(write: Callable[[], None]) -> str | None:
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         if hides_full_disk(error) and not isinstance(error, OSError):
             problem += " (is the disk full?)"
-    return distributed.first(problem)
+    return distributed.first_known(problem)
 
 
 def save_random_state(directory: Path) -> None:

@@ -123,7 +123,7 @@ class Distillation:
         # the first token of a row is predicted by nothing
         own = sum(int(batch["response_mask"][:, 1:].sum()) for batch in batches)
         count = torch.tensor(own, device=device)
-        distributed.add_up(count)
+        distributed.all_reduce_sum(count)
         self._responses = max(1, int(count))
         self._steps += 1
 
@@ -155,7 +155,7 @@ class Distillation:
     def report(self) -> float:
         """Mean divergence of a response token since the last report, over all processes."""
         total = torch.as_tensor(self._divergence, dtype=torch.float32).clone()
-        distributed.add_up(total)
+        distributed.all_reduce_sum(total)
         mean = total.item() / max(1, self._steps)
         self._divergence, self._steps = 0.0, 0
         return mean

@@ -157,7 +157,7 @@ class Loop:
         predicted = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         seen = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
         counts = torch.tensor([predicted, seen], device=self.accelerator.device)
-        distributed.add_up(counts)
+        distributed.all_reduce_sum(counts)
         self.state.tokens += int(counts[1])
         if self.distillation is not None:
             self.distillation.start_step(batches, self.accelerator.device)
@@ -190,7 +190,7 @@ class Loop:
 
     def _report(self, norm: float, rate: float) -> None:
         """The mean loss since the last report."""
-        distributed.add_up(self._loss)
+        distributed.all_reduce_sum(self._loss)
         loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported)
         self._loss.zero_()
         self._reported = self.state.step
@@ -216,7 +216,7 @@ class Loop:
             if count:  # fillers alone have no mean
                 total += torch.tensor([loss * count, count], dtype=torch.float64)
         total = total.to(self.accelerator.device)
-        distributed.add_up(total)
+        distributed.all_reduce_sum(total)
         mean = float(total[0] / total[1])
         if not math.isfinite(mean):
             raise SharedError(f"the validation loss is {mean} at step {self.state.step}; lower train.lr")
@@ -268,7 +268,7 @@ class Loop:
         if distributed.is_main():
             trained = adapter or {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
             broken = next((name for name, tensor in trained.items() if not tensor.isfinite().all()), None)
-        broken = distributed.first(broken)
+        broken = distributed.first_known(broken)
         if broken is not None:
             raise SharedError(f"the adapter is not finite after step {self.state.step}: {broken}; lower train.lr")
         if distributed.is_main():

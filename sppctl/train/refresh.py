@@ -178,12 +178,12 @@ class MaskRefresh(Hook):
         swaps = total = 0
         for index, (name, layer) in enumerate(self.layers.items()):
             before, statistics = self.base_weight(name), self._statistics[name]
-            distributed.add_up_counted(statistics)
+            distributed.all_reduce_counted(statistics)
             after = before.clone()
             source = index % distributed.world_size()
             if distributed.rank() == source:
                 after.copy_(self._exchanged(name, layer, before, statistics))
-            distributed.send(after, source)
+            distributed.broadcast(after, source)
             pattern = self.patterns[name]
             assert torch.equal(kept_per_group(after, pattern), kept_per_group(before, pattern)), name
             regrown = int(((after != 0) & (before == 0)).sum())

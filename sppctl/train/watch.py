@@ -137,18 +137,18 @@ def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: floa
     stacked = torch.stack([*losses])
     broken = torch.stack([(~stacked.isfinite()).any(), torch.tensor(not math.isfinite(norm), device=stacked.device)])
     broken = broken.int()
-    distributed.largest(broken)
+    distributed.all_reduce_max(broken)
     loss_broken, norm_broken = broken.tolist()
     advice = "lower train.lr, or look at these examples"
     if loss_broken:
         values = zip(stacked.tolist(), batches, strict=True)
         own = next(((value, batch["examples"]) for value, batch in values if not math.isfinite(value)), None)
-        value, examples = distributed.first(own) or (math.nan, [])
+        value, examples = distributed.first_known(own) or (math.nan, [])
         raise SharedError(
             f"the training loss is {value} at step {step}, in training examples {_listed(examples)}; {advice}"
         )
     if norm_broken:
-        collected = distributed.collect([number for batch in batches for number in batch["examples"]])
+        collected = distributed.gather_objects([number for batch in batches for number in batch["examples"]])
         numbers = sorted({number for part in collected for number in part})
         raise SharedError(
             f"the norm of the gradient is {norm} at step {step}, of training examples {_listed(numbers)}; {advice}"
@@ -181,5 +181,5 @@ class StopSignals:
     def agreed(self, device: torch.device) -> int | None:
         """The signal that any of the processes has caught, so that all stop after the same step."""
         flag = torch.tensor(self.caught or 0, device=device)
-        distributed.largest(flag)
+        distributed.all_reduce_max(flag)
         return int(flag) or None
