@@ -40,14 +40,14 @@ def environment(**more: str) -> dict[str, str]:
 class Process:
     """``sppctl ARGUMENTS``, changed by ``patch``, which is executed first.
 
-    A process that has used a GPU cannot be forked; there a new one is started.
+    A process that has used a GPU, or OpenMP in several threads, cannot be forked; there a new one is started.
     """
 
     def __init__(self, arguments: list[str], patch: str = "", variables: Mapping[str, str] | None = None) -> None:
         self._said = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         script = f"{patch}\nfrom sppctl import cli\ncli.main()"
         variables = environment(**(variables or {}))
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized() or torch.get_num_threads() > 1:
             command = [sys.executable, "-c", script, *arguments]
             self._pid = subprocess.Popen(command, env=variables, stdout=self._said[0], stderr=self._said[1]).pid
             return
