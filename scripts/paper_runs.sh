@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's settings by name, MODEL-METHOD-PATTERN, on Slurm or here. Hyperparameters are those of configs/MODEL.yaml.
+# Runs the paper's settings by name, MODEL-METHOD-PATTERN, on Slurm or locally, with the hyperparameters of
+# configs/MODEL.yaml.
 #   scripts/paper_runs.sh --list
 #   scripts/paper_runs.sh [--dry-run] [--local] NAME [KEY=VALUE...]
 set -euo pipefail
@@ -15,7 +16,7 @@ fail() {
     exit 2
 }
 
-# every name, and the configuration and overrides that it means
+# each name with its configuration and overrides
 declare -A settings=()
 names=()
 for model in "${models[@]}"; do

@@ -1,6 +1,6 @@
-"""Opens the model, data sets and tasks of a configuration, which puts them into the Hugging Face cache.
+"""Downloads the model, data sets and tasks of a configuration into the Hugging Face cache by opening them.
 
-Called by prefetch.sh, once with the network and once without: what opens offline here opens on a compute node.
+prefetch.sh runs this twice, with and without network access: what opens offline here also opens on a compute node.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from sppctl.run.directory import Run
 
 
 def prefetch(path: str) -> None:
-    """Opens all that ``sppctl run`` with the configuration ``path`` would read.
+    """Opens everything that ``sppctl run`` would read with the configuration ``path``.
 
     Raises:
-        UserError: the model or a data set cannot be had.
-        StageError: the data of a task cannot be had.
+        UserError: the model or a data set could not be loaded.
+        StageError: the data of a task could not be loaded.
     """
-    # login nodes have no GPUs, and the stages' own checks ask for the device first
+    # login nodes have no GPUs, and the checks of the stages look for the device first
     config = load_config(path, ["model.device=cpu", "launch.num_processes=1", "launch.num_machines=1"])
     offline = constants.HF_HUB_OFFLINE
-    console.note(f"{'opening offline' if offline else 'fetching'}: {config.model.path}, its texts and training data")
+    console.note(f"{'opening offline' if offline else 'downloading'}: {config.model.path}, its texts and training data")
     splits = {"train": config.prune.calibration.dataset == "c4", "validation": "c4" in config.eval.perplexity}
     for split in [split for split, read in splits.items() if read and not offline]:
-        # the whole shard: what is streamed leaves nothing in the cache
+        # download the whole shard: streaming leaves nothing in the cache
         hf_hub_download("allenai/c4", texts.C4_FIRST_SHARD[split], repo_type="dataset")
     calibration = config.prune.calibration
     if not offline and texts.is_hub_id(calibration.dataset) and not Path(calibration.dataset).is_file():
@@ -40,7 +40,7 @@ def prefetch(path: str) -> None:
     pipeline.preflight(Run(config, force=True), ("prune", "train", "eval"))
     wanted = [measure.task for measure in tasks.wanted(config)]
     if wanted:
-        console.note(f"{'opening offline' if offline else 'fetching'}: {len(wanted)} tasks")
+        console.note(f"{'opening offline' if offline else 'downloading'}: {len(wanted)} tasks")
         harness.load_tasks(wanted, config.eval.include_path)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a node with a network: fetches all that a run needs into the Hugging Face cache, then opens it as a node without a
-# network would. Set HF_HOME to a directory that the compute nodes see.
+# On a node with network access: downloads everything that a run needs into the Hugging Face cache, then opens it
+# offline, as a compute node would. Set HF_HOME to a directory that the compute nodes can read.
 #   scripts/prefetch.sh CONFIG [KEY=VALUE...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

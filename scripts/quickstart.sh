@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing but Python to a pruned, retrained, merged and evaluated model. Arguments go to `sppctl run`.
+# Installs sppctl, then prunes, retrains, merges and evaluates a model. Arguments are passed to `sppctl run`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

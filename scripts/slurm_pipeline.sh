@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Submits prune -> train -> merge and eval as jobs that wait for each other, and prints their ids.
 #   scripts/slurm_pipeline.sh CONFIG [KEY=VALUE...]
-# DRY_RUN=1 prints the sbatch commands instead. NODES, GPUS_PER_NODE and the rest: scripts/cluster.env.example.
+# DRY_RUN=1 prints the sbatch commands instead. For NODES, GPUS_PER_NODE and more see scripts/cluster.env.example.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/cluster.sh
-"${sppctl[@]}" config "$@" > /dev/null  # a wrong configuration is told now, not by a job tomorrow
+"${sppctl[@]}" config "$@" > /dev/null  # reports an invalid configuration now rather than later in a job
 
 logs=runs/logs
 job_options

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # base -> pruned in one job. From the root of the checkout: sbatch scripts/slurm_prune.sh CONFIG [KEY=VALUE...]
-# With several tasks (--ntasks-per-node=4 --gpus-per-node=4) they share the calibration windows and the layers.
-# Finished blocks are kept: a job that was preempted, or whose time is nearly over, is queued again and goes on.
+# Several tasks (--ntasks-per-node=4 --gpus-per-node=4) split the calibration windows and the layers.
+# Finished blocks are kept: a job that was preempted or is close to its time limit is requeued and continues.
 #SBATCH --job-name=sppctl-prune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

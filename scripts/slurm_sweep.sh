@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One member of a sweep that several runs share (the dense model's measures, a pruned checkpoint), or the report over all
-# runs. From the root of the checkout: sbatch scripts/slurm_sweep.sh SWEEP.yaml [KEY=VALUE...] --only NAME
-# `sppctl sweep SWEEP.yaml --slurm DIR` writes the jobs that call it, with those of the runs.
+# One part of a sweep that several runs share (evaluation of the dense model, a pruned checkpoint), or the report over
+# all runs. From the root of the checkout: sbatch scripts/slurm_sweep.sh SWEEP.yaml [KEY=VALUE...] --only NAME
+# `sppctl sweep SWEEP.yaml --slurm DIR` writes the jobs that call this script, and those of the runs.
 #SBATCH --job-name=sppctl-sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # pruned -> adapter on all GPUs of a job, one task each. From the root of the checkout:
 #   sbatch --nodes=2 scripts/slurm_train.sh CONFIG [KEY=VALUE...]
-# Two minutes before its time is over, or when it is preempted, sppctl writes a checkpoint after the running step and
-# exits 143; the job is queued again and the same command continues. Steps longer than a minute need an earlier signal:
+# Two minutes before the time limit, or when preempted, sppctl writes a checkpoint after the current step and exits with
+# code 143; the job is requeued and the same command continues. Steps longer than a minute need an earlier signal:
 # --signal=USR1@600.
 #SBATCH --job-name=sppctl-train
 #SBATCH --nodes=1

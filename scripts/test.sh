@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint of Python and shell, types and the whole test suite, as CI runs them. With --quick first, without the tests that
-# are marked slow. Other arguments go to pytest.
+# Lints Python and shell, checks types and runs the whole test suite, as CI does. --quick, as the first argument, leaves
+# out the tests marked slow. Other arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 selection=()
@@ -14,7 +14,7 @@ ensure_environment "[test]"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/shellcheck scripts/*.sh scripts/cluster.env.example
-# the slowest files first (tests/conftest.py); a worker for each core and one thread for each worker: tiny models gain
+# the slowest files first (tests/conftest.py); one worker per core and one thread per worker, because tiny models gain
 # nothing from more
 OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses "${WORKERS:-$(nproc)}" --dist loadfile --no-loadscope-reorder \
     "${selection[@]}" "$@"
