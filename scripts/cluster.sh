@@ -48,8 +48,8 @@ job_options() {
     train_options=(--nodes="${NODES:-1}" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" "${train_options[@]}")
 }
 
-# submit NAME LOGS DEPENDENCY ARGUMENTS: runs sbatch ARGUMENTS, sets `job` to the job id. DRY_RUN=1 prints the
-# command instead.
+# submit NAME LOGS DEPENDENCY ARGUMENTS: runs sbatch ARGUMENTS and sets `job` to the job id. DRY_RUN=1 prints
+# the command instead.
 submit() {
     local name=$1 logs=$2 dependency=$3 command
     shift 3

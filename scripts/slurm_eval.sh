@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # pruned + adapter -> merged, then the evaluation of base, pruned and merged, and the report: what is left for
-# `sppctl run` after pruning and training. From the root of the checkout: sbatch scripts/slurm_eval.sh CONFIG [KEY=VALUE...]
+# `sppctl run` after pruning and training. From the root of the checkout:
+#   sbatch scripts/slurm_eval.sh CONFIG [KEY=VALUE...]
 #SBATCH --job-name=sppctl-eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
