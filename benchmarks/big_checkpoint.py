@@ -1,4 +1,4 @@
-"""Writes a random bfloat16 checkpoint of LLaMA-13B's shape (26 GB), to prune a model that does not fit in memory.
+"""Writes a random bfloat16 checkpoint of LLaMA-13B's shape (26 GB), for pruning a model that does not fit in memory.
 
     python benchmarks/big_checkpoint.py /scratch/big
     /usr/bin/time -v sppctl prune --model /scratch/big --output /scratch/run --pattern 2:4 \\
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=13824)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--heads", type=int, default=40)
-    parser.add_argument("--device", default="cpu", help="that draws the numbers")
+    parser.add_argument("--device", default="cpu", help="device that draws the random numbers")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True)
     config = LlamaConfig(

@@ -2,12 +2,12 @@
 
     python benchmarks/evaluate.py CHECKPOINT [--windows 8 --seq-len 2048 --repeats 5]
 
-The baseline is ``model(window)`` with all its logits, as the literature's code runs it, without a loss. Beside it:
-perplexity with chunked logits, the same with the distance to a reference model, and the plain way (all logits in
-float32, one cross-entropy). Every round runs all of them, and a ratio is the median over rounds of the ratios within a
-round, so that a machine that slows down meanwhile slows both. Memory is the peak above the loaded model, each in a
-process of its own; on a CPU the resident set is sampled every 2 ms while the work runs, because the highest one that
-the system remembers is that of loading.
+The baseline is ``model(window)`` with all its logits and without a loss, as in the code of the literature. It is
+compared with perplexity computed from chunked logits, the same with the distance to a reference model, and the plain
+way (all logits in float32, one cross-entropy). Every round runs all of them, and a ratio is the median over rounds of
+the ratios within a round, so a machine that becomes slower affects both sides alike. Memory is the peak above the
+loaded model, each in a separate process. On a CPU the resident set is sampled every 2 ms during the work, because the
+peak that the system reports is that of loading.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
         cases = ways(model, windows, Path(scratch, "hidden.bin"))
         if arguments.memory_of:
             with torch.no_grad():
-                model(windows[:1, :8].to(device))  # weights that are mapped from files are read now
+                model(windows[:1, :8].to(device))  # reads the weights that are memory-mapped from files
             print(peak(cases[arguments.memory_of], device))
             return
         rounds: dict[str, list[float]] = {name: [] for name in cases}
@@ -110,7 +110,7 @@ def timed(work: Callable[[], Any], device: torch.device, clock: Callable[[], flo
 
 
 def peak(work: Callable[[], Any], device: torch.device) -> float:
-    """MiB above what is there before."""
+    """Peak MiB above the memory in use before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how it tells the time."""
+"""Describes the hardware of a benchmark and selects its clock."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sppctl.machine import cpu_name
 
 
 def add_clock(parser: ArgumentParser) -> None:
-    """The option that the scripts share."""
-    words = "count the process's CPU time, for a machine that others use too; needs OMP_NUM_THREADS=1 and no GPU"
+    """Adds the option that the scripts share."""
+    text = "measure the CPU time of the process, for a shared machine; needs OMP_NUM_THREADS=1 and no GPU"
     parser.add_argument(
-        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter, help=words
+        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter, help=text
     )
 
 
 def name_of(clock: Callable[[], float]) -> str:
-    """For the head of a table."""
+    """The name of the clock for the heading of a table."""
     return "CPU time" if clock is time.process_time else "wall-clock time"
 
 
 def describe(device: torch.device) -> str:
-    """Name of the processor or the GPU, threads, the instructions that PyTorch uses, and versions."""
+    """The name of the CPU or GPU, the number of threads, the instruction set that PyTorch uses, and versions."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{cpu_name()}, {torch.get_num_threads()} threads, {_instructions()}, torch {torch.__version__}"

@@ -1,10 +1,11 @@
-"""Time and memory of pruning, as ratios to running the decoder blocks forward on the same windows in the same process.
+"""Time and memory of pruning, as ratios to a forward pass of the decoder blocks in the same process.
 
     python benchmarks/prune.py CHECKPOINT [--samples 64 --seq-len 512 --repeats 3]
 
-The baseline is the walker's own dense forward: every block loaded and run once on all windows, no output head. Each
-figure is a median. Shares say where SparseGPT's own time goes; columns are its loop over columns, with masks and all
-updates. Peak memory is the largest of a case's rounds. A row is printed when it is measured.
+The baseline is the dense forward pass of pruning itself: every block is loaded and run once on all windows, without the
+output head. Each figure is a median. The shares split SparseGPT's own time; "columns" is its loop over columns,
+including masks and all updates. Peak memory is the largest of the rounds of a case. Each row is printed as soon as it
+is measured.
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ def main() -> None:
             reset_peak_memory()
             rounds = [measured(bench, method, order, device) for _ in range(arguments.repeats)]
             seconds, forwards, *shares = (statistics.median(column) for column in zip(*rounds, strict=True))
-            words = " | ".join(f"{share:.0%}" if share else "-" for share in shares)
+            cells = " | ".join(f"{share:.0%}" if share else "-" for share in shares)
             peak = ", ".join(f"{value:.0f} ({place})" for place, value in peak_memory_mb().items())
-            print(f"| {method}, {order} | {seconds:.1f} | {forwards:.2f} | {words} | {peak} |", flush=True)
+            print(f"| {method}, {order} | {seconds:.1f} | {forwards:.2f} | {cells} | {peak} |", flush=True)
 
 
 def measured(bench: Bench, method: str, order: str, device: torch.device) -> tuple[float, ...]:
-    """Seconds of pruning, the same in forwards, and the shares of Hessian, factorisation and columns.
+    """Seconds of pruning, the same in forward passes, and the shares of Hessian, factorisation and columns.
 
-    A forward is run before and after: what else the machine does hits the baseline and the case alike.
+    A forward pass is run before and after, so that other load on the machine affects the baseline and the case alike.
     """
     before = timed(bench.forward, device)
     with parts(device) as spent:
@@ -83,7 +84,7 @@ def measured(bench: Bench, method: str, order: str, device: torch.device) -> tup
 
 
 class Bench:
-    """A checkpoint, windows, and a copy to prune into."""
+    """A checkpoint, windows, and a copy of the checkpoint for the pruned weights."""
 
     def __init__(
         self, directory: Path, windows: torch.Tensor, pattern: Pattern, device: torch.device, out: Path
@@ -132,13 +133,13 @@ def synchronise(device: torch.device) -> None:
 
 @contextmanager
 def parts(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds in the Hessian's sums (H), its factorisation (F) and the rest of SparseGPT, its columns (C)."""
+    """Seconds for the sums of the Hessian (H), its factorisation (F) and the rest of SparseGPT, the columns (C)."""
     spent = {"H": 0.0, "F": 0.0, "C": 0.0}
     originals = (Hessian.update, Hessian._factorise, pruners.prune_sparsegpt)
 
     def watched(key: str, function: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object, **kwargs: object) -> object:
-            # a GPU still works on what came before, and afterwards on this
+            # wait for earlier work of the GPU before, and for this work after
             result: list[object] = []
             synchronise(device)
             spent[key] += timed(lambda: result.append(function(*args, **kwargs)), device)
@@ -152,7 +153,7 @@ def parts(device: torch.device) -> Iterator[dict[str, float]]:
     try:
         yield spent
     finally:
-        spent["C"] -= spent["F"]  # which it calls
+        spent["C"] -= spent["F"]  # prune_sparsegpt calls the factorisation
         Hessian.update, Hessian._factorise, pruners.prune_sparsegpt = originals  # type: ignore[method-assign]
 
 

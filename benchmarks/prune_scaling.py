@@ -1,9 +1,9 @@
-"""Time and peak memory of `sppctl prune` against model size, windows and processes, one subprocess each.
+"""Time and peak memory of `sppctl prune` for different model sizes, windows and processes, each in a subprocess.
 
     python benchmarks/prune_scaling.py [--method wanda]
 
-Random LLaMA-shaped bfloat16 checkpoints of two sizes, made in a temporary folder. Peak memory is that of the largest
-process; seconds are of the stage itself, from its record, without starting Python and importing torch.
+Random LLaMA-shaped bfloat16 checkpoints of three shapes are created in a temporary folder. Peak memory is that of the
+largest process. Seconds are those of the stage, from its record, without starting Python and importing torch.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def main() -> None:
 
 
 def measured(model: Path, run: Path, method: str, windows: int, processes: int) -> tuple[float, float]:
-    """Seconds of the stage and peak resident memory of the largest process, MiB."""
+    """Seconds of the stage, and peak resident memory in MiB of the largest process."""
     command = [sys.executable, "-m", "sppctl", "prune", "--model", str(model), "--output", str(run), "--method", method]
     command += [f"prune.calibration.samples={windows}", "prune.calibration.seq_len=256"]
     command += [f"launch.num_processes={processes}"]
-    # a child of its own, so that the peak is of this run alone
+    # in a separate child process, so that the peak is that of this run only
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3, stderr=-3); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
-    # the same cores for one process and for two
+    # use the same cores for one process and for two
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
     done = subprocess.run(
         [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True, env=environment

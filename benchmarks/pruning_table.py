@@ -2,7 +2,7 @@
 
     python benchmarks/pruning_table.py CHECKPOINT OUT.md [--samples 64 --seq-len 1024]
 
-Needs C4 and WikiText-2 (hub or cache). Cells that OUT.json holds already are not measured again.
+Needs C4 and WikiText-2 (hub or cache). Cells that are already in OUT.json are not measured again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS, metavar="PATTERN")
-    parser.add_argument("--max-tokens", type=int, help="of WikiText-2; default: all")
+    parser.add_argument("--max-tokens", type=int, help="tokens of WikiText-2; default: all")
     arguments = parser.parse_args()
     store = arguments.out.with_suffix(".json")
     cells = json.loads(store.read_text()) if store.is_file() else {}

@@ -1,12 +1,12 @@
-"""Training on the rounded effective weight against the residual sum: the loss in training, and of the merged model.
+"""Training on the rounded effective weight versus the residual sum: loss in training and of the merged model.
 
     python benchmarks/rounded_weight.py PRUNED [--lrs 3e-2,3e-3 --device auto]
 
 PRUNED is the output of `sppctl prune`. Both forms train the same adapter on the same batches (configs/quickstart.yaml),
-without dropout, in the model's dtype, and are merged alike. They differ in what a step sees:
+without dropout, in the model's dtype, and are merged in the same way. They differ in the weights that a step uses:
 
     rounded:   y = x W_eff^T, W_eff = W * (1 + s alpha[g] beta) rounded to the dtype of W, as merging writes it
-    residual:  y = x W^T + x (s W')^T, each rounded by itself: updates too small for W still count, until merging
+    residual:  y = x W^T + x (s W')^T, each rounded separately: updates too small for W have an effect until merging
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--lrs", default="3e-2,3e-3")
     parser.add_argument("--forms", default="rounded,residual")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
     options = parser.parse_intermixed_args()
     print(describe(checkpoint.pick_device(options.device)))
     print(
@@ -61,7 +61,7 @@ def main() -> None:
 
 @contextmanager
 def computing(form: str) -> Iterator[None]:
-    """Lets SPP layers compute in one of the two forms."""
+    """Makes SPP layers use one of the two forms."""
     original = spp_layer.spp_linear
     spp_layer.spp_linear = original if form == "rounded" else residual
     try:
@@ -73,7 +73,7 @@ def computing(form: str) -> Iterator[None]:
 def residual(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[tuple[Tensor, Tensor, float, float]]
 ) -> Tensor:
-    """The sum of the two branches for one adapter without dropout."""
+    """The sum of the two branches for a single adapter without dropout."""
     ((alpha, beta, scale, dropout),) = adapters
     return F.linear(x, weight, bias) + kernel._SppLinear.apply(x, weight, None, alpha, beta, scale, dropout, False)
 
@@ -102,7 +102,7 @@ def compare(config: Config, pruned: Path, scratch: Path) -> str:
 
 @torch.no_grad()
 def validation_loss(config: Config, model: Any, tokenizer: Any) -> float:
-    """As training measures it: the mean over all predicted tokens."""
+    """The validation loss as in training: the mean over all predicted tokens."""
     feed = Feed(config, tokenizer, vocabulary.embeddings(model))
     size, total, tokens = config.train.micro_batch_size, 0.0, 0
     for first in range(0, len(feed.held_out), size):

@@ -1,9 +1,9 @@
-"""Time and saved tensors of one SPP layer, forward + backward, as ratios to the frozen linear layer of the same round.
+"""Time and saved tensors of one SPP layer, forward and backward, as ratios to the frozen layer of the same round.
 
     python benchmarks/spp_layer.py [--device auto --tokens 2048 --rank 16 --rounds 7 --dtypes bfloat16,float32]
 
-The frozen layer computes y and dx: two matrix products. The baselines are written plainly and left to autograd, with
-what they train in the dtype of W, which is kind to them: SPP keeps alpha and beta in float32.
+The frozen layer computes y and dx, which takes two matrix products. The baselines are plain implementations under
+autograd. Their trained parameters have the dtype of W, which favours them: SPP keeps alpha and beta in float32.
 
     residual:    y = x W^T + s dropout(x) (W * repeat(alpha) * beta)^T                    (Eq. 5)
     row blocks:  y = x W^T + s [((dropout(x) * alpha_k) W_k^T) * beta_k for each k]       (Eq. 7)
@@ -43,7 +43,7 @@ class Layer:
 
     @classmethod
     def make(cls, in_features: int, out_features: int, options: argparse.Namespace, dtype: torch.dtype) -> Layer:
-        """A layer pruned 2:4 in arbitrary places; values do not matter to the time."""
+        """Creates a layer with an arbitrary 2:4 mask; the values do not affect the time."""
         device = options.device
         weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
         weight.view(-1, 4)[:, ::2] = 0
@@ -126,7 +126,7 @@ def synchronize(layer: Layer) -> None:
 
 
 def saved_beyond_input(form: Form, dropout: float, layer: Layer) -> int:
-    """Bytes kept for backward besides x and the layer's own parameters; memory that tensors share counts once."""
+    """Bytes kept for backward besides x and the layer's own parameters; shared memory counts once."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         form(layer, dropout)
@@ -137,11 +137,11 @@ def saved_beyond_input(form: Form, dropout: float, layer: Layer) -> int:
 
 
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every form, all forms in turn in each round, so that a machine's moods hit all alike."""
+    """Seconds of every form; each round runs all forms in turn, so that other load affects all of them alike."""
     spent: dict[str, list[float]] = {name: [] for name in FORMS}
     for _ in range(options.rounds):
         for name, (form, dropout) in FORMS.items():
-            # once for nothing: else a form pays page faults for the memory that the one before it gave back
+            # warm up: otherwise a form has page faults for memory that the previous form has released
             seconds(form, dropout, layer, options.clock)
             spent[name].append(seconds(form, dropout, layer, options.clock))
     return spent
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--shapes", default=SHAPES, help="in x out, separated by commas")
+    parser.add_argument("--shapes", default=SHAPES, help="in x out, comma-separated")
     add_clock(parser)
     options = parser.parse_args()
     options.device = pick_device(options.device)
@@ -182,10 +182,10 @@ def report(options: argparse.Namespace, dtype: str) -> None:
             milliseconds = 1000 * statistics.median(values)
             print(f"| {shape} | {name} | {milliseconds:.1f} | {ratio:.2f} | {kept:,} |", flush=True)
     means = {name: statistics.geometric_mean(values) for name, values in ratios.items()}
-    print("\nGeometric means over the shapes\n\n| form | / frozen | / SPP alike |\n| --- | ---: | ---: |")
+    print("\nGeometric means over the shapes\n\n| form | / frozen | / SPP, same dropout |\n| --- | ---: | ---: |")
     for name, mean in means.items():
-        alike = means["SPP, dropout" if "dropout" in name else "SPP"]
-        print(f"| {name} | {mean:.2f} | {mean / alike:.2f} |")
+        spp_mean = means["SPP, dropout" if "dropout" in name else "SPP"]
+        print(f"| {name} | {mean:.2f} | {mean / spp_mean:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time and peak memory of a whole training step: SPP against stock LoRA on the same layers and the frozen model.
+"""Time and peak memory of a whole training step: SPP, PEFT's LoRA on the same layers, and the frozen model.
 
     python benchmarks/train_step.py CHECKPOINT [--batch 8 --seq-len 256 --rounds 5 --device auto]
 
-A step is forward, backward, AdamW and clearing the gradients, on random tokens. The frozen model is forward and
-backward with the gradient of the embeddings' output alone, so that backward runs through all blocks. All forms take
-turns in each round; the peak of each is that of a process of its own on a CPU, and of its tensors on a GPU.
+A step is forward, backward, AdamW and zeroing the gradients, on random tokens. The frozen model runs forward and
+backward, with only the gradient of the embeddings' output, so that backward passes through all blocks. All forms run in
+turn in each round. The peak of each form is that of a separate process on a CPU, and of its tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DROPOUT = 0.05
 
 @dataclass(frozen=True)
 class Form:
-    """What is trained, with which dropout, with or without gradient checkpointing."""
+    """A training method, its dropout, and whether it uses gradient checkpointing."""
 
     method: str
     dropout: float
@@ -50,7 +50,7 @@ FORMS = [Form(*model, checkpointing) for checkpointing in (False, True) for mode
 
 
 class Step:
-    """A model ready to take steps on one batch."""
+    """A model that is ready to run steps on one batch."""
 
     def __init__(self, form: Form, options: argparse.Namespace) -> None:
         self.form, self.device, self.clock = form, checkpoint.pick_device(options.device), options.clock
@@ -67,7 +67,7 @@ class Step:
         self.model.train()
 
     def __call__(self, checkpointing: bool) -> float:
-        """Takes one step; returns seconds."""
+        """Runs one step and returns its seconds."""
         base = self.model if self.form.method == "frozen" else self.model.get_base_model()
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -92,7 +92,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[Form, list[float]]:
-    """Seconds of all forms; round 0 warms up."""
+    """Seconds of all forms; round 0 is a warm-up."""
     steps = {model: Step(Form(*model, False), options) for model in MODELS}
     spent: dict[Form, list[float]] = {form: [] for form in FORMS}
     for number in range(options.rounds + 1):
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[Form, list[float]]:
 
 
 def peak(form: Form, options: argparse.Namespace) -> float:
-    """MiB at the peak of two steps of one form: of this process, or of its tensors on a GPU."""
+    """Peak MiB of two steps of one form: of this process, or of the tensors on a GPU."""
     step = Step(form, options)
     for _ in range(2):
         step(form.checkpointing)
@@ -139,7 +139,7 @@ def main() -> None:
         return
     tokens = options.batch * options.seq_len
     print(describe(checkpoint.pick_device(options.device)))
-    print(f"{options.batch} x {options.seq_len} tokens a step, {name_of(options.clock)}, medians of {options.rounds}\n")
+    print(f"{options.batch} x {options.seq_len} tokens/step, {name_of(options.clock)}, medians of {options.rounds}\n")
     peaks = {form: peak_alone(form, options) for form in FORMS}
     spent = measure(options)
     print("| step | dropout | checkpointing | s | / frozen | / LoRA | tokens/s | peak MiB |")
@@ -148,16 +148,16 @@ def main() -> None:
         frozen, lora = (
             Form(name, dropout, form.checkpointing) for name, dropout in (MODELS[0], ("LoRA", form.dropout))
         )
-        words = "yes" if form.checkpointing else "no"
+        checkpointing = "yes" if form.checkpointing else "no"
         seconds = statistics.median(values)
         print(
-            f"| {form.method} | {form.dropout} | {words} | {seconds:.2f} | {ratio(values, spent[frozen]):.2f} "
+            f"| {form.method} | {form.dropout} | {checkpointing} | {seconds:.2f} | {ratio(values, spent[frozen]):.2f} "
             f"| {ratio(values, spent[lora]):.2f} | {tokens / seconds:.0f} | {peaks[form]:.0f} |"
         )
 
 
 def ratio(values: list[float], baseline: list[float]) -> float:
-    """The median over the rounds."""
+    """The median ratio over the rounds."""
     return statistics.median(a / b for a, b in zip(values, baseline, strict=True))
 
 

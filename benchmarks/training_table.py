@@ -1,10 +1,11 @@
-"""The table of docs/training.md: what each training method makes of the same pruned checkpoint in equal steps.
+"""The table of docs/training.md: every training method on the same pruned checkpoint, for the same number of steps.
 
     python benchmarks/training_table.py CHECKPOINT FOLDER [--steps 120 --rows 4000 --only spp --only lora]
 
 Prunes CHECKPOINT once (Wanda 2:4, C4), trains every method on the same rows of Alpaca in the same order, merges, and
-measures the merged checkpoints as anyone loads them: the loss on held-out rows (prompt and response, mean over tokens)
-and the perplexity of the first tokens of WikiText-2. Everything stays in FOLDER; what is there is not made again.
+evaluates the merged checkpoints as ordinary transformers models: the loss on held-out rows (prompt and response, mean
+over tokens) and the perplexity of the first tokens of WikiText-2. All results stay in FOLDER and are not computed
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sppctl.inspect import inspect
 from sppctl.model import checkpoint
 from sppctl.pattern import Pattern
 
-RUNS = {  # name: overrides; learning rates as usual for each method
+RUNS = {  # name: overrides; learning rates are typical for each method
     "spp": ["train.method=spp", "train.rank=16", "train.lr=1e-2"],
     "lora, mask reapplied": ["train.method=lora", "train.rank=8", "train.lr=1e-3", "merge.mask=reapply"],
     "lora, dense": ["train.method=lora", "train.rank=8", "train.lr=1e-3", "merge.mask=dense"],
@@ -81,7 +82,7 @@ RUNS_OF_SAME_TRAINING = {"lora, dense": "lora, mask reapplied"}
 
 
 def sppctl(stage: str, run: Path, arguments: argparse.Namespace, *overrides: str) -> dict:
-    """Runs a stage in a process of its own, so that peak memory is its own, and returns its record."""
+    """Runs a stage in a separate process, so that its peak memory is separate, and returns its record."""
     command = [sys.executable, "-m", "sppctl", stage, "smollm2-135m", f"run.dir={run}", "--json"]
     command += [f"model.path={arguments.checkpoint}", "prune.pattern=2:4"]
     command += ["prune.calibration.samples=64", "prune.calibration.seq_len=1024"]
@@ -90,12 +91,12 @@ def sppctl(stage: str, run: Path, arguments: argparse.Namespace, *overrides: str
     command += ["train.dropout=0.0", "train.data.group_by_length=true", "train.log_steps=10", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}")
+        sys.exit(f"{' '.join(command)} failed with exit code {done.returncode}")
     return json.loads(done.stdout)
 
 
 def link(source: Path, target: Path) -> None:
-    """The same files under another name: stages only read them."""
+    """Hard-links the files into another folder; stages only read them."""
     if not target.exists():
         target.mkdir(parents=True)
         for file in source.rglob("*"):
@@ -104,7 +105,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def pattern_of(directory: Path, merging: dict) -> str:
-    """Whether the merged weights keep to 2:4, and with the zeros of the pruned ones."""
+    """Whether the merged weights are 2:4, and whether their zeros are those of the pruned weights."""
     matrices, summary = inspect.measure(directory, PATTERN)
     if summary["sparse_matrices"] < merging["matrices"] or inspect.violations(matrices, PATTERN):
         return "lost"
@@ -130,7 +131,7 @@ def measured(directory: Path) -> dict[str, float]:
 
 
 def held_out_rows() -> list[dict]:
-    """Rows beyond all that training or validation could see."""
+    """Rows that neither training nor validation can use."""
     return list(texts.load_hub("tatsu-lab/alpaca", "train"))[13_354 - HELD_OUT : 13_354]
 
 
