@@ -8,25 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "MaskedFullConfig",
-    "MaskedLoraConfig",
-    "Pattern",
-    "SppConfig",
-    "SppModel",
-    "SteConfig",
-    "prune_linear",
-]
 
 if TYPE_CHECKING:
-    from sppctl.adapters.masked_full import MaskedFullConfig
-    from sppctl.adapters.masked_lora import MaskedLoraConfig
-    from sppctl.adapters.spp import SppConfig, SppModel
-    from sppctl.adapters.ste import SteConfig
-    from sppctl.pattern import Pattern
-    from sppctl.pruners import prune_linear
+    from sppctl.adapters.masked_full import MaskedFullConfig as MaskedFullConfig
+    from sppctl.adapters.masked_lora import MaskedLoraConfig as MaskedLoraConfig
+    from sppctl.adapters.spp import SppConfig as SppConfig
+    from sppctl.adapters.spp import SppModel as SppModel
+    from sppctl.adapters.ste import SteConfig as SteConfig
+    from sppctl.pattern import Pattern as Pattern
+    from sppctl.pruners import prune_linear as prune_linear
 
-_ADAPTERS = ("spp", "masked_lora", "masked_full", "ste")
 _HOMES = {
     "MaskedFullConfig": "sppctl.adapters.masked_full",
     "MaskedLoraConfig": "sppctl.adapters.masked_lora",
@@ -36,6 +27,7 @@ _HOMES = {
     "SteConfig": "sppctl.adapters.ste",
     "prune_linear": "sppctl.pruners",
 }
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,8 +45,9 @@ def _register_with_peft() -> None:
     import sys
 
     def register() -> None:
-        for name in _ADAPTERS:
-            importlib.import_module(f"sppctl.adapters.{name}")
+        for home in _HOMES.values():
+            if home.startswith("sppctl.adapters."):
+                importlib.import_module(home)
 
     if "peft" in sys.modules:
         register()

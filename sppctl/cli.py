@@ -9,20 +9,22 @@ from collections.abc import Callable
 from dataclasses import asdict
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from sppctl import __version__, console, distributed, launch, options, show
-from sppctl.config.load import load_config, schema, schema_yaml, to_dict, to_yaml
-from sppctl.config.settings import Config
+from sppctl.config.load import schema, schema_yaml, to_dict, to_yaml
 from sppctl.errors import StageError, UserError, first_line, named_as_given
 from sppctl.files.paths import expand
+from sppctl.options import Call, Debug, Json
 from sppctl.records import to_json
 from sppctl.run.directory import Run
 
 # commands on any checkpoint have no configuration; what its keys are called there
 AS_ARGUMENTS = {"model.path": "CHECKPOINT", "model.device": "--device"}
+Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")]
+F = TypeVar("F", bound=Callable[..., None])
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -34,35 +36,16 @@ app = typer.Typer(
 )
 
 
-def _do(stage: str, work: Run, json: bool) -> None:
-    """Checks and does a stage, in the configured number of processes."""
-    from sppctl.run import pipeline, stages
-
-    pipeline.join_processes(work.config)
-    pipeline.preflight(work, (stage,))
-    if launch.needed(work.config):  # this very command in each of them
-        raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(work.config)))
-    with work.lock():
-        show.stage(work.do(stages.BY_NAME[stage]), json)
+def command(function: F) -> F:
+    """Registers a command by the function's name; its help is the docstring."""
+    text = (getdoc(function) or "").replace("Examples:", "\b\nExamples:")  # \b keeps the line breaks
+    app.command(function.__name__.strip("_"), help=text)(function)
+    return function
 
 
-def _expanded(path: Path) -> Path:
-    """The path without ``~``, which shells leave in --output=~/folder."""
-    return Path(expand(str(path)))
-
-
-def _starter(config: Config, arguments: list[str], force: bool, debug: bool) -> Callable[..., None] | None:
-    """What does a stage in the configured number of processes; None if this process is to do it."""
-    if not launch.needed(config):
-        return None
-
-    def do(stage: str, *options: str) -> None:
-        same = [stage, *arguments, *options, *["--force"] * force, *["--debug"] * debug]
-        code = launch.start(same, launch.num_processes(config), silent=True)
-        if code:
-            raise typer.Exit(code)
-
-    return do
+def configured(*names: str) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
+    """Registers a command on a configuration, which has these of the :data:`sppctl.options.OPTIONS`."""
+    return lambda function: command(options.with_options(function, names))
 
 
 def _version(value: bool) -> None:
@@ -71,181 +54,223 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command, whose help is its docstring with examples."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        return app.command(name, help=options.help_of(name, getdoc(function) or ""))(function)
-
-    return register
-
-
 @app.callback()
 def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     pass
 
 
-@command("run")
-def run(
-    arguments: options.Arguments = None,
-    model: options.Model = None,
-    method: options.Method = None,
-    pattern: options.PatternOption = None,
-    output: options.Output = None,
-    tasks: options.Tasks = None,
-    limit: options.Limit = None,
-    force: options.Force = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+@configured("model", "method", "pattern", "output", "tasks", "limit", "force", "json", "debug")
+def run(call: Call) -> None:
     """Prune, train, merge, evaluate and report in one command.
 
     Stages that are up to date are skipped, interrupted ones are resumed.
+
+    Examples:
+      sppctl run                                  # the quickstart: a 135M model, a few minutes on a laptop
+      sppctl run llama7b run.dir=runs/llama7b     # a shipped configuration, with a key overridden
+      sppctl run my.yaml --model DIRECTORY --pattern 4:8
+
+    More: README.md
     """
-    names, overrides = options.given(
-        arguments, model=model, method=method, pattern=pattern, output=output, tasks=tasks, limit=limit
-    )
-    config = load_config(names[0] if names else None, overrides)
     from sppctl.run import pipeline
 
-    pipeline.join_processes(config)
-    start_stage = _starter(config, [*names, *overrides], force, debug)
-    study = pipeline.run_all(Run(config, force=force), start_stage)
+    pipeline.join_processes(call.config)
+    study = pipeline.run_all(Run(call.config, force=call.force), _starter(call))
     if study is not None:
-        show.report(study, json)
+        show.report(study, call.json)
 
 
-@command("prune")
-def prune(
-    arguments: options.Arguments = None,
-    model: options.Model = None,
-    method: options.Method = None,
-    pattern: options.PatternOption = None,
-    output: options.Output = None,
-    force: options.Force = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Prune the dense model into RUN/pruned."""
-    config = options.resolve(arguments, model=model, method=method, pattern=pattern, output=output)
-    _do("prune", Run(config, force=force), json)
+@configured("model", "method", "pattern", "output", "force", "json", "debug")
+def prune(call: Call) -> None:
+    """Prune the dense model into RUN/pruned.
+
+    Examples:
+      sppctl prune llama7b
+      sppctl prune my.yaml --method sparsegpt --pattern 0.5 --output runs/half
+      sppctl prune my.yaml prune.calibration.samples=64 prune.order=module
+
+    More: docs/pruning.md
+    """
+    _do("prune", call)
 
 
-@command("train")
-def train(
-    arguments: options.Arguments = None,
-    output: options.Output = None,
-    resume: options.Resume = True,
-    force: options.Force = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
+@configured("output", "resume", "force", "json", "debug")
+def train(call: Call) -> None:
     """Train a sparsity-preserving adapter on RUN/pruned, into RUN/adapter.
 
     The same command resumes an interrupted training.
+
+    Examples:
+      sppctl train llama7b train.epochs=1 train.lr=2e-3
+      sppctl train llama7b launch.num_processes=8 launch.strategy=fsdp
+      sppctl train my.yaml --no-resume            # discards an interrupted training
+
+    More: docs/training.md, docs/cluster.md
     """
-    config = options.resolve(arguments, output=output)
-    _do("train", Run(config, force=force, resume=resume), json)
+    _do("train", call)
 
 
-@command("merge")
-def merge(
-    arguments: options.Arguments = None,
-    output: options.Output = None,
-    force: options.Force = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Merge RUN/pruned and RUN/adapter into RUN/merged, and verify that every zero is still zero."""
-    config = options.resolve(arguments, output=output)
-    from sppctl.run import stages
+@configured("output", "force", "json", "debug")
+def merge(call: Call) -> None:
+    """Merge RUN/pruned and RUN/adapter into RUN/merged, and verify that every zero is still zero.
 
-    work = Run(config, force=force)
+    Examples:
+      sppctl merge llama7b
+      sppctl merge my.yaml merge.mask=reapply     # for method lora, whose merge fills the zeros
+
+    More: docs/training.md
+    """
+    _do("merge", call)
+
+
+def _do(name: str, call: Call) -> None:
+    """Checks and does a stage; all but merging in the configured number of processes."""
+    from sppctl.run import pipeline, stages
+
+    work = Run(call.config, force=call.force, resume=call.resume)
+    if name != "merge":  # which one process does, and which checks itself what it reads
+        pipeline.join_processes(call.config)
+        pipeline.preflight(work, (name,))
+        if launch.needed(call.config):  # this very command in each of them
+            raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(call.config)))
     with work.lock():
-        show.stage(work.do(stages.MERGE), json)
+        show.stage(work.do(stages.BY_NAME[name]), call.json)
 
 
-@command("eval")
-def evaluate(
-    arguments: options.Arguments = None,
-    model: options.Subjects = None,
-    tasks: options.Tasks = None,
-    limit: options.Limit = None,
-    output: options.Output = None,
-    force: options.Force = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
+@configured("models", "tasks", "limit", "output", "force", "json", "debug")
+def _eval(call: Call) -> None:
     """Measure perplexity and benchmark accuracy of any checkpoint, into RUN/eval.
 
     What was measured with the same settings on the same weights is not measured again.
+
+    Examples:
+      sppctl eval                                 # the newest checkpoint of the run
+      sppctl eval --model base --model merged --tasks ppl
+      sppctl eval --model CHECKPOINT --tasks zeroshot,mmlu --limit 20
+
+    More: docs/evaluation.md
     """
-    names, overrides = options.given(arguments, output=output, tasks=tasks, limit=limit)
-    config = load_config(names[0] if names else None, overrides)
     from sppctl.run import pipeline
 
-    pipeline.join_processes(config)
-    start_stage = _starter(config, [*names, *overrides], force, debug)
-    found = pipeline.evaluate_some(Run(config, force=force), [expand(one) for one in model or []], start_stage)
-    show.results(found, config.run.seed, json)
+    pipeline.join_processes(call.config)
+    models = [expand(model) for model in call.models]
+    found = pipeline.evaluate_some(Run(call.config, force=call.force), models, _starter(call))
+    show.results(found, call.config.run.seed, call.json)
 
 
-@command("report")
+def _starter(call: Call) -> Callable[..., None] | None:
+    """What does a stage in the configured number of processes; None if this process is to do it."""
+    if not launch.needed(call.config):
+        return None
+
+    def do(stage: str, *more: str) -> None:
+        same = [stage, *call.arguments, *more, *["--force"] * call.force, *["--debug"] * call.debug]
+        code = launch.start(same, launch.num_processes(call.config), silent=True)
+        if code:
+            raise typer.Exit(code)
+
+    return do
+
+
+@command
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
-    output: options.ReportFolder = None,
-    latex: options.Latex = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report; default: the run itself, for several runs the folder they share."),
+    ] = None,
+    latex: Annotated[Path | None, typer.Option(help="File for the table in LaTeX (booktabs).")] = None,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Collect runs into tables and figures: report.html, report.md, report.csv and report.json."""
+    """Collect runs into tables and figures: report.html, report.md, report.csv and report.json.
+
+    Examples:
+      sppctl report runs/quickstart
+      sppctl report runs/a runs/b --output runs/both --latex table.tex
+
+    More: docs/evaluation.md
+    """
     places = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
     from sppctl.run import pipeline
 
     show.report(pipeline.report(*places), json)
 
 
-@command("sweep")
-def sweep(
-    arguments: options.SweepArguments,
-    dry_run: options.DryRun = False,
-    slurm: options.Slurm = None,
-    only: options.Only = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Run a grid of configurations; shared stages are computed once."""
-    names, overrides = options.given(arguments)
-    if not names:
-        raise UserError("which sweep? give its YAML file, or sweep-example")
-    from sppctl.sweep import grid
-    from sppctl.sweep import slurm as jobs
-    from sppctl.sweep import work as sweeping
+def _expanded(path: Path) -> Path:
+    """The path without ``~``, which shells leave in --output=~/folder."""
+    return Path(expand(str(path)))
 
-    read = grid.load_sweep(names[0], overrides)
+
+@command
+def sweep(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="SWEEP [KEY=VALUE]...", help="YAML file with a grid, and overrides.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all runs and print the plan; compute nothing.")
+    ] = False,
+    slurm: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write one job script per stage, and submit.sh, into DIR.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run one member of the plan, or the report (used by jobs).")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a grid of configurations; shared stages are computed once.
+
+    Examples:
+      sppctl sweep sweep-example --dry-run        # checks all runs and prints the plan
+      sppctl sweep my-sweep.yaml train.epochs=1   # a key overridden in all runs
+      sppctl sweep my-sweep.yaml --slurm jobs     # writes job scripts and jobs/submit.sh
+
+    More: docs/evaluation.md, docs/cluster.md
+    """
+    name, overrides = options.split(arguments)
+    if name is None:
+        raise UserError("which sweep? give its YAML file, or sweep-example")
+    from sppctl.sweep import grid, work
+    from sppctl.sweep import slurm as jobs
+
+    read = grid.load_sweep(name, overrides)
     if dry_run or slurm is not None:
-        sweeping.check(read, made=not dry_run)
-        entries = sweeping.plan(read)
+        work.check(read, made=not dry_run)
+        entries = work.plan(read)
         if slurm is not None and not dry_run:
             console.note(f"sweep: {jobs.write(read, _expanded(slurm), overrides)} submits the jobs")
-        show.sweep(entries, sweeping.totals(entries), json)
-        sweeping.check_made(read)
+        show.sweep(entries, work.totals(entries), json)
+        work.check_made(read)
         return
-    study, failed = sweeping.execute(read, only, debug)
+    study, failed = work.execute(read, only, debug)
     if study is not None:
         show.report(study, json)
     if failed:
         raise StageError("\n".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 
 
-@command("inspect")
+# --- any checkpoint, and what is there --------------------------------------------------------------------------------
+
+
+@command
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
-    expect: options.Expect = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
+    checkpoint: Checkpoint,
+    expect: Annotated[str | None, typer.Option(help="Pattern; exit 1 unless every pruned matrix matches it.")] = None,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Certify the sparsity of any safetensors checkpoint, matrix by matrix."""
+    """Certify the sparsity of any safetensors checkpoint, matrix by matrix.
+
+    Examples:
+      sppctl inspect runs/quickstart/merged --expect 2:4
+      sppctl inspect CHECKPOINT --json
+
+    More: docs/evaluation.md
+    """
     from sppctl.pattern import Pattern
 
     try:
@@ -267,15 +292,18 @@ def inspect(
         raise StageError(f"{checkpoint} is not {expected}: {len(wrong)} violations\n" + "\n".join(wrong[:3]) + more)
 
 
-@command("verify")
+@command
 def verify(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
-    json: options.Json = False,
-    debug: options.Debug = False,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json: Json = False, debug: Debug = False
 ) -> None:
     """Compare every file of a run with the hashes in its records.
 
     Exits with code 2 if a file is damaged, missing or not recorded.
+
+    Examples:
+      sppctl verify runs/quickstart
+
+    More: docs/evaluation.md
     """
     from sppctl.run import verify as stage
 
@@ -286,79 +314,84 @@ def verify(
         raise UserError("\n".join(problems))
 
 
-@command("bench")
+@command
 def bench(
-    checkpoint: Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")],
+    checkpoint: Checkpoint,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
     new: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
     repeats: Annotated[int, typer.Option(help="Measured rounds; the median is reported.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json: options.Json = False,
-    debug: options.Debug = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Measure prefill and decode speed of a checkpoint, dense and with 2:4 kernels, and its storage."""
+    """Measure prefill and decode speed of a checkpoint, dense and with 2:4 kernels, and its storage.
+
+    Examples:
+      sppctl bench runs/quickstart/merged
+      sppctl bench CHECKPOINT --batch 1,8,32 --prompt 512 --new 32 --device cuda
+
+    More: docs/evaluation.md
+    """
     try:
         batches = tuple(int(part) for part in batch.split(","))
     except ValueError as error:
         raise UserError("--batch", f"{batch} is not a list of numbers", "write --batch 1,8,32") from error
-    from sppctl.inspect import speed as stage
-    from sppctl.inspect import speed_text
+    from sppctl.inspect import speed, speed_text
 
     with named_as_given(AS_ARGUMENTS):
-        found = stage.execute(expand(checkpoint), stage.Settings(batches, prompt, new, repeats, device))
+        found = speed.execute(expand(checkpoint), speed.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(asdict(found))
     else:
         show.tables(speed_text.tables(found), found.notes)
 
 
-@command("plan")
-def plan(
-    arguments: options.Arguments = None,
-    model: options.Model = None,
-    method: options.Method = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Estimate parameters, memory, disk and steps without loading weights."""
-    config = options.resolve(arguments, model=model, method=method)
-    from sppctl.plan import run as planning
-    from sppctl.plan import text as plan_text
+@configured("model", "method", "json", "debug")
+def plan(call: Call) -> None:
+    """Estimate parameters, memory, disk and steps without loading weights.
 
-    planned = planning.execute(config)
-    if json:
+    Examples:
+      sppctl plan llama7b launch.num_processes=8
+      sppctl plan my.yaml train.gradient_checkpointing=true --json
+
+    More: docs/training.md
+    """
+    from sppctl.plan import run as planning
+    from sppctl.plan import text
+
+    planned = planning.execute(call.config)
+    if call.json:
         console.show_json(to_json(planned))
     else:
-        show.tables(plan_text.tables(planned), plan_text.sentences(planned, config))
+        show.tables(text.tables(planned), text.sentences(planned, call.config))
 
 
-@command("config")
+@command
 def config(
     arguments: options.Arguments = None,
     show_schema: Annotated[
         bool, typer.Option("--schema", help="Print every key with default, meaning and type.")
     ] = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Print the configuration that a run would use, or the schema of all keys."""
-    if show_schema:
-        if json:
-            console.show_json(schema())
-        else:
-            print(schema_yaml(), end="")
-        return
-    resolved = options.resolve(arguments)
+    """Print the configuration that a run would use, or the schema of all keys.
+
+    Examples:
+      sppctl config llama7b train.rank=8
+      sppctl config --schema > my.yaml            # every key with its default and meaning
+
+    More: README.md
+    """
+    resolved = None if show_schema else options.parse(arguments).config
     if json:
-        console.show_json(to_dict(resolved))
+        console.show_json(schema() if resolved is None else to_dict(resolved))
     else:
-        print(to_yaml(resolved), end="")
+        print(schema_yaml() if resolved is None else to_yaml(resolved), end="")
 
 
-def _where() -> str:
-    """Which of several processes speaks, if it is not the first."""
-    return "" if distributed.is_main() else f"process {distributed.rank()}: "
+# --- the program ------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -378,6 +411,7 @@ def _run() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not debug:
         warnings.simplefilter("ignore")  # deprecations of the libraries below, of no use to those who run sppctl
+    process = "" if distributed.is_main() else f"process {distributed.rank()}: "
     try:
         app()
     except (UserError, StageError) as error:
@@ -385,7 +419,7 @@ def _run() -> None:
             raise
         if distributed.is_main() or (distributed.is_connected() and not error.shared):
             for line in str(error).splitlines():
-                print(f"error: {_where()}{console.plain(line)}", file=sys.stderr, flush=True)
+                print(f"error: {process}{console.plain(line)}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # Typer turns Ctrl-C into this
@@ -394,6 +428,6 @@ def _run() -> None:
     except Exception as error:
         if debug:
             raise
-        reason = console.plain(f"{_where()}{type(error).__name__}: {first_line(error) if str(error).strip() else ''}")
-        print(f"error: {reason} (--debug shows where)", file=sys.stderr)
+        text = f"{process}{type(error).__name__}: {first_line(error) if str(error).strip() else ''}"
+        print(f"error: {console.plain(text)} (--debug shows where)", file=sys.stderr)
         sys.exit(1)

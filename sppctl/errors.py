@@ -16,13 +16,7 @@ class UserError(ValueError):
     shared = False  # known to all processes of a job, so that the first alone need report it
 
     def __init__(self, key: str, problem: str | None = None, fix: str | None = None) -> None:
-        """Takes the three parts, or a whole text as the only argument.
-
-        Args:
-            key: of the configuration, or the file or argument that is wrong.
-            problem: what is wrong with it.
-            fix: what to do about it.
-        """
+        """Takes the key (of the configuration, or a file or argument) and what follows, or a whole text alone."""
         self.key = None if problem is None else key
         self.problem = key if problem is None else problem
         self.fix = fix
@@ -67,26 +61,22 @@ class SharedError(StageError):
 
 
 class Problems:
-    """What several checks find wrong, for one error that names it all.
-
-    ``with problems: check()`` notes the UserError that a check raises; ``add`` notes a problem without an exception.
-    """
+    """What several checks find wrong, for one error that names it all: ``with problems: check()`` notes a UserError."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def add(self, key: str, problem: str, fix: str | None = None) -> None:
-        """Notes a problem, in the three parts of a :class:`UserError`."""
+    def add(self, key: str, problem: str | None = None, fix: str | None = None) -> None:
+        """Notes a problem without an exception, in the parts of a :class:`UserError`."""
         self.lines += UserError(key, problem, fix).lines
 
     def __enter__(self) -> Problems:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, UserError):
-            return False
-        self.lines += error.lines
-        return True
+        if isinstance(error, UserError):
+            self.lines += error.lines
+        return isinstance(error, UserError)
 
     def raise_all(self) -> None:
         """Raises a UserError with every problem that was noted, each once, one per line; nothing if there are none."""

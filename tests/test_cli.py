@@ -20,7 +20,7 @@ from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml
 from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES
-from sppctl.options import resolve
+from sppctl.options import parse
 from sppctl.records import to_json
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
@@ -152,11 +152,11 @@ def test_overrides_may_stand_anywhere(command: Command, config_file: Path, words
     ids=str,
 )
 def test_options_are_short_for_overrides(config_file: Path, options: dict[str, Any], overrides: list[str]) -> None:
-    assert resolve([str(config_file)], **options) == load_config(str(config_file), overrides)
+    assert parse([str(config_file)], **options).config == load_config(str(config_file), overrides)
 
 
 def test_another_model_on_the_command_line_needs_no_gguf_file_of_the_default(llama: Path) -> None:
-    model = resolve(None, model=str(llama)).model
+    model = parse(model=str(llama)).config.model
     assert (model.path, model.gguf_file) == (str(llama), None)
 
 

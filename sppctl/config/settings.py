@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,21 +16,18 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _key(
-    default: Any,
-    meaning: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    affects_result: bool = True,
-    path: bool = False,
-) -> Any:
-    """A key: default, meaning, bounds, whether its value changes results, whether it may be a path."""
-    bounds = {"low": low, "above": above, "high": high, "below": below}
-    marks = {"affects_result": affects_result, "path": path}
-    metadata = {"meaning": meaning, "bounds": bounds} | marks
+# what a number must be to its bound, and how an error says so
+BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+
+
+def _key(default: Any, meaning: str, *, affects_result: bool = True, path: bool = False, **bounds: float) -> Any:
+    """A key: default, meaning, whether its value changes results, whether it may be a path, and its :data:`BOUNDS`."""
+    metadata = {"meaning": meaning, "affects_result": affects_result, "path": path, "bounds": bounds}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -20,6 +20,10 @@ DEEPEST = 32
 LONGEST_NUMBER = 40  # characters
 
 
+def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1, which PyYAML follows, takes 2:4 for the number 124, 4e-3 for text and `no` for false; 1.2 does not."""
 
@@ -38,19 +42,17 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event, before = self.peek_event(), self._values
-        mark: Any = event.start_mark
         self._depth += 1
         self._values += 1
         if self._depth > DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=mark)
+            raise _error(f"more than {DEEPEST} levels", event)
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                problem = f"*{event.anchor} inside what it stands for"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+                raise _error(f"*{event.anchor} inside what it stands for", event)
             self._values = before + self._sizes[id(node)]
         if self._values > MOST_VALUES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES:,} values", problem_mark=mark)
+            raise _error(f"more than {MOST_VALUES:,} values", event)
         self._sizes[id(node)] = self._values - before
         self._depth -= 1
         return node
@@ -58,14 +60,13 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
         text: str = self.construct_scalar(node)
         if re.search("[\0\ud800-\udfff]", text):
-            raise yaml.MarkedYAMLError(problem=f"{text!r:.60} is not text", problem_mark=node.start_mark)
+            raise _error(f"{text!r:.60} is not text", node)
         return text
 
     def _number(self, node: yaml.ScalarNode) -> str:
         text: str = self.construct_scalar(node)
         if len(text) > LONGEST_NUMBER:
-            problem = f"a number of {len(text):,} characters, more than {LONGEST_NUMBER}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            raise _error(f"a number of {len(text):,} characters, more than {LONGEST_NUMBER}", node)
         return text
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -79,7 +80,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a list or section as a key", problem_mark=key_node.start_mark)
+                raise _error("a list or section as a key", key_node)
             if key_node.value in seen:
                 where = f"line {key_node.start_mark.line + 1}"
                 raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r:.60} appears twice, again in {where}")
@@ -87,20 +88,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _tag, _expression, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
+    ("float", _FLOAT, list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_expression})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+for _tag in ("int", "float", "str"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(_Loader, f"construct_yaml_{_tag}"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -121,11 +118,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a configuration.
-
-    Raises:
-        UserError: not a regular file, too large, or not UTF-8.
-    """
+    """The text of a configuration; raises UserError if it is not a regular file, too large, or not UTF-8."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is not a regular file; give a YAML file")
@@ -151,13 +144,8 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def dump_yaml(value: dict[str, Any], *, flow: bool = False) -> str:
-    """Plain data as YAML that both 1.1 and 1.2 readers take alike; ``flow``: a line for each key at the top."""
-    if flow:
-        return "".join(f"{name}: {_dump(item, default_flow_style=True)}" for name, item in value.items())
-    return _dump(value, width=120)
-
-
-def _dump(value: Any, width: float = math.inf, **options: Any) -> str:
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=width, **options)
+def dump_yaml(value: Any, *, flow: bool = False) -> str:
+    """Plain data as YAML that both 1.1 and 1.2 readers take alike; ``flow``: on one line."""
+    width = math.inf if flow else 120
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=width)
     return text.removesuffix("...\n")  # after a scalar

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl.config.load import config_keys, did_you_mean, load_config, quoted, shipped_sweeps, shown
+from sppctl.config.load import config_keys, did_you_mean, find_file, load_config, quoted, shown
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml, read_yaml
 from sppctl.errors import UserError
@@ -81,7 +80,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         UserError: every problem of the file and of any of its configurations, one per line.
     """
-    path = _find(name)
+    path = find_file(name, sweep=True)
     tree = read_yaml(path)
     problems = list(_problems(tree))
     if problems:
@@ -132,16 +131,6 @@ def _word(key: str, value: Any) -> str:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _find(name: str) -> Path:
-    shipped = shipped_sweeps()
-    if os.path.exists(name):
-        return Path(name)
-    stem = name.removeprefix("configs/").removesuffix(".yaml")
-    if stem not in shipped:
-        raise UserError(f"sweep {name} does not exist; give a YAML file, or one of: {', '.join(shipped)}")
-    return shipped[stem]
-
-
 def _problems(tree: Any) -> Iterator[str]:
     if not isinstance(tree, dict) or "grid" not in tree:
         yield "a sweep needs `grid:`, configuration keys with the lists of their values (prune.pattern: [2:4, 4:8])"
@@ -159,7 +148,7 @@ def _problems(tree: Any) -> Iterator[str]:
     if not isinstance(grid, dict) or not grid:
         yield f"grid: expected KEY: [VALUES], found {shown(grid)}"
         return
-    known = list(config_keys())
+    known = config_keys()
     for key, values in grid.items():
         yield from _grid_problems(str(key), values, known)
         if key in overrides:

@@ -15,7 +15,7 @@ import yaml
 
 from sppctl.config.load import (
     config_keys,
-    find_config,
+    find_file,
     flatten,
     load_config,
     parse_yaml,
@@ -134,7 +134,7 @@ def test_an_empty_section_means_its_defaults(load: Load) -> None:
 
 
 def test_the_default_is_quickstart() -> None:
-    assert find_config(None) == shipped_configs()["quickstart"]
+    assert find_file(None) == shipped_configs()["quickstart"]
     assert load_config(None) == load_config("quickstart")
 
 
@@ -229,7 +229,7 @@ def test_a_shipped_configuration_is_found_by_name_anywhere(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_config(name) == shipped_configs()["quickstart"]
+    assert find_file(name) == shipped_configs()["quickstart"]
 
 
 def test_a_configuration_that_does_not_exist_lists_the_shipped_ones() -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from stage_calls import write_record
 
 from sppctl import launch
-from sppctl.config.load import load_config, shipped_configs, shipped_sweeps
+from sppctl.config.load import load_config, shipped_configs
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.evaluate.results import Results
@@ -143,11 +143,11 @@ def test_the_command_line_wins_over_grid_and_overrides(sweep_file: Path, tmp_pat
 
 
 def test_the_shipped_sweep_is_no_configuration_of_a_run() -> None:
-    assert "sweep-example" in shipped_sweeps()
+    assert "sweep-example" in shipped_configs(sweeps=True)
     assert "sweep-example" not in shipped_configs()
     assert len(load_sweep("sweep-example").runs) == 2 * 2 * (2 * 2 - 1)
     with pytest.raises(UserError, match="is a sweep, not the configuration of one run: sppctl sweep"):
-        load_config(str(shipped_sweeps()["sweep-example"]))
+        load_config(str(shipped_configs(sweeps=True)["sweep-example"]))
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
