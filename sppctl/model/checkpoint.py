@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
@@ -26,6 +27,7 @@ from sppctl.errors import UserError, first_line
 from sppctl.files import integrity
 from sppctl.files.disk import FULL, demand_readable, writing
 from sppctl.files.safe_files import (
+    ADAPTER_CONFIG,
     INDEX_NAME,
     SINGLE_NAME,
     OwnFile,
@@ -400,21 +402,33 @@ def load_model(
 
     weights.check_directory(directory, trust_remote_code)
     placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}
-    with quiet_libraries(), console.working(f"loading {directory}"):
+    with quiet_libraries(), console.working(f"loading {directory}"), _without_adapter(directory) as folder:
         model: Any
         info: Any
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
+            folder,
             dtype=machine.torch_dtype(dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            # an adapter beside the weights is looked for, and attached, where this says: never below a file
-            adapter_kwargs={"subfolder": "config.json"},
             output_loading_info=True,
             **placed,
         )
     weights.refuse_random(str(directory), info)
+    model.name_or_path = model.config._name_or_path = str(directory)
     return (model if placed else model.to(device)).eval()
+
+
+@contextlib.contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The directory, or links to its files if a PEFT adapter is among them: transformers would attach it."""
+    if not (directory / ADAPTER_CONFIG).exists():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in directory.resolve().iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(folder) / file.name).symlink_to(file)
+        yield Path(folder)
 
 
 def weight_bytes(directory: Path, dtype: str) -> int:

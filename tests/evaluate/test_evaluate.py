@@ -335,7 +335,7 @@ def test_a_model_that_exceeds_a_gpu_lies_on_several(
 
     def load(*_: Any, **options: Any) -> Any:
         asked.update(options)
-        model = SimpleNamespace(eval=lambda: None, to=lambda _: SimpleNamespace(eval=lambda: None))
+        model = SimpleNamespace(config=SimpleNamespace(), eval=lambda: None, to=lambda _: model)
         return model, {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
