@@ -70,7 +70,7 @@ class PackCollator:
         batch: Batch = flatten([{"input_ids": one.input_ids, "labels": one.labels} for one in examples])
         batch["examples"] = [example.number for example in examples]
         if self.response_mask:
-            parts = [[False, *example.response[1:]] for example in examples]
+            parts = ([False, *example.response[1:]] for example in examples)
             batch["response_mask"] = torch.tensor([list(itertools.chain.from_iterable(parts))])
         return batch
 
@@ -99,12 +99,6 @@ def grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     the longest example, which comes first: memory that does not suffice shows at once. transformers'
     ``get_length_grouped_indices`` leaves the batches of a pool in descending order of their lengths, so that the
     learning rate of a step would go with the length of its examples.
-
-    Args:
-        lengths: of all examples.
-        batch_size: examples in an optimizer step.
-        seed: of the order.
-        epoch: number of the pass over the examples.
     """
     chooser = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
@@ -129,16 +123,9 @@ def packing_error(model: nn.Module, first: Sequence[int], second: Sequence[int])
     """How far a model is from keeping two packed examples apart, seen at the first token of the second one.
 
     That token may attend to itself alone, so where borders are honoured no kernel has anything to round, whatever the
-    dtype. Its logits behind the first example are compared with those at the start of a row of the same shape.
-
-    Args:
-        model: in evaluation mode, in any dtype.
-        first: tokens.
-        second: other tokens.
-
-    Returns:
-        The difference as a share of the difference when the model is told of no border: 0 where attention and
-        positions are exact, 1 where positions that start again mean nothing to the model.
+    dtype. Its logits behind the first example are compared with those at the start of a row of the same shape: the
+    difference as a share of that without any border, 0 where attention and positions are exact, 1 where positions that
+    start again mean nothing to the model, which is in evaluation mode.
     """
     device = next(model.parameters()).device
 

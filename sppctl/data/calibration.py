@@ -10,7 +10,6 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,106 +46,69 @@ class Windows:
 
 def calibration_windows(tokenizer: Any, text: Text, *, samples: int, seq_len: int, **choice: Any) -> Windows:
     """Windows as of :func:`draw_windows`, whose arguments these are, from the cache if they were drawn before."""
-    path = cache.entry(
-        "windows",
-        {
-            "format": CACHE_FORMAT,
-            "documents": content_hash(text.documents),
-            "joiner": text.joiner,
-            "running": text.running,
-            "tokenizer": cache.tokenizer_identity(tokenizer),
-            "samples": samples,
-            "seq_len": seq_len,
-            **choice,
-        },
-    )
-    found = _cached(path, samples, seq_len)
-    if found is None:
-        with console.working(f"tokenising {text.name} for calibration"):
-            found = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, **choice)
-        cache.write(path, {"windows": found.tokens}, made=found.made)
-    return found
-
-
-def _cached(path: Path | None, samples: int, seq_len: int) -> Windows | None:
-    """The windows of a cache entry, if it holds what was asked for."""
-    tensors, metadata = cache.read(path) or ({}, {})
-    if "windows" not in tensors or not metadata.get("made"):
-        return None
-    windows = Windows(tensors["windows"], metadata["made"])
-    asked = windows.tokens.dtype == torch.int64 and windows.tokens.shape == (samples, seq_len)
-    return windows if asked else None
-
-
-# --- drawing ----------------------------------------------------------------------------------------------------------
+    depends_on = {
+        "format": CACHE_FORMAT,
+        "documents": content_hash(text.documents),
+        "joiner": text.joiner,
+        "running": text.running,
+        "tokenizer": cache.tokenizer_identity(tokenizer),
+        "samples": samples,
+        "seq_len": seq_len,
+        **choice,
+    }
+    path = cache.entry("windows", depends_on)
+    tensors, metadata = cache.read(path)
+    if tensors:
+        return Windows(tensors["windows"], metadata["made"])
+    with console.working(f"tokenising {text.name} for calibration"):
+        windows = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, **choice)
+    cache.write(path, {"windows": windows.tokens}, made=windows.made)
+    return windows
 
 
 def draw_windows(
-    tokenizer: Any,
-    text: Text,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    windows: WindowsKind = "auto",
+    tokenizer: Any, text: Text, *, samples: int, seq_len: int, seed: int, windows: WindowsKind = "auto"
 ) -> Windows:
     """Windows of calibration text, every token of which was in the text: there is no padding.
 
-    Args:
-        tokenizer: of the model.
-        text: the source.
-        samples: number of windows.
-        seq_len: tokens in a window.
-        seed: of the choice.
-        windows: ``random-document``, as published: a random document longer than a window, a random offset in it.
-            ``concatenate``: documents are joined in random order and cut into windows, of which some are chosen, none
-            twice. ``auto``: the first, or the second where a source has too few documents longer than a window. A
-            running text is joined in its own order instead and tokenised as a whole, and windows start anywhere in it,
-            as published for WikiText-2, unless ``random-document`` is asked for.
+    ``random-document``, as published: a random document longer than a window, a random offset in it. ``concatenate``:
+    documents are joined in random order and cut into windows, of which some are chosen, none twice. ``auto``: the
+    first, or the second where a source has too few documents longer than a window. A running text is joined in its own
+    order instead and tokenised as a whole, and windows start anywhere in it, as published for WikiText-2, unless
+    ``random-document`` is asked for.
 
     Raises:
         UserError: too little text, or too few long documents.
     """
-    chooser = random.Random(seed)
-    if text.running and windows != "random-document":
-        return _anywhere(_tokens(tokenizer, text.joiner.join(text.documents)), text.name, samples, seq_len, chooser)
-    order = list(text.documents)
-    chooser.shuffle(order)
-    if windows != "concatenate":
-        pieces = _random_pieces(tokenizer, order, samples, seq_len, chooser)
+    chooser, documents = random.Random(seed), list(text.documents)
+    in_order = text.running and windows != "random-document"
+    if not in_order:
+        chooser.shuffle(documents)
+    if not in_order and windows != "concatenate":
+        pieces = _random_pieces(tokenizer, documents, samples, seq_len, chooser)
         if len(pieces) == samples:
-            return Windows(_stacked(pieces, seq_len), "random-document")
+            return Windows(torch.tensor(pieces), "random-document")
         if windows == "random-document":
             raise UserError(
                 f"prune.calibration.windows: {text.name} has {len(pieces)} documents longer than {seq_len} tokens, "
                 f"random-document needs {samples}: "
                 "use concatenate or auto, fewer samples, a shorter seq_len or more text"
             )
-    joined: list[int] = []
-    for document in order:
-        if len(joined) >= samples * seq_len:
-            break
-        if document.strip():
-            joined += _tokens(tokenizer, document + text.joiner)
-    _check_length(joined, text.name, samples, seq_len)
-    starts = [number * seq_len for number in sorted(chooser.sample(range(len(joined) // seq_len), samples))]
-    return Windows(_stacked([joined[start : start + seq_len] for start in starts], seq_len), "concatenate")
-
-
-def _anywhere(tokens: list[int], name: str, samples: int, seq_len: int, chooser: random.Random) -> Windows:
-    """Windows that start at random tokens of one text."""
-    _check_length(tokens, name, samples, seq_len)
-    starts = [chooser.randint(0, len(tokens) - seq_len) for _ in range(samples)]
-    return Windows(_stacked([tokens[start : start + seq_len] for start in starts], seq_len), "random-offset")
-
-
-def _check_length(tokens: list[int], name: str, samples: int, seq_len: int) -> None:
-    missing = samples * seq_len - len(tokens)
-    if missing > 0:
+    needed, tokens = samples * seq_len, _tokens(tokenizer, text.joiner.join(documents)) if in_order else []
+    for document in filter(str.strip, () if in_order else documents):
+        if len(tokens) < needed:
+            tokens += _tokens(tokenizer, document + text.joiner)
+    if len(tokens) < needed:
         raise UserError(
-            f"prune.calibration: {name} has {len(tokens)} tokens, {samples} windows of {seq_len} need "
-            f"{samples * seq_len}; {missing} are missing: use fewer samples, a shorter seq_len or more text"
+            f"prune.calibration: {text.name} has {len(tokens)} tokens, {samples} windows of {seq_len} need {needed}; "
+            f"{needed - len(tokens)} are missing: use fewer samples, a shorter seq_len or more text"
         )
+    if in_order:
+        starts = [chooser.randint(0, len(tokens) - seq_len) for _ in range(samples)]
+    else:
+        starts = [number * seq_len for number in sorted(chooser.sample(range(len(tokens) // seq_len), samples))]
+    made = "random-offset" if in_order else "concatenate"
+    return Windows(torch.tensor([tokens[start : start + seq_len] for start in starts]), made)
 
 
 def _random_pieces(
@@ -170,8 +132,3 @@ def _tokens(tokenizer: Any, document: str) -> list[int]:
     encoding = tokenizer(document, padding=False, truncation=False)
     assert all(encoding.get("attention_mask", ())), "padding in calibration text"
     return list(encoding["input_ids"])
-
-
-def _stacked(pieces: list[list[int]], seq_len: int) -> Tensor:
-    assert all(len(piece) == seq_len for piece in pieces), "a window that is not full"
-    return torch.tensor(pieces, dtype=torch.int64)

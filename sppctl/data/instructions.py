@@ -48,13 +48,10 @@ class Instructions:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies all rows, in their order, by what they say."""
-        return texts.content_hash([rows_hash(self.train), rows_hash(self.held_out)])
-
-
-def rows_hash(rows: Sequence[Row]) -> str:
-    """Identifies rows, in their order, by instruction, input and output."""
-    return texts.content_hash([row.get(name) or "" for row in rows for name in texts.INSTRUCTION_COLUMNS])
+        """Identifies all rows, in their order, by instruction, input and output."""
+        columns = texts.INSTRUCTION_COLUMNS
+        parts = ([row.get(name) or "" for row in rows for name in columns] for rows in (self.train, self.held_out))
+        return texts.content_hash([texts.content_hash(part) for part in parts])
 
 
 def load_instructions(
@@ -79,16 +76,20 @@ def load_instructions(
         UserError: no such data set, missing columns, nothing in it, nothing left to train on, an impossible weight, or
             a split of data that has none.
     """
-    _check_weights(weights)
+    if not weights:
+        raise UserError(f"{KEY}: names no data set; write a name, or {{name: weight, ...}}")
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise UserError(f"{KEY}: the weight of {name} is {weight:g}; it must be a number above 0")
     files = find(weights, split)
-    shares = _shared_out(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
-    with sources.noting() as seen:
+    shares = _proportional(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
+    with sources.noting() as recorded:
         parts = {name: _split_rows(name, files[name], split, shares.get(name, 0), seed) for name in weights}
     left_out = _separate(parts)
     most = min(len(train) / weights[name] for name, (train, _) in parts.items())
     if max_rows is not None:
         most = min(most, max_rows / sum(weights.values()))
-    mixed = Instructions([], [], {}, left_out, seen.versions)
+    mixed = Instructions([], [], {}, left_out, recorded.versions)
     for name, (train, held_out) in parts.items():
         count = math.floor(most * weights[name] + 1e-6)  # the division above may end just below a whole number
         if not count:
@@ -108,41 +109,30 @@ def find(names: Collection[str], split: str) -> dict[str, Path | None]:
         UserError: a directory, or a split where none of the data sets has any. Of a mixture it chooses a part of those
             of the hub.
     """
-    if not any(texts.has_splits(HUB_NAMES.get(name, name)) for name in names):
-        for name in names:
-            texts.check_split(name, split, "train.data.split")
+    texts.check_split("train.data.split", split, *(HUB_NAMES.get(name, name) for name in names))
     return {name: None if name in ("instructions", *HUB_NAMES) else texts.local_file(name, KEY) for name in names}
 
 
 def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
     """Takes the rows that say what a row held out says out of those to train on; how many these were."""
-    held_out = {_said(row) for _, rows in parts.values() for row in rows}
+
+    def content(row: Row) -> tuple[str, ...]:
+        return tuple((row.get(name) or "").strip() for name in texts.INSTRUCTION_COLUMNS)
+
+    unseen = {content(row) for _, held_out in parts.values() for row in held_out}
     left_out = 0
-    for name, (train, own) in parts.items():
-        kept = [row for row in train if _said(row) not in held_out]
+    for name, (train, held_out) in parts.items():
+        kept = [row for row in train if content(row) not in unseen]
         if not kept:
             raise UserError(f"{KEY}: every row of {name} is held out too; hold out fewer (train.data.val_size)")
         left_out += len(train) - len(kept)
-        parts[name] = kept, own
+        parts[name] = kept, held_out
     return left_out
 
 
-def _said(row: Row) -> tuple[str, ...]:
-    return tuple((row.get(name) or "").strip() for name in texts.INSTRUCTION_COLUMNS)
-
-
-def _check_weights(weights: Mapping[str, float]) -> None:
-    if not weights:
-        raise UserError(f"{KEY}: names no data set; write a name, or {{name: weight, ...}}")
-    for name, weight in weights.items():
-        if not 0 < weight < math.inf:
-            raise UserError(f"{KEY}: the weight of {name} is {weight:g}; it must be a number above 0")
-
-
-def _shared_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+def _proportional(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Whole numbers in proportion to the weights that add up to the total: the largest remainders are rounded up."""
-    whole = sum(weights.values())
-    exact = {name: total * weight / whole for name, weight in weights.items()}
+    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
     shares = {name: math.floor(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
     for name in by_remainder[: total - sum(shares.values())]:
@@ -151,10 +141,17 @@ def _shared_out(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows of one data set."""
+    """Training rows and held-out rows of one data set, all with texts in the right columns."""
     if name == "instructions":
         return texts.built_in_rows("train"), texts.built_in_rows("heldout")
-    rows = _read(name, file, split)
+    known, wanted = ("instructions", *HUB_NAMES), texts.INSTRUCTION_COLUMNS
+    rows, columns = texts.load_rows(HUB_NAMES.get(name, name), file, split, KEY, wanted=wanted, known=known)
+    missing = [column for column in ("instruction", "output") if column not in columns]
+    if columns and missing:
+        raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(columns)}")
+    if not rows:
+        raise UserError(f"{KEY}: {name} holds no rows")
+    texts.check_texts(rows, name, KEY, ("instruction", "output"), ("input",))
     random.Random(seed).shuffle(rows)
     if val_size >= len(rows):
         raise UserError(
@@ -162,26 +159,6 @@ def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: i
             "hold out fewer"
         )
     return rows[val_size:], rows[:val_size]
-
-
-def _read(name: str, file: Path | None, split: str) -> list[Row]:
-    """All rows of one data set, with the right columns."""
-    if file is not None:
-        rows, columns = texts.file_rows(file, KEY)
-    elif name in HUB_NAMES or texts.is_hub_id(name):
-        found = texts.load_hub(HUB_NAMES.get(name, name), split)
-        columns = list(found.column_names)
-        rows = list(found.select_columns([column for column in columns if column in texts.INSTRUCTION_COLUMNS]))
-    else:
-        known = ", ".join(("instructions", *HUB_NAMES))
-        raise UserError(f"{KEY}: {name} is not a file and none of {known}, nor a hub id (OWNER/NAME)")
-    missing = [column for column in ("instruction", "output") if column not in columns]
-    if columns and missing:
-        raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(columns)}")
-    if not rows:
-        raise UserError(f"{KEY}: {name} holds no rows")
-    texts.check_instructions(rows, name, KEY)
-    return rows
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -224,7 +201,7 @@ class Examples(Sequence[Example]):
             raise IndexError(number)
         part = slice(self.ends[number] - self.lengths[number], self.ends[number])
         tokens, labelled, response = (self.tensors[name][part].tolist() for name in ("tokens", "labelled", "response"))
-        labels = [token if wanted else IGNORED for token, wanted in zip(tokens, labelled, strict=True)]
+        labels = [token if is_label else IGNORED for token, is_label in zip(tokens, labelled, strict=True)]
         return Example(tokens, labels, bool(self.tensors["truncated"][number]), self.numbers[number], response)
 
     @cached_property
@@ -239,10 +216,10 @@ class Examples(Sequence[Example]):
 
     def having(self, kind: str) -> Examples:
         """The examples with a token that is ``labelled``, or of a ``response``, and that another one predicts."""
-        lengths = self.tensors["lengths"]
-        wanted = self.tensors[kind] & (_places(lengths) > 0)
-        counts = torch.zeros_like(lengths).index_add_(0, _owners(lengths), wanted.long())
-        kept = counts > 0
+        lengths, ends = self.tensors["lengths"], self.tensors["lengths"].cumsum(0)
+        marks_before = torch.nn.functional.pad(self.tensors[kind].cumsum(0), (1, 0))
+        seconds = torch.minimum(ends - lengths + 1, ends)  # nothing predicts the first token of an example
+        kept = marks_before[ends] > marks_before[seconds]
         if kept.all():
             return self
         tokens = kept.repeat_interleave(lengths)
@@ -251,42 +228,8 @@ class Examples(Sequence[Example]):
         return Examples(tensors, [number for number, keep in zip(self.numbers, kept.tolist(), strict=True) if keep])
 
 
-def _places(lengths: Tensor) -> Tensor:
-    """Of all tokens of examples of these lengths, one after the other: the place in its example."""
-    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-
-
-def _owners(lengths: Tensor) -> Tensor:
-    return torch.arange(len(lengths)).repeat_interleave(lengths)
-
-
 def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
-    """The rows as of :func:`tokenize`, from the cache if the same text was tokenised before."""
-    marked = [style.text(row) for row in rows]
-    path = cache.entry(
-        "examples",
-        {
-            "format": CACHE_FORMAT,
-            "texts": texts.content_hash([f"{start} {text}" for text, start in marked]),
-            "special_tokens": style.special_tokens,
-            "marks": None if style.marked is None else tokenizer.get_chat_template(),
-            "tokenizer": cache.tokenizer_identity(tokenizer),
-            "end": tokenizer.eos_token_id,
-            "seq_len": seq_len,
-            "train_on_inputs": train_on_inputs,
-        },
-    )
-    tensors, _ = cache.read(path) or ({}, {})
-    if tensors.keys() == {"tokens", "labelled", "response", "lengths", "truncated"}:
-        return Examples(tensors)
-    with console.working(f"tokenising {len(rows):,} examples"):
-        made = _cut(_tokenized(tokenizer, rows, marked, style), seq_len, train_on_inputs)
-    cache.write(path, made.tensors)
-    return made
-
-
-def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
-    """Prompt, response and end-of-text of each row as tokens.
+    """Prompt, response and end-of-text of each row as tokens, from the cache if the same text was tokenised before.
 
     Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are
     those that a model meets; the labels start after the prompt's tokens. In a chat, whose text is not simply prompt and
@@ -299,44 +242,51 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
         seq_len: tokens of the longest example; longer ones are cut.
         train_on_inputs: labels for the prompt too.
     """
-    return _cut(_tokenized(tokenizer, rows, [style.text(row) for row in rows], style), seq_len, train_on_inputs)
+    marked = [style.text(row) for row in rows]
+    depends_on = {
+        "format": CACHE_FORMAT,
+        "texts": texts.content_hash([f"{start} {text}" for text, start in marked]),
+        "special_tokens": style.special_tokens,
+        "marks": None if style.marked is None else tokenizer.get_chat_template(),
+        "tokenizer": cache.tokenizer_identity(tokenizer),
+        "end": tokenizer.eos_token_id,
+        "seq_len": seq_len,
+        "train_on_inputs": train_on_inputs,
+    }
+    path = cache.entry("examples", depends_on)
+    tensors, _ = cache.read(path)
+    if not tensors:
+        with console.working(f"tokenising {len(rows):,} examples"):
+            tokenised = _tokenised(tokenizer, rows, marked, style)
+        response = torch.cat([torch.zeros(0, dtype=torch.bool), *(marks[:seq_len] for _, marks in tokenised)])
+        lengths = torch.tensor([len(tokens) for tokens, _ in tokenised], dtype=torch.int64)
+        tensors = {
+            "tokens": torch.tensor([id_ for tokens, _ in tokenised for id_ in tokens[:seq_len]], dtype=torch.int32),
+            "labelled": torch.ones_like(response) if train_on_inputs else response.clone(),
+            "response": response,
+            "lengths": lengths.clamp(max=seq_len),
+            "truncated": lengths > seq_len,
+        }
+        cache.write(path, tensors)
+    return Examples(tensors)
 
 
-def _tokenized(
-    tokenizer: Any, rows: Sequence[Row], texts: Sequence[tuple[str, int]], style: Style
+def _tokenised(
+    tokenizer: Any, rows: Sequence[Row], marked: Sequence[tuple[str, int]], style: Style
 ) -> list[tuple[list[int], Tensor]]:
     """The tokens of each row, and for each of them whether it belongs to the response."""
     if style.marked is not None:
         return [(tokens, torch.tensor(marks, dtype=torch.bool)) for tokens, marks in map(style.marked, rows)]
-    wholes = _tokens(tokenizer, [text for text, _ in texts], style)
-    prompts = _tokens(tokenizer, [text[:start] for text, start in texts], style)
+    if not rows:  # fast tokenizers fail on an empty list
+        return []
+    options = {"padding": False, "truncation": False, "add_special_tokens": style.special_tokens}
+    wholes = tokenizer([text for text, _ in marked], **options).input_ids
+    prompts = tokenizer([text[:start] for text, start in marked], **options).input_ids
     if style.special_tokens:
-        wholes = [[*tokens, tokenizer.eos_token_id] for tokens in wholes]
-        starts = [len(prompt) for prompt in prompts]
+        end = [tokenizer.eos_token_id]
+        # some tokenizers end every text by themselves
+        wholes = [tokens if tokens[-1:] == end else tokens + end for tokens in wholes]
+        starts = [len(tokens) - int(tokens[-1:] == end) for tokens in prompts]
     else:
         starts = [shared(*pair) for pair in zip(prompts, wholes, strict=True)]
     return [(tokens, torch.arange(len(tokens)) >= start) for tokens, start in zip(wholes, starts, strict=True)]
-
-
-def _cut(found: list[tuple[list[int], Tensor]], seq_len: int, train_on_inputs: bool) -> Examples:
-    response = torch.cat([torch.zeros(0, dtype=torch.bool), *(said[:seq_len] for _, said in found)])
-    return Examples(
-        {
-            "tokens": torch.tensor([token for tokens, _ in found for token in tokens[:seq_len]], dtype=torch.int32),
-            "labelled": torch.ones_like(response) if train_on_inputs else response.clone(),
-            "response": response,
-            "lengths": torch.tensor([min(len(tokens), seq_len) for tokens, _ in found], dtype=torch.int64),
-            "truncated": torch.tensor([len(tokens) > seq_len for tokens, _ in found], dtype=torch.bool),
-        }
-    )
-
-
-def _tokens(tokenizer: Any, texts: list[str], style: Style) -> list[list[int]]:
-    """The tokens of each text; some tokenizers end every text by themselves, and that end is left out."""
-    if not texts:  # fast tokenizers fail on an empty list
-        return []
-    options = {"padding": False, "truncation": False, "add_special_tokens": style.special_tokens}
-    found: list[list[int]] = tokenizer(texts, **options).input_ids
-    if not style.special_tokens:
-        return found
-    return [tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens for tokens in found]

@@ -73,27 +73,22 @@ def style(prompt: str, tokenizer: Any, today: datetime | None = None) -> Style:
     Raises:
         UserError: a text with other fields or without {instruction}, or a tokenizer that cannot chat.
     """
-    if prompt == "alpaca":
-        return _followed(prompt_of)
     if prompt == "chat":
         return _chat(tokenizer, today or datetime.now())
-    _check_template(prompt)
-    return _followed(lambda row: prompt.format(instruction=row["instruction"], input=row.get("input") or ""))
+    if prompt != "alpaca":
+        _check_template(prompt)
+
+    def text(row: Row) -> tuple[str, int]:
+        own = {"instruction": row["instruction"], "input": row.get("input") or ""}
+        before = prompt_of(row) if prompt == "alpaca" else prompt.format_map(own)
+        return before + row["output"], len(before)
+
+    return Style(text)
 
 
 def is_dated(prompt: str, tokenizer: Any) -> bool:
     """Whether the text depends on the date."""
     return prompt == "chat" and bool(DATE.search(str(getattr(tokenizer, "chat_template", None))))
-
-
-def _followed(prompt: Callable[[Row], str]) -> Style:
-    """A prompt that the response follows as it is."""
-
-    def text(row: Row) -> tuple[str, int]:
-        before = prompt(row)
-        return before + row["output"], len(before)
-
-    return Style(text)
 
 
 def _check_template(prompt: str) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from sppctl.errors import UserError
 from sppctl.files import sources
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-ROW_FILES = (".jsonl", ".json", ".parquet")
 PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # all that is not gzip of one file
 INSTRUCTION_COLUMNS = ("instruction", "input", "output")
 # the whole of C4 would be a download of 300 GB; the literature measures on 1,100 documents of the validation split
@@ -37,11 +36,11 @@ MOST_CHARACTERS = 200_000_000
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of one source, and how they are joined into one text.
+    """Documents of one source, in its order, and how they are joined into one text.
 
     Attributes:
         name: of the source.
-        documents: in the source's order.
+        documents: one or more.
         joiner: between two of them.
         windows: how many of the joined text are measured at most; None: all.
         running: they follow each other as the paragraphs of one text.
@@ -54,45 +53,73 @@ class Text:
     running: bool = False
 
 
-# --- sources ----------------------------------------------------------------------------------------------------------
+def load_text(name: str, split: str, key: str, column: str | None = None, part: bool = False) -> Text:
+    """The documents behind a name.
 
-
-def load_hub(repository: str, split: str, config: str | None = None, **options: Any) -> Any:
-    """A split of a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, from the network or the cache.
+    Args:
+        name: a known name; a local file, plain or .gz (.jsonl, .json, .parquet: the ``text`` or instruction columns;
+            anything else: one text); or a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, with such columns.
+        split: ``train`` or ``test``, where the source has splits.
+        key: the configuration key, for errors.
+        column: that holds the documents of a file of rows or a hub dataset; None: as above.
+        part: the first MOST_DOCUMENTS rows will do, or fewer that hold MOST_CHARACTERS: of JSON lines and of the hub
+            no more is read.
 
     Raises:
-        UserError: it could not be loaded.
+        UserError: no such source, no such column, or nothing in it.
     """
-    import datasets
+    path = None if name in _TEXTS else local_file(name, key)
+    has_no_columns = name in _TEXTS or (path is not None and _form(path) not in READERS)
+    if column is not None and has_no_columns:
+        raise UserError(f"{key}: {name} has no columns to choose from; leave out column {column}")
+    if name in _TEXTS:
+        text = _TEXTS[name](split)
+    elif path is not None and has_no_columns:
+        text = Text(path.name, [_plain_text(path, key)])
+    else:
+        wanted = ("text", *INSTRUCTION_COLUMNS) if column is None else (column,)
+        rows, columns = load_rows(name, path, split, key, wanted=wanted, known=_TEXTS, part=part)
+        text = Text(name if path is None else path.name, _documents(rows, column, name, key, columns))
+    if not any(document.strip() for document in text.documents):
+        raise UserError(f"{key}: {name} holds no text")
+    return text
 
-    if config is None and ":" in repository:
-        repository, _, config = repository.partition(":")
-    if os.path.lexists(repository):
-        raise UserError(
-            f"dataset {repository}: {Path.cwd() / repository} has the same name and would be read in its place; "
-            "rename it, or work in another directory"
-        )
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    with _had(repository, split):
-        found = datasets.load_dataset(repository, config, split=split, **options)
-        sources.note(found)
-        return found
+
+def _documents(rows: list[Row], column: str | None, name: str, key: str, columns: Sequence[str]) -> list[str]:
+    """One document per row; ``columns``: all that the source has, for it may be read without some of them."""
+    wanted = column or "text"
+    if all(wanted in row for row in rows):
+        check_texts(rows, name, key, optional=(wanted,))
+        return [row[wanted] or "" for row in rows]
+    if column is None and all({"instruction", "output"} <= row.keys() for row in rows):
+        check_texts(rows, name, key, ("instruction", "output"), ("input",))
+        return [formatted(row) for row in rows]
+    wished = f"a column {column}" if column else "a column text (or instruction and output)"
+    hint = "; prune.calibration.column names another" if key.startswith("prune.calibration") else ""
+    raise UserError(f"{key}: {name} lacks {wished} in some row{hint}; its columns: {', '.join(columns) or 'none'}")
 
 
-@contextmanager
-def _had(repository: str, split: str) -> Iterator[None]:
-    """Says in one line why a hub dataset could not be loaded; streamed rows are fetched only while they are read."""
-    try:
-        yield
-    except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # datasets tells on the second line which configurations there are
-        reason = " ".join(lines[:2]) + "; write NAME:CONFIG" if "Config name is missing" in lines[0] else lines[0]
-        raise UserError(
-            f"dataset {repository} ({split}) could not be loaded: {reason}; check the name and the network, "
-            "download it first on a machine that has one, or give a local file"
-        ) from error
+def check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
+    """Every row must have texts in the needed columns, and a text or nothing in the optional ones.
+
+    Raises:
+        UserError: one has not, or one is text that cannot be encoded; it is named by its number.
+    """
+    for number, row in enumerate(rows, start=1):
+        wrong = [column for column in needed if not isinstance(row.get(column), str)]
+        wrong += [column for column in optional if not isinstance(row.get(column), str | None)]
+        if wrong:
+            raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
+        for column in (*needed, *optional):
+            half = re.search("[\ud800-\udfff]", row.get(column) or "")
+            if half:
+                raise UserError(
+                    f"{key}: {name}: row {number}: {column} has half of a surrogate pair ({half[0]!r}), which is no "
+                    "character; write the whole one, or leave it out"
+                )
+
+
+# --- known texts ------------------------------------------------------------------------------------------------------
 
 
 def _c4(split: str) -> Text:
@@ -115,7 +142,7 @@ def _c4(split: str) -> Text:
         rows = rows.select(range(min(count, len(rows))))
     else:
         rows = load_hub("allenai/c4", split, data_files={split: first}, streaming=True).take(count)
-    with _had("allenai/c4", split):
+    with _loading(f"allenai/c4 ({split})"):
         documents = [row["text"] for row in rows]
     return Text("c4", documents) if split == "train" else Text("c4", documents, joiner=" ", windows=C4_WINDOWS)
 
@@ -123,20 +150,6 @@ def _c4(split: str) -> Text:
 def _wikitext2(split: str) -> Text:
     rows = load_hub("Salesforce/wikitext", split, "wikitext-2-raw-v1")
     return Text("wikitext2", list(rows["text"]), running=True)
-
-
-def _alpaca(split: str) -> Text:
-    return Text("alpaca", [formatted(row) for row in load_hub("tatsu-lab/alpaca", split)])
-
-
-def _instructions(split: str) -> Text:
-    return Text("instructions", [formatted(row) for row in built_in_rows("train" if split == "train" else "heldout")])
-
-
-def built_in_rows(split: str) -> list[Row]:
-    """The rows that come with sppctl; ``split`` is ``train`` or ``heldout``."""
-    rows = read_rows(ASSETS / "instructions.jsonl", "instructions")
-    return [row for row in rows if row["split"] == split]
 
 
 def _prose(_: str) -> Text:
@@ -155,45 +168,32 @@ def _prose(_: str) -> Text:
     return Text("prose", list(dict.fromkeys(prose)))
 
 
-_TEXTS = {"c4": _c4, "wikitext2": _wikitext2, "alpaca": _alpaca, "instructions": _instructions, "prose": _prose}
+def _instructions(split: str) -> Text:
+    return Text("instructions", [formatted(row) for row in built_in_rows("train" if split == "train" else "heldout")])
 
 
-def load_text(name: str, split: str, key: str, column: str | None = None, part: bool = False) -> Text:
-    """The documents behind a name.
+_TEXTS: dict[str, Callable[[str], Text]] = {
+    "c4": _c4,
+    "wikitext2": _wikitext2,
+    "alpaca": lambda split: Text("alpaca", [formatted(row) for row in load_hub("tatsu-lab/alpaca", split)]),
+    "instructions": _instructions,
+    "prose": _prose,
+}
 
-    Args:
-        name: a known name; a local file, plain or .gz (.jsonl, .json, .parquet: the ``text`` or instruction columns;
-            anything else: one text); or a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, with such columns.
-        split: ``train`` or ``test``, where the source has splits.
-        key: the configuration key, for errors.
-        column: that holds the documents of a file of rows or a hub dataset; None: as above.
-        part: the first MOST_DOCUMENTS rows will do, or fewer that hold MOST_CHARACTERS: of JSON lines and of the hub
-            no more is read.
 
-    Raises:
-        UserError: no such source, no such column, or nothing in it.
-    """
-    path = None if name in _TEXTS else local_file(name, key)
-    if column is not None and (name in _TEXTS or (path is not None and _form(path) not in ROW_FILES)):
-        raise UserError(f"{key}: {name} has no columns to choose from; leave out column {column}")
-    if name in _TEXTS:
-        text = _TEXTS[name](split)
-    elif path is not None:
-        text = _local_text(path, key, column, part)
-    elif is_hub_id(name):
-        text = _hub_text(name, split, key, column, part)
-    else:
-        raise UserError(f"{key}: {name} is not a file and none of {', '.join(_TEXTS)}, nor a hub id (OWNER/NAME)")
-    if not any(document.strip() for document in text.documents):
-        raise UserError(f"{key}: {name} holds no text")
-    return text
+def built_in_rows(split: str) -> list[Row]:
+    """The rows that come with sppctl; ``split`` is ``train`` or ``heldout``."""
+    return [row for row in json_rows(ASSETS / "instructions.jsonl", "instructions") if row["split"] == split]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def local_file(name: str, key: str) -> Path | None:
     """The local file that a name means; None if nothing here has that name, so that it may be one of the hub's.
 
     Raises:
-        UserError: the name of a directory, or of what is neither file nor directory.
+        UserError: the name of a directory, of what is neither file nor directory, or of a file that is packed.
     """
     path = Path(name)
     if path.is_dir():
@@ -202,49 +202,106 @@ def local_file(name: str, key: str) -> Path | None:
         raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
     if os.path.lexists(path) and not path.is_file():
         raise UserError(f"{key}: {name} is neither a file nor a link to one")
+    if path.is_file() and _form(path) in PACKED_FILES:
+        raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
     return path if path.is_file() else None
-
-
-def has_splits(name: str) -> bool:
-    """Whether data is of the hub."""
-    return is_hub_id(name) and not os.path.lexists(name)
-
-
-def check_split(name: str, split: str, key: str) -> None:
-    """A part can be chosen of data sets of the hub only.
-
-    Raises:
-        UserError: it is chosen of other data.
-    """
-    if split != "train" and not has_splits(name):
-        raise UserError(
-            f"{key}: {name} has no split {split}; only a data set of the hub (OWNER/NAME) has splits to choose from"
-        )
-
-
-def _form(path: Path) -> str:
-    """The suffix that says how to read a file, whether compressed or not."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can be ``OWNER/NAME`` or ``OWNER/NAME:CONFIG`` and is not a file that is missing."""
-    is_file = _form(Path(name)) in (".txt", *ROW_FILES) or name.endswith(".gz")
+    is_file = _form(Path(name)) in (".txt", *READERS) or name.endswith(".gz")
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 
 
-def _hub_text(name: str, split: str, key: str, column: str | None, part: bool) -> Text:
+def check_split(key: str, split: str, *names: str) -> None:
+    """Raises UserError if a part is chosen where none of the data is of the hub, which alone has parts to choose."""
+    of_hub = any(is_hub_id(name) and not os.path.lexists(name) for name in names)
+    if split != "train" and not of_hub:
+        raise UserError(
+            f"{key}: {names[0]} has no split {split}; only a data set of the hub (OWNER/NAME) has splits to choose from"
+        )
+
+
+def load_rows(
+    name: str,
+    path: Path | None,
+    split: str,
+    key: str,
+    *,
+    wanted: Sequence[str],
+    known: Iterable[str],
+    part: bool = False,
+) -> tuple[list[Row], list[str]]:
+    """The rows of a data set, and the names of all its columns, though others than those wanted need not be read.
+
+    Args:
+        name: of the data set.
+        path: as of :func:`local_file`; of other forms than those of READERS: JSON or JSON lines.
+        split: of a hub dataset.
+        key: the configuration key, for errors.
+        wanted: names of columns.
+        known: names that the key takes besides files and hub datasets, for errors.
+        part: as of :func:`load_text`.
+
+    Raises:
+        UserError: it does not exist, or cannot be read.
+    """
+    rows: Iterable[Row]
+    if path is not None:
+        rows, columns = READERS.get(_form(path), READERS[".json"])(path, key, wanted)
+        taken = list(_first(rows) if part else rows)
+    elif is_hub_id(name):
+        import datasets
+
+        # what is streamed comes without its size, so slices of splits cannot be; offline it comes from the cache
+        streamed = part and split.isidentifier() and not datasets.config.HF_DATASETS_OFFLINE
+        rows = load_hub(name, split, streaming=True) if streamed else load_hub(name, split)
+        with _loading(f"{name} ({split})"):
+            columns = getattr(rows, "column_names", None)
+            if columns:  # spare decoding what is not read
+                rows = rows.select_columns(_readable(columns, wanted))  # type: ignore[attr-defined]
+            taken = list(_first(rows) if part else rows)
+    else:
+        raise UserError(f"{key}: {name} is not a file and none of {', '.join(known)}, nor a hub id (OWNER/NAME)")
+    return taken, list(columns or dict.fromkeys(column for row in taken for column in row))
+
+
+def load_hub(repository: str, split: str, config: str | None = None, **options: Any) -> Any:
+    """A split of a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, from the network or the cache.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
     import datasets
 
-    # what is streamed comes without its size, so slices of splits cannot be; offline it comes from the cache
-    streamed = part and split.isidentifier() and not datasets.config.HF_DATASETS_OFFLINE
-    rows = load_hub(name, split, streaming=True) if streamed else load_hub(name, split)
-    with _had(name, split):
-        columns = getattr(rows, "column_names", None)
-        if columns:  # spare decoding what is not read
-            rows = rows.select_columns(_readable(columns, column))
-        found = list(_first(rows) if part else rows)
-    return Text(name, _documents(found, column, name, key, columns))
+    if config is None and ":" in repository:
+        repository, _, config = repository.partition(":")
+    if os.path.lexists(repository):
+        raise UserError(
+            f"dataset {repository}: {Path.cwd() / repository} has the same name and would be read in its place; "
+            "rename it, or work in another directory"
+        )
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    with _loading(f"{repository} ({split})"):
+        dataset = datasets.load_dataset(repository, config, split=split, **options)
+        sources.note(dataset)
+        return dataset
+
+
+@contextmanager
+def _loading(dataset: str) -> Iterator[None]:
+    """Says in one line why a hub dataset could not be loaded; streamed rows are fetched only while they are read."""
+    try:
+        yield
+    except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # datasets tells on the second line which configurations there are
+        reason = " ".join(lines[:2]) + "; write NAME:CONFIG" if "Config name is missing" in lines[0] else lines[0]
+        raise UserError(
+            f"dataset {dataset} could not be loaded: {reason}; check the name and the network, download it first on a "
+            "machine that has one, or give a local file"
+        ) from error
 
 
 def _first(rows: Iterable[Row]) -> Iterator[Row]:
@@ -257,45 +314,17 @@ def _first(rows: Iterable[Row]) -> Iterator[Row]:
             return
 
 
-def _local_text(path: Path, key: str, column: str | None, part: bool) -> Text:
-    _check_packing(path, key)
-    if part and _form(path) in (".jsonl", ".json"):
-        found = list(_first(_json_rows(path, key)))
-        return Text(path.name, _documents(found, column, str(path), key, None))
-    if _form(path) in ROW_FILES:
-        rows, columns = file_rows(path, key, column)
-        rows = list(_first(rows)) if part else rows
-        return Text(path.name, _documents(rows, column, str(path), key, columns))
-    try:
-        with _opened(path) as file:
-            return Text(path.name, [file.read()])
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path} is not UTF-8 text ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{key}: {path} cannot be read: {error}") from error
+def _readable(columns: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The columns that are wanted; all of them if there is none, so that rows stay rows."""
+    return [name for name in columns if name in wanted] or list(columns)
 
 
-def _check_packing(path: Path, key: str) -> None:
-    if _form(path) in PACKED_FILES:
-        raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def file_rows(path: Path, key: str, column: str | None = None) -> tuple[list[Row], list[str]]:
-    """The rows of a parquet, JSON or JSON lines file, and the names of all its columns.
-
-    Args:
-        path: of the file; JSON may be compressed with gzip.
-        key: the configuration key, for errors.
-        column: that is wanted; None: text or instruction columns. A parquet file is read without its others.
-
-    Raises:
-        UserError: it cannot be read as such.
-    """
-    _check_packing(path, key)
-    if _form(path) == ".parquet":
-        return _parquet_rows(path, key, column)
-    rows = read_rows(path, key)
-    return rows, list(dict.fromkeys(str(name) for row in rows for name in row))
+def _form(path: Path) -> str:
+    """The suffix that says how to read a file, whether compressed or not."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _opened(path: Path) -> IO[str]:
@@ -304,58 +333,22 @@ def _opened(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")  # some editors put a byte order mark in front
 
 
-def _parquet_rows(path: Path, key: str, column: str | None) -> tuple[list[Row], list[str]]:
-    """The rows, of the columns that may be needed, and the names of all columns."""
-    import pyarrow
-    import pyarrow.parquet
-
+def _plain_text(path: Path, key: str) -> str:
     try:
-        columns = list(pyarrow.parquet.read_schema(path).names)
-        table = pyarrow.parquet.read_table(path, columns=_readable(columns, column), partitioning=None)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{key}: {path} cannot be read as parquet: {error}") from error
-    return table.to_pylist(), columns
+        with _opened(path) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {path} is not UTF-8 text ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{key}: {path} cannot be read: {error}") from error
 
 
-def _readable(columns: Sequence[str], column: str | None) -> list[str]:
-    """The columns that a document can be made of; all of them if there is none, so that rows stay rows."""
-    wanted = ("text", *INSTRUCTION_COLUMNS) if column is None else (column,)
-    return [name for name in columns if name in wanted] or list(columns)
-
-
-def _documents(rows: list[Row], column: str | None, name: str, key: str, columns: Sequence[str] | None) -> list[str]:
-    """One document per row; ``columns``: all that the source has, for it may be read without some of them."""
-    wanted = column or "text"
-    if all(wanted in row for row in rows):
-        _check_texts(rows, name, key, (), (wanted,))
-        return [row[wanted] or "" for row in rows]
-    if column is None and all({"instruction", "output"} <= row.keys() for row in rows):
-        check_instructions(rows, name, key)
-        return [formatted(row) for row in rows]
-    found = ", ".join(columns or dict.fromkeys(column for row in rows for column in row)) or "none"
-    wished = f"a column {column}" if column else "a column text (or instruction and output)"
-    hint = "; prune.calibration.column names another" if key.startswith("prune.calibration") else ""
-    raise UserError(f"{key}: {name} lacks {wished} in some row{hint}; its columns: {found}")
-
-
-def read_rows(path: Path, key: str) -> list[Row]:
-    """The objects of a JSON list or of JSON lines, plain or .gz.
+def json_rows(path: Path, key: str) -> Iterator[Row]:
+    """The objects of JSON lines, no more of which are read than are taken, or of a JSON list; plain or .gz.
 
     Raises:
         UserError: neither.
     """
-    return list(_json_rows(path, key))
-
-
-def _json_rows(path: Path, key: str) -> Iterator[Row]:
-    for row in _json_values(path, key):
-        if not isinstance(row, dict):
-            raise UserError(f"{key}: {path} must hold one JSON object per row")
-        yield row
-
-
-def _json_values(path: Path, key: str) -> Iterator[Any]:
-    """The values of JSON lines, no more of which are read than are taken, or those of a list, which is read whole."""
     where, first = "", True
     try:
         with _opened(path) as file:
@@ -363,50 +356,45 @@ def _json_values(path: Path, key: str) -> Iterator[Any]:
                 if not line.strip():
                     continue
                 if first and line.lstrip().startswith("["):
-                    yield from json.loads(line + file.read())
-                    return
-                where, first = f", line {number},", False
-                yield json.loads(line)
-                where = ""
+                    rows = json.loads(line + file.read())
+                else:
+                    where = f", line {number},"
+                    rows = [json.loads(line)]
+                where, first = "", False
+                if not all(isinstance(row, dict) for row in rows):
+                    raise UserError(f"{key}: {path} must hold one JSON object per row")
+                yield from rows
+    except UserError:
+        raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
 
 
-def check_instructions(rows: list[Row], name: str, key: str) -> None:
-    """Every row must have texts as instruction and output, and as input a text or nothing.
+def _parquet_file(path: Path, key: str, wanted: Sequence[str]) -> tuple[list[Row], list[str]]:
+    import pyarrow
+    import pyarrow.parquet
 
-    Raises:
-        UserError: one has not, or one is text that cannot be encoded; it is named by its number.
-    """
-    _check_texts(rows, name, key, ("instruction", "output"), ("input",))
+    try:
+        columns = list(pyarrow.parquet.read_schema(path).names)
+        table = pyarrow.parquet.read_table(path, columns=_readable(columns, wanted), partitioning=None)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{key}: {path} cannot be read as parquet: {error}") from error
+    return table.to_pylist(), columns
 
 
-def _check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str], optional: Sequence[str]) -> None:
-    for number, row in enumerate(rows, start=1):
-        wrong = [column for column in needed if not isinstance(row.get(column), str)]
-        wrong += [column for column in optional if not isinstance(row.get(column), str | None)]
-        if wrong:
-            raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
-        for column in (*needed, *optional):
-            half = re.search("[\ud800-\udfff]", row.get(column) or "")
-            if half:
-                raise UserError(
-                    f"{key}: {name}: row {number}: {column} has half of a surrogate pair ({half[0]!r}), which is no "
-                    "character; write the whole one, or leave it out"
-                )
+# how files of rows are read, by their suffix: given path, key and wanted columns; the names of all columns, or None
+# where only the rows have them
+READERS: dict[str, Callable[[Path, str, Sequence[str]], tuple[Iterable[Row], list[str] | None]]] = {
+    ".jsonl": lambda path, key, _: (json_rows(path, key), None),
+    ".json": lambda path, key, _: (json_rows(path, key), None),
+    ".parquet": _parquet_file,
+}
 
 
 def file_hash(name: str) -> str | None:
     """Identifies a local file by content; None for data that is known by name."""
-    path = Path(name)
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()[:16]
+    return sources.content_hash(Path(name)) if Path(name).is_file() else None
 
 
 def content_hash(documents: Sequence[str]) -> str:

@@ -138,7 +138,7 @@ def _refresh(model: Any, adapter: Path) -> None:
     path = adapter / REFRESHED
     if not path.is_file():
         return
-    own, file = dict(model.named_parameters()), TensorFile.open(path)
+    own, file = dict(model.named_parameters()), TensorFile(path)
     for name in file.specs:
         # a checkpoint of the bare model leaves out the prefix
         parameter = own[name] if name in own else own[f"{model.base_model_prefix}.{name}"]

@@ -21,58 +21,43 @@ def write(path: Path, text: str) -> None:
     Raises:
         WriteError: it cannot be written; what was there before is unchanged, and nothing is left beside it.
     """
-    aside = path.with_name(f".{path.name}.partial")
-    data = text.encode()
+    partial, data = path.with_name(f".{path.name}.partial"), text.encode()
     with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with aside.open("wb") as file:
+            with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(partial, path)
         except OSError:
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
 
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int | None = None, reasons: set[int] | None = None) -> Iterator[None]:
-    """Errors of the operating system while ``path`` is written inside name it.
+    """Turns errors of the operating system inside into a WriteError: ``path``, the reason, ``needed`` and free bytes.
 
-    Args:
-        path: the file or directory.
-        needed: bytes that it takes, where they are known.
-        reasons: the error numbers that are meant; None: all, for nothing else is done inside.
-
-    Raises:
-        WriteError: with the reason, what is needed and what is free.
+    Errors of other numbers than ``reasons`` stay as they are; None: all are meant, as only ``path`` is written inside.
     """
     try:
         yield
     except OSError as error:
         if reasons is not None and error.errno not in reasons:
             raise
-        place = existing(path.absolute().parent)
         sizes = [] if needed is None else [f"{needed:,} bytes needed"]
         with contextlib.suppress(OSError):
-            sizes.append(f"{shutil.disk_usage(place).free:,} bytes free")
+            sizes.append(f"{shutil.disk_usage(existing(path.absolute().parent)).free:,} bytes free")
         raise WriteError(f"{path} cannot be written: {error.strerror or error} ({', '.join(sizes)})") from error
 
 
 def demand_space(directory: Path, needed: int, what: str, replaced: str) -> None:
-    """Checks that there is room for what will be written below a directory.
+    """Raises UserError if there is no room for ``needed`` bytes of ``what`` below a directory.
 
-    Args:
-        directory: need not be there yet.
-        needed: bytes.
-        what: takes them, for the message.
-        replaced: pattern of files in ``directory`` that will be written over, or make room first.
-
-    Raises:
-        UserError: there is not.
+    Files in it that match the pattern ``replaced`` will be written over, or make room first.
     """
     held = sum(path.stat().st_blocks * 512 for path in directory.glob(replaced))
     free = shutil.disk_usage(existing(directory)).free + held

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -38,27 +37,22 @@ OK, DAMAGED, MISSING, SURPLUS = "ok", "damaged", "missing", "surplus"
 
 
 def listing(directory: Path, without: Collection[str] = ()) -> list[str]:
-    """The files that belong to a checkpoint or an adapter, by their path below the directory.
+    """The files that belong to a checkpoint or an adapter, by their path below its directory.
 
-    Args:
-        directory: of the checkpoint or the adapter.
-        without: names of further files and folders in it that do not.
+    Those in files and folders named ``without`` do not.
     """
     ignored = {RECORD, *_IGNORED_FOLDERS, *without}
-    found = []
+    names = []
     for path in directory.rglob("*"):
-        parts = path.relative_to(directory).parts
-        if not (parts[0] in ignored or any(part.startswith(".") for part in parts) or path.suffix == ".md"):
-            found.append(path)
-    return sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
+        name = path.relative_to(directory)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and name.parts[0] not in ignored and path.suffix != ".md":
+            names.append(name.as_posix())
+    return sorted(names)
 
 
 def hashes(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """The hash of each of these files of a directory.
-
-    Raises:
-        UserError: one cannot be read.
-    """
+    """The hash of each of these files of a directory; raises UserError if one cannot be read."""
     chosen = list(names)
     return dict(zip(chosen, hash_files([directory / name for name in chosen]), strict=True))
 
@@ -69,51 +63,31 @@ def identity(files: Mapping[str, str]) -> str:
 
 
 def compare(directory: Path, recorded: Mapping[str, str], *, anew: bool = False) -> dict[str, str]:
-    """Whether the files of a directory are those of its record.
+    """``ok``, ``damaged`` or ``missing`` for each file with a recorded hash, ``surplus`` for others that would load.
 
-    Args:
-        directory: of the checkpoint or the adapter.
-        recorded: hash of each file by its name.
-        anew: read every byte, whatever is remembered.
-
-    Returns:
-        ``ok``, ``damaged`` or ``missing`` for each recorded file, ``surplus`` for others that would be loaded.
-
-    Raises:
-        UserError: a file cannot be read.
+    With ``anew`` every byte is read, whatever is remembered. Raises UserError if a file cannot be read.
     """
-    there = [name for name in recorded if (directory / name).is_file()]
-    found = dict(zip(there, hash_files([directory / name for name in there], anew=anew), strict=True))
-    doubtful = [] if anew else [name for name in there if found[name] != recorded[name]]
-    found |= zip(doubtful, hash_files([directory / name for name in doubtful], anew=True), strict=True)
-    states = {name: OK if found.get(name) == recorded[name] else DAMAGED for name in recorded}
-    states |= dict.fromkeys(recorded.keys() - found.keys(), MISSING)
+    present = [name for name in recorded if (directory / name).is_file()]
+    now = dict(zip(present, hash_files([directory / name for name in present], anew=anew), strict=True))
+    doubtful = [] if anew else [name for name in present if now[name] != recorded[name]]
+    now |= zip(doubtful, hash_files([directory / name for name in doubtful], anew=True), strict=True)
+    states = {name: OK if now.get(name) == recorded[name] else DAMAGED for name in recorded}
+    states |= dict.fromkeys(recorded.keys() - now.keys(), MISSING)
     surplus = set(listing(directory)) - recorded.keys()
     loaded = (name for name in sorted(surplus) if any(fnmatch(Path(name).name, pattern) for pattern in _LOADED))
     return states | dict.fromkeys(loaded, SURPLUS)
 
 
 def check(directory: Path, recorded: Mapping[str, str], remedy: str) -> None:
-    """Raises UserError if a directory does not hold what its record says; each file is named.
-
-    Args:
-        directory: of the checkpoint or the adapter.
-        recorded: hash of each file by its name.
-        remedy: what to do about it.
-    """
-    problems = [
-        explain(directory / name, state, remedy) for name, state in compare(directory, recorded).items() if state != OK
-    ]
+    """Raises UserError if files of a directory do not have their recorded hashes; each is named with the remedy."""
+    states = compare(directory, recorded)
+    problems = [explain(directory / name, state, remedy) for name, state in states.items() if state != OK]
     if problems:
         raise UserError("\n".join(problems))
 
 
 def check_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a stage that a directory holds, whose files are as it says; None if it holds none.
-
-    Raises:
-        UserError: the record is damaged, or files are not as it says.
-    """
+    """The record of a stage in a directory, None without one; raises UserError if files are not as it says."""
     if not (directory / RECORD).is_file():
         return None
     record = sealed.read(directory / RECORD, remedy := "redo the stage with --force")
@@ -140,15 +114,8 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-# --- hashing ----------------------------------------------------------------------------------------------------------
-
-
 def hash_files(paths: list[Path], *, anew: bool = False) -> list[str]:
-    """The hash of the whole content of each file.
-
-    Args:
-        paths: of the files.
-        anew: read every byte, whatever is remembered.
+    """The hash of the whole content of each file; ``anew``: every byte is read, whatever is remembered.
 
     Raises:
         UserError: one cannot be read.
@@ -165,20 +132,24 @@ def hash_files(paths: list[Path], *, anew: bool = False) -> list[str]:
 def _hash_all(paths: list[Path], anew: bool, pool: ThreadPoolExecutor) -> Iterable[str]:
     started = time.time_ns()
     stats = [path.stat() for path in paths]
-    known = [None if anew else _remembered(stat) for stat in stats]
+    remembered = [None if anew else _remembered(stat) for stat in stats]
     pieces = [
-        [] if found else [pool.submit(_piece, path, start) for start in range(0, stat.st_size, PIECE)]
-        for path, stat, found in zip(paths, stats, known, strict=True)
+        [] if known else [pool.submit(_piece, path, start) for start in range(0, stat.st_size, PIECE)]
+        for path, stat, known in zip(paths, stats, remembered, strict=True)
     ]
-    for path, stat, found, parts in zip(paths, stats, known, pieces, strict=True):
-        if found is None:
-            digest = hashlib.sha256(str(stat.st_size).encode())
-            for part in parts:
-                digest.update(part.result())
-            found = digest.hexdigest()
-            if _signature(path.stat()) == _signature(stat):
-                _remember(stat, found, started)
-        yield found
+    for path, stat, known, parts in zip(paths, stats, remembered, pieces, strict=True):
+        if known is not None:
+            yield known
+            continue
+        digest = hashlib.sha256(str(stat.st_size).encode())
+        for part in parts:
+            digest.update(part.result())
+        settled = started - max(stat.st_mtime_ns, stat.st_ctime_ns) >= SETTLED_NS
+        place = _place(stat)
+        if place is not None and settled and _signature(path.stat()) == _signature(stat):
+            record = {"file": _signature(stat), "hash": digest.hexdigest()}
+            cache.store(place, json.dumps(sealed.seal(record)).encode())
+        yield digest.hexdigest()
 
 
 def _piece(path: Path, start: int) -> bytes:
@@ -195,36 +166,19 @@ def _piece(path: Path, start: int) -> bytes:
         raise
 
 
-# --- remembering ------------------------------------------------------------------------------------------------------
-
-
 def _signature(stat: os.stat_result) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino]
 
 
 def _place(stat: os.stat_result) -> Path | None:
-    """By the inode, so that a directory may be moved, as publishing does."""
-    root = cache.root()
+    """Where a hash is remembered: by the inode, so that a directory may be moved, as publishing does."""
+    root = cache.root() if stat.st_size >= REMEMBERED else None
     return root and root / "hashes" / f"{stat.st_dev:x}-{stat.st_ino:x}.json"
 
 
 def _remembered(stat: os.stat_result) -> str | None:
-    place = _place(stat) if stat.st_size >= REMEMBERED else None
+    place = _place(stat)
     with contextlib.suppress(OSError, ValueError, KeyError):
         record = sealed.parse(place.read_bytes()) if place else {}
         return str(record["hash"]) if record["file"] == _signature(stat) else None
     return None
-
-
-def _remember(stat: os.stat_result, found: str, started: int) -> None:
-    place = _place(stat)
-    if place is None or stat.st_size < REMEMBERED or started - max(stat.st_mtime_ns, stat.st_ctime_ns) < SETTLED_NS:
-        return
-    aside = place.with_name(f".{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(json.dumps(sealed.seal({"file": _signature(stat), "hash": found})))
-            os.replace(aside, place)
-        finally:
-            aside.unlink(missing_ok=True)

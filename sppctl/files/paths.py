@@ -12,7 +12,7 @@ LONGEST_STEM = 200  # bytes of a file name: the rest is for suffixes
 
 
 def expand(path: str) -> str:
-    """A path whose ``~`` or ``~user`` is replaced by that home directory; any other path as it is.
+    """A path with the home directory in place of ``~`` or ``~user``.
 
     Raises:
         UserError: that home directory is not known, or the path is longer than any, or has a control character in it.
@@ -25,12 +25,13 @@ def expand(path: str) -> str:
         raise UserError(f"the path {path!r} contains a control character")
     if not path.startswith("~"):
         return path
-    own = path.partition("/")[0] == "~"
-    found = os.path.expanduser(path)
-    if found.startswith("~") or (own and os.environ.get("HOME") == ""):  # an empty HOME would mean the root directory
-        what = "HOME is not set" if own else "there is no such user"
+    of_user = path.partition("/")[0] == "~"
+    expanded = os.path.expanduser(path)
+    # an empty HOME would mean the root directory
+    if expanded.startswith("~") or (of_user and os.environ.get("HOME") == ""):
+        what = "HOME is not set" if of_user else "there is no such user"
         raise UserError(f"{path}: the home directory is not known ({what}); write the whole path")
-    return found
+    return expanded
 
 
 def file_stem(name: str) -> str:

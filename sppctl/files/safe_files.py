@@ -1,6 +1,6 @@
 """Reading and writing safetensors files tensor by tensor, so that no file has to fit in memory.
 
-The safetensors library reads lazily but writes a file only as a whole; :class:`TensorFile` writes the same format
+The safetensors library reads lazily but writes a file only as a whole; :class:`OwnFile` writes the same format
 (8 bytes of header length, JSON header, data) with every tensor's place known beforehand.
 """
 
@@ -13,6 +13,7 @@ import math
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @contextlib.contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Inside, libraries write models and adapters to ``path``.
-
-    Raises:
-        WriteError: the disk is full.
-    """
+    """Inside, libraries write models and adapters to ``path``; raises WriteError if the disk is full."""
     with writing(path, reasons=FULL):
         try:
             yield
@@ -75,10 +72,9 @@ def hides_full_disk(error: Exception) -> bool:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Makes a file and takes its room at once: a write into a mapped file on a full disk would end the process.
+    """Makes a file and takes its ``size`` bytes at once, or raises OSError.
 
-    Raises:
-        OSError: there is no room for ``size`` bytes.
+    A write into a mapped file on a full disk would end the process.
     """
     with path.open("wb") as file:
         if size and hasattr(os, "posix_fallocate"):  # not on macOS
@@ -96,16 +92,26 @@ class TensorSpec:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata; the safetensors library checks names, sizes and offsets.
+    """The tensors of a safetensors file and its metadata.
+
+    The library checks sizes and offsets, but it neither shows offsets, which writing in place needs, nor refuses a name
+    that appears twice. So the header is read again here.
 
     Raises:
         UserError: not safetensors, damaged, or with a dtype that torch does not have.
     """
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} appears twice")
+        return dict(pairs)
+
     try:
         with safe_open(path, "pt"), path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
             # what the library has accepted is small and flat enough for Python's reader
-            header = json.loads(file.read(length), object_pairs_hook=_each_once)
+            header = json.loads(file.read(start - 8), object_pairs_hook=each_once)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is truncated or damaged, or not a safetensors file ({error}); download or write it again"
@@ -117,36 +123,19 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     foreign = [f"{name} has dtype {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
     if foreign:
         raise UserError(f"{path}: {foreign[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
-    return {
-        name: TensorSpec(
-            _DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    }, metadata
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
-    return found
+    specs = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first, start + last)
+    return specs, metadata
 
 
 class TensorFile:
     """A safetensors file, only read."""
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.specs = specs
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """An existing file."""
-        return cls(path, read_header(path)[0])
+        self.specs, self.metadata = read_header(path)
 
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
         """A tensor, or one entry along its first dimension, copied into memory."""
@@ -157,24 +146,19 @@ class TensorFile:
             start, stop, shape = start + entry * size, start + (entry + 1) * size, shape[1:]
         if start == stop:
             return torch.empty(shape, dtype=spec.dtype)
-        flat = torch.from_file(
-            str(self.path), shared=False, size=stop, dtype=torch.uint8
-        )  # a private mapping: only the pages of this tensor are read
+        # a private mapping: only the pages of this tensor are read
+        flat = torch.from_file(str(self.path), shared=False, size=stop, dtype=torch.uint8)
         return flat[start:stop].clone().view(spec.dtype).reshape(shape)
 
 
 class OwnFile(TensorFile):
     """A safetensors file that sppctl makes, filled tensor by tensor in any order."""
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        """Takes a file to be written.
-
-        Raises:
-            UserError: a link, behind which is a file that somebody else made.
-        """
-        super().__init__(path, specs)
+    def __init__(self, path: Path) -> None:
+        """Takes a file to be written; raises UserError for a link, behind which is a file that somebody else made."""
         if path.is_symlink():
             raise UserError(f"{path} is a link, and sppctl writes into files of its own only; delete {path.parent}")
+        super().__init__(path)
 
     @classmethod
     def create(
@@ -193,7 +177,7 @@ class OwnFile(TensorFile):
         with writing(path, 8 + len(text) + offset), path.open("xb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + offset)
-        return cls.open(path)
+        return cls(path)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Puts a tensor in its place, converted to the dtype laid out for it."""
@@ -219,11 +203,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def adapter_settings(directory: Path) -> dict[str, Any]:
-    """The settings of a PEFT adapter.
-
-    Raises:
-        UserError: there are none, or they are damaged.
-    """
+    """The settings of a PEFT adapter; raises UserError if there are none, or damaged ones."""
     try:
         settings = json.loads((directory / ADAPTER_CONFIG).read_text())
         if not isinstance(settings, dict):
@@ -234,15 +214,11 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
 
 
 def adapter_file(directory: Path) -> Path:
-    """The weights of a PEFT adapter.
-
-    Raises:
-        UserError: there are none, or only pickled ones, which are never loaded.
-    """
+    """The weights of a PEFT adapter; raises UserError if there are none, or only pickled ones, which are not loaded."""
     path = directory / ADAPTER_NAME
-    if path.is_file():
-        return path
-    raise UserError(f"{directory}: this PEFT adapter has no {ADAPTER_NAME}{_pickled(directory)}")
+    if not path.is_file():
+        raise UserError(f"{directory}: this PEFT adapter has no {ADAPTER_NAME}{_pickled(directory)}")
+    return path
 
 
 def _pickled(directory: Path) -> str:
@@ -251,11 +227,7 @@ def _pickled(directory: Path) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The shard of each tensor.
-
-    Raises:
-        UserError: a damaged index, or a shard that is not a safetensors file in the same directory.
-    """
+    """The shard of each tensor; raises UserError for a damaged index, or a shard outside its directory."""
     try:
         content = json.loads(path.read_text())
         shards: dict[str, str] = dict(content["weight_map"].items())
@@ -282,19 +254,20 @@ class TensorFiles:
         """
         self.directory = directory
         self.index = read_index(directory / INDEX_NAME) if (directory / INDEX_NAME).is_file() else None
-        names = self._names()
-        self.files: dict[str, TensorFile] = {}
-        self.metadata: dict[str, dict[str, str]] = {}
+        self.files: dict[str, TensorFile] = {name: self._kind(directory / name) for name in self._names()}
         self.home: dict[str, str] = {}
-        for name in names:
-            specs, self.metadata[name] = read_header(directory / name)
-            self.files[name] = self._kind(directory / name, specs)
-            for tensor in specs:
+        for name, file in self.files.items():
+            for tensor in file.specs:
                 if tensor in self.home:
                     raise UserError(f"{directory}: {tensor} is in {self.home[tensor]} and in {name}; download it again")
                 self.home[tensor] = name
-        if self.index is not None and SINGLE_NAME not in names:
-            self._check_index(self.index)
+        index = self.home if self.index is None or SINGLE_NAME in self.files else self.index
+        for tensor in index.keys() | self.home.keys():
+            actual, named = self.home.get(tensor, "no shard"), index.get(tensor, "no shard")
+            if actual != named:
+                raise UserError(
+                    f"{directory}: {tensor} is in {actual}, but in {named} by {INDEX_NAME}; download both again"
+                )
 
     def _names(self) -> list[str]:
         directory = self.directory
@@ -318,15 +291,6 @@ class TensorFiles:
         if surplus:
             raise UserError(f"{directory}: {INDEX_NAME} does not name {surplus[0]}; download both again")
         return names
-
-    def _check_index(self, index: dict[str, str]) -> None:
-        for tensor in index.keys() | self.home.keys():
-            found, named = self.home.get(tensor), index.get(tensor)
-            if found != named:
-                raise UserError(
-                    f"{self.directory}: {tensor} is in {found or 'no shard'}, but in {named or 'no shard'} by "
-                    f"{INDEX_NAME}; download both again"
-                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.home)

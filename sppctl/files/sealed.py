@@ -27,16 +27,12 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record with its seal: whole or absent, and on the disk before this returns."""
+    """As :func:`sppctl.files.strict_json.write`, with a seal."""
     strict_json.write(path, seal(record))
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
-    """The record in a JSON text, without its seal.
-
-    Raises:
-        ValueError: it is not as it was written; the message says why.
-    """
+    """The record in a JSON text, without its seal; raises ValueError, which says why, if it is not as written."""
     try:
         record = json.loads(text)
     except RecursionError as error:
@@ -54,15 +50,7 @@ def parse(text: str | bytes) -> dict[str, Any]:
 
 
 def read(path: Path, remedy: str) -> dict[str, Any]:
-    """The record in a file, without its seal.
-
-    Args:
-        path: of the file.
-        remedy: what to do about a damaged one.
-
-    Raises:
-        UserError: it cannot be read, is damaged, or has another format.
-    """
+    """The record in a file, without its seal; raises UserError with the ``remedy`` if there is no intact one."""
     try:
         return parse(path.read_bytes())
     except OSError as error:

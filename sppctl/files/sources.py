@@ -47,15 +47,14 @@ class Recorded:
 
         The digest says which content was read, wherever it is.
         """
-        seen = (_source(Path(path).resolve()) for path in self.read - self.written)
         outside = _outside()
-        paths = [path for path in seen if not _is_incidental(path, outside)]
-        paths += [Path(path).resolve() for path in self.data]
-        known = {_name(path, include_path): path for path in paths}
-        files = {name: found for name in sorted(known) if (found := _content(known[name])) is not None}
-        text = "".join([*sorted(files.values()), *(f"{key} {value}" for key, value in sorted(self.versions.items()))])
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return {"digest": digest, "files": files, "versions": dict(sorted(self.versions.items()))}
+        paths = [_source(Path(path).resolve()) for path in self.read - self.written]
+        paths = [path for path in paths if not _is_incidental(path, outside)]
+        named = {_name(path, include_path): path for path in (*paths, *(Path(path).resolve() for path in self.data))}
+        files = {name: content for name in sorted(named) if (content := content_hash(named[name])) is not None}
+        versions = dict(sorted(self.versions.items()))
+        text = "".join([*sorted(files.values()), *(f"{key} {value}" for key, value in versions.items())])
+        return {"digest": hashlib.sha256(text.encode()).hexdigest()[:16], "files": files, "versions": versions}
 
 
 def are_current(sources: Mapping[str, Any], definition: Path | None, include_path: str | None) -> bool:
@@ -68,14 +67,18 @@ def are_current(sources: Mapping[str, Any], definition: Path | None, include_pat
     """
     if definition is not None and _name(definition.resolve(), include_path) not in sources["files"]:
         return False
-    files = all(_content(_place(name, include_path)) == found for name, found in sources["files"].items())
-    return files and not newer(sources["versions"])
+    roots = dict(_roots(include_path))
+    for name, recorded in sources["files"].items():
+        prefix = next((prefix for prefix in roots if name.startswith(prefix)), "")
+        if content_hash(roots.get(prefix, Path()) / name.removeprefix(prefix)) != recorded:
+            return False
+    return not newer(sources["versions"])
 
 
 def newer(versions: Mapping[str, str]) -> dict[str, str]:
     """Of data of the hub that was recorded, what has come into the cache of ``datasets`` since."""
-    found = {key: _latest(key) for key in versions}
-    return {key: now for key, now in found.items() if now is not None and now != versions[key].rpartition(" ")[2]}
+    latest = {key: _latest(key) for key in versions}
+    return {key: now for key, now in latest.items() if now is not None and now != versions[key].rpartition(" ")[2]}
 
 
 # --- recording --------------------------------------------------------------------------------------------------------
@@ -103,7 +106,6 @@ def _listen() -> None:
 @contextlib.contextmanager
 def recording() -> Iterator[Recorded]:
     """Records what is read inside; modules that only an earlier task needed are read again."""
-    global _recorded
     import datasets
 
     _listen()
@@ -113,8 +115,8 @@ def recording() -> Iterator[Recorded]:
     datasets.load_dataset = functools.partial(_load_dataset, load)
     sys.dont_write_bytecode = True  # compiled modules are known by time and size alone
     try:
-        with noting() as found:
-            yield found
+        with noting() as recorded:
+            yield recorded
     finally:
         datasets.load_dataset, sys.dont_write_bytecode = load, wrote
         new = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if name not in before}
@@ -127,9 +129,9 @@ def recording() -> Iterator[Recorded]:
 def noting() -> Iterator[Recorded]:
     """Records only what :func:`note` is given, and files if :func:`recording` listens."""
     global _recorded
-    _recorded = found = Recorded()
+    _recorded = recorded = Recorded()
     try:
-        yield found
+        yield recorded
     finally:
         _recorded = None
 
@@ -138,30 +140,34 @@ def _load_dataset(load: Any, *arguments: Any, **options: Any) -> Any:
     """``datasets.load_dataset``, which takes local files for unchanged if their times are, with a cache by content."""
     import datasets
 
-    given = dict(zip(("path", "name", "data_dir", "data_files"), arguments, strict=False)) | options
-    if any(given.get(key) is not None for key in ("data_files", "data_dir")) or os.path.exists(str(given.get("path"))):
-        builder = datasets.load_dataset_builder(**{k: v for k, v in given.items() if k not in OF_READING})
-        named = [path for paths in (builder.config.data_files or {}).values() for path in paths]
-        local = sorted({path for path in map(str, named) if os.path.isfile(path)})
-        text = "".join(f"{path} {_content(Path(path))}" for path in local)
-        folder = cache.folder(f"tasks/{hashlib.sha256(text.encode()).hexdigest()[:16]}") if local else None
-        if folder is not None:
-            options["cache_dir"] = str(folder)
+    named = dict(zip(("path", "name", "data_dir", "data_files"), arguments, strict=False)) | options
+    if any(named.get(key) is not None for key in ("data_files", "data_dir")) or os.path.exists(str(named.get("path"))):
+        builder = datasets.load_dataset_builder(**{k: v for k, v in named.items() if k not in OF_READING})
+        files = [str(path) for paths in (builder.config.data_files or {}).values() for path in paths]
+        local = sorted({path for path in files if os.path.isfile(path)})
+        root = cache.root() if local else None
+        if root is not None:
+            text = "".join(f"{path} {content_hash(Path(path))}" for path in local)
+            folder = root / "tasks" / hashlib.sha256(text.encode()).hexdigest()[:16]
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                options["cache_dir"] = str(folder)
         if _recorded is not None:
             _recorded.data.update(local)
-    found = load(*arguments, **options)
-    note(found)
-    return found
+    dataset = load(*arguments, **options)
+    note(dataset)
+    return dataset
 
 
 def note(dataset: Any) -> None:
     """Records the arrow files of a data set, which are read without Python's knowledge."""
     if _recorded is None:
         return
+    root = _datasets_cache()
     for part in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
         for file in getattr(part, "cache_files", None) or []:
             path = Path(file["filename"]).resolve()
-            root = _datasets_cache()
             if path.is_relative_to(root):
                 *folders, version, _ = path.relative_to(root).parts
                 key = "/".join(folders)
@@ -214,42 +220,33 @@ def _outside() -> tuple[str, ...]:
     import huggingface_hub
 
     caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_MODULES_CACHE)
-    own = cache.root()
     code = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    outside = ["/proc", "/sys", "/dev", *caches, huggingface_hub.constants.HF_HUB_CACHE, *code, *([own] if own else [])]
-    outside += [_tasks_of_lm_eval().parent, Path(__file__).parent.parent]
+    packages = (_tasks_of_lm_eval().parent, Path(__file__).parent.parent)
+    ours = cache.root() or "/proc"
+    outside = ("/proc", "/sys", "/dev", *caches, huggingface_hub.constants.HF_HUB_CACHE, *code, *packages, ours)
     return tuple(f"{Path(place).resolve()}/" for place in outside)
 
 
+def _roots(include_path: str | None) -> list[tuple[str, Path]]:
+    """Folders by which a file is found again where packages, own tasks or the current directory have moved."""
+    included = [] if include_path is None else [(INCLUDED, Path(include_path))]
+    return [(PACKAGE, _tasks_of_lm_eval()), *included, (HERE, Path.cwd())]
+
+
 def _name(path: Path, include_path: str | None) -> str:
-    """A path by which a file is found again where packages, own tasks or the current directory have moved."""
-    roots = [(PACKAGE, _tasks_of_lm_eval()), (HERE, Path.cwd())]
-    if include_path is not None:
-        roots.insert(1, (INCLUDED, Path(include_path)))
-    for prefix, root in roots:
+    for prefix, root in _roots(include_path):
         if path.is_relative_to(root.resolve()):
             return f"{prefix}{path.relative_to(root.resolve())}"
     return str(path)
 
 
-def _place(name: str, include_path: str | None) -> Path:
-    if name.startswith(PACKAGE):
-        return _tasks_of_lm_eval() / name.removeprefix(PACKAGE)
-    if name.startswith(INCLUDED):
-        return Path(include_path or os.devnull) / name.removeprefix(INCLUDED)
-    return Path(name)
-
-
-def _content(path: Path) -> str | None:
+def content_hash(path: Path) -> str | None:
     """A hash of a file, or of the names in a folder; None if it is neither."""
-    digest = hashlib.sha256()
     try:
         if path.is_dir():
-            digest.update("\0".join(sorted(name for name in os.listdir(path) if name != "__pycache__")).encode())
-        else:
-            with path.open("rb") as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
+            names = sorted(name for name in os.listdir(path) if name != "__pycache__")
+            return hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:
         return None
-    return digest.hexdigest()[:16]

@@ -25,9 +25,5 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes a file, and its folder, that is whole or absent, and on the disk before this returns.
-
-    Raises:
-        WriteError: it cannot be written.
-    """
+    """As :func:`sppctl.files.disk.write`."""
     disk.write(path, dumps(value, indent=2) + "\n")

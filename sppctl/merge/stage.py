@@ -53,7 +53,7 @@ class Adapter:
         kind = settings.get("peft_type")
         if kind not in MERGERS:
             raise UserError(f"{directory} is an adapter of type {kind}; sppctl merges {', '.join(MERGERS)}")
-        files = TensorFile.open(adapter_file(directory))
+        files = TensorFile(adapter_file(directory))
         modules: dict[str, dict[str, str]] = {}
         parts = MERGERS[kind].parts(settings)
         for name in files.specs:

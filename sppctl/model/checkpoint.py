@@ -528,7 +528,7 @@ def copy_for_rewriting(
             with writing(out / name, file.path.stat().st_size, FULL):
                 shutil.copyfile(file.path, out / name)
             continue
-        target = OwnFile.create(out / name, layout, files.metadata[name] or {"format": "pt"})
+        target = OwnFile.create(out / name, layout, file.metadata or {"format": "pt"})
         for key in file.specs:
             tensor, wanted_dtype = file.read(key), layout[key][0]
             target.write(key, tensor if tensor.dtype == wanted_dtype else convert(key, tensor, wanted_dtype))

@@ -28,7 +28,7 @@ class RefreshedFiles(TensorFiles):
         self.refreshed: list[str] = []
         path = adapter / REFRESHED
         if path.is_file():
-            file = TensorFile.open(path)
+            file = TensorFile(path)
             self.files[REFRESHED] = file
             self.home |= dict.fromkeys(file.specs, REFRESHED)
             self.refreshed = list(file.specs)

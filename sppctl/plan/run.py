@@ -373,7 +373,7 @@ def _rows_of_file(path: Path) -> int:
             return int(pyarrow.parquet.read_metadata(path).num_rows)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError("train.data.dataset", f"{path} cannot be read as parquet: {error}") from error
-    return len(texts.read_rows(path, "train.data.dataset"))
+    return sum(1 for _ in texts.json_rows(path, "train.data.dataset"))
 
 
 def _rows_of_split(rows: int | None, split: str) -> int | None:

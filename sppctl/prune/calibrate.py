@@ -31,7 +31,7 @@ def calibration_text(prune: PruneConfig) -> texts.Text:
     """
     settings = prune.calibration
     column = None if settings.column == "auto" else settings.column
-    texts.check_split(settings.dataset, settings.split, "prune.calibration.split")
+    texts.check_split("prune.calibration.split", settings.split, settings.dataset)
     return texts.load_text(settings.dataset, settings.split, "prune.calibration.dataset", column, part=True)
 
 

@@ -239,7 +239,7 @@ class MaskRefresh(Hook):
         path = directory / REFRESHED
         if not path.is_file():
             return
-        file = TensorFile.open(path)
+        file = TensorFile(path)
         for name in self.layers:
             if self.stored[name] in file.specs:
                 self._put(name, file.read(self.stored[name]))

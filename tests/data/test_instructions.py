@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import datasets
 import pytest
 from conftest import ALPACA, byte_tokenizer
-from safetensors.torch import load_file, save_file
 from test_prompts import TEMPLATES, WITHOUT_INPUT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -46,79 +44,101 @@ def numbered(path: Path, name: str, count: int) -> Path:
     return write_rows(path / f"{name}.jsonl", [{"instruction": f"{name} {i}", "output": "x"} for i in range(count)])
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- where they are from ----------------------------------------------------------------------------------------------
 
 
-def write_as(form: str, path: Path) -> None:
+def write_as(form: str, path: Path, rows: list[dict[str, Any]]) -> None:
     if form == "parquet":
-        datasets.Dataset.from_list([row | {"text": "all of it"} for row in ALPACA]).to_parquet(path)
+        datasets.Dataset.from_list(rows).to_parquet(path)
         return
-    text = json.dumps(ALPACA) if "jsonl" not in form else "\n".join(map(json.dumps, ALPACA))
+    text = json.dumps(rows) if "jsonl" not in form else "\n".join(map(json.dumps, rows))
     path.write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "json.gz", "jsonl.gz"])
 def test_files_of_all_forms(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"rows.{form}"
-    write_as(form, path)
+    write_as(form, path, [row | {"text": "all of it"} for row in ALPACA])
     found = load(path)
     assert sorted(asked(found.train)) == sorted(asked(ALPACA))
     assert found.taken == {str(path): 24}
     assert found.hash == load(write_rows(tmp_path / "same.jsonl", ALPACA)).hash
 
 
-@pytest.mark.parametrize(
-    ("name", "repository"),
-    [("alpaca", "tatsu-lab/alpaca"), ("alpaca-gpt4", "vicgalle/alpaca-gpt4"), ("owner/name", "owner/name")],
-)
-def test_hub_rows(monkeypatch: pytest.MonkeyPatch, name: str, repository: str) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked of the hub, whose data sets have two more columns."""
     calls: list[tuple[str, str]] = []
 
     def load_hub(*arguments: str) -> Any:
         calls.append(arguments)
-        return datasets.Dataset.from_list([row | {"text": "all of it"} for row in ALPACA])
+        rows = [{"messages": ["Add."], "id": 1}] if arguments[0] == "other/columns" else ALPACA
+        return datasets.Dataset.from_list([row | {"text": "all of it"} for row in rows])
 
     monkeypatch.setattr(texts, "load_hub", load_hub)
-    found = instructions.load_instructions({name: 1.0}, "train[:24]", val_size=4, max_rows=None, seed=0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("alpaca", "tatsu-lab/alpaca"), ("alpaca-gpt4", "vicgalle/alpaca-gpt4"), ("owner/name", "owner/name")],
+)
+def test_hub_rows(name: str, repository: str, hub: list[tuple[str, str]]) -> None:
+    found = load(name, split="train[:24]", val_size=4)
     assert (len(found.train), len(found.held_out)) == (20, 4)
     assert found.train[0].keys() == {"instruction", "input", "output"}
-    assert calls == [(repository, "train[:24]")]
+    assert hub == [(repository, "train[:24]")]
 
 
-def test_columns_of_a_hub_data_set_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "Add."}], "id": 1}])
-    monkeypatch.setattr(texts, "load_hub", lambda *_: rows)
-    with pytest.raises(UserError, match=r"owner/name lacks instruction and output; its columns: messages, id$"):
-        load("owner/name")
+@pytest.mark.usefixtures("hub")
+def test_columns_of_a_hub_data_set_are_listed() -> None:
+    with pytest.raises(UserError, match=r"other/columns lacks instruction and output; its columns: messages, id, text"):
+        load("other/columns")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("row", [{"question": "1 + 1?", "answer": "2"}, {"conversations": ["Hello"], "id": 1}])
 def test_columns_of_a_file_are_listed(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
     path = tmp_path / f"rows.{form}"
-    if form == "parquet":
-        datasets.Dataset.from_list([row]).to_parquet(path)
-    else:
-        write_rows(path, [row])
+    write_as(form, path, [row])
     with pytest.raises(UserError, match=rf"lacks instruction and output; its columns: {', '.join(row)}$"):
         load(path)
 
 
-def test_a_column_missing_in_a_later_row_is_found_before_training(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [ALPACA[0], {"instruction": "Add."}])
-    with pytest.raises(UserError, match="row 2 has no text in output"):
-        load(path)
-
-
-def test_no_rows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no rows"):
-        load(write_rows(tmp_path / "rows.jsonl", []))
+@pytest.mark.parametrize(
+    ("rows", "message"), [([ALPACA[0], {"instruction": "Add."}], "row 2 has no text in output"), ([], "holds no rows")]
+)
+def test_rows_that_are_missing_are_found_before_training(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load(write_rows(tmp_path / "rows.jsonl", rows))
 
 
 @pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c", "missing.parquet"])
 def test_an_unknown_data_set(name: str) -> None:
     with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is not a file and none of .*alpaca-gpt4, nor"):
         load(name)
+
+
+def test_what_is_neither_file_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("own/rows", "tatsu-lab/alpaca"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "own" / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: own/rows is a directory; "):
+        load("own/rows")
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: own/link is neither a file nor a link to one$"):
+        load("own/link")
+    with pytest.raises(UserError, match=rf"^dataset tatsu-lab/alpaca: {tmp_path}/tatsu-lab/alpaca has the same name"):
+        load("alpaca")
+
+
+def test_a_split_of_what_has_none(alpaca_file: Path) -> None:
+    for names in (["instructions"], [alpaca_file], ["instructions", alpaca_file]):
+        message = rf"^train\.data\.split: {names[0]} has no split test; only a data set of the hub"
+        with pytest.raises(UserError, match=message):
+            load(*names, split="test")
 
 
 # --- which rows -------------------------------------------------------------------------------------------------------
@@ -192,36 +212,6 @@ def test_a_data_set_that_is_held_out_whole_by_another_name(alpaca_file: Path, tm
         load("instructions", own, weights=[1, 1])
 
 
-# --- where they are from ----------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_not_a_hub_id(alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own" / "rows").mkdir(parents=True)
-    shutil.copy(alpaca_file, tmp_path / "own" / "rows" / "part.jsonl")
-    monkeypatch.chdir(tmp_path)
-    for name in ("own/rows", str(tmp_path / "own" / "rows")):
-        with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is a directory; .* it holds part\.jsonl$"):
-            load(name)
-    (tmp_path / "own" / "link").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"^train\.data\.dataset: own/link is neither a file nor a link to one$"):
-        load("own/link")
-
-
-def test_a_folder_that_hides_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tatsu-lab" / "alpaca").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^dataset tatsu-lab/alpaca: {tmp_path}/tatsu-lab/alpaca has the same name"):
-        load("alpaca")
-
-
-def test_a_split_of_what_has_none(alpaca_file: Path) -> None:
-    for name in ("instructions", str(alpaca_file)):
-        with pytest.raises(UserError, match=rf"^train\.data\.split: {name} has no split test; only a data set of the"):
-            load(name, split="test")
-    with pytest.raises(UserError, match=r"^train\.data\.split: instructions has no split test"):
-        load("instructions", alpaca_file, split="test")
-
-
 # --- mixing -----------------------------------------------------------------------------------------------------------
 
 
@@ -267,15 +257,16 @@ def test_the_built_in_rows_in_a_mixture_hold_out_their_own(tmp_path: Path) -> No
     assert len(found.held_out) == 74
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
-def test_impossible_weights(alpaca_file: Path, weight: float) -> None:
-    with pytest.raises(UserError, match=r"^train\.data\.dataset: the weight of .* must be a number above 0$"):
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        *((bad, "the weight of .* must be a number above 0$") for bad in (0.0, -1.0, float("inf"), float("nan"))),
+        (0.001, r"the weight 0\.001 of .* gives none of its rows"),
+    ],
+)
+def test_impossible_weights(alpaca_file: Path, weight: float, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {message}"):
         load(alpaca_file, "instructions", weights=[weight, 1.0])
-
-
-def test_a_weight_that_gives_no_row(alpaca_file: Path) -> None:
-    with pytest.raises(UserError, match=r"^train\.data\.dataset: the weight 0\.001 of .* gives none of its rows"):
-        load(alpaca_file, "instructions", weights=[0.001, 1.0])
 
 
 def test_no_data_set_at_all() -> None:
@@ -288,7 +279,7 @@ def test_no_data_set_at_all() -> None:
 
 def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", **options: Any) -> Example:
     defaults: dict[str, Any] = {"seq_len": 512, "train_on_inputs": False}
-    return instructions.tokenize(tokenizer, [ALPACA[0], row], style(prompt, tokenizer), **(defaults | options))[1]
+    return instructions.examples(tokenizer, [ALPACA[0], row], style(prompt, tokenizer), **(defaults | options))[1]
 
 
 @pytest.mark.parametrize("train_on_inputs", [True, False])
@@ -334,17 +325,14 @@ class WithEnd:
         return encoding
 
 
-@pytest.mark.parametrize("train_on_inputs", [True, False])
-def test_a_tokenizer_that_adds_the_end_itself(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
-    found, expected = (tokenize(each, train_on_inputs=train_on_inputs) for each in (WithEnd(tokenizer), tokenizer))
-    assert found == expected
-
-
-def test_a_tokenizer_that_was_saved_cutting_and_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_that_adds_the_end_itself_or_was_saved_cutting_and_padding(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     cutting = byte_tokenizer()
     cutting.backend_tokenizer.enable_truncation(8)
     cutting.backend_tokenizer.enable_padding(length=600)
-    assert tokenize(cutting) == tokenize(tokenizer)
+    assert tokenize(WithEnd(tokenizer)) == tokenize(cutting) == tokenize(tokenizer)
+    assert tokenize(WithEnd(tokenizer), train_on_inputs=True) == tokenize(tokenizer, train_on_inputs=True)
 
 
 def test_an_own_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -385,17 +373,17 @@ def test_a_token_across_the_border_belongs_to_the_response() -> None:
 
 
 def test_examples_are_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=180, train_on_inputs=False)
+    found = instructions.examples(tokenizer, ALPACA, style("alpaca", None), seq_len=180, train_on_inputs=False)
     assert [example.number for example in found] == list(range(len(found))) == list(range(24))
     assert [len(example.input_ids) for example in found] == found.lengths
     assert sum(example.truncated for example in found) == found.truncated > 0
     assert len(found.having("labelled")) == len(found.having("response")) > 0
-    cut = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=96, train_on_inputs=True)
+    cut = instructions.examples(tokenizer, ALPACA, style("alpaca", None), seq_len=96, train_on_inputs=True)
     assert cut.having("labelled") is cut
     assert len(cut.having("response")) == 0
     with pytest.raises(IndexError):
         found[24]
-    assert list(instructions.tokenize(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []
+    assert list(instructions.examples(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []
 
 
 def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -403,7 +391,7 @@ def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTo
     rows = [{"instruction": "a" * count, "output": "xy"} for count in (3, 9, 0, 5, 6)]
 
     def made(prompt: str, **options: Any) -> Examples:
-        return instructions.tokenize(tokenizer, rows, style(prompt, None), seq_len=6, **options)
+        return instructions.examples(tokenizer, rows, style(prompt, None), seq_len=6, **options)
 
     every = made("{instruction}", train_on_inputs=False)
     kept = every.having("labelled")
@@ -414,7 +402,7 @@ def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTo
     of_inputs = made("{instruction}", train_on_inputs=True)
     assert of_inputs.having("labelled") is of_inputs
     assert [example.number for example in of_inputs.having("response")] == [0, 2, 3]
-    single = instructions.tokenize(tokenizer, rows, style("{instruction}", None), seq_len=1, train_on_inputs=True)
+    single = instructions.examples(tokenizer, rows, style("{instruction}", None), seq_len=1, train_on_inputs=True)
     assert len(single.having("labelled")) == 0
 
 
@@ -455,7 +443,10 @@ def test_the_second_time_nothing_is_tokenised(counting: Counting, cache: Path) -
     assert counting.texts == 48  # prompts and whole texts
     assert examples(counting) == first
     assert counting.texts == 48
-    assert len(list(cache.iterdir())) == 1
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    assert examples(counting) == first
+    assert counting.texts == 2 * 48
 
 
 def test_whatever_matters_is_tokenised_again(counting: Counting, cache: Path) -> None:
@@ -490,26 +481,6 @@ def test_templates_that_print_the_date_share_no_entry_between_days(cache: Path) 
     assert [said(day) for day in (1, 2, 1)] == ["01 Jul 2024", "02 Jul 2024", "01 Jul 2024"]
     assert len(list(cache.iterdir())) == 2
     assert datetime.now().strftime("%d %b %Y") in style("chat", chatting).text(ROW)[0]
-
-
-DAMAGES = {
-    "cut": lambda file: file.write_bytes(file.read_bytes()[:-8]),
-    "no safetensors": lambda file: file.write_text("nothing of the kind"),
-    "other tokens": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x7f"),
-    "nothing about it": lambda file: save_file(load_file(file), file),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_made_anew(counting: Counting, cache: Path, damage: str) -> None:
-    first = examples(counting)
-    (file,) = cache.iterdir()
-    DAMAGES[damage](file)
-    assert examples(counting) == first
-    assert counting.texts == 2 * 48
-    assert examples(counting) == first
-    assert counting.texts == 2 * 48
-    assert list(cache.iterdir()) == [file]
 
 
 # --- the data mirror --------------------------------------------------------------------------------------------------

@@ -16,194 +16,152 @@ from sppctl.data.texts import Text
 from sppctl.errors import UserError
 
 KEY = "prune.calibration.dataset"
+SUMS = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Add.", "output": "What?"}]
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_text("One.\n\nZwölf.\n", encoding="utf-8")
-    assert texts.load_text(str(path), "train", KEY).documents == ["One.\n\nZwölf.\n"]
+def documents(name: Path | str, column: str | None = None, **options: Any) -> list[str]:
+    return texts.load_text(str(name), "train", KEY, column, **options).documents
 
 
-@pytest.mark.parametrize("form", ["jsonl", "json"])
-def test_the_text_column(tmp_path: Path, form: str) -> None:
-    path = tmp_path / f"mine.{form}"
-    rows = [{"text": "One.", "id": 1}, {"text": "Two.", "id": 2}]
-    path.write_text(json.dumps(rows) if form == "json" else "\n\n".join(map(json.dumps, rows)))
-    assert texts.load_text(str(path), "train", KEY).documents == ["One.", "Two."]
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_instruction_columns_become_prompt_and_response(tmp_path: Path) -> None:
-    rows = [
-        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
-        {"instruction": "Add.", "input": "", "output": "What?"},
-    ]
-    path = write_lines(tmp_path / "mine.jsonl", rows)
-    assert texts.load_text(str(path), "train", KEY).documents == [formatted(row) for row in rows]
+@pytest.mark.parametrize(
+    ("name", "content", "column", "expected"),
+    [
+        ("a.txt", "One.\n\nZwölf.\n", None, ["One.\n\nZwölf.\n"]),
+        ("a.jsonl", '{"text": "One.", "id": 1}\n\n{"text": "Two."}', None, ["One.", "Two."]),
+        ("a.json", json.dumps([{"text": "One.", "id": 1}, {"text": "Two."}], indent=1), None, ["One.", "Two."]),
+        ("a.json", '\ufeff[{"text": "One."}]', None, ["One."]),  # a byte order mark
+        (
+            "a.jsonl",
+            lines({"text": "one\u2028line"}, {"text": "next\x85line"}),
+            None,
+            ["one\u2028line", "next\x85line"],
+        ),
+        ("a.jsonl", lines({"text": "One."}, {"text": None}), None, ["One.", ""]),
+        ("a.jsonl", lines(*SUMS), None, [formatted(row) for row in SUMS]),
+        ("a.jsonl", lines({"text": "One.", "story": "1"}, {"text": "Two.", "story": "2"}), "story", ["1", "2"]),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_of_a_file(
+    name: str, content: str, column: str | None, expected: list[str], packed: bool, tmp_path: Path
+) -> None:
+    data = content.encode()
+    if packed:
+        name, data = f"{name}.gz", gzip.compress(data)
+    path = write(tmp_path / name, data)
+    assert texts.load_text(path, "train", KEY, column) == Text(name, expected)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8-sig")
-    assert texts.read_rows(path, "train.data.dataset") == [{"instruction": "a", "output": "b"}]
-
-
-def test_json_lines_end_at_newlines_alone(tmp_path: Path) -> None:
-    rows = [{"text": "one\u2028line"}, {"text": "next\x85line"}]  # both are line ends to str.splitlines
-    path = write_lines(tmp_path / "mine.jsonl", rows)
-    assert texts.load_text(str(path), "train", KEY).documents == ["one\u2028line", "next\x85line"]
-
-
-def test_a_column_that_is_missing_in_a_later_row(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One."}, {"txt": "Two."}])
-    with pytest.raises(UserError, match="text"):
-        texts.load_text(str(path), "train", KEY)
-
-
-@pytest.mark.parametrize("rows", [[{"content": "One.", "id": 1}], [{"instruction": "Add."}]])
-def test_unknown_columns_are_listed(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", rows)
-    with pytest.raises(UserError, match=f"its columns: {', '.join(rows[0])}$"):
-        texts.load_text(str(path), "train", KEY)
-
-
-@pytest.mark.parametrize("content", ["{", '{"text": 1}\nno JSON\n', '["text"]', "3\n"])
-def test_files_that_are_not_rows(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(content)
-    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.jsonl\b"):
-        texts.load_text(str(path), "train", KEY)
-
-
-@pytest.mark.parametrize("content", ["", " \n\n"])
-def test_a_file_without_text(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_text(content)
-    with pytest.raises(UserError, match=r"mine\.txt holds no text"):
-        texts.load_text(str(path), "train", KEY)
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("a.txt", "", None, r"holds no text"),
+        ("a.txt", " \n\n", None, r"holds no text"),
+        ("a.txt", b"Zw\xf6lf", None, "is not UTF-8 text"),
+        ("a.txt", "One.", "text", "has no columns to choose from; leave out column text$"),
+        ("a.jsonl", "{", None, "line 1, cannot be read as JSON or JSON lines"),
+        ("a.jsonl", '{"text": "1"}\nno JSON\n', None, "line 2, cannot be read as JSON or JSON lines"),
+        ("a.json", '["text"]', None, "must hold one JSON object per row"),
+        ("a.jsonl", "3\n", None, "must hold one JSON object per row"),
+        ("a.jsonl", lines({"text": "One."}, {"txt": "Two."}), None, r"lacks a column text .*in some row.*: text, txt$"),
+        ("a.jsonl", lines({"content": "One.", "id": 1}), None, "its columns: content, id$"),
+        ("a.jsonl", lines({"instruction": "Add."}), None, "its columns: instruction$"),
+        (
+            "a.jsonl",
+            lines({"text": "One.", "story": "1"}),
+            "title",
+            r"lacks a column title .*its columns: text, story$",
+        ),
+        ("a.jsonl", lines({"text": "One."}, {"text": None}, {"text": 3}), None, "row 3 has no text in text$"),
+        ("a.jsonl", lines({"text": ["One."]}), None, "row 1 has no text in text$"),
+        ("a.jsonl", lines({"instruction": "Add.", "output": {"a": "b"}}), None, "row 1 has no text in output$"),
+        ("a.parquet", "text", None, "cannot be read as parquet: "),
+        *((f"a.{form}.gz", "no gzip", None, "cannot be read") for form in ("txt", "jsonl", "json")),
+        *((f"a.{form}.gz", gzip.compress(b"One.")[:-9], None, "cannot be read") for form in ("txt", "jsonl", "json")),
+        ("a.txt.gz", gzip.compress(b"One.")[:10] + b"\xff" * 20, None, "cannot be read"),
+        *((name, b"\x28\xb5", None, "is packed in a way that") for name in ("a.jsonl.zst", "a.zip", "a.tar.gz")),
+    ],
+)
+def test_a_file_that_cannot_be_used(
+    name: str, content: str | bytes, column: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"^{KEY}: .*{name}\b.*{message}"):
+        documents(write(tmp_path / name, content), column)
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "mine.parquet"
     datasets.Dataset.from_list([{"text": "One.", "id": 1}, {"text": "Two.", "id": 2}]).to_parquet(path)
-    assert texts.load_text(str(path), "train", KEY) == Text("mine.parquet", ["One.", "Two."])
+    assert documents(path) == ["One.", "Two."]
     with pytest.raises(UserError, match=r"lacks a column content .*its columns: text, id$"):
-        texts.load_text(str(path), "train", KEY, "content")
+        documents(path, "content")
     with pytest.raises(UserError, match="row 1 has no text in id"):
-        texts.load_text(str(path), "train", KEY, "id")
+        documents(path, "id")
     datasets.Dataset.from_list(ALPACA).to_parquet(path)
-    assert texts.load_text(str(path), "train", KEY).documents == [formatted(row) for row in ALPACA]
-
-
-def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "mine.parquet").write_text("text")
-    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.parquet cannot be read as parquet: "):
-        texts.load_text(str(tmp_path / "mine.parquet"), "train", KEY)
-
-
-@pytest.mark.parametrize("form", ["txt", "jsonl", "json"])
-def test_gzipped_files(tmp_path: Path, form: str) -> None:
-    contents = {"txt": "One.", "jsonl": '{"text": "One."}\n', "json": '[{"text": "One."}]'}
-    path = tmp_path / f"mine.{form}.gz"
-    path.write_bytes(gzip.compress(contents[form].encode()))
-    assert texts.load_text(str(path), "train", KEY) == Text(f"mine.{form}.gz", ["One."])
-    for damaged in (path.read_bytes()[:-9], b"no gzip", path.read_bytes()[:10] + b"\xff" * 20):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.{form}\.gz\b.* cannot be read"):
-            texts.load_text(str(path), "train", KEY)
-
-
-@pytest.mark.parametrize("name", ["mine.jsonl.zst", "mine.zip", "mine.tar.gz"])
-def test_files_packed_in_other_ways(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(UserError, match=rf"^{KEY}: .*{name} is packed in a way that is not read"):
-        texts.load_text(str(tmp_path / name), "train", KEY)
+    assert documents(path) == [formatted(row) for row in ALPACA]
 
 
 def test_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"^{KEY}: owner/name is a directory; name one file in it \(.*parquet\)$"):
-        texts.load_text("owner/name", "train", KEY)
-    (tmp_path / "owner" / "name" / "mine.txt").write_text("One.")
+        documents("owner/name")
+    write(tmp_path / "owner" / "name" / "mine.txt", "One.")
     with pytest.raises(UserError, match=r"; it holds mine\.txt$"):
-        texts.load_text(str(tmp_path / "owner" / "name"), "train", KEY)
-
-
-def test_a_column_by_name(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One.", "story": "1"}, {"text": "Two.", "story": "2"}])
-    assert texts.load_text(str(path), "train", KEY, "story").documents == ["1", "2"]
-    with pytest.raises(UserError, match=rf"^{KEY}: .* lacks a column title .*its columns: text, story$"):
-        texts.load_text(str(path), "train", KEY, "title")
-
-
-@pytest.mark.parametrize("name", ["instructions", "mine.txt"])
-def test_a_column_of_what_has_none(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text("One.")
-    with pytest.raises(UserError, match=rf"^{KEY}: {name} has no columns to choose from; leave out column text$"):
-        texts.load_text(name, "train", KEY, "text")
-
-
-@pytest.mark.parametrize("value", [3, ["One."], {"a": "One."}])
-def test_rows_that_hold_no_text(tmp_path: Path, value: Any) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One."}, {"text": None}, {"text": value}])
-    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.jsonl: row 3 has no text in text$"):
-        texts.load_text(str(path), "train", KEY)
-    path = write_lines(tmp_path / "mine.jsonl", [{"instruction": "Add.", "output": value}])
-    with pytest.raises(UserError, match=rf"^{KEY}: .*mine\.jsonl: row 1 has no text in output$"):
-        texts.load_text(str(path), "train", KEY)
-
-
-def test_rows_without_a_text_are_empty(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "mine.jsonl", [{"text": "One."}, {"text": None}])
-    assert texts.load_text(str(path), "train", KEY).documents == ["One.", ""]
-
-
-def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_bytes(b"Zw\xf6lf")
-    with pytest.raises(UserError, match="is not UTF-8 text"):
-        texts.load_text(str(path), "train", KEY)
+        documents(tmp_path / "owner" / "name")
 
 
 @pytest.mark.parametrize("name", ["nothing", "folder/missing.txt", "missing.jsonl", "/no/such/file"])
 def test_unknown_names_are_told_what_there_is(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        texts.load_text(name, "train", KEY)
+        documents(name)
     assert str(caught.value) == (
         f"{KEY}: {name} is not a file and none of c4, wikitext2, alpaca, instructions, prose, nor a hub id (OWNER/NAME)"
     )
 
 
-def test_a_hub_dataset_is_read_by_its_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
-
-    def load(name: str, split: str) -> list[dict[str, str]]:
-        asked.append((name, split))
-        return [{"text": "One."}]
-
-    monkeypatch.setattr(texts, "load_hub", load)
-    assert texts.load_text("owner/name", "test", KEY) == Text("owner/name", ["One."])
-    assert asked == [("owner/name", "test")]
+# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_dataset_is_read_without_its_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = datasets.Dataset.from_list([{"text": "One.", "story": "1", "id": 1}, {"text": None, "story": "2", "id": 2}])
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((*args, options)) or rows)
-    assert texts.load_text("owner/name", "train", KEY).documents == ["One.", ""]
-    assert texts.load_text("owner/name:20231101.en", "train", KEY, "story").documents == ["1", "2"]
-    assert asked == [("owner/name", None, {"split": "train"}), ("owner/name", "20231101.en", {"split": "train"})]
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+    """hub(rows, or an error) -> what is asked of the hub from then on, which has these."""
+
+    def has(rows: Any) -> list[Any]:
+        asked: list[Any] = []
+
+        def load_dataset(*arguments: Any, **options: Any) -> Any:
+            asked.append((*arguments, options))
+            if isinstance(rows, Exception):
+                raise rows
+            return rows
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return asked
+
+    return has
+
+
+def test_a_hub_dataset_is_read_without_its_other_columns(hub: Callable[[Any], list[Any]]) -> None:
+    rows = [{"text": "One.", "story": "1", "id": 1}, {"text": None, "story": "2", "id": 2}]
+    asked = hub(datasets.Dataset.from_list(rows))
+    assert texts.load_text("owner/name", "test", KEY) == Text("owner/name", ["One.", ""])
+    assert documents("owner/name:20231101.en", "story") == ["1", "2"]
+    assert asked == [("owner/name", None, {"split": "test"}), ("owner/name", "20231101.en", {"split": "train"})]
     with pytest.raises(UserError, match=rf"^{KEY}: owner/name lacks a column txt .*its columns: text, story, id$"):
-        texts.load_text("owner/name", "train", KEY, "txt")
+        documents("owner/name", "txt")
 
 
 class Streamed:
@@ -221,82 +179,77 @@ class Streamed:
         raise ConnectionError("no network")
 
 
-def test_a_part_of_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_hub_dataset_is_streamed(hub: Callable[[Any], list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Streamed()
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: asked.append(options) or rows)
+    asked = hub(rows)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
     monkeypatch.setattr(texts, "MOST_DOCUMENTS", 2)
-    documents = ["Document 0.", "Document 1."]
-    assert texts.load_text("owner/name", "validation", KEY, part=True).documents == documents
-    assert asked == [{"split": "validation", "streaming": True}]
+    first = ["Document 0.", "Document 1."]
+    assert documents("owner/name", part=True) == first
+    assert asked == [("owner/name", None, {"split": "train", "streaming": True})]
     assert rows.fetched == 2
     monkeypatch.setattr(texts, "MOST_DOCUMENTS", 20)
-    monkeypatch.setattr(texts, "MOST_CHARACTERS", len("".join(documents)))
-    assert texts.load_text("owner/name", "train", KEY, part=True).documents == documents
+    monkeypatch.setattr(texts, "MOST_CHARACTERS", len("".join(first)))
+    assert documents("owner/name", part=True) == first
     monkeypatch.setattr(texts, "MOST_CHARACTERS", 1000)
-    with pytest.raises(
-        UserError, match=r"dataset owner/name \(train\) could not be loaded: no network; check the name"
-    ):
-        texts.load_text("owner/name", "train", KEY, part=True)
+    with pytest.raises(UserError, match=r"dataset owner/name \(train\) could not be loaded: no network; check the nam"):
+        documents("owner/name", part=True)
 
 
 @pytest.mark.parametrize(("split", "offline"), [("train", True), ("train[50%:]", False)])
 def test_offline_and_of_slices_a_part_is_taken_from_the_cache(
-    split: str, offline: bool, monkeypatch: pytest.MonkeyPatch
+    split: str, offline: bool, hub: Callable[[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = datasets.Dataset.from_list([{"text": f"Document {number}."} for number in range(5)])
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: asked.append(options) or rows)
+    asked = hub(datasets.Dataset.from_list([{"text": f"Document {number}."} for number in range(5)]))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", offline)
     monkeypatch.setattr(texts, "MOST_DOCUMENTS", 2)
     assert texts.load_text("owner/name", split, KEY, part=True).documents == ["Document 0.", "Document 1."]
-    assert asked == [{"split": split}]
+    assert asked == [("owner/name", None, {"split": split})]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("no network\nmore words"), "no network; check the name"),
+        (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"),
+            r".*available configs: \['a', 'b'\]; write NAME:CONFIG",
+        ),
+    ],
+)
+def test_a_hub_dataset_that_cannot_be_loaded(error: Exception, message: str, hub: Callable[[Any], list[Any]]) -> None:
+    hub(error)
+    with pytest.raises(UserError, match=rf"^dataset owner/name \(test\) could not be loaded: {message}"):
+        texts.load_hub("owner/name", "test")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_of_json_lines_no_more_is_read_than_is_needed(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / ("mine.jsonl.gz" if packed else "mine.jsonl")
-    with gzip.open(path, "wt") if packed else path.open("w") as file:
-        file.write('{"text": "One."}\n\n{"text": "Two."}\nno JSON\n')
+    content = b'{"text": "One."}\n\n{"text": "Two."}\nno JSON\n'
+    path = write(tmp_path / f"mine.jsonl{'.gz' * packed}", gzip.compress(content) if packed else content)
     with pytest.raises(UserError, match=r"line 4, cannot be read as JSON"):
-        texts.load_text(str(path), "train", KEY, part=True)
+        documents(path, part=True)
     monkeypatch.setattr(texts, "MOST_DOCUMENTS", 2)
-    assert texts.load_text(str(path), "train", KEY, part=True).documents == ["One.", "Two."]
+    assert documents(path, part=True) == ["One.", "Two."]
     with pytest.raises(UserError, match=r"line 4, cannot be read as JSON"):
-        texts.load_text(str(path), "train", KEY)
+        documents(path)
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_a_part_of_what_is_read_whole(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"Document {number}."} for number in range(5)]
+    path = tmp_path / f"mine.{form}"
     if form == "json":
-        (tmp_path / "mine.json").write_text(json.dumps(rows, indent=1))
+        write(path, json.dumps(rows, indent=1))
     else:
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "mine.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(path)
     monkeypatch.setattr(texts, "MOST_DOCUMENTS", 2)
-    found = texts.load_text(str(tmp_path / f"mine.{form}"), "train", KEY, part=True)
-    assert found.documents == ["Document 0.", "Document 1."]
+    assert documents(path, part=True) == ["Document 0.", "Document 1."]
 
 
-def test_the_configurations_of_a_hub_dataset_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"could not be loaded: .*available configs: \['a', 'b'\]; write NAME:CONFIG"):
-        texts.load_hub("owner/name", "train")
-
-
-def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("no network\nmore words")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"dataset owner/name \(test\) could not be loaded: no network; check the name"):
-        texts.load_hub("owner/name", "test")
+# --- known texts ------------------------------------------------------------------------------------------------------
 
 
 def test_prose_is_plain_paragraphs() -> None:
@@ -306,19 +259,6 @@ def test_prose_is_plain_paragraphs() -> None:
     assert all(len(document) > 150 and "\n" not in document and "  " not in document for document in text.documents)
     assert not any("::=" in document or ">>>" in document for document in text.documents)
     assert texts.load_text("prose", "train", KEY) == text
-
-
-def test_the_built_in_instructions_as_text() -> None:
-    train, test = (texts.load_text("instructions", split, KEY).documents for split in ("train", "test"))
-    assert len(test) == 64
-    assert not set(train) & set(test)
-    assert train[0] == formatted(texts.built_in_rows("train")[0])
-
-
-def test_a_text_is_identified_by_what_it_says() -> None:
-    assert texts.content_hash(["a", "bc"]) == texts.content_hash(["a", "bc"])
-    assert texts.content_hash(["a", "bc"]) != texts.content_hash(["ab", "c"])
-    assert texts.content_hash([]) != texts.content_hash([""])
 
 
 def test_the_built_in_rows() -> None:
@@ -331,54 +271,52 @@ def test_the_built_in_rows() -> None:
         assert isinstance(row["input"], str)
     asked = [(row["instruction"], row["input"]) for row in train + held_out]
     assert len(set(asked)) == len(asked)
+    assert documents("instructions") == [formatted(row) for row in train]
+    assert texts.load_text("instructions", "test", KEY).documents == [formatted(row) for row in held_out]
+    with pytest.raises(UserError, match=rf"^{KEY}: instructions has no columns to choose from; leave out column text$"):
+        documents("instructions", "text")
 
 
-# --- the data mirror --------------------------------------------------------------------------------------------------
-
-FromMirror = Callable[[str], Any]
+def test_a_text_is_identified_by_what_it_says() -> None:
+    assert texts.content_hash(["a", "bc"]) == texts.content_hash(["a", "bc"])
+    assert texts.content_hash(["a", "bc"]) != texts.content_hash(["ab", "c"])
+    assert texts.content_hash([]) != texts.content_hash([""])
 
 
 def test_c4_is_read_from_the_shard_that_was_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "datasets--allenai--c4"
     shard = repository / "snapshots" / "abc" / texts.C4_FIRST_SHARD["train"]
     shard.parent.mkdir(parents=True)
-    with gzip.open(shard, "wt") as file:
-        file.writelines(json.dumps({"text": f"document {number}", "url": ""}) + "\n" for number in range(5))
+    rows = lines(*({"text": f"document {number}", "url": ""} for number in range(5)))
+    shard.write_bytes(gzip.compress(rows.encode()))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setitem(texts.C4_DOCUMENTS, "train", 3)
-    assert texts.load_text("c4", "train", KEY).documents == ["document 0", "document 1", "document 2"]
+    assert documents("c4") == ["document 0", "document 1", "document 2"]
 
 
-def test_c4_is_measured_on_as_in_the_literature(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = datasets.Dataset.from_dict({"text": [f"document {number}" for number in range(1200)]})
-    monkeypatch.setattr(texts, "load_hub", lambda repository, split, *_: rows if split == "validation" else None)
+def test_c4_is_measured_on_as_in_the_literature(
+    hub: Callable[[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    asked = hub(datasets.Dataset.from_dict({"text": [f"document {number}" for number in range(1200)]}))
     text = texts.load_text("c4", "test", KEY)
+    assert asked == [("allenai/c4", "en", {"split": "validation"})]
     assert (len(text.documents), text.documents[-1]) == (1100, "document 1099")
     assert (text.joiner, text.windows) == (" ", 256)
 
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_c4_of_the_mirror(from_mirror: FromMirror) -> None:
-    found = from_mirror("texts.load_text('c4', 'train', 'key').documents")
-    assert len(found) == 1300
-    assert all(document.strip() for document in found)
-
-
-@pytest.mark.slow
-@pytest.mark.shared
-def test_wikitext2_of_the_mirror(from_mirror: FromMirror) -> None:
-    text = from_mirror("vars(texts.load_text('wikitext2', 'test', 'key'))")
-    assert len(text["documents"]) == 4358
-    assert text["joiner"] == "\n\n"
-    assert text["running"]
-    assert text["documents"][:2] == ["", " = Robert Boulter = \n"]
-
-
-@pytest.mark.slow
-@pytest.mark.shared
-def test_alpaca_of_the_mirror(from_mirror: FromMirror) -> None:
-    (text,) = from_mirror("texts.load_text('alpaca', 'train[:1]', 'key').documents")
-    assert text.startswith("Below is an instruction that describes a task")
+def test_texts_of_the_mirror(from_mirror: Callable[[str], Any]) -> None:
+    c4 = from_mirror("texts.load_text('c4', 'train', 'key').documents")
+    assert len(c4) == 1300
+    assert all(document.strip() for document in c4)
+    wikitext = from_mirror("vars(texts.load_text('wikitext2', 'test', 'key'))")
+    assert len(wikitext["documents"]) == 4358
+    assert wikitext["joiner"] == "\n\n"
+    assert wikitext["running"]
+    assert wikitext["documents"][:2] == ["", " = Robert Boulter = \n"]
+    (alpaca,) = from_mirror("texts.load_text('alpaca', 'train[:1]', 'key').documents")
+    assert alpaca.startswith("Below is an instruction that describes a task")

@@ -11,7 +11,7 @@ import pytest
 
 from sppctl.config.load import load_config
 from sppctl.errors import UserError, WriteError
-from sppctl.files import cache, disk
+from sppctl.files import disk
 from sppctl.model import checkpoint
 from sppctl.run.directory import Run
 
@@ -72,12 +72,3 @@ def test_an_odd_run_directory_is_found_before_anything_is_written(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "run")
     with pytest.raises(UserError, match=r"run\.dir: .*run cannot be written"):
         run.check_directory()
-
-
-def test_what_a_killed_process_left_in_the_cache_goes_with_the_next_entry(tmp_path: Path) -> None:
-    path = tmp_path / "entry.safetensors"
-    gone, alive = (tmp_path / f".entry-{os.uname().nodename}-{pid}.tmp" for pid in (2**22 + 1, os.getppid()))
-    for left in (gone, alive):
-        left.touch()
-    cache.write(path, {})
-    assert {found.name for found in tmp_path.iterdir()} == {path.name, alive.name}

@@ -82,7 +82,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path, dtype: torch.dtype) -> 
     path = tmp_path / "a.safetensors"
     tensors = {"matrix": values(dtype, 3, 5), "scalar": values(dtype, 2)[1], "none": values(dtype, 0, 4)}
     save_file(tensors, path, {"made": "here"})
-    file = TensorFile.open(path)
+    file = TensorFile(path)
     assert all(same(file.read(name), tensors[name]) for name in tensors)
     assert read_header(path)[1] == {"made": "here"}
 
@@ -107,7 +107,7 @@ def test_any_alignment_of_the_data_is_read_and_written(tmp_path: Path, pad: int)
     tensor = torch.tensor([1.5, -2.25, 3.0], dtype=torch.float64)
     header = {"a" * (pad + 1): {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}
     path = write_raw(tmp_path / "a.safetensors", header, tensor.numpy().tobytes())
-    file = OwnFile.open(path)
+    file = OwnFile(path)
     (name,) = header
     assert same(file.read(name), tensor)
     file.write(name, -tensor)
@@ -149,7 +149,7 @@ def test_overwriting_one_tensor_leaves_every_other_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({name: torch.randn(5, 3) for name in "abc"}, path, {"format": "pt"})
     before = path.read_bytes()
-    file = OwnFile.open(path)
+    file = OwnFile(path)
     file.write("b", torch.full((5, 3), 7.0))
     spec, after = file.specs["b"], path.read_bytes()
     assert after[: spec.start] == before[: spec.start]
