@@ -16,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import hardware
 import torch
 
-from sppctl import pruners
+from sppctl.config.settings import PruneConfig
 from sppctl.machine import peak_memory_mb, reset_peak_memory
 from sppctl.model import checkpoint
 from sppctl.model.blocks import BlockStack
@@ -29,6 +30,7 @@ from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.layers import PrunePlan
 from sppctl.prune.walk import Journal, prune_blocks
+from sppctl.pruners import PRUNERS
 from sppctl.pruners.stats import Hessian
 
 CASES = (
@@ -108,9 +110,8 @@ class Bench:
 
     def prune(self, method: str, order: str) -> None:
         targets = self.stack.targets("all-linear")
-        plan = PrunePlan(
-            method, targets, dict.fromkeys(targets, self.pattern), {"damp": 0.01, "block_size": 128}, order
-        )
+        settings = PruneConfig(method=method, order=order)  # type: ignore[arg-type]
+        plan = PrunePlan(settings, targets, dict.fromkeys(targets, self.pattern))
         journal = Journal(self.out / "journal.jsonl")
         journal.path.unlink(missing_ok=True)
         journal.blocks.clear()
@@ -135,7 +136,7 @@ def synchronise(device: torch.device) -> None:
 def parts(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds for the sums of the Hessian (H), its factorisation (F) and the rest of SparseGPT, the columns (C)."""
     spent = {"H": 0.0, "F": 0.0, "C": 0.0}
-    originals = (Hessian.update, Hessian._factorise, pruners.prune_sparsegpt)
+    originals = (Hessian.update, Hessian._factorise, PRUNERS["sparsegpt"])
 
     def watched(key: str, function: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object, **kwargs: object) -> object:
@@ -149,12 +150,12 @@ def parts(device: torch.device) -> Iterator[dict[str, float]]:
 
     Hessian.update = watched("H", originals[0])  # type: ignore[method-assign, assignment]
     Hessian._factorise = watched("F", originals[1])  # type: ignore[method-assign, assignment]
-    pruners.prune_sparsegpt = watched("C", originals[2])  # type: ignore[assignment]
+    PRUNERS["sparsegpt"] = replace(originals[2], prune=watched("C", originals[2].prune))  # type: ignore[arg-type]
     try:
         yield spent
     finally:
         spent["C"] -= spent["F"]  # prune_sparsegpt calls the factorisation
-        Hessian.update, Hessian._factorise, pruners.prune_sparsegpt = originals  # type: ignore[method-assign]
+        Hessian.update, Hessian._factorise, PRUNERS["sparsegpt"] = originals  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

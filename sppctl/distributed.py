@@ -173,17 +173,17 @@ def broadcast_object(value: T, source: int) -> T:
     return values[0]
 
 
-def decide(choose: Callable[[], T]) -> T:
-    """What the first process finds, known to all; an error that it meets ends all of them alike."""
+def decide(choose: Callable[[], T], source: int = 0) -> T:
+    """What process ``source`` finds, known to all; an error that it meets ends all of them alike."""
     if not is_connected():
         return choose()
     outcome: T | UserError | StageError | None = None
-    if is_main():
+    if rank() == source:
         try:
             outcome = choose()
         except (UserError, StageError) as error:
             outcome = error
-    outcome = broadcast_object(outcome, 0)
+    outcome = broadcast_object(outcome, source)
     if isinstance(outcome, UserError | StageError):
         outcome.shared = True
         raise outcome

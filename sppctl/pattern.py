@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pattern:
-    """A sparsity pattern.
-
-    Exactly one of the two forms is set.
+    """A sparsity pattern in one of two forms: a ratio, or N:M.
 
     Attributes:
         ratio: share of weights set to zero, ``0 < ratio < 1`` (unstructured), or None.
@@ -31,22 +29,21 @@ class Pattern:
         """
         if isinstance(value, Pattern):
             return value
-        if isinstance(value, str):
-            found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value)
-            if found:
-                keep, group = int(found[1]), int(found[2])
-                if not 0 < keep < group:
-                    raise ValueError(f"pattern {value!r}: N:M keeps N of every M weights, so 0 < N < M (2:4, 4:8)")
-                return cls(keep=keep, group=group)
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)") from None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)")
-        if not 0 < value < 1:
+        if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value)):
+            keep, group = int(match[1]), int(match[2])
+            if not 0 < keep < group:
+                raise ValueError(f"pattern {value!r}: N:M keeps N of every M weights, so 0 < N < M (2:4, 4:8)")
+            return cls(keep=keep, group=group)
+        neither = ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise neither
+        try:
+            ratio = float(value)
+        except ValueError:
+            raise neither from None
+        if not 0 < ratio < 1:
             raise ValueError(f"pattern {value!r}: a ratio is the share of zeros, between 0 and 1 (0.5 = half of them)")
-        return cls(ratio=float(value))
+        return cls(ratio=ratio)
 
     @property
     def is_structured(self) -> bool:
@@ -63,7 +60,7 @@ class Pattern:
 
     def num_pruned(self, count: int) -> int:
         """How many of ``count`` weights that are compared with each other become zero."""
-        return int(count * self.sparsity + 1e-9)
+        return int(count * self.sparsity + 1e-9)  # 100 * 0.29 is 28.999999999999996
 
     def check_in_features(self, in_features: int, where: str) -> None:
         """Raises ValueError if N:M groups do not fit into ``in_features``; ``where`` names the layer."""

@@ -13,18 +13,9 @@ from sppctl.errors import StageError
 from sppctl.files.safe_files import reserve
 from sppctl.model.block_call import BlockCall
 from sppctl.model.blocks import BlockStack
-from sppctl.prune.choose import BLOCK_WIDTHS, CPU_TOKENS, GPU_SHARE
+from sppctl.prune.choose import BLOCK_WIDTHS, GPU_SHARE, windows_at_a_time
 
 RAM_SHARE = 0.5  # of the available memory
-
-
-def windows_at_a_time(stack: BlockStack, samples: int, seq_len: int) -> int:
-    """How many windows fit through a block together."""
-    if stack.device.type != "cuda":
-        return max(1, min(samples, CPU_TOKENS // seq_len))
-    free = machine.free_memory(stack.device)
-    one = seq_len * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
-    return max(1, min(samples, int(free * GPU_SHARE / one)))
 
 
 class Activations:
@@ -42,43 +33,47 @@ class Activations:
         """
         self.stack = stack
         samples, seq_len = windows.shape
-        size = batch_size if isinstance(batch_size, int) else windows_at_a_time(stack, samples, seq_len)
+        size = windows_at_a_time(batch_size, samples, seq_len)
+        if batch_size == "auto" and stack.device.type == "cuda":
+            window = seq_len * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
+            size = max(1, min(samples, int(machine.free_memory(stack.device) * GPU_SHARE / window)))
+        self.batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
         self._memory, self._path = memory, path
         self.place, self._hidden = self._allocate((samples, seq_len, stack.width), path)
         self._second: Tensor | None = None
-        self._slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
         self._calls: dict[int, list[BlockCall]] = {}
-        for rows in self._slices:
+        for rows in self.batches:
             hidden, calls = stack.record(windows[rows].to(stack.device))
             # windows are never padded, so what a block is told besides its input depends on the shape alone
             self._calls.setdefault(len(hidden), calls)
-            self._hidden[rows] = hidden.to(self._hidden.device)
+            self.store(rows, hidden)
 
     def _allocate(self, shape: tuple[int, ...], path: Path) -> tuple[str, Tensor]:
-        count = math.prod(shape)
-        place = _place(self.stack, count * self.stack.dtype.itemsize, self._memory)
-        if place == "disk":
-            _reserve(path, count * self.stack.dtype.itemsize)
-            return place, torch.from_file(str(path), shared=True, size=count, dtype=self.stack.dtype).view(shape)
-        device = self.stack.device if place == "device" else torch.device("cpu")
-        return place, torch.empty(shape, dtype=self.stack.dtype, device=device)
+        count, stack = math.prod(shape), self.stack
+        size = count * stack.dtype.itemsize
+        place = _place(stack, size, self._memory)
+        if place != "disk":
+            device = stack.device if place == "device" else torch.device("cpu")
+            return place, torch.empty(shape, dtype=stack.dtype, device=device)
+        try:
+            reserve(path, size)
+        except OSError as error:
+            raise StageError(
+                f"prune.memory: no room for the hidden states, {size / 2**20:.0f} MiB, in {path} ({error.strerror}); "
+                "free some, set prune.memory=ram, or lower prune.calibration.samples"
+            ) from error
+        return place, torch.from_file(str(path), shared=True, size=count, dtype=stack.dtype).view(shape)
 
     def second_buffer(self) -> Tensor:
         """Room for the hidden states of another point of the model, (samples, tokens, width): always the same."""
         if self._second is None:
-            _, self._second = self._allocate(
-                tuple(self._hidden.shape), self._path.with_name(f"{self._path.name}.beside")
-            )
+            path = self._path.with_name(f"{self._path.name}.beside")
+            _, self._second = self._allocate(tuple(self._hidden.shape), path)
         return self._second
-
-    @property
-    def batch_size(self) -> int:
-        """Windows in a micro-batch."""
-        return self._slices[0].stop
 
     def run(self, index: int) -> None:
         """Runs the loaded block ``index`` on every micro-batch; its output becomes the next block's input."""
-        for rows in self._slices:
+        for rows in self.batches:
             self.advance(index, rows)
 
     def advance(self, index: int, rows: slice) -> None:
@@ -93,11 +88,6 @@ class Activations:
         """The hidden states of some windows, on the device."""
         return self._hidden[rows].to(self.stack.device)
 
-    @property
-    def batches(self) -> list[slice]:
-        """The windows of each micro-batch."""
-        return self._slices
-
     def call(self, index: int, rows: slice) -> BlockCall:
         """How block ``index`` is called for some windows."""
         return self._calls[rows.stop - rows.start][index]
@@ -110,13 +100,3 @@ def _place(stack: BlockStack, needed: int, memory: str) -> str:
         return "device"
     share = RAM_SHARE / distributed.local_world_size()
     return "ram" if needed < share * machine.free_memory(torch.device("cpu")) else "disk"
-
-
-def _reserve(path: Path, size: int) -> None:
-    try:
-        reserve(path, size)
-    except OSError as error:
-        raise StageError(
-            f"prune.memory: no room for the hidden states, {size / 2**20:.0f} MiB, in {path} ({error.strerror}); "
-            "free some, set prune.memory=ram, or lower prune.calibration.samples"
-        ) from error

@@ -44,21 +44,14 @@ def draw(config: Config, tokenizer: Any) -> Drawn:
     settings = config.prune.calibration
     with sources.noting() as seen:
         text = calibration_text(config.prune)
-    windows = calibration_windows(
-        tokenizer,
-        text,
-        samples=settings.samples,
-        seq_len=settings.seq_len,
-        seed=config.run.seed,
-        windows=settings.windows,
-    )
+    sizes = {"samples": settings.samples, "seq_len": settings.seq_len}
+    windows = calibration_windows(tokenizer, text, seed=config.run.seed, windows=settings.windows, **sizes)
     record = Calibration(
         dataset=text.name,
         windows=windows.made,
         documents_hash=texts.content_hash(text.documents),
-        samples=settings.samples,
-        seq_len=settings.seq_len,
         windows_hash=windows.hash,
         versions=seen.versions,
+        **sizes,
     )
     return Drawn(windows.tokens, record, tokenizer)

@@ -22,13 +22,13 @@ from sppctl.pattern import Pattern
 from sppctl.prune import calibrate, given_masks
 from sppctl.prune.choose import (
     BLOCK_WIDTHS,
-    CPU_TOKENS,
     GPU_SHARE,
     WAITING_WIDTHS,
     check_prunes,
     is_overridden,
     needs_inputs,
     planned_patterns,
+    windows_at_a_time,
 )
 
 # over all windows, as benchmarks/prune.py measures them on a CPU
@@ -75,25 +75,21 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
             _check_patterns(prune, targets, patterns)
     with problems:
         _check_allocation(prune, targets, skeleton)
-    _check_processes(config, problems)
+    with problems:
+        _check_processes(config, problems)
     with problems:
         _check_mask(prune, targets, patterns, skeleton)
     with problems:
         _check_files(config, skeleton)
-    if needs_inputs(prune):
-        with problems:
-            drawn = _calibration(config, skeleton, tokenizer, problems)
+    with problems:
+        drawn = _calibration(config, skeleton, tokenizer, problems)
     problems.raise_all()
-    return Prepared(targets, patterns, drawn, _work(prune, len(targets)), sources or {})
-
-
-def _work(prune: PruneConfig, matrices: int) -> Work:
-    text, windows = f"{prune.method} {prune.pattern}, {matrices} matrices", prune.calibration
-    if not needs_inputs(prune):
-        return Work(text, 0)
-    passes = PASSES[prune.method][prune.order] + (prune.allocation == "owl") + 3 * prune.reconstruct_epochs
-    text = f"{text}, {windows.samples} windows of {windows.seq_len} tokens"
-    return Work(text, passes * windows.samples * windows.seq_len)
+    work = Work(f"{prune.method} {prune.pattern}, {len(targets)} matrices", 0)
+    if drawn is not None:
+        passes = PASSES[prune.method][prune.order] + (prune.allocation == "owl") + 3 * prune.reconstruct_epochs
+        samples, length = drawn.tokens.shape
+        work = Work(f"{work.text}, {samples} windows of {length} tokens", passes * samples * length)
+    return Prepared(targets, patterns, drawn, work, sources or {})
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -149,28 +145,16 @@ def _check_owl(spread: float, ratio: float, sizes: list[int]) -> None:
 
 
 def _check_processes(config: Config, problems: Problems) -> None:
-    samples, epochs = config.prune.calibration.samples, config.prune.reconstruct_epochs
     if not needs_inputs(config.prune):
         return
-    with problems:
-        processes = launch.num_processes(config)
-        if samples < processes:
-            problems.add("prune.calibration.samples", f"{samples} are fewer than the {processes} processes")
-        if epochs and processes > 1:
-            problems.add("prune.reconstruct_epochs", "tunes in one process", "set launch.num_processes=1")
+    samples, processes = config.prune.calibration.samples, launch.num_processes(config)
+    if samples < processes:
+        problems.add("prune.calibration.samples", f"{samples} are fewer than the {processes} processes")
+    if config.prune.reconstruct_epochs and processes > 1:
+        problems.add("prune.reconstruct_epochs", "tunes in one process", "set launch.num_processes=1")
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def _quantised(config: Config, skeleton: Skeleton) -> str | None:
-    """What a checkpoint is quantised by; a GGUF file is unpacked before it is pruned."""
-    settings = (skeleton.config, skeleton.config.get_text_config())
-    found = next(filter(None, (getattr(part, "quantization_config", None) for part in settings)), None)
-    if found is None or config.model.gguf_file is not None:
-        return None
-    method = (found if isinstance(found, dict) else vars(found)).get("quant_method", "by an unknown method")
-    return str(getattr(method, "value", method))
 
 
 def _check_mask(
@@ -184,68 +168,54 @@ def _check_mask(
     except UserError as error:
         raise error.under("prune.mask_from") from error
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
-    misfit = next(misfits(files, skeleton.model, parameters), None)
-    if misfit is not None:
+    for misfit in misfits(files, skeleton.model, parameters):
         raise UserError("prune.mask_from", f"{files.directory}: {misfit}")
     for name, pattern in patterns.items():
-        found = given_masks.problem(skeleton.matrix(targets[name], files) != 0, targets[name], pattern)
-        if found is not None:
-            raise UserError(found)
+        given_masks.check(skeleton.matrix(targets[name], files) != 0, targets[name], pattern)
 
 
 def _check_files(config: Config, skeleton: Skeleton) -> None:
     """The checkpoint's kind, the disk for its copy, and memory for an order that needs much."""
-    model = config.model
-    assert model.path is not None
-    method = _quantised(config, skeleton)
-    if method is not None:
-        raise UserError(
-            "model.path",
-            f"{model.path} is quantised ({method}), which cannot be pruned",
-            "give the unquantised model",
-        )
-    files: TensorFiles | None = None
+    model, files = config.model, None
     if model.gguf_file is None:
+        parts = (skeleton.config, skeleton.config.get_text_config())
+        quantised = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
+        if quantised is not None:
+            settings = quantised if isinstance(quantised, dict) else vars(quantised)
+            method = settings.get("quant_method", "by an unknown method")
+            problem = f"{model.path} is quantised ({getattr(method, 'value', method)}), which cannot be pruned"
+            raise UserError("model.path", problem, "give the unquantised model")
+        assert model.path is not None
         files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
         refuse_quantised(files)
-    _check_disk(config, skeleton, files)
+        needed = checkpoint.copy_size(files, model.dtype)
+    else:  # unpacked, and copied
+        itemsize = machine.torch_dtype(checkpoint.dtype_of(model.dtype, None)).itemsize
+        needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())
+    demand_space(Path(config.run.dir), needed, "the pruned checkpoint", ".pruned.partial/*.safetensors")
     if needs_inputs(config.prune) and config.prune.order == "module":
         _check_memory(config, skeleton, files)
-
-
-# --- space ------------------------------------------------------------------------------------------------------------
-
-
-def _check_disk(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
-    if files is None:  # unpacked, and copied
-        itemsize = machine.torch_dtype(checkpoint.dtype_of(config.model.dtype, None)).itemsize
-        needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())
-    else:
-        needed = checkpoint.copy_size(files, config.model.dtype)
-    demand_space(Path(config.run.dir), needed, "the pruned checkpoint", ".pruned.partial/*.safetensors")
 
 
 def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
     """Module order: the pass stops at each layer until all windows are there."""
     prune, device = config.prune, checkpoint.pick_device(config.model.device)
-    windows = -(-prune.calibration.samples // launch.num_processes(config))
+    samples = -(-prune.calibration.samples // launch.num_processes(config))
     free = machine.free_memory(device)
     stored = checkpoint.dtype_of(config.model.dtype, None if files is None else checkpoint.stored_dtype(files, None))
     compute = machine.choose_dtype(config.model.compute_dtype, stored, device)
-    token = skeleton.config.get_text_config().hidden_size * machine.torch_dtype(compute.dtype).itemsize
-    waiting = windows * prune.calibration.seq_len * token * WAITING_WIDTHS
-    if isinstance(prune.batch_size, int):
-        running = min(windows, prune.batch_size) * prune.calibration.seq_len * token * BLOCK_WIDTHS
-    elif device.type == "cuda":
+    hidden = skeleton.config.get_text_config().hidden_size * machine.torch_dtype(compute.dtype).itemsize
+    window = prune.calibration.seq_len * hidden
+    if prune.batch_size == "auto" and device.type == "cuda":
         running = int(free * GPU_SHARE)
     else:
-        running = max(CPU_TOKENS, prune.calibration.seq_len) * token * BLOCK_WIDTHS
-    if waiting + running > free:
+        running = windows_at_a_time(prune.batch_size, samples, prune.calibration.seq_len) * window * BLOCK_WIDTHS
+    needed = samples * window * WAITING_WIDTHS + running
+    if needed > free:
         narrower = ", or model.compute_dtype=bfloat16, which needs half" if compute.widened else ""
         raise UserError(
             "prune.order",
-            f"module holds all windows inside a block, some {(waiting + running) / 2**30:.1f} GiB; "
-            f"{free / 2**30:.1f} GiB are free",
+            f"module holds all windows inside a block, some {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free",
             f"use order block, or fewer or shorter windows{narrower}",
         )
 
@@ -254,6 +224,8 @@ def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None)
 
 
 def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any, problems: Problems) -> calibrate.Drawn | None:
+    if not needs_inputs(config.prune):
+        return None
     settings, limit = config.prune.calibration, checkpoint.max_window(skeleton.config)
     if limit is not None and settings.seq_len > limit:
         problems.add("prune.calibration.seq_len", f"{settings.seq_len} exceeds the model's {limit} positions")

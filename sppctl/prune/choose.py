@@ -20,6 +20,11 @@ def needs_inputs(prune: PruneConfig) -> bool:
     return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
 
 
+def windows_at_a_time(batch_size: int | str, samples: int, seq_len: int) -> int:
+    """Windows that run through a block together; ``auto`` is as on a CPU, a GPU may take more."""
+    return min(samples, batch_size if isinstance(batch_size, int) else max(1, CPU_TOKENS // seq_len))
+
+
 def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
     """The pattern of every target: its override, else its block's ratio where a list gives one, else the common one."""
     blocks = [f"{skeleton.blocks_name}.{index}." for index in range(len(skeleton.blocks))]
@@ -35,17 +40,17 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
             except ValueError as error:
                 raise UserError("prune.allocation", str(error)) from error
             patterns |= {name: pattern for name in targets if name.startswith(prefix)}
-    for wanted, pattern in prune.overrides.items():
-        found = [name for name in targets if matches(name, wanted)]
-        if not found:
-            raise UserError("prune.overrides", f"{wanted!r} matches none of the {len(targets)} targets")
-        patterns |= dict.fromkeys(found, pattern)
+    for name, pattern in prune.overrides.items():
+        matching = [target for target in targets if matches(target, name)]
+        if not matching:
+            raise UserError("prune.overrides", f"{name!r} matches none of the {len(targets)} targets")
+        patterns |= dict.fromkeys(matching, pattern)
     return patterns
 
 
 def is_overridden(prune: PruneConfig, name: str) -> bool:
     """Whether a target has a pattern of its own (``prune.overrides``)."""
-    return any(matches(name, wanted) for wanted in prune.overrides)
+    return any(matches(name, override) for override in prune.overrides)
 
 
 def check_prunes(prune: PruneConfig, target: Target, pattern: Pattern) -> None:

@@ -1,4 +1,4 @@
-"""Masks from another checkpoint (``prune.mask_from``): read matrix by matrix, and held against the pattern."""
+"""Masks from another checkpoint (``prune.mask_from``), compared with the patterns."""
 
 from __future__ import annotations
 
@@ -7,46 +7,24 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sppctl import console
-from sppctl.errors import StageError
-from sppctl.files.safe_files import TensorFiles
-from sppctl.model.blocks import BlockStack
+from sppctl.errors import UserError
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.records import LayerRecord
 
 
-def given_mask(stack: BlockStack, target: Target, pattern: Pattern, files: TensorFiles) -> Tensor:
-    """The mask of one matrix, (out_features, in_features), True = kept: its zeros in ``files``.
-
-    Raises:
-        StageError: another shape, or a mask that keeps more than the pattern allows, though it passed the checks.
-    """
-    mask = (stack.matrix(target, files) != 0).to(stack.device)
-    found = problem(mask, target, pattern)
-    if found is not None:
-        raise StageError(found)
-    return mask
-
-
-def problem(mask: Tensor, target: Target, pattern: Pattern) -> str | None:
-    """What is wrong with a mask (out_features, in_features) for a layer and its pattern."""
-    shape = (target.out_features, target.in_features)
-    if mask.shape != shape:
-        return (
-            f"{target.name}: the mask of prune.mask_from has shape {tuple(mask.shape)}, the layer {shape}; "
-            "it has to be a pruned copy of the same model"
-        )
+def check(mask: Tensor, target: Target, pattern: Pattern) -> None:
+    """Raises UserError if a mask (out_features, in_features), True = kept, does not have a layer's pattern."""
     if pattern.keep is not None and pattern.group is not None:
         kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
         if bool((kept > pattern.keep).any()):
-            return f"{target.name}: the mask of prune.mask_from is not {pattern}"
+            raise UserError(f"{target.name}: the mask of prune.mask_from is not {pattern}")
     zeros = mask.numel() - int(mask.sum())
-    if zeros < mask.numel() * pattern.sparsity - _rounding(shape):
-        return (
+    if zeros < mask.numel() * pattern.sparsity - _rounding(mask.shape):
+        raise UserError(
             f"{target.name}: the mask of prune.mask_from is not {pattern}: a share of {zeros / mask.numel():.4g} is "
             "zero; set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
         )
-    return None
 
 
 def warn_of_sparser(layers: Sequence[LayerRecord]) -> None:

@@ -7,18 +7,10 @@ thread each would bring its own pool of OpenMP workers and its own memory arena,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-
-
-class _Stop(NamedTuple):
-    """Where a work waits."""
-
-    work: greenlet
-    place: int
-    brought: Any
 
 
 @torch.no_grad()
@@ -28,21 +20,23 @@ def in_step(works: list[Callable[[], None]], serve: Callable[[int, list[Any]], N
     Args:
         works: forwards of the micro-batches, without gradients.
         serve: called, when every work that is not done waits, with the first place where some do (the smallest number)
-            and what those brought there, in the order of ``works``; then they go on.
+            and what those brought there, in the order of ``works``; then they continue.
 
     Raises:
         Exception: the first that a work or ``serve`` raises; all other works are ended where they wait.
     """
     walkers = [greenlet(work) for work in works]
     try:
-        stops = [stop for walker in walkers if (stop := _go_on(walker))]
-        while stops:
-            place = min(stop.place for stop in stops)
-            serve(place, [stop.brought for stop in stops if stop.place == place])
-            stops = [after for stop in stops if (after := _go_on(stop.work) if stop.place == place else stop)]
+        stops = {walker: walker.switch() for walker in walkers}
+        while stops := {walker: stop for walker, stop in stops.items() if not walker.dead}:
+            first = min(place for place, _ in stops.values())
+            waiting = [walker for walker, (place, _) in stops.items() if place == first]
+            serve(first, [stops[walker][1] for walker in waiting])
+            for walker in waiting:
+                stops[walker] = walker.switch()
     finally:
         for walker in walkers:
-            if walker and not walker.dead:
+            if walker:  # started, and not at its end
                 walker.throw()
 
 
@@ -51,9 +45,3 @@ def wait_at(place: int, brought: Any) -> None:
     caller = getcurrent().parent
     assert caller is not None
     caller.switch((place, brought))
-
-
-def _go_on(walker: greenlet) -> _Stop | None:
-    """Runs a work to its next stop, or to its end: None then."""
-    reached = walker.switch()
-    return None if walker.dead else _Stop(walker, *reached)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sppctl import distributed
+from sppctl.config.settings import PruneConfig
 from sppctl.errors import StageError
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import overflow_advice
@@ -24,16 +25,10 @@ ERROR_ROWS = 256  # inputs of a layer kept to measure how far its output moves
 class PrunePlan:
     """How every matrix is to be pruned."""
 
-    method: str  # a key of ``PRUNERS``
+    settings: PruneConfig
     targets: dict[str, Target]  # the matrices, by name
     patterns: dict[str, Pattern]  # of each
-    options: dict[str, float | int] = field(default_factory=dict)  # of the method
-    # ``block`` (all statistics of the dense block, then prune, then run it again) or ``module`` (each layer is pruned
-    # when its input arrives)
-    order: str = "block"
     masks: TensorFiles | None = None  # a checkpoint whose zeros are the masks
-    reconstruct_epochs: int = 0  # passes of tuning a pruned block's kept weights on the dense block's output; 0: none
-    reconstruct_lr: float = 1e-4  # their learning rate
 
     def in_block(self, prefix: str) -> dict[str, Target]:
         """The targets whose names start with ``prefix``."""
@@ -71,35 +66,10 @@ class LayerInputs:
             raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")
 
 
-class SharedInputs:
-    """Which layers of a block receive the very same tensor; learned once for blocks of the same make."""
-
-    def __init__(self) -> None:
-        self._known: dict[frozenset[str], list[list[str]]] = {}
-
-    def learn(self, relative: list[str], leaders: dict[str, str]) -> None:
-        """Notes the groups; the first of each is the layer that is run first."""
-        groups: dict[str, list[str]] = {}
-        for name in sorted(relative, key=lambda name: leaders[name] != name):
-            groups.setdefault(leaders[name], []).append(name)
-        self._known[frozenset(relative)] = list(groups.values())
-
-    def of(self, relative: list[str]) -> list[list[str]] | None:
-        """The groups of a block with these layers; None if they are not known yet."""
-        return self._known.get(frozenset(relative))
-
-
 def measure(
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    pattern: Pattern,
-    inputs: LayerInputs | None,
-    damp: float | None,
-    seconds: float,
-    fallback: str | None,
+    before: Tensor, after: Tensor, inputs: LayerInputs | None, name: str, pattern: Pattern, **result: Any
 ) -> LayerRecord:
-    """What pruning a matrix (out_features, in_features) from ``before`` to ``after`` did."""
+    """The record of a matrix (out_features, in_features): ``result`` of its pruning, and what that changed."""
     # in the weights' dtype: a record of three digits is not worth float32 products of whole matrices
     difference = before - after
     output_error = None
@@ -112,9 +82,7 @@ def measure(
         sparsity=int((after == 0).sum()) / after.numel(),
         relative_output_error=output_error,
         relative_weight_error=_ratio(difference, before),
-        damp=damp,
-        seconds=round(seconds, 4),
-        fallback=fallback,
+        **result,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from sppctl.config.settings import PruneConfig
 from sppctl.model.blocks import BlockStack
 from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
@@ -21,9 +23,7 @@ def reconstruct(
     targets: dict[str, Target],
     activations: Activations,
     dense: Tensor,
-    *,
-    epochs: int,
-    lr: float,
+    settings: PruneConfig,
 ) -> BlockErrors:
     """Tunes the kept weights of the targets by Adam on the mean squared error of the block's output.
 
@@ -33,42 +33,45 @@ def reconstruct(
         targets: its pruned matrices.
         activations: the block's inputs.
         dense: what the dense block made of them, (windows, tokens, width).
-        epochs: passes over the windows.
-        lr: learning rate.
+        settings: passes over the windows and learning rate.
 
     Returns:
         Relative output error of the block before and after. A tuning that did not lower it is undone.
     """
     block = stack.blocks[index]
-    prefix = f"{stack.blocks_name}.{index}."
-    masks = _kept(stack, targets, prefix)
+    masks = _kept(stack, targets, f"{stack.blocks_name}.{index}.")
     stored = {name: block.get_parameter(name) for name in masks}
     pruned = {name: parameter.data.clone() for name, parameter in stored.items()}
     masters = {name: weight.float().clone().requires_grad_() for name, weight in pruned.items()}
+
+    def tuned() -> dict[str, Tensor]:
+        return {n: torch.where(masks[n], master.to(pruned[n].dtype), pruned[n]) for n, master in masters.items()}
+
     before = _error(stack, index, activations, dense)
-    optimizer = torch.optim.Adam(masters.values(), lr=lr)
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for rows in activations.batches:
-                weights = {n: torch.where(masks[n], m.to(pruned[n].dtype), pruned[n]) for n, m in masters.items()}
-
-                def run(*args: Any, weights: dict[str, Tensor] = weights, **kwargs: Any) -> Any:
-                    return functional_call(block, weights, args, kwargs)
-
-                output = activations.call(index, rows)(run, activations.inputs(rows))
-                target = dense[rows].to(output.device)
-                loss = F.mse_loss(output.float(), target.float()) / target.float().square().mean()
+    optimizer = torch.optim.Adam(masters.values(), lr=settings.reconstruct_lr)
+    for _ in range(settings.reconstruct_epochs):
+        for rows in activations.batches:
+            with torch.enable_grad():
+                run = partial(_functional, block, tuned())
+                output = activations.call(index, rows)(run, activations.inputs(rows)).float()
+                target = dense[rows].to(output.device).float()
+                loss = F.mse_loss(output, target) / target.square().mean()
                 optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
-    for name, parameter in stored.items():
-        parameter.data.copy_(torch.where(masks[name], masters[name].detach().to(parameter.dtype), pruned[name]))
+            optimizer.step()
+    for name, weight in tuned().items():
+        stored[name].data.copy_(weight.detach())
     after = _error(stack, index, activations, dense)
-    if not after < before:
-        for name, parameter in stored.items():
-            parameter.data.copy_(pruned[name])
-        after = before
-    return BlockErrors(before, after)
+    if after < before:
+        return BlockErrors(before, after)
+    for name, parameter in stored.items():
+        parameter.data.copy_(pruned[name])
+    return BlockErrors(before, before)
+
+
+def _functional(block: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """The block with other weights."""
+    return functional_call(block, weights, args, kwargs)
 
 
 def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[str, Tensor]:

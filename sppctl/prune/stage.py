@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -21,8 +22,8 @@ from sppctl.prune.activations import Activations
 from sppctl.prune.checks import Prepared
 from sppctl.prune.choose import check_prunes, is_overridden
 from sppctl.prune.layers import PrunePlan
-from sppctl.prune.walk import START_AGAIN, Journal, dense_pass, prune_blocks
-from sppctl.pruners import InputNorms, allocate
+from sppctl.prune.walk import START_AGAIN, Journal, dense_scores, prune_blocks
+from sppctl.pruners import allocate
 from sppctl.records import BlockRecord, LayerRecord, PruneRecord
 
 ACTIVATIONS = "activations.bin"
@@ -49,8 +50,7 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
     stack = BlockStack(base, device, dtype, config.model.trust_remote_code)
     if unseen := stack.unseen():
         console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unseen}")
-    drawn = prepared.drawn
-    windows: Tensor | None = None
+    drawn, windows = prepared.drawn, None
     if drawn is not None:
         tokenizer = checkpoint.load_tokenizer(base, config.model.trust_remote_code)
         drawn = drawn if cache.same_tokenizer(drawn.tokenizer, tokenizer) else calibrate.draw(config, tokenizer)
@@ -58,16 +58,19 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
         stack.load_embeddings()
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
-    distributed.decide(lambda: stack.check_rest(prepared.targets.values()))
-    copy = _copy(config, base, out)
-    plan = _plan(config, stack, prepared, windows, out)
+    distributed.decide(lambda: _copy(config, stack, prepared, out))
+    masks = None if prune.mask_from is None else TensorFiles(checkpoint.locate(prune.mask_from))
+    plan = PrunePlan(prune, prepared.targets, prepared.patterns, masks)
+    if prune.allocation == "owl":
+        assert windows is not None
+        plan = replace(plan, patterns=_owl(stack, plan, windows, out))
     activations = None if windows is None else _embed(stack, windows, prune, out)
     journal = Journal(out / JOURNAL)
     if journal.blocks:
         console.note(f"prune: {len(journal.blocks)} of {len(stack)} blocks are done")
     blocks = []
     with console.Progress(f"pruning {prune.method} {prune.pattern}", len(plan.targets)) as bar:
-        for entry in prune_blocks(stack, plan, activations, copy, journal):
+        for entry in prune_blocks(stack, plan, activations, OwnFiles(out), journal):
             blocks.append(entry)
             for layer in entry.layers:
                 error = layer.relative_output_error
@@ -76,6 +79,24 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
         for path in out.glob(f"{ACTIVATIONS}.*"):
             path.unlink(missing_ok=True)
     return _summary(prune, blocks, activations, drawn)
+
+
+def _copy(config: Config, stack: BlockStack, prepared: Prepared, out: Path) -> None:
+    """A copy of the checkpoint, once what pruning never loads is known to be finite.
+
+    A copy that was interrupted is made again.
+    """
+    if not (out / COPIED).exists():
+        stack.check_rest(prepared.targets.values())
+        (out / JOURNAL).unlink(missing_ok=True)
+        base = stack.files.directory
+        with console.working(f"copying {base}"):
+            checkpoint.copy_for_rewriting(base, out, config.model.dtype).sync()
+        (out / COPIED).touch()
+
+
+def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:
+    return Activations(stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
 
 
 def _summary(
@@ -90,7 +111,7 @@ def _summary(
         console.warn(f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back: {first}")
     return PruneRecord(
         method=prune.method,
-        pattern=_pattern_words(prune, layers),
+        pattern=_pattern_text(prune, layers),
         order=prune.order if activations else None,
         activations=activations.place if activations else None,
         processes=distributed.world_size(),
@@ -105,66 +126,32 @@ def _summary(
     )
 
 
-def _pattern_words(prune: PruneConfig, layers: list[LayerRecord]) -> str:
+def _pattern_text(prune: PruneConfig, layers: list[LayerRecord]) -> str:
     """The patterns that matrices were given, most of them first: ``2:4, 4:8 in 12 matrices``.
 
     Ratios that differ by block are one pattern, their mean, which is what ``prune.pattern`` says.
     """
     spread = {"uniform": "", "owl": " by outliers"}.get(str(prune.allocation), " by block")
-    common = f"{prune.pattern}{spread}"
     counts = Counter(
-        str(layer.pattern) if is_overridden(prune, layer.name) else common for layer in layers
+        str(layer.pattern) if is_overridden(prune, layer.name) else f"{prune.pattern}{spread}" for layer in layers
     ).most_common()
     return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
 
 
-def _copy(config: Config, base: Path, out: Path) -> OwnFiles:
-    """A copy of the checkpoint in ``out``; a copy that was interrupted is made again."""
-    if distributed.is_main() and not (out / COPIED).exists():
-        (out / JOURNAL).unlink(missing_ok=True)
-        with console.working(f"copying {base}"):
-            checkpoint.copy_for_rewriting(base, out, config.model.dtype).sync()
-        (out / COPIED).touch()
-    distributed.barrier()
-    return OwnFiles(out)
-
-
-def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:
-    return Activations(stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
-
-
-def _plan(config: Config, stack: BlockStack, prepared: Prepared, windows: Tensor | None, out: Path) -> PrunePlan:
-    prune, patterns = config.prune, prepared.patterns
-    if prune.allocation == "owl":
-        assert windows is not None
-        patterns = _owl(config, stack, prepared, windows, out)
-    masks = None if prune.mask_from is None else TensorFiles(checkpoint.locate(prune.mask_from))
-    return PrunePlan(
-        method=prune.method,
-        targets=prepared.targets,
-        patterns=patterns,
-        options={"damp": prune.damp, "block_size": prune.block_size},
-        order=prune.order,
-        masks=masks,
-        reconstruct_epochs=prune.reconstruct_epochs,
-        reconstruct_lr=prune.reconstruct_lr,
-    )
-
-
-def _owl(config: Config, stack: BlockStack, prepared: Prepared, windows: Tensor, out: Path) -> dict[str, Pattern]:
+def _owl(stack: BlockStack, plan: PrunePlan, windows: Tensor, out: Path) -> dict[str, Pattern]:
     """Ratios by the share of outliers in each dense block: one more pass over the windows; overrides stay."""
-    prune, patterns = config.prune, dict(prepared.patterns)
-    free = {name: target for name, target in prepared.targets.items() if not is_overridden(prune, name)}
+    prune, patterns = plan.settings, dict(plan.patterns)
+    free = {name: target for name, target in plan.targets.items() if not is_overridden(prune, name)}
     if not free:
         return patterns
     saved = out / ALLOCATION
     if saved.exists():
-        ratios = {int(block): ratio for block, ratio in sealed.read(saved, START_AGAIN).items()}
+        ratios = sealed.read(saved, START_AGAIN)
     else:
-        plan = PrunePlan("wanda", free, patterns)
-        ratios = _owl_ratios(prune, stack, plan, _embed(stack, windows, prune, out))
+        by_wanda = replace(plan, settings=replace(prune, method="wanda"), targets=free)
+        ratios = _owl_ratios(stack, by_wanda, _embed(stack, windows, prune, out))
         if distributed.is_main():
-            sealed.write(saved, {str(block): ratio for block, ratio in ratios.items()})
+            sealed.write(saved, ratios)
         distributed.barrier()
     for index, ratio in ratios.items():
         prefix = f"{stack.blocks_name}.{index}."
@@ -177,14 +164,15 @@ def _owl(config: Config, stack: BlockStack, prepared: Prepared, windows: Tensor,
     return patterns
 
 
-def _owl_ratios(prune: PruneConfig, stack: BlockStack, plan: PrunePlan, activations: Activations) -> dict[int, float]:
-    """The ratio of each block that has something to prune."""
+def _owl_ratios(stack: BlockStack, plan: PrunePlan, activations: Activations) -> dict[str, float]:
+    """The ratio of each block that has something to prune, by its index."""
+    prune = plan.settings
     assert prune.pattern.ratio is not None
     blocks, shares, sizes = [], [], []
     with console.Progress("weighing outliers (OWL)", len(stack)) as bar:
-        for index, scores in enumerate(dense_pass(stack, plan, activations, InputNorms)):
+        for index, scores in enumerate(dense_scores(stack, plan, activations)):
             if scores:
-                blocks.append(index)
+                blocks.append(str(index))
                 shares.append(allocate.outlier_share(scores))
                 sizes.append(sum(score.numel() for score in scores))
             bar.advance(f"{shares[-1]:.4f}" if scores else "")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from sppctl.files.safe_files import OwnFiles
 from sppctl.model.blocks import BlockStack
 from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
-from sppctl.prune.block_work import BlockWork
+from sppctl.prune.block_work import BlockWork, Groups
 from sppctl.prune.given_masks import warn_of_sparser
-from sppctl.prune.layers import PrunePlan, SharedInputs
+from sppctl.prune.layers import PrunePlan
+from sppctl.pruners.wanda import wanda_scores
 from sppctl.records import BlockRecord, from_json, to_json
 
 START_AGAIN = "sppctl prune --force starts the stage again"
@@ -81,12 +81,12 @@ def prune_blocks(
     Raises:
         UserError: the copy does not hold what the journal says.
     """
-    shared = SharedInputs()
-    last = _last_with_targets(stack, plan)
+    groups: Groups = {}
+    blocks = _blocks(stack, plan)
+    last = _last(blocks)
     if len(journal.blocks) > last:
         activations = None  # nothing is left that needs them
-    for index in range(len(stack)):
-        targets = plan.in_block(f"{stack.blocks_name}.{index}.")
+    for index, targets in enumerate(blocks):
         feeding = activations if index < last else None
         if index < len(journal.blocks):
             _replay(stack, journal.blocks[index], targets, feeding, out)
@@ -96,14 +96,14 @@ def prune_blocks(
         if targets or feeding is not None:
             stack.load_block(index)
         if targets:
-            work = BlockWork(stack, index, targets, plan, activations, shared, out)
+            work = BlockWork(stack, index, targets, plan, activations, groups, out)
             entry = BlockRecord(index, work.prune(), work.reconstruction, {})
             if distributed.is_main():
                 entry = _write(stack, entry, targets, out)
         distributed.barrier()
         journal.append(entry)
         # in module order the pass that pruned the block has fed the next
-        if feeding is not None and (plan.order == "block" or not targets):
+        if feeding is not None and (plan.settings.order == "block" or not targets):
             feeding.run(index)
         stack.release_block(index)
         yield entry
@@ -111,12 +111,17 @@ def prune_blocks(
         warn_of_sparser([layer for entry in journal.blocks for layer in entry.layers])
 
 
+def _blocks(stack: BlockStack, plan: PrunePlan) -> list[dict[str, Target]]:
+    return [plan.in_block(f"{stack.blocks_name}.{index}.") for index in range(len(stack))]
+
+
+def _last(blocks: list[dict[str, Target]]) -> int:
+    """The last block that is pruned: nobody reads what it and later ones give."""
+    return max(index for index, targets in enumerate(blocks) if targets)
+
+
 def _replay(
-    stack: BlockStack,
-    entry: BlockRecord,
-    targets: dict[str, Target],
-    feeding: Activations | None,
-    out: OwnFiles,
+    stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], feeding: Activations | None, out: OwnFiles
 ) -> None:
     """Compares a finished block with the journal, and runs it, pruned, if the next one needs its output."""
     if feeding is not None:
@@ -146,26 +151,16 @@ def _write(stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], ou
 
 
 @torch.no_grad()
-def dense_pass(
-    stack: BlockStack, plan: PrunePlan, activations: Activations, make: Callable[..., Any]
-) -> Iterator[list[Tensor]]:
+def dense_scores(stack: BlockStack, plan: PrunePlan, activations: Activations) -> Iterator[list[Tensor]]:
     """Runs the dense model once and yields, per block, the Wanda scores of its targets (out_features, in_features).
 
     It ends with the last block that has targets.
     """
-    shared = SharedInputs()
-    for index in range(_last_with_targets(stack, plan) + 1):
-        targets = plan.in_block(f"{stack.blocks_name}.{index}.")
+    groups: Groups = {}
+    blocks = _blocks(stack, plan)
+    for index, targets in enumerate(blocks[: _last(blocks) + 1]):
         stack.load_block(index)
-        work = BlockWork(stack, index, targets, plan, activations, shared)
-        work.gather(make, keep=True)
-        yield [
-            target.view(stack.model).float().abs() * work.inputs[name].statistics.norms()
-            for name, target in targets.items()
-        ]
+        work = BlockWork(stack, index, targets, plan, activations, groups)
+        work.gather(keep=True)
+        yield [wanda_scores(target.view(stack.model), work.inputs[name].statistics) for name, target in targets.items()]
         stack.release_block(index)
-
-
-def _last_with_targets(stack: BlockStack, plan: PrunePlan) -> int:
-    """The last block that is pruned: nobody reads what it and later ones give."""
-    return max(index for index in range(len(stack)) if plan.in_block(f"{stack.blocks_name}.{index}."))

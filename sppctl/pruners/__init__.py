@@ -14,23 +14,14 @@ from torch import Tensor
 
 from sppctl.pattern import Pattern
 from sppctl.pruners.dsnot import update_mask
-from sppctl.pruners.magnitude import prune_magnitude
-from sppctl.pruners.masks import mask_by_row
+from sppctl.pruners.magnitude import magnitude_mask
 from sppctl.pruners.sparsegpt import prune_sparsegpt
-from sppctl.pruners.stats import Hessian, InputMoments, InputNorms
-from sppctl.pruners.wanda import prune_wanda
+from sppctl.pruners.stats import Hessian, InputMoments, InputNorms, Statistics
+from sppctl.pruners.wanda import wanda_mask
 
-__all__ = ["PRUNERS", "Hessian", "InputMoments", "InputNorms", "Pruned", "Pruner", "prune_linear"]
+__all__ = ["PRUNERS", "Hessian", "InputMoments", "InputNorms", "Pruner", "Statistics", "prune_linear"]
 
-Statistics = InputNorms | Hessian
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned weight, and the damping of the Hessian where there was one."""
-
-    weight: Tensor
-    damp: float | None = None
+Pruned = tuple[list[Tensor], float | None]  # the weights of several layers, and the damping of their Hessian
 
 
 @dataclass(frozen=True)
@@ -39,54 +30,37 @@ class Pruner:
 
     Attributes:
         statistics: what it needs to know of the inputs of layers that share them; None: nothing.
-        prune: takes the weights of those layers, their statistics, a pattern for each, masks or None, and options;
-            gives the pruned weights.
+        prune: takes the weights of those layers, their statistics, a pattern for each, masks or None, and options.
         options: names of the options it takes.
     """
 
-    statistics: type[InputNorms] | type[Hessian] | None
-    prune: Callable[..., list[Pruned]]
+    statistics: type[Statistics] | None
+    prune: Callable[..., Pruned]
     options: tuple[str, ...] = ()
 
 
-def _each(prune: Callable[..., Tensor]) -> Callable[..., list[Pruned]]:
-    """A pruner of single layers; a mask given from outside leaves it nothing to choose."""
+def _by_mask(choose: Callable[..., Tensor], improve: Callable[..., Tensor] | None = None) -> Callable[..., Pruned]:
+    """A method that only chooses a mask, or improves one: where masks are given, there is nothing to choose."""
 
-    def prune_all(
-        weights: list[Tensor], statistics: Any, patterns: list[Pattern], masks: list[Tensor] | None, **options: Any
-    ) -> list[Pruned]:
-        if masks is not None:
-            return [Pruned(weight.masked_fill(~mask, 0)) for weight, mask in zip(weights, masks, strict=True)]
-        pairs = zip(weights, patterns, strict=True)
-        return [Pruned(prune(weight, statistics, pattern, **options)) for weight, pattern in pairs]
+    def prune(
+        weights: list[Tensor], statistics: Any, patterns: list[Pattern], masks: list[Tensor] | None = None
+    ) -> Pruned:
+        pruned = []
+        for index, (weight, pattern) in enumerate(zip(weights, patterns, strict=True)):
+            mask = choose(weight, statistics, pattern) if masks is None else masks[index]
+            if improve is not None:
+                mask = improve(weight, mask, statistics, pattern)
+            pruned.append(weight.masked_fill(~mask, 0))
+        return pruned, None
 
-    return prune_all
-
-
-def _sparsegpt(
-    weights: list[Tensor], hessian: Hessian, patterns: list[Pattern], masks: list[Tensor] | None, **options: Any
-) -> list[Pruned]:
-    pruned, damp = prune_sparsegpt(weights, hessian, patterns, masks, **options)
-    return [Pruned(weight, damp) for weight in pruned]
-
-
-def _dsnot(
-    weights: list[Tensor], moments: InputMoments, patterns: list[Pattern], masks: list[Tensor] | None, **_: Any
-) -> list[Pruned]:
-    if masks is None:
-        masks = [
-            mask_by_row(weight.float().abs() * moments.norms(), pattern)
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
-    swapped = [update_mask(w, m, moments, p) for w, m, p in zip(weights, masks, patterns, strict=True)]
-    return [Pruned(weight.masked_fill(~mask, 0)) for weight, mask in zip(weights, swapped, strict=True)]
+    return prune
 
 
 PRUNERS = {
-    "magnitude": Pruner(None, _each(lambda weight, _, pattern: prune_magnitude(weight, pattern))),
-    "wanda": Pruner(InputNorms, _each(prune_wanda)),
-    "sparsegpt": Pruner(Hessian, _sparsegpt, ("damp", "block_size")),
-    "dsnot": Pruner(InputMoments, _dsnot),
+    "magnitude": Pruner(None, _by_mask(lambda weight, _, pattern: magnitude_mask(weight, pattern))),
+    "wanda": Pruner(InputNorms, _by_mask(wanda_mask)),
+    "sparsegpt": Pruner(Hessian, prune_sparsegpt, ("damp", "block_size")),
+    "dsnot": Pruner(InputMoments, _by_mask(wanda_mask, update_mask)),
 }
 
 
@@ -130,8 +104,7 @@ def prune_linear(
     check_weight(weight, parsed)
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; expected bool {tuple(weight.shape)}")
-    pruner = PRUNERS[method]
-    statistics = None
+    pruner, statistics = PRUNERS[method], None
     if pruner.statistics is not None:
         if inputs is None or inputs.numel() == 0:
             raise ValueError(f"method {method} needs the layer's inputs, (tokens, in_features)")
@@ -141,5 +114,5 @@ def prune_linear(
             raise ValueError("inputs hold values that are not finite (NaN or infinity)")
         statistics = pruner.statistics(weight.shape[1], weight.device)
         statistics.update(inputs.reshape(-1, weight.shape[1]))
-    masks = None if mask is None else [mask]
-    return pruner.prune([weight], statistics, [parsed], masks, **options)[0].weight
+    (pruned,), _ = pruner.prune([weight], statistics, [parsed], None if mask is None else [mask], **options)
+    return pruned

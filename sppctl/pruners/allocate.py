@@ -12,11 +12,8 @@ OWL_RANGE = 0.08  # lambda of the paper: a block's ratio is within +- lambda of 
 def outlier_share(scores: list[Tensor], outlier: float = OWL_OUTLIER) -> float:
     """Share of a block's weights whose Wanda score exceeds ``outlier`` times the mean score of the block.
 
-    The paper's "layer" is a transformer block: its matrices are compared with one mean, over all their weights.
-
-    Args:
-        scores: \\|W\\| \\|\\|x\\|\\| of each layer, (out_features, in_features).
-        outlier: M of OWL.
+    The paper's "layer" is a transformer block: its matrices (out_features, in_features) are compared with one mean,
+    over all their weights.
     """
     size = sum(score.numel() for score in scores)
     mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / size
@@ -24,18 +21,15 @@ def outlier_share(scores: list[Tensor], outlier: float = OWL_OUTLIER) -> float:
 
 
 def owl(shares: list[float], weights: list[int], ratio: float, spread: float = OWL_RANGE) -> list[float]:
-    """Outlier-weighed layer-wise ratios (OWL, Yin et al., ICML 2024, arXiv 2310.05175).
+    """Outlier-weighed layer-wise ratios, one for each block (OWL, Yin et al., ICML 2024, arXiv 2310.05175).
 
     Blocks with more outliers are pruned less; the ratios span ``2 spread``; their mean over all weights is ``ratio``.
 
     Args:
         shares: of outliers, per block (:func:`outlier_share`).
         weights: number of weights to prune from, per block.
-        ratio: wanted share of zeros over all blocks.
+        ratio: share of zeros over all blocks.
         spread: lambda of the paper.
-
-    Returns:
-        A ratio per block.
 
     Raises:
         ValueError: a ratio would leave the open interval (0, 1).
@@ -43,10 +37,9 @@ def owl(shares: list[float], weights: list[int], ratio: float, spread: float = O
     share, size = torch.tensor(shares, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
     width = (share.max() - share.min()).item()
     scaled = (share - share.min()) / width * 2 * spread if width > 0 else torch.zeros_like(share)
-    mean = (scaled * size).sum() / size.sum()
-    ratios = (ratio - (scaled - mean)).tolist()
+    ratios: list[float] = (ratio - (scaled - (scaled * size).sum() / size.sum())).tolist()
     if not all(0 < value < 1 for value in ratios):
         raise ValueError(
             f"OWL with a spread of {spread:g} round {ratio:g} gives ratios outside (0, 1); lower the spread"
         )
-    return [float(value) for value in ratios]
+    return ratios

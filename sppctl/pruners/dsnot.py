@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sppctl.pattern import Pattern
 from sppctl.pruners.stats import InputMoments
+from sppctl.pruners.wanda import wanda_scores
 
 MAX_CYCLES = 50
 # of |eps| per token; the release compares 0.1 with eps summed over the 2,048 tokens of a window
@@ -19,13 +20,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 def expected_change(weight: Tensor, mask: Tensor, mean: Tensor) -> Tensor:
-    """How far each row's expected output moves by pruning: (out_features,) float32.
-
-    Args:
-        weight: (out_features, in_features) dense weight.
-        mask: the same shape, True = kept.
-        mean: (in_features,) mean of the inputs.
-    """
+    """How far each row's expected output moves by pruning, (out_features,) float32; ``mean`` is that of the inputs."""
     return -(weight.float() * ~mask) @ mean
 
 
@@ -56,12 +51,9 @@ def update_mask(
     Returns:
         A new boolean mask of the same shape.
     """
-    updated = mask.clone()
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        updated[rows] = _update_rows(weight[rows].float(), mask[rows], statistics, pattern, max_cycles, threshold)
-    return updated
+    parts = zip(weight.split(step), mask.split(step), strict=True)
+    return torch.cat([_update_rows(w.float(), m, statistics, pattern, max_cycles, threshold) for w, m in parts])
 
 
 def _update_rows(
@@ -70,7 +62,7 @@ def _update_rows(
     mask = mask.clone()
     contribution = weight * statistics.mean()
     gain = contribution / statistics.variance().clamp_min(1e-12)
-    score = weight.abs() * statistics.norms()
+    score = wanda_scores(weight, statistics)
     change = expected_change(weight, mask, statistics.mean())
     blocked = torch.zeros_like(mask)  # regrowing these helps no more
     row = torch.arange(len(weight), device=weight.device)

@@ -5,17 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from sppctl.pattern import Pattern
-from sppctl.pruners.masks import mask_by_matrix
+from sppctl.pruners.masks import keep_largest, mask_by_row
 
 
-def prune_magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Zeroes the smallest |W|: over the whole matrix for a ratio, within each group for N:M.
-
-    Args:
-        weight: (out_features, in_features), any float dtype.
-        pattern: N:M with N kept, or the ratio of zeros.
-
-    Returns:
-        The pruned weight, a new tensor of the same shape and dtype.
-    """
-    return weight.masked_fill(~mask_by_matrix(weight.float().abs(), pattern), 0)
+def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Prunes the smallest |W| (out_features, in_features): over the whole matrix for a ratio, in each group for N:M."""
+    scores = weight.float().abs()
+    if pattern.is_structured:
+        return mask_by_row(scores, pattern)
+    return keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel())).view(scores.shape)

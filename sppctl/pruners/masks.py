@@ -29,23 +29,15 @@ def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
         part = scores[start : start + step]
         threshold = part.kthvalue(num_pruned, dim=-1, keepdim=True).values
         smaller, equal = part < threshold, part == threshold
-        wanted = num_pruned - smaller.sum(-1, keepdim=True)
-        mask[start : start + step] = ~(smaller | (equal & (equal.cumsum(-1) <= wanted)))
+        missing = num_pruned - smaller.sum(-1, keepdim=True)
+        mask[start : start + step] = ~(smaller | (equal & (equal.cumsum(-1) <= missing)))
     # NaN is neither smaller nor equal
     assert int(mask.sum()) == mask.numel() - num_pruned * scores.shape[0], "scores that are not finite"
     return mask
 
 
 def keep_largest_of_rows(scores: Tensor, num_pruned: Tensor) -> Tensor:
-    """As :func:`keep_largest`, with a number of its own for each row.
-
-    Args:
-        scores: (rows, columns), compared along the last dimension.
-        num_pruned: (rows,) int64, how many of each row are pruned, exactly; of equal scores the first ones are.
-
-    Returns:
-        Boolean mask (rows, columns), True = kept.
-    """
+    """As :func:`keep_largest`, with a number for each row: (rows,) int64."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     places = torch.arange(scores.shape[-1], device=scores.device)
     step = max(1, CHUNK_ELEMENTS // scores.shape[-1])
@@ -112,10 +104,3 @@ def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
     if pattern.keep is not None and pattern.group is not None:
         return keep_largest_in_groups(scores, pattern.keep, pattern.group)
     return keep_largest(scores, pattern.num_pruned(scores.shape[1]))
-
-
-def mask_by_matrix(scores: Tensor, pattern: Pattern) -> Tensor:
-    """As :func:`mask_by_row`, but a ratio compares all weights of the matrix with each other."""
-    if pattern.is_structured:
-        return mask_by_row(scores, pattern)
-    return keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel())).view(scores.shape)

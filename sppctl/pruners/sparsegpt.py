@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,42 +49,34 @@ def prune_sparsegpt(
     work = torch.cat([weight.float() for weight in weights])
     scale = factor.diagonal().masked_fill(dead, torch.inf)
     group = math.lcm(*(pattern.group or 1 for pattern in patterns))
-    block_size = -(-block_size // group) * group
-    tile = -(-TILE // group) * group
-    ends = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
-    layers = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+    block_size, tile = (-(-size // group) * group for size in (block_size, TILE))
+    stops = itertools.accumulate(len(weight) for weight in weights)
+    layers = [slice(stop - len(weight), stop) for stop, weight in zip(stops, weights, strict=True)]
     kept = torch.empty_like(work, dtype=torch.bool) if masks is None else torch.cat(masks)
+    choices = list(zip(layers, patterns, strict=True)) if masks is None else []
     for start in range(0, work.shape[1], block_size):
         columns = slice(start, min(start + block_size, work.shape[1]))
         part = work[:, columns], factor[columns, columns], scale[columns], kept[:, columns]
-        solver = _Block(*part, layers, patterns, masks is None)
-        errors = solver.solve(tile)
+        errors = _Block(*part, choices).solve(tile)
         work[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
     work.masked_fill_(~kept, 0)
     return [work[rows].to(weight.dtype) for rows, weight in zip(layers, weights, strict=True)], damp
 
 
+@dataclass(frozen=True)
 class _Block:
     """Some columns of all layers, solved in place."""
 
-    def __init__(
-        self,
-        work: Tensor,
-        upper: Tensor,
-        scale: Tensor,
-        kept: Tensor,
-        layers: list[slice],
-        patterns: list[Pattern],
-        choose: bool,
-    ) -> None:
-        self.work, self.upper, self.scale, self.kept = work, upper, scale, kept
-        self.diagonal = upper.diagonal()
-        self.layers = list(zip(layers, patterns, strict=True)) if choose else []
+    work: Tensor  # (rows, columns) weights, float32
+    upper: Tensor  # (columns, columns) of the factor
+    scale: Tensor  # (columns,) its diagonal; infinite for inputs that never fired
+    kept: Tensor  # (rows, columns) the mask
+    choices: list[tuple[slice, Pattern]]  # rows whose mask is to be chosen, and how
 
     def solve(self, tile: int) -> Tensor:
         """Prunes the columns; returns their scaled errors (rows, columns)."""
-        for rows, pattern in self.layers:
+        for rows, pattern in self.choices:
             if not pattern.is_structured:
                 scores = (self.work[rows] / self.scale).square()
                 mask = keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel()))
@@ -101,13 +95,13 @@ class _Block:
         tile_errors = torch.empty_like(tile)
         for column in range(columns.start, columns.stop):
             place = column - columns.start
-            for rows, pattern in self.layers:
+            for rows, pattern in self.choices:
                 if pattern.keep is not None and pattern.group is not None and column % pattern.group == 0:
                     group = slice(place, place + pattern.group)
                     scores = (tile[group, rows].t() / self.scale[column : column + pattern.group]).square()
                     mask = keep_largest_in_groups(scores.contiguous(), pattern.keep, pattern.group)
                     self.kept[rows, column : column + pattern.group] = mask
-            error = torch.div(tile[place], self.diagonal[column], out=tile_errors[place])
+            error = torch.div(tile[place], self.upper[column, column], out=tile_errors[place])
             error.masked_fill_(self.kept[:, column], 0)
             tile[place:].addr_(self.upper[column, column : columns.stop], error, alpha=-1)
         errors[:, columns] = tile_errors.t()

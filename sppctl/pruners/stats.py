@@ -153,3 +153,6 @@ class Hessian:
                     "more calibration text may help, or --method wanda"
                 )
             used = min(used * 10, MAX_DAMP)
+
+
+Statistics = InputNorms | Hessian  # InputMoments are InputNorms

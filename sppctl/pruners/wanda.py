@@ -6,19 +6,14 @@ from torch import Tensor
 
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import mask_by_row
-from sppctl.pruners.stats import InputNorms
+from sppctl.pruners.stats import Statistics
 
 
-def prune_wanda(weight: Tensor, statistics: InputNorms, pattern: Pattern) -> Tensor:
-    """Zeroes the smallest scores |W_ij| ||X_j||_2 of every output row.
+def wanda_scores(weight: Tensor, statistics: Statistics) -> Tensor:
+    """|W_ij| ||X_j||_2 of a weight (out_features, in_features), float32."""
+    return weight.float().abs() * statistics.norms()
 
-    Args:
-        weight: (out_features, in_features), any float dtype.
-        statistics: of the layer's inputs.
-        pattern: N:M with N kept, or the ratio of zeros in every row.
 
-    Returns:
-        The pruned weight, a new tensor of the same shape and dtype.
-    """
-    scores = weight.float().abs() * statistics.norms()
-    return weight.masked_fill(~mask_by_row(scores, pattern), 0)
+def wanda_mask(weight: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
+    """Prunes the smallest scores of every output row (a ratio) or of each group of M (N:M)."""
+    return mask_by_row(wanda_scores(weight, statistics), pattern)

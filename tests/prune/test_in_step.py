@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,39 +16,27 @@ def log() -> list[Any]:
     return []
 
 
-def recorder(log: list[Any]) -> Callable[[int, list[Any]], None]:
-    return lambda place, brought: log.append((place, brought))
+def test_all_arrive_before_any_continues(log: list[Any]) -> None:
+    """Also where some micro-batches never reach a layer: the others still wait for one another."""
 
-
-def test_all_arrive_before_any_goes_on(log: list[Any]) -> None:
-    def work(name: str) -> None:
-        for place in range(2):
+    def work(name: str, *places: int) -> None:
+        for place in places:
             log.append(f"{name} reaches {place}")
             wait_at(place, name)
         log.append(f"{name} ends")
 
-    in_step([partial(work, "a"), partial(work, "b")], recorder(log))
+    works = [partial(work, "a", 1), partial(work, "b", 0, 1), partial(work, "c")]
+    in_step(works, lambda place, brought: log.append((place, brought)))
     assert log == [
-        "a reaches 0",
-        "b reaches 0",
-        (0, ["a", "b"]),
         "a reaches 1",
+        "b reaches 0",
+        "c ends",
+        (0, ["b"]),
         "b reaches 1",
         (1, ["a", "b"]),
         "a ends",
         "b ends",
     ]
-
-
-def test_a_work_may_leave_a_place_out(log: list[Any]) -> None:
-    """A layer that some micro-batches never reach: the others still wait for one another."""
-
-    def work(*places: int) -> None:
-        for place in places:
-            wait_at(place, places)
-
-    in_step([partial(work, 1), partial(work, 0, 1), partial(work)], recorder(log))
-    assert log == [(0, [(0, 1)]), (1, [(1,), (0, 1)])]
 
 
 def test_works_take_no_gradients() -> None:

@@ -19,14 +19,45 @@ def block_of(layer: LayerRecord) -> int:
     return int(layer.name.split(".")[2])
 
 
-def test_skipped_layers_stay_dense(prune: Prune, llama: Path) -> None:
-    _, after, record = prune("prune.skip=['*.0.*', down_proj]")
-    names = {layer.name for layer in record.layers}
-    assert names == {f"model.layers.1.self_attn.{kind}_proj" for kind in "qkvo"} | {
-        f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up")
-    }
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["prune.skip=['*.0.*', down_proj]"],
+            {f"1.self_attn.{k}_proj" for k in "qkvo"} | {"1.mlp.gate_proj", "1.mlp.up_proj"},
+        ),
+        (
+            ["prune.targets=[mlp.down_proj, '*.0.self_attn.q_proj']"],
+            {"0.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj"},
+        ),
+    ],
+)
+def test_only_targets_that_are_not_skipped_are_pruned(
+    options: list[str], expected: set[str], prune: Prune, llama: Path
+) -> None:
+    _, after, record = prune(*options)
+    assert {layer.name.removeprefix("model.layers.") for layer in record.layers} == expected
     for name, weight in weights_of(llama).items():
-        assert torch.equal(after[name], weight) == (name.removesuffix(".weight") not in names), name
+        pruned = name.removeprefix("model.layers.").removesuffix(".weight") in expected
+        assert torch.equal(after[name], weight) != pruned, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ([], "2:4"),
+        (["prune.overrides={q_proj: 2:4}"], "2:4"),
+        (["prune.overrides={q_proj: 4:8, '*.1.*up_proj': 0.3}"], "2:4, 4:8 in 2 matrices, 0.3 in 1 matrices"),
+        (["prune.overrides={'*_proj': 4:8}"], "4:8"),
+        (
+            ["prune.pattern=0.5", "prune.allocation=owl", "prune.overrides={q_proj: 4:8}"],
+            "0.5 by outliers, 4:8 in 2 matrices",
+        ),
+        (["prune.pattern=0.5", "prune.allocation=[0.4,0.6]"], "0.5 by block"),
+    ],
+)
+def test_the_recorded_pattern_is_the_one_that_is_there(overrides: list[str], text: str, prune: Prune) -> None:
+    assert prune("prune.method=magnitude", *overrides).record.pattern == text
 
 
 @pytest.mark.parametrize(

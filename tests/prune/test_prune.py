@@ -11,46 +11,14 @@ import pytest
 import torch
 from checkpoints import random_windows, weights_of, write_weights
 from conftest import Prune
-from stage_calls import blank
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sppctl.config.settings import Config
 from sppctl.errors import StageError
-from sppctl.model.targets import matches
-from sppctl.pattern import Pattern
-from sppctl.prune import calibrate, stage
+from sppctl.prune import calibrate
 from sppctl.pruners import prune_linear
-from sppctl.records import LayerRecord
 from sppctl.run import attempts
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ([], "2:4"),
-        (["prune.overrides={q_proj: 2:4}"], "2:4"),
-        (["prune.overrides={q_proj: 4:8, '*.1.*up_proj': 0.3}"], "2:4, 4:8 in 2 matrices, 0.3 in 1 matrices"),
-        (["prune.overrides={'*_proj': 4:8}"], "4:8"),
-        (
-            ["prune.pattern=0.5", "prune.allocation=owl", "prune.overrides={q_proj: 4:8}"],
-            "0.5 by outliers, 4:8 in 2 matrices",
-        ),
-        (["prune.pattern=0.5", "prune.allocation=[0.4,0.6]"], "0.5 by block"),
-    ],
-)
-def test_the_pattern_is_the_one_that_is_there(
-    configure: Callable[..., Config], overrides: list[str], words: str
-) -> None:
-    config = configure(*overrides).prune
-    layers = []
-    for name in ("q_proj", "up_proj", "o_proj"):
-        for block in (0, 1):
-            full = f"model.layers.{block}.{name}"
-            common = config.pattern if config.allocation == "uniform" else Pattern(ratio=0.4 + 0.2 * block)
-            own = [pattern for wanted, pattern in config.overrides.items() if matches(full, wanted)]
-            layers.append(blank(LayerRecord, name=full, pattern=[common, *own][-1]))
-    assert stage._pattern_words(config, layers) == words
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -104,13 +72,6 @@ def test_calibration_text_of_a_column(configure: Callable[..., Config], tmp_path
     for column, document in (("story", "1"), ("auto", "One."), ("null", "One.")):
         config = configure(f"prune.calibration.dataset={path}", f"prune.calibration.column={column}")
         assert calibrate.calibration_text(config.prune).documents == [document]
-
-
-def test_only_targets_are_pruned(prune: Prune) -> None:
-    record = prune("prune.targets=[mlp.down_proj, '*.0.self_attn.q_proj']").record
-    assert [layer.name.removeprefix("model.layers.") for layer in record.layers] == [
-        "0.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj"
-    ]  # fmt: skip
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(prune: Prune) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from checkpoints import (
     write_weights,
 )
 from conftest import FAMILIES, Prune
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sppctl.errors import StageError
@@ -28,9 +29,8 @@ from sppctl.files import names
 from sppctl.model import checkpoint
 from sppctl.model.block_call import BlockCall
 from sppctl.model.blocks import Skeleton
-from sppctl.prune import block_work
 from sppctl.prune.activations import Activations
-from sppctl.pruners import prune_linear
+from sppctl.pruners import PRUNERS, prune_linear
 
 Make = Callable[..., Path]
 NEED_INPUTS = ["wanda", "sparsegpt", "dsnot"]
@@ -180,16 +180,16 @@ def test_no_block_is_run_for_nothing(
 
 
 def test_the_walk_solves_q_k_and_v_together(prune: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups: list[list[str]] = []
-    prune_group = block_work.BlockWork._prune_group
+    numbers: list[int] = []
+    sparsegpt = PRUNERS["sparsegpt"]
 
-    def spy(self: Any, members: list[str], *args: Any, **kwargs: Any) -> Any:
-        groups.append([name.rpartition(".")[2] for name in members])
-        return prune_group(self, members, *args, **kwargs)
+    def spy(weights: list[Tensor], *args: Any, **options: Any) -> Any:
+        numbers.append(len(weights))
+        return sparsegpt.prune(weights, *args, **options)
 
-    monkeypatch.setattr(block_work.BlockWork, "_prune_group", spy)
+    monkeypatch.setitem(PRUNERS, "sparsegpt", replace(sparsegpt, prune=spy))
     prune("prune.method=sparsegpt")
-    assert groups == 2 * GROUPS["llama"]
+    assert numbers == 2 * [len(group) for group in GROUPS["llama"]]
 
 
 # --- memory and micro-batches -----------------------------------------------------------------------------------------

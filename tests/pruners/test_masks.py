@@ -7,32 +7,24 @@ import torch
 
 from sppctl.pattern import Pattern
 from sppctl.pruners import masks
-from sppctl.pruners.masks import keep_largest, keep_largest_in_groups, mask_by_matrix, mask_by_row
+from sppctl.pruners.magnitude import magnitude_mask
+from sppctl.pruners.masks import keep_largest, keep_largest_in_groups, mask_by_row
 
 
-def test_two_of_four_by_hand() -> None:
+def test_masks_by_hand() -> None:
     scores = torch.tensor([[1.0, 4.0, 3.0, 2.0, 9.0, 9.5, 0.0, 8.0]])
-    expected = torch.tensor([[False, True, True, False, True, True, False, False]])
-    assert torch.equal(keep_largest_in_groups(scores, 2, 4), expected)
+    assert keep_largest_in_groups(scores, 2, 4).int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]])
+    half = Pattern.parse(0.5)
+    assert mask_by_row(scores, half).int().tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert magnitude_mask(-scores, half).int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
 
 
 def test_ties_keep_the_exact_count_and_the_later_of_equals() -> None:
-    scores = torch.tensor([[5.0, 5.0, 5.0, 5.0]])
+    scores = torch.full((1, 4), 5.0)
     expected = torch.tensor([[False, False, True, True]])
     assert torch.equal(keep_largest_in_groups(scores, 2, 4), expected)
     assert torch.equal(keep_largest(scores, 2), expected)
-
-
-def test_half_of_each_row_by_hand() -> None:
-    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]])
-    assert torch.equal(
-        mask_by_row(scores, Pattern.parse(0.5)),
-        torch.tensor([[False, False, True, True], [True, True, False, False]]),
-    )
-    assert torch.equal(
-        mask_by_matrix(scores, Pattern.parse(0.5)),
-        torch.tensor([[False, False, False, False], [True, True, True, True]]),
-    )
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "2:8", "4:8", "3:5", "1:2", "8:16"])
