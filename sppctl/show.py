@@ -83,9 +83,9 @@ def results(found: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
     if as_json:
         console.show_json(next(iter(found.values())) if len(found) == 1 else found)
         return
-    from sppctl.report import terminal
+    from sppctl.report import text
 
-    terminal.show_results(found, seed)
+    text.show_results(found, seed)
 
 
 def report(study: Study, as_json: bool) -> None:
@@ -93,6 +93,6 @@ def report(study: Study, as_json: bool) -> None:
     if as_json:
         console.show_json([run.to_json() for run in study.runs])
         return
-    from sppctl.report import terminal
+    from sppctl.report import text
 
-    terminal.show(study)
+    text.show(study)

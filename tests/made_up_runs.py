@@ -27,7 +27,7 @@ from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES
 from sppctl.pattern import Pattern
 from sppctl.records import METRICS, Calibration, LayerRecord, StageRecord, to_json
-from sppctl.report.study import RunStudy, Study
+from sppctl.report.study import RunStudy
 
 DENSE = {"sparsity": 0.0, "patterns": [], "sparse_matrices": 0, "bytes": 269_060_552}
 SPARSE = {"sparsity": 0.5, "patterns": ["2:4"], "sparse_matrices": 210, "bytes": 269_060_552}
@@ -85,18 +85,13 @@ def study_of(seed: int | None = 0, stages: dict[str, Any] | None = None, **resul
     checkpoints = {
         label: results_of(label, own, DENSE if label == "base" else SPARSE) for label, own in results.items()
     }
-    return RunStudy.over("runs/mine", None, records if stages is None else stages, checkpoints, {}, [])
+    return RunStudy("runs/mine", None, records if stages is None else stages, checkpoints)
 
 
 def stage_of(stage: str, metrics: dict[str, Any] | None = None, **entries: Any) -> StageRecord[Any]:
     """The record of a stage with these metrics and entries; others are empty, and no zero was filled."""
     own = ({"pattern_unchanged": True} if stage == "merge" else {}) | (metrics or {})
     return blank(StageRecord, stage=stage, metrics=blank(METRICS[stage], **own), **entries)
-
-
-def over(runs: list[RunStudy]) -> Study:
-    """Several runs side by side."""
-    return Study.over(runs)
 
 
 # --- runs on the disk -------------------------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ it shares with its neighbours, whether it is text, a number or code) is a proper
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sppctl.report import plots, plots_results, provenance, tables
-from sppctl.report.study import Row, RunStudy, Study
+from sppctl.report.study import RunStudy, Study
 from sppctl.report.tables import Table
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ PAIRED = (
     "resampled mean, centred on zero, is at least as far from zero. It is not corrected for the number of rows."
 )
 FLIPPED = "Answers whose likeliest choice is another one; a small difference of accuracies can hide many."
-RESULTS, BETWEEN = "Results", "Merged checkpoints on the same samples, against the first run"
+BETWEEN = "Merged checkpoints on the same samples, against the first run"
 OVER_SEEDS = "Mean ± standard deviation over the runs that differ in nothing but run.seed."
 
 
@@ -81,38 +83,37 @@ class Section:
     is_summary: bool = False  # a terminal shows it
 
 
-def document(study: Study, chapters: Sequence[Sequence[Section]], folders: Sequence[str] = ("",)) -> list[Section]:
+def document(study: Study, chapters: Sequence[Sequence[Section]], place: str | Path = ".") -> list[Section]:
     """The report over runs: of several an overview, then a chapter for each.
 
     Args:
         study: the runs.
         chapters: of each run, see :func:`chapter`.
-        folders: where each run is, as seen from the report.
+        place: directory of the report, from which it links to files of runs.
     """
     if len(study.runs) == 1:
         return list(chapters[0])
     sections = [Section(f"{len(study.runs)} runs", level=1), *_overview(study)]
-    for at, (sections_of_run, folder) in enumerate(zip(chapters, folders, strict=True)):
-        lower = [replace(section, level=section.level + 1, folder=folder) for section in sections_of_run]
+    for at, (run, own) in enumerate(zip(study.runs, chapters, strict=True)):
+        folder = f"{os.path.relpath(run.directory, place)}/"
+        lower = [replace(section, level=section.level + 1, folder=folder) for section in own]
         sections += [replace(lower[0], anchor=f"run{at}"), *lower[1:]]
     return sections
 
 
 def _overview(study: Study) -> list[Section]:
     rows = study.rows
-    if not rows:
-        return []
-    items = _with_note(tables.value_table(rows), tables.HEADS_MEAN)
-    items += [tables.gap_table([row for row in rows if row.difference]), Note(tables.note_on_differences(rows))]
+    items = _noted(tables.over_runs(rows, tables.values), tables.HEADS_MEAN)
+    if rows:
+        gaps = tables.over_runs([row for row in rows if row.difference], tables.gaps)
+        items += [gaps, Note(tables.note_on_differences(rows))]
     if plots_results.bar_quantities(rows):
         caption = "Perplexity and divergence from the dense model, all runs"
-        items.append(Figure(caption, lambda: plots_results.bars(rows)))
-    seeds = _with_note(tables.seed_table(study.seeds), OVER_SEEDS)
-    between = _with_note(tables.significance_table(study.comparisons), PAIRED)
+        items.append(Figure(caption, partial(plots_results.bars, rows)))
     sections = [
         Section("All runs", items, is_summary=True),
-        Section("Over seeds", seeds, 3),
-        Section(BETWEEN, between, 3),
+        Section("Over seeds", _noted(tables.seed_table(study.seeds), OVER_SEEDS), 3),
+        Section(BETWEEN, _noted(tables.significance_table(study.comparisons), PAIRED), 3),
     ]
     return [section for section in sections if section.items]
 
@@ -120,70 +121,58 @@ def _overview(study: Study) -> list[Section]:
 def chapter(run: RunStudy) -> list[Section]:
     """The report of one run."""
     facts = provenance.facts(run)
-    items: list[Item] = [Facts(facts)] if facts else []
+    top: list[Item] = [Facts(facts)] if facts else []
     if not run.rows:
-        items.append(Note("No checkpoint of this run has been measured yet; sppctl eval does."))
-    sections = [Section(run.directory, items, level=1, is_summary=True)]
-    for title, own in (
-        (RESULTS, _results(run.rows)),
-        ("Distance to the dense model", _distance(run.rows)),
-        ("On the same samples", _with_note(tables.significance_table(run.comparisons), PAIRED)),
-        ("", [Facts(run.notes, is_small=True)] if run.notes else []),
-        ("Flipped answers", _with_note(tables.flip_table(run.comparisons), FLIPPED)),
+        top.append(Note("No checkpoint of this run has been measured yet; sppctl eval does."))
+    sections = [Section(run.directory, top, level=1, is_summary=True)]
+    distance = _noted(tables.comparison_table(run.rows), tables.note_on_differences(run.rows))
+    costs = plots_results.costs_of(run)
+    drawn = Figure("Time of each stage, size of each checkpoint", partial(plots_results.costs, costs))
+    for title, items in (
+        ("Results", _results(run)),
+        ("Distance to the dense model", distance),
+        ("On the same samples", _noted(tables.significance_table(run.comparisons), PAIRED)),
+        ("", [Facts(run.notes, is_small=True)] if run.notes else []),  # belongs to the section before
+        ("Flipped answers", _noted(tables.flip_table(run.comparisons), FLIPPED)),
         ("Training", _training(run)),
         ("Pruning", _pruning(run)),
-        ("Time and size", _costs(run)),
+        ("Time and size", [drawn] if costs else []),
         ("How it was made", _made(run)),
     ):
-        if own and title:
-            sections.append(Section(title, own, is_summary=title == RESULTS))
-        elif own:  # belongs to the section before
-            sections[-1] = replace(sections[-1], items=[*sections[-1].items, *own])
+        if items and title:
+            sections.append(Section(title, items, is_summary=title == "Results"))
+        elif items:
+            sections[-1] = replace(sections[-1], items=[*sections[-1].items, *items])
     return sections
 
 
-def _with_note(table: Table, note: str) -> list[Item]:
+def _noted(table: Table, note: str) -> list[Item]:
     return [table, Note(note)] if table.rows else []
 
 
-def _distance(rows: Sequence[Row]) -> list[Item]:
-    return _with_note(tables.comparison_table(rows), tables.note_on_differences(rows))
-
-
-def _results(rows: Sequence[Row]) -> list[Item]:
-    items: list[Item] = [tables.table(rows)] if rows else []
-    if plots_results.bar_quantities(rows):
+def _results(run: RunStudy) -> list[Item]:
+    items: list[Item] = [tables.table(run.rows)] if run.rows else []
+    if plots_results.bar_quantities(run.rows):
         caption = "Perplexity and divergence from the dense model; whiskers are one standard error over windows"
-        items.append(Figure(caption, lambda: plots_results.bars(rows)))
-    if plots_results.dot_quantities(rows):
+        items.append(Figure(caption, partial(plots_results.bars, run.rows)))
+    if plots_results.dot_quantities(run.rows):
         caption = "Accuracies and agreement with the dense model; whiskers: one standard error"
-        items.append(Figure(caption, lambda: plots_results.dots(rows)))
+        items.append(Figure(caption, partial(plots_results.dots, run.rows)))
     return items
 
 
-def _costs(run: RunStudy) -> list[Item]:
-    seconds, sizes = plots_results.costs_of(run)
-    caption = "Time of each stage, size of each checkpoint"
-    return [Figure(caption, lambda: plots_results.costs(seconds, sizes))] if seconds or sizes else []
-
-
 def _training(run: RunStudy) -> list[Item]:
-    if "train" not in run.stages:
-        return []
-    trained = run.stages["train"].metrics
-    curves = plots_results.loss_curves(trained.history, (trained.steps, trained.validation_loss))
-    caption = f"By optimizer step: {', '.join(curves)}"
-    return [Figure(caption, lambda: plots_results.losses(curves))] if curves else []
+    curves = plots_results.loss_curves(run.stages["train"].metrics) if "train" in run.stages else {}
+    return [Figure(f"By optimizer step: {', '.join(curves)}", partial(plots_results.losses, curves))] if curves else []
 
 
 def _pruning(run: RunStudy) -> list[Item]:
-    layers = run.layers
-    if not layers:
+    if not run.layers:
         return []
-    error = plots.error_measure(layers).replace("_", " ")
+    error = plots.error_measure(run.layers).replace("_", " ")
     file = plots.FIGURE, f"{error} and sparsity by block"
     caption = f"{error.capitalize()} and sparsity by block and module type"
-    return [Figure(caption, lambda: plots.draw(layers), file), tables.type_table(layers)]
+    return [Figure(caption, partial(plots.draw, run.layers), file), tables.type_table(run.layers)]
 
 
 def _made(run: RunStudy) -> list[Item]:

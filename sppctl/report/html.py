@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -12,7 +12,6 @@ from markupsafe import Markup
 from sppctl import __version__, console
 from sppctl.report import plots_results
 from sppctl.report.document import Code, Facts, Figure, Note, Section
-from sppctl.report.tables import Table
 
 LONG = 60  # characters from which the text of a cell is broken into lines
 
@@ -33,7 +32,7 @@ def to_html(sections: Sequence[Section]) -> str:
         """An SVG element with identifiers that no other figure of the page has."""
         return Markup(plots_results.with_prefix(figure.svg, f"figure{next(numbers)}"))  # noqa: S704
 
-    environment.filters |= {"shown": shown, "drawn": drawn, "spans": spans}
+    environment.filters |= {"shown": shown, "drawn": drawn}
     for name, kind in {"facts": Facts, "note": Note, "code": Code, "figure": Figure}.items():
         environment.tests[name] = lambda item, kind=kind: isinstance(item, kind)
     chapters = [section for section in sections if section.anchor]
@@ -44,9 +43,3 @@ def to_html(sections: Sequence[Section]) -> str:
 def shown(text: str) -> str:
     """Text without what does not print; lines stay lines."""
     return "\n".join(map(console.plain, text.split("\n")))
-
-
-def spans(table: Table) -> list[tuple[str, int]]:
-    """The upper head: what neighbouring columns share, and how many they are; empty where none share anything."""
-    groups = [column.group for column in table.columns]
-    return [(name, len(list(own))) for name, own in groupby(groups)] if any(groups) else []

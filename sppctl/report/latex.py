@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 from sppctl import console
-from sppctl.report.tables import HEADS_MEAN, Table
+from sppctl.report.tables import HEADS_MEAN, NOTHING, Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -36,8 +35,9 @@ def to_latex(table: Table) -> str:
     body = []
     for at, row in enumerate(table.rows):
         body += [r"\midrule"] if at in table.breaks else []
-        body.append(" & ".join(_typeset(text) for text in row) + r" \\")
-    titles = " & ".join(r"\shortstack[r]{" + _broken(escape(column.name)) + "}" for column in table.columns)
+        body.append(" & ".join(map(_typeset, row)) + r" \\")
+    # heads on several lines
+    heads = [escape(column.name).replace(" (", r"\\ (").replace(", ", r",\\ ") for column in table.columns]
     return "\n".join(
         [
             "% needs \\usepackage{booktabs,graphicx}; made by sppctl report",
@@ -48,8 +48,8 @@ def to_latex(table: Table) -> str:
             r"\resizebox{\textwidth}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.is_text else 'r' for column in table.columns)}}}",
             r"\toprule",
-            *_spanning([column.group for column in table.columns]),
-            rf"{titles} \\",
+            *_upper_head(table),
+            " & ".join(rf"\shortstack[r]{{{head}}}" for head in heads) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -60,27 +60,19 @@ def to_latex(table: Table) -> str:
     )
 
 
-def _spanning(groups: list[str]) -> list[str]:
-    """The upper head: what neighbouring columns share is there once, above a rule."""
+def _upper_head(table: Table) -> list[str]:
+    """What neighbouring columns share is there once, above a rule."""
     cells, rules, at = [], [], 1
-    for name, columns in itertools.groupby(groups):
-        size = len(list(columns))
+    for name, size in table.spans:
         cells.append(rf"\multicolumn{{{size}}}{{c}}{{{escape(name)}}}")
         rules += [rf"\cmidrule(lr){{{at}-{at + size - 1}}}"] if name else []
         at += size
-    return [" & ".join(cells) + r" \\", "".join(rules)] if any(groups) else []
-
-
-def _broken(name: str) -> str:
-    """The head of a column on several lines."""
-    return name.replace(" (", r"\\ (").replace(", ", r",\\ ")
+    return [" & ".join(cells) + r" \\", "".join(rules)] if cells else []
 
 
 def _typeset(text: str) -> str:
     """A cell in LaTeX: a dash for nothing, numbers with a minus that is one and without the sign of percent."""
-    if text == "-":
+    if text == NOTHING:
         return "--"
     number = re.fullmatch(r"([+-]?)(\d[\d.e+]*)%?", text)
-    if number is None:
-        return escape(text)
-    return {"-": "$-$"}.get(number[1], number[1]) + number[2]
+    return escape(text) if number is None else number[1].replace("-", "$-$") + number[2]

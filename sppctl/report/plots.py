@@ -10,10 +10,8 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppctl.files import disk
 from sppctl.records import LayerRecord
 
 if TYPE_CHECKING:
@@ -22,15 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FIGURE = "pruning.svg"
-COLOURS = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)  # the eighth, yellow, is too pale
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")  # yellow is too pale
 MARKERS = "os^DvPX<p>h*d8"
 LINES = ("-", "--", ":")  # solid for the first of each colour
 SAME = 0.1  # percentage points of sparsity; types that are closer than this are drawn as one line
@@ -52,6 +42,8 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "sppctl",  # otherwise the identifiers inside the file are random
 }
 
+WIDTH = 7.0  # inches: a page's text
+
 Points = dict[int, list[LayerRecord]]  # block index -> its layers of one module type
 
 
@@ -69,35 +61,20 @@ def by_type(layers: list[LayerRecord]) -> dict[str, Points]:
     one name means different modules, as much of the path is added as distinguishes them: ``attn.c_proj`` and
     ``mlp.c_proj``, ``shared_expert.gate_proj`` beside ``experts.gate_proj``.
     """
-    paths = [_path(layer.name) for layer in layers]
-    names = _short_names(list(dict.fromkeys(path for _, path in paths)))
-    found: dict[str, Points] = {name: defaultdict(list) for name in names.values()}
-    for layer, (block, path) in zip(layers, paths, strict=True):
-        found[names[path]][block].append(layer)
-    return found
-
-
-def _path(name: str) -> tuple[int, tuple[str, ...]]:
-    """Block index, and the path below the block without the numbers of experts."""
-    parts = name.split(".")
-    at = next(index for index, part in enumerate(parts) if part.isdigit())
-    return int(parts[at]), tuple(part for part in parts[at + 1 :] if not part.isdigit())
-
-
-def _short_names(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    names = {}
-    for path in paths:
-        rivals = [other for other in paths if other[-1] == path[-1]]
+    by_path: dict[tuple[str, ...], Points] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        at = next(index for index, part in enumerate(parts) if part.isdigit())
+        path = tuple(part for part in parts[at + 1 :] if not part.isdigit())  # without the numbers of experts
+        by_path.setdefault(path, {}).setdefault(int(parts[at]), []).append(layer)
+    named = {}
+    for path, points in by_path.items():
+        rivals = [other for other in by_path if other[-1] == path[-1]]
         length = 1
         while len({rival[-length:] for rival in rivals}) < len(rivals):
             length += 1
-        names[path] = ".".join(path[-length:])
-    return names
-
-
-def write(layers: list[LayerRecord], path: Path) -> None:
-    """Draws the layers of one run into the SVG file ``path``, which is complete as soon as it exists."""
-    disk.write(path, svg(lambda: draw(layers)))
+        named[".".join(path[-length:])] = points
+    return named
 
 
 def svg(make: Callable[[], Figure], **options: str) -> str:
@@ -115,53 +92,52 @@ def svg(make: Callable[[], Figure], **options: str) -> str:
     return text.getvalue()
 
 
+def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of this height in inches, and (rows, columns) axes in it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
 def draw(layers: list[LayerRecord]) -> Figure:
     """The figure: error by depth above, sparsity by depth below. Experts of one block are averaged."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     error = error_measure(layers)
     types = by_type(layers)
-    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    errors = {name: _means(points, error) for name, points in types.items()}
+    figure, ((above,), (below,)) = panels(4.8, 2, sharex=True, height_ratios=(3, 1))
+    errors, sparsities = ([_means(points, key) for points in types.values()] for key in (error, "sparsity"))
     lines = _lines(above, errors)
     whole = "output" if error == "relative_output_error" else "weight"
     above.set_ylabel(f"relative {whole} error\n(share of the {whole} norm)")
-    drawn = [value for values in errors.values() for value in values.values()]
+    drawn = [value for values in errors for value in values.values()]
     if min(drawn) < max(drawn) / 2:  # an axis from zero hides differences of what is close together
         above.set_ylim(bottom=0)
-    sparsity = {name: _means(points, "sparsity", 100) for name, points in types.items()}
-    _sparsity_lines(below, sparsity)
+    _sparsity_lines(below, [{block: 100 * value for block, value in values.items()} for values in sparsities])
     below.set_ylabel("sparsity\n(% zeros)")
     below.set_xlabel("block index (0 = nearest to the input)")
     below.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    labels = [_label(name, points) for name, points in types.items()]
+    labels = []
+    for name, points in types.items():
+        most = max(map(len, points.values()))
+        labels.append(name if most == 1 else f"{name}\n(mean of {most})")
     figure.legend(lines, labels, loc="outside right upper", handlelength=2.6)
     figure.align_ylabels()
     return figure
 
 
-def _means(points: Points, key: str, scale: float = 1.0) -> dict[int, float]:
+def _means(points: Points, key: str) -> dict[int, float]:
     """Block index -> mean over its layers of this type."""
-    return {
-        block: scale * sum(getattr(one, key) for one in layers) / len(layers)
-        for block, layers in sorted(points.items())
-    }
+    return {block: sum(getattr(one, key) for one in own) / len(own) for block, own in sorted(points.items())}
 
 
-def _label(name: str, points: Points) -> str:
-    most = max(len(layers) for layers in points.values())
-    return name if most == 1 else f"{name}\n(mean of {most})"
-
-
-def _lines(axes: Axes, series: dict[str, dict[int, float]]) -> list[Line2D]:
+def _lines(axes: Axes, series: list[dict[int, float]]) -> list[Line2D]:
     """A line per module type; in deep models markers take turns, so that lines beneath others still show."""
-    blocks = len({block for values in series.values() for block in values})
-    step = -(-blocks // 32)
+    step = -(-len({block for values in series for block in values}) // 32)
     lines = []
-    for index, values in enumerate(series.values()):
+    for index, values in enumerate(series):
         marker = MARKERS[index % len(MARKERS)]
         lines += axes.plot(
             list(values),
@@ -176,15 +152,14 @@ def _lines(axes: Axes, series: dict[str, dict[int, float]]) -> list[Line2D]:
     return lines
 
 
-def _sparsity_lines(axes: Axes, series: dict[str, dict[int, float]]) -> None:
+def _sparsity_lines(axes: Axes, series: list[dict[int, float]]) -> None:
     """As above, but one line where the module types of every block are equally sparse: the usual case."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for values in series.values():
-        for block, value in values.items():
-            found[block].append(value)
-    everything = [value for values in found.values() for value in values]
-    if len(series) > 1 and all(max(values) - min(values) < SAME for values in found.values()):
-        means = {block: sum(values) / len(values) for block, values in sorted(found.items())}
+    by_block: dict[int, list[float]] = defaultdict(list)
+    for block, value in (item for values in series for item in values.items()):
+        by_block[block].append(value)
+    everything = [value for values in series for value in values.values()]
+    if len(series) > 1 and all(max(values) - min(values) < SAME for values in by_block.values()):
+        means = {block: sum(values) / len(values) for block, values in sorted(by_block.items())}
         axes.plot(list(means), list(means.values()), color="black", marker="." if len(means) == 1 else "")
         axes.text(0.01, 0.95, "all module types", transform=axes.transAxes, va="top")
     else:

@@ -12,8 +12,9 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppctl.evaluate.values import Kind, Quantity, Value
-from sppctl.report.plots import COLOURS, svg
+from sppctl.evaluate.values import Kind, Quantity
+from sppctl.records import TrainRecord
+from sppctl.report.plots import COLOURS, WIDTH, panels, svg
 from sppctl.report.study import Row, RunStudy, quantities, short_names
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ FURTHER = (("#CC79A7", "xxx"), ("#009E73", "---"), ("#D55E00", "\\\\\\"))
 MARKS = {"base": "s", "pruned": "v", "adapter": "D", "merged": "o"}
 FURTHER_MARKS = "^P*X<>phd8"  # ten, and three fills: thirty that differ
 LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis would vanish
-WIDTH = 7.0  # inches: a page's text
+CURVES = {"training": "loss", "validation": "eval_loss", "perplexity": "perplexity"}  # by their keys in the history
+
+Look = tuple[str, str]
 
 
 def element(make: Callable[[], Figure], title: str) -> str:
@@ -39,9 +42,7 @@ def element(make: Callable[[], Figure], title: str) -> str:
 
 def with_prefix(text: str, prefix: str) -> str:
     """The same element with another prefix of all identifiers for every figure of a page."""
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
-    return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
+    return re.sub(r'(\bid="|href="#|url\(#)(?=[^")])', rf"\g<1>{prefix}-", text)
 
 
 # --- perplexity and divergence ----------------------------------------------------------------------------------------
@@ -49,101 +50,94 @@ def with_prefix(text: str, prefix: str) -> str:
 
 def bar_quantities(rows: Sequence[Row]) -> list[Quantity]:
     """What is drawn as bars: perplexities, then divergences."""
-    drawn = dict.fromkeys(quantity for row in rows for quantity in row.values if _finite(row, quantity))
-    return [one for kind in (Kind.PERPLEXITY, Kind.DIVERGENCE) for one in drawn if one.metric.kind == kind]
+    drawn = (Kind.PERPLEXITY, Kind.DIVERGENCE)
+    return [one for one in quantities(rows) if one.metric.kind in drawn and _points(rows, one)]
+
+
+def _points(rows: Sequence[Row], quantity: Quantity) -> list[tuple[Row, float, float]]:
+    """Rows with a number that is finite, this number, and its standard error."""
+    values = [(row, row.values[quantity]) for row in rows if quantity in row.values]
+    return [(r, v.number, v.stderr or 0.0) for r, v in values if v.number is not None and math.isfinite(v.number)]
 
 
 def bars(rows: Sequence[Row]) -> Figure:
     """A panel per perplexity and divergence, a bar per checkpoint; the whisker is one standard error."""
-    from matplotlib.figure import Figure
-
-    drawn = bar_quantities(rows)
-    panels = [[row for row in rows if _finite(row, quantity)] for quantity in drawn]
-    titles = [_title(quantity, own) for quantity, own in zip(drawn, panels, strict=True)]
-    heights = [0.24 * len(own) + 0.75 + 0.15 * title.count("\n") for own, title in zip(panels, titles, strict=True)]
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    grid = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)
-    looks = _looks(rows)
-    for axes, quantity, own, title in zip(grid[:, 0], drawn, panels, titles, strict=True):
-        _panel(axes, quantity, own, looks)
+    drawn, titles, heights = [], [], []
+    for quantity in bar_quantities(rows):
+        points = _points(rows, quantity)
+        names = _row_names([row for row, _, _ in points])
+        # in lines as wide as the axes beside the labels, in inches at this size of letters
+        width = max(20, int((WIDTH - 0.075 * max(map(len, names)) - 0.2) / 0.09))
+        is_perplexity = quantity.metric.kind == Kind.PERPLEXITY  # which the label of the axis names
+        titles.append(textwrap.fill(quantity.scope if is_perplexity else quantity.label, width))
+        heights.append(0.24 * len(points) + 0.75 + 0.15 * titles[-1].count("\n"))
+        drawn.append((quantity, names, points))
+    figure, grid = panels(sum(heights), len(drawn), height_ratios=heights)
+    for axes, (quantity, names, points), title in zip(grid[:, 0], drawn, titles, strict=True):
+        _panel(axes, quantity, names, points, _looks(rows))
         axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     return figure
 
 
-def _title(quantity: Quantity, rows: Sequence[Row]) -> str:
-    """The name in lines as wide as the axes beside the labels, in inches at this size of letters."""
-    is_perplexity = quantity.metric.kind == Kind.PERPLEXITY  # which the label of the axis names
-    labels = 0.075 * max(len(_row_name(row, rows)) for row in rows)
-    width = max(20, int((WIDTH - labels - 0.2) / 0.09))
-    return textwrap.fill(quantity.scope if is_perplexity else quantity.label, width)
-
-
-def _finite(row: Row, quantity: Quantity) -> bool:
-    value = row.values.get(quantity)
-    return value is not None and value.number is not None and math.isfinite(value.number)
-
-
-def _panel(axes: Axes, quantity: Quantity, rows: Sequence[Row], looks: dict[str, tuple[str, str]]) -> None:
-    chosen = [row.values[quantity] for row in rows]
-    values = [float(value.number or 0.0) for value in chosen]
-    perplexity = quantity.metric.kind == Kind.PERPLEXITY
-    digits = 2 if perplexity else _digits(values)
-    logarithmic = perplexity and max(values) > LOG_FROM * min(values)
+def _panel(
+    axes: Axes, quantity: Quantity, names: list[str], points: list[tuple[Row, float, float]], looks: dict[str, Look]
+) -> None:
+    values = [value for _, value, _ in points]
+    is_perplexity = quantity.metric.kind == Kind.PERPLEXITY
     # of the mean loss, so that of the perplexity is to first order its product with the perplexity
-    errors = [(one.stderr or 0.0) * (value if perplexity else 1.0) for one, value in zip(chosen, values, strict=True)]
-    _horizontal(axes, [_row_name(row, rows) for row in rows], values, [looks[row.checkpoint] for row in rows])
-    for index, (value, error) in enumerate(zip(values, errors, strict=True)):
-        if error:
-            axes.errorbar(value, index, xerr=error, color="black", capsize=2.5, linewidth=1, fmt="none")
-        written = f"{value:.{digits}f}" if value < 1e5 else f"{value:.3g}"
-        axes.annotate(written, (value + error, index), (5, 0), textcoords="offset points", va="center")
-    if logarithmic:
+    errors = [error * (value if is_perplexity else 1.0) for _, value, error in points]
+    # the same decimals for all, of divergences enough for two figures of the smallest
+    smallest = min((value for value in values if value > 0), default=1.0)
+    digits = 2 if is_perplexity else min(6, max(2, 1 - math.floor(math.log10(smallest))))
+    texts = [f"{value:.{digits}f}" if value < 1e5 else f"{value:.3g}" for value in values]
+    _horizontal(axes, names, values, [looks[row.checkpoint] for row, _, _ in points], texts, errors)
+    is_logarithmic = is_perplexity and max(values) > LOG_FROM * min(values)
+    if is_logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")  # matplotlib's own writes mathematics
         axes.xaxis.set_minor_formatter("")
         axes.set_xlim(min(values) / 2, max(values) * 3)
     else:
         axes.set_xlim(0, 1.18 * max(value + error for value, error in zip(values, errors, strict=True)) or 1)
-    axes.set_xlabel(f"{quantity.metric.unit}, lower is better" + (", logarithmic axis" if logarithmic else ""))
+    axes.set_xlabel(f"{quantity.metric.unit}, lower is better" + (", logarithmic axis" if is_logarithmic else ""))
 
 
-def _digits(values: Sequence[float]) -> int:
-    """Decimals of the numbers at bars: the same for all, enough for two figures of the smallest."""
-    smallest = min((value for value in values if value > 0), default=1.0)
-    return min(6, max(2, 1 - math.floor(math.log10(smallest))))
-
-
-def _horizontal(axes: Axes, labels: list[str], values: list[float], looks: Sequence[tuple[str, str]]) -> None:
+def _horizontal(
+    axes: Axes, names: Sequence[str], values: list[float], looks: list[Look], texts: list[str], errors: list[float]
+) -> None:
+    """Bars with these numbers beside them; no whisker where the error is 0."""
     shapes = axes.barh(range(len(values)), values, height=0.66, edgecolor="black", linewidth=0.8)
     for bar, (fill, hatch) in zip(shapes, looks, strict=True):
         bar.set(facecolor=fill, hatch=hatch)
-    axes.set_yticks(range(len(labels)), labels)
+    for at, (value, error, text) in enumerate(zip(values, errors, texts, strict=True)):
+        if error:
+            axes.errorbar(value, at, xerr=error, color="black", capsize=2.5, linewidth=1, fmt="none")
+        axes.annotate(text, (value + error, at), (5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(labels) - 0.4, -0.6)  # downwards, and no empty band however many there are
+    axes.set_ylim(len(names) - 0.4, -0.6)  # downwards, and no empty band however many there are
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    others = list(dict.fromkeys(row.checkpoint for row in rows if row.checkpoint not in BARS))
+def _looks(rows: Sequence[Row]) -> dict[str, Look]:
+    others = dict.fromkeys(row.checkpoint for row in rows if row.checkpoint not in BARS)
     return BARS | {label: FURTHER[index % len(FURTHER)] for index, label in enumerate(others)}
 
 
-def _row_name(row: Row, rows: Sequence[Row]) -> str:
-    """The checkpoint, with as much of how it was made as distinguishes it from the others."""
-    if sum(other.checkpoint == row.checkpoint for other in rows) == 1:
-        return row.checkpoint
-    name = _made(row, rows)
-    twins = [other for other in rows if _made(other, rows) == name]
-    return name if len(twins) == 1 else f"{name} ({row.run.rstrip('/').rpartition('/')[2]})"
-
-
-def _made(row: Row, rows: Sequence[Row]) -> str:
-    words = [word for word in (row.checkpoint, row.method, row.pattern, row.training) if word]
-    names = short_names(rows)
-    for key, value in row.settings.items():  # a number alone would say nothing
-        words.append(f"{names[key]} {value}" if isinstance(value, int | float) else str(value))
-    return " ".join(words)
+def _row_names(rows: Sequence[Row]) -> list[str]:
+    """The checkpoints, with as much of how each was made as distinguishes it from the others."""
+    labels, keys, made = [row.checkpoint for row in rows], short_names(rows), []
+    for row in rows:
+        words = [word for word in (row.checkpoint, row.method, row.pattern, row.training) if word]
+        for key, value in row.settings.items():  # a number alone would say nothing
+            words.append(f"{keys[key]} {value}" if isinstance(value, int | float) else str(value))
+        made.append(" ".join(words))
+    names = []
+    for row, name in zip(rows, made, strict=True):
+        unique = name if made.count(name) == 1 else f"{name} ({row.run.rstrip('/').rpartition('/')[2]})"
+        names.append(row.checkpoint if labels.count(row.checkpoint) == 1 else unique)
+    return names
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -156,33 +150,27 @@ def dot_quantities(rows: Sequence[Row]) -> list[Quantity]:
 
 def dots(rows: Sequence[Row]) -> Figure:
     """A line per task, a marker per checkpoint of one run; the whisker is one standard error."""
-    from matplotlib.figure import Figure
-
     drawn = dot_quantities(rows)
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
+    height = (0.3 + 0.08 * max(0, len(rows) - 3)) * len(drawn) + 0.8
+    figure, ((axes,),) = panels(height)
     looks = _looks(rows)
     others = [row.checkpoint for row in rows if row.checkpoint not in MARKS]
     marks = MARKS | {label: FURTHER_MARKS[index % len(FURTHER_MARKS)] for index, label in enumerate(others)}
     step = min(0.16, 0.6 / len(rows))  # the markers of a task stand one below the other, so that all whiskers show
     for index, row in enumerate(rows):
         shift = step * (index - (len(rows) - 1) / 2)
-        points: list[tuple[Value, float]] = [
-            (row.values[quantity], at + shift) for at, quantity in enumerate(drawn) if _finite(row, quantity)
-        ]
+        points = [(at + shift, *point[1:]) for at, one in enumerate(drawn) for point in _points([row], one)]
         if points:
+            heights, shares, errors = zip(*points, strict=True)
             fill, _ = looks[row.checkpoint]
             style: dict[str, Any] = {"color": fill, "markeredgecolor": "black", "markeredgewidth": 0.8, "markersize": 6}
             style |= {"ecolor": "black", "elinewidth": 0.8, "label": textwrap.fill(row.checkpoint, 70)}
-            shares = [100 * (value.number or 0) for value, _ in points]
-            errors = [100 * (value.stderr or 0) for value, _ in points]
-            axes.errorbar(shares, [at for _, at in points], xerr=errors, fmt=marks[row.checkpoint], **style)
+            percent = [[100 * number for number in numbers] for numbers in (shares, errors)]
+            axes.errorbar(percent[0], heights, xerr=percent[1], fmt=marks[row.checkpoint], **style)
     axes.set_yticks(range(len(drawn)), [quantity.label for quantity in drawn])
     axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set_xlabel("accuracy or agreement, %, higher is better")
-    height = (0.3 + 0.08 * max(0, len(rows) - 3)) * len(drawn) + 0.8
-    figure.set_size_inches(WIDTH, height)
     figure.set_size_inches(WIDTH, height + _legend(figure))
     return figure
 
@@ -204,84 +192,68 @@ def _legend(figure: Figure) -> float:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def loss_curves(history: list[dict[str, Any]], last: tuple[int, float | None]) -> dict[str, list[tuple[int, float]]]:
-    """What a training logged: (step, value) of training loss, validation loss and perplexity, those that there are.
-
-    Args:
-        history: ``metrics["history"]`` of the training.
-        last: steps of the training, and the validation loss at its end.
-    """
-    steps, validation = last
+def loss_curves(trained: TrainRecord) -> dict[str, list[tuple[int, float]]]:
+    """What a training logged: (step, value) of training loss, validation loss and perplexity, those that there are."""
     curves = {
-        words: [(entry["step"], float(entry[key])) for entry in history if entry.get(key) is not None]
-        for words, key in (("training", "loss"), ("validation", "eval_loss"), ("perplexity", "perplexity"))
+        name: [(entry["step"], float(entry[key])) for entry in trained.history if entry.get(key) is not None]
+        for name, key in CURVES.items()
     }
-    if validation is not None and steps not in dict(curves["validation"]):
-        curves["validation"].append((steps, validation))
-    return {words: points for words, points in curves.items() if points}
+    if trained.validation_loss is not None and trained.steps not in dict(curves["validation"]):
+        curves["validation"].append((trained.steps, trained.validation_loss))  # at the end
+    return {name: points for name, points in curves.items() if points}
 
 
 def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     """Losses by optimizer step, and below them the perplexity where it was watched."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     below = "perplexity" in curves
-    figure = Figure(figsize=(WIDTH, 4.4 if below else 2.8), layout="constrained")
-    grid = figure.subplots(1 + below, 1, sharex=True, squeeze=False)
-    looks = {
-        "training": (COLOURS[4], "-", "o"),
-        "validation": (COLOURS[5], "--", "s"),
-        "perplexity": ("black", "-", "D"),
-    }
+    figure, grid = panels(4.4 if below else 2.8, 1 + below, sharex=True)
     # points from the end of a line to its number, so that two losses that end together can be read
-    higher = "validation" in curves and "training" in curves and curves["validation"][-1][1] < curves["training"][-1][1]
-    shifts = {"training": 3 if higher else -13, "validation": -13 if higher else 3, "perplexity": -3}
+    is_higher = {"training", "validation"} <= curves.keys() and curves["validation"][-1][1] < curves["training"][-1][1]
+    looks = {
+        "training": (COLOURS[4], "-", "o", 3 if is_higher else -13),
+        "validation": (COLOURS[5], "--", "s", -13 if is_higher else 3),
+        "perplexity": ("black", "-", "D", -3),
+    }
     for name, points in curves.items():
         axes = grid[-1 if name == "perplexity" else 0, 0]
-        colour, line, marker = looks[name]
+        colour, line, marker, shift = looks[name]
         every = max(1, len(points) // 24)
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, line, color=colour, marker=marker, markersize=5, markevery=every, label=name)
         value = f"{values[-1]:.2f}" if name == "perplexity" else f"{values[-1]:.3f}"
-        axes.annotate(value, (steps[-1], values[-1]), (6, shifts[name]), textcoords="offset points", color=colour)
-    grid[0, 0].set_ylabel("loss (nats per token)")
+        axes.annotate(value, (steps[-1], values[-1]), (6, shift), textcoords="offset points", color=colour)
+    for axes, label in zip(grid[:, 0], ("loss (nats per token)", "perplexity"), strict=False):
+        axes.set_ylabel(label)
+        axes.margins(x=0.09, y=0.18)  # room for the numbers at the ends
     if len(curves) - below > 1:
         grid[0, 0].legend()
     grid[-1, 0].set_xlabel("optimizer step")
     grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in grid[:, 0]:
-        axes.margins(x=0.09, y=0.18)  # room for the numbers at the ends
-    if below:
-        grid[-1, 0].set_ylabel("perplexity")
     return figure
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 
-def costs_of(run: RunStudy) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of every stage and evaluation, and megabytes of every checkpoint."""
+def costs_of(run: RunStudy) -> dict[str, dict[str, float]]:
+    """Seconds of every stage and evaluation, and megabytes of every checkpoint, by their unit; none that are empty."""
     seconds = {stage: record.wall_time_s for stage, record in run.stages.items()}
-    sizes = {}
     for label, content in run.checkpoints.items():
         seconds[f"eval {label}"] = sum(result.seconds for result in content.results)
-        sizes[label] = content.sparsity["bytes"] / 1e6
-    return {name: value for name, value in seconds.items() if value}, sizes
+    seconds = {name: value for name, value in seconds.items() if value}
+    sizes = {label: content.sparsity["bytes"] / 1e6 for label, content in run.checkpoints.items()}
+    return {unit: values for unit, values in (("seconds", seconds), ("megabytes on disk", sizes)) if values}
 
 
-def costs(seconds: dict[str, float], sizes: dict[str, float]) -> Figure:
+def costs(drawn: dict[str, dict[str, float]]) -> Figure:
     """Bars of the time that stages took, and of the space that checkpoints take."""
-    from matplotlib.figure import Figure
-
-    panels = [(values, words) for values, words in ((seconds, "seconds"), (sizes, "megabytes on disk")) if values]
-    most = max(len(values) for values, _ in panels)
-    figure = Figure(figsize=(WIDTH, 0.25 * most + 0.8), layout="constrained")
-    for axes, (values, words) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _horizontal(axes, list(values), list(values.values()), [("#999999", "")] * len(values))
-        for index, value in enumerate(values.values()):
-            written = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-            axes.annotate(written, (value, index), (5, 0), textcoords="offset points", va="center")
+    figure, grid = panels(0.25 * max(map(len, drawn.values())) + 0.8, 1, len(drawn))
+    for axes, (unit, values) in zip(grid[0], drawn.items(), strict=True):
+        texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in values.values()]
+        count = len(values)
+        _horizontal(axes, list(values), list(values.values()), [("#999999", "")] * count, texts, [0.0] * count)
         axes.set_xlim(0, 1.25 * max(values.values()))
-        axes.set_xlabel(words)
+        axes.set_xlabel(unit)
     return figure

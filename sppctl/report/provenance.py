@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sppctl.evaluate.results import Result, TaskResult, TaskScores, TextNumbers, TextResult
+from sppctl.evaluate.results import Result, TaskResult, TextNumbers
 from sppctl.evaluate.values import SHOWN, families, task_quantity, text_quantity
 from sppctl.records import Calibration, MergeRecord, PruneRecord, TrainRecord
-from sppctl.report.records import Record
 from sppctl.report.study import RunStudy
-from sppctl.report.tables import NOTHING, Table, number_columns, text_columns
+from sppctl.report.tables import NOTHING, Table, columns_of
 
 
 def tables(run: RunStudy) -> list[Table]:
     """Everything below "How it was made"."""
-    return [stage_table(run.stages), evaluation_table(run), version_table(run), fingerprint_table(run)]
+    return [stage_table(run), evaluation_table(run), version_table(run), fingerprint_table(run)]
 
 
 def facts(run: RunStudy) -> list[str]:
     """What was done, one line per stage."""
-    lines = []
-    stages = run.stages
-    if "prune" in stages:
-        pruned: PruneRecord = stages["prune"].metrics
-        error = pruned.mean_relative_output_error
-        output = f", mean relative output error {error:.3f}" if error is not None else ""
-        lines.append(
-            f"prune: {pruned.method} {pruned.pattern}, {pruned.matrices} matrices{output}, "
-            f"{stages['prune'].wall_time_s:.0f} s"
-        )
-    if "train" in stages:
-        trained: TrainRecord = stages["train"].metrics
-        loss = trained.validation_loss
-        validation = f", validation loss {loss:.3f}" if loss is not None else ""
-        lines.append(
-            f"train: {trained.method}, {trained.trainable_parameters:,} parameters "
-            f"({trained.trainable_share:.2%}), {trained.steps} steps, {trained.tokens:,} tokens{validation}, "
-            f"{stages['train'].wall_time_s:.0f} s"
-        )
-    if "merge" in stages:
-        merged: MergeRecord = stages["merge"].metrics
-        lines.append(
-            f"merge: {merged.matrices} matrices, {_zeros(merged)}, "
-            f"{merged.moved_share:.1%} of the kept weights moved, {stages['merge'].wall_time_s:.0f} s"
-        )
-    return lines
+    describe: dict[str, Callable[[Any], str]] = {"prune": _pruned, "train": _trained, "merge": _merged}
+    done = [(run.stages[stage], words) for stage, words in describe.items() if stage in run.stages]
+    return [f"{record.stage}: {words(record.metrics)}, {record.wall_time_s:.0f} s" for record, words in done]
 
 
-def _zeros(merge: MergeRecord) -> str:
-    """What became of the zeros in merging."""
-    if merge.pattern_unchanged:
-        return f"all {merge.zeros:,} zeros kept"
-    changes = f"{merge.filled_zeros:,} zeros filled, {merge.lost_weights:,} other weights zero"
-    return f"{changes}, sparsity now {merge.sparsity:.2%} (mask {merge.mask})"
+def _pruned(record: PruneRecord) -> str:
+    error = record.mean_relative_output_error
+    output = f", mean relative output error {error:.3f}" if error is not None else ""
+    return f"{record.method} {record.pattern}, {record.matrices} matrices{output}"
+
+
+def _trained(record: TrainRecord) -> str:
+    loss = f", validation loss {record.validation_loss:.3f}" if record.validation_loss is not None else ""
+    parameters = f"{record.trainable_parameters:,} parameters ({record.trainable_share:.2%})"
+    return f"{record.method}, {parameters}, {record.steps} steps, {record.tokens:,} tokens{loss}"
+
+
+def _merged(record: MergeRecord) -> str:
+    zeros = f"all {record.zeros:,} zeros kept"
+    if not record.pattern_unchanged:
+        zeros = f"{record.filled_zeros:,} zeros filled, {record.lost_weights:,} other weights zero"
+        zeros += f", sparsity now {record.sparsity:.2%} (mask {record.mask})"
+    return f"{record.matrices} matrices, {zeros}, {record.moved_share:.1%} of the kept weights moved"
 
 
 def commands(run: RunStudy) -> list[str]:
@@ -62,44 +51,35 @@ def commands(run: RunStudy) -> list[str]:
     return list(dict.fromkeys(command for command in made if command is not None))
 
 
-def stage_table(stages: dict[str, Record]) -> Table:
+def stage_table(run: RunStudy) -> Table:
     """When, on what and with which seed every stage ran, how long, and with how much memory."""
-    columns = text_columns("stage", "finished") + number_columns("seconds", "peak memory, MB", "seed")
+    columns = columns_of("stage", "finished", kind="text") + columns_of("seconds", "peak memory, MB", "seed")
     lines = []
-    for stage, record in stages.items():
+    for stage, record in run.stages.items():
         memory = ", ".join(f"{size:.0f} {name}" for name, size in record.peak_memory_mb.items()) or NOTHING
         seconds, seed = f"{record.wall_time_s:.0f}", str(record.seed)
         lines.append([stage, record.created, seconds, memory, seed, record.hardware])
-    return Table(columns + text_columns("hardware"), lines, "Stages")
+    return Table(columns + columns_of("hardware", kind="text"), lines, "Stages")
 
 
 def version_table(run: RunStudy) -> Table:
-    """A row per package, a column per stage, and one for the evaluations."""
+    """A row per package; stages and evaluations whose versions are all the same share a column."""
     columns = {stage: record.versions for stage, record in run.stages.items()}
     for label, content in run.checkpoints.items():
-        used = [result.versions for result in content.results]
-        merged = {name: ", ".join(dict.fromkeys(one[name] for one in used if name in one)) for name in _names(used)}
-        if merged:
-            columns[f"eval {label}"] = merged
-    same = _shared(columns)
-    lines = [[name, *(one.get(name, NOTHING) for one in same.values())] for name in _names([*same.values()])]
-    return Table([*text_columns("package"), *number_columns(*same)], lines, "Versions")
-
-
-def _names(versions: list[dict[str, str]]) -> list[str]:
-    return list(dict.fromkeys(name for one in versions for name in one))
-
-
-def _shared(columns: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Columns with the same content become one."""
-    found: dict[str, dict[str, str]] = {}
-    for title, content in columns.items():
-        twin = next((other for other, own in found.items() if own == content), None)
-        if twin is None:
-            found[title] = content
-        else:
-            found = {f"{name}, {title}" if name == twin else name: own for name, own in found.items()}
-    return found
+        used: dict[str, list[str]] = {}
+        for result in content.results:
+            for name, version in result.versions.items():
+                used.setdefault(name, []).append(version)
+        if used:
+            columns[f"eval {label}"] = {name: ", ".join(dict.fromkeys(each)) for name, each in used.items()}
+    titles: dict[frozenset[tuple[str, str]], list[str]] = {}
+    for title, versions in columns.items():
+        titles.setdefault(frozenset(versions.items()), []).append(title)
+    names = dict.fromkeys(name for versions in columns.values() for name in versions)
+    lines = [[name, *(dict(versions).get(name, NOTHING) for versions in titles)] for name in names]
+    return Table(
+        [*columns_of("package", kind="text"), *columns_of(*map(", ".join, titles.values()))], lines, "Versions"
+    )
 
 
 def fingerprint_table(run: RunStudy) -> Table:
@@ -119,28 +99,30 @@ def fingerprint_table(run: RunStudy) -> Table:
         for text in content.texts:
             if text.numbers.documents_hash is not None:
                 lines.append([f"eval {label}", f"text of {text_quantity(text).label}", text.numbers.documents_hash])
-    return Table(text_columns("stage", "what", "value"), lines, "Fingerprints")
+    return Table(columns_of("stage", "what", "value", kind="text"), lines, "Fingerprints")
 
 
 def evaluation_table(run: RunStudy) -> Table:
     """On how much every number rests, with which few-shot count and task version, and how long it took."""
-    columns = text_columns("weights", "text or tasks", "measured on", "dtype", "device") + number_columns("seconds")
+    columns = columns_of("weights", "text or tasks", "measured on", "dtype", "device", kind="text") + columns_of(
+        "seconds"
+    )
     lines = []
     for label, content in run.checkpoints.items():
-        for text in content.texts:
-            lines.append([label, text_quantity(text).label, _windows(text.numbers), *_made([text])])
-        for family in families(content.tasks):
-            lines.append([label, task_quantity(family).title, _samples(family), *_made(family)])
+        measured: list[tuple[str, str, Sequence[Result]]] = []
+        measured += [(text_quantity(text).label, _windows(text.numbers), [text]) for text in content.texts]
+        measured += [(task_quantity(family).title, _samples(family), family) for family in families(content.tasks)]
+        for name, extent, results in measured:
+            dtypes = dict.fromkeys(result.dtype for result in results if result.dtype is not None)
+            devices = dict.fromkeys(result.device for result in results if result.device is not None)
+            seconds = sum(result.seconds for result in results)
+            made = [
+                ", ".join(dtypes) or NOTHING,
+                ", ".join(devices) or NOTHING,
+                f"{seconds:.1f}" if seconds else NOTHING,
+            ]
+            lines.append([label, name, extent, *made])
     return Table(columns, lines, "Evaluations")
-
-
-def _made(family: list[TextResult] | list[TaskResult]) -> list[str]:
-    """Dtypes, devices and seconds of results."""
-    results: list[Result] = [*family]
-    devices = dict.fromkeys(result.device for result in results if result.device is not None)
-    dtypes = dict.fromkeys(result.dtype for result in results if result.dtype is not None)
-    seconds = sum(result.seconds for result in results)
-    return [", ".join(dtypes) or NOTHING, ", ".join(devices) or NOTHING, f"{seconds:.1f}" if seconds else NOTHING]
 
 
 def _windows(numbers: TextNumbers) -> str:
@@ -151,22 +133,15 @@ def _windows(numbers: TextNumbers) -> str:
 def _samples(family: list[TaskResult]) -> str:
     tasks = {task: scores for result in family for task, scores in result.numbers.tasks.items()}
     whole = f"{sum(scores.samples or 0 for scores in tasks.values()):,} samples of {len(tasks)} tasks"
+    shots = {task: f"{_known(scores.num_fewshot)}-shot" for task, scores in tasks.items()}
     if len(tasks) > SHOWN:
-        return f"{whole}, {' or '.join(dict.fromkeys(_shots(scores) for scores in tasks.values()))}"
-    details = [
-        f"{task} v{_or_unknown(scores.version)}, {_shots(scores)}{_error(scores)}" for task, scores in tasks.items()
-    ]
+        return f"{whole}, {' or '.join(dict.fromkeys(shots.values()))}"
+    details = []
+    for task, scores in tasks.items():
+        error = f", acc ± {scores.scores['acc_stderr']:.2%}" if "acc_stderr" in scores.scores else ""
+        details.append(f"{task} v{_known(scores.version)}, {shots[task]}{error}")
     return f"{whole}: {'; '.join(details)}"
 
 
-def _shots(scores: TaskScores) -> str:
-    return f"{_or_unknown(scores.num_fewshot)}-shot"
-
-
-def _or_unknown(value: Any) -> Any:
+def _known(value: float | str | None) -> float | str:
     return "?" if value is None else value
-
-
-def _error(scores: TaskScores) -> str:
-    error = scores.scores.get("acc_stderr")
-    return f", acc ± {error:.2%}" if error is not None else ""

@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sppctl.evaluate.results import TaskMeasure, TaskResult, TextMeasure, TextNumbers, TextResult
+from sppctl.evaluate.results import TaskMeasure, TaskResult, TextMeasure, TextResult
 from sppctl.evaluate.values import SHOWN, draws_examples
 
 RESAMPLES = 10_000
@@ -51,11 +51,6 @@ class Flips:
     wrong_to_correct: int
     wrong_to_wrong: int
 
-    @property
-    def share(self) -> float | None:
-        """Of the answers."""
-        return self.flipped / self.answers if self.answers else None
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -71,6 +66,14 @@ class Entry:
     note: str | None = None  # what was left out
     is_mean: bool = False  # of a group
 
+    def compared(self, first: float, second: float, means: Floats, flips: Flips | None = None) -> Entry:
+        """With the means of both, and the interval and p value of their difference from its resampled means."""
+        difference = second - first
+        low, high = np.quantile(means, [0.025, 0.975])
+        extreme = int(np.sum(np.abs(means - difference) >= abs(difference) - ROUNDING))
+        paired = Paired(difference, float(low), float(high), (1 + extreme) / (1 + len(means)))
+        return replace(self, first=first, second=second, paired=paired, flips=flips)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -81,44 +84,39 @@ class Comparison:
     entries: list[Entry]
 
 
-def resampled_means(
-    differences: Floats, weights: Floats | None = None, resamples: int = RESAMPLES, seed: int = SEED
-) -> Floats:
-    """Means of as many differences, drawn with replacement.
+def resampled_means(differences: Floats, weights: Floats | None = None, seed: int = SEED) -> Floats:
+    """(RESAMPLES,) means of as many differences, drawn with replacement.
 
     Samples with the same difference and weight are alike, so how often each kind is drawn is all that matters: a
     multinomial distribution, three kinds for accuracies whatever the number of samples.
 
     Args:
         differences: (samples,) one per sample, or its sum over ``weights`` tokens.
-        weights: (samples,) what a sample counts; None: all the same.
-        resamples: means to make.
-        seed: of the generator; the same seed gives the same means.
-
-    Returns:
-        (resamples,) sum of differences by sum of weights.
+        weights: (samples,) what a sample counts; None: all the same. A mean is a sum of differences by one of weights.
+        seed: of the generator.
     """
     weights = np.ones(len(differences)) if weights is None else weights
     kinds, counts = np.unique(np.column_stack([differences, weights]), axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     sums = []
     step = max(1, DRAWN // len(kinds))
-    for first in range(0, resamples, step):
-        size = min(step, resamples - first)
+    for first in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - first)
         sums.append(generator.multinomial(len(differences), counts / len(differences), size=size) @ kinds)
     drawn = np.concatenate(sums)
     means: Floats = drawn[:, 0] / drawn[:, 1]
     return means
 
 
-def paired(difference: float, means: Floats) -> Paired:
-    """Interval and p value of a difference from its resampled means."""
-    low, high = np.quantile(means, [0.025, 0.975])
-    extreme = int(np.sum(np.abs(means - difference) >= abs(difference) - ROUNDING))
-    return Paired(difference, float(low), float(high), (1 + extreme) / (1 + len(means)))
-
-
 # --- samples of tasks -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """How a task is averaged with others."""
+
+    by_samples: bool  # else by tasks
+    size: int  # its tasks; 0 where that is not known: a part of a group that is measured in part
 
 
 @dataclass(frozen=True)
@@ -126,42 +124,33 @@ class TaskSamples:
     """What came of the samples of one task on one checkpoint."""
 
     name: str  # with what limits it
-    groups: dict[str, bool]  # that it is averaged in, and whether by samples (else by tasks)
+    groups: dict[str, Group]  # that it is averaged in, by the name of their mean
     alone: bool  # whether it has a row of its own; not in a group of many tasks
-    samples: list[Sample]  # in the order of lm-eval
-    # tasks of each of these groups; 0 where that is not known: a part of a group that is measured in part
-    sizes: dict[str, int] = field(default_factory=dict)
+    samples: dict[tuple[str, int], Sample]  # by the document's hash, and how many of the same hash come before
 
 
 def read_samples(folder: Path, results: list[TaskResult]) -> tuple[dict[Measured, TaskSamples], list[str]]:
-    """The samples that the results of one checkpoint rest on, from ``eval/LABEL.samples``.
+    """The samples in ``eval/LABEL.samples`` that the results of one checkpoint rest on, and a note for each other file.
 
     Results carry the hash of their file of samples. A file that another evaluation has written is not theirs.
-
-    Args:
-        folder: of ``TASK.jsonl`` and the like; may be missing.
-        results: of the tasks measured on the checkpoint.
-
-    Returns:
-        Samples in the order of the results, and a note for each file left out.
     """
-    files = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        content = path.read_text()
-        files[hashlib.sha256(content.encode()).hexdigest()[:16]] = path, content
-    found: dict[Measured, TaskSamples] = {}
-    used = set()
+    contents = {path: path.read_text() for path in sorted(folder.glob("*.jsonl"))}
+    files = {hashlib.sha256(text.encode()).hexdigest()[:16]: path for path, text in contents.items()}
+    by_task: dict[Measured, TaskSamples] = {}
     for result in results:
-        sizes = _sizes(result, results)
+        limit = "" if result.measure.limit is None else f", limit {result.measure.limit}"
+        groups = {f"{name}{limit} mean": group for name, group in _groups(result, results).items()}
+        members = result.numbers.members if result.numbers.groups else len(result.numbers.tasks)
         for task, identity in result.numbers.samples_hash.items():
-            if identity not in files:
-                continue
-            used.add(identity)
-            key = _comparable(result, task)
-            samples = [json.loads(line) for line in files[identity][1].splitlines()]
-            found[key] = _task(task, result, samples, sizes, found.get(key))
-    left = [path for identity, (path, _) in files.items() if identity not in used]
-    return found, [f"{path} belongs to another evaluation and is left out" for path in left]
+            if identity in files:
+                key = _comparable(result, task)
+                before = by_task.get(key, TaskSamples("", {}, False, {}))  # alone, or in another group
+                samples = by_document(json.loads(line) for line in contents[files[identity]].splitlines())
+                alone = before.alone or members <= SHOWN
+                by_task[key] = TaskSamples(f"{task}{limit}", before.groups | groups, alone, samples)
+    used = {identity for result in results for identity in result.numbers.samples_hash.values()}
+    left = [path for identity, path in files.items() if identity not in used]
+    return by_task, [f"{path} belongs to another evaluation and is left out" for path in left]
 
 
 def _comparable(result: TaskResult, task: str) -> Measured:
@@ -173,59 +162,26 @@ def _comparable(result: TaskResult, task: str) -> Measured:
     return replace(measure, task=task, group=None, num_fewshot=shots, seed=seed), result.dtype
 
 
-def _task(
-    task: str, result: TaskResult, samples: list[Sample], sizes: dict[str, int], known: TaskSamples | None
-) -> TaskSamples:
-    """A task, in the groups of ``result`` and in those it is known to be in."""
-    limit = f", limit {result.measure.limit}" if result.measure.limit is not None else ""
-    groups = {f"{group}{limit} mean": by_samples for group, by_samples in _groups(result).items()}
-    sizes = {f"{group}{limit} mean": size for group, size in sizes.items()}
-    alone = _members(result) <= SHOWN
-    found = TaskSamples(f"{task}{limit}", groups, alone, samples, sizes)
-    if known is None:
-        return found
-    return replace(found, groups=known.groups | groups, alone=known.alone or alone, sizes=known.sizes | sizes)
+def _groups(result: TaskResult, results: list[TaskResult]) -> dict[str, Group]:
+    """The groups of a result's tasks, the one that was asked for first."""
+    numbers = result.numbers
+    if not numbers.groups:  # lm-eval ran its tasks, if there are several, as one
+        return {result.measure.task: Group(False, len(numbers.tasks))} if len(numbers.tasks) > 1 else {}
+    family = [one.numbers.groups for one in results if one.measure.family == result.measure.family]
+    is_whole = len(family) == numbers.members
+    sizes = {part: sum(part in groups for groups in family) if is_whole else 0 for part in numbers.groups}
+    sizes[next(iter(numbers.groups))] = numbers.members
+    return {name: Group(bool(rules.get("acc")), sizes[name]) for name, rules in numbers.groups.items()}
 
 
-def _members(result: TaskResult) -> int:
-    """Tasks of the group that was asked for; lm-eval ran the others as one."""
-    return result.numbers.members if result.numbers.groups else len(result.numbers.tasks)
-
-
-def _groups(result: TaskResult) -> dict[str, bool]:
-    """The groups of a result's tasks, the one that was asked for first, and whether their means are by samples."""
-    if result.numbers.groups:
-        return {group: bool(rules.get("acc")) for group, rules in result.numbers.groups.items()}
-    return {result.measure.task: False} if len(result.numbers.tasks) > 1 else {}
-
-
-def _sizes(result: TaskResult, results: list[TaskResult]) -> dict[str, int]:
-    """How many tasks the groups of a result have."""
-    groups = _groups(result)
-    if not groups:
-        return {}
-    asked, *parts = groups
-    whole = _members(result)
-    family = [one.numbers.groups for one in results if one.measure.family == result.measure.family] if parts else []
-    complete = len(family) == whole
-    return {asked: whole} | {part: sum(part in one for one in family) * complete for part in parts}
-
-
-def match(first: list[Sample], second: list[Sample]) -> tuple[list[tuple[Sample, Sample]], int]:
-    """Pairs of samples of the same document by its hash, and the number of samples without a partner."""
-    ours, theirs = _by_document(first), _by_document(second)
-    pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    return pairs, len(ours) + len(theirs) - 2 * len(pairs)
-
-
-def _by_document(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
-    """By the hash of the document, and how many samples of the same hash come before."""
+def by_document(samples: Iterable[Sample]) -> dict[tuple[str, int], Sample]:
+    """Samples as :class:`TaskSamples` has them."""
     seen: Counter[str] = Counter()
-    found = {}
+    numbered = {}
     for sample in samples:
-        found[sample["hash"], seen[sample["hash"]]] = sample
+        numbered[sample["hash"], seen[sample["hash"]]] = sample
         seen[sample["hash"]] += 1
-    return found
+    return numbered
 
 
 def flips(pairs: Sequence[tuple[Sample, Sample]]) -> Flips:
@@ -238,20 +194,17 @@ def flips(pairs: Sequence[tuple[Sample, Sample]]) -> Flips:
 
 
 def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSamples]) -> list[Entry]:
-    """Accuracy of two checkpoints on the samples of every task that both were measured on.
+    """Accuracy of a checkpoint and a second one on the samples of every task that both were measured on.
 
-    Args:
-        first: of the checkpoint that is the measure, by what must be equal.
-        second: of the other one.
-
-    Returns:
-        One entry per group, then per task. Each task is resampled by itself; the mean of a group is over tasks or
-        samples as lm-eval has it.
+    One entry per group, then per task; tasks are known by what must be equal. Each task is resampled by itself; the
+    mean of a group is over tasks or samples as lm-eval has it.
     """
     entries: dict[Any, Entry] = {}
     draws: dict[Any, Floats] = {}
     for key in (key for key in first if key in second):
-        pairs, alone = match(first[key].samples, second[key].samples)
+        ours, theirs = first[key].samples, second[key].samples
+        pairs = [(ours[document], theirs[document]) for document in ours if document in theirs]
+        alone = len(ours) + len(theirs) - 2 * len(pairs)
         pairs = [pair for pair in pairs if all(sample.get("acc") is not None for sample in pair)]
         note = f"{alone} samples stand in one of the two files only and are left out" if alone else None
         entries[key] = Entry(first[key].name, "acc", len(pairs), note=note)
@@ -259,45 +212,35 @@ def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSam
             before, after = np.array([[one["acc"], other["acc"]] for one, other in pairs], dtype=np.float64).T
             draws[key] = resampled_means(after - before, seed=SEED + len(draws))
             means = float(before.mean()), float(after.mean())
-            entries[key] = _compared(entries[key], *means, draws[key], flips(pairs))
-    groups = {group: by_samples for task in first.values() for group, by_samples in task.groups.items()}
-    found = []
-    for group, by_samples in groups.items():
-        keys = [key for key, task in first.items() if group in task.groups]
-        size = first[keys[0]].sizes.get(group, len(keys))
-        if len(keys) > 1 and size and all(key in draws for key in keys):
-            name = group if len(keys) == size else f"{group} of {len(keys)} of {size} tasks"
-            found.append(_group(name, [entries[key] for key in keys], [draws[key] for key in keys], by_samples))
-    return found + [one for key, one in entries.items() if first[key].alone or second[key].alone or one.note]
+            entries[key] = entries[key].compared(*means, draws[key], flips(pairs))
+    means_of_groups = []
+    for name, group in {name: group for task in first.values() for name, group in task.groups.items()}.items():
+        keys = [key for key, task in first.items() if name in task.groups]
+        if len(keys) > 1 and group.size and all(key in draws for key in keys):
+            whole = name if len(keys) == group.size else f"{name} of {len(keys)} of {group.size} tasks"
+            parts = [(entries[key], draws[key]) for key in keys]
+            means_of_groups.append(_mean(whole, parts, group.by_samples))
+    return means_of_groups + [e for key, e in entries.items() if first[key].alone or second[key].alone or e.note]
 
 
-def _compared(entry: Entry, first: float, second: float, draws: Floats, flipped: Flips | None = None) -> Entry:
-    difference = paired(second - first, draws)
-    return replace(entry, first=first, second=second, paired=difference, flips=flipped)
-
-
-def _group(name: str, entries: list[Entry], draws: list[Floats], by_samples: bool) -> Entry:
+def _mean(name: str, parts: list[tuple[Entry, Floats]], by_samples: bool) -> Entry:
+    """Of a group, from the entries and resampled means of its tasks."""
+    entries, draws = zip(*parts, strict=True)
     weights = [float(entry.samples) if by_samples else 1.0 for entry in entries]
-    first, second = (
-        float(np.average([getattr(entry, side) for entry in entries], weights=weights)) for side in ("first", "second")
-    )
-    flipped = [entry.flips for entry in entries if entry.flips is not None]
-    together = Flips(*(sum(counts) for counts in zip(*(asdict(one).values() for one in flipped), strict=True)))
+    sides = [[entry.first for entry in entries], [entry.second for entry in entries]]
+    first, second = (float(np.average(side, weights=weights)) for side in sides)
+    counts = zip(*(astuple(entry.flips) for entry in entries if entry.flips is not None), strict=True)
     whole = Entry(name, "acc", sum(entry.samples for entry in entries), is_mean=True)
-    return _compared(whole, first, second, np.average(draws, axis=0, weights=weights), together)
+    return whole.compared(first, second, np.average(draws, axis=0, weights=weights), Flips(*map(sum, counts)))
 
 
 # --- windows of texts -------------------------------------------------------------------------------------------------
 
 
 def compare_texts(first: list[TextResult], second: list[TextResult]) -> list[Entry]:
-    """Loss per token of two checkpoints on the windows of every text that both were measured on.
+    """Loss per token of a checkpoint and a second one on the windows of every text that both were measured on.
 
     Windows of one text are not quite independent of each other.
-
-    Args:
-        first: of the checkpoint that is the measure.
-        second: of the other one.
     """
     others = {_text(result): result.numbers for result in second}
     entries = []
@@ -305,7 +248,10 @@ def compare_texts(first: list[TextResult], second: list[TextResult]) -> list[Ent
         numbers, other = result.numbers, others.get(_text(result))
         if other is None or not numbers.window_nll or len(numbers.window_nll) != len(other.window_nll):
             continue
-        tokens = np.array(_scored(numbers), dtype=np.float64)
+        # predicted tokens that count in each window, as sppctl.evaluate.perplexity.scored_tokens has them
+        whole = numbers.seq_len - 1
+        tokens = np.full(len(numbers.window_nll), min(numbers.stride, whole), dtype=np.float64)
+        tokens[0] = whole
         sums = np.array([numbers.window_nll, other.window_nll], dtype=np.float64)  # None becomes NaN
         finite = np.isfinite(sums).all(axis=0)
         tokens, sums = tokens[finite], sums[:, finite]
@@ -314,7 +260,7 @@ def compare_texts(first: list[TextResult], second: list[TextResult]) -> list[Ent
         entry = Entry(result.measure.text, "nll", len(tokens), note=note)
         if len(tokens):
             before, after = (float(losses.sum() / tokens.sum()) for losses in sums)
-            entry = _compared(entry, before, after, resampled_means(sums[1] - sums[0], tokens))
+            entry = entry.compared(before, after, resampled_means(sums[1] - sums[0], tokens))
         entries.append(entry)
     return entries
 
@@ -322,9 +268,3 @@ def compare_texts(first: list[TextResult], second: list[TextResult]) -> list[Ent
 def _text(result: TextResult) -> tuple[TextMeasure, str | None, str | None]:
     """What must be the same for windows to be the same, and computed alike."""
     return result.measure.windows, result.numbers.documents_hash, result.dtype
-
-
-def _scored(numbers: TextNumbers) -> list[int]:
-    """Predicted tokens that count in each window, as :func:`sppctl.evaluate.perplexity.scored_tokens` has them."""
-    first = numbers.seq_len - 1
-    return [first] + [min(numbers.stride, first)] * (len(numbers.window_nll) - 1)

@@ -12,14 +12,14 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 from sppctl.config.load import config_keys, flatten, result_keys
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
-from sppctl.evaluate.results import Json, Results, TextResult
+from sppctl.evaluate.results import Json, Results
 from sppctl.evaluate.values import Kind, Quantity, TaskQuantity, Value, distinguish, values_of
-from sppctl.files.names import DIRECTORIES
 from sppctl.records import LayerRecord, to_json
 from sppctl.report import records, significance
 from sppctl.report.records import Record
@@ -28,6 +28,8 @@ from sppctl.report.significance import Comparison, Measured, TaskSamples
 IN_ROWS = ("prune.method", "prune.pattern", "train.method")  # have columns of their own
 # the keys that a checkpoint depends on; later ones depend on all
 DEPENDS = {"base": ("model.",), "pruned": ("model.", "prune.", "run.seed")}
+# each stage, and the checkpoints that depend on its record
+MADE_BY = {"prune": ("pruned", "adapter", "merged"), "train": ("adapter", "merged"), "merge": ("merged",)}
 PLAIN = ("base", "pruned")  # what runs may share
 SEED, COMPUTED = "run.seed", "model.compute_dtype"
 
@@ -56,95 +58,38 @@ class Row:
     def to_json(self) -> Json:
         """For reports, with the names of quantities."""
         content = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "values"}
-        content["measures"] = {quantity.label: value.to_json() for quantity, value in self.values.items()}
-        named = {
-            key: {one.label: number for one, number in content[key].items()} for key in ("difference", "recovered")
-        }
-        return content | named
+        for key in ("difference", "recovered"):
+            content[key] = {quantity.label: number for quantity, number in content[key].items()}
+        return content | {"measures": {quantity.label: value.to_json() for quantity, value in self.values.items()}}
 
 
-def gap_recovered(kind: Kind, base: float | None, pruned: float | None, value: float | None) -> float | None:
+def gap_recovered(kind: Kind, base: float, pruned: float, value: float) -> float | None:
     """(value - pruned) / (base - pruned), of logarithms for perplexities; None where pruning did no harm."""
-    if kind not in (Kind.PERPLEXITY, Kind.ACCURACY) or base is None or pruned is None or value is None:
+    if kind not in (Kind.PERPLEXITY, Kind.ACCURACY):
         return None
     if kind == Kind.PERPLEXITY:
-        if not all(0 < number < math.inf for number in (base, pruned, value)):
-            return None
         base, pruned, value = -math.log(base), -math.log(pruned), -math.log(value)
     return (value - pruned) / (base - pruned) if base > pruned else None
 
 
 def pattern_text(sparsity: Json) -> str:
     """The N:M patterns that a checkpoint holds, or unstructured, or dense."""
-    if sparsity["patterns"]:
-        return ", ".join(sparsity["patterns"])
-    return "unstructured" if sparsity["sparse_matrices"] else "dense"
+    return ", ".join(sparsity["patterns"]) or ("unstructured" if sparsity["sparse_matrices"] else "dense")
 
 
 def quantities(rows: Iterable[Row]) -> list[Quantity]:
     """Everything that rows have: perplexities, divergences, agreements, then tasks in order of appearance."""
     first = (Kind.PERPLEXITY, Kind.DIVERGENCE, Kind.AGREEMENT)
     unique = dict.fromkeys(quantity for row in rows for quantity in row.values)
-    return sorted(unique, key=lambda one: first.index(one.metric.kind) if one.metric.kind in first else len(first))
+    return sorted(unique, key=lambda one: (*first, one.metric.kind).index(one.metric.kind))
 
 
 def headlines(rows: Iterable[Row]) -> list[Quantity]:
     """What a paper quotes: perplexities, and means over tasks, or the tasks where there is no mean."""
-    unique = dict.fromkeys(quantity for row in rows for quantity in row.values)
+    unique = quantities(rows)
     accuracies = [one for one in unique if one.metric.kind == Kind.ACCURACY]
     means = [one for one in accuracies if isinstance(one, TaskQuantity) and one.task is None]
     return [one for one in unique if one.metric.kind == Kind.PERPLEXITY] + (means or accuracies)
-
-
-def rows_of(
-    run: str, stages: dict[str, Record], checkpoints: dict[str, Results], values: dict[str, dict[Quantity, Value]]
-) -> list[Row]:
-    """A row per checkpoint of a run."""
-    numbers = {label: {key: value.number for key, value in own.items()} for label, own in values.items()}
-    base, pruned = numbers.get("base", {}), numbers.get("pruned", {})
-    prune, train, merge = (stages[stage].metrics if stage in stages else None for stage in DIRECTORIES)
-    rows = []
-    for label, own in values.items():
-        sparsity = checkpoints[label].sparsity
-        is_sparse, is_trained = label in ("pruned", "adapter", "merged"), label in ("adapter", "merged")
-        as_pruned = is_sparse and (label != "merged" or merge is None or merge.pattern_unchanged)
-        recovered = {
-            key: gap_recovered(key.metric.kind, base.get(key), pruned.get(key), number)
-            for key, number in numbers[label].items()
-            if is_trained  # the gap of this run is no other checkpoint's
-        }
-        rows.append(
-            Row(
-                run=run,
-                checkpoint=label,
-                method=prune.method if is_sparse and prune is not None else None,
-                pattern=prune.pattern if as_pruned and prune is not None else pattern_text(sparsity),
-                training=train.method if is_trained and train is not None else None,
-                seed=seed_of(stages),
-                fingerprint=checkpoints[label].fingerprint,
-                sparsity=sparsity,
-                values=own,
-                difference=_differences(base, numbers[label]) if label != "base" else {},
-                recovered={key: share for key, share in recovered.items() if share is not None},
-            )
-        )
-    return rows
-
-
-def _differences(
-    base: Mapping[Quantity, float | None], numbers: Mapping[Quantity, float | None]
-) -> dict[Quantity, float]:
-    found = {}
-    for key, number in numbers.items():
-        dense = base.get(key)
-        if dense is not None and number is not None:
-            found[key] = number - dense
-    return found
-
-
-def seed_of(stages: dict[str, Record]) -> int | None:
-    """The seed of a run, where a stage recorded it."""
-    return next((record.seed for record in stages.values()), None)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -158,43 +103,98 @@ class RunStudy:
     config: str | None  # YAML; None if it is unknown
     stages: dict[str, Record]
     checkpoints: dict[str, Results]
-    rows: list[Row]  # one for each checkpoint
-    comparisons: list[Comparison]  # of every two checkpoints that were measured on the same samples or windows
-    notes: list[str]  # what is left out
-    samples: dict[Measured, TaskSamples]  # of the merged checkpoint, to compare it with those of other runs
+    comparisons: Sequence[Comparison] = ()  # of every two checkpoints measured on the same samples or windows
+    left_out: Sequence[str] = ()  # a note for each record and file of samples
+    samples: Mapping[Measured, TaskSamples] = field(default_factory=dict)  # of the merged checkpoint, for other runs
 
     @classmethod
     def of(cls, run_dir: Path) -> RunStudy:
-        """Reads a run; UserError if a record is damaged."""
+        """Reads a run; UserError if a record is damaged.
+
+        Its configuration is what the stages were made with; of a run without stages what its last command was given.
+        """
         stages, checkpoints, notes = records.read(run_dir)
         samples = {}
         for label, content in checkpoints.items():
             samples[label], strange = significance.read_samples(run_dir / f"eval/{label}.samples", content.tasks)
             notes += strange
-        return cls.over(str(run_dir), _configuration(run_dir, stages), stages, checkpoints, samples, notes)
-
-    @classmethod
-    def over(
-        cls,
-        directory: str,
-        config: str | None,
-        stages: dict[str, Record],
-        checkpoints: dict[str, Results],
-        samples: Mapping[str, dict[Measured, TaskSamples]],
-        notes: list[str],
-    ) -> RunStudy:
-        """What follows from records that have been read, and samples of tasks by label."""
-        values = {label: values_of(content.results) for label, content in checkpoints.items()}
-        by_quantity, unequal = distinguish(values, seed_of(stages))
-        rows = rows_of(directory, stages, checkpoints, by_quantity)
-        comparisons, left_out = _within(checkpoints, samples)
-        merged = samples.get("merged", {})
-        return cls(directory, config, stages, checkpoints, rows, comparisons, notes + unequal + left_out, merged)
+        settings: Json = {}
+        for record in stages.values():
+            settings |= record.settings
+        config, resolved = None, run_dir / "resolved.yaml"
+        if settings:
+            seed = settings.pop("seed", None)
+            config = dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)
+        elif resolved.is_file():
+            config = read_text(resolved)
+        comparisons = _within(checkpoints, samples)
+        return cls(str(run_dir), config, stages, checkpoints, comparisons, notes, samples.get("merged", {}))
 
     @property
     def layers(self) -> list[LayerRecord]:
         """The records of all layers that were pruned; none without pruning."""
         return self.stages["prune"].metrics.layers if "prune" in self.stages else []
+
+    @property
+    def seed(self) -> int | None:
+        """Where a stage recorded it."""
+        return next((record.seed for record in self.stages.values()), None)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is left out, and what cannot be compared."""
+        of_pairs = [
+            f"{pair.first} and {pair.second}, {entry.name}: {entry.note}"
+            for pair in self.comparisons
+            for entry in pair.entries
+            if entry.note
+        ]
+        return [*self.left_out, *self._values[1], *of_pairs]
+
+    @cached_property
+    def _values(self) -> tuple[dict[str, dict[Quantity, Value]], list[str]]:
+        """The numbers of each checkpoint, and a note for each quantity that is not one measure."""
+        values = {label: values_of(content.results) for label, content in self.checkpoints.items()}
+        return distinguish(values, self.seed)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One for each checkpoint."""
+        numbers = {
+            label: {quantity: value.number for quantity, value in values.items() if value.number is not None}
+            for label, values in self._values[0].items()
+        }
+        base, pruned = numbers.get("base", {}), numbers.get("pruned", {})
+        rows = []
+        for label, own in numbers.items():
+            prune, train, merge = (
+                self.stages[stage].metrics if stage in self.stages and label in labels else None
+                for stage, labels in MADE_BY.items()
+            )
+            sparsity = self.checkpoints[label].sparsity
+            row = Row(
+                run=self.directory,
+                checkpoint=label,
+                method=prune and prune.method,
+                pattern=prune.pattern
+                if prune is not None and (merge is None or merge.pattern_unchanged)
+                else pattern_text(sparsity),
+                training=train and train.method,
+                seed=self.seed,
+                fingerprint=self.checkpoints[label].fingerprint,
+                sparsity=sparsity,
+                values=self._values[0][label],
+                difference={key: own[key] - base[key] for key in own if key in base and label != "base"},
+                recovered={
+                    key: share
+                    for key in own
+                    if label in MADE_BY["train"]  # the gap of this run is no other checkpoint's
+                    if key in base and key in pruned
+                    if (share := gap_recovered(key.metric.kind, base[key], pruned[key], own[key])) is not None
+                },
+            )
+            rows.append(row)
+        return rows
 
     def to_json(self) -> Json:
         """For ``report.json``."""
@@ -209,32 +209,15 @@ class RunStudy:
         }
 
 
-def _configuration(run_dir: Path, stages: dict[str, Record]) -> str | None:
-    """The configuration that the stages were made with; of a run without stages what its last command was given."""
-    settings: Json = {}
-    for record in stages.values():
-        settings |= record.settings
-    if settings:
-        seed = settings.pop("seed", None)
-        return dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)
-    resolved = run_dir / "resolved.yaml"
-    return read_text(resolved) if resolved.is_file() else None
-
-
-def _within(
-    checkpoints: dict[str, Results], samples: Mapping[str, dict[Measured, TaskSamples]]
-) -> tuple[list[Comparison], list[str]]:
-    """Every checkpoint against the dense and the pruned one, and what that leaves out."""
-    comparisons, notes = [], []
+def _within(checkpoints: dict[str, Results], samples: Mapping[str, dict[Measured, TaskSamples]]) -> list[Comparison]:
+    """Every checkpoint against the dense and the pruned one."""
+    comparisons = []
     for first, second in itertools.product(PLAIN, checkpoints):
-        if first not in checkpoints or second in ("base", first):
-            continue
-        entries = significance.compare_texts(checkpoints[first].texts, checkpoints[second].texts)
-        entries += significance.compare_tasks(samples.get(first, {}), samples.get(second, {}))
-        notes += [f"{first} and {second}, {entry.name}: {entry.note}" for entry in entries if entry.note]
-        if entries:
-            comparisons.append(Comparison(first, second, entries))
-    return comparisons, notes
+        if first in checkpoints and second not in ("base", first):
+            entries = significance.compare_texts(checkpoints[first].texts, checkpoints[second].texts)
+            entries += significance.compare_tasks(samples[first], samples[second])
+            comparisons += [Comparison(first, second, entries)] if entries else []
+    return comparisons
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
@@ -246,35 +229,86 @@ class OverSeeds:
 
     row: Row  # one of them, for what they share; without their run's seed among its settings
     seeds: int
-    numbers: dict[Quantity, list[float]]  # those that all of them have
-
-    def spread(self, quantity: Quantity) -> tuple[float, float] | None:
-        """Mean and standard deviation (of a sample: n - 1)."""
-        numbers = self.numbers.get(quantity)
-        return (statistics.fmean(numbers), statistics.stdev(numbers)) if numbers else None
+    numbers: dict[Quantity, tuple[float, float]]  # mean and standard deviation (n - 1) of those that all of them have
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One or more runs side by side."""
+    """One or more runs side by side; a single one has nothing beside its own rows and comparisons."""
 
-    runs: list[RunStudy]
-    rows: list[Row]  # of all runs, with the settings in which the runs differ; what runs share is there once
-    seeds: list[OverSeeds]  # means over the rows that differ in nothing but the seed
-    comparisons: list[Comparison]  # the merged checkpoint of every run against that of the first one that has one
+    runs: Sequence[RunStudy]
 
     @classmethod
     def of(cls, run_dirs: Iterable[Path]) -> Study:
-        """Reads runs and computes everything that their reports show; UserError if a record is damaged."""
-        return cls.over([RunStudy.of(path) for path in run_dirs])
+        """Reads runs; UserError if a record is damaged."""
+        return cls([RunStudy.of(path) for path in run_dirs])
 
-    @classmethod
-    def over(cls, runs: Sequence[RunStudy]) -> Study:
-        """Runs that have been read; a single one has nothing beside its own rows and comparisons."""
-        if len(runs) == 1:
-            return cls(list(runs), runs[0].rows, [], [])
-        rows = _rows_of_all(runs)
-        return cls(list(runs), rows, over_seeds(rows), _between(runs))
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of all runs, with the settings in which the runs differ.
+
+        A dense model that runs share is there once, and so is a pruned checkpoint, if its numbers are the same. What
+        was trained is there for every run. Where rows were computed in different dtypes, the settings say so.
+        """
+        if len(self.runs) == 1:
+            return self.runs[0].rows
+        trees = [parse_yaml(run.config or "", f"{run.directory}/resolved.yaml") for run in self.runs]
+        configs = [flatten(tree) if isinstance(tree, dict) else {} for tree in trees]
+        keys = _differing(configs)
+        rows: list[Row] = []
+        seen = []
+        for run, config in zip(self.runs, configs, strict=True):
+            for row in run.rows:
+                depends = DEPENDS.get(row.checkpoint, "")
+                own = {key: config[key] for key in keys if key in config and key.startswith(depends)}
+                identity = (row.checkpoint, row.fingerprint, row.method, row.pattern, own, row.values)
+                if row.fingerprint is None or row.checkpoint not in PLAIN or identity not in seen:
+                    rows.append(replace(row, settings=own))
+                    seen.append(identity)
+        dtypes = [" and ".join(sorted({value.dtype or "unknown" for value in row.values.values()})) for row in rows]
+        if len(set(dtypes)) == 1:  # within a run the names of quantities say it
+            return rows
+        return [replace(row, settings=row.settings | {COMPUTED: name}) for row, name in zip(rows, dtypes, strict=True)]
+
+    @cached_property
+    def seeds(self) -> list[OverSeeds]:
+        """Means over the rows that differ in nothing but the seed, where there are several."""
+        groups: dict[str, dict[str, Row]] = {}
+        for row in (row for row in self.rows if SEED in row.settings):
+            rest = {key: value for key, value in row.settings.items() if key != SEED}
+            shared = str((row.checkpoint, row.method, row.pattern, row.training, rest))
+            # of a seed that is there twice the last
+            groups.setdefault(shared, {})[str(row.settings[SEED])] = replace(row, settings=rest)
+        aggregated = []
+        for group in (list(by_seed.values()) for by_seed in groups.values() if len(by_seed) > 1):
+            numbers = {}
+            for quantity in group[0].values:
+                known = [row.values[quantity].number for row in group if quantity in row.values]
+                finite = [number for number in known if number is not None]
+                if len(finite) == len(group):
+                    numbers[quantity] = (statistics.fmean(finite), statistics.stdev(finite))
+            aggregated.append(OverSeeds(group[0], len(group), numbers))
+        return aggregated
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """The merged checkpoint of every run against that of the first one that has one, as those within a run.
+
+        Of tasks the means are compared, or the tasks where there is no mean; texts if their tokens are the same.
+        """
+        names = places(run.directory for run in self.runs)
+        merged = [run for run in self.runs if "merged" in run.checkpoints]
+        comparisons = []
+        for other in merged[1:]:
+            first, texts = merged[0], merged[0].checkpoints["merged"].texts
+            tokenizers = {result.tokenizer for result in texts}  # windows of other tokens are no pairs
+            others = [text for text in other.checkpoints["merged"].texts if text.tokenizer in tokenizers]
+            tasks = significance.compare_tasks(first.samples, other.samples)
+            entries = significance.compare_texts(texts, others)
+            entries += [entry for entry in tasks if entry.is_mean] or tasks
+            if entries:
+                comparisons.append(Comparison(names[first.directory], names[other.directory], entries))
+        return comparisons
 
     def to_json(self) -> Json:
         """For ``report.json``: of a single run what it recorded."""
@@ -287,43 +321,14 @@ class Study:
         }
 
 
-def _rows_of_all(runs: Sequence[RunStudy]) -> list[Row]:
-    """The rows of several runs with the settings in which the runs differ.
-
-    A dense model that runs share is there once, and so is a pruned checkpoint, if its numbers are the same. What was
-    trained is there for every run. Where rows were computed in different dtypes, the settings say so.
-    """
-    configs = [_config(run) for run in runs]
-    keys = _differing(configs)
-    rows: list[Row] = []
-    seen = []
-    for run, config in zip(runs, configs, strict=True):
-        for row in run.rows:
-            own = {
-                key: config[key] for key in keys if key in config and key.startswith(DEPENDS.get(row.checkpoint, ""))
-            }
-            identity = (row.checkpoint, row.fingerprint, row.method, row.pattern, own, row.values)
-            if row.fingerprint is None or row.checkpoint not in PLAIN or identity not in seen:
-                rows.append(replace(row, settings=own))
-                seen.append(identity)
-    dtypes = [" and ".join(sorted({value.dtype or "unknown" for value in row.values.values()})) for row in rows]
-    if len(set(dtypes)) == 1:  # within a run the names of quantities say it
-        return rows
-    return [replace(row, settings=row.settings | {COMPUTED: dtype}) for row, dtype in zip(rows, dtypes, strict=True)]
-
-
-def _config(run: RunStudy) -> Json:
-    tree = parse_yaml(run.config or "", f"{run.directory}/resolved.yaml")
-    return flatten(tree) if isinstance(tree, dict) else {}
-
-
 def _differing(configs: list[Json]) -> list[str]:
     """Keys with several values, of those that can change weights; what changes a number is in its name."""
-    relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS}
+    # what was computed in is in the results
+    relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}
     values = {
         key: [config[key] for config in configs if key in config]
         for key in config_keys()
-        if key in relevant - {COMPUTED} and not key.startswith("eval.")  # what was computed in is in the results
+        if key in relevant and not key.startswith("eval.")
     }
     return [key for key, own in values.items() if any(value != own[0] for value in own)]
 
@@ -342,53 +347,3 @@ def places(runs: Iterable[str]) -> dict[str, str]:
         return {run: run for run in runs}
     shared = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in runs])
     return {run: os.path.relpath(run, shared) for run in runs}
-
-
-def over_seeds(rows: list[Row]) -> list[OverSeeds]:
-    """Rows by all but their seed, those with several seeds."""
-    groups: dict[str, list[Row]] = {}
-    for row in (row for row in rows if SEED in row.settings):
-        rest = {key: value for key, value in row.settings.items() if key != SEED}
-        groups.setdefault(str((row.checkpoint, row.method, row.pattern, row.training, rest)), []).append(row)
-    aggregated = []
-    for group in groups.values():
-        of_seed = {str(row.settings[SEED]): row for row in group}.values()  # of a seed that is there twice the last
-        if len(of_seed) < 2:
-            continue
-        numbers: dict[Quantity, list[float]] = {}
-        for quantity in group[0].values:
-            known = [row.values[quantity].number for row in of_seed if quantity in row.values]
-            finite = [number for number in known if number is not None]
-            if len(finite) == len(of_seed):
-                numbers[quantity] = finite
-        rest = {key: value for key, value in group[0].settings.items() if key != SEED}
-        aggregated.append(OverSeeds(replace(group[0], settings=rest), len(of_seed), numbers))
-    return aggregated
-
-
-def _between(runs: Sequence[RunStudy]) -> list[Comparison]:
-    """The merged checkpoint of every run against that of the first one that has one, as those within a run.
-
-    Of tasks the means are compared, or the tasks where there is no mean; texts if their tokens are the same.
-    """
-    having = [run for run in runs if "merged" in run.checkpoints]
-    if not having:
-        return []
-    first, *others = having
-    names = places(run.directory for run in runs)
-    texts = first.checkpoints["merged"].texts
-    comparisons = []
-    for other in others:
-        tasks = significance.compare_tasks(first.samples, other.samples)
-        means = [entry for entry in tasks if entry.is_mean]
-        entries = significance.compare_texts(texts, _of_tokenizers(texts, other.checkpoints["merged"].texts))
-        entries += means or tasks
-        if entries:
-            comparisons.append(Comparison(names[first.directory], names[other.directory], entries))
-    return comparisons
-
-
-def _of_tokenizers(known: list[TextResult], results: list[TextResult]) -> list[TextResult]:
-    """The results on tokens of a tokenizer that the known ones have too: windows of other tokens are no pairs."""
-    tokenizers = {result.tokenizer for result in known}
-    return [result for result in results if result.tokenizer in tokenizers]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from sppctl.evaluate.values import Kind, Quantity, is_part
@@ -54,15 +55,16 @@ class Table:
     breaks: frozenset[int] = frozenset()  # rows that begin another run
     is_wide: bool = False  # heads are broken into lines, below those that neighbours share
 
+    @property
+    def spans(self) -> list[tuple[str, int]]:
+        """The upper head: what neighbouring columns share, and how many they are; empty where none share anything."""
+        groups = [column.group for column in self.columns]
+        return [(name, len(list(own))) for name, own in groupby(groups)] if any(groups) else []
 
-def text_columns(*names: str) -> list[Column]:
-    """Columns of text."""
-    return [Column(name, kind="text") for name in names]
 
-
-def number_columns(*names: str) -> list[Column]:
-    """Columns of numbers."""
-    return [Column(name) for name in names]
+def columns_of(*names: str, kind: str = "number") -> list[Column]:
+    """Columns of one kind."""
+    return [Column(name, kind=kind) for name in names]
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -78,26 +80,27 @@ def table(rows: Sequence[Row]) -> Table:
     ]
     measured = quantities(rows)
     parts = frozenset(at for at, quantity in enumerate(measured, len(lines)) if is_part(quantity))
-    lines += [[quantity.label, *(cell(row, quantity, with_norm=True) for row in rows)] for quantity in measured]
-    return Table([*text_columns(""), *number_columns(*(row.checkpoint for row in rows))], lines, parts=parts)
+    lines += [[quantity.label, *(_value(row, quantity, with_norm=True) for row in rows)] for quantity in measured]
+    return Table([*columns_of("", kind="text"), *columns_of(*(row.checkpoint for row in rows))], lines, parts=parts)
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:
     """How far every checkpoint is from the dense one, and the share of the gap that it recovers."""
-    columns = text_columns("measure")
-    writers: list[tuple[Row, Callable[[Row, Quantity], str]]] = []
-    for row in (row for row in rows if row.difference or row.recovered):
-        columns.append(Column(f"{row.checkpoint} - base"))
-        writers.append((row, _difference))
-        if row.recovered:
-            columns.append(Column("gap recovered"))
-            writers.append((row, _recovered))
+    columns: list[tuple[str, Row, Callable[[Row, Quantity], str]]] = []
+    for row in rows:
+        columns += [(f"{row.checkpoint} - base", row, _difference)] if row.difference or row.recovered else []
+        columns += [("gap recovered", row, _recovered)] if row.recovered else []
     lines = []
-    for quantity in quantities(row for row, _ in writers):
-        cells = [write(row, quantity) for row, write in writers]
-        if set(cells) != {NOTHING}:
-            lines.append([quantity.label, *cells])
-    return Table(columns, lines)
+    for quantity in quantities(row for _, row, _ in columns):
+        cells = [write(row, quantity) for _, row, write in columns]
+        lines += [[quantity.label, *cells]] if set(cells) != {NOTHING} else []
+    return Table(columns_of("measure", kind="text") + columns_of(*(head for head, _, _ in columns)), lines)
+
+
+def note_on_differences(rows: Iterable[Row]) -> str:
+    """What the numbers of :func:`comparison_table` and :func:`gaps` are."""
+    text = "Differences of accuracies are percentage points"
+    return f"{text}; {GAP_FORMULA}." if any(row.recovered for row in rows) else f"{text}."
 
 
 def type_table(layers: list[LayerRecord]) -> Table:
@@ -106,164 +109,131 @@ def type_table(layers: list[LayerRecord]) -> Table:
     error = key.replace("_", " ")
     damped = any(layer.damp is not None for layer in layers)
     columns = [Column("module type", kind="code")]
-    columns += number_columns("matrices", "mean sparsity", f"mean {error}", "worst")
-    columns += [Column("worst layer", kind="code"), *number_columns(*["damping"] * damped, "seconds")]
+    columns += columns_of("matrices", "mean sparsity", f"mean {error}", "worst")
+    columns += [Column("worst layer", kind="code"), *columns_of(*["damping"] * damped, "seconds")]
     lines = []
     for name, points in plots.by_type(layers).items():
         own = [layer for block in points.values() for layer in block]
         worst = max(own, key=lambda layer: float(getattr(layer, key)))
         sparsity, mean = (sum(getattr(layer, what) for layer in own) / len(own) for what in ("sparsity", key))
         cells = [name, str(len(own)), f"{sparsity:.2%}", f"{mean:.3f}", f"{getattr(worst, key):.3f}", worst.name]
-        cells += [_range([layer.damp for layer in own if layer.damp is not None])] if damped else []
+        damps = sorted(layer.damp for layer in own if layer.damp is not None)
+        ends = dict.fromkeys(f"{damp:g}" for damp in damps[:1] + damps[-1:])
+        cells += [" to ".join(ends) or NOTHING] if damped else []
         lines.append([*cells, f"{sum(layer.seconds for layer in own):.1f}"])
     return Table(columns, lines)
 
 
-def _range(values: list[float]) -> str:
-    if not values:
-        return NOTHING
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
 def significance_table(comparisons: Iterable[Comparison]) -> Table:
     """Differences on the same samples with their intervals; of losses in nats per token."""
-    columns = text_columns("comparison", "measure") + number_columns("samples", "first", "second", "difference")
-    columns += [*text_columns("95 % interval"), *number_columns("p")]
+    columns = columns_of("comparison", "measure", kind="text") + columns_of("samples", "first", "second", "difference")
+    columns += [*columns_of("95 % interval", kind="text"), *columns_of("p")]
     lines = []
-    for pair in comparisons:
-        for entry in pair.entries:
-            if entry.paired is not None:
-                lines.append([f"{pair.first} to {pair.second}", *_compared(entry)])
+    for entry, names in _named(comparisons):
+        paired, is_share = entry.paired, entry.measure == "acc"
+        if paired is not None:
+            means = [f"{mean:.2%}" if is_share else f"{mean:.4f}" for mean in (entry.first, entry.second)]
+            changes = (paired.difference, paired.low, paired.high)
+            difference, low, high = (f"{100 * one:+.2f}" if is_share else f"{one:+.4f}" for one in changes)
+            p = f"{paired.p:.4f}" if paired.p >= 0.001 else f"{paired.p:.1e}"
+            name = f"{entry.name} {'acc' if is_share else 'loss, nats'}"
+            lines.append([names, name, str(entry.samples), *means, difference, f"{low} to {high}", p])
     return Table(columns, lines)
-
-
-def _compared(entry: Entry) -> list[str]:
-    paired = entry.paired
-    assert paired is not None
-    is_share = entry.measure == "acc"
-    means = [f"{mean:.2%}" if is_share else f"{mean:.4f}" for mean in (entry.first, entry.second)]
-    changes = [paired.difference, paired.low, paired.high]
-    difference, low, high = (f"{100 * change:+.2f}" if is_share else f"{change:+.4f}" for change in changes)
-    p = f"{paired.p:.4f}" if paired.p >= 0.001 else f"{paired.p:.1e}"
-    name = f"{entry.name} {'acc' if is_share else 'loss, nats'}"
-    return [name, str(entry.samples), *means, difference, f"{low} to {high}", p]
 
 
 def flip_table(comparisons: Iterable[Comparison]) -> Table:
     """Answers that differ between two checkpoints, and what became of them."""
-    columns = text_columns("comparison", "measure") + number_columns("answers", "flipped")
-    columns += number_columns("correct to wrong", "wrong to correct", "wrong to wrong")
+    columns = columns_of("comparison", "measure", kind="text") + columns_of("answers", "flipped")
+    columns += columns_of("correct to wrong", "wrong to correct", "wrong to wrong")
     lines = []
-    for pair in comparisons:
-        for entry in pair.entries:
-            flips = entry.flips
-            if flips is not None and flips.answers:
-                kinds = (flips.correct_to_wrong, flips.wrong_to_correct, flips.wrong_to_wrong)
-                counts = [str(flips.answers), f"{flips.flipped} ({flips.share:.2%})", *map(str, kinds)]
-                lines.append([f"{pair.first} to {pair.second}", entry.name, *counts])
+    for entry, names in _named(comparisons):
+        flips = entry.flips
+        if flips is not None and flips.answers:
+            share = f"{flips.flipped} ({flips.flipped / flips.answers:.2%})"
+            kinds = (flips.correct_to_wrong, flips.wrong_to_correct, flips.wrong_to_wrong)
+            lines.append([names, entry.name, str(flips.answers), share, *map(str, kinds)])
     return Table(columns, lines)
 
 
-def note_on_differences(rows: Iterable[Row]) -> str:
-    """What the numbers of :func:`comparison_table` and :func:`gap_table` are."""
-    text = "Differences of accuracies are percentage points"
-    return f"{text}; {GAP_FORMULA}." if any(row.recovered for row in rows) else f"{text}."
+def _named(comparisons: Iterable[Comparison]) -> Iterator[tuple[Entry, str]]:
+    return ((entry, f"{pair.first} to {pair.second}") for pair in comparisons for entry in pair.entries)
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
 
+Part = tuple[list[Column], list[list[str]]]  # columns of a table, and their cells by row
 
-def value_table(rows: Sequence[Row]) -> Table:
-    """The paper's shape: a row per checkpoint, a column per quantity."""
+
+def over_runs(rows: Sequence[Row], *parts: Callable[[Sequence[Row]], Part]) -> Table:
+    """The paper's shape: a row per checkpoint, how it was made, and then such parts as :func:`values`."""
+    names = places(row.run for row in rows)
+    columns = columns_of("run", kind="text") if len(names) > 1 else []
+    lines = [[names[row.run]] if len(names) > 1 else [] for row in rows]
+    for part in (_made, *parts):
+        more, cells = part(rows)
+        columns += more
+        lines = [[*line, *own] for line, own in zip(lines, cells, strict=True)]
+    breaks = frozenset(at for at in range(1, len(rows)) if rows[at].run != rows[at - 1].run)
+    return Table(columns, lines, breaks=breaks, is_wide=True)
+
+
+def values(rows: Sequence[Row]) -> Part:
+    """Sparsity, and a column per quantity."""
     measured = quantities(rows)
     scopes = list(dict.fromkeys(quantity.scope for quantity in measured))
     measured.sort(key=lambda quantity: scopes.index(quantity.scope))  # columns of a text or a group are neighbours
-    heads = [_column(quantity) for quantity in measured]
-    cells = [[_sparsity(row), *(cell(row, quantity) for quantity in measured)] for row in rows]
-    return _beside_identities(rows, [Column("sparsity"), *heads], cells)
+    cells = [[_sparsity(row), *(_value(row, quantity) for quantity in measured)] for row in rows]
+    return [Column("sparsity"), *map(_column, measured)], cells
 
 
-def gap_table(rows: Sequence[Row]) -> Table:
-    """The same rows: what is quoted as difference to the dense model and as share of the gap recovered."""
+def gaps(rows: Sequence[Row]) -> Part:
+    """What is quoted, as difference to the dense model and as share of the gap recovered."""
     columns: list[Column] = []
     cells: list[list[str]] = [[] for _ in rows]
-    quoted = headlines(rows)
     for group, title, write in (
         ("difference to base", "{} - base", _difference),
         ("gap recovered", "gap recovered, {}", _recovered),
     ):
-        shown = [quantity for quantity in quoted if any(write(row, quantity) != NOTHING for row in rows)]
-        columns += [Column(quantity.label, group, title.format(quantity.label)) for quantity in shown]
-        for line, row in zip(cells, rows, strict=True):
-            line += [write(row, quantity) for quantity in shown]
-    return _beside_identities(rows, columns, cells)
-
-
-def wide_table(rows: Sequence[Row]) -> Table:
-    """Both in one."""
-    values, gaps = value_table(rows), gap_table(rows)
-    own = len(_identities(rows)[0])
-    lines = [[*line, *other[own:]] for line, other in zip(values.rows, gaps.rows, strict=True)]
-    return Table([*values.columns, *gaps.columns[own:]], lines, breaks=values.breaks, is_wide=True)
+        for quantity in headlines(rows):
+            own = [write(row, quantity) for row in rows]
+            if set(own) != {NOTHING}:
+                columns.append(Column(quantity.label, group, title.format(quantity.label)))
+                cells = [[*line, cell] for line, cell in zip(cells, own, strict=True)]
+    return columns, cells
 
 
 def seed_table(groups: Sequence[OverSeeds]) -> Table:
     """Mean and standard deviation of what differs in nothing but the seed."""
     rows = [group.row for group in groups]
-    keys = short_names(rows)
-    measured = [quantity for quantity in quantities(rows) if any(group.numbers.get(quantity) for group in groups)]
-    columns = [*text_columns(*MADE), *_setting_columns(rows, keys), Column("seeds")]
-    columns += [_column(quantity) for quantity in measured]
-    lines = []
-    for group in groups:
-        cells = [*_made(group.row), *(_setting(group.row, key) for key in keys), str(group.seeds)]
+    measured = [quantity for quantity in quantities(rows) if any(quantity in group.numbers for group in groups)]
+    columns, lines = _made(rows)
+    for group, line in zip(groups, lines, strict=True):
+        line.append(str(group.seeds))
         for quantity in measured:
-            numbers = [_written(quantity.metric.kind, number) for number in group.spread(quantity) or ()]
-            cells.append(" ± ".join(numbers) or NOTHING)
-        lines.append(cells)
-    return Table(columns, lines, is_wide=True)
+            numbers = [_written(quantity.metric.kind, number) for number in group.numbers.get(quantity, ())]
+            line.append(" ± ".join(numbers) or NOTHING)
+    return Table([*columns, Column("seeds"), *map(_column, measured)], lines, is_wide=True)
 
 
-MADE = ("checkpoint", "method", "pattern", "training")
+def _made(rows: Sequence[Row]) -> Part:
+    """How checkpoints were made, with the settings in which they differ."""
+    texts = {key for row in rows for key, value in row.settings.items() if isinstance(value, str)}
+    keys = short_names(rows)
+    columns = columns_of("checkpoint", "method", "pattern", "training", kind="text")
+    columns += [Column(name, kind="text" if key in texts else "number") for key, name in keys.items()]
+    made = [[row.checkpoint, row.method or NOTHING, row.pattern or NOTHING, row.training or NOTHING] for row in rows]
+    settings = [[str(row.settings.get(key, NOTHING)) for key in keys] for row in rows]
+    return columns, [[*one, *other] for one, other in zip(made, settings, strict=True)]
 
 
 def _column(quantity: Quantity) -> Column:
     return Column(quantity.name, quantity.scope, quantity.label)
 
 
-def _beside_identities(rows: Sequence[Row], columns: list[Column], cells: list[list[str]]) -> Table:
-    own, lines = _identities(rows)
-    breaks = frozenset(at for at in range(1, len(rows)) if rows[at].run != rows[at - 1].run)
-    lines = [[*line, *more] for line, more in zip(lines, cells, strict=True)]
-    return Table([*own, *columns], lines, breaks=breaks, is_wide=True)
+# --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def _identities(rows: Sequence[Row]) -> tuple[list[Column], list[list[str]]]:
-    named, keys = places(row.run for row in rows), short_names(rows)
-    several = len(named) > 1
-    columns = [*text_columns(*["run"] * several, *MADE), *_setting_columns(rows, keys)]
-    lines = []
-    for row in rows:
-        lines.append([*[named[row.run]] * several, *_made(row), *(_setting(row, key) for key in keys)])
-    return columns, lines
-
-
-def _setting_columns(rows: Sequence[Row], keys: dict[str, str]) -> list[Column]:
-    texts = {key for row in rows for key, value in row.settings.items() if isinstance(value, str)}
-    return [Column(name, kind="text" if key in texts else "number") for key, name in keys.items()]
-
-
-def _made(row: Row) -> list[str]:
-    return [row.checkpoint, row.method or NOTHING, row.pattern or NOTHING, row.training or NOTHING]
-
-
-def _setting(row: Row, key: str) -> str:
-    return str(row.settings[key]) if key in row.settings else NOTHING
-
-
-def cell(row: Row, quantity: Quantity, with_norm: bool = False) -> str:
-    """One number of a checkpoint as text."""
+def _value(row: Row, quantity: Quantity, with_norm: bool = False) -> str:
     value = row.values.get(quantity)
     if value is None or value.number is None:
         return NOTHING
@@ -274,9 +244,8 @@ def cell(row: Row, quantity: Quantity, with_norm: bool = False) -> str:
 def _written(kind: Kind, number: float) -> str:
     if kind == Kind.PERPLEXITY:
         return f"{number:.2f}" if number < 1e5 else f"{number:.3g}"
-    if kind == Kind.DIVERGENCE:
-        return f"{number:.4f}"
-    return f"{number:.2f}" if kind == Kind.OTHER else f"{number:.2%}"
+    formats = {Kind.DIVERGENCE: ".4f", Kind.OTHER: ".2f"}
+    return format(number, formats.get(kind, ".2%"))
 
 
 def _difference(row: Row, quantity: Quantity) -> str:
@@ -315,4 +284,4 @@ def long_table(rows: Sequence[Row]) -> Table:
             lines.append([*own, *named, row.difference.get(one), row.recovered.get(one), *settings])
         if not row.values:
             lines.append([*own, *[None] * len(numbers), *settings])
-    return Table(text_columns(*about, *numbers, *keys), lines)
+    return Table(columns_of(*about, *numbers, *keys, kind="text"), lines)

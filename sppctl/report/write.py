@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sppctl import console
 from sppctl.errors import UserError
 from sppctl.files import disk, strict_json
+from sppctl.files.names import RECORD
 from sppctl.report import plots, records, tables
-from sppctl.report.csv_text import to_csv
 from sppctl.report.document import Section, chapter, document
 from sppctl.report.html import to_html
 from sppctl.report.latex import to_latex
-from sppctl.report.markdown import to_markdown
 from sppctl.report.study import Study
+from sppctl.report.text import to_csv, to_markdown
 
-FILES = ("report.md", "report.csv", "report.json", "report.html")
+FILES = ("report.md", "report.csv", "report.json", "report.html", plots.FIGURE)
 
 
 def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | None = None) -> Study:
@@ -34,10 +35,13 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
     """
     run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # each once
     for path in run_dirs:
-        records.demand(path)
+        if not [*path.glob(f"*/{RECORD}"), *path.glob("eval/*.json")]:
+            raise records.no_run(path)
     place = _place(run_dirs, output)
     for directory in [*(run_dirs if len(run_dirs) > 1 else []), place]:
-        check(directory)
+        disk.demand_directory(directory, "--output")
+        for name in FILES:
+            disk.demand_file(directory / name, "--output")
     if latex is not None:
         disk.demand_directory(latex.parent, "--latex")
         disk.demand_file(latex, "--latex")
@@ -47,11 +51,11 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
     chapters = [chapter(run) for run in study.runs]
     if len(run_dirs) > 1:
         for path, run, own in zip(run_dirs, study.runs, chapters, strict=True):
-            write(Study.over([run]), [own], path)
-    write(study, chapters, place)
+            _write(Study([run]), [own], path)
+    _write(study, chapters, place)
     console.note(f"report: {place / 'report.html'}")
     if latex is not None:
-        disk.write(latex, to_latex(tables.wide_table(study.rows)))
+        disk.write(latex, to_latex(tables.over_runs(study.rows, tables.values, tables.gaps)))
         console.note(f"report: {latex}")
     return study
 
@@ -68,33 +72,13 @@ def _place(run_dirs: Sequence[Path], output: Path | None) -> Path:
     return place
 
 
-def write(study: Study, chapters: Sequence[Sequence[Section]], directory: Path) -> None:
-    """Writes report.md, report.csv, report.json and report.html, for a single run its figure of pruning too.
-
-    Args:
-        study: the runs.
-        chapters: of each run.
-        directory: made if it is not there.
-
-    Raises:
-        WriteError: the disk is full; files that are there are whole.
-    """
-    sections = document(study, chapters, [f"{os.path.relpath(run.directory, directory)}/" for run in study.runs])
-    texts = (
-        to_markdown(sections),
-        to_csv(tables.long_table(study.rows)),
-        strict_json.dumps(study.to_json(), indent=2, default=str) + "\n",
-        to_html(sections),
-    )
-    for name, text in zip(FILES, texts, strict=True):
-        disk.write(directory / name, text)
+def _write(study: Study, chapters: Sequence[Sequence[Section]], directory: Path) -> None:
+    """Writes the files of a report; the figure of pruning only beside a single run."""
+    sections = document(study, chapters, directory)
+    disk.write(directory / "report.md", to_markdown(sections))
+    disk.write(directory / "report.csv", to_csv(tables.long_table(study.rows)))
+    disk.write(directory / "report.json", strict_json.dumps(study.to_json(), indent=2, default=str) + "\n")
+    disk.write(directory / "report.html", to_html(sections))
     layers = study.runs[0].layers
     if len(study.runs) == 1 and layers:
-        plots.write(layers, directory / plots.FIGURE)
-
-
-def check(directory: Path) -> None:
-    """Raises UserError if no report can be written into a directory."""
-    disk.demand_directory(directory, "--output")
-    for name in (*FILES, plots.FIGURE):
-        disk.demand_file(directory / name, "--output")
+        disk.write(directory / plots.FIGURE, plots.svg(partial(plots.draw, layers)))

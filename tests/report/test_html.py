@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import study_of, task, text, write_run
+from made_up_runs import stage_of, study_of, task, text, write_run
 
 from sppctl.evaluate.results import TextResult
 from sppctl.report import plots_results
@@ -205,7 +205,7 @@ def test_long_titles_and_labels_stay_inside(rows: list[Row]) -> None:
     name = "/a/long/way/to/the/text/that/was/read.txt"
     own = {row.checkpoint: [text(5.0, name=name, kl=0.5)] for row in rows}
     other = study_of(1, **own)
-    figure = plots_results.bars(Study.over([study_of(**own), dataclasses.replace(other, directory="runs/other")]).rows)
+    figure = plots_results.bars(Study([study_of(**own), dataclasses.replace(other, directory="runs/other")]).rows)
     figure.savefig(io.BytesIO())
     for axes in figure.axes:
         assert axes.get_title(loc="left").replace("\n", "").replace(" ", "").count("/a/long/way") == 1
@@ -243,9 +243,14 @@ def test_bars_fill_their_panel_however_many_there_are(rows: list[Row]) -> None:
     assert axes.get_ylim() == pytest.approx((43 - 0.4, -0.6))
 
 
+def curves(history: list[dict[str, Any]], steps: int, last: float | None) -> dict[str, list[tuple[int, float]]]:
+    trained = stage_of("train", {"history": history, "steps": steps, "validation_loss": last})
+    return plots_results.loss_curves(trained.metrics)
+
+
 def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:
     history = [{"loss": 4.6 - 0.06 * step, "step": step} for step in range(1, 36)]
-    figure = plots_results.losses(plots_results.loss_curves(history, (37, 2.51)))
+    figure = plots_results.losses(curves(history, 37, 2.51))
     figure.savefig(io.BytesIO())
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
@@ -255,22 +260,22 @@ def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:
 
 def test_losses_of_a_training() -> None:
     history: list[dict[str, Any]] = [{"loss": 3.0, "step": 1}, {"loss": 2.0, "step": 5}, {"eval_loss": 2.5, "step": 5}]
-    curves = plots_results.loss_curves(history, (10, 2.25))
-    assert curves == {"training": [(1, 3.0), (5, 2.0)], "validation": [(5, 2.5), (10, 2.25)]}
-    (axes,) = plots_results.losses(curves).axes
+    drawn = curves(history, 10, 2.25)
+    assert drawn == {"training": [(1, 3.0), (5, 2.0)], "validation": [(5, 2.5), (10, 2.25)]}
+    (axes,) = plots_results.losses(drawn).axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[1, 5], [5, 10]]
     assert [text.get_text() for text in axes.texts] == ["2.000", "2.250"]
     assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
 
 
 def test_a_training_that_logged_nothing_has_no_figure() -> None:
-    assert plots_results.loss_curves([], (10, None)) == {}
-    assert plots_results.loss_curves([], (10, 2.5)) == {"validation": [(10, 2.5)]}
+    assert curves([], 10, None) == {}
+    assert curves([], 10, 2.5) == {"validation": [(10, 2.5)]}
 
 
 def test_perplexities_of_a_training_are_a_panel_of_their_own() -> None:
-    curves = plots_results.loss_curves([{"loss": 3.0, "step": 1}, {"perplexity": 40.0, "step": 1}], (1, None))
-    assert [axes.get_ylabel() for axes in plots_results.losses(curves).axes] == ["loss (nats per token)", "perplexity"]
+    drawn = curves([{"loss": 3.0, "step": 1}, {"perplexity": 40.0, "step": 1}], 1, None)
+    assert [axes.get_ylabel() for axes in plots_results.losses(drawn).axes] == ["loss (nats per token)", "perplexity"]
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------

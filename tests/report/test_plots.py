@@ -36,8 +36,12 @@ def moe() -> list[LayerRecord]:
     ]
 
 
-def texts(path: Path) -> list[str]:
-    return ["".join(node.itertext()) for node in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+def svg(layers: list[LayerRecord]) -> str:
+    return plots.svg(lambda: plots.draw(layers))
+
+
+def texts(drawing: str) -> list[str]:
+    return ["".join(node.itertext()) for node in ET.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")]
 
 
 def legend(figure: Figure) -> list[str]:
@@ -127,52 +131,29 @@ def test_no_two_lines_look_alike() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 32, 33, 80])
-def test_any_depth_can_be_drawn(blocks: int, tmp_path: Path) -> None:
-    plots.write(llama(blocks), tmp_path / "figure.svg")
-    assert "block index (0 = nearest to the input)" in texts(tmp_path / "figure.svg")
+def test_any_depth_can_be_drawn(blocks: int) -> None:
+    assert "block index (0 = nearest to the input)" in texts(svg(llama(blocks)))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_names_every_module_type_and_what_the_axes_mean(tmp_path: Path) -> None:
-    plots.write(llama(), tmp_path / "pruning.svg")
-    assert [path.name for path in tmp_path.iterdir()] == ["pruning.svg"]
-    found = texts(tmp_path / "pruning.svg")
-    for words in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-        assert words in found
-    for words in ("relative output error", "(share of the output norm)", "sparsity", "(% zeros)"):
-        assert words in found
+@pytest.mark.parametrize(("error", "whole"), [(0.25, "output"), (None, "weight")])
+def test_every_module_type_and_what_the_axes_mean_are_named(error: float | None, whole: str) -> None:
+    """Without inputs the error of the weights is drawn."""
+    layers = llama(error=error)
+    names = {name.rpartition(".")[2] for name in PROJECTIONS}
+    axes = {f"relative {whole} error", f"(share of the {whole} norm)", "sparsity", "(% zeros)"}
+    assert names | axes <= set(texts(svg(layers)))
+    assert list(plots.draw(layers).axes[0].lines[0].get_ydata()) == [error or 0.5] * 3
 
 
-def test_without_inputs_the_error_of_the_weights_is_drawn_and_named(tmp_path: Path) -> None:
-    layers = llama(error=None)
-    plots.write(layers, tmp_path / "pruning.svg")
-    found = texts(tmp_path / "pruning.svg")
-    assert "relative weight error" in found
-    assert "(share of the weight norm)" in found
-    assert "relative output error" not in found
-    assert list(plots.draw(layers).axes[0].lines[0].get_ydata()) == [0.5, 0.5, 0.5]
-
-
-def test_the_same_records_give_the_same_bytes_under_any_matplotlibrc(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
-    plots.write(llama(), first)
+def test_the_same_records_give_the_same_bytes_under_any_matplotlibrc() -> None:
+    first = svg(llama())
     with mpl.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.facecolor": "red"}):
-        plots.write(llama(), second)
+        assert svg(llama()) == first
         assert mpl.rcParams["font.size"] == 20
-    assert first.read_bytes() == second.read_bytes()
-    assert b"dc:date" not in first.read_bytes()
-
-
-def test_a_failure_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "pruning.svg"
-    plots.write(llama(), path)
-    before = path.read_bytes()
-    monkeypatch.setattr(Figure, "savefig", lambda self, text, **_: text.write("<svg") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        plots.write(moe(), path)
-    assert path.read_bytes() == before
+    assert "dc:date" not in first
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -28,11 +28,10 @@ from made_up_runs import (
 
 from sppctl.errors import UserError
 from sppctl.records import StageRecord, to_json
-from sppctl.report import terminal
 from sppctl.report.document import chapter, document
-from sppctl.report.markdown import to_markdown
 from sppctl.report.provenance import facts
 from sppctl.report.study import RunStudy, Study
+from sppctl.report.text import show, show_results, to_markdown
 from sppctl.run import pipeline
 
 FILES = {"report.md", "report.csv", "report.json", "report.html"}
@@ -48,8 +47,8 @@ def with_metrics(record: StageRecord[Any], **metrics: Any) -> StageRecord[Any]:
     return replace(record, metrics=replace(record.metrics, **metrics))
 
 
-def markdown(*runs: RunStudy, folders: tuple[str, ...] = ("",)) -> str:
-    return to_markdown(document(Study.over(runs), [chapter(run) for run in runs], folders))
+def markdown(*runs: RunStudy, place: str = ".") -> str:
+    return to_markdown(document(Study(runs), [chapter(run) for run in runs], place))
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def test_pruned_layers_are_a_table_and_a_figure_and_no_results_are_said() -> Non
 
 
 def test_several_runs_follow_the_table_over_all() -> None:
-    found = markdown(*[study_of(stages={}, base=[])] * 2, folders=("a/", "b/"))
+    found = markdown(*[study_of(stages={}, base=[])] * 2)
     assert found.index("# 2 runs\n") < found.index("## All runs\n") < found.index("\n## runs/mine\n\n")
     assert found.count("\n## runs/mine\n\n") == 2
 
@@ -184,7 +183,7 @@ def test_the_whole_report_in_markdown(tmp_path: Path) -> None:
 
 def test_the_terminal_shows_results_and_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
     runs = [study_of(stages={"prune": PRUNE}, base=[text(5.0 + at)], pruned=[text(6.5)]) for at in range(2)]
-    terminal.show(Study.over(runs))
+    show(Study(runs))
     shown = capsys.readouterr().out
     assert shown.count("prune: wanda 2:4, 14 matrices") == 2
     assert all(words in shown for words in ("All runs", "runs/mine", "50.00%", "6.50", "+1.50"))
@@ -193,7 +192,7 @@ def test_the_terminal_shows_results_and_what_was_done(capsys: pytest.CaptureFixt
 
 def test_results_are_told_apart_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     own = [task(0.5 + seed / 4, shots=2, seed=seed) for seed in (0, 1)]
-    terminal.show_results({"base": results_of("base", [*own, text(12.5)]).to_json()}, 1)
+    show_results({"base": results_of("base", [*own, text(12.5)]).to_json()}, 1)
     lines = [[cell.strip() for cell in line.split("│")[1:3]] for line in capsys.readouterr().out.splitlines()]
     rows = [["ppl prose @64", "12.500"], ["rte 2-shot, seed 0", "50.00%"], ["rte 2-shot", "75.00%"]]
     assert [line for line in lines if line in rows] == rows

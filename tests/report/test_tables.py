@@ -3,27 +3,28 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from made_up_runs import layer, study_of, task, text, write_run
 
-from sppctl.report.csv_text import to_csv
 from sppctl.report.latex import escape, to_latex
 from sppctl.report.provenance import evaluation_table, version_table
 from sppctl.report.study import RunStudy, Study
 from sppctl.report.tables import (
     Table,
     flip_table,
-    gap_table,
+    gaps,
     long_table,
+    over_runs,
     seed_table,
     significance_table,
     table,
     type_table,
-    value_table,
-    wide_table,
+    values,
 )
+from sppctl.report.text import to_csv
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_every_expert_is_counted_and_the_worst_is_named() -> None:
 
 
 def test_the_table_over_runs(study: Study) -> None:
-    made = wide_table(study.rows)
+    made = over_runs(study.rows, values, gaps)
     assert heads(made)[:7] == ["run", "checkpoint", "method", "pattern", "training", "seed", "sparsity"]
     assert heads(made)[-4:] == [
         "ppl wikitext2 @512 - base",
@@ -180,7 +181,7 @@ def test_the_table_over_runs(study: Study) -> None:
     ]
     assert made.rows[1][-4] == "+46.40"
     assert made.breaks == {3}
-    assert heads(gap_table(study.rows[:3]))[0] == "checkpoint"  # a single run needs no name
+    assert heads(over_runs(study.rows[:3]))[0] == "checkpoint"  # a single run needs no name
 
 
 def test_columns_of_a_text_or_group_stand_together() -> None:
@@ -192,7 +193,7 @@ def test_columns_of_a_text_or_group_stand_together() -> None:
         task(0.5, "b"),
         task(0.5, "c"),
     ]
-    columns = value_table(study_of(base=results).rows).columns[5:]
+    columns = over_runs(study_of(base=results).rows, values).columns[5:]
     assert [(column.group, column.name) for column in columns] == [
         *(("prose @64", name) for name in ("ppl", "KL", "top-1")),
         *(("prose @128", name) for name in ("ppl", "KL", "top-1")),
@@ -201,12 +202,11 @@ def test_columns_of_a_text_or_group_stand_together() -> None:
 
 
 def test_mean_and_deviation_over_seeds_in_a_table() -> None:
-    parts = [(f"runs/{seed}", f"run: {{seed: {seed}}}", seed) for seed in (0, 1)]
     runs = []
-    for directory, config, seed in parts:
-        checkpoints = study_of(merged=[text(5.0 + seed), task(0.5 + seed / 4)]).checkpoints
-        runs.append(RunStudy.over(directory, config, {}, checkpoints, {}, []))
-    (line,) = records(seed_table(Study.over(runs).seeds))
+    for seed in (0, 1):
+        own = study_of(merged=[text(5.0 + seed), task(0.5 + seed / 4)])
+        runs.append(replace(own, directory=f"runs/{seed}", config=f"run: {{seed: {seed}}}", stages={}))
+    (line,) = records(seed_table(Study(runs).seeds))
     assert (line["checkpoint"], line["seeds"]) == ("merged", "2")
     assert (line["ppl prose @64"], line["rte"]) == ("5.50 ± 0.71", "62.50% ± 17.68%")
 
@@ -271,7 +271,7 @@ def test_latex_sets_text_as_it_is(raw: str, latex: str) -> None:
 
 
 def test_latex_table(study: Study) -> None:
-    made = wide_table(study.rows)
+    made = over_runs(study.rows, values, gaps)
     latex = to_latex(made)
     columns = len(made.columns)
     start, end = latex.index(r"\toprule"), latex.index(r"\bottomrule")

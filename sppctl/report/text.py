@@ -1,0 +1,119 @@
+"""A report as text: Markdown, CSV for programs, and on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from sppctl import console
+from sppctl.evaluate.results import Json, Results
+from sppctl.evaluate.values import distinguish, is_part, values_of
+from sppctl.report.document import Facts, Figure, Item, Note, Section, chapter, document
+from sppctl.report.study import Study
+from sppctl.report.tables import NOTHING, Table
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """The whole report; of figures those that are files. A section of other figures alone is left out."""
+    blocks = []
+    for section in sections:
+        own = [block for item in section.items if (block := _block(item, section.folder))]
+        if own or not section.items:
+            blocks += [f"{'#' * section.level} {escape(section.title)}", *own]
+    return "\n\n".join(blocks) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(console.plain(text), quote=False))
+
+
+def _block(item: Item, folder: str) -> str:
+    if isinstance(item, Table):
+        return (f"**{escape(item.title)}**\n\n" if item.title else "") + "\n".join(grid(item))
+    if isinstance(item, Facts):
+        return "\n".join(f"- {escape(line)}" for line in item.lines)
+    if isinstance(item, Note):
+        return escape(item.text)
+    if isinstance(item, Figure):
+        return "" if item.file is None else f"![{item.file[1]}]({quote(folder)}{item.file[0]})"
+    fence = "`" * (1 + max(2, *map(len, re.findall("`*", item.text))))  # which nothing in the text can end
+    block = "\n".join([fence + item.language, *map(console.plain, item.text.split("\n")), fence])
+    if item.folded is None:
+        return block
+    return f"<details><summary>{escape(item.folded)}</summary>\n\n{block}\n\n</details>"
+
+
+def grid(table: Table) -> list[str]:
+    """A table: text to the left, numbers to the right; names as code where nothing in them ends it."""
+    lines = [[escape(column.head) for column in table.columns]]
+    lines.append(["---" if column.is_text else "---:" for column in table.columns])
+    for at, row in enumerate(table.rows):
+        cells = [
+            f"`{text}`" if column.kind == "code" and re.fullmatch(r"[\w.:-]+", text) else escape(text)
+            for text, column in zip(row, table.columns, strict=True)
+        ]
+        lines.append([f"  {cells[0]}" if at in table.parts else cells[0], *cells[1:]])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def to_csv(table: Table) -> str:
+    """A table with its heads; numbers as they are, and no text that a program takes for a formula."""
+    text = io.StringIO()
+    rows = ([column.head for column in table.columns], *table.rows)
+    csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else "") + console.plain(value)
+
+
+# --- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+def show(study: Study) -> None:
+    """Prints the summary of a report: tables of results and what was done."""
+    for section in document(study, [chapter(run) for run in study.runs]):
+        if not section.is_summary:
+            continue
+        if not any(isinstance(item, Table) for item in section.items):
+            print(console.plain(section.title))
+        for item in sorted(section.items, key=lambda item: isinstance(item, Table)):  # tables last
+            if isinstance(item, Facts):
+                print("\n".join(map(console.plain, item.lines)))
+            elif isinstance(item, Table):
+                rows = [[f"  {row[0]}" if at in item.parts else row[0], *row[1:]] for at, row in enumerate(item.rows)]
+                console.show_table(section.title, [column.head for column in item.columns], rows)
+
+
+def show_results(results: dict[str, Json], seed: int) -> None:
+    """Prints what was measured.
+
+    Args:
+        results: contents of results files by label.
+        seed: the configured one, which names leave out.
+    """
+    by_label = {label: Results.from_json(content) for label, content in results.items()}
+    named, _ = distinguish({label: values_of(content.results) for label, content in by_label.items()}, seed)
+    for label, values in named.items():
+        rows = []
+        for quantity, value in values.items():
+            is_share = value.number is None or quantity.metric.is_share
+            number = NOTHING if value.number is None else format(value.number, ".2%" if is_share else ".3f")
+            norm = f"{value.norm:.2%}" if is_share and value.norm is not None else ""
+            rows.append(("  " * is_part(quantity) + quantity.label, number, norm))
+        title = f"{label}: {by_label[label].checkpoint}"
+        console.show_table(title, ("measure", "acc / perplexity", "acc_norm"), rows)
