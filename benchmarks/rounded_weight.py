@@ -24,6 +24,7 @@ from hardware import describe
 from torch import Tensor
 
 from sppctl import records
+from sppctl.adapters.products import product
 from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp import layer as spp_layer
 from sppctl.config.load import load_config
@@ -75,7 +76,9 @@ def residual(
 ) -> Tensor:
     """The sum of the two branches for a single adapter without dropout."""
     ((alpha, beta, scale, dropout),) = adapters
-    return F.linear(x, weight, bias) + kernel._SppLinear.apply(x, weight, None, alpha, beta, scale, dropout, False)
+    return F.linear(x, weight, bias) + product(
+        kernel.SppBranch(scale, dropout, base=False), x, None, weight, alpha, beta
+    )
 
 
 def compare(config: Config, pruned: Path, scratch: Path) -> str:

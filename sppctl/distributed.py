@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from sppctl.errors import StageError, UserError
 
 if TYPE_CHECKING:
     import torch
-
 T = TypeVar("T")
 
 
@@ -40,26 +39,19 @@ def is_main() -> bool:
 
 def connect(device: torch.device) -> None:
     """Joins the other processes: gloo on the CPU, NCCL on GPUs; at most once."""
-    import torch.distributed as dist
-
-    if world_size() > 1 and not dist.is_initialized():
-        backend = "gloo"
+    if world_size() > 1 and not is_connected():
         if device.type == "cuda":
             import torch
 
             torch.cuda.set_device(device)
-            backend = "nccl"
         # one process may unpack, tokenise or write for long while the others wait
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        _torch().init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def is_connected() -> bool:
     """Whether this process has joined the others: what it meets from then on they need not meet alike."""
-    if world_size() == 1:
-        return False  # without torch
-    import torch.distributed as dist
-
-    return dist.is_initialized()
+    return world_size() > 1 and bool(_torch().is_initialized())
 
 
 def exit_now(code: int) -> NoReturn:
@@ -75,17 +67,11 @@ def exit_now(code: int) -> NoReturn:
 
 
 def leave() -> bool:
-    """The end of the work in several processes: the first goes on alone, the others have nothing left to do.
-
-    Returns:
-        Whether this process is the one that goes on.
-    """
-    import torch.distributed as dist
-
+    """The end of the work in several processes: the first continues alone; whether this process is the first."""
     if world_size() == 1:
         return True
-    dist.barrier()
-    dist.destroy_process_group()
+    _torch().barrier()
+    _torch().destroy_process_group()
     if not is_main():
         return False
     del os.environ["WORLD_SIZE"], os.environ["RANK"]
@@ -94,10 +80,8 @@ def leave() -> bool:
 
 def barrier() -> None:
     """Waits for the others."""
-    import torch.distributed as dist
-
     if is_connected():
-        dist.barrier()
+        _torch().barrier()
 
 
 @contextmanager
@@ -114,11 +98,9 @@ def first_process_first() -> Iterator[None]:
 
 def all_reduce_sum(*tensors: torch.Tensor) -> None:
     """Replaces each tensor by its sum over the processes."""
-    import torch.distributed as dist
-
     if world_size() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            _torch().all_reduce(tensor)
 
 
 class Counted(Protocol):
@@ -132,9 +114,9 @@ class Counted(Protocol):
 
 def all_reduce_counted(statistics: Counted) -> None:
     """Replaces sums and number of tokens by those of all processes."""
-    import torch
-
     if world_size() > 1:
+        import torch
+
         totals = statistics.totals()
         count = torch.tensor(statistics.num_tokens, device=totals[0].device)
         all_reduce_sum(count, *totals)
@@ -143,34 +125,35 @@ def all_reduce_counted(statistics: Counted) -> None:
 
 def all_reduce_max(tensor: torch.Tensor) -> None:
     """Replaces a tensor by its maximum over the processes."""
-    import torch.distributed as dist
-
     if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        _torch().all_reduce(tensor, _torch().ReduceOp.MAX)
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> None:
     """Overwrites a tensor with that of process ``source``."""
-    import torch.distributed as dist
-
     if world_size() > 1:
-        dist.broadcast(tensor, source)
+        _torch().broadcast(tensor, source)
 
 
 def first_known(value: T | None) -> T | None:
     """The small value of the first process that has one, known to all; None where none has."""
-    return next((found for found in gather_objects(value) if found is not None), None)
+    return next((known for known in gather_objects(value) if known is not None), None)
 
 
 def broadcast_object(value: T, source: int) -> T:
     """The small value that process ``source`` has."""
-    import torch.distributed as dist
-
-    if world_size() == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values, source)
+    if world_size() > 1:
+        _torch().broadcast_object_list(values, source)
     return values[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The small values of all processes, in their order."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        _torch().all_gather_object(values, value)
+    return values
 
 
 def decide(choose: Callable[[], T], source: int = 0) -> T:
@@ -190,12 +173,8 @@ def decide(choose: Callable[[], T], source: int = 0) -> T:
     return outcome  # type: ignore[return-value]
 
 
-def gather_objects(value: T) -> list[T]:
-    """The small values of all processes, in their order."""
+def _torch() -> Any:
+    """``torch.distributed``: a process that is alone never imports it, and commands start without torch."""
     import torch.distributed as dist
 
-    if world_size() == 1:
-        return [value]
-    values: list[T] = [value] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return dist

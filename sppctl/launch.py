@@ -60,14 +60,14 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     if tasks == "1" or "SLURM_PROCID" not in environment or "WORLD_SIZE" in environment:
         return {}
     job = int(environment.get("SLURM_JOB_ID", "0"))
-    wanted = {
+    variables = {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": str(20000 + job % 20000),  # the same in all tasks, another one for the job beside this one
     }
-    return {name: value for name, value in wanted.items() if name not in environment}
+    return {name: value for name, value in variables.items() if name not in environment}
 
 
 def first_host(nodes: str) -> str:
@@ -139,23 +139,16 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
     """Runs ``sppctl ARGUMENTS`` in several processes of this machine and waits for them.
 
     SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to all of them. If one fails, the others have GRACE_SECONDS to
-    fail by themselves.
-
-    Args:
-        arguments: of the command line.
-        number: of processes.
-        silent: what they print on stdout is not wanted.
+    fail by themselves. ``silent`` drops what they print on stdout.
 
     Returns:
         The exit code of the process that failed first, 128 + the number of the signal that ended it; 0 if none failed.
     """
-    shared = os.environ | {
-        "WORLD_SIZE": str(number),
-        "LOCAL_WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        _PARENT: str(os.getpid()),
-    }
-    shared.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // number)))
+    shared = os.environ | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    shared[_PARENT] = str(os.getpid())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // number)))
+    command = [sys.executable, "-m", "sppctl", *arguments]
     with contextlib.ExitStack() as stack:
         shared["MASTER_PORT"] = str(stack.enter_context(held_port()))
         # what the others say is shown only if they are the first to fail
@@ -164,25 +157,30 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
         processes: list[subprocess.Popen[bytes]] = []
         with _passed_on(processes):
             for rank, stderr in enumerate(errors):
-                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                # in a session of their own, so that Ctrl-C on a terminal reaches them once, through this process
-                command = [sys.executable, "-m", "sppctl", *arguments]
+                variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 stdout = subprocess.DEVNULL if silent else None
-                process = subprocess.Popen(command, env=own, stdout=stdout, stderr=stderr, start_new_session=True)  # noqa: S603
+                # in a session of their own, so that Ctrl-C on a terminal reaches them once, through this process
+                process = subprocess.Popen(command, env=variables, stdout=stdout, stderr=stderr, start_new_session=True)  # noqa: S603
                 processes.append(process)
             failures = _failures(processes)
         if not failures:
             return 0
-        failed = _cause(failures, processes, errors)
-        code, stderr = processes[failed].returncode, errors[failed]
-        if stderr is not None:
-            stderr.seek(0)
-            sys.stderr.write(stderr.read().decode(errors="replace"))
-        if code < 0 and -code not in SIGNALS:
-            console.note(f"error: process {failed} of {number} was ended by {signal.Signals(-code).name}")
+        texts = [_content(stderr) for stderr in errors]
+    failed = _cause(failures, processes, texts)
+    code = processes[failed].returncode
+    sys.stderr.write(texts[failed])
+    if code < 0 and -code not in SIGNALS:
+        console.note(f"error: process {failed} of {number} was ended by {signal.Signals(-code).name}")
     if code == -signal.SIGUSR1:  # before the process could answer
         return 128 + signal.SIGTERM
     return code if code > 0 else 128 - code
+
+
+def _content(file: IO[bytes] | None) -> str:
+    if file is None:
+        return ""
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 @contextlib.contextmanager
@@ -219,18 +217,16 @@ def _failures(processes: list[subprocess.Popen[bytes]]) -> list[int]:
         time.sleep(0.05)
 
 
-def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], errors: list[IO[bytes] | None]) -> int:
+def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], texts: list[str]) -> int:
     """Of the processes that failed, the one that knows why: those who lose their connection to it may end sooner."""
     for rank in failed:
-        code, stderr = processes[rank].returncode, errors[rank]
+        code = processes[rank].returncode
         if code > 1 or (code < 0 and -code not in SIGNALS):
             return rank  # its own code for what it said itself, or somebody killed it
-        if stderr is not None:
-            stderr.seek(0)
-            said = re.findall(r"^error: .*", stderr.read().decode(errors="replace"), re.MULTILINE)
-            if said and not _LOST.search(said[-1]):
-                return rank
-    return 0 if 0 in failed else failed[0]  # the words of the first have been heard
+        errors = re.findall(r"^error: .*", texts[rank], re.MULTILINE)
+        if errors and not _LOST.search(errors[-1]):
+            return rank
+    return 0 if 0 in failed else failed[0]  # what the first says has been shown
 
 
 @contextlib.contextmanager
@@ -243,7 +239,3 @@ def held_port() -> Iterator[int]:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from peft.config import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-C = TypeVar("C", bound=PeftConfig)
+from sppctl.adapters.config import BranchConfig, SparseConfig
+from sppctl.adapters.products import Branch
+
+C = TypeVar("C", bound=SparseConfig)
+B = TypeVar("B", bound=BranchConfig)
 
 
 class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
-    """``base_layer`` (an ``nn.Linear``, frozen) and any number of adapters on it.
+    """``base_layer`` (linear, frozen) and any number of adapters on it.
 
-    A subclass names its parameters in ``adapter_layer_names`` (the first of them exists for every adapter), and says in
-    :meth:`update_layer`, :meth:`effective_weight` and :meth:`adapted` what they are and do.
+    Of the base layer an adapter reads ``weight`` (out_features, in_features) and ``bias``, PEFT's properties; only
+    merging writes. A subclass names its parameters in ``adapter_layer_names`` (the first of them exists for every
+    adapter), what else it keeps by adapter in ``other_param_names``, and says in :meth:`create`,
+    :meth:`effective_weight` and :meth:`adapted` what they are and do.
     """
+
+    buffer_names: tuple[str, ...] = ()  # of other_param_names: tensors, which are stored with the adapter
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: C) -> None:
         super().__init__()
         self.base_layer = base_layer
-        linear = self._linear()
+        linear: Any = self.get_base_layer()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._weight_before_merge: Tensor | None = None
         self._active_adapter = adapter_name
+        for part in self.adapter_layer_names:
+            setattr(self, part, nn.ParameterDict())
+        for part in self.other_param_names:
+            setattr(self, part, BufferDict(persistent=True) if part in self.buffer_names else {})
+        self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: C) -> None:
         """Adds an adapter, or starts one anew."""
+        self.create(adapter_name, config)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def create(self, adapter_name: str, config: C) -> None:
+        """Makes an adapter's tensors as they are before training, in float32: bfloat16 would lose small steps."""
         raise NotImplementedError
 
     def effective_weight(self, weight: Tensor, names: list[str]) -> Tensor:
@@ -44,11 +60,6 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         """(..., in_features) to (..., out_features), under the named adapters."""
         raise NotImplementedError
 
-    def _linear(self) -> nn.Linear:
-        linear = self.get_base_layer()
-        assert isinstance(linear, nn.Linear)
-        return linear
-
     def _known(self, names: list[str]) -> list[str]:
         """Those of the adapters that this layer has."""
         parameters = getattr(self, self.adapter_layer_names[0])
@@ -56,37 +67,28 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own gives the adapter the dtype of the layer too, and so rounds a loaded one to bfloat16
-        target = self._linear().weight.device if device is None else device
-        for part in (*self.adapter_layer_names, *self.other_param_names):
+        target = self.weight.device if device is None else device
+        for part in (*self.adapter_layer_names, *self.buffer_names):
             tensors = getattr(self, part)
-            if (
-                isinstance(tensors, nn.ParameterDict | BufferDict)
-                and adapter_name in tensors
-                and not tensors[adapter_name].is_meta
-            ):
+            if adapter_name in tensors and not tensors[adapter_name].is_meta:
                 tensors[adapter_name] = tensors[adapter_name].to(target)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the effective weight into the base layer.
-
-        Args:
-            safe_merge: refuse a result that is not finite.
-            adapter_names: adapters to merge; the active ones if None.
+        """Puts the effective weight of some adapters, by default of the active ones, into the base layer.
 
         Raises:
-            ValueError: safe_merge found a value that is not finite.
+            ValueError: ``safe_merge``, and a value is not finite.
         """
         names = self._known(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        linear = self._linear()
-        source = linear.weight.data if self._weight_before_merge is None else self._weight_before_merge
+        source = self.weight.data if self._weight_before_merge is None else self._weight_before_merge
         merged = self.effective_weight(source, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(names)} gives values that are not finite; the adapter is broken")
         self._weight_before_merge = source
-        linear.weight.data = merged
+        self.weight.data = merged
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -95,18 +97,16 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._weight_before_merge is not None
-        self._linear().weight.data = self._weight_before_merge
+        self.weight.data = self._weight_before_merge
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features), under the active adapters."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         active = self._known(self.active_adapters)
-        if self.merged or not active:
+        if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         return self.adapted(x, active)
 
@@ -114,25 +114,27 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         return f"{type(self).__module__.split('.')[-2]}.{super().__repr__()}"
 
 
-def only(names: list[str]) -> str:
-    """The one adapter that is active; raises ValueError where several would each replace the whole weight."""
-    if len(names) > 1:
-        raise ValueError(f"adapters {', '.join(names)} each replace the whole weight; activate one of them")
-    return names[0]
+class BranchLinear(SparseLinear[B]):
+    """Each adapter is a branch of two factors, with a scale and with dropout on its input; branches add up."""
 
+    other_param_names = ("r", "scaling", "dropout")
+    r: dict[str, int]
+    scaling: dict[str, float]
+    dropout: dict[str, float]
 
-def autocast_inputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable[[Tensor, Tensor | None], Tensor]
-) -> Tensor:
-    """Calls ``compute`` with x and bias in the dtype of the product: autocast's where it is on, else that of x.
+    def update_layer(self, adapter_name: str, config: B) -> None:
+        """Adds an adapter, or starts one anew."""
+        self.r[adapter_name], self.scaling[adapter_name] = config.r, config.scale
+        self.dropout[adapter_name] = config.dropout
+        super().update_layer(adapter_name, config)
 
-    Raises:
-        ValueError: without autocast, x and the weight differ in dtype.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = bias if bias is None else bias.to(x.dtype)
-    elif x.dtype != weight.dtype:
-        raise ValueError(f"the layer's input is {x.dtype}, its weight {weight.dtype}; convert one, or use autocast")
-    with torch.autocast(x.device.type, enabled=False):
-        return compute(x, bias)
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Its two factors, in the order of ``adapter_layer_names``."""
+        first, second = (getattr(self, part)[adapter] for part in self.adapter_layer_names)
+        return first, second
+
+    def branches(self, names: list[str]) -> list[Branch]:
+        """Factors, scale and dropout of the named adapters."""
+        return [
+            (*self.factors(name), self.scaling[name], self.dropout[name] if self.training else 0.0) for name in names
+        ]

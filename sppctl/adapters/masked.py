@@ -28,21 +28,11 @@ def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
     Args:
         values: (rows, n) of any float dtype.
         mask: (rows, n), any dtype; kept where it is not zero.
-        dtype: of the result.
-
-    Returns:
-        (rows, n).
+        dtype: of the result (rows, n).
     """
-    rounded = values.to(dtype)
-    smallest = torch.tensor(_smallest(dtype), dtype=dtype, device=rounded.device)
+    rounded, info = values.to(dtype), torch.finfo(dtype)
+    # hardware may take subnormal numbers for zero, but not float16's, whose smallest normal one, 6e-5, is not small
+    tiny = info.tiny * info.eps if dtype == torch.float16 else info.tiny
+    smallest = torch.tensor(tiny, dtype=dtype, device=rounded.device)
     rounded = torch.where(rounded == 0, smallest.copysign(rounded), rounded)
     return rounded.masked_fill_(mask == 0, 0)
-
-
-def _smallest(dtype: torch.dtype) -> float:
-    """The smallest number that survives in computations: hardware may take subnormal ones for zero, but not float16's.
-
-    Among real weights the smallest normal number of float16, 6e-5, would not be small.
-    """
-    info = torch.finfo(dtype)
-    return info.tiny * info.eps if dtype == torch.float16 else info.tiny

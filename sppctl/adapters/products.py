@@ -1,33 +1,169 @@
-"""The one matrix product of training that a frozen layer does not have: the moment dy^T x of a weight's gradient."""
+"""The products of a linear layer whose weight a method makes anew in each pass; its backward keeps nothing but x.
+
+With W_eff (m, n) what the method makes of its tensors, y = x W_eff^T + bias and dx = dy W_eff. An adapter's branch with
+dropout is a product of its own, y = x W^T + bias + dropout(x) W_branch^T; its places are drawn again from a seed.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STRIP = 64  # tokens: as many bfloat16 numbers as two cache lines hold
+SPARE_DRAWS = 6  # of the gaps between dropped places, in standard deviations of their number
+Branch = tuple[Tensor, Tensor, float, float]  # an active adapter's two factors, scale and dropout
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a method makes its weight of tensors, of which the first is (m, n).
+
+    Attributes:
+        scale: s, of an adapter's branch.
+        dropout: probability of zeroing an input of the branch.
+        base: whether the product contains that of W, the first of the tensors, too.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+    base: bool = True
+
+    @property
+    def branch_scale(self) -> float:
+        """s, with what makes up for the inputs that dropout zeroes."""
+        return self.scale / (1 - self.dropout)
+
+    def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
+        """The weight (m, n), rounded once to ``dtype``; that of the branch alone unless ``base``."""
+        raise NotImplementedError
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
+    ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """The weight of :meth:`weight` where it is made in passing, and the gradients of the tensors.
+
+        Args:
+            dy: (tokens, m).
+            x: (tokens, n), the branch's input.
+            tensors, base: as in :meth:`weight`.
+        """
+        raise NotImplementedError
+
+
+class _Product(torch.autograd.Function):
+    """Products without dropout: one forward, two backward. With dropout on a base layer: two and three."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.rule = rule
+        # drawn from the global generator, which gradient checkpointing restores before it recomputes
+        ctx.seed = int(torch.randint(0, 2**62, (1,))) if rule.dropout else None
+        ctx.save_for_backward(x, *tensors)
+        if not rule.dropout:
+            return F.linear(x, rule.weight(tensors, x.dtype, rule.base), bias)
+        branch_weight = rule.weight(tensors, x.dtype, base=False)
+        dropped = zeroed(x.reshape(-1, x.shape[-1]), dropped_places(x, rule.dropout, ctx.seed))
+        if not rule.base:
+            return F.linear(dropped, branch_weight).view(*x.shape[:-1], -1)
+        y = F.linear(x, tensors[0].to(x.dtype), bias)
+        y.view(-1, y.shape[-1]).addmm_(dropped, branch_weight.t())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        rule, (x, *tensors) = ctx.rule, ctx.saved_tensors
+        m, n = tensors[0].shape
+        rows, inputs = grad_output.reshape(-1, m).to(x.dtype), x.reshape(-1, n)
+        places = dropped_places(x, rule.dropout, ctx.seed) if rule.dropout else None
+        base = rule.base and places is None
+        grad_x, weight, gradients = None, None, [None] * len(tensors)
+        if any(ctx.needs_input_grad[3:]):
+            branch_inputs = inputs if places is None else zeroed(inputs, places)
+            weight, gradients = rule.gradients(rows, branch_inputs, tensors, base)
+        if ctx.needs_input_grad[1]:
+            grad_x = rows @ (rule.weight(tensors, x.dtype, base) if weight is None else weight)
+            if places is not None:
+                grad_x.view(-1)[places] = 0
+                if rule.base:
+                    grad_x.addmm_(rows, tensors[0].to(x.dtype))
+            grad_x = grad_x.view(x.shape)
+        return None, grad_x, rows.sum(0) if ctx.needs_input_grad[2] else None, *gradients
+
+
+def product(rule: Rule, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    """The product (..., m) of x (..., n) with the weight that a rule makes of tensors; a branch alone has no bias."""
+    return cast(Tensor, _Product.apply(rule, x, bias, *tensors))
+
+
+def autocast_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """The layer (..., n) to (..., m): ``compute`` of x and bias in autocast's dtype where it is on, else in that of x.
+
+    Raises:
+        ValueError: without autocast, x and the weight differ in dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = bias if bias is None else bias.to(x.dtype)
+    elif x.dtype != weight.dtype:
+        raise ValueError(f"the layer's input is {x.dtype}, its weight {weight.dtype}; convert one, or use autocast")
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(x, bias)
 
 
 def moment_of(grad_output: Tensor, inputs: Tensor) -> Tensor:
-    """dy^T x (m, n) in their dtype, of dy (tokens, m) and x (tokens, n).
+    """dy^T x (m, n) in their dtype, of dy (tokens, m) and x (tokens, n): the product that a frozen layer does not have.
 
-    oneDNN's kernel for AMX takes 2.6 times as long for a left side that is transposed as for one that lies in order;
-    putting it in order costs a fifth of what that saves.
+    oneDNN's kernel for AMX takes 2.6 times as long for a left side that is transposed as for one that is contiguous;
+    copying it costs a fifth of what that saves.
     """
     if grad_output.dtype == torch.bfloat16 and grad_output.device.type == "cpu" and has_amx():
-        return _transposed(grad_output) @ inputs
+        # in strips: PyTorch's own copy of a transpose reads whole columns and misses the cache
+        transposed = grad_output.new_empty(grad_output.shape[1], grad_output.shape[0])
+        for start in range(0, grad_output.shape[0], STRIP):
+            transposed[:, start : start + STRIP] = grad_output[start : start + STRIP].t()
+        return transposed @ inputs
     return grad_output.t() @ inputs
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    """A contiguous copy of the transpose, in strips: PyTorch's own copy reads whole columns and misses the cache."""
-    result = matrix.new_empty(matrix.shape[1], matrix.shape[0])
-    for start in range(0, matrix.shape[0], STRIP):
-        result[:, start : start + STRIP] = matrix[start : start + STRIP].t()
-    return result
 
 
 def has_amx() -> bool:
     """Whether the CPU multiplies bfloat16 matrices in tiles."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is not None and bool(supported())
+
+
+def dropped_places(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Where a Bernoulli mask zeroes x, seen flat; the same seed gives the same places.
+
+    Returns:
+        int64 positions on a CPU, where a draw for each zero is cheaper than one for each element: the gaps between the
+        zeros are geometric. On a GPU a boolean mask (elements,).
+    """
+    size = x.numel()
+    generator = torch.Generator(x.device).manual_seed(seed)
+    if x.device.type != "cpu":
+        return torch.empty(size, dtype=torch.bool, device=x.device).bernoulli_(dropout, generator=generator)
+    draws = 16 + int(size * dropout + SPARE_DRAWS * math.sqrt(size * dropout))
+    found, last = [], -1
+    while last < size:
+        uniform = torch.rand(draws, generator=generator)
+        gaps = uniform.neg_().log1p_().div_(math.log1p(-dropout)).long().add_(1)
+        found.append(gaps.cumsum_(0).add_(last))
+        last = int(found[-1][-1])
+    places = found[0] if len(found) == 1 else torch.cat(found)
+    return places[: int(torch.searchsorted(places, size))]
+
+
+def zeroed(x: Tensor, places: Tensor) -> Tensor:
+    """A contiguous copy of x with zeros at the places."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.view(-1)[places] = 0
+    return x

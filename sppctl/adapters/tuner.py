@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import enum
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
@@ -14,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from sppctl.adapters.config import SparseConfig
 from sppctl.adapters.linear import SparseLinear
 
 # SPP's paper adapts every projection of the blocks: attention q, k, v, o and MLP gate, up, down
@@ -32,11 +30,17 @@ class SparseTuner(BaseTuner):
     tuner_layer_cls: type[SparseLinear[Any]]
     target_module_mapping = TARGETS_BY_MODEL_TYPE
 
+    def __init_subclass__(cls, config: type[SparseConfig]) -> None:
+        """Makes a method known to PEFT, which finds it in dictionaries by its type."""
+        PEFT_TYPE_TO_CONFIG_MAPPING[config.method] = config  # type: ignore[index]
+        PEFT_TYPE_TO_TUNER_MAPPING[config.method] = cls  # type: ignore[index]
+        PEFT_TYPE_TO_PREFIX_MAPPING[config.method] = cls.prefix  # type: ignore[index]
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SparseConfig)
         if peft_config.target_modules is None:
             names = self.target_module_mapping.get(model_config["model_type"], DEFAULT_TARGETS)
-            peft_config.target_modules = set(names)  # type: ignore[assignment]
+            peft_config.target_modules = set(names)
         return peft_config
 
     def _create_and_replace(
@@ -49,7 +53,8 @@ class SparseTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = self._layer_config(peft_config, current_key)
+        assert isinstance(peft_config, SparseConfig)
+        config = peft_config.for_layer(current_key)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config)
             return
@@ -71,50 +76,3 @@ class SparseTuner(BaseTuner):
                 "once for each adapter, after set_adapter"
             )
         yield
-
-    def _layer_config(self, peft_config: PeftConfig, name: str) -> PeftConfig:
-        """The configuration for the layer of that name."""
-        return peft_config
-
-
-@dataclass
-class SparseConfig(PeftConfig):
-    """What the configurations of all methods hold.
-
-    Args:
-        target_modules: names of the linear layers to adapt, or a regular expression, or ``"all-linear"``.
-        exclude_modules: names to leave out, or a regular expression.
-        modules_to_save: further modules to train and store whole (for example a classifier head).
-    """
-
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train whole."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-
-
-def check_branch(name: str, r: int, scale: float, dropout: float) -> None:
-    """Raises ValueError for a rank below 1, a scale that is not a positive number, or a dropout outside [0, 1)."""
-    if r < 1:
-        raise ValueError(f"{name}: r = {r}, but the adapter needs a rank of at least one")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{name}: scale = {scale}, but the adapter branch needs a positive, finite weight")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{name}: dropout = {dropout} is not in [0, 1)")
-
-
-def register(peft_type: enum.Enum, config: type[SparseConfig], tuner: type[SparseTuner]) -> None:
-    """Makes a method known to PEFT.
-
-    PEFT finds a method through dictionaries keyed by its type; its own enumeration is closed, but any string
-    enumeration hashes and serialises alike, so no fork is needed.
-    """
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix  # type: ignore[index]

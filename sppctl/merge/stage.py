@@ -1,11 +1,7 @@
-"""pruned + adapter -> merged: tensor by tensor in float32, rounded once, with proof of the pattern.
-
-What merging is for a type of adapter, and what is proved, is in ``rules``.
-"""
+"""pruned + adapter -> merged: tensor by tensor in float32, rounded once, with proof of the pattern."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +17,7 @@ from sppctl.files import integrity
 from sppctl.files.disk import demand_space
 from sppctl.files.safe_files import OwnFiles, TensorFile, TensorFiles, adapter_file, adapter_settings
 from sppctl.machine import dtype_name
-from sppctl.merge.rules import MERGERS, check_mask, merged_weight, promised_pattern, prove_zeros
+from sppctl.merge.rules import MERGERS, check_mask, merged_weight, prove
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.refreshed import RefreshedFiles
@@ -55,25 +51,17 @@ class Adapter:
             raise UserError(f"{directory} is an adapter of type {kind}; sppctl merges {', '.join(MERGERS)}")
         files = TensorFile(adapter_file(directory))
         modules: dict[str, dict[str, str]] = {}
-        parts = MERGERS[kind].parts(settings)
+        parts = MERGERS[kind].shapes(settings, 0, 0).keys()
         for name in files.specs:
-            module, part = _split(name.removeprefix(PEFT_PREFIX), parts)
-            modules.setdefault(module, {})[part] = name
-        for module, found in modules.items():
-            if found.keys() != parts:
+            # parts may have dots (lora_A.weight)
+            part = next((part for part in parts if name.endswith(f".{part}")), name.rpartition(".")[2])
+            modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(f".{part}"), {})[part] = name
+        for module, names in modules.items():
+            if names.keys() != parts:
                 raise UserError(
-                    f"{directory}: {module} has {', '.join(sorted(found))}, expected {', '.join(sorted(parts))}"
+                    f"{directory}: {module} has {', '.join(sorted(names))}, expected {', '.join(sorted(parts))}"
                 )
         return cls(kind, settings, files, modules)
-
-
-def _split(name: str, parts: set[str]) -> tuple[str, str]:
-    """The module and the part that a tensor is named after; parts may have dots (``lora_A.weight``)."""
-    for part in parts:
-        if name.endswith(f".{part}"):
-            return name.removesuffix(f".{part}"), part
-    module, _, part = name.rpartition(".")
-    return module, part
 
 
 @dataclass(frozen=True)
@@ -97,10 +85,8 @@ def prepare(
 
     Args:
         config: the configuration.
-        pruned: the pruned checkpoint.
-        trained: directory of the adapter.
-        prune_record: of the checkpoint.
-        train_record: of the adapter.
+        pruned, prune_record: the pruned checkpoint, and what was recorded of it.
+        trained, train_record: directory of the adapter, and what was recorded of it.
         out: where the merged checkpoint will be written.
 
     Raises:
@@ -126,12 +112,7 @@ def prepare(
 
 
 def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
-    """Merges an adapter into a pruned checkpoint; the result goes to ``out``, an ordinary checkpoint.
-
-    Args:
-        config: the configuration.
-        prepared: from :func:`prepare`.
-        out: existing, empty directory.
+    """Merges what :func:`prepare` returned into ``out``, an existing, empty directory: an ordinary checkpoint.
 
     Raises:
         UserError: a pruned matrix does not have the mask that was recorded.
@@ -143,11 +124,11 @@ def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
         files = checkpoint.copy_for_rewriting(prepared.pruned, out, config.merge.dtype, convert)
     records = []
     with console.Progress("merging", len(adapter.modules)) as bar:
-        for record in merge_matrices(prepared, files, mask):
-            records.append(record)
+        for module in adapter.modules:
+            records.append(_merge_matrix(prepared, module, files, mask))
             bar.advance()
-    kept, moved = sum(record.kept for record in records), sum(record.moved for record in records)
-    zeros, filled, lost = (sum(getattr(record, what) for record in records) for what in ("zeros", "filled", "lost"))
+    totals = ("kept", "moved", "zeros", "filled", "lost")
+    kept, moved, zeros, filled, lost = (sum(getattr(record, name) for record in records) for name in totals)
     if filled:
         console.note(f"merge: {filled:,} zeros were filled, {lost:,} other weights are zero now (merge.mask {mask})")
     return MergeRecord(
@@ -198,11 +179,11 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
         except UserError as error:
             raise UserError(f"the adapter adapts {module}, which {pruned} does not have: another model's?") from error
         shape = source.spec(name).shape
-        found = {part: adapter.files.specs[key].shape for part, key in parts.items()}
-        if not MERGERS[adapter.kind].fits(found, shape):
-            words = ", ".join(f"{part} {'x'.join(map(str, size))}" for part, size in sorted(found.items()))
+        shapes = {part: adapter.files.specs[key].shape for part, key in parts.items()}
+        if len(shape) != 2 or shapes != MERGERS[adapter.kind].shapes(adapter.settings, *shape):
+            tensors = ", ".join(f"{part} {'x'.join(map(str, size))}" for part, size in sorted(shapes.items()))
             raise UserError(
-                f"the adapter's {module} has {words}, which does not fit the {'x'.join(map(str, shape))} weight of "
+                f"the adapter's {module} has {tensors}, which does not fit the {'x'.join(map(str, shape))} weight of "
                 f"{pruned}: another model's adapter?"
             )
         stored[module] = name
@@ -210,53 +191,17 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
 
 
 @torch.no_grad()
-def merge_matrices(prepared: Prepared, out: OwnFiles, mask: str) -> Iterator[MatrixRecord]:
-    """Merges and proves one matrix after the other.
-
-    Args:
-        prepared: from :func:`prepare`.
-        out: files that already hold a copy of the pruned checkpoint.
-        mask: ``merge.mask``, which zeros are promised.
-
-    Yields:
-        One record per matrix.
-
-    Raises:
-        UserError: a pruned matrix does not have the mask that was recorded.
-        StageError: the promise would not be kept, or a value is not finite; read back from the written file.
-    """
-    source, adapter = prepared.source, prepared.adapter
-    for module, parts in adapter.modules.items():
-        name = prepared.stored[module]
-        weight = source.read(name)
-        if prepared.masks.get(module, digest := integrity.mask_digest(weight)) != digest:
-            raise UserError(
-                f"{source.files[source.home[name]].path}: {name} does not have the zeros that were recorded; nothing "
-                "was published; prune again (sppctl prune --force)"
-            )
-        tensors = {part: adapter.files.read(key) for part, key in parts.items()}
-        merged = merged_weight(adapter.kind, mask, weight, tensors, adapter.settings, out.spec(name).dtype)
-        out.write(name, merged)
-        pattern = promised_pattern(adapter.settings, module)
-        yield _prove(adapter.kind, mask, name, weight, out.read(name), pattern)
-
-
-def _prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MatrixRecord:
-    if not torch.isfinite(written).all():
-        raise StageError(
-            f"merging {name} gives values that are not finite; the adapter is broken, or merge.dtype cannot hold them; "
-            "nothing was published"
+def _merge_matrix(prepared: Prepared, module: str, out: OwnFiles, mask: str) -> MatrixRecord:
+    """Merges one matrix into ``out``, which holds a copy of the pruned checkpoint, and proves what was written."""
+    source, adapter, name = prepared.source, prepared.adapter, prepared.stored[module]
+    weight = source.read(name)
+    if prepared.masks.get(module, digest := integrity.mask_digest(weight)) != digest:
+        raise UserError(
+            f"{source.files[source.home[name]].path}: {name} does not have the zeros that were recorded; nothing "
+            "was published; prune again (sppctl prune --force)"
         )
-    prove_zeros(kind, mask, name, weight, written, pattern)
-    before, after = weight.float(), written.float()
-    zero_before, zero_after = weight == 0, written == 0
-    zeros = int(zero_after.sum())
-    return MatrixRecord(
-        name=name,
-        zeros=zeros,
-        kept=weight.numel() - zeros,
-        moved=int(((weight.to(written.dtype) != written) & ~zero_after).sum()),
-        filled=int((zero_before & ~zero_after).sum()),
-        lost=int((~zero_before & zero_after).sum()),
-        relative_change=((after - before).norm() / before.norm().clamp_min(1e-30)).item(),
-    )
+    tensors = {part: adapter.files.read(key) for part, key in adapter.modules[module].items()}
+    out.write(name, merged_weight(adapter.kind, mask, weight, tensors, adapter.settings, out.spec(name).dtype))
+    promised = adapter.settings.get("patterns", {}).get(module, adapter.settings.get("pattern"))
+    pattern = None if promised is None else Pattern.parse(promised)
+    return prove(adapter.kind, mask, name, weight, out.read(name), pattern)

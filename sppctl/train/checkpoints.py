@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from sppctl import console, distributed
-from sppctl.errors import SharedError, UserError
+from sppctl.errors import SharedError, UserError, first_line
 from sppctl.files import integrity, sealed
 from sppctl.files.disk import sync, sync_tree
 from sppctl.files.safe_files import hides_full_disk
@@ -43,10 +43,10 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int)
     """Writes a checkpoint aside, and names it once all processes have their parts of it on the disk. All must call it.
 
     Args:
-        checkpoints: the folder that holds them.
+        checkpoints: the folder that holds them; the newest ``keep`` stay.
         step: that was done last.
         write: puts this process's part into a directory.
-        keep: number of the newest that stay.
+        keep: at least 1.
 
     Raises:
         StageError: one of the processes cannot write its part; no checkpoint is lost.
@@ -86,7 +86,7 @@ def _problem(write: Callable[[], None]) -> str | None:
     try:
         write()
     except (OSError, RuntimeError, SafetensorError, UserError) as error:
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = first_line(error)
         if hides_full_disk(error) and not isinstance(error, OSError):
             problem += " (is the disk full?)"
     return distributed.first_known(problem)
@@ -121,10 +121,6 @@ def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
 def newest(checkpoints: Path, strategy: str | None) -> Path | None:
     """The newest checkpoint that is intact; None if there is none at all. Damaged ones are renamed, with a warning.
 
-    Args:
-        checkpoints: the folder that holds them.
-        strategy: under which the training continues.
-
     Raises:
         UserError: all are damaged, or it was written under a strategy that this one cannot continue from.
     """
@@ -152,20 +148,17 @@ def newest(checkpoints: Path, strategy: str | None) -> Path | None:
 
 def rest(checkpoints: Path) -> str:
     """What an error leaves: the newest checkpoint."""
-    newest_first = _by_step(checkpoints)
-    if not newest_first:
-        return "there is no checkpoint yet"
-    return f"{newest_first[0][1]} is intact: the same command continues from there"
+    for _, path in _by_step(checkpoints):
+        return f"{path} is intact: the same command continues from there"
+    return "there is no checkpoint yet"
 
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None: nothing."""
     try:
         record = sealed.parse((checkpoint / HASHES).read_bytes())
-    except OSError as error:
-        return f"{HASHES}: {error.strerror}"
-    except ValueError as error:
-        return f"{HASHES}: {error}"
+    except (OSError, ValueError) as error:
+        return f"{HASHES}: {getattr(error, 'strerror', error)}"
     if record["checkpoint"] != checkpoint.name:
         return f"{HASHES} is that of {record['checkpoint']}"
     found = integrity.compare(checkpoint, record["files"])

@@ -10,7 +10,9 @@ step: of all its micro-batches and all processes, however long the responses in 
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +27,7 @@ from sppctl.files import integrity
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
+from sppctl.records import DistillationRecord
 from sppctl.train.watch import State
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
@@ -45,19 +48,22 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     if teacher == BASE:
         return
     directory, trust = locate(teacher), config.model.trust_remote_code
-    theirs = checkpoint.load_config(directory, trust).get_text_config().vocab_size
-    ours = skeleton.config.get_text_config().vocab_size
-    if theirs != ours:
+    sizes = [c.get_text_config().vocab_size for c in (checkpoint.load_config(directory, trust), skeleton.config)]
+    if sizes[0] != sizes[1]:
         raise UserError(
-            f"train.distill.teacher: {teacher} has a vocabulary of {theirs} tokens, the model one of {ours}; "
+            f"train.distill.teacher: {teacher} has a vocabulary of {sizes[0]} tokens, the model one of {sizes[1]}; "
             "the teacher must be of the same family"
         )
     check_directory(directory, trust)
     integrity.check_record(directory)
     try:
-        different = _different_tokens(tokenizer, checkpoint.load_tokenizer(directory, trust))
+        other = checkpoint.load_tokenizer(directory, trust)
     except UserError as error:
         raise UserError(f"train.distill.teacher: {error}; copy the model's own there if it is the same") from error
+    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
+    # added tokens (special ones, mostly) may be missing: instruction-tuned models rename reserved ones
+    added = tokenizer.get_added_vocab().keys() | other.get_added_vocab().keys()
+    different = {token for token, _ in ids.items() ^ other_ids.items()} - (added & (ids.keys() ^ other_ids.keys()))
     if different:
         raise UserError(
             f"train.distill.teacher: {teacher} assigns different ids to {len(different)} tokens than the model, "
@@ -65,38 +71,15 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         )
 
 
-def _different_tokens(ours: Any, theirs: Any) -> set[str]:
-    """Tokens that have another id there, or are missing on one side.
-
-    Added tokens (special ones, mostly) may be missing: instruction-tuned models rename reserved ones.
-    """
-    vocabularies = ours.get_vocab(), theirs.get_vocab()
-    added = ours.get_added_vocab().keys() | theirs.get_added_vocab().keys()
-    return {
-        token
-        for token in vocabularies[0].keys() | vocabularies[1].keys()
-        if vocabularies[0].get(token) != vocabularies[1].get(token)
-        and (token not in added or all(token in vocabulary for vocabulary in vocabularies))
-    }
-
-
 def locate(teacher: str) -> Path:
-    """The directory of a teacher that is not ``base``.
-
-    Raises:
-        UserError: it does not exist, or could not be downloaded.
-    """
+    """The directory of a teacher that is not ``base``; raises UserError if it could not be found or downloaded."""
     return checkpoint.locate(teacher, key="train.distill.teacher")
 
 
 def load(config: Config, base: Path | None, device: torch.device, dtype: str) -> Distillation | None:
     """The configured distillation with its teacher on the device, in the student's dtype; None if there is none.
 
-    Args:
-        config: the configuration.
-        base: the run's dense checkpoint, where it is the teacher.
-        device: of the training.
-        dtype: name of the student's.
+    ``base`` is the run's dense checkpoint, where that is the teacher.
     """
     settings = config.train.distill
     if settings.teacher is None:
@@ -131,26 +114,21 @@ class Distillation:
         """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
 
         Args:
-            loss: its cross-entropy: divided by the tokens of the optimizer step, times the
-                processes, whose gradients are averaged.
+            loss: its cross-entropy, over the tokens of the optimizer step, times the processes, whose gradients are
+                averaged.
             logits: (batch, tokens, vocabulary) of the student.
             inputs: that the student was given.
             responses: (batch, tokens) boolean, the tokens of the responses.
         """
-        with self.watch:
+        with self.watch.span():
             positions = F.pad(responses[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
-            predicted = self._predictions(inputs, positions, logits.dtype)
+            with torch.no_grad():  # only these positions of the teacher's logits stay in memory
+                predicted = self.teacher(**inputs).logits.flatten(0, 1)[positions].to(logits.dtype)
             temperature, weight = self.settings.temperature, self.settings.weight
             scale = weight * temperature**2 * distributed.world_size() / self._responses
             divergence = kl_divergence(logits, predicted, positions, temperature, scale)
         self._divergence += divergence.detach() / (scale * self._responses)
         return (1 - weight) * loss + divergence
-
-    @torch.no_grad()
-    def _predictions(self, inputs: dict[str, Any], positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """The teacher's logits (positions, vocabulary) at some places of the flattened batch; the rest is freed."""
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        return cast(Tensor, self.teacher(**given).logits).flatten(0, 1)[positions].to(dtype)
 
     def report(self) -> float:
         """Mean divergence of a response token since the last report, over all processes."""
@@ -160,25 +138,19 @@ class Distillation:
         self._divergence, self._steps = 0.0, 0
         return mean
 
-    def metrics(self, state: State, seconds: float) -> dict[str, Any]:
-        """What is recorded of a training.
+    def record(self, state: State, seconds: float) -> DistillationRecord:
+        """What is recorded of a training whose last attempt took so many seconds.
 
-        Args:
-            state: of the training; ``kl`` is in the lines of the loss.
-            seconds: of this attempt.
-
-        Returns:
-            Teacher, divergence (last and mean of the logged steps), and the share of the time that teacher and
-            divergence took, without the divergence's share of the backward pass.
+        Of these, the share without the divergence's part of the backward pass is measured.
         """
-        return {
-            "teacher": self.settings.teacher,
-            "weight": self.settings.weight,
-            "temperature": self.settings.temperature,
-            "kl_last": next((line["kl"] for line in reversed(state.history) if "kl" in line), None),
-            "kl_mean": state.mean("kl"),
-            "seconds_share": self.watch.seconds() / seconds,
-        }
+        return DistillationRecord(
+            teacher=self.settings.teacher or "",
+            weight=self.settings.weight,
+            temperature=self.settings.temperature,
+            kl_last=next((line["kl"] for line in reversed(state.history) if "kl" in line), None),
+            kl_mean=state.mean("kl"),
+            seconds_share=self.watch.seconds() / seconds,
+        )
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, positions: Tensor, temperature: float, scale: float) -> Tensor:
@@ -191,10 +163,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, positions: Tensor, temperatu
         teacher: (positions, vocabulary) logits in the same dtype; overwritten.
         positions: int64 places in the flattened (batch x tokens).
         temperature: divides the logits of both.
-        scale: of the sum.
-
-    Returns:
-        A float32 scalar.
+        scale: of the sum, a float32 scalar.
     """
     return cast(Tensor, _Divergence.apply(student, teacher, positions, temperature, scale))
 
@@ -230,23 +199,18 @@ class _Divergence(torch.autograd.Function):
 
 
 class Stopwatch:
-    """Adds up the time spent inside it; on a GPU by events, so that nothing waits for the device."""
+    """Adds up the time spent in its spans; on a GPU by events, so that nothing waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
-        self._start: Any = None
+        self._spans: list[tuple[Any, Any]] = []  # start and end: events, or seconds
 
-    def __enter__(self) -> None:
-        self._start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        end = self._now()
-        if self._on_gpu:
-            self._events.append((self._start, end))
-        else:
-            self._seconds += end - self._start
+    @contextlib.contextmanager
+    def span(self) -> Iterator[None]:
+        """Times what is done inside."""
+        start = self._now()
+        yield
+        self._spans.append((start, self._now()))
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -257,6 +221,7 @@ class Stopwatch:
 
     def seconds(self) -> float:
         """The time so far."""
-        if self._events:
-            torch.cuda.synchronize()
-        return self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        if not self._on_gpu:
+            return sum(end - start for start, end in self._spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans) / 1000

@@ -14,29 +14,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sppctl import console, distributed
+from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
 from sppctl.data import batches, instructions, prompts, vocabulary
 from sppctl.data.batches import Batch
 from sppctl.data.instructions import Example
 from sppctl.errors import UserError
+from sppctl.train import scope
 
 Collator = Callable[[list[Example]], Batch]
 
 CHECKED_TOKENS = 16  # of each of two examples that must not see each other
-
-
-def load_rows(config: Config) -> instructions.Instructions:
-    """Training and validation rows as configured.
-
-    Raises:
-        UserError: they could not be loaded.
-    """
-    section = config.train.data
-    weights = {section.dataset: 1.0} if isinstance(section.dataset, str) else section.dataset
-    return instructions.load_instructions(
-        weights, section.split, val_size=section.val_size, max_rows=section.max_rows, seed=config.run.seed
-    )
 
 
 class Feed:
@@ -55,13 +43,9 @@ class Feed:
     """
 
     def __init__(self, config: Config, tokenizer: Any, vocab_size: int, today: datetime | None = None) -> None:
-        """Loads and tokenises the rows.
+        """Loads and tokenises the rows, for a model that embeds ``vocab_size`` tokens.
 
-        Args:
-            config: the configuration.
-            tokenizer: of the model.
-            vocab_size: tokens that the model embeds.
-            today: as of :func:`sppctl.data.prompts.style`.
+        ``today`` is that of :func:`sppctl.data.prompts.style`.
         """
         train, self.seed = config.train, config.run.seed
         self.settings = train
@@ -70,7 +54,11 @@ class Feed:
                 "train: the tokenizer has no end-of-text token, which every response needs; "
                 "name it in the model's tokenizer_config.json (eos_token)"
             )
-        self.rows, self.style = load_rows(config), prompts.style(train.data.prompt, tokenizer, today)
+        weights = {train.data.dataset: 1.0} if isinstance(train.data.dataset, str) else train.data.dataset
+        self.rows = instructions.load_instructions(
+            weights, train.data.split, val_size=train.data.val_size, max_rows=train.data.max_rows, seed=self.seed
+        )
+        self.style = prompts.style(train.data.prompt, tokenizer, today)
         tokenised = partial(
             instructions.examples,
             tokenizer,
@@ -79,15 +67,16 @@ class Feed:
             train_on_inputs=train.data.train_on_inputs,
         )
         with distributed.first_process_first():
-            every = tokenised(self.rows.train), tokenised(self.rows.held_out)
+            examples = tokenised(self.rows.train), tokenised(self.rows.held_out)
         distils = train.distill.teacher is not None
         # a step or a validation of others alone would be 0/0
-        self.train, self.held_out = every[0].having("response" if distils else "labelled"), every[1].having("labelled")
-        self.unlabelled = len(every[0]) - len(self.train), len(every[1]) - len(self.held_out)
+        self.train = examples[0].having("response" if distils else "labelled")
+        self.held_out = examples[1].having("labelled")
+        self.unlabelled = len(examples[0]) - len(self.train), len(examples[1]) - len(self.held_out)
         if not self.train:
             raise UserError(
                 f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from in any of the "
-                f"{len(every[0])} examples; raise it"
+                f"{len(examples[0])} examples; raise it"
             )
         for part in (self.train, self.held_out):
             vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
@@ -99,8 +88,9 @@ class Feed:
         order = self.order(0) if train.data.group_by_length else some
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
 
-    def tell(self, seq_len: int) -> None:
+    def tell(self) -> None:
         """Prints where the examples are from, what was cut, and what had to be left out."""
+        seq_len = self.settings.data.seq_len
         if len(self.rows.taken) > 1:
             taken = ", ".join(f"{count} of {name}" for name, count in self.rows.taken.items())
             console.note(f"{len(self.train)} examples: {taken}")
@@ -108,20 +98,15 @@ class Feed:
             console.note(f"{self.rows.left_out} rows have the text of a held-out row and are not trained on")
         for count, kind in zip(self.unlabelled, ("training", "validation"), strict=True):
             if count:
-                console.note(
-                    f"{count} {kind} examples have no response within {seq_len} tokens (train.data.seq_len) and are "
-                    "left out"
-                )
+                reason = f"no response within {seq_len} tokens (train.data.seq_len)"
+                console.note(f"{count} {kind} examples have {reason} and are left out")
         if not self.style.ends:
             console.warn(
                 "train.data.prompt: the chat template writes nothing after a response, so no end of it is learned"
             )
         if self.train.truncated:
-            share = self.train.truncated / len(self.train)
-            console.note(
-                f"{self.train.truncated} of {len(self.train)} examples ({share:.1%}) are longer than {seq_len} tokens "
-                "and were cut"
-            )
+            cut, count = self.train.truncated, len(self.train)
+            console.note(f"{cut} of {count} examples ({cut / count:.1%}) are longer than {seq_len} tokens and were cut")
         if self.packing:
             console.note(f"packing: {self.padding_share:.1%} of the positions of padded batches would be padding")
 
@@ -139,26 +124,25 @@ class Feed:
     @property
     def max_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        return self.settings.max_steps or math.ceil(self.settings.epochs * self.steps_per_epoch)
+        return scope.num_steps(self.settings, len(self.train))
+
+    @property
+    def _accumulation(self) -> int:
+        return launch.accumulation(self.settings, distributed.world_size())
 
     def epochs(self, step: int) -> float:
         """Passes over the training examples after an optimizer step, in micro-batches of all processes."""
         epoch, done = divmod(step, self.steps_per_epoch)
         size = self.settings.micro_batch_size * distributed.world_size()
-        return epoch + done * (self.settings.batch_size // size) / math.ceil(len(self.train) / size)
+        return epoch + done * self._accumulation / math.ceil(len(self.train) / size)
 
     def steps(self, first: int) -> Iterator[list[Batch]]:
-        """The micro-batches of this process for one optimizer step after the other, without an end.
-
-        Args:
-            first: steps that are done already.
-        """
-        accumulation = self.settings.batch_size // (self.settings.micro_batch_size * distributed.world_size())
+        """The micro-batches of this process for one optimizer step after the other, endlessly; ``first`` are done."""
         first_epoch, done = divmod(first, self.steps_per_epoch)
         for epoch in itertools.count(first_epoch):
             order = self.order(epoch)[done * self.settings.batch_size :]
             micro_batches = iter(self._loader(self.train, order, self.collator))
-            while step := list(itertools.islice(micro_batches, accumulation)):
+            while step := list(itertools.islice(micro_batches, self._accumulation)):
                 yield step
             done = 0
 
@@ -201,18 +185,3 @@ class Feed:
                     f"{error:.0%} of what it does without borders); set train.data.packing to false, and "
                     "train.data.group_by_length to true to save padding"
                 )
-
-    def metrics(self) -> dict[str, Any]:
-        """What the record of the training says about its data."""
-        return {
-            "examples": len(self.train),
-            "validation_examples": len(self.held_out),
-            "datasets": self.rows.taken,
-            "duplicates_of_held_out": self.rows.left_out,
-            "versions": self.rows.versions,
-            "data_hash": self.rows.hash,
-            "examples_without_labels": self.unlabelled[0],
-            "validation_examples_without_labels": self.unlabelled[1],
-            "truncated_examples": self.train.truncated,
-            "padding_share": self.padding_share,
-        }

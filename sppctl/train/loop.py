@@ -36,39 +36,26 @@ from sppctl.train.distill import Distillation
 from sppctl.train.feed import Feed
 from sppctl.train.watch import Figures, Hook, State, StopSignals, Watch, demand_finite
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a batch, for the model
-
 
 @dataclass
 class Loop:
-    """One training: its model and optimizer under accelerate, and how far it is.
-
-    Attributes:
-        train: the section of the configuration.
-        accelerator: of the processes.
-        peft: the model with its adapter, in the state of the checkpoint that is resumed from.
-        feed: the examples.
-        folder: of the checkpoints.
-        resumed: one of them.
-        distillation: a teacher.
-        hooks: what else happens around the steps.
-        trackers: where figures go besides the history.
-    """
+    """One training: its model and optimizer under accelerate, and how far it is."""
 
     train: TrainConfig
     accelerator: Accelerator
-    peft: Any
+    peft: Any  # the model with its adapter, in the state of the checkpoint that is resumed from
     feed: Feed
-    folder: Path
-    resumed: Path | None
+    folder: Path  # of the checkpoints
+    resumed: Path | None  # one of them
     distillation: Distillation | None
     hooks: Sequence[Hook]
-    trackers: Sequence[GeneralTracker]
+    trackers: Sequence[GeneralTracker]  # where figures go besides the history
 
     def __post_init__(self) -> None:
         train, max_steps = self.train, self.feed.max_steps
-        parameters = [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            self._trained().values(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+        )
         self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
         self.peft = self.accelerator.unwrap_model(self.model)
         warmup = math.ceil(train.warmup_ratio * max_steps)
@@ -94,13 +81,18 @@ class Loop:
         """
         state, train = self.state, self.train
         self.feed.check_packing(self.model, None if self.distillation is None else self.distillation.teacher)
-        steps = self._steps()
+        steps = self.feed.steps(state.step)
+        if self.resumed:
+            # each pass over the data begins with a draw, by torch's DataLoader: within one it was made before the save
+            if state.step % self.feed.steps_per_epoch:
+                steps = itertools.chain([next(steps)], steps)
+            checkpoints.load_random_state(self.resumed)
         stop = None
         with self.watch.bar:
             while state.step < self.feed.max_steps and not stop:
                 norm, rate = self._step(next(steps))
                 state.step += 1
-                self.watch.advance()
+                self.watch.bar.advance(self.watch.text)
                 for hook in self.hooks:
                     if figures := hook.after_step(self.peft, state.step):
                         self._log(figures)
@@ -116,16 +108,6 @@ class Loop:
                     self._save()
         state.seconds = self.watch.seconds()
         return stop
-
-    def _steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of the steps that are left; the random generators are where they were before the first."""
-        steps = self.feed.steps(self.state.step)
-        if self.resumed:
-            # each pass over the data begins with a draw, by torch's DataLoader: within one it was made before the save
-            if self.state.step % self.feed.steps_per_epoch:
-                steps = itertools.chain([next(steps)], steps)
-            checkpoints.load_random_state(self.resumed)
-        return steps
 
     def _step(self, batches: list[Batch]) -> tuple[float, float]:
         """One optimizer step; returns the norm of the gradient, before it was clipped, and the learning rate."""
@@ -174,7 +156,8 @@ class Loop:
         return self.distillation.mix(loss, logits, inputs, batch["response_mask"].to(logits.device))
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name].to(self.accelerator.device) for name in INPUTS if name in batch}
+        names = ("input_ids", "attention_mask", "position_ids")
+        return {name: batch[name].to(self.accelerator.device) for name in names if name in batch}
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -201,11 +184,7 @@ class Loop:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The validation loss: the mean over all predicted tokens, however they are batched and distributed.
-
-        Raises:
-            StageError: it is not finite.
-        """
+        """The mean loss of all predicted held-out tokens, however they are batched; StageError if it is not finite."""
         # DDP would synchronise; DeepSpeed gathers parameters from its first forward on, which may be this one
         model = self.model if self.is_deepspeed or self.is_fsdp else self.peft
         model.eval()
@@ -263,10 +242,9 @@ class Loop:
         Raises:
             StageError: the adapter is not finite.
         """
-        adapter = self._adapter()
-        broken = None
+        adapter, broken = self._adapter(), None
         if distributed.is_main():
-            trained = adapter or {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+            trained = adapter or self._trained()
             broken = next((name for name, tensor in trained.items() if not tensor.isfinite().all()), None)
         broken = distributed.first_known(broken)
         if broken is not None:
@@ -281,9 +259,11 @@ class Loop:
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            trained = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
-            return {name: safe_get_full_fp32_param(p).cpu() for name, p in trained.items()}
-        return shards.gathered(self.peft) if self.is_fsdp else None
+            return {name: safe_get_full_fp32_param(p).cpu() for name, p in self._trained().items()}
+        return shards.gathered(self._trained()) if self.is_fsdp else None
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
 
     def _write_adapter(self, directory: Path, adapter: dict[str, Tensor] | None) -> None:
         self.peft.save_pretrained(str(directory), state_dict=adapter)

@@ -4,42 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel
 
 from sppctl import console
 from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
 from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
-from sppctl.config.settings import Config, TrainConfig
-from sppctl.errors import Problems, UserError
+from sppctl.config.settings import TrainConfig
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
 from sppctl.train.watch import Figures, Hook
 
-HIRA_SINCE = "0.20"
-
 Patterns = Mapping[str, Pattern]
-
-
-def check(config: Config, problems: Problems) -> None:
-    """Notes what forbids the method."""
-    train = config.train
-    if train.method == "ste" and config.launch.strategy != "ddp":
-        problems.add(
-            "train.method",
-            f"ste chooses masks from whole matrices, launch.strategy {config.launch.strategy} shards them",
-            "use ddp",
-        )
-    if train.method == "hira":
-        with problems:
-            _hira_config()
 
 
 def ignored(train: TrainConfig) -> list[str]:
@@ -62,36 +43,25 @@ def ignored(train: TrainConfig) -> list[str]:
 
 
 def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
-    """The PEFT configuration of ``train.method``.
-
-    Args:
-        train: the section of the configuration.
-        target_modules: full names of the linear layers to adapt.
-        patterns: what those of them that were pruned were pruned by.
-    """
+    """The PEFT configuration of ``train.method`` for linear layers by their full names, some pruned by ``patterns``."""
     config: Any = METHODS[train.method].config(train, patterns)
     config.task_type = "CAUSAL_LM"
     config.target_modules = set(target_modules)
     return config
 
 
-def start_at_stored(model: PeftModel, pruned: Path) -> None:
-    """Starts trained copies of weights at what is stored, where the model was converted: it holds them rounded.
+def start_at_stored(model: PeftModel, pruned: Path, prefix: str) -> None:
+    """Starts trained copies of weights at what ``pruned`` stores, where the model was converted: it holds them rounded.
 
-    Args:
-        model: under the method's new adapters.
-        pruned: the checkpoint that it was loaded from.
+    ``prefix`` is what a headless checkpoint's names lack.
     """
-    modules = model.get_base_model().named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, MaskedFullLinear | SteLinear)}
-    if not layers:
-        return
-    files, prefix = TensorFiles(pruned), Skeleton(model.get_base_model().config).base_prefix
-    for name, layer in layers.items():
-        stored = stored_name(files, f"{name}.weight", prefix)
-        if files.spec(stored).dtype != layer.weight.dtype:
-            for adapter in layer.active_adapters:
-                layer.start_at(adapter, files.read(stored))
+    files = TensorFiles(pruned)
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, MaskedFullLinear):  # SteLinear is one
+            stored = stored_name(files, f"{name}.weight", prefix)
+            if files.spec(stored).dtype != layer.weight.dtype:
+                for adapter in layer.active_adapters:
+                    layer.start_at(adapter, files.read(stored))
 
 
 def hooks(train: TrainConfig, max_steps: int) -> list[Hook]:
@@ -99,42 +69,24 @@ def hooks(train: TrainConfig, max_steps: int) -> list[Hook]:
     return [MaskSelection(train.mask_steps, train.mask_decay, max_steps)] if train.method == "ste" else []
 
 
-def _hira_config() -> Any:
-    try:
-        from peft import HiraConfig
-    except ImportError as error:
-        raise UserError(
-            "train.method",
-            f"hira needs peft {HIRA_SINCE} or newer, installed is {version('peft')} (pip install 'peft>={HIRA_SINCE}')",
-        ) from error
-    return HiraConfig
-
-
-def _patterns(patterns: Patterns) -> dict[str, str]:
-    return {name: str(pattern) for name, pattern in patterns.items() if pattern.is_structured}
-
-
 @dataclass(frozen=True)
 class Method:
-    """One way of training.
+    """One way of training."""
 
-    Attributes:
-        keys: those that it uses of the keys of ``train`` that not every method uses.
-        config: makes its PEFT configuration of the section and the patterns of the layers.
-    """
-
-    keys: set[str]
-    config: Callable[[TrainConfig, Patterns], Any]
+    keys: set[str]  # those that it uses of the keys of ``train`` that not every method uses
+    config: Callable[[TrainConfig, Patterns], Any]  # makes its PEFT configuration of section and patterns of the layers
 
 
+def _branch(train: TrainConfig) -> dict[str, Any]:
+    return {"r": train.rank, "scale": train.scale, "dropout": train.dropout}
+
+
+# PEFT asks for a whole alpha and only ever divides it by r
 METHODS = {
     "spp": Method(
         {"rank", "scale", "dropout", "beta", "init"},
-        lambda train, _: SppConfig(
-            r=train.rank, scale=train.scale, dropout=train.dropout, beta=train.beta, init_weights=train.init
-        ),
+        lambda train, _: SppConfig(**_branch(train), beta=train.beta, init_weights=train.init),
     ),
-    # PEFT asks for a whole alpha and only ever divides it by r
     "lora": Method(
         {"rank", "scale", "dropout"},
         lambda train, _: LoraConfig(
@@ -143,13 +95,13 @@ METHODS = {
             lora_dropout=train.dropout,
         ),
     ),
-    "hira": Method({"rank", "dropout"}, lambda train, _: _hira_config()(r=train.rank, hira_dropout=train.dropout)),
-    "masked_lora": Method(
-        {"rank", "scale", "dropout"},
-        lambda train, _: MaskedLoraConfig(r=train.rank, scale=train.scale, dropout=train.dropout),
-    ),
+    "hira": Method({"rank", "dropout"}, lambda train, _: HiraConfig(r=train.rank, hira_dropout=train.dropout)),
+    "masked_lora": Method({"rank", "scale", "dropout"}, lambda train, _: MaskedLoraConfig(**_branch(train))),
     "masked_full": Method(set(), lambda *_: MaskedFullConfig()),
-    "ste": Method({"mask_steps", "mask_decay"}, lambda _, patterns: SteConfig(patterns=_patterns(patterns))),
+    "ste": Method(
+        {"mask_steps", "mask_decay"},
+        lambda _, patterns: SteConfig(patterns={name: str(p) for name, p in patterns.items() if p.is_structured}),
+    ),
 }
 
 

@@ -19,15 +19,9 @@ _WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|allo
 
 @contextlib.contextmanager
 def explained(config: Config, checkpoints: Path, planned: Callable[[], int | None]) -> Iterator[None]:
-    """Turns what libraries raise inside when memory runs out into an error for people.
+    """Turns what libraries raise inside when memory runs out into a StageError for people.
 
-    Args:
-        config: of the training.
-        checkpoints: the folder of its checkpoints, which stay.
-        planned: estimates the bytes that it needs on each device.
-
-    Raises:
-        StageError: memory ran out.
+    ``planned`` estimates the bytes that the training needs on each device.
     """
     try:
         yield
@@ -35,22 +29,19 @@ def explained(config: Config, checkpoints: Path, planned: Callable[[], int | Non
         known = isinstance(error, MemoryError | torch.OutOfMemoryError) or _WORDS.search(str(error))
         if isinstance(error, StageError) or not known:
             raise
-        raise StageError(_message(config, checkpoints, planned(), str(error))) from error
-
-
-def _message(config: Config, checkpoints: Path, planned: int | None, reason: str) -> str:
-    train = config.train
-    wanted = re.search(r"tried to allocate ([\d.,]+ ?\w+)", reason, re.IGNORECASE)
-    helps = ["lower train.micro_batch_size"] if train.micro_batch_size > 1 else []
-    helps += [] if train.gradient_checkpointing else ["set train.gradient_checkpointing=true"]
-    change = (
-        f"{' or '.join(helps)}, which change no result"
-        if helps
-        else "lower train.data.seq_len, or split the weights (launch.strategy=fsdp)"
-    )
-    return (
-        f"out of memory{f' (tried to allocate {wanted[1]})' if wanted else ''} with train.micro_batch_size="
-        f"{train.micro_batch_size} and train.gradient_checkpointing={str(train.gradient_checkpointing).lower()}"
-        f"{'' if planned is None else f', for which sppctl plan estimates {planned / 2**30:.2f} GiB on each device'}; "
-        f"{change}; {rest(checkpoints)}"
-    )
+        train, estimate = config.train, planned()
+        asked = re.search(r"tried to allocate ([\d.,]+ ?\w+)", str(error), re.IGNORECASE)
+        amount = f" (tried to allocate {asked[1]})" if asked else ""
+        plan = (
+            "" if estimate is None else f", for which sppctl plan estimates {estimate / 2**30:.2f} GiB on each device"
+        )
+        helps = ["lower train.micro_batch_size"] if train.micro_batch_size > 1 else []
+        helps += [] if train.gradient_checkpointing else ["set train.gradient_checkpointing=true"]
+        change = "lower train.data.seq_len, or split the weights (launch.strategy=fsdp)"
+        if helps:
+            change = f"{' or '.join(helps)}, which change no result"
+        raise StageError(
+            f"out of memory{amount} with train.micro_batch_size={train.micro_batch_size} and "
+            f"train.gradient_checkpointing={str(train.gradient_checkpointing).lower()}{plan}; {change}; "
+            f"{rest(checkpoints)}"
+        ) from error

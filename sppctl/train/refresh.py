@@ -36,6 +36,7 @@ from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
+from sppctl.records import RefreshRecord
 from sppctl.train.watch import Figures, Hook
 
 ADAPTER = "default"
@@ -44,39 +45,15 @@ SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back:
 
 def check(config: Config, problems: Problems) -> None:
     """Notes what forbids the configured refresh of the mask."""
-    if config.train.refresh.steps is None:
+    train, strategy = config.train, config.launch.strategy
+    if train.refresh.steps is None:
         return
-    if config.train.method != "spp":
-        problems.add(
-            "train.refresh.steps",
-            f"only spp trains under a mask that is refreshed, not {config.train.method}",
-            "set train.method=spp, or train.refresh.steps=null",
-        )
-    if config.launch.strategy != "ddp" and launch.num_processes(config) > 1:
-        problems.add(
-            "train.refresh.steps",
-            f"launch.strategy={config.launch.strategy} shards the weights, a refresh needs them whole",
-            "set launch.strategy=ddp, or train.refresh.steps=null",
-        )
-
-
-def prepare(
-    config: Config,
-    model: PeftModel,
-    pruned: Path,
-    base: Path | None,
-    patterns: dict[str, Pattern],
-    max_steps: int,
-    resumed: Path | None,
-) -> MaskRefresh | None:
-    """The configured refresh, in the state of the checkpoint that training resumes from; None: no refresh."""
-    if config.train.refresh.steps is None:
-        return None
-    assert base is not None
-    refresh = MaskRefresh(config, model, TensorFiles(pruned), TensorFiles(base), patterns, max_steps)
-    if resumed:
-        refresh.restore(resumed)
-    return refresh
+    if train.method != "spp":
+        problem = f"only spp trains under a mask that is refreshed, not {train.method}"
+        problems.add("train.refresh.steps", problem, "set train.method=spp, or train.refresh.steps=null")
+    if strategy != "ddp" and launch.num_processes(config) > 1:
+        problem = f"launch.strategy={strategy} shards the weights, a refresh needs them whole"
+        problems.add("train.refresh.steps", problem, "set launch.strategy=ddp, or train.refresh.steps=null")
 
 
 class MaskRefresh(Hook):
@@ -89,8 +66,11 @@ class MaskRefresh(Hook):
         dense: the checkpoint that was pruned.
         patterns: by which each layer was pruned.
         max_steps: optimizer steps of the training.
+        resumed: the checkpoint that it continues from.
 
     Attributes:
+        layers: those that are trained and were pruned, by name.
+        stored: their weights' names in checkpoints.
         steps: the optimizer steps after which the mask is refreshed; never after the last, which nothing would follow.
     """
 
@@ -98,19 +78,19 @@ class MaskRefresh(Hook):
         self,
         config: Config,
         model: PeftModel,
-        pruned: TensorFiles,
-        dense: TensorFiles,
+        pruned: Path,
+        dense: Path | None,
         patterns: dict[str, Pattern],
         max_steps: int,
+        resumed: Path | None,
     ) -> None:
-        self.model, self.pruned, self.dense, self.settings = model, pruned, dense, config.train.refresh
-        skeleton = Skeleton(model.get_base_model().config, trust_remote_code=config.model.trust_remote_code)
-        self.patterns = patterns
-        modules = model.get_base_model().named_modules()
-        adapted = {name: module for name, module in modules if isinstance(module, SppLinear)}
-        # a layer that is trained but was not pruned has nothing to exchange
-        self.layers = {name: layer for name, layer in adapted.items() if name in self.patterns}
-        self.stored = {name: stored_name(dense, f"{name}.weight", skeleton.base_prefix) for name in self.layers}
+        assert dense is not None
+        self.model, self.patterns, self.settings = model, patterns, config.train.refresh
+        self.pruned, self.dense = TensorFiles(pruned), TensorFiles(dense)
+        base, trust = model.get_base_model(), config.model.trust_remote_code
+        prefix = Skeleton(base.config, trust_remote_code=trust).base_prefix
+        self.layers = {name: m for name, m in base.named_modules() if isinstance(m, SppLinear) and name in patterns}
+        self.stored = {name: stored_name(self.dense, f"{name}.weight", prefix) for name in self.layers}
         self.changed: set[str] = set()
         self._unrounded: dict[str, Tensor] = {}  # changed matrices as stored, on the CPU, if the model's differ
         self._statistics: dict[str, InputMoments] = {}
@@ -128,34 +108,22 @@ class MaskRefresh(Hook):
                 f"train.refresh: no refresh falls into the first {until:.0%} of {max_steps} steps; "
                 "lower train.refresh.steps"
             )
+        if resumed is not None and (resumed / REFRESHED).is_file():
+            file = TensorFile(resumed / REFRESHED)
+            for name, key in self.stored.items():
+                if key in file.specs:
+                    self._put(name, file.read(key))
 
-    # --- around the steps ---------------------------------------------------------------------------------------------
+    # --- inputs -------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
         """Before a step that a refresh follows: starts to gather."""
         if step in self.steps:
-            self._start_gathering()
-
-    def after_step(self, model: PeftModel, step: int) -> Figures:
-        """After such a step: exchanges weights, before anything is measured or saved."""
-        if not self._hooks:
-            return {}
-        for hook in self._hooks:
-            hook.remove()
-        started = time.perf_counter()
-        record = self._refresh()
-        self._hooks, self._statistics, self._real = [], {}, None
-        console.note(f"step {step}: {record['swaps']:,} exchanges change {record['changed_share']:.3%} of the mask")
-        return record | {"seconds": time.perf_counter() - started}
-
-    # --- inputs -------------------------------------------------------------------------------------------------------
-
-    def _start_gathering(self) -> None:
-        for name, layer in self.layers.items():
-            self._statistics[name] = InputMoments(layer.in_features, _base_weight(layer).device)
-            self._hooks.append(layer.register_forward_pre_hook(partial(self._take, name)))
-        self._hooks.append(self.model.register_forward_pre_hook(self._open, with_kwargs=True))
-        self._hooks.append(self.model.register_forward_hook(self._close))
+            for name, layer in self.layers.items():
+                self._statistics[name] = InputMoments(layer.in_features, layer.weight.device)
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._take, name)))
+            self._hooks.append(self.model.register_forward_pre_hook(self._open, with_kwargs=True))
+            self._hooks.append(self.model.register_forward_hook(self._close))
 
     def _open(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         real = kwargs.get("attention_mask")  # none where nothing is padded
@@ -173,8 +141,16 @@ class MaskRefresh(Hook):
     # --- exchanges ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _refresh(self) -> dict[str, Any]:
-        """Exchanges weights in every layer; each process computes its share of the layers and sends the results."""
+    def after_step(self, model: PeftModel, step: int) -> Figures:
+        """After such a step: exchanges weights, before anything is measured or saved.
+
+        Each process computes its share of the layers and sends the results.
+        """
+        if not self._hooks:
+            return {}
+        started = time.perf_counter()
+        for hook in self._hooks:
+            hook.remove()
         swaps = total = 0
         for index, (name, layer) in enumerate(self.layers.items()):
             before, statistics = self.base_weight(name), self._statistics[name]
@@ -191,7 +167,10 @@ class MaskRefresh(Hook):
                 self._put(name, after)
             swaps += regrown
             total += after.numel()
-        return {"swaps": swaps, "changed_share": 2 * swaps / total}
+        self._hooks, self._statistics, self._real = [], {}, None
+        share = 2 * swaps / total
+        console.note(f"step {step}: {swaps:,} exchanges change {share:.3%} of the mask")
+        return {"swaps": swaps, "changed_share": share, "seconds": time.perf_counter() - started}
 
     def _exchanged(self, name: str, layer: SppLinear, weight: Tensor, statistics: InputMoments) -> Tensor:
         """The base weight of a layer under its next mask."""
@@ -208,14 +187,14 @@ class MaskRefresh(Hook):
 
     def base_weight(self, name: str) -> Tensor:
         """A layer's base weight on the layer's device as it is stored, which the model may hold rounded."""
-        weight, key = _base_weight(self.layers[name]), self.stored[name]
+        weight, key = self.layers[name].weight.data, self.stored[name]
         if weight.dtype == self.pruned.spec(key).dtype:
             return weight
         stored = self._unrounded[name] if name in self._unrounded else self.pruned.read(key)
         return stored.to(weight.device)
 
     def _put(self, name: str, stored: Tensor) -> None:
-        weight = _base_weight(self.layers[name])
+        weight = self.layers[name].weight.data
         weight.copy_(stored)
         self.changed.add(name)
         if weight.dtype != stored.dtype:
@@ -225,31 +204,15 @@ class MaskRefresh(Hook):
 
     def save(self, directory: Path) -> None:
         """Writes the changed base weights under their names in checkpoints; no file where nothing has changed."""
-        names = [name for name in self.layers if name in self.changed]
-        if not names:
-            return
-        weights = {self.stored[name]: self.base_weight(name) for name in names}
-        layout = {key: (weight.dtype, tuple(weight.shape)) for key, weight in weights.items()}
-        file = OwnFile.create(directory / REFRESHED, layout, {"format": "pt"})
-        for key, weight in weights.items():
-            file.write(key, weight)
+        weights = {key: self.base_weight(name) for name, key in self.stored.items() if name in self.changed}
+        if weights:
+            layout = {key: (weight.dtype, tuple(weight.shape)) for key, weight in weights.items()}
+            file = OwnFile.create(directory / REFRESHED, layout, {"format": "pt"})
+            for key, weight in weights.items():
+                file.write(key, weight)
 
-    def restore(self, directory: Path) -> None:
-        """Puts a checkpoint's refreshed weights into the model."""
-        path = directory / REFRESHED
-        if not path.is_file():
-            return
-        file = TensorFile(path)
-        for name in self.layers:
-            if self.stored[name] in file.specs:
-                self._put(name, file.read(self.stored[name]))
-
-    def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        """What is recorded of a training.
-
-        Args:
-            history: of the training, with a record of each refresh.
-        """
+    def record(self, history: list[dict[str, Any]]) -> RefreshRecord:
+        """What is recorded of a training with this history."""
         regrown = kept = 0
         masks = {}
         for name in self.layers:
@@ -259,18 +222,12 @@ class MaskRefresh(Hook):
             if name in self.changed:
                 masks[name] = integrity.mask_digest(weight)
                 regrown += int((mask & (self.pruned.read(self.stored[name]) == 0)).sum())
-        return {
-            "refreshes": [entry for entry in history if "swaps" in entry],
-            "changed_matrices": len(self.changed),
-            "masks": masks,
-            "regrown_share": regrown / max(1, kept),
-            "base_weights": f"{REFRESHED} replaces matrices of the pruned checkpoint; on those the adapter is wrong"
+        return RefreshRecord(
+            refreshes=[line for line in history if "swaps" in line],
+            changed_matrices=len(self.changed),
+            masks=masks,
+            regrown_share=regrown / max(1, kept),
+            base_weights=f"{REFRESHED} replaces matrices of the pruned checkpoint; on those the adapter is wrong"
             if self.changed
             else "those of the pruned checkpoint",
-        }
-
-
-def _base_weight(layer: SppLinear) -> Tensor:
-    linear = layer.get_base_layer()
-    assert isinstance(linear, nn.Linear)
-    return linear.weight.data
+        )

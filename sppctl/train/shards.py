@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from sppctl import distributed
+from sppctl import distributed, launch
 from sppctl.config.settings import Config
 from sppctl.model.blocks import Skeleton
 
@@ -28,12 +28,9 @@ DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
 
 
 def make_accelerator(config: Config, device: torch.device, model: Any) -> Accelerator:
-    """accelerate's handle of the processes and of the way in which they share a model, as configured.
+    """accelerate's handle of the processes and of the way in which they share a model, by its decoder blocks.
 
-    Args:
-        config: of the training.
-        device: its kind is used; of several GPUs each process takes its own.
-        model: of transformers, to be sharded by its decoder blocks.
+    Of the device its kind counts; of several GPUs each process takes its own.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one (a sweep, the tests)
     state = PartialState(cpu=device.type == "cpu")  # not by Accelerator, which shards on no CPU that it is told of
@@ -59,12 +56,11 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
 
 
 def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
-    train, processes = config.train, distributed.world_size()
+    train = config.train
     spare_compiling()
-    settings = json.loads(DEEPSPEED.read_text())
-    settings |= {
+    settings = json.loads(DEEPSPEED.read_text()) | {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * processes),
+        "gradient_accumulation_steps": launch.accumulation(train, distributed.world_size()),
         "train_batch_size": train.batch_size,
         "gradient_clipping": train.max_grad_norm,
         # it converts the whole model: to float32 unless told that it is bfloat16
@@ -117,10 +113,9 @@ def keep_frozen_weights(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
-def gathered(model: nn.Module) -> dict[str, Tensor] | None:
-    """The trained parameters, whole, on the CPU of the first process; None in the others. All must call it."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    whole = {name: _whole(parameter.detach()) for name, parameter in trained.items()}
+def gathered(parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Parameters, whole, on the CPU of the first process; None in the others. All must call it."""
+    whole = {name: _whole(parameter.detach()) for name, parameter in parameters.items()}
     return {name: tensor for name, tensor in whole.items() if tensor is not None} if distributed.is_main() else None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import set_seed
 
 from sppctl import console, distributed, launch
@@ -29,11 +29,14 @@ from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
 from sppctl.pattern import Pattern
-from sppctl.records import PruneRecord, TrainRecord, from_json
+from sppctl.records import PruneRecord, TrainRecord
 from sppctl.train import checkpoints, distill, methods, out_of_memory, refresh, scope, shards
 from sppctl.train.feed import Feed
 from sppctl.train.loop import Loop, reporting_to
 from sppctl.train.watch import Hook, PerplexityEvery, StopSignals
+
+# lines of the history that the record keeps
+RECORDED = {"loss", "eval_loss", "perplexity", "mask_changes"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
 
     Args:
         config: the configuration.
-        skeleton: of the dense model.
-        tokenizer: of the dense model.
+        skeleton: of the dense model, as the tokenizer is.
+        tokenizer: that the examples are made with.
         sources: hashes of the local files that are read.
 
     Raises:
@@ -64,13 +67,9 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
     feed: Feed | None = None
     with problems:
         launch.accumulation(train, launch.num_processes(config))
-        _check_strategy(config)
         scope.adapted(config, skeleton)
-        methods.check(config, problems)
         refresh.check(config, problems)
-    limit = checkpoint.max_window(skeleton.config)
-    if limit is not None and train.data.seq_len > limit:
-        problems.add("train.data.seq_len", f"{train.data.seq_len} exceeds the model's {limit} positions")
+    _check_keys(config, skeleton, problems)
     with problems:
         feed = Feed(config, tokenizer, vocabulary.embeddings(skeleton.model))
     with problems:
@@ -78,57 +77,44 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
     with problems:
         distill.preflight(config, skeleton, tokenizer)
     with problems:
-        _check_perplexity(config, skeleton, tokenizer)
-    _check_machine(config, skeleton, problems)
+        if train.perplexity_steps is not None:
+            if not config.eval.perplexity:
+                raise UserError("train.perplexity_steps", "eval.perplexity names no text to measure")
+            evaluate.check_text(config, config.eval.perplexity[0], skeleton, tokenizer)
     problems.raise_all()
     assert feed is not None
     for line in methods.ignored(train):
         console.warn(line)
-    return Prepared(feed, tokenizer, _work(config, feed), sources or {})
+    examples = len(feed.train)
+    seen = train.max_steps * train.batch_size if train.max_steps else train.epochs * examples
+    tokens = sum(feed.train.lengths) / examples * seen
+    if not feed.packing:
+        tokens /= 1 - feed.padding_share
+    passes = 3 + train.gradient_checkpointing + (train.distill.teacher is not None)  # a backward pass is two
+    work = Work(f"{train.method}, {feed.max_steps} steps of {train.batch_size} examples", passes * tokens)
+    return Prepared(feed, tokenizer, work, sources or {})
 
 
-def _check_machine(config: Config, skeleton: Skeleton, problems: Problems) -> None:
-    """Device, gradient checkpointing and loggers."""
-    train, device = config.train, config.model.device
+def _check_keys(config: Config, skeleton: Skeleton, problems: Problems) -> None:
+    """Notes what the model, the machine and the installed libraries do not allow."""
+    train, device, strategy = config.train, config.model.device, config.launch.strategy
+    if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        problems.add("launch.strategy", "zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
+    if train.method == "ste" and strategy != "ddp":
+        problem = f"ste chooses masks from whole matrices, launch.strategy {strategy} shards them"
+        problems.add("train.method", problem, "use ddp")
+    limit = checkpoint.max_window(skeleton.config)
+    if limit is not None and train.data.seq_len > limit:
+        problems.add("train.data.seq_len", f"{train.data.seq_len} exceeds the model's {limit} positions")
     if re.fullmatch(r"cuda:0*[1-9]\d*", device):
-        problems.add(
-            "model.device",
-            f"training runs on the first GPU it sees, not on {device}",
-            f"call CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda",
-        )
+        fix = f"call CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda"
+        problems.add("model.device", f"training runs on the first GPU it sees, not on {device}", fix)
     if train.gradient_checkpointing and not getattr(skeleton.model, "supports_gradient_checkpointing", True):
         kind = skeleton.config.model_type
         problems.add("train.gradient_checkpointing", f"{kind} does not support it in transformers", "set it to false")
     for name in train.report_to:
         if importlib.util.find_spec(name) is None:
             problems.add("train.report_to", f"{name} is not installed", f"pip install {name}, or leave it out")
-
-
-def _work(config: Config, feed: Feed) -> Work:
-    """What the training will do; its tokens with padding, each run forward and twice as much backward."""
-    train, examples = config.train, len(feed.train)
-    steps = scope.num_steps(train, examples)
-    seen = train.max_steps * train.batch_size if train.max_steps else train.epochs * examples
-    tokens = sum(feed.train.lengths) / examples * seen
-    if not feed.packing:
-        tokens /= 1 - feed.padding_share
-    passes = 3 + train.gradient_checkpointing + (train.distill.teacher is not None)
-    return Work(f"{train.method}, {steps} steps of {train.batch_size} examples", passes * tokens)
-
-
-def _check_perplexity(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
-    """Raises UserError if the perplexity is wanted while training, and there is no text for it."""
-    if config.train.perplexity_steps is None:
-        return
-    if not config.eval.perplexity:
-        raise UserError("train.perplexity_steps", "eval.perplexity names no text to measure")
-    evaluate.check_text(config, config.eval.perplexity[0], skeleton, tokenizer)
-
-
-def _check_strategy(config: Config) -> None:
-    """Raises UserError if DeepSpeed is wanted and not there."""
-    if config.launch.strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError("launch.strategy", "zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
 
 
 def execute(
@@ -143,13 +129,11 @@ def execute(
     base: Path | None = None,
     planned: Callable[[], int | None] = lambda: None,
 ) -> TrainRecord:
-    """Trains an adapter on the checkpoint ``pruned`` and saves it, as PEFT does, into ``out``.
+    """Trains an adapter on the checkpoint ``pruned``, which is only read, and saves it into ``out`` as PEFT does.
 
     Args:
-        config: the configuration.
-        prepared: from :func:`prepare`.
-        pruned: the pruned checkpoint, only read.
-        record: of its pruning.
+        config, prepared: as of :func:`prepare`.
+        pruned, record: the pruned checkpoint and what was recorded of it.
         out: directory that may hold checkpoints of an interrupted training.
         dtype: name of the dtype to compute in.
         resume: continue from the newest of them.
@@ -158,85 +142,35 @@ def execute(
 
     Raises:
         UserError: no usable data.
-        StageError: the loss stopped being finite, or memory ran out.
+        StageError: a loss or gradient is not finite, or memory ran out; ``Stopped``: a signal ended it.
     """
-    with out_of_memory.explained(config, out / CHECKPOINTS, planned):
-        return from_json(TrainRecord, _train(config, prepared, pruned, record, out, dtype, resume, base))
-
-
-def _train(
-    config: Config,
-    prepared: Prepared,
-    pruned: Path,
-    record: PruneRecord,
-    out: Path,
-    dtype: str,
-    resume: bool,
-    base: Path | None,
-) -> dict[str, Any]:
     train, folder = config.train, out / CHECKPOINTS
-    device = checkpoint.pick_device(config.model.device)
-    strategy = config.launch.strategy if distributed.world_size() > 1 else None
-    tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
-    feed = _feed(config, prepared, pruned, tokenizer, folder, resume)
-    model = _adapted(config, pruned, record.patterns, dtype, strategy)
-    trainable, total = model.get_nb_trainable_parameters()
-    console.note(
-        f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {len(feed.train)} examples"
-    )
-    newest = distributed.decide(partial(checkpoints.newest, folder, strategy)) if resume else None
-    if newest:
-        console.note(f"resuming from {newest}")
-        set_peft_model_state_dict(model, load_peft_weights(str(newest), device="cpu"))
-    distillation = distill.load(config, base, device, dtype)
-    refreshing = refresh.prepare(config, model, pruned, base, record.patterns, feed.max_steps, newest)
-    hooks: list[Hook] = [*methods.hooks(train, feed.max_steps), *([refreshing] if refreshing else [])]
-    hooks += _perplexity(config, pruned, tokenizer)
-    accelerator = shards.make_accelerator(config, device, model.get_base_model())
-    # each process drops out other inputs; the first one those of one process alone
-    set_seed(config.run.seed + distributed.rank())
-    with reporting_to(train, out) as trackers:
-        loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
-        validation = _run(loop)
-    loop.save_adapter(out)
-    tuner: Any = model.base_model
-    state = loop.state
-    history = [e for e in state.history if {"loss", "eval_loss", "perplexity", "mask_changes"} & e.keys()]
-    return {
-        "method": train.method,
-        "modules": sorted(tuner.targeted_module_names),
-        "trainable_parameters": trainable,
-        "trainable_share": trainable / total,
-        "steps": state.step,
-        "epochs": feed.epochs(state.step),
-        "train_loss": state.mean("loss"),
-        "validation_loss": validation,
-        **feed.metrics(),
-        "tokens": state.tokens,
-        "seconds": state.seconds,
-        "tokens_per_second": state.tokens / state.seconds,
-        "dtype": dtype,
-        "distillation": distillation and distillation.metrics(state, state.seconds - loop.watch.seconds_before),
-        "refresh": refreshing and refreshing.metrics(state.history),
-        "history": history,
-    }
-
-
-def _run(loop: Loop) -> float | None:
-    """All steps of a training, and its validation loss if anything is held out.
-
-    Raises:
-        Stopped: a signal ended it.
-    """
-    with StopSignals() as signals:
-        stopped = loop.run(signals)
-    if stopped:
-        raise Stopped(
-            f"stopped by {signal.Signals(stopped).name} after step {loop.state.step} of {loop.feed.max_steps}; a "
-            "checkpoint is written, the same command continues (under Slurm: requeue)"
-        )
-    with console.working(f"validation loss of {len(loop.feed.held_out)} examples"):
-        return loop.validate() if loop.feed.held_out else None
+    with out_of_memory.explained(config, folder, planned):
+        device = checkpoint.pick_device(config.model.device)
+        strategy = config.launch.strategy if distributed.world_size() > 1 else None
+        tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
+        feed = _feed(config, prepared, pruned, tokenizer, folder, resume)
+        model = _adapted(config, pruned, record.patterns, dtype, strategy)
+        counts = model.get_nb_trainable_parameters()
+        trained = f"{counts[0]:,} of {counts[1]:,} parameters ({counts[0] / counts[1]:.2%})"
+        console.note(f"training {trained} on {len(feed.train)} examples")
+        newest = distributed.decide(partial(checkpoints.newest, folder, strategy)) if resume else None
+        if newest:
+            console.note(f"resuming from {newest}")
+            set_peft_model_state_dict(model, load_peft_weights(str(newest), device="cpu"))
+        distillation = distill.load(config, base, device, dtype)
+        hooks = methods.hooks(train, feed.max_steps)
+        if train.refresh.steps is not None:
+            hooks.append(refresh.MaskRefresh(config, model, pruned, base, record.patterns, feed.max_steps, newest))
+        hooks += _perplexity(config, pruned, tokenizer)
+        accelerator = shards.make_accelerator(config, device, model.get_base_model())
+        # each process drops out other inputs; the first one those of one process alone
+        set_seed(config.run.seed + distributed.rank())
+        with reporting_to(train, out) as trackers:
+            loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
+            validation = _run(loop)
+        loop.save_adapter(out)
+        return _record(loop, dtype, counts, validation)
 
 
 def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, folder: Path, resume: bool) -> Feed:
@@ -250,7 +184,7 @@ def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, fold
     if today is not None or not cache.same_tokenizer(prepared.tokenizer, tokenizer):
         embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
         feed = Feed(config, tokenizer, embedded, today)
-    feed.tell(config.train.data.seq_len)
+    feed.tell()
     return feed
 
 
@@ -258,22 +192,30 @@ def _adapted(
     config: Config, pruned: Path, patterns: Mapping[str, Pattern], dtype: str, strategy: str | None
 ) -> PeftModel:
     """The pruned model with a new adapter, on the CPU."""
+    train = config.train
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
         model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
     model.config.use_cache = False
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
-    adapted = get_peft_model(model, _adapter_config(config, model, patterns))
-    methods.start_at_stored(adapted, pruned)
+    asked = list(patterns if train.targets == "pruned" else train.targets)
+    skeleton = Skeleton(model.config, trust_remote_code=config.model.trust_remote_code)
+    targets = skeleton.targets(asked, key="train.targets").values()
+    names = [target.name for target in targets if target.is_linear]
+    if len(names) < len(targets):
+        console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and stay as they are")
+    own_patterns = {name: patterns[name] for name in names if name in patterns}
+    adapted = get_peft_model(model, methods.adapter_config(train, names, own_patterns))
+    methods.start_at_stored(adapted, pruned, skeleton.base_prefix)
     if strategy == "ddp":
         shards.keep_frozen_weights(adapted)
-    if config.train.gradient_checkpointing:
+    if train.gradient_checkpointing:
         with warnings.catch_warnings():  # newer versions of transformers prefer another name for it
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
 
 
-def _perplexity(config: Config, pruned: Path, tokenizer: Any) -> list[PerplexityEvery]:
+def _perplexity(config: Config, pruned: Path, tokenizer: Any) -> list[Hook]:
     """The perplexity every so many steps, on the first text of the evaluation, if it is wanted."""
     train = config.train
     if train.perplexity_steps is None:
@@ -286,12 +228,47 @@ def _perplexity(config: Config, pruned: Path, tokenizer: Any) -> list[Perplexity
     return [PerplexityEvery(train.perplexity_steps, name, windows, train.micro_batch_size)]
 
 
-def _adapter_config(config: Config, model: Any, patterns: Mapping[str, Pattern]) -> PeftConfig:
-    """The adapters of a model whose layers were pruned by these patterns."""
-    train = config.train
-    wanted = list(patterns if train.targets == "pruned" else train.targets)
-    targets = Skeleton(model.config).targets(wanted, key="train.targets").values()
-    names = [target.name for target in targets if target.is_linear]
-    if len(names) < len(targets):
-        console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and stay as they are")
-    return methods.adapter_config(train, names, {name: patterns[name] for name in names if name in patterns})
+def _run(loop: Loop) -> float | None:
+    """All steps of a training, and its validation loss if anything is held out."""
+    with StopSignals() as signals:
+        stopped = loop.run(signals)
+    if stopped:
+        raise Stopped(
+            f"stopped by {signal.Signals(stopped).name} after step {loop.state.step} of {loop.feed.max_steps}; a "
+            "checkpoint is written, the same command continues (under Slurm: requeue)"
+        )
+    with console.working(f"validation loss of {len(loop.feed.held_out)} examples"):
+        return loop.validate() if loop.feed.held_out else None
+
+
+def _record(loop: Loop, dtype: str, counts: tuple[int, int], validation: float | None) -> TrainRecord:
+    """What is recorded of a training: ``counts`` are its trained and all parameters."""
+    state, feed, distillation = loop.state, loop.feed, loop.distillation
+    refreshing = next((hook for hook in loop.hooks if isinstance(hook, refresh.MaskRefresh)), None)
+    return TrainRecord(
+        method=loop.train.method,
+        modules=sorted(loop.peft.base_model.targeted_module_names),
+        trainable_parameters=counts[0],
+        trainable_share=counts[0] / counts[1],
+        steps=state.step,
+        epochs=feed.epochs(state.step),
+        train_loss=state.mean("loss"),
+        validation_loss=validation,
+        examples=len(feed.train),
+        validation_examples=len(feed.held_out),
+        datasets=feed.rows.taken,
+        duplicates_of_held_out=feed.rows.left_out,
+        versions=feed.rows.versions,
+        data_hash=feed.rows.hash,
+        examples_without_labels=feed.unlabelled[0],
+        validation_examples_without_labels=feed.unlabelled[1],
+        truncated_examples=feed.train.truncated,
+        padding_share=feed.padding_share,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / state.seconds,
+        dtype=dtype,
+        distillation=distillation.record(state, state.seconds - loop.watch.seconds_before) if distillation else None,
+        refresh=refreshing.record(state.history) if refreshing else None,
+        history=[line for line in state.history if RECORDED & line.keys()],
+    )

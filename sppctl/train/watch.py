@@ -29,19 +29,12 @@ Figures = dict[str, float | str]
 
 @dataclass
 class State:
-    """How far a training is, as its checkpoints store it.
+    """How far a training is, as its checkpoints store it."""
 
-    Attributes:
-        step: optimizer steps that are done.
-        tokens: seen so far, without padding.
-        seconds: of all attempts.
-        history: a line for each report, with its ``step``.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0  # optimizer steps that are done
+    tokens: int = 0  # seen so far, without padding
+    seconds: float = 0.0  # of all attempts
+    history: list[dict[str, Any]] = field(default_factory=list)  # a line for each report, with its ``step``
 
     def mean(self, name: str) -> float | None:
         """Mean of a figure over all steps; each line has that since the line before, which no checkpoint parts."""
@@ -63,11 +56,7 @@ class Hook:
         """When the gradient is complete and clipped, before the optimizer uses it."""
 
     def after_step(self, model: PeftModel, step: int) -> Figures:
-        """After the optimizer's update, before anything is measured or saved.
-
-        Returns:
-            What goes to the history, and the numbers of it to TensorBoard or W&B.
-        """
+        """After the optimizer's update, before anything is measured or saved; returns what goes to the history."""
         return {}
 
     def save(self, directory: Path) -> None:
@@ -99,27 +88,23 @@ class Watch:
     def __init__(self, step: int, max_steps: int, tokens: int, seconds: float) -> None:
         """Continues the tokens and seconds of the attempts that led to the checkpoint that was resumed from."""
         self._started, self._tokens_before, self.seconds_before = time.perf_counter(), tokens, seconds
-        self._text = ""
+        self.text = ""  # beside the bar
         self.bar = console.Progress("training", max_steps, step)
 
     def seconds(self) -> float:
         """Of all attempts."""
         return self.seconds_before + time.perf_counter() - self._started
 
-    def advance(self) -> None:
-        """One more step is done."""
-        self.bar.advance(self._text)
-
     def show_loss(self, loss: float, norm: float, rate: float, tokens: int) -> None:
         """The figures of a report, and the speed of this attempt."""
         speed = (tokens - self._tokens_before) / (time.perf_counter() - self._started)
-        self._text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
+        self.text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
 
     def show_validation(self, loss: float) -> None:
         """The validation loss; after the last step it is in the record."""
-        self._text = f"validation loss {loss:.3f}"
+        self.text = f"validation loss {loss:.3f}"
         if self.bar.done < self.bar.total:
-            console.note(f"step {self.bar.done}: {self._text}")
+            console.note(f"step {self.bar.done}: {self.text}")
 
 
 def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: float, step: int) -> None:
@@ -139,24 +124,19 @@ def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: floa
     broken = broken.int()
     distributed.all_reduce_max(broken)
     loss_broken, norm_broken = broken.tolist()
-    advice = "lower train.lr, or look at these examples"
     if loss_broken:
         values = zip(stacked.tolist(), batches, strict=True)
-        own = next(((value, batch["examples"]) for value, batch in values if not math.isfinite(value)), None)
-        value, examples = distributed.first_known(own) or (math.nan, [])
-        raise SharedError(
-            f"the training loss is {value} at step {step}, in training examples {_listed(examples)}; {advice}"
-        )
-    if norm_broken:
+        first = next(((value, batch["examples"]) for value, batch in values if not math.isfinite(value)), None)
+        value, numbers = distributed.first_known(first) or (math.nan, [])
+        problem = f"the training loss is {value} at step {step}, in training examples "
+    elif norm_broken:
         collected = distributed.gather_objects([number for batch in batches for number in batch["examples"]])
         numbers = sorted({number for part in collected for number in part})
-        raise SharedError(
-            f"the norm of the gradient is {norm} at step {step}, of training examples {_listed(numbers)}; {advice}"
-        )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:NAMED_EXAMPLES])) + ", ..." * (len(numbers) > NAMED_EXAMPLES)
+        problem = f"the norm of the gradient is {norm} at step {step}, of training examples "
+    else:
+        return
+    named = ", ".join(map(str, numbers[:NAMED_EXAMPLES])) + ", ..." * (len(numbers) > NAMED_EXAMPLES)
+    raise SharedError(f"{problem}{named}; lower train.lr, or look at these examples")
 
 
 class StopSignals:
@@ -164,19 +144,17 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._catch)
+        def catch(number: int, frame: FrameType | None) -> None:
+            self.caught = number
+
+        self._before = {number: signal.signal(number, catch) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
 
     def agreed(self, device: torch.device) -> int | None:
         """The signal that any of the processes has caught, so that all stop after the same step."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sppctl import SteConfig
 from sppctl.adapters import masked
-from sppctl.adapters.dropout import dropped_places
 from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.masked_full import kernel as masked_full
 from sppctl.adapters.masked_full.kernel import masked_linear
 from sppctl.adapters.masked_lora import kernel as masked_lora
 from sppctl.adapters.masked_lora.kernel import masked_lora_linear
+from sppctl.adapters.products import dropped_places
 from sppctl.adapters.ste import SteLinear
 from sppctl.pruners.masks import keep_largest, keep_largest_of_rows
 

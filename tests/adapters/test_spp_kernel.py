@@ -11,7 +11,7 @@ from conftest import kept_for_backward
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sppctl.adapters.dropout import dropped_places
+from sppctl.adapters.products import dropped_places
 from sppctl.adapters.spp import kernel
 from sppctl.adapters.spp.kernel import delta_weight, effective_weight, row_groups, spp_linear
 
@@ -170,7 +170,7 @@ def test_dropped_places_are_a_bernoulli_process(p: float) -> None:
 def test_dropout_reaches_the_last_element_however_few_were_drawn_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = dropped_places(torch.empty(5000), 0.3, seed=1)
     assert whole[-1] > 4950
-    monkeypatch.setattr("sppctl.adapters.dropout.SPARE_DRAWS", -10)
+    monkeypatch.setattr("sppctl.adapters.products.SPARE_DRAWS", -10)
     pieces = dropped_places(torch.empty(5000), 0.3, seed=1)
     assert pieces[-1] > 4950
     assert (pieces.diff() > 0).all()

@@ -109,8 +109,8 @@ from triton.compiler import ASTSource, compile
 from sppctl.adapters.spp import triton_kernels as kernels
 
 for kernel, pointers in ((kernels._write_kernel, 4), (kernels._gradient_kernel, 6)):
-    types = ["*bf16"] * 2 + ["*fp32"] * (pointers - 2) + ["i32"] * 4 + ["constexpr"] * 3
-    constants = dict(zip(kernel.arg_names[-3:], (True, kernels.TILE_ROWS, kernels.TILE_COLUMNS), strict=True))
+    types = ["*bf16"] * 2 + ["*fp32"] * (pointers - 2) + ["i32"] * 4 + ["constexpr"]
+    constants = {"base": True}
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constants)
     for capability in (80, 90):
         made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})

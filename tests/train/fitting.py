@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import stage_calls
 from conftest import trained_dtype
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sppctl.config.settings import Config
+from sppctl.errors import UserError
 from sppctl.records import MergeRecord, PruneRecord, TrainRecord
 from sppctl.train import stage as train
 
@@ -59,3 +61,18 @@ def figures(record: TrainRecord, *names: str) -> list[float]:
 
 def preflight(config: Config, model: Path) -> None:
     train.prepare(config, *stage_calls.outline(model))
+
+
+def problems(config: Config, model: Path) -> str:
+    """What is found before the training; empty: nothing."""
+    try:
+        preflight(config, model)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(name="fit")
+def a_fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
+    """Trainings of the tiny Llama, pruned as the module's ``configure`` says."""
+    return Fit(configure, pruned, llama, tmp_path)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import cut_after
-from fitting import Configure, Fit
+from fitting import (
+    Fit,
+    a_fit,  # noqa: F401  (the fixture fit)
+)
 
-from sppctl.config.load import load_config
 from sppctl.errors import StageError, UserError
-from sppctl.records import PruneRecord
 from sppctl.train.checkpoints import HASHES, demand_files, newest, save
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "scheduler.pt", "state.json")
@@ -23,16 +24,6 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "missing": lambda path, other: path.unlink(),
     "another checkpoint's": lambda path, other: shutil.copy(other / path.name, path),
 }
-
-
-@pytest.fixture
-def configure(config_file: Path) -> Configure:
-    return lambda *overrides: load_config(str(config_file), overrides)
-
-
-@pytest.fixture
-def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
-    return Fit(configure, pruned, llama, tmp_path)
 
 
 def made(checkpoints: Path, *steps: int, keep: int = 9) -> Path:

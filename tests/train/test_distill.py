@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL
-from fitting import Configure, Fit, preflight
+from fitting import (
+    Configure,
+    Fit,
+    a_fit,  # noqa: F401  (the fixture fit)
+    preflight,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -21,7 +26,7 @@ from sppctl.data.instructions import Example
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed
 from sppctl.model.checkpoint import load_tokenizer
-from sppctl.records import PruneRecord, TrainRecord
+from sppctl.records import TrainRecord
 from sppctl.train import distill
 from sppctl.train.feed import Feed
 
@@ -33,11 +38,6 @@ def configure(config_file: Path) -> Configure:
 
 
 FITTING = ("train.data.seq_len=128", "train.data.prompt='{instruction}: '")  # into the 128 positions of the model
-
-
-@pytest.fixture
-def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
-    return Fit(configure, pruned, llama, tmp_path)
 
 
 def first_line(metrics: TrainRecord) -> dict[str, Any]:

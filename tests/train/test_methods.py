@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import stage_calls
 import torch
 from conftest import cut_after
-from fitting import Configure, Fit, figures, preflight
+from fitting import Configure, Fit, figures, problems
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sppctl.config.load import load_config
-from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
 from sppctl.inspect.inspect import holds
 from sppctl.merge.rules import merged_weight
@@ -229,14 +227,6 @@ def test_the_decay_counts_once_per_step_whatever_the_micro_batch(prepare: Prepar
 # --- preflight --------------------------------------------------------------------------------------------------------
 
 
-def problems(config: Config, llama: Path) -> str:
-    try:
-        preflight(config, llama)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def test_the_rank_is_limited_for_spp_alone(configure: Configure, llama: Path) -> None:
     assert "exceeds the 32 output features" in problems(configure("train.rank=33"), llama)
     for method in METHODS[1:]:
@@ -274,12 +264,6 @@ def test_a_model_without_linear_layers(configure: Configure, make_checkpoint: Ca
 def test_dynamic_masks_need_whole_matrices(configure: Configure, llama: Path) -> None:
     message = problems(configure("train.method=ste", "launch.strategy=fsdp"), llama)
     assert "ste chooses masks from whole matrices, launch.strategy fsdp" in message
-
-
-def test_a_peft_without_hira_is_named(configure: Configure, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(peft, "HiraConfig")
-    message = problems(configure("train.method=hira"), llama)
-    assert message.startswith("train.method: hira needs peft 0.20 or newer, installed is ")
 
 
 def test_ablations_reach_the_adapter(prepare: Prepare) -> None:

@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 import stage_calls
 import torch
+from checkpoints import kept_per_group
 from conftest import cut_after
-from fitting import Configure, Fit
+from fitting import (
+    Configure,
+    Fit,
+    a_fit,  # noqa: F401  (the fixture fit)
+    problems,
+)
 from peft import get_peft_model
 from processes import sppctl_in_ranks
 from safetensors.torch import load_file, save_file
@@ -21,18 +27,15 @@ from transformers import AutoModelForCausalLM
 from sppctl import SppConfig
 from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.config.load import load_config, to_yaml
-from sppctl.config.settings import Config
-from sppctl.data import batches
-from sppctl.errors import Problems, StageError
+from sppctl.errors import StageError
 from sppctl.evaluate.subjects import Subject
 from sppctl.model.refreshed import REFRESHED
 from sppctl.pruners import dsnot
-from sppctl.pruners.stats import InputMoments
-from sppctl.records import PruneRecord
 from sppctl.run.directory import Run
 from sppctl.run.stages import PRUNE
-from sppctl.train import refresh
 from sppctl.train import stage as train
+from sppctl.train.feed import Feed
+from sppctl.train.refresh import MaskRefresh
 
 pytestmark = pytest.mark.slow
 
@@ -50,11 +53,6 @@ def configure(request: pytest.FixtureRequest, config_file: Path) -> Configure:
     return lambda *overrides: load_config(str(config_file), [f"prune.pattern={request.param}", *overrides])
 
 
-@pytest.fixture
-def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
-    return Fit(configure, pruned, llama, tmp_path)
-
-
 def zeros_per_row(weight: torch.Tensor) -> list[int]:
     return (weight == 0).sum(1).tolist()
 
@@ -63,27 +61,28 @@ def test_pattern_and_values_after_every_refresh(fit: Fit, monkeypatch: pytest.Mo
     dense, start = load_file(fit.dense / "model.safetensors"), load_file(fit.pruned[0] / "model.safetensors")
     structured = fit.configure().prune.pattern.is_structured
     seen: list[int] = []
-    original = refresh.MaskRefresh._refresh
+    original = MaskRefresh.after_step
 
-    def checked(self: refresh.MaskRefresh) -> dict[str, Any]:
+    def checked(self: MaskRefresh, *args: Any) -> dict[str, Any]:
         before = {name: self.base_weight(name).clone() for name in self.layers}
-        record = original(self)
+        figures = original(self, *args)
+        if not figures:
+            return figures
         swaps = 0
         for name, layer in self.layers.items():
             key, weight = self.stored[name], self.base_weight(name)
             assert zeros_per_row(weight) == zeros_per_row(start[key])
-            if structured:
-                assert (weight.view(len(weight), -1, 4) != 0).sum(-1).max() <= 2
+            assert not structured or kept_per_group(weight).max() <= 2
             survived, regrown = (before[name] != 0) & (weight != 0), (before[name] == 0) & (weight != 0)
             assert torch.equal(weight[survived], before[name][survived])
             effective = effective_weight(weight, *layer.factors("default"), 2.0, torch.float32)
             torch.testing.assert_close(effective[regrown], dense[key][regrown], rtol=1e-6, atol=0)
             swaps += int(regrown.sum())
-        assert record["swaps"] == swaps
+        assert figures["swaps"] == swaps
         seen.append(swaps)
-        return record
+        return figures
 
-    monkeypatch.setattr(refresh.MaskRefresh, "_refresh", checked)
+    monkeypatch.setattr(MaskRefresh, "after_step", checked)
     metrics = fit("adapter", *EVERY_TWO).refresh
     assert [entry["step"] for entry in metrics.refreshes] == [2, 4, 6, 8]
     assert [entry["swaps"] for entry in metrics.refreshes] == seen
@@ -119,22 +118,17 @@ def test_kept_weights_stay_as_stored_and_regrown_ones_merge_to_their_dense_value
     assert regrown_places > 0
 
 
-def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(fit: Fit) -> None:
+@pytest.mark.parametrize(("factor", "changes"), [(0.05, False), (0.5, True), (-0.5, True)])
+def test_a_weight_of_which_the_adapter_leaves_nothing_is_not_taken_back(factor: float, changes: bool, fit: Fit) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(fit.pruned[0]), SppConfig(r=4, scale=2.0))
     config = fit.configure("train.refresh.steps=2")
-    refreshing = refresh.prepare(config, model, fit.pruned[0], fit.dense, fit.pruned[1].patterns, 10, None)
-    assert refreshing is not None
-    name, layer = next(iter(refreshing.layers.items()))
-    torch.manual_seed(0)
-    statistics = InputMoments(layer.in_features, "cpu")
-    statistics.update(torch.randn(50, layer.in_features) + torch.randn(layer.in_features))
-    weight = refreshing.base_weight(name)
-    for factor, changes in ((0.05, False), (0.5, True), (-0.5, True)):
+    refreshing = MaskRefresh(config, model, fit.pruned[0], fit.dense, fit.pruned[1].patterns, 10, None)
+    for layer in refreshing.layers.values():
         layer.spp_alpha["default"].data.fill_(1)
         layer.spp_beta["default"].data.fill_((factor - 1) / 2)
-        with torch.no_grad():
-            after = refreshing._exchanged(name, layer, weight, statistics)
-        assert bool(((after != 0) != (weight != 0)).any()) == changes
+    refreshing.before_step(2)
+    model(torch.arange(100).view(4, 25))
+    assert bool(refreshing.after_step(model, 2)["swaps"]) == changes
 
 
 @pytest.mark.parametrize("beta", ["true", "false"])
@@ -200,49 +194,32 @@ def test_merging_refuses_another_number_of_zeros(fit: Fit) -> None:
 def test_nothing_but_the_examples_enters_the_statistics(
     packing: str, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted: list[int] = []
-    original = refresh.MaskRefresh._refresh
+    counted, original = set(), dsnot.update_mask
 
-    def count(self: refresh.MaskRefresh) -> dict[str, Any]:
-        counted.extend(statistics.num_tokens for statistics in self._statistics.values())
-        return original(self)
+    def count(values: Any, kept: Any, statistics: Any, *args: Any, **options: Any) -> Any:
+        counted.add(statistics.num_tokens)
+        return original(values, kept, statistics, *args, **options)
 
-    monkeypatch.setattr(refresh.MaskRefresh, "_refresh", count)
-    real: list[int] = []
-    collator = batches.PackCollator if packing == "true" else batches.PadCollator
-    collate = collator.__call__
-
-    def note(self: Any, examples: Any) -> dict[str, Any]:
-        real.append(sum(len(example.input_ids) for example in examples))
-        return collate(self, examples)
-
-    monkeypatch.setattr(collator, "__call__", note)
-    options = ("train.refresh.steps=1", "train.refresh.until=0.5", "train.max_steps=2")
-    fit("adapter", *options, f"train.data.packing={packing}")
-    assert set(counted) == {sum(real[:2])}  # two micro-batches in a step
-
-
-def problems(config: Config) -> list[str]:
-    noted = Problems()
-    refresh.check(config, noted)
-    return noted.lines
+    monkeypatch.setattr(dsnot, "update_mask", count)
+    options = ["train.refresh.steps=1", "train.refresh.until=0.5", "train.max_steps=2", f"train.data.packing={packing}"]
+    fit("adapter", *options)
+    feed = Feed(fit.configure(*options), stage_calls.outline(fit.pruned[0])[1], 260)
+    examples = [number for batch in next(feed.steps(0)) for number in batch["examples"]]
+    assert counted == {sum(feed.train.lengths[number] for number in examples)}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["train.method=hira"], "only spp trains under a mask that is refreshed"),
         (["launch.strategy=fsdp", "launch.num_processes=2"], "launch.strategy=fsdp shards the weights"),
+        (["launch.strategy=fsdp", "launch.num_processes=1"], ""),  # one process holds whole weights
     ],
 )
-def test_what_forbids_it(config_file: Path, overrides: list[str], said: str) -> None:
-    config = load_config(str(config_file), ["train.refresh.steps=2", *overrides])
-    assert said in problems(config)[0]
-
-
-def test_one_process_holds_whole_weights_under_any_strategy(config_file: Path) -> None:
-    config = load_config(str(config_file), ["train.refresh.steps=2", "launch.strategy=fsdp", "launch.num_processes=1"])
-    assert problems(config) == []
+def test_what_forbids_it(config_file: Path, llama: Path, overrides: list[str], message: str) -> None:
+    found = problems(load_config(str(config_file), ["train.refresh.steps=2", *overrides]), llama)
+    assert message in found
+    assert bool(message) == bool(found)
 
 
 def test_two_processes_exchange_and_distil_as_one(config_file: Path, llama: Path, tmp_path: Path) -> None:

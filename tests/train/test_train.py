@@ -15,12 +15,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAMILIES, cut_after
-from fitting import Configure, Fit, figures, preflight
+from fitting import (
+    Configure,
+    Fit,
+    a_fit,  # noqa: F401  (the fixture fit)
+    figures,
+    preflight,
+)
 from stage_calls import blank
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sppctl import console
-from sppctl.config.load import load_config
 from sppctl.data.instructions import IGNORED
 from sppctl.errors import StageError, UserError
 from sppctl.model import checkpoint
@@ -30,17 +35,6 @@ from sppctl.train import checkpoints
 from sppctl.train.loop import Loop, cross_entropy
 
 Said = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def configure(config_file: Path) -> Configure:
-    """20 examples in steps of two micro-batches of 2: an epoch has 5 steps."""
-    return lambda *overrides: load_config(str(config_file), overrides)
-
-
-@pytest.fixture
-def fit(configure: Configure, pruned: tuple[Path, PruneRecord], llama: Path, tmp_path: Path) -> Fit:
-    return Fit(configure, pruned, llama, tmp_path)
 
 
 def test_the_loss_falls_and_the_record_says_so(fit: Fit) -> None:

@@ -5,20 +5,19 @@ V (m, n) float32 is trained, M the mask, W_eff = M * V rounded once to the model
     dx = dy W_eff          dV = M * (dy^T x)          (Eq. 3 of arXiv 2405.16057: the mask is fixed)
                            dV = dy^T x                (Eq. 2: straight through a mask that will be chosen again)
 
-Nothing is kept for the backward pass but x; W_eff is made again. The gradient of V is float32 and as large as V.
+The gradient of V is float32 and as large as V.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sppctl.adapters.linear import autocast_inputs
 from sppctl.adapters.masked import round_under_mask, row_chunks
-from sppctl.adapters.products import moment_of
+from sppctl.adapters.products import Rule, autocast_inputs, moment_of, product
 
 
 @torch.no_grad()
@@ -30,41 +29,32 @@ def effective_weight(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
     return result
 
 
-class _MaskedLinear(torch.autograd.Function):
-    """y = x W_eff^T + bias; saves x alone besides the layer's own parameters and buffers."""
+@dataclass(frozen=True)
+class _Masked(Rule):
+    """Of V and its mask; ``straight_through``: the gradient reaches weights outside the mask too."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, straight_through: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, values, mask)
-        ctx.straight_through = straight_through
-        return F.linear(x, effective_weight(values, mask, x.dtype), bias)
+    straight_through: bool = False
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, mask = ctx.saved_tensors
-        grad_x = grad_values = grad_bias = None
-        rows = grad_output.reshape(-1, values.shape[0]).to(x.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ effective_weight(values, mask, x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            flat = x.reshape(-1, values.shape[1])
-            grad_values = torch.empty_like(values)
-            for chunk in row_chunks(values):
-                grad_values[chunk] = moment_of(rows[:, chunk], flat)
-                if not ctx.straight_through:
-                    grad_values[chunk].masked_fill_(mask[chunk] == 0, 0)
-        if ctx.needs_input_grad[3]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_values, None, grad_bias, None
+    def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
+        values, mask = tensors
+        return effective_weight(values, mask, dtype)
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
+    ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        values, mask = tensors
+        gradient = torch.empty_like(values)
+        for rows in row_chunks(values):
+            gradient[rows] = moment_of(dy[:, rows], x)
+            if not self.straight_through:
+                gradient[rows].masked_fill_(mask[rows] == 0, 0)
+        return None, (gradient, None)
 
 
 def masked_linear(
     x: Tensor, values: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, *, straight_through: bool = False
 ) -> Tensor:
-    """One linear layer with a trained weight under a mask.
+    """One linear layer with a trained weight under a mask, as :func:`autocast_inputs` says.
 
     Args:
         x: (..., n).
@@ -73,13 +63,6 @@ def masked_linear(
         weight: (m, n), the frozen weight, for its dtype.
         bias: (m,) or None.
         straight_through: the gradient reaches weights outside the mask too.
-
-    Returns:
-        (..., m), in autocast's dtype where autocast is on, else in the dtype of x.
-
-    Raises:
-        ValueError: without autocast, x and the weight differ in dtype.
     """
-    return autocast_inputs(
-        x, weight, bias, lambda x, bias: cast(Tensor, _MaskedLinear.apply(x, values, mask, bias, straight_through))
-    )
+    rule = _Masked(straight_through=straight_through)
+    return autocast_inputs(x, weight, bias, lambda x, bias: product(rule, x, bias, values, mask))

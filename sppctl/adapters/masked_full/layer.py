@@ -5,44 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sppctl.adapters.linear import SparseLinear, only
-from sppctl.adapters.masked_full.config import MaskedFullConfig
+from sppctl.adapters.config import SparseConfig
+from sppctl.adapters.linear import SparseLinear
 from sppctl.adapters.masked_full.kernel import effective_weight, masked_linear
 
 
-class MaskedFullLinear(SparseLinear[MaskedFullConfig]):
-    """``base_layer`` (an ``nn.Linear``, frozen: the mask is ``weight != 0``) and a float32 copy of its weight.
+class MaskedFullLinear(SparseLinear[SparseConfig]):
+    """``base_layer`` (linear, frozen: the mask is ``weight != 0``) and a float32 copy V (out, in) of its weight.
 
     Only one adapter of a layer can be active: weights that replace each other have no sum.
     """
 
-    adapter_layer_names = ("masked_full_weight",)
+    adapter_layer_names: tuple[str, ...] = ("masked_full_weight",)
+    straight_through = False  # whether the gradient reaches weights outside the mask
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskedFullConfig) -> None:
-        super().__init__(base_layer, adapter_name, config)
-        self.masked_full_weight = nn.ParameterDict({})
-        self.update_layer(adapter_name, config)
+    def values(self, adapter_name: str) -> nn.Parameter:
+        """V of an adapter."""
+        values: nn.Parameter = getattr(self, self.adapter_layer_names[0])[adapter_name]
+        return values
 
-    def update_layer(self, adapter_name: str, config: MaskedFullConfig) -> None:
-        """Adds an adapter, or starts one anew at the pruned weight."""
-        values = self._linear().weight.detach().to(torch.float32, copy=True)
-        self.masked_full_weight[adapter_name] = nn.Parameter(values)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+    def mask(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """Its mask (out, in), kept where it is not zero: that of the pruned weight."""
+        return weight
+
+    def create(self, adapter_name: str, config: SparseConfig) -> None:
+        """Starts at the pruned weight."""
+        values = self.weight.detach().to(torch.float32, copy=True)
+        getattr(self, self.adapter_layer_names[0])[adapter_name] = nn.Parameter(values)
 
     @torch.no_grad()
     def start_at(self, adapter_name: str, weight: Tensor) -> None:
         """Starts an adapter at a weight (out, in) that ``base_layer`` holds rounded, with the same zeros."""
-        self.masked_full_weight[adapter_name].copy_(weight)
+        self.values(adapter_name).copy_(weight)
 
     def effective_weight(self, weight: Tensor, names: list[str]) -> Tensor:
-        """The trained weight under the mask of ``weight``.
+        """The trained weight under its mask.
 
         Raises:
             ValueError: several adapters.
         """
-        return effective_weight(self.masked_full_weight[only(names)], weight, weight.dtype)
+        name = _only(names)
+        return effective_weight(self.values(name), self.mask(name, weight), weight.dtype)
 
     def adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        """The product with the trained weight under the mask of the frozen one."""
-        linear = self._linear()
-        return masked_linear(x, self.masked_full_weight[only(names)], linear.weight, linear.weight, linear.bias)
+        """The product with the trained weight under its mask."""
+        name, weight = _only(names), self.weight
+        mask = self.mask(name, weight)
+        return masked_linear(x, self.values(name), mask, weight, self.bias, straight_through=self.straight_through)
+
+
+def _only(names: list[str]) -> str:
+    """The one adapter that is active; raises ValueError where several would each replace the whole weight."""
+    if len(names) > 1:
+        raise ValueError(f"adapters {', '.join(names)} each replace the whole weight; activate one of them")
+    return names[0]

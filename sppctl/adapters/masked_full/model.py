@@ -1,12 +1,11 @@
-"""PEFT's view of masked full tuning: which modules are replaced, and by what."""
+"""PEFT's view of masked full tuning."""
 
-from __future__ import annotations
-
+from sppctl.adapters.masked_full.config import MaskedFullConfig
 from sppctl.adapters.masked_full.layer import MaskedFullLinear
 from sppctl.adapters.tuner import SparseTuner
 
 
-class MaskedFullModel(SparseTuner):
+class MaskedFullModel(SparseTuner, config=MaskedFullConfig):
     """Replaces the target linear layers of a pruned model by :class:`MaskedFullLinear`."""
 
     prefix = "masked_full_"

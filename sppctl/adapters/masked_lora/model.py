@@ -1,12 +1,11 @@
-"""PEFT's view of masked LoRA: which modules are replaced, and by what."""
+"""PEFT's view of masked LoRA."""
 
-from __future__ import annotations
-
+from sppctl.adapters.masked_lora.config import MaskedLoraConfig
 from sppctl.adapters.masked_lora.layer import MaskedLoraLinear
 from sppctl.adapters.tuner import SparseTuner
 
 
-class MaskedLoraModel(SparseTuner):
+class MaskedLoraModel(SparseTuner, config=MaskedLoraConfig):
     """Replaces the target linear layers of a pruned model by :class:`MaskedLoraLinear`."""
 
     prefix = "masked_lora_"

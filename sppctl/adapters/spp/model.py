@@ -1,12 +1,11 @@
-"""PEFT's view of SPP: which modules are replaced, and by what."""
+"""PEFT's view of SPP."""
 
-from __future__ import annotations
-
+from sppctl.adapters.spp.config import SppConfig
 from sppctl.adapters.spp.layer import SppLinear
 from sppctl.adapters.tuner import SparseTuner
 
 
-class SppModel(SparseTuner):
+class SppModel(SparseTuner, config=SppConfig):
     """Replaces the target linear layers of a pruned model by :class:`SppLinear`."""
 
     prefix = "spp_"

@@ -14,17 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_ROWS, TILE_COLUMNS, WARPS = 32, 256, 8
+TILE_ROWS, TILE_COLUMNS, WARPS = tl.constexpr(32), tl.constexpr(256), 8
 
 
 @triton.jit
-def _tile(weight, alpha, scaled, m, n, r, parts, tile_rows: tl.constexpr, tile_columns: tl.constexpr):
+def _tile(weight, alpha, scaled, m, n, r, parts):
     """This program's rows and columns, which of them exist, and of them W, the group's alpha and s beta, in float32."""
     group = (tl.program_id(0) // parts).to(tl.int64)
-    start = (group * m + r - 1) // r + (tl.program_id(0) % parts) * tile_rows
+    start = (group * m + r - 1) // r + (tl.program_id(0) % parts) * TILE_ROWS
     stop = ((group + 1) * m + r - 1) // r
-    rows = start + tl.arange(0, tile_rows)
-    columns = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
+    rows = start + tl.arange(0, TILE_ROWS)
+    columns = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     row_there, column_there = rows < stop, columns < n
     there = row_there[:, None] & column_there[None, :]
     values = tl.load(weight + rows[:, None] * n + columns[None, :], mask=there, other=0.0).to(tl.float32)
@@ -42,44 +42,18 @@ def _rescaled(values, alpha_row, scaled_rows, base: tl.constexpr):
 
 
 @triton.jit
-def _write_kernel(
-    out,
-    weight,
-    alpha,
-    scaled,
-    m,
-    n,
-    r,
-    parts,
-    base: tl.constexpr,
-    tile_rows: tl.constexpr,
-    tile_columns: tl.constexpr,
-):
+def _write_kernel(out, weight, alpha, scaled, m, n, r, parts, base: tl.constexpr):
     rows, columns, row_there, column_there, values, alpha_row, scaled_rows = _tile(
-        weight, alpha, scaled, m, n, r, parts, tile_rows, tile_columns
+        weight, alpha, scaled, m, n, r, parts
     )
     result = _rescaled(values, alpha_row, scaled_rows, base).to(out.dtype.element_ty)
     tl.store(out + rows[:, None] * n + columns[None, :], result, mask=row_there[:, None] & column_there[None, :])
 
 
 @triton.jit
-def _gradient_kernel(
-    moment,
-    weight,
-    alpha,
-    scaled,
-    alpha_sums,
-    beta_sums,
-    m,
-    n,
-    r,
-    parts,
-    base: tl.constexpr,
-    tile_rows: tl.constexpr,
-    tile_columns: tl.constexpr,
-):
+def _gradient_kernel(moment, weight, alpha, scaled, alpha_sums, beta_sums, m, n, r, parts, base: tl.constexpr):
     rows, columns, row_there, column_there, values, alpha_row, scaled_rows = _tile(
-        weight, alpha, scaled, m, n, r, parts, tile_rows, tile_columns
+        weight, alpha, scaled, m, n, r, parts
     )
     places = moment + rows[:, None] * n + columns[None, :]
     there = row_there[:, None] & column_there[None, :]
@@ -104,9 +78,7 @@ def write(out: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool
     """
     grid, sizes = _layout(weight, alpha)
     with torch.cuda.device_of(weight):
-        _write_kernel[grid](
-            out, weight, alpha.contiguous(), scaled.contiguous(), *sizes, base, TILE_ROWS, TILE_COLUMNS, num_warps=WARPS
-        )
+        _write_kernel[grid](out, weight, alpha.contiguous(), scaled.contiguous(), *sizes, base, num_warps=WARPS)
 
 
 def gradients(moment: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool) -> tuple[Tensor, Tensor]:
@@ -124,24 +96,13 @@ def gradients(moment: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, bas
     alpha_sums = torch.empty(r, parts, n, dtype=torch.float32, device=weight.device)
     beta_sums = torch.empty(grid[1], m, dtype=torch.float32, device=weight.device)
     with torch.cuda.device_of(weight):
-        _gradient_kernel[grid](
-            moment,
-            weight,
-            alpha.contiguous(),
-            scaled.contiguous(),
-            alpha_sums,
-            beta_sums,
-            *sizes,
-            base,
-            TILE_ROWS,
-            TILE_COLUMNS,
-            num_warps=WARPS,
-        )
+        factors = alpha.contiguous(), scaled.contiguous()
+        _gradient_kernel[grid](moment, weight, *factors, alpha_sums, beta_sums, *sizes, base, num_warps=WARPS)
     return alpha_sums.sum(1), beta_sums.sum(0).unsqueeze(1)
 
 
 def _layout(weight: Tensor, alpha: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """The grid of programs, and m, n, r and the number of tiles that the rows of a group need."""
     (m, n), r = weight.shape, alpha.shape[0]
-    parts = triton.cdiv(triton.cdiv(m, r), TILE_ROWS)
-    return (r * parts, triton.cdiv(n, TILE_COLUMNS)), (m, n, r, parts)
+    parts = triton.cdiv(triton.cdiv(m, r), TILE_ROWS.value)
+    return (r * parts, triton.cdiv(n, TILE_COLUMNS.value)), (m, n, r, parts)

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sppctl.adapters.tuner import SparseConfig
+from sppctl.adapters.config import Method, SparseConfig
 from sppctl.pattern import Pattern
-
-
-class SteType(enum.StrEnum):
-    """The method's name among PEFT's types."""
-
-    STE = "STE"
-
-
-PEFT_TYPE = SteType.STE
 
 
 @dataclass
@@ -27,12 +17,16 @@ class SteConfig(SparseConfig):
         patterns: N:M by a layer's full name, where it differs: ``{"model.layers.0.mlp.up_proj": "2:4"}``.
     """
 
-    pattern: str | None = field(default=None, metadata={"help": "N:M of the masks."})
-    patterns: dict[str, str] = field(default_factory=dict, metadata={"help": "N:M by full layer name."})
+    method = Method.STE
+    pattern: str | None = None
+    patterns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE  # type: ignore[assignment]
         for text in [self.pattern, *self.patterns.values()]:
             if text is not None and not Pattern.parse(text).is_structured:
                 raise ValueError(f"SteConfig: {text} is not N:M; null keeps the number of weights of each row")
+
+    def for_layer(self, name: str) -> SteConfig:
+        """With the pattern of one layer."""
+        return replace(self, pattern=self.patterns.get(name, self.pattern))

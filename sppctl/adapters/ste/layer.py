@@ -10,45 +10,46 @@ from __future__ import annotations
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor, nn
+from torch import Tensor
 
-from sppctl.adapters.linear import SparseLinear, only
-from sppctl.adapters.masked_full.kernel import effective_weight, masked_linear
+from sppctl.adapters.config import SparseConfig
+from sppctl.adapters.masked_full.layer import MaskedFullLinear
 from sppctl.adapters.ste.config import SteConfig
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import keep_largest_of_rows, mask_by_row
 
 
-class SteLinear(SparseLinear[SteConfig]):
-    """``base_layer`` (an ``nn.Linear``, frozen), and V (out, in) float32 with its mask (out, in) bool.
+class SteLinear(MaskedFullLinear):
+    """A frozen linear layer, V (out, in) and its mask (out, in) bool.
 
-    The mask is stored with the adapter: it is the one that V was last trained under, not a function of V. Only one
-    adapter of a layer can be active.
+    The mask is stored with the adapter: it is the one that V was last trained under, not a function of V.
     """
 
     adapter_layer_names = ("ste_weight",)
-    other_param_names = ("ste_mask",)
+    buffer_names = ("ste_mask",)
+    other_param_names = ("ste_mask", "pattern")
+    straight_through = True
+    ste_mask: BufferDict
+    pattern: dict[str, Pattern | None]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SteConfig) -> None:
-        super().__init__(base_layer, adapter_name, config)
-        self.pattern: dict[str, Pattern | None] = {}
-        self.ste_weight = nn.ParameterDict({})
-        self.ste_mask = BufferDict(persistent=True)
-        self.update_layer(adapter_name, config)
+    def mask(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """The adapter's own."""
+        mask: Tensor = self.ste_mask[adapter_name]
+        return mask
 
-    def update_layer(self, adapter_name: str, config: SteConfig) -> None:
-        """Adds an adapter, or starts one anew at the pruned weight."""
+    def create(self, adapter_name: str, config: SparseConfig) -> None:
+        """Starts at the pruned weight and its mask."""
+        assert isinstance(config, SteConfig)
+        super().create(adapter_name, config)
         self.pattern[adapter_name] = None if config.pattern is None else Pattern.parse(config.pattern)
-        values = self._linear().weight.detach().to(torch.float32, copy=True)
-        self.ste_weight[adapter_name] = nn.Parameter(values)
-        self.ste_mask[adapter_name] = self._first_mask(adapter_name, values)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        # of the weight, because V has no memory where PEFT is about to load it
+        self.ste_mask[adapter_name] = self._first_mask(adapter_name, self.weight.detach().float())
 
     @torch.no_grad()
     def start_at(self, adapter_name: str, weight: Tensor) -> None:
         """Starts an adapter at a weight (out, in) that ``base_layer`` holds rounded, with the same zeros."""
-        self.ste_weight[adapter_name].copy_(weight)
-        self.ste_mask[adapter_name].copy_(self._first_mask(adapter_name, self.ste_weight[adapter_name]))
+        super().start_at(adapter_name, weight)
+        self.ste_mask[adapter_name].copy_(self._first_mask(adapter_name, self.values(adapter_name)))
 
     @torch.no_grad()
     def select_mask(self, adapter_name: str) -> int:
@@ -58,7 +59,7 @@ class SteLinear(SparseLinear[SteConfig]):
             How many weights have left the mask. As many have entered, and at the first selection as many more as there
             were zeros in the places that N:M keeps.
         """
-        mask = self._largest(adapter_name, self.ste_weight[adapter_name])
+        mask = self._largest(adapter_name, self.values(adapter_name))
         left = int((self.ste_mask[adapter_name] & ~mask).sum())
         self.ste_mask[adapter_name].copy_(mask)
         return left
@@ -67,7 +68,7 @@ class SteLinear(SparseLinear[SteConfig]):
         pattern = self.pattern[adapter_name]
         if pattern is not None:
             return mask_by_row(values.abs(), pattern)
-        return keep_largest_of_rows(values.abs(), (self._linear().weight == 0).sum(1))
+        return keep_largest_of_rows(values.abs(), (self.weight == 0).sum(1))
 
     def _first_mask(self, adapter_name: str, values: Tensor) -> Tensor:
         """The pruned weight's own mask: a group with fewer than N weights that are not zero keeps only these."""
@@ -76,21 +77,6 @@ class SteLinear(SparseLinear[SteConfig]):
     @torch.no_grad()
     def add_decay(self, adapter_name: str, decay: float) -> None:
         """Adds SR-STE's ``decay * (1 - M) * V`` to the gradient of V; once per optimizer step."""
-        values = self.ste_weight[adapter_name]
+        values = self.values(adapter_name)
         if values.grad is not None:
             values.grad.add_(values.masked_fill(self.ste_mask[adapter_name], 0), alpha=decay)
-
-    def effective_weight(self, weight: Tensor, names: list[str]) -> Tensor:
-        """The trained weight under its own mask.
-
-        Raises:
-            ValueError: several adapters.
-        """
-        name = only(names)
-        return effective_weight(self.ste_weight[name], self.ste_mask[name], weight.dtype)
-
-    def adapted(self, x: Tensor, names: list[str]) -> Tensor:
-        """The product with the trained weight under its own mask."""
-        name, linear = only(names), self._linear()
-        values, mask = self.ste_weight[name], self.ste_mask[name]
-        return masked_linear(x, values, mask, linear.weight, linear.bias, straight_through=True)
