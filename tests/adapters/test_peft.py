@@ -1,15 +1,19 @@
-"""Our adapters besides SPP as stock PEFT methods, and SPP's ablations."""
+"""Our adapters as stock PEFT methods: wrapping, saving, loading, several of them, merging; SPP's ablations."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
 from conftest import PROJECTIONS, kept_for_backward, pruned_llama
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -18,12 +22,13 @@ from sppctl.adapters.linear import SparseLinear
 from sppctl.adapters.spp import SppLinear
 
 CONFIGS = {
-    "masked_lora": lambda: MaskedLoraConfig(r=3, dropout=0.0, task_type="CAUSAL_LM"),
-    "masked_full": lambda: MaskedFullConfig(task_type="CAUSAL_LM"),
-    "ste": lambda: SteConfig(pattern="2:4", task_type="CAUSAL_LM"),
-    "ste by row": lambda: SteConfig(task_type="CAUSAL_LM"),
-    "spp without beta": lambda: SppConfig(r=3, beta=False, dropout=0.0, task_type="CAUSAL_LM"),
-    "spp from ones": lambda: SppConfig(r=3, init_weights="ones", dropout=0.0, task_type="CAUSAL_LM"),
+    "spp": lambda: SppConfig(r=4, dropout=0.1),
+    "spp without beta": lambda: SppConfig(r=3, beta=False, dropout=0.1),
+    "spp from ones": lambda: SppConfig(r=3, init_weights="ones", dropout=0.0),
+    "masked_lora": lambda: MaskedLoraConfig(r=3, dropout=0.1),
+    "masked_full": lambda: MaskedFullConfig(),
+    "ste": lambda: SteConfig(pattern="2:4"),
+    "ste by row": lambda: SteConfig(),
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 
@@ -37,6 +42,11 @@ def pruned(request: pytest.FixtureRequest, llama: Path) -> nn.Module:
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def random_spp(**changes: Any) -> SppConfig:
+    """Of an adapter that is not at the pruned model."""
+    return SppConfig(**{"r": 4, "dropout": 0.0, "init_weights": False} | changes)
 
 
 def trained(model: Any, ids: Tensor, steps: int = 3) -> Any:
@@ -55,6 +65,7 @@ def test_a_new_adapter_leaves_the_output_bit_identical(pruned: nn.Module, ids: T
     before = pruned(ids).logits
     model = get_peft_model(pruned, CONFIGS[method]())
     assert torch.equal(model(ids).logits, before)
+    assert torch.equal(model.train()(ids).logits, before), "with dropout, too"
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert sum(isinstance(module, SparseLinear) for module in model.modules()) == 2 * 7
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -78,10 +89,20 @@ def test_round_trip_and_merging_are_bit_identical(pruned: nn.Module, ids: Tensor
         if ".base_layer." in name:
             assert torch.equal(tensor, base[name.replace(".base_layer", "")]), name
     merged = model.merge_and_unload()
+    assert not any(isinstance(module, SparseLinear) for module in merged.modules())
     assert torch.equal(merged(ids).logits, expected)
     for name, tensor in merged.state_dict().items():
         if name.split(".")[-2] in PROJECTIONS and not method.startswith("ste"):
             assert torch.equal(tensor == 0, base[name] == 0), name
+
+
+def test_a_saved_configuration_is_read_back(pruned: nn.Module, tmp_path: Path) -> None:
+    config = SppConfig(r=4, scale=1.5, target_modules=["q_proj", "down_proj"])
+    get_peft_model(pruned, config).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, SppConfig)
+    assert (loaded.r, loaded.scale, loaded.target_modules) == (4, 1.5, {"q_proj", "down_proj"})
 
 
 @methods
@@ -111,6 +132,7 @@ def test_checkpointed_gradients_are_the_same(pruned: nn.Module, ids: Tensor, met
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
+        torch.manual_seed(1)  # of the dropout
         model(input_ids=ids, labels=ids).loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
@@ -144,6 +166,68 @@ def test_rows_with_adapters_of_their_own_are_refused(pruned: nn.Module, ids: Ten
         model(ids, adapter_names=["default", "__base__"])
 
 
+def test_safe_merge_refuses_a_broken_adapter(pruned: nn.Module) -> None:
+    model = get_peft_model(pruned, random_spp())
+    next(p for n, p in model.named_parameters() if "spp_beta" in n).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_two_adapters_switch_and_disable(pruned: nn.Module, ids: Tensor) -> None:
+    plain = pruned(ids).logits
+    torch.manual_seed(0)
+    model = get_peft_model(pruned, random_spp(), adapter_name="first").eval()
+    first = model(ids).logits
+    model.add_adapter("second", random_spp(r=2))
+    assert torch.equal(model(ids).logits, first)
+    model.set_adapter("second")
+    second = model(ids).logits
+    assert not torch.equal(first, second)
+    model.set_adapter("first")
+    assert torch.equal(model(ids).logits, first)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain)
+    model.delete_adapter("second")
+    assert torch.equal(model(ids).logits, first)
+
+
+def test_two_active_adapters_merge_into_their_sum(llama: Path, ids: Tensor) -> None:
+    pruned = pruned_llama(llama)
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    model = get_peft_model(pruned, random_spp(), adapter_name="first").eval()
+    model.add_adapter("second", random_spp(r=2))
+    model.base_model.set_adapter(["first", "second"])
+    expected = model(ids).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor == 0, before[name] == 0) for name, tensor in merged.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "count"),
+    [
+        ((4096, 11008, 32), (32, 32), 19_578_880),
+        ((5120, 13824, 40), (40, 40), 30_638_080),
+        ((6656, 17920, 60), (52, 52), 59_688_960),
+        ((8192, 22016, 80), (64, 64), 97_894_400),
+        ((8192, 28672, 80), (64, 8), 106_332_160),
+    ],
+    ids=["7B", "13B", "30B", "65B", "2-70B"],
+)
+def test_published_parameter_counts(shape: tuple[int, int, int], heads: tuple[int, int], count: int) -> None:
+    hidden, intermediate, depth = shape
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+    )
+    with init_empty_weights():
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), SppConfig(r=16))
+    assert model.get_nb_trainable_parameters()[0] * depth == count
+
+
 @pytest.mark.parametrize("make", [SppConfig, MaskedLoraConfig])
 def test_bad_configurations(make: Any) -> None:
     for scale in (float("nan"), float("inf"), 0.0):
@@ -153,6 +237,24 @@ def test_bad_configurations(make: Any) -> None:
         make(r=0)
     with pytest.raises(ValueError, match=r"not in \[0, 1\)"):
         make(dropout=1.0)
+
+
+def test_bad_targets(pruned: nn.Module) -> None:
+    with pytest.raises(ValueError, match="r = 64 exceeds the 16 output features"):
+        get_peft_model(pruned, SppConfig(r=64, target_modules=["k_proj"]))
+    with pytest.raises(ValueError, match=r"adapts nn.Linear layers; target model.embed_tokens"):
+        get_peft_model(pruned, SppConfig(target_modules=["embed_tokens"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statement", ["import sppctl, peft", "import peft, sppctl", "import sppctl, peft.mapping"])
+def test_importing_sppctl_registers_spp_whatever_the_order(statement: str) -> None:
+    code = f"{statement}; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m; assert 'SPP' in m"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_peft_itself_is_untouched() -> None:
+    assert "SPP" not in [kind.value for kind in peft.PeftType]
 
 
 # --- ablations of SPP -------------------------------------------------------------------------------------------------
@@ -186,7 +288,7 @@ def test_without_beta_the_merged_weight_is_w_plus_s_w_alpha() -> None:
     layer(x).sum().backward()
     assert layer.spp_alpha["default"].grad is not None
     layer.merge()
-    torch.testing.assert_close(layer.get_base_layer().weight.data, expected)
+    torch.testing.assert_close(layer.weight.data, expected)
     torch.testing.assert_close(layer(x), x @ expected.t())
 
 
@@ -243,6 +345,6 @@ def test_with_a_group_for_each_row_any_weight_of_the_same_pattern_is_reached() -
     assert first > 1
     assert loss().item() < 1e-8
     layer.merge()
-    torch.testing.assert_close(layer.get_base_layer().weight.data, target, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.weight.data, target, rtol=1e-3, atol=1e-4)
     fewer, _ = spp(10, 6, r=5, init_weights="ones")
     assert fewer.spp_alpha["default"].shape == (5, 6)
