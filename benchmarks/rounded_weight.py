@@ -83,7 +83,7 @@ def residual(
 
 def compare(config: Config, pruned: Path, scratch: Path) -> str:
     """Trains, merges and measures; returns a row of the table."""
-    record = records.read(pruned / "stage.json", "prune", "give a pruned checkpoint with its record").metrics
+    record = records.read(pruned / "stage.json", "prune").metrics
     adapter, merged = scratch / "adapter", scratch / "merged"
     merged.mkdir()
     device = checkpoint.pick_device(config.model.device)

@@ -16,9 +16,7 @@ from sppctl.errors import UserError
 from sppctl.files import sealed
 from sppctl.pattern import Pattern
 
-Settings = dict[
-    str, Any
-]  # sections of a configuration as plain data, which are compared and printed, never interpreted
+Settings = dict[str, Any]  # sections of a configuration as plain data: compared and printed, never interpreted
 M = TypeVar("M")
 R = TypeVar("R")
 
@@ -282,24 +280,30 @@ def to_json(record: Any) -> Any:
     return str(record) if isinstance(record, Pattern) else record
 
 
-def read(path: Path, stage: str, remedy: str) -> StageRecord[Any]:
-    """The stage.json of a stage.
+def remedy(stage: str) -> str:
+    """What to do about a stage whose record or files are damaged, for an error."""
+    return f"sppctl {stage} --force redoes the stage"
 
-    Args:
-        path: of the file.
-        stage: prune, train or merge.
-        remedy: what to do about a damaged one.
+
+def read(path: Path, stage: str) -> StageRecord[Any]:
+    """The stage.json of a stage (prune, train or merge).
 
     Raises:
         UserError: it cannot be read, is damaged, or is that of another stage.
     """
-    content = sealed.read(path, remedy)
-    if content.get("stage") != stage:
-        raise UserError(f"{path} is the record of another stage ({content.get('stage')}); {remedy}")
+    content = read_content(path, stage, remedy(stage))
     try:
         return from_json(StageRecord, content, METRICS[stage])
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+        raise UserError(f"{path} is damaged ({error}); {remedy(stage)}") from error
+
+
+def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:
+    """The same as plain data, of which only the seal and the stage have been checked."""
+    content = sealed.read(path, remedy)
+    if content.get("stage") != stage:
+        raise UserError(f"{path} is the record of another stage ({content.get('stage')}); {remedy}")
+    return content
 
 
 def from_json(kind: type[R], content: Any, metrics: type | None = None) -> R:

@@ -22,7 +22,7 @@ __main__     cli
 cli          options sweep run show plan inspect model launch config files console distributed records errors pattern
 options      config files errors
 show         sweep run report inspect config console distributed records
-sweep        run report launch config files console distributed records errors
+sweep        run report launch config files console distributed errors
 run          report plan merge train prune evaluate data model launch config files console distributed machine records \
              errors
 report       evaluate config files console records errors
@@ -57,7 +57,7 @@ LIGHT += ("records", "show", "sweep")
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
 LIGHT_FILES = {f"files/{name}.py" for name in ("disk", "names", "paths", "sealed", "strict_json")}
 LIGHT_FILES |= {
-    f"run/{name}.py" for name in ("attempts", "dense", "directory", "measure", "pipeline", "publish", "stage", "stages")
+    f"run/{name}.py" for name in ("attempts", "dense", "directory", "measure", "pipeline", "publish", "stages")
 }
 
 

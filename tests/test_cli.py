@@ -305,7 +305,7 @@ def test_stages_one_by_one_make_what_run_makes(command: Command, here: Path) -> 
 def test_json_of_a_stage_is_its_record(command: Command, here: Path) -> None:
     for stage, folder in DIRECTORIES.items():
         record = command(stage, "tiny.yaml", "--json").json
-        assert record == to_json(records.read(here / "run" / folder / "stage.json", stage, ""))
+        assert record == to_json(records.read(here / "run" / folder / "stage.json", stage))
     assert record["metrics"]["pattern_unchanged"] is True
 
 

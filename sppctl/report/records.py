@@ -41,7 +41,7 @@ def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str
     for stage, folder in DIRECTORIES.items():
         path = run_dir / folder / RECORD
         if path.is_file():
-            stages[stage] = stage_records.read(path, stage, f"sppctl {stage} --force redoes it")
+            stages[stage] = stage_records.read(path, stage)
     results = {}
     for path in sorted(
         (run_dir / "eval").glob("*.json"), key=lambda path: ((*ORDER, path.stem).index(path.stem), path)

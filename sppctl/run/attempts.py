@@ -1,17 +1,26 @@
-"""Unfinished stages: what they are attempts at, what work they hold, and what that means for the next command."""
+"""Unfinished stages: what they are attempts at, what work they hold, and in what another attempt differs."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from sppctl.config.load import flatten
-from sppctl.errors import UserError
+from sppctl.config.load import flatten, result_keys
+from sppctl.config.settings import Config
 from sppctl.files import sealed
 from sppctl.files.names import CHECKPOINTS, JOURNAL, NOTE, WORKING
-from sppctl.records import Attempt, from_json, to_json
+from sppctl.records import Attempt, Settings, from_json, to_json
 
-DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
+
+def settings_of(config: Config, stage: str) -> Settings:
+    """The configuration that the result of a stage depends on."""
+    settings = {stage: result_keys(getattr(config, stage))}
+    if stage == "merge":
+        return settings
+    model = result_keys(config.model)
+    if stage == "train":  # which starts from what pruning made of all other keys
+        model = {"compute_dtype": model["compute_dtype"]}
+    return {"seed": config.run.seed, "model": model} | settings
 
 
 def read(partial: Path) -> Attempt | None:
@@ -42,37 +51,22 @@ def holds_work(partial: Path) -> bool:
     return any(partial.glob(f"{CHECKPOINTS}/checkpoint-*/*")) or (journal.is_file() and b"\n" in journal.read_bytes())
 
 
-def check(partial: Path, stage: str, attempt: Attempt, *, inputs_known: bool = True) -> None:
-    """Raises UserError if the attempt in a directory holds work that another attempt cannot continue.
+def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | None = None) -> str:
+    """The keys in which an attempt, finished or not, differs from one that is made now, with both values.
 
     Args:
-        partial: the directory.
-        stage: prune, train or merge.
-        attempt: what would be made.
-        inputs_known: whether its inputs count.
+        before: the earlier attempt.
+        settings: of now.
+        inputs: of now; None: not known yet, and taken for the same.
+
+    Returns:
+        Text for an error; empty if the attempts are the same.
     """
-    if not holds_work(partial):
-        return
-    before = read(partial)
-    if before is None:
-        whose = f"whose settings are unknown ({NOTE} is damaged)"
-    else:
-        if not inputs_known:
-            attempt = Attempt(attempt.settings, before.inputs)
-        if before == attempt.as_in(before):
-            return
-        whose = f"with {differences(before, attempt)}"
-    raise UserError(
-        f"{partial} holds the unfinished work of an attempt {whose}; its own settings continue it, another run.dir "
-        f"keeps it, {DISCARDING[stage]} discards it"
-    )
-
-
-def differences(before: Attempt, now: Attempt) -> str:
-    """The keys in which what was made differs from what is wanted now, with both values."""
-    old, new = flatten(before.settings), flatten(now.as_in(before).settings)
+    now = Attempt(settings, before.inputs if inputs is None else inputs).as_in(before)
+    if now == before:
+        return ""
+    old, new = flatten(before.settings), flatten(now.settings)
     changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
-    changed += [
-        f"other {key} content" for key in before.inputs | now.inputs if before.inputs.get(key) != now.inputs.get(key)
-    ]
+    contents = before.inputs | now.inputs
+    changed += [f"other {key} content" for key in contents if before.inputs.get(key) != now.inputs.get(key)]
     return "; ".join(changed) or "an older version of sppctl"

@@ -14,19 +14,24 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed, machine, records
 from sppctl.errors import StageError, UserError, WriteError
 from sppctl.files import disk
-from sppctl.files.names import DIRECTORIES, RECORD
+from sppctl.files.names import DIRECTORIES, NOTE, RECORD
 from sppctl.records import Attempt, StageRecord
 from sppctl.run import attempts, dense
+from sppctl.run.attempts import differences, settings_of
 from sppctl.run.publish import RESUMABLE, RunDirectory
-from sppctl.run.stage import M_co, P, Prepared, Stage, settings_of
+
+if TYPE_CHECKING:
+    from sppctl.run.stages import M_co, P, Prepared, Stage
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
+DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
 
 
 @dataclass
@@ -40,29 +45,74 @@ class Run(RunDirectory):
     # the stages that have been checked, by name, until they are done
     prepared: dict[str, Prepared] = field(default_factory=dict)
 
-    def record(self, stage: str) -> StageRecord[Any] | None:
-        """The stage.json of a published stage.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        path = self.path(stage)
-        return records.read(path / RECORD, stage, _remedy(stage)) if path.is_dir() else None
-
-    def verify(self, stage: str, record: StageRecord[Any]) -> None:
-        """Raises UserError if the files of a published stage are not those of its record; each is named."""
-        from sppctl.files import integrity
-
-        with console.working(f"checking the files of {self.path(stage)}"):
-            integrity.check(self.path(stage), record.files, _remedy(stage))
-
     def outline(self) -> dense.Outline:
         """The dense model without weights, loaded once."""
         if self.loaded is None:
             self.loaded = dense.outline(self)
         return self.loaded
 
-    # --- stages -------------------------------------------------------------------------------------------------------
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def record(self, stage: str) -> StageRecord[Any] | None:
+        """The stage.json of a published stage; UserError if it is damaged."""
+        path = self.path(stage)
+        return records.read(path / RECORD, stage) if path.is_dir() else None
+
+    def verify(self, record: StageRecord[Any]) -> None:
+        """Raises UserError if the files of a published stage are not those of its record; each is named."""
+        from sppctl.files import integrity
+
+        path = self.path(record.stage)
+        with console.working(f"checking the files of {path}"):
+            integrity.check(path, record.files, records.remedy(record.stage))
+
+    def changes(self, record: StageRecord[Any]) -> str:
+        """The keys in which a published stage differs from the configuration; empty if it does not."""
+        return differences(record.attempt, settings_of(self.config, record.stage))
+
+    def needed(self, stage: str) -> StageRecord[Any]:
+        """The record of a stage that must be there, intact, and what the configuration describes; else UserError."""
+        record = self.record(stage)
+        if record is None:
+            raise UserError(f"{self.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
+        if changed := self.changes(record):
+            fix = f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
+            raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
+        distributed.decide(partial(self.verify, record))
+        return record
+
+    def will_do(self, stage: str) -> bool:
+        """Whether a command would work on a stage, as far as its settings tell."""
+        before = None if self.force else self.record(stage)
+        if before is None or not self.changes(before):
+            return before is None
+        unfinished = attempts.read(self.partial(DIRECTORIES[stage]))
+        return unfinished is not None and not differences(unfinished, settings_of(self.config, stage))
+
+    def check_attempt(self, stage: str, inputs: dict[str, str] | None = None) -> None:
+        """Raises UserError if doing a stage would destroy unfinished work with other settings, and nobody asked for it.
+
+        Args:
+            stage: prune, train or merge.
+            inputs: of the stage; None: not known yet, only the settings count.
+        """
+        directory = self.partial(DIRECTORIES[stage])
+        asked = self.force if stage == "prune" else not self.resume
+        if asked or not attempts.holds_work(directory):
+            return
+        before = attempts.read(directory)
+        if before is None:
+            whose = f"whose settings are unknown ({NOTE} is damaged)"
+        elif changed := differences(before, settings_of(self.config, stage), inputs):
+            whose = f"with {changed}"
+        else:
+            return
+        raise UserError(
+            f"{directory} holds the unfinished work of an attempt {whose}; its own settings continue it, another "
+            f"run.dir keeps it, {DISCARDING[stage]} discards it"
+        )
+
+    # --- work ---------------------------------------------------------------------------------------------------------
 
     def prepare(self, stage: Stage[P, M_co]) -> P:
         """Checks a stage; what its checks have loaded is kept until it is done."""
@@ -81,61 +131,56 @@ class Run(RunDirectory):
                 with other ones, which the command does not discard; or its checks find something.
             WriteError: the disk is full.
         """
-        name = stage.name
+        name, out = stage.name, self.partial(DIRECTORIES[stage.name])
         attempt = Attempt(settings_of(self.config, name), stage.inputs(self))
         # one process looks: the others might see what it has changed since
-        before, continued = distributed.decide(lambda: self._choice(name, attempt))
+        before, continued = distributed.decide(partial(self._find, name, attempt))
         prepared: Any = self.prepared.pop(name, None)
         if before is not None:
             console.note(f"{name}: up to date ({self.path(name)})")
             return before
         outdated = prepared is None or not prepared.sources.items() <= attempt.inputs.items()
-        compute = _as_before(attempt, continued) if continued else distributed.decide(lambda: stage.compute(self))
+        compute = _as_before(attempt, continued) if continued else distributed.decide(partial(stage.compute, self))
+        dtype = "" if compute is None else compute.dtype
         if compute is not None:
-            attempt = attempt.computing_in(compute.dtype)
+            attempt = attempt.computing_in(dtype)
             console.note(f"{name}: {compute.text}")
         if outdated:
             prepared = stage.prepare(self)
-        dtype = "" if compute is None else compute.dtype
-        partial = self._start(name, attempt, continued is not None)
-        started = time.perf_counter()
-        with (
-            self._keeping(name, continued is not None),
-            contextlib.redirect_stdout(sys.stderr),  # what libraries print is not a result
-            disk.writing(partial, reasons=disk.FULL),
-        ):
-            metrics = stage.do(self, prepared, partial, dtype)
-        distributed.barrier()
-        seconds = round(time.perf_counter() - started, 2)
-        record = self._published(name, attempt, dtype, seconds, metrics)
-        console.note(f"{name}: done in {seconds:.0f} s ({self.path(name)})")
-        return record
-
-    def _start(self, stage: str, attempt: Attempt, continued: bool) -> Path:
-        """The directory that a stage works in: that of the attempt that is continued, or a new one."""
-        name = DIRECTORIES[stage]
         if continued:
-            console.note(f"{stage}: continuing an interrupted attempt")
+            console.note(f"{name}: continuing an interrupted attempt")
         elif distributed.is_main():
-            attempts.write(self.fresh_partial(name), attempt)
+            attempts.write(self.fresh_partial(DIRECTORIES[name]), attempt)
         distributed.barrier()
         machine.reset_peak_memory()
-        return self.partial(name)
+        started = time.perf_counter()
+        with (
+            _keeping(name, out, continued is not None),
+            contextlib.redirect_stdout(sys.stderr),  # what libraries print is not a result
+            disk.writing(out, reasons=disk.FULL),
+        ):
+            metrics = stage.do(self, prepared, out, dtype)
+        distributed.barrier()
+        record = self._published(name, attempt, dtype, round(time.perf_counter() - started, 2), metrics)
+        console.note(f"{name}: done in {record.wall_time_s:.0f} s ({self.path(name)})")
+        return record
 
-    @contextlib.contextmanager
-    def _keeping(self, stage: str, continued: bool) -> Iterator[None]:
-        """Decides, where the stage inside ends with an error, whether its attempt is left for another command."""
-        partial = self.partial(DIRECTORIES[stage])
-        try:
-            yield
-        except BaseException as error:
-            kept = _kept(stage, partial, error, continued)
-            if distributed.is_main() and not kept:
-                shutil.rmtree(partial, ignore_errors=True)
-            if not isinstance(error, WriteError):
-                raise
-            rest = "what is finished is kept, the same command continues" if kept else "nothing is left of it"
-            raise WriteError(f"{error}; make room, or name another run.dir; {rest}") from error
+    def _find(self, stage: str, attempt: Attempt) -> tuple[StageRecord[Any] | None, Attempt | None]:
+        """The record of the stage if there is nothing to do; else none, and the attempt that is continued, if any."""
+        directory = DIRECTORIES[stage]
+        before = None if self.force and directory not in self.finished else self.record(stage)
+        changed = before and differences(before.attempt, attempt.settings, attempt.inputs)
+        if before is not None and not changed:
+            self.verify(before)
+            return before, None
+        unfinished = attempts.read(self.partial(directory)) if stage in RESUMABLE and self.resume else None
+        if unfinished is not None and not differences(unfinished, attempt.settings, attempt.inputs):
+            return None, unfinished
+        if before is not None and not self.force:
+            fix = "--force redoes it, another run.dir keeps it"
+            raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
+        self.check_attempt(stage, attempt.inputs)
+        return None, None
 
     def _published(self, stage: str, attempt: Attempt, dtype: str, seconds: float, metrics: M_co) -> StageRecord[M_co]:
         def record(output: str, files: dict[str, str]) -> StageRecord[M_co]:
@@ -161,73 +206,6 @@ class Run(RunDirectory):
             return record("", {})
         return distributed.decide(lambda: self.complete(DIRECTORIES[stage], record))
 
-    def _choice(self, stage: str, attempt: Attempt) -> tuple[StageRecord[Any] | None, Attempt | None]:
-        """The record of the stage if there is nothing to do; else none, and the attempt that is continued, if any."""
-        before = None if self.force and DIRECTORIES[stage] not in self.finished else self.record(stage)
-        if before is not None and before.fingerprint == attempt.as_in(before.attempt).fingerprint:
-            self.verify(stage, before)
-            return before, None
-        unfinished = attempts.read(self.partial(DIRECTORIES[stage])) if stage in RESUMABLE and self.resume else None
-        if unfinished is not None and unfinished == attempt.as_in(unfinished):
-            return None, unfinished
-        if before is not None and not self.force:
-            raise UserError(
-                f"{self.path(stage)} was made with {attempts.differences(before.attempt, attempt)}; "
-                f"--force redoes it, another run.dir keeps it"
-            )
-        self.check_attempt(stage, attempt)
-        return None, None
-
-    def check_attempt(self, stage: str, attempt: Attempt | None = None) -> None:
-        """Raises UserError if doing a stage would destroy unfinished work with other settings, and nobody asked for it.
-
-        Args:
-            stage: prune, train or merge.
-            attempt: what would be made; None: as far as the configuration tells, with inputs that are not known yet.
-        """
-        asked = self.force if stage == "prune" else not self.resume
-        if not asked:
-            wanted = attempt or Attempt(settings_of(self.config, stage), {})
-            attempts.check(self.partial(DIRECTORIES[stage]), stage, wanted, inputs_known=attempt is not None)
-
-    def will_do(self, stage: str) -> bool:
-        """Whether a command would work on a stage, as far as its settings tell."""
-        wanted = Attempt(settings_of(self.config, stage), {})
-        before = None if self.force else self.record(stage)
-        if before is None or before.settings == wanted.as_in(before.attempt).settings:
-            return before is None
-        unfinished = attempts.read(self.partial(DIRECTORIES[stage]))
-        return unfinished is not None and unfinished.settings == wanted.as_in(unfinished).settings
-
-    def needed(self, stage: str) -> StageRecord[Any]:
-        """The record of a stage that must be there, intact, and what the configuration describes.
-
-        Raises:
-            UserError: it is not.
-        """
-        record = self.record(stage)
-        if record is None:
-            raise UserError(f"{self.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
-        wanted = Attempt(settings_of(self.config, stage), record.inputs).as_in(record.attempt)
-        if record.attempt != wanted:
-            raise UserError(
-                f"{self.path(stage)} was made with {attempts.differences(record.attempt, wanted)}; "
-                f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
-            )
-        distributed.decide(lambda: self.verify(stage, record))
-        return record
-
-
-def _kept(stage: str, partial: Path, error: BaseException, continued: bool) -> bool:
-    """Whether an attempt that ended with an error is left for another command."""
-    if stage not in RESUMABLE:
-        return False
-    if isinstance(error, WriteError):
-        return attempts.holds_work(partial)
-    if isinstance(error, UserError | StageError):  # of its own; what it was given, or can be continued, is not lost
-        return continued or (stage == "train" and attempts.holds_work(partial))
-    return True
-
 
 def _as_before(attempt: Attempt, before: Attempt) -> machine.Compute:
     """The dtype of an attempt, which is continued in it on any machine."""
@@ -236,5 +214,24 @@ def _as_before(attempt: Attempt, before: Attempt) -> machine.Compute:
     return machine.Compute(dtype, f"computing in {dtype} as {why}")
 
 
-def _remedy(stage: str) -> str:
-    return f"sppctl {stage} --force redoes the stage"
+@contextlib.contextmanager
+def _keeping(stage: str, partial: Path, continued: bool) -> Iterator[None]:
+    """Decides, where the stage inside ends with an error, whether its attempt is left for another command."""
+    try:
+        yield
+    except BaseException as error:
+        full = isinstance(error, WriteError)
+        if stage not in RESUMABLE:
+            kept = False
+        elif full:
+            kept = attempts.holds_work(partial)
+        elif isinstance(error, UserError | StageError):  # its own; what can be continued is not lost
+            kept = continued or (stage == "train" and attempts.holds_work(partial))
+        else:
+            kept = True
+        if distributed.is_main() and not kept:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not full:
+            raise
+        rest = "what is finished is kept, the same command continues" if kept else "nothing is left of it"
+        raise WriteError(f"{error}; make room, or name another run.dir; {rest}") from error

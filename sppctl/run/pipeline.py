@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sppctl import console, distributed, launch, machine
 from sppctl.config.settings import Config
 from sppctl.errors import Problems, UserError
-from sppctl.files.names import DIRECTORIES
 from sppctl.run import dense, measure
 from sppctl.run.directory import Run
 from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from sppctl.report.study import Study
 
 STAGES = ("prune", "train", "merge", "eval", "report")
+MEASURED = ("base", "pruned", "merged")
+Starter = Callable[..., None]  # does a stage, given its name and options, in processes of its own
 
 
 def join_processes(config: Config) -> None:
@@ -53,21 +54,18 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
     problems = Problems()
     work: dict[str, Work] = {}
     for stage in stages:
-        if stage in DIRECTORIES:
-            with problems:
-                if not run.will_do(stage):
-                    continue
+        with problems:
+            if stage == "eval":
+                from sppctl.evaluate import stage as evaluation
+
+                work[stage] = evaluation.preflight(run.config, outline.skeleton, outline.tokenizer)
+            elif stage in BY_NAME and run.will_do(stage):
                 with problems:
                     run.check_attempt(stage)
                 if stage == "merge":
                     check_mask(run.config.train.method.upper(), run.config.merge.mask)
                 else:
                     work[stage] = run.prepare(BY_NAME[stage]).work
-        elif stage == "eval":
-            from sppctl.evaluate import stage as evaluation
-
-            with problems:
-                work[stage] = evaluation.preflight(run.config, outline.skeleton, outline.tokenizer)
     problems.raise_all()
     if announce:
         _announce(run, outline.skeleton, work)
@@ -93,11 +91,10 @@ def _seconds_per_token(run: Run, skeleton: Skeleton) -> float:
     from sppctl.plan import run as plan
 
     model = run.config.model
-    device = checkpoint.pick_device(model.device)
+    directory, device = dense.located(run.config), checkpoint.pick_device(model.device)
     stored = checkpoint.dtype_of(model.dtype, None) if model.gguf_file is not None else model.dtype
-    compute = checkpoint.choose_dtype(
-        dense.located(run.config), device, model.compute_dtype, model.trust_remote_code, stored=stored, training=True
-    )
+    choices = device, model.compute_dtype, model.trust_remote_code
+    compute = checkpoint.choose_dtype(directory, *choices, stored=stored, training=True)
     width = skeleton.config.get_text_config().hidden_size
     return estimate.seconds_per_token(plan.num_parameters(skeleton), width, compute.dtype, device)
 
@@ -109,13 +106,8 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
     return write.report(run_dirs, output, latex)
 
 
-def run_all(run: Run, start_stage: Callable[..., None] | None = None) -> Study | None:
-    """The whole pipeline.
-
-    Args:
-        run: the run.
-        start_stage: does a stage, given its name and options, in processes of its own; None: this process, or those it
-            is one of, do it.
+def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
+    """The whole pipeline; without ``start_stage`` in this process, or those it is one of.
 
     Returns:
         What the run has recorded; None in processes that have nothing left to do after the training.
@@ -141,16 +133,14 @@ def run_all(run: Run, start_stage: Callable[..., None] | None = None) -> Study |
         if start_stage is None:
             measure.evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
     if start_stage is not None:
-        start_stage("eval", *_models("base", "pruned", "merged"))
+        start_stage("eval", *(f"--model={label}" for label in MEASURED))
     study = report([run.directory])
     console.note(f"run: done in {time.perf_counter() - started:.0f} s ({run.directory})")
     return study
 
 
-def evaluate_some(
-    run: Run, models: list[str], start_stage: Callable[..., None] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Measures checkpoints and adapters; what ``sppctl eval`` does.
+def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = None) -> dict[str, dict[str, Any]]:
+    """Measures checkpoints and adapters, as :func:`run_all` in this process or others; what ``sppctl eval`` does.
 
     Args:
         run: the run.
@@ -163,6 +153,8 @@ def evaluate_some(
     run.check_directory()
     if not (run.config.eval.perplexity or run.config.eval.tasks):
         raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; name a text or a task")
+    from sppctl.evaluate import stage
+    from sppctl.evaluate.results import Results
     from sppctl.evaluate.subjects import Subject
 
     places = measure.checkpoints_to_measure(run, models)
@@ -171,20 +163,13 @@ def evaluate_some(
         preflight(run, ("eval",), subject.directory if subject is not None else None)
         if subject is not None:
             subject.check(run.config.model.trust_remote_code)
-    from sppctl.evaluate import stage
-    from sppctl.evaluate.results import Results
-
-    if distributed.world_size() == 1 and not all(measure.results_of(run, label).is_file() for label in places):
+    files = {label: measure.results_of(run, label) for label in places}
+    if distributed.world_size() == 1 and not all(path.is_file() for path in files.values()):
         stage.load_data(run.config)
     if start_stage is not None:
-        start_stage("eval", *_models(*models))
-        measured = {label: Results.load(measure.results_of(run, label)) for label in places}
-        return {label: content.to_json() for label, content in measured.items() if content is not None}
+        start_stage("eval", *(f"--model={model}" for model in models))
+        return {label: content.to_json() for label, path in files.items() if (content := Results.load(path))}
     with run.lock(makes=False):
-        found = {label: path or dense.same_base(run) for label, path in places.items()}
-        console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in found.items()))
-        return measure.evaluate(run, found)
-
-
-def _models(*models: str) -> list[str]:
-    return [f"--model={model}" for model in models]
+        checkpoints = {label: path or dense.same_base(run) for label, path in places.items()}
+        console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in checkpoints.items()))
+        return measure.evaluate(run, checkpoints)

@@ -25,6 +25,7 @@ from sppctl.run import attempts
 
 RESUMABLE = ("prune", "train")  # an interrupted attempt is continued; the others start again
 LOCK, RESOLVED = ".lock", "resolved.yaml"
+PUBLISHED = ("base", *DIRECTORIES.values())
 
 
 @dataclass
@@ -83,36 +84,30 @@ class RunDirectory:
         disk.sync(self.directory)
         shutil.rmtree(old, ignore_errors=True)
 
-    def take_over(self, source: RunDirectory, name: str) -> None:
-        """Publishes here what another run has published; called in :meth:`lock`."""
-        partial = self.fresh_partial(name)
-        # a published directory is never written into, so its files may have several names
-        shutil.copytree(
-            source.directory / name,
-            partial,
-            copy_function=_link,
-            ignore=shutil.ignore_patterns(RECORD),
-            dirs_exist_ok=True,
-        )
-        if (source.directory / name / RECORD).is_file():  # last: it says that the others are there
-            _link(str(source.directory / name / RECORD), str(partial / RECORD))
-        self._publish(name)
-
     def _old(self, name: str) -> Path:
         return self.directory / f".{name}.old"
+
+    def take_over(self, source: RunDirectory, name: str) -> None:
+        """Publishes here what another run has published; called in :meth:`lock`."""
+        published, partial = source.directory / name, self.fresh_partial(name)
+        # a published directory is never written into, so its files may have several names
+        without = shutil.ignore_patterns(RECORD)
+        shutil.copytree(published, partial, copy_function=_link, ignore=without, dirs_exist_ok=True)
+        if (published / RECORD).is_file():  # last: it says that the others are there
+            _link(str(published / RECORD), str(partial / RECORD))
+        self._publish(name)
 
     def _finish(self) -> None:
         """Publishes what was complete when a command was killed, and removes what no command continues."""
         resumable = [DIRECTORIES[stage] for stage in RESUMABLE]
-        for name in ("base", *DIRECTORIES.values()):
-            partial = self.partial(name)
+        for name in PUBLISHED:
+            partial, old, target = self.partial(name), self._old(name), self.directory / name
             if (partial / RECORD).is_file():
-                console.note(f"{self.directory / name}: complete since an earlier command, published now")
+                console.note(f"{target}: complete since an earlier command, published now")
                 self._publish(name)
                 self.finished.add(name)
             elif name not in resumable:
                 shutil.rmtree(partial, ignore_errors=True)
-            old, target = self._old(name), self.directory / name
             if old.is_dir() and not target.exists():
                 old.rename(target)  # nothing has taken its place
             shutil.rmtree(old, ignore_errors=True)
@@ -133,13 +128,12 @@ class RunDirectory:
         self.check_directory()
         made = [parent for parent in self.directory.absolute().parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock, resolved = self.directory / LOCK, self.directory / RESOLVED
-        with lock.open("w") as file:
+        resolved = self.directory / RESOLVED
+        with (self.directory / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"{self.directory}: another sppctl command is working here; wait for it") from error
-            ours = {lock.name, resolved.name, f".{resolved.name}.partial"}  # the last: of a command that was killed
             try:
                 self._finish()
                 notes = makes or not any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
@@ -150,31 +144,31 @@ class RunDirectory:
                 if notes:
                     disk.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
             finally:
-                if {path.name for path in self.directory.iterdir()} <= ours:
-                    shutil.rmtree(self.directory)  # a run that failed before it made anything leaves nothing
+                # a run that failed before it made anything leaves nothing; the last is of a command that was killed
+                if {path.name for path in self.directory.iterdir()} <= {LOCK, RESOLVED, f".{RESOLVED}.partial"}:
+                    shutil.rmtree(self.directory)
                     with contextlib.suppress(OSError):  # somebody else put something there
                         for parent in made:
                             parent.rmdir()
 
     def check_directory(self) -> None:
         """Raises UserError if the run directory cannot be written, or if the run would be made from its own results."""
-        path = self.directory
+        path, config = self.directory, self.config
         for key, name, later in (
-            ("model.path", self.config.model.path, ("prune", "train", "merge")),
-            ("prune.mask_from", self.config.prune.mask_from, ("prune", "train", "merge")),
-            ("train.distill.teacher", self.config.train.distill.teacher, ("train", "merge")),
+            ("model.path", config.model.path, ("prune", "train", "merge")),
+            ("prune.mask_from", config.prune.mask_from, ("prune", "train", "merge")),
+            ("train.distill.teacher", config.train.distill.teacher, ("train", "merge")),
         ):
             made = {self.path(stage).resolve() for stage in later}
             if name is not None and made & {Path(name).resolve(), *Path(name).resolve().parents}:
-                raise UserError(
-                    key, f"{name} is made by this run itself", "name another checkpoint, or another run.dir"
-                )
+                fix = "name another checkpoint, or another run.dir"
+                raise UserError(key, f"{name} is made by this run itself", fix)
         disk.demand_directory(path, "run.dir")
         if (path / "config.json").exists():  # what a run writes there would become part of the checkpoint
             raise UserError("run.dir", f"{path} holds a checkpoint (config.json)", "name a directory of its own")
-        for name in ("base", *DIRECTORIES.values(), "eval"):
-            for directory in (path / name, self.partial(name)):
-                disk.demand_directory(directory, "run.dir")
+        for name in (*PUBLISHED, "eval"):
+            disk.demand_directory(path / name, "run.dir")
+            disk.demand_directory(self.partial(name), "run.dir")
         for name in (LOCK, RESOLVED):
             disk.demand_file(path / name, "run.dir")
 

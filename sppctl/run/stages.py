@@ -4,20 +4,60 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sppctl import machine
 from sppctl.config.settings import Config, names_of
 from sppctl.errors import UserError
 from sppctl.records import MergeRecord, PruneRecord, TrainRecord
 from sppctl.run import dense
-from sppctl.run.directory import Run
-from sppctl.run.stage import Stage
 
 if TYPE_CHECKING:
     from sppctl.merge import stage as merging
+    from sppctl.model.estimate import Work
     from sppctl.prune import checks as pruning
+    from sppctl.run.directory import Run
     from sppctl.train import stage as training
+
+
+class Prepared(Protocol):
+    """A stage that has been checked: all that its checks have loaded, for the work."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The inputs (as of :meth:`Stage.inputs`) that it was loaded from; where others count it is out of date."""
+
+    @property
+    def work(self) -> Work | None:
+        """What the stage is about to do; None: nothing that takes long."""
+
+
+P = TypeVar("P", bound=Prepared)
+M_co = TypeVar("M_co", covariant=True)
+
+
+class Stage(Protocol[P, M_co]):
+    """One step of the pipeline; :meth:`sppctl.run.directory.Run.do` is its only caller."""
+
+    @property
+    def name(self) -> str:
+        """Prune, train or merge, in lower case."""
+
+    def inputs(self, run: Run) -> dict[str, str]:
+        """Fingerprints of everything that it reads; UserError if that is not what the configuration describes."""
+
+    def compute(self, run: Run) -> machine.Compute | None:
+        """The dtype that a new attempt computes in; None: no model is loaded."""
+
+    def prepare(self, run: Run) -> P:
+        """Checks everything before anything is computed or written; UserError with a line for each problem."""
+
+    def do(self, run: Run, prepared: P, out: Path, dtype: str) -> M_co:
+        """Fills the directory ``out``, computing in ``dtype``, and returns the metrics of the record.
+
+        Of a stage that can be continued, ``out`` holds what an interrupted attempt left; all that it needs for that is
+        in :data:`sppctl.files.names.WORKING`.
+        """
 
 
 class Prune:
@@ -30,12 +70,15 @@ class Prune:
         from sppctl.evaluate import subjects
         from sppctl.model import checkpoint
 
-        base, prune = dense.base(run), run.config.prune
+        base, mask = dense.base(run), run.config.prune.mask_from
         inputs = {"base": subjects.fingerprint(base), "tokenizer": checkpoint.tokenizer_fingerprint(base)}
-        inputs |= _hashes({"calibration": prune.calibration.dataset}) | _newer_data(run, self.name)
-        if prune.mask_from is not None:
-            inputs["mask"] = subjects.fingerprint(checkpoint.locate(prune.mask_from, key="prune.mask_from"))
+        inputs |= self._data(run.config) | _newer_data(run, self.name)
+        if mask is not None:
+            inputs["mask"] = subjects.fingerprint(checkpoint.locate(mask, key="prune.mask_from"))
         return inputs
+
+    def _data(self, config: Config) -> dict[str, str]:
+        return _hashes({"calibration": config.prune.calibration.dataset})
 
     def compute(self, run: Run) -> machine.Compute:
         """The dtype for one block at a time."""
@@ -45,8 +88,8 @@ class Prune:
         """Checks the pruning, and draws its windows."""
         from sppctl.prune import checks
 
-        outline, sources = run.outline(), _hashes({"calibration": run.config.prune.calibration.dataset})
-        return checks.prepare(run.config, outline.skeleton, outline.tokenizer, sources)
+        outline = run.outline()
+        return checks.prepare(run.config, outline.skeleton, outline.tokenizer, self._data(run.config))
 
     def do(self, run: Run, prepared: pruning.Prepared, out: Path, dtype: str) -> PruneRecord:
         """Prunes."""
@@ -100,19 +143,10 @@ class Train:
         from sppctl.plan import run as plan
         from sppctl.train import stage
 
-        pruned = run.record("prune")
+        pruned, planned = run.record("prune"), partial(plan.bytes_on_each_device, run.config)
         assert pruned is not None
-        return stage.execute(
-            run.config,
-            prepared,
-            run.path("prune"),
-            pruned.metrics,
-            out,
-            dtype=dtype,
-            resume=run.resume,
-            base=self._base(run),
-            planned=partial(plan.bytes_on_each_device, run.config),
-        )
+        execute = partial(stage.execute, dtype=dtype, resume=run.resume, base=self._base(run), planned=planned)
+        return execute(run.config, prepared, run.path("prune"), pruned.metrics, out)
 
 
 class Merge:
@@ -143,9 +177,8 @@ class Merge:
         pruned, trained = run.record("prune"), run.record("train")
         assert pruned is not None
         assert trained is not None
-        return stage.prepare(
-            run.config, run.path("prune"), run.path("train"), pruned.metrics, trained.metrics, run.partial("merged")
-        )
+        records = pruned.metrics, trained.metrics
+        return stage.prepare(run.config, run.path("prune"), run.path("train"), *records, run.partial("merged"))
 
     def do(self, run: Run, prepared: merging.Prepared, out: Path, dtype: str) -> MergeRecord:
         """Merges."""
@@ -174,10 +207,8 @@ def choose_dtype(config: Config, directory: Path, *, whole: bool = True, **optio
     if whole and chosen.widened:
         needed, free = checkpoint.weight_bytes(directory, chosen.dtype), machine.free_memory(device)
         if needed // 2 <= free < needed:
-            text = (
-                f"{chosen.text}, which takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
-            )
-            return chosen._replace(text=f"{text}: model.compute_dtype=bfloat16 needs half")
+            takes = f"takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
+            return chosen._replace(text=f"{chosen.text}, which {takes}: model.compute_dtype=bfloat16 needs half")
     return chosen
 
 
@@ -196,5 +227,5 @@ def _hashes(datasets: dict[str, str]) -> dict[str, str]:
     """Identifies local data by content; data known by name needs no more than its name."""
     from sppctl.data import texts
 
-    found = {key: texts.file_hash(dataset) for key, dataset in datasets.items()}
-    return {key: digest for key, digest in found.items() if digest is not None}
+    hashes = {key: texts.file_hash(dataset) for key, dataset in datasets.items()}
+    return {key: digest for key, digest in hashes.items() if digest is not None}

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sppctl import records
 from sppctl.errors import UserError
 from sppctl.evaluate import tasks
 from sppctl.evaluate.results import Results
-from sppctl.files import integrity, sealed
-from sppctl.files.names import RECORD
+from sppctl.files.integrity import DAMAGED, MISSING, OK, compare, explain
+from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.report.records import no_run
-
-STAGES = {"base": None, "pruned": "prune", "adapter": "train", "merged": "merge"}
 
 
 @dataclass(frozen=True)
@@ -31,48 +30,38 @@ def execute(run_dir: Path) -> list[Checked]:
     Raises:
         UserError: there is no run, or a file cannot be read.
     """
-    found = [file for folder, stage in STAGES.items() for file in _artefact(run_dir / folder, stage)]
-    for path in sorted((run_dir / "eval").glob("*.json")):
-        found += _results(path)
-    if not found:
+    unpacked = f"delete {run_dir / 'base'}, and it is unpacked again"
+    stages = {"base": ("base", unpacked)}
+    stages |= {folder: (stage, records.remedy(stage)) for stage, folder in DIRECTORIES.items()}
+    checked = [file for folder, stage in stages.items() for file in _artefact(run_dir / folder, *stage)]
+    checked += [file for path in sorted((run_dir / "eval").glob("*.json")) for file in _results(path)]
+    if not checked:
         raise no_run(run_dir)
-    return found
+    return checked
 
 
-def _artefact(directory: Path, stage: str | None) -> list[Checked]:
+def _artefact(directory: Path, stage: str, remedy: str) -> list[Checked]:
     if not directory.is_dir():
         return []
-    remedy = f"sppctl {stage} --force redoes the stage" if stage else f"delete {directory}, and it is unpacked again"
-    path = directory / RECORD
+    name, path = directory.name, directory / RECORD
     try:
-        record = sealed.read(path, remedy)
-        if record["stage"] != (stage or directory.name):
-            raise UserError(f"{path} is the record of another stage ({record['stage']}); {remedy}")
+        record = records.read_content(path, stage, remedy)
     except UserError as error:
-        state = integrity.DAMAGED if path.is_file() else integrity.MISSING
-        return [Checked(directory.name, RECORD, state, str(error))]
-    states = integrity.compare(directory, record["files"], anew=True)
-    return [Checked(directory.name, RECORD, integrity.OK)] + [
-        Checked(
-            directory.name,
-            name,
-            state,
-            None if state == integrity.OK else integrity.explain(directory / name, state, remedy),
-        )
-        for name, state in sorted(states.items())
-    ]
+        return [Checked(name, RECORD, DAMAGED if path.is_file() else MISSING, str(error))]
+    states = compare(directory, record["files"], anew=True)
+    problems = {file: explain(directory / file, state, remedy) for file, state in states.items() if state != OK}
+    files = [Checked(name, file, state, problems.get(file)) for file, state in sorted(states.items())]
+    return [Checked(name, RECORD, OK), *files]
 
 
 def _results(path: Path) -> list[Checked]:
     try:
         content = Results.load(path)
     except UserError as error:
-        return [Checked("eval", path.name, integrity.DAMAGED, str(error))]
+        return [Checked("eval", path.name, DAMAGED, str(error))]
     assert content is not None
-    found = [Checked("eval", path.name, integrity.OK)]
     samples = path.with_suffix(".samples")
-    for result in content.tasks:
-        if not tasks.has_samples(result, samples):
-            problem = f"{samples} does not hold the samples of {result.measure.task}; sppctl eval measures again"
-            found.append(Checked("eval", samples.name, integrity.DAMAGED, problem))
-    return found
+    lacking = [result.measure.task for result in content.tasks if not tasks.has_samples(result, samples)]
+    problem = f"{samples} does not hold the samples of {{}}; sppctl eval measures again"
+    missing = [Checked("eval", samples.name, DAMAGED, problem.format(task)) for task in lacking]
+    return [Checked("eval", path.name, OK), *missing]

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,16 @@ class Sweep:
 
     file: Path
     directory: Path
-    dense: dict[str, Member]
-    pruned: dict[str, Member]
-    runs: dict[str, Member]
+    dense: dict[str, Member] = field(default_factory=dict)
+    pruned: dict[str, Member] = field(default_factory=dict)
+    runs: dict[str, Member] = field(default_factory=dict)
 
     def members(self) -> Iterator[Member]:
         """Every member after its parent, and the runs of one pruned checkpoint together."""
         for dense in self.dense.values():
             yield dense
             for pruned in self.children(dense):
-                yield pruned
-                yield from self.children(pruned)
+                yield from (pruned, *self.children(pruned))
 
     def children(self, parent: Member) -> list[Member]:
         """The members that take over what a member has made."""
@@ -67,7 +66,7 @@ class Sweep:
     def runs_of(self, member: Member) -> list[Member]:
         """The runs that rest on a member."""
         below = self.children(member)
-        return [member] if not below else [run for child in below for run in self.runs_of(child)]
+        return [run for child in below for run in self.runs_of(child)] if below else [member]
 
 
 def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
@@ -86,23 +85,21 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     given = {text.partition("=")[0].strip(): text for text in overrides}
-    place = parse_yaml(given.pop("run.dir").partition("=")[2], "command line: run.dir") if "run.dir" in given else None
+    place = parse_yaml(given.pop("run.dir", "").partition("=")[2], "command line: run.dir")
     if not isinstance(place, str | None):
         raise UserError(f"command line: run.dir: expected text, found {shown(place)}")
     directory = Path(paths.expand(place or tree.get("dir") or f"runs/{path.stem}"))
-    fixed = [f"{key}={quoted(value)}" for key, value in (tree.get("overrides") or {}).items()] + list(given.values())
     grid = {key: values for key, values in tree["grid"].items() if key not in given}
     if math.prod(map(len, grid.values())) > MOST_RUNS:
         raise UserError(f"{path}: grid: more than {MOST_RUNS:,} combinations; split it into several sweeps")
     points = expand(grid, tree.get("exclude") or [])
     if not points:
         raise UserError(f"{path}: exclude: leaves no run")
-    sweep = Sweep(path, directory, {}, {}, {})
-    resolver = _Resolver(str(path), tree.get("base"), tuple(fixed), set(given), directory, {})
-    varying = [key for key, values in grid.items() if len(values) > 1]
+    sweep = Sweep(path, directory)
+    resolver = _Resolver(sweep, tree, given, [key for key, values in grid.items() if len(values) > 1])
     for point in points:
-        _add(sweep, point, varying, resolver)
-    resolver.raise_problems(len(points))
+        resolver.add(point)
+    raise_problems(resolver.problems, len(points))
     if len(sweep.runs) < len(points):
         raise UserError(f"{path}: grid: two combinations would have the same directory; write values that differ")
     return sweep
@@ -123,9 +120,10 @@ def run_name(point: Mapping[str, Any], varying: Sequence[str]) -> str:
 
 
 def _word(key: str, value: Any) -> str:
-    text = re.sub(r"[^\w.]+", "-", str(value).replace(":", "of") if key == "prune.pattern" else str(value)).strip("-.")
+    text = str(value).replace(":", "of") if key == "prune.pattern" else str(value)
     leaf = key.rpartition(".")[2].replace("_", "")
-    return SHORT.get(key, leaf if isinstance(value, int | float) and not isinstance(value, bool) else f"{leaf}-") + text
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return SHORT.get(key, leaf if is_number else f"{leaf}-") + re.sub(r"[^\w.]+", "-", text).strip("-.")
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -148,9 +146,8 @@ def _problems(tree: Any) -> Iterator[str]:
     if not isinstance(grid, dict) or not grid:
         yield f"grid: expected KEY: [VALUES], found {shown(grid)}"
         return
-    known = config_keys()
     for key, values in grid.items():
-        yield from _grid_problems(str(key), values, known)
+        yield from _grid_problems(str(key), values)
         if key in overrides:
             yield f"overrides: {key} is in the grid too; leave it in one of them"
     if "run.dir" in overrides:
@@ -162,10 +159,10 @@ def _problems(tree: Any) -> Iterator[str]:
         yield from (f"exclude, entry {number}: {problem}" for problem in _rule_problems(rule, grid))
 
 
-def _grid_problems(key: str, values: Any, known: Sequence[str]) -> Iterator[str]:
+def _grid_problems(key: str, values: Any) -> Iterator[str]:
     if key == "run.dir":
         yield f"grid: run.dir: {OWN_DIRECTORY}"
-    elif key not in known:
+    elif key not in (known := config_keys()):
         yield f"grid: {key}: unknown key{did_you_mean(key, known) or '; see `sppctl config --schema`'}"
     if not isinstance(values, list) or not values:
         yield f"grid: {key}: expected a list of values, found {shown(values)}"
@@ -189,19 +186,33 @@ def _rule_problems(rule: Any, grid: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Resolver:
-    """Makes members, and collects what is wrong with their configurations, with the runs concerned."""
+    """Adds members to a sweep, and collects what is wrong with their configurations, with the runs concerned."""
 
-    file: str
-    base: str | None
-    fixed: tuple[str, ...]
-    from_command_line: set[str]
-    directory: Path
-    problems: dict[str, list[str]]
+    sweep: Sweep
+    tree: Mapping[str, Any]  # the file
+    given: Mapping[str, str]  # KEY=VALUE of the command line, by key
+    varying: Sequence[str]  # keys
+    problems: dict[str, list[str]] = field(default_factory=dict)
 
-    def member(self, name: str, parent: str | None, point: Point) -> Member:
-        chosen = [f"{key}={quoted(value)}" for key, value in point.items()]
-        overrides = [*self.fixed, *chosen, f"run.dir={quoted(str(self.directory / name))}"]
-        base = self.base or "quickstart"
+    def add(self, point: Point) -> None:
+        """Adds a run and, if it is the first that needs them, what it shares with others."""
+        sweep, names = self.sweep, {}
+        for name, prefixes in ((DENSE, DENSE_KEYS), (PRUNED, PRUNED_KEYS)):
+            keys = [key for key in self.varying if key.startswith(prefixes)]
+            names[name] = "-".join(filter(None, (name, run_name(point, keys))))
+        run = self._run(run_name(point, self.varying) or "run", names[PRUNED], point)
+        sweep.runs[run.name] = run
+        for members, name, parent in ((sweep.dense, names[DENSE], None), (sweep.pruned, names[PRUNED], names[DENSE])):
+            directory = str(sweep.directory / name)
+            place = dataclasses.replace(run.config.run, dir=directory)
+            arguments = (*run.arguments[:-1], f"run.dir={quoted(directory)}")
+            members.setdefault(name, Member(name, parent, arguments, dataclasses.replace(run.config, run=place)))
+
+    def _run(self, name: str, parent: str, point: Point) -> Member:
+        values = [(self.tree.get("overrides") or {}).items(), point.items()]
+        of_file, of_point = ([f"{key}={quoted(value)}" for key, value in items] for items in values)
+        directory = f"run.dir={quoted(str(self.sweep.directory / name))}"
+        base, overrides = self.tree.get("base") or "quickstart", [*of_file, *self.given.values(), *of_point, directory]
         try:
             config = load_config(base, overrides)
         except UserError as error:
@@ -213,10 +224,7 @@ class _Resolver:
     def _source(self, line: str) -> str:
         """The overrides that the command line did not give are the sweep's."""
         rest = line.removeprefix("command line: ")
-        return line if rest == line or rest.partition(":")[0] in self.from_command_line else f"{self.file}: {rest}"
-
-    def raise_problems(self, num_runs: int) -> None:
-        raise_problems(self.problems, num_runs)
+        return line if rest == line or rest.partition(":")[0] in self.given else f"{self.sweep.file}: {rest}"
 
 
 def raise_problems(problems: Mapping[str, Sequence[str]], num_runs: int) -> None:
@@ -224,19 +232,3 @@ def raise_problems(problems: Mapping[str, Sequence[str]], num_runs: int) -> None
     if problems:
         places = {line: "" if len(names) == num_runs else f" ({', '.join(names)})" for line, names in problems.items()}
         raise UserError("\n".join(f"{line}{place}" for line, place in places.items()))
-
-
-def _add(sweep: Sweep, point: Point, varying: Sequence[str], resolver: _Resolver) -> None:
-    """Adds a run and, if it is the first that needs them, what it shares with others."""
-    of_dense = [key for key in varying if key.startswith(DENSE_KEYS)]
-    of_pruned = [key for key in varying if key.startswith(PRUNED_KEYS)]
-    dense = "-".join(filter(None, (DENSE, run_name(point, of_dense))))
-    pruned = "-".join(filter(None, (PRUNED, run_name(point, of_pruned))))
-    name = run_name(point, varying) or "run"
-    run = resolver.member(name, pruned, point)
-    sweep.runs[name] = run
-    for members, shared, parent in ((sweep.dense, dense, None), (sweep.pruned, pruned, dense)):
-        if shared not in members:
-            own = (*run.arguments[:-1], f"run.dir={quoted(str(resolver.directory / shared))}")
-            place = dataclasses.replace(run.config.run, dir=str(resolver.directory / shared))
-            members[shared] = Member(shared, parent, own, dataclasses.replace(run.config, run=place))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,19 +16,13 @@ from sppctl import console, distributed, launch
 from sppctl.config.load import result_keys
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.files.names import DIRECTORIES
-from sppctl.records import Attempt
-from sppctl.run import dense, measure, pipeline
-from sppctl.run.attempts import differences
+from sppctl.run import measure, pipeline
 from sppctl.run.directory import Run
-from sppctl.run.stage import settings_of
 from sppctl.run.stages import PRUNE
 from sppctl.sweep.grid import REPORT, Member, Sweep, raise_problems
 
 if TYPE_CHECKING:
     from sppctl.report.study import Study
-
-# what is taken over from a member: its checkpoint's directory, and the label of the results
-FROM_DENSE, FROM_PRUNED = ("base", "base"), ("pruned", "pruned")
 
 
 def check(sweep: Sweep, made: bool = True) -> None:
@@ -46,8 +39,14 @@ def check(sweep: Sweep, made: bool = True) -> None:
     for source in sweep.dense.values():
         outline = Run(source.config).outline()
         for member in sweep.runs_of(source):
-            for line in _problems(member, outline):
-                problems.setdefault(line, []).append(member.name)
+            try:
+                if not (member.config.eval.perplexity or member.config.eval.tasks):
+                    empty = "eval.perplexity and eval.tasks are both empty, there would be nothing to compare"
+                    raise UserError(f"{empty}; name a text or a task")
+                pipeline.preflight(Run(member.config, loaded=outline), pipeline.STAGES)
+            except UserError as error:
+                for line in error.lines:
+                    problems.setdefault(line, []).append(member.name)
     if made:
         problems |= _made_otherwise(sweep)
     raise_problems(problems, len(sweep.runs))
@@ -66,28 +65,15 @@ def _made_otherwise(sweep: Sweep) -> dict[str, list[str]]:
 def _changed(sweep: Sweep, member: Member) -> dict[str, str]:
     """The stages of a member that were made with other settings or rest on such, and how to redo them."""
     run = Run(member.config)
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for stage in [] if member.name in sweep.dense else DIRECTORIES:
         record = run.record(stage)
-        if record is None:
-            continue
-        wanted = Attempt(settings_of(member.config, stage), record.inputs).as_in(record.attempt)
-        other = record.attempt != wanted
-        if not (other or found):
-            continue
-        made = f"was made with {differences(record.attempt, wanted)}" if other else "rests on that"
-        redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
-        found[stage] = f"{run.path(stage)} {made}; {redo} redoes it, another run.dir keeps it"
-    return found
-
-
-def _problems(member: Member, outline: dense.Outline) -> Iterator[str]:
-    if not (member.config.eval.perplexity or member.config.eval.tasks):
-        yield "eval.perplexity and eval.tasks are both empty, there would be nothing to compare; name a text or a task"
-    try:
-        pipeline.preflight(Run(member.config, loaded=outline), pipeline.STAGES)
-    except UserError as error:
-        yield from error.lines
+        changed = record and run.changes(record)
+        if record is not None and (changed or lines):
+            made = f"was made with {changed}" if changed else "rests on that"
+            redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
+            lines[stage] = f"{run.path(stage)} {made}; {redo} redoes it, another run.dir keeps it"
+    return lines
 
 
 @dataclass(frozen=True)
@@ -105,12 +91,9 @@ def plan(sweep: Sweep) -> list[Entry]:
     """The work of a sweep."""
     entries = []
     for member in sweep.members():
-        if member.name in sweep.dense:
-            stages = ["eval base"]
-        elif member.name in sweep.pruned:
-            stages = ["prune", "eval pruned"]
-        else:
-            stages = ["train", "merge", "eval merged"]
+        stages = ["train", "merge", "eval merged"]
+        if member.name not in sweep.runs:
+            stages = ["prune", "eval pruned"] if member.name in sweep.pruned else ["eval base"]
         other = list(_changed(sweep, member))
         made = [stage for stage in stages if _exists(Run(member.config), stage) and stage not in other]
         runs = [run.name for run in sweep.runs_of(member)]
@@ -125,7 +108,7 @@ def totals(entries: list[Entry]) -> dict[str, int]:
 
 def _exists(run: Run, stage: str) -> bool:
     name, _, label = stage.partition(" ")
-    return (run.directory / "eval" / f"{label}.json").is_file() if label else run.path(name).is_dir()
+    return measure.results_of(run, label).is_file() if label else run.path(name).is_dir()
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
@@ -146,19 +129,17 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
         UserError: found before anything was done.
         Stopped: a signal ended a training, whose work is saved.
     """
-    every = {member.name: member for member in sweep.members()}
-    if only is not None and only != REPORT and only not in every:
-        raise UserError(f"--only {only}: not one of {', '.join([*every, REPORT])}")
+    members = {member.name: member for member in sweep.members()}
+    if only not in (None, REPORT, *members):
+        raise UserError(f"--only {only}: not one of {', '.join([*members, REPORT])}")
     if distributed.world_size() > 1:
         raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun")
-    if only == REPORT:
-        return _report(sweep, {}), {}
     if only is None:
         check(sweep)
-    wanted = [every[only]] if only is not None else list(every.values())
     failed: dict[str, str] = {}
-    for number, member in enumerate(wanted, 1):
-        console.note(f"sweep: {member.name} ({number} of {len(wanted)})")
+    chosen = [member for name, member in members.items() if only in (None, name)]
+    for number, member in enumerate(chosen, 1):
+        console.note(f"sweep: {member.name} ({number} of {len(chosen)})")
         if member.parent in failed:
             failed[member.name] = f"{member.parent} failed"
             continue
@@ -169,14 +150,10 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
         except Exception as error:
             if debug:
                 raise
-            failed[member.name] = _reason(error)
+            kind = "" if isinstance(error, UserError | StageError) else f"{type(error).__name__}: "
+            failed[member.name] = kind + str(error).strip()
             console.note(f"sweep: {member.name} failed: {failed[member.name]}")
-    return (None if only is not None else _report(sweep, failed)), failed
-
-
-def _reason(error: Exception) -> str:
-    said = str(error).strip()
-    return said if isinstance(error, UserError | StageError) else f"{type(error).__name__}: {said}"
+    return (_report(sweep, failed) if only in (None, REPORT) else None), failed
 
 
 def _work(sweep: Sweep, member: Member) -> None:
@@ -185,7 +162,7 @@ def _work(sweep: Sweep, member: Member) -> None:
     if member.name in sweep.dense:
         pipeline.evaluate_some(run, ["base"], start_stage)
         for child in [*sweep.children(member), *sweep.runs_of(member)]:
-            share(run, Run(child.config), *FROM_DENSE)
+            share(run, Run(child.config), "base")
     elif member.name in sweep.pruned:
         pipeline.preflight(run, ("prune",))
         if start_stage is not None:
@@ -195,7 +172,7 @@ def _work(sweep: Sweep, member: Member) -> None:
                 run.do(PRUNE)
         pipeline.evaluate_some(run, ["pruned"], start_stage)
         for child in sweep.children(member):
-            share(run, Run(child.config), *FROM_PRUNED)
+            share(run, Run(child.config), "pruned")
     else:
         pipeline.run_all(run, start_stage)
 
@@ -219,20 +196,10 @@ def _report(sweep: Sweep, failed: dict[str, str]) -> Study | None:
     return pipeline.report(measured, sweep.directory)
 
 
-# --- sharing ----------------------------------------------------------------------------------------------------------
-
-
-def share(source: Run, target: Run, directory: str, label: str) -> None:
-    """Gives a run a checkpoint of another and the results measured on it, unless it has them.
-
-    Args:
-        source: the run that made them.
-        target: the run that takes them over.
-        directory: name of the checkpoint's directory; one that ``source`` does not have is not needed.
-        label: of the results.
-    """
-    if (source.directory / directory).is_dir() and not (target.directory / directory).is_dir():
+def share(source: Run, target: Run, label: str) -> None:
+    """Gives a run what another has: its checkpoint of this name, unless it has one, and the results measured on it."""
+    if (source.directory / label).is_dir() and not (target.directory / label).is_dir():
         with target.lock():
-            target.take_over(source, directory)
+            target.take_over(source, label)
     if result_keys(source.config.eval) == result_keys(target.config.eval):
         measure.share_results(source, target, label)

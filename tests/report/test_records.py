@@ -86,8 +86,8 @@ def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "record", "message"),
     [
-        ("merge", {"stage": "merge"}, "(it has no fingerprint); sppctl merge --force redoes it"),
-        ("train", None, "sppctl train --force redoes it"),
+        ("merge", {"stage": "merge"}, "(it has no fingerprint); sppctl merge --force redoes the stage"),
+        ("train", None, "sppctl train --force redoes the stage"),
     ],
 )
 def test_a_record_that_is_no_record_is_named(

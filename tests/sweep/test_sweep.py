@@ -27,8 +27,8 @@ from sppctl.errors import StageError, Stopped, UserError
 from sppctl.evaluate.results import Results
 from sppctl.records import to_json
 from sppctl.run import pipeline
+from sppctl.run.attempts import settings_of
 from sppctl.run.directory import Run
-from sppctl.run.stage import settings_of
 from sppctl.run.stages import Prune
 from sppctl.sweep import slurm
 from sppctl.sweep import work as sweep
@@ -408,7 +408,7 @@ def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path
     ):
         results = [dataclasses.replace(result, command=run.directory.name) for result in asked]
         Results("base", "x", "f", {}, results).save(run.directory / "eval/base.json")
-    sweep.share(source, target, "base", "base")
+    sweep.share(source, target, "base")
     found = Results.load(target.directory / "eval/base.json")
     assert found is not None
     # b at another batch size takes the place of the older one
