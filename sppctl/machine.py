@@ -27,17 +27,11 @@ _ATEN, _ATEN_WITHOUT = "ATEN_CPU_CAPABILITY", {"default", "avx2"}
 
 
 class Compute(NamedTuple):
-    """What something computes in.
-
-    Attributes:
-        dtype: name of the dtype.
-        text: says it, and why.
-        widened: whether it is float32 only because the device does not multiply what is stored.
-    """
+    """What something computes in."""
 
     dtype: str
-    text: str
-    widened: bool = False
+    text: str  # says it, and why
+    widened: bool = False  # float32 only because the device does not multiply what is stored
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -49,19 +43,14 @@ def torch_dtype(name: str) -> torch.dtype:
     """The inverse of :func:`dtype_name`."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def choose_dtype(wanted: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
     """The dtype to compute in; whoever loads a model asks this.
 
-    Args:
-        wanted: model.compute_dtype: a name, or auto for the stored dtype where the device multiplies it natively, else
-            float32.
-        stored: name of the dtype of the weights.
-        device: that computes.
-        training: whether gradients are computed: never in float16, where they overflow without loss scaling.
+    ``wanted`` is model.compute_dtype: a name, or auto for the ``stored`` dtype of the weights where the device
+    multiplies it natively, else float32. Training never uses float16, where gradients overflow without loss scaling.
     """
     if wanted != "auto":
         return Compute(wanted, f"computing in {wanted} as configured")
@@ -98,7 +87,7 @@ def _lacking_bfloat16() -> str | None:
     """
     import torch
 
-    flags = set(_cpu_entry("flags").split())
+    flags = set(_entry(CPU_INFORMATION, "flags").split())
     if not flags:
         return "the dtypes that this CPU multiplies natively are unknown"
     if not flags & {"avx512_bf16", "amx_bf16"} or not torch.backends.mkldnn.is_available():
@@ -113,12 +102,12 @@ def _lacking_bfloat16() -> str | None:
 
 def cpu_name() -> str:
     """The model of the processor."""
-    return _cpu_entry("model name") or platform.processor() or platform.machine()
+    return _entry(CPU_INFORMATION, "model name") or platform.processor() or platform.machine()
 
 
-def _cpu_entry(name: str) -> str:
-    """What Linux says of the first processor; empty where it says nothing."""
-    lines = CPU_INFORMATION.read_text().splitlines() if CPU_INFORMATION.exists() else []
+def _entry(file: Path, name: str) -> str:
+    """The first value of that name in a file of Linux; empty where there is none."""
+    lines = file.read_text().splitlines() if file.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
@@ -150,19 +139,11 @@ def peak_memory_mb() -> dict[str, float]:
     """The most that this process has held in memory, and on the GPU, in MiB."""
     import torch
 
-    peak = {"process": round(_peak_of_process() / 1024, 1)}
+    kib = _entry(PROCESS / "status", "VmHWM").split()
+    peak = {"process": round((float(kib[0]) if kib else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024, 1)}
     if torch.cuda.is_available():
         peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
-
-
-def _peak_of_process() -> float:
-    """In KiB."""
-    status = PROCESS / "status"
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return float(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def free_memory(device: torch.device) -> int:

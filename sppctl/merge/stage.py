@@ -105,7 +105,7 @@ def prepare(
     if source.refreshed:
         patterns = prune_record.patterns
         source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
-    needed = checkpoint.copy_size(TensorFiles(pruned), config.merge.dtype)
+    needed = checkpoint.weight_bytes(pruned, config.merge.dtype)
     demand_space(out.parent, needed, "the merged checkpoint", f"{out.name}/*.safetensors")
     masks = prune_record.masks | (train_record.refresh.masks if train_record.refresh else {})
     return Prepared(pruned, source, adapter, stored, masks)

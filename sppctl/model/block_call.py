@@ -38,10 +38,9 @@ class BlockCall:
     def differing(self, other: BlockCall, block: nn.Module) -> str | None:
         """Name of an argument whose tensors differ from those of another call of the same block; None: none does."""
         names = list(inspect.signature(block.forward).parameters)[1 : 1 + len(self.args)]
-        own, others = zip(names, self.args, strict=False), zip(names, other.args, strict=False)
-        mine, theirs = dict(own) | self.kwargs, dict(others) | other.kwargs
-        for name, value in mine.items():
-            pairs = zip_longest(_tensors_in(value), _tensors_in(theirs.get(name)))
+        first, second = (dict(zip(names, call.args, strict=False)) | call.kwargs for call in (self, other))
+        for name, value in first.items():
+            pairs = zip_longest(_tensors_in(value), _tensors_in(second.get(name)))
             if any(one is None or two is None or not torch.equal(one, two) for one, two in pairs):
                 return name
         return None

@@ -37,24 +37,19 @@ class Skeleton:
         self.config = config
         self.model = empty_model(config, dtype, trust_remote_code)
         self.base_prefix: str = self.model.base_model_prefix
-        self.blocks_name, self.blocks = self._find_blocks()
-
-    def _find_blocks(self) -> tuple[str, nn.ModuleList]:
-        depth = self.config.get_text_config().num_hidden_layers
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth and name.startswith(self.base_prefix):
-                return name, module
-        kind = type(self.model).__name__
-        raise UserError("model.path", f"{kind} has no list of {depth} decoder blocks", "sppctl prunes decoders")
+        depth = config.get_text_config().num_hidden_layers
+        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+        names = [name for name in lists if name.startswith(self.base_prefix)]
+        if not names:
+            kind = type(self.model).__name__
+            raise UserError("model.path", f"{kind} has no list of {depth} decoder blocks", "sppctl prunes decoders")
+        self.blocks_name: str = names[0]
+        self.blocks: nn.ModuleList = lists[names[0]]
 
     def targets(
         self, names: list[str] | str, skip: list[str] | None = None, key: str = "prune.targets"
     ) -> dict[str, Target]:
-        """The matrices of the blocks that ``names`` mean and ``skip`` does not, by full name, in the model's order.
-
-        Raises:
-            UserError: a name that matches nothing.
-        """
+        """The matrices of the blocks, by full name, in the model's order; see :func:`sppctl.model.targets.select`."""
         return select(find_targets(self.blocks, self.blocks_name), names, skip or [], key)
 
     def unseen(self) -> str | None:
@@ -65,71 +60,50 @@ class Skeleton:
 
     def matrix(self, target: Target, files: TensorFiles) -> Tensor:
         """A target's matrix (out_features, in_features) as the ``files`` of a checkpoint of the model store it."""
-        for part in self._parts_of(target, files):
-            if part.expert is None:
-                tensor = files.read(part.name, target.expert)
-                if target.expert is not None:
-                    return tensor[target.first_row : target.first_row + target.out_features]
-                return tensor.t() if target.transposed else tensor
-            if (part.expert, part.first_row) == (target.expert, target.first_row):
-                return files.read(part.name)
-        raise AssertionError(f"{target.name} has no part")
-
-    def _parameter(self, target: Target) -> nn.Parameter:
-        parameter = self.model.get_submodule(target.owner)._parameters[target.parameter]
-        assert parameter is not None
-        return parameter
+        parts = {(part.expert, part.first_row): part.name for part in self._parts_of(target, files)}
+        if (target.expert, target.first_row) in parts and not target.transposed:
+            return files.read(parts[target.expert, target.first_row])
+        tensor = files.read(parts[None, 0], target.expert)
+        if target.expert is not None:
+            return tensor[target.first_row : target.first_row + target.out_features]
+        return tensor.t()
 
     def _parts_of(self, target: Target, files: TensorFiles) -> list[Part]:
         """The tensors that make up a target's parameter in a checkpoint of the model."""
-        name, shape = f"{target.owner}.{target.parameter}", self._parameter(target).shape
-        return stored_parts(files, name, tuple(shape), self.base_prefix)
+        return stored_parts(files, self.model, f"{target.owner}.{target.parameter}")
 
 
 class BlockStack(Skeleton):
     """The decoder of a checkpoint whose blocks are loaded one at a time."""
 
     def __init__(self, directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False) -> None:
-        """Builds the model without weights and opens the files that hold them.
-
-        Args:
-            directory: of the checkpoint.
-            device: that blocks are run on.
-            dtype: name of the dtype to compute in, that of :func:`sppctl.model.checkpoint.choose_dtype`.
-            trust_remote_code: whether the checkpoint's own code may be run.
+        """Builds the model without weights, to compute in ``dtype`` on ``device``, and opens the files that hold them.
 
         Raises:
             UserError: files that are damaged or not those of the model, no causal language model, or no decoder blocks.
         """
-        self.files = TensorFiles(directory)
-        self.device = device
+        self.files, self.device, self.dtype = TensorFiles(directory), device, torch_dtype(dtype)
         refuse_quantised(self.files)
         config = load_config(directory, trust_remote_code)
-        self.dtype = torch_dtype(dtype)
         super().__init__(config, self.dtype, trust_remote_code)
         check_weights(self.files, self.model)
         self.width: int = config.get_text_config().hidden_size
         self._blocks_return_tuples = False
         self._heap = Heap()
-        base = getattr(self.model, self.base_prefix)
-        tensors = base.state_dict()
-        for name in _stored_tensors(base):  # what is missing is missed before anything is done
-            self._parts(f"{self.base_prefix}.{name}", tensors[name].shape)
+        self.base = getattr(self.model, self.base_prefix)
+        for name in _stored_tensors(self.base):  # what is missing is missed before anything is done
+            stored_parts(self.files, self.model, f"{self.base_prefix}.{name}")
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    # --- weights ------------------------------------------------------------------------------------------------------
-
     def load_embeddings(self) -> None:
         """Loads everything the blocks need before them: embeddings, norms, position tables; not the output head."""
-        base = getattr(self.model, self.base_prefix)
-        for name, buffer in base.named_buffers():
+        for name, buffer in self.base.named_buffers():
             owner, _, leaf = name.rpartition(".")
-            base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
-        inside = self.blocks_name + "."
-        for name in (f"{self.base_prefix}.{name}" for name in _stored_tensors(base)):
-            if not name.startswith(inside):
+            self.base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        for name in (f"{self.base_prefix}.{name}" for name in _stored_tensors(self.base)):
+            if not name.startswith(f"{self.blocks_name}."):
                 self._load(name)
 
     def load_block(self, index: int, files: TensorFiles | None = None) -> nn.Module:
@@ -144,9 +118,8 @@ class BlockStack(Skeleton):
 
         Kept weights that were rounded to compute with them are written as they are stored.
         """
-        parameter = self._parameter(target)
         for part in self._parts_of(target, self.files):
-            values, stored = part.of(parameter.data), self.files.spec(part.name).dtype
+            values, stored = part.of(target.whole(self.model)), self.files.spec(part.name).dtype
             if torch.promote_types(values.dtype, stored) != values.dtype:
                 original = self.files.read(part.name).to(values.device)
                 values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
@@ -159,9 +132,6 @@ class BlockStack(Skeleton):
     def homes(self, target: Target) -> set[str]:
         """The files that hold a target's parameter."""
         return {self.files.home[part.name] for part in self._parts_of(target, self.files)}
-
-    def _parts(self, parameter: str, shape: torch.Size) -> list[Part]:
-        return stored_parts(self.files, parameter, tuple(shape), self.base_prefix)
 
     def release_block(self, index: int) -> None:
         """Frees the weights of one block; its buffers, a few numbers, stay."""
@@ -179,7 +149,7 @@ class BlockStack(Skeleton):
         exact = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         dtype = torch.float32 if exact and expected.dtype.is_floating_point else expected.dtype
         loaded = torch.empty(expected.shape, dtype=dtype, device=self.device)
-        for part in self._parts(name, expected.shape):
+        for part in stored_parts(self.files, self.model, name):
             tensor, place = (files or self.files).read(part.name), part.of(loaded)
             if tensor.shape != place.shape:
                 raise UserError(
@@ -202,8 +172,6 @@ class BlockStack(Skeleton):
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
             raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; it is broken")
-
-    # --- calls --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def record(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -303,7 +271,7 @@ class BlockStack(Skeleton):
             self.release_block(0)
 
     def _forward(self, input_ids: Tensor) -> None:
-        getattr(self.model, self.base_prefix)(input_ids=input_ids, use_cache=False)
+        self.base(input_ids=input_ids, use_cache=False)
 
 
 def _stored_tensors(module: nn.Module) -> list[str]:

@@ -33,6 +33,7 @@ from sppctl.files.safe_files import (
     OwnFile,
     OwnFiles,
     TensorFiles,
+    TensorSpec,
     is_adapter,
     is_plain,
     read_index,
@@ -69,9 +70,6 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
-
-
 def locate(
     path: str,
     gguf_file: str | None = None,
@@ -84,7 +82,7 @@ def locate(
 
     Args:
         path: local directory, ``package:NAME`` (found without importing the package), or hub id.
-        gguf_file: a file that must lie there.
+        gguf_file: a file that must be in it.
         revision: of a hub id.
         key: where the path was given, for errors.
         adapters: whether a PEFT adapter will do.
@@ -96,70 +94,59 @@ def locate(
         raise UserError(
             "model.revision", f"{path} is a local directory, which has no revision {revision}", "leave it out"
         )
-    if path.startswith("package:"):
-        directory = _package_directory(path, key)
-    elif Path(path).is_dir():
-        directory = Path(path)
-        check_files(directory)
-    elif os.path.lexists(path):
-        fix = "name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else None
-        kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
-        raise UserError(key, f"{path} is {kind}, not a checkpoint directory", fix)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
-        directory = _download(path, gguf_file, revision, key)
-    else:
-        raise UserError(key, f"{path} does not exist", "give a hub id, a directory or package:NAME")
-    if gguf_file and not all(map(is_plain, gguf_file.split("/"))):
-        raise UserError("model.gguf_file", f"{gguf_file!r} is not the name of a file inside the model's directory")
-    if gguf_file and not (directory / gguf_file).is_file():
-        found = ", ".join(sorted(file.name for file in directory.glob("*.gguf"))) or "no .gguf file"
-        raise UserError("model.gguf_file", f"{gguf_file} is not in {directory}", f"there is {found}")
-    if gguf_file is None and is_adapter(directory):
-        if adapters:
-            return directory
-        raise UserError(key, f"{path}: this is a PEFT adapter", f"{key} takes a full model")
-    if not gguf_file and not (directory / "config.json").is_file():
-        gguf = sorted(file.name for file in directory.glob("*.gguf"))
-        fix = f"name one in model.gguf_file: {', '.join(gguf)}" if gguf else None
+    directory = _directory(path, gguf_file, revision, key)
+    gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
+    if gguf_file:
+        if not all(map(is_plain, gguf_file.split("/"))):
+            raise UserError("model.gguf_file", f"{gguf_file!r} is not the name of a file inside the model's directory")
+        if not (directory / gguf_file).is_file():
+            present = ", ".join(gguf_files) or "no .gguf file"
+            raise UserError("model.gguf_file", f"{gguf_file} is not in {directory}", f"there is {present}")
+    elif is_adapter(directory):
+        if not adapters:
+            raise UserError(key, f"{path}: this is a PEFT adapter", f"{key} takes a full model")
+    elif not (directory / "config.json").is_file():
+        fix = f"name one in model.gguf_file: {', '.join(gguf_files)}" if gguf_files else None
         raise UserError(key, f"{path} has no config.json, so it is not a checkpoint", fix)
     return directory
 
 
-def locate_weights(path: str) -> Path:
-    """As :func:`locate`, but a directory needs no config.json: any folder of safetensors files will do.
+def _directory(path: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
+    if path.startswith("package:"):
+        name = path.removeprefix("package:")
+        spec = None
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(key, f"{path}: no such package is installed (pip install --no-deps {name or 'NAME'})")
+        return Path(next(iter(spec.submodule_search_locations)))
+    if Path(path).is_dir():
+        check_files(Path(path))
+        return Path(path)
+    if os.path.lexists(path):
+        fix = "name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else None
+        kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
+        raise UserError(key, f"{path} is {kind}, not a checkpoint directory", fix)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+        return _download(path, gguf_file, revision, key)
+    raise UserError(key, f"{path} does not exist", "give a hub id, a directory or package:NAME")
 
-    Raises:
-        UserError: it does not exist, or could not be loaded.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
+
+def locate_weights(path: str) -> Path:
+    """As :func:`locate`, but a directory needs no config.json: any folder of safetensors files will do."""
+    if not Path(path).is_dir():
         return locate(path)
-    check_files(directory)
-    return directory
+    check_files(Path(path))
+    return Path(path)
 
 
 def check_files(directory: Path) -> None:
-    """Looks at the kind and the permissions of all files of a checkpoint that are read or copied.
-
-    Raises:
-        UserError: one is a pipe, a directory, a broken link or the like, or must not be read.
-    """
+    """Raises UserError if a file that is read or copied is a pipe, a directory, a broken link or must not be read."""
     if not os.access(directory, os.R_OK | os.X_OK):
         raise UserError(f"{directory} cannot be read (permission denied); change its permissions")
     for pattern in (*SIDE_FILES, "*.py", "*.safetensors"):
         for path in sorted(directory.glob(pattern)):
             demand_readable(path)
-
-
-def _package_directory(path: str, key: str) -> Path:
-    name = path.removeprefix("package:")
-    try:
-        spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(key, f"{path}: no such package is installed (pip install --no-deps {name or 'NAME'})")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _download(repository: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
@@ -192,57 +179,46 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
 
 
 def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a checkpoint.
-
-    Raises:
-        UserError: config.json is missing or names an architecture that transformers does not know.
-    """
+    """The transformers configuration of a checkpoint; raises UserError if there is none that can be used."""
     from transformers import AutoConfig
 
     try:
-        _check_names(directory / "config.json", "configuration_files")
-        _check_blocks(directory / "config.json")
-        _check_generation(directory / "generation_config.json")
+        settings = _json(directory / "config.json")
+        _check_names(settings, "configuration_files", "config.json")
+        for part in (settings, settings.get("text_config")):
+            for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+                value = part.get(key) if isinstance(part, dict) else None
+                if isinstance(value, int) and value > MOST_BLOCKS:  # even without weights they could not be built
+                    raise ValueError(f"{key} is {value}, more than {MOST_BLOCKS:,}")
+        try:
+            _json(directory / "generation_config.json")  # it is copied beside the weights
+        except (ValueError, RecursionError) as error:
+            message = f"generation_config.json beside it is damaged ({error}); download it again, or remove it"
+            raise ValueError(message) from error
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a wrong value raises wherever transformers first uses it
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         raise UserError(f"{directory}: config.json cannot be used: {reason}") from error
 
 
-def _check_names(path: Path, key: str) -> None:
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no file."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
+def _check_names(settings: dict[str, Any], key: str, file: str) -> None:
     """Raises ValueError if a configuration names further files that are not beside it."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    names = content.get(key, []) if isinstance(content, dict) else []
+    names = settings.get(key, [])
     if not isinstance(names, list) or not all(map(is_plain, names)):
-        raise ValueError(f"{key} in {path.name} must be names of files in the same directory")
-
-
-def _check_blocks(path: Path) -> None:
-    """Raises ValueError if a configuration names more blocks than can be built, even without weights."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    for part in (content, content.get("text_config")) if isinstance(content, dict) else ():
-        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-            value = part.get(key) if isinstance(part, dict) else None
-            if isinstance(value, int) and value > MOST_BLOCKS:
-                raise ValueError(f"{key} is {value}, more than {MOST_BLOCKS:,}")
-
-
-def _check_generation(path: Path) -> None:
-    """Raises ValueError if the settings of generation that are copied beside the weights cannot be read."""
-    try:
-        if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} beside it is damaged ({error}); download it again, or remove it") from error
+        raise ValueError(f"{key} in {file} must be names of files in the same directory")
 
 
 def max_window(config: Any) -> int | None:
     """The longest input of a model in tokens, where its configuration says so."""
-    text_config = config.get_text_config()
-    return getattr(text_config, "max_position_embeddings", None)
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out: Path) -> None:
@@ -273,14 +249,10 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
         tokenizer.save_pretrained(out)
 
 
-# --- identity ---------------------------------------------------------------------------------------------------------
-
-
 def fingerprint(directory: Path) -> str:
     """A short hash of the whole content of a checkpoint's weights and configuration, or of an adapter's.
 
-    Raises:
-        UserError: they are not what a record beside them says, or cannot be read.
+    Raises UserError if they are not what a record beside them says, or cannot be read.
     """
     record = integrity.check_record(directory)
     if record is not None:
@@ -307,15 +279,8 @@ def tokenizer_fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- using ------------------------------------------------------------------------------------------------------------
-
-
 def pick_device(name: str) -> torch.device:
-    """``auto``: the GPU if there is one; among several processes each takes its own.
-
-    Raises:
-        UserError: no such device.
-    """
+    """The device that is called so, or UserError; ``auto``: the GPU if there is one, for each process its own."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         # Slurm may show each process its own GPU only
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -342,15 +307,9 @@ def stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
 
 
 def dtype_of(configured: str, stored: torch.dtype | None) -> str:
-    """The name of the dtype that a pruned checkpoint is stored in.
-
-    Args:
-        configured: model.dtype.
-        stored: of the dense one; None: a GGUF file, which is unpacked to bfloat16.
-    """
-    if configured != "auto":
-        return configured
-    return "bfloat16" if stored is None else machine.dtype_name(stored)
+    """The name of the dtype of a pruned checkpoint, by model.dtype and that of the dense one; None: a GGUF file's."""
+    # GGUF files are unpacked to bfloat16
+    return configured if configured != "auto" else machine.dtype_name(stored or torch.bfloat16)
 
 
 def choose_dtype(
@@ -364,13 +323,7 @@ def choose_dtype(
 ) -> machine.Compute:
     """The dtype that a checkpoint is computed in: :func:`sppctl.machine.choose_dtype` for the dtype of its files.
 
-    Args:
-        directory: of the checkpoint.
-        device: that computes.
-        wanted: model.compute_dtype.
-        trust_remote_code: whether its own code may run.
-        stored: another dtype that its weights will be stored in; auto: that of its files.
-        training: whether gradients are computed.
+    ``wanted`` is model.compute_dtype, ``stored`` another dtype than that of the files that weights will be stored in.
     """
     if stored == "auto":
         dtype = stored_dtype(TensorFiles(directory), load_config(directory, trust_remote_code))
@@ -379,22 +332,11 @@ def choose_dtype(
 
 
 def load_model(
-    directory: Path,
-    device: torch.device,
-    dtype: str,
-    trust_remote_code: bool = False,
-    *,
-    spread: bool = False,
+    directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False, *, spread: bool = False
 ) -> Any:
-    """A causal language model, in evaluation mode, with plain transformers.
+    """A causal language model, in evaluation mode, with plain transformers, in the dtype of :func:`choose_dtype`.
 
-    Args:
-        directory: of the checkpoint.
-        device: that it is on.
-        dtype: name of the dtype that its weights get, that of :func:`choose_dtype`.
-        trust_remote_code: whether its own code may run.
-        spread: whether a model that is too large for one GPU may lie on all of them; its device is that of its
-            embedding then.
+    With ``spread``, a model that is too large for one GPU is put on all of them; its device is that of its embedding.
     """
     from transformers import AutoModelForCausalLM
 
@@ -432,17 +374,18 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
 
 
 def weight_bytes(directory: Path, dtype: str) -> int:
-    """What the weights of a checkpoint take in memory in a dtype."""
-    files = TensorFiles(directory)
-    return sum(math.prod(files.spec(name).shape) for name in files) * machine.torch_dtype(dtype).itemsize
+    """Bytes of all tensors of a checkpoint, those of floating point in a dtype; auto: that in which they are stored."""
+    files, other = TensorFiles(directory), None if dtype == "auto" else machine.torch_dtype(dtype)
+    return sum(math.prod(spec.shape) * _dtype_in(spec, other).itemsize for spec in map(files.spec, files))
+
+
+def _dtype_in(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a tensor in a checkpoint whose floating-point tensors have one, or the stored one (None)."""
+    return dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
 
 
 def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
-    """Whether weights, computed in a dtype, have to lie on several GPUs.
-
-    Raises:
-        UserError: they have, but there are as many processes as GPUs.
-    """
+    """Whether weights, computed in a dtype, need several GPUs; raises UserError if each GPU has a process."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return False
     size = weight_bytes(directory, dtype)
@@ -456,17 +399,13 @@ def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        UserError: there is none, or none that the installed libraries can read.
-    """
+    """The tokenizer of a checkpoint; raises UserError if there is none that the installed libraries can read."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_libraries():
             options = {"gguf_file": gguf_file} if gguf_file else {}
-            _check_names(directory / "tokenizer_config.json", "fast_tokenizer_files")
+            _check_names(_json(directory / "tokenizer_config.json"), "fast_tokenizer_files", "tokenizer_config.json")
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # the readers of its many formats raise what they happen to meet
         raise UserError(f"{directory} has no usable tokenizer: {_tokenizer_problem(error)}") from error
@@ -509,20 +448,13 @@ def copy_for_rewriting(
         out: existing, empty directory.
         dtype: that all floating-point tensors are converted to; auto: they stay as they are.
         convert: does that, given a tensor's name, the tensor and the dtype.
-
-    Returns:
-        The files in ``out``.
     """
     copy_side_files(source, out)
-    files = TensorFiles(source)
+    files, other = TensorFiles(source), None if dtype == "auto" else machine.torch_dtype(dtype)
     if (source / INDEX_NAME).is_file():
         shutil.copyfile(source / INDEX_NAME, out / INDEX_NAME)
-    wanted = None if dtype == "auto" else machine.torch_dtype(dtype)
     for name, file in files.files.items():
-        layout = {
-            key: (wanted if wanted and spec.dtype.is_floating_point else spec.dtype, spec.shape)
-            for key, spec in file.specs.items()
-        }
+        layout = {key: (_dtype_in(spec, other), spec.shape) for key, spec in file.specs.items()}
         if all(layout[key][0] == spec.dtype for key, spec in file.specs.items()):
             (out / name).unlink(missing_ok=True)  # a link there would be written through
             with writing(out / name, file.path.stat().st_size, FULL):
@@ -530,45 +462,22 @@ def copy_for_rewriting(
             continue
         target = OwnFile.create(out / name, layout, file.metadata or {"format": "pt"})
         for key in file.specs:
-            tensor, wanted_dtype = file.read(key), layout[key][0]
-            target.write(key, tensor if tensor.dtype == wanted_dtype else convert(key, tensor, wanted_dtype))
-    result = OwnFiles(out)
-    if wanted:
-        _record_dtype(out, result, dtype)
-    return result
-
-
-def copy_size(files: TensorFiles, dtype: str) -> int:
-    """Bytes of the tensors that :func:`copy_for_rewriting` writes."""
-    wanted = None if dtype == "auto" else machine.torch_dtype(dtype)
-    specs = map(files.spec, files)
-    return sum(
-        math.prod(spec.shape) * (wanted if wanted and spec.dtype.is_floating_point else spec.dtype).itemsize
-        for spec in specs
-    )
-
-
-def _record_dtype(out: Path, files: TensorFiles, dtype: str) -> None:
-    """Puts a new dtype into config.json, and the new total into the index of shards."""
-    path = out / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    index = out / INDEX_NAME
-    if index.is_file():
-        content = json.loads(index.read_text())
-        total = sum(files.spec(name).stop - files.spec(name).start for name in files)
-        content.setdefault("metadata", {})["total_size"] = total
-        index.write_text(json.dumps(content, indent=2) + "\n")
+            tensor, (wanted, _) = file.read(key), layout[key]
+            target.write(key, tensor if tensor.dtype == wanted else convert(key, tensor, wanted))
+    copy = OwnFiles(out)
+    if other is not None:
+        config = _json(out / "config.json")
+        config.pop("torch_dtype", None)
+        (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    if other is not None and (out / INDEX_NAME).is_file():
+        index = _json(out / INDEX_NAME)
+        index.setdefault("metadata", {})["total_size"] = weight_bytes(out, "auto")
+        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return copy
 
 
 def load_gguf_config(directory: Path, gguf_file: str) -> Any:
-    """The transformers configuration that a GGUF file describes.
-
-    Raises:
-        UserError: not a GGUF file, or an architecture that transformers cannot read from GGUF.
-    """
+    """The configuration that a GGUF file describes; raises UserError if transformers cannot read it."""
     from transformers import AutoConfig
 
     try:

@@ -18,15 +18,10 @@ CHARACTERS = 4  # to a token, of text that has not been tokenised
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage is about to do.
-
-    Attributes:
-        text: the same in a few words.
-        tokens: that are run forward through the model; of a training three times as many, for its backward pass.
-    """
+    """What a stage is about to do."""
 
     text: str
-    tokens: float
+    tokens: float  # run forward through the model; of a training three times as many, for its backward pass
 
 
 def lines(work: Mapping[str, Work], seconds_per_token: float | None) -> Iterator[str]:
@@ -37,13 +32,9 @@ def lines(work: Mapping[str, Work], seconds_per_token: float | None) -> Iterator
 
 
 def seconds_per_token(parameters: int, width: int, dtype: str, device: torch.device) -> float:
-    """Of a forward pass.
+    """Of a forward pass of a model with so many parameters, each of which multiplies every token once.
 
-    Args:
-        parameters: of the model, each of which multiplies every token once.
-        width: of its hidden states.
-        dtype: name of the dtype computed in.
-        device: computed on.
+    ``width`` is that of its hidden states.
     """
     return parameters * OVERHEAD / _multiplications_per_second(min(width, WIDEST), torch_dtype(dtype), device)
 

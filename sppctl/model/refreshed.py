@@ -34,14 +34,9 @@ class RefreshedFiles(TensorFiles):
             self.refreshed = list(file.specs)
 
     def prove(self, pruned: TensorFiles, patterns: dict[str, Pattern]) -> None:
-        """Shows that the refreshed matrices have as many zeros in each row, or group of M, as the pruned ones.
+        """Raises StageError if a refreshed matrix does not have as many zeros in each row, or group of M, as pruned.
 
-        Args:
-            pruned: the pruned checkpoint.
-            patterns: by the name of the tensor.
-
-        Raises:
-            StageError: one has not.
+        ``patterns`` are by the name of the tensor.
         """
         for name in self.refreshed:
             if name not in patterns or pruned.spec(name).shape != self.spec(name).shape:

@@ -26,26 +26,17 @@ EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_
 class Target:
     """One matrix, seen as (out_features, in_features) however it is stored.
 
-    Attributes:
-        name: full name; an expert's matrix is called as if it were a linear layer of its own
-            (``model.layers.0.mlp.experts.3.gate_proj``).
-        owner: full name of the module that holds the parameter.
-        parameter: the parameter's name in it.
-        out_features: rows of the matrix.
-        in_features: columns of the matrix.
-        expert: index into a fused 3-D parameter, or None.
-        first_row: where the matrix starts within its expert's rows.
-        transposed: stored as (in, out).
+    An expert's matrix is called as if it were a linear layer of its own (``model.layers.0.mlp.experts.3.gate_proj``).
     """
 
-    name: str
-    owner: str
-    parameter: str
+    name: str  # full
+    owner: str  # full name of the module that holds the parameter
+    parameter: str  # its name there
     out_features: int
     in_features: int
-    expert: int | None = None
-    first_row: int = 0
-    transposed: bool = False
+    expert: int | None = None  # index into a fused 3-D parameter
+    first_row: int = 0  # where the matrix starts within its expert's rows
+    transposed: bool = False  # stored as (in, out)
 
     @property
     def is_linear(self) -> bool:
@@ -92,20 +83,24 @@ def gated(module: nn.Module, gate_up: Tensor) -> Tensor:
 
 def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
     """Every matrix of the blocks that can be pruned, by name, in the model's order; routers and norms are none."""
-    found: dict[str, Target] = {}
+    targets: list[Target] = []
     for relative, module in blocks.named_modules():
         name = f"{blocks_name}.{relative}"
-        if isinstance(module, nn.Linear):
-            if module.out_features == 1:
-                continue  # the gate of a shared expert decides how much it counts, like a router
-            found[name] = Target(name, name, "weight", module.out_features, module.in_features)
+        # the gate of a shared expert, with a single output, decides how much it counts, like a router
+        if isinstance(module, nn.Linear) and module.out_features > 1:
+            targets.append(Target(name, name, "weight", module.out_features, module.in_features))
         elif isinstance(module, Conv1D):
             in_features, out_features = module.weight.shape
-            found[name] = Target(name, name, "weight", out_features, in_features, transposed=True)
+            targets.append(Target(name, name, "weight", out_features, in_features, transposed=True))
         elif is_fused_experts(module):
-            for target in _experts(name, module):
-                found[target.name] = target
-    return found
+            num_experts, hidden, intermediate = module.get_parameter("down_proj").shape
+            for expert in range(num_experts):
+                for part, row in (("gate_proj", 0), ("up_proj", intermediate)):
+                    full = f"{name}.{expert}.{part}"
+                    targets.append(Target(full, name, "gate_up_proj", intermediate, hidden, expert, row))
+                down = f"{name}.{expert}.down_proj"
+                targets.append(Target(down, name, "down_proj", hidden, intermediate, expert))
+    return {target.name: target for target in targets}
 
 
 def unseen(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[str], float]:
@@ -122,51 +117,31 @@ def unseen(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[str], float]:
     return names, sum(sizes[name].numel() for name in names) / sum(parameter.numel() for parameter in sizes.values())
 
 
-def _experts(owner: str, module: nn.Module) -> Iterator[Target]:
-    gate_up, down = module._parameters["gate_up_proj"], module._parameters["down_proj"]
-    assert gate_up is not None
-    assert down is not None
-    hidden, intermediate = down.shape[1:]
-    for expert in range(len(down)):
-        for part, row in (("gate_proj", 0), ("up_proj", intermediate)):
-            yield Target(f"{owner}.{expert}.{part}", owner, "gate_up_proj", intermediate, hidden, expert, row)
-        yield Target(f"{owner}.{expert}.down_proj", owner, "down_proj", hidden, intermediate, expert)
-
-
 def matches(name: str, wanted: str) -> bool:
     """Whether a full name is meant by the end of a name (``q_proj``, ``mlp.down_proj``) or a pattern with ``*``."""
     return name.endswith(f".{wanted}") or fnmatch(name, wanted)
 
 
-def select(every: dict[str, Target], names: list[str] | str, skip: list[str], key: str) -> dict[str, Target]:
-    """The targets that a configuration means.
-
-    Args:
-        every: from :func:`find_targets`.
-        names: ends of names or patterns, or ``"all-linear"``.
-        skip: ends of names or patterns to leave out.
-        key: the configuration key of ``names``, for errors.
+def select(targets: dict[str, Target], names: list[str] | str, skip: list[str], key: str) -> dict[str, Target]:
+    """The targets that a configuration means: by ends of names or patterns, or ``"all-linear"``, without ``skip``.
 
     Raises:
-        UserError: a name that matches nothing, or nothing left.
+        UserError: a name that matches nothing, which names its key, or nothing left.
     """
-    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in every}))
-    wanted = [] if isinstance(names, str) else names
-    for pattern, where in [*((n, key) for n in wanted), *((n, "prune.skip") for n in skip)]:
-        if not any(matches(name, pattern) for name in every):
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+    patterns = [] if isinstance(names, str) else names
+    for pattern, where in [*((n, key) for n in patterns), *((n, "prune.skip") for n in skip)]:
+        if not any(matches(name, pattern) for name in targets):
             raise UserError(f"{where}: {pattern!r} matches no linear layer; this model has {kinds} (or all-linear)")
     chosen = {
         name: target
-        for name, target in every.items()
-        if (names == "all-linear" or any(matches(name, pattern) for pattern in wanted))
+        for name, target in targets.items()
+        if (names == "all-linear" or any(matches(name, pattern) for pattern in patterns))
         and not any(matches(name, pattern) for pattern in skip)
     }
     if not chosen:
         raise UserError(f"{key}: nothing is left to prune; prune.skip leaves out everything that {names} names")
     return chosen
-
-
-# --- names in checkpoints ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,13 +159,10 @@ class Part:
 
 
 def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
-    """The name under which a checkpoint stores a model's parameter.
+    """The name under which a checkpoint stores a model's parameter; raises UserError if there is none.
 
     A checkpoint of the headless model lacks the base prefix (``h.0...`` for ``transformer.h.0...``), one of a model
     with another head has it where ours may not.
-
-    Raises:
-        UserError: no tensor of that name.
     """
     for name in _spellings(parameter, base_prefix):
         if name in files:
@@ -201,13 +173,13 @@ def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
     )
 
 
-def stored_parts(files: TensorFiles, parameter: str, shape: tuple[int, ...], base_prefix: str) -> list[Part]:
-    """The tensors that make up a parameter: itself, or one for each matrix of each expert.
+def stored_parts(files: TensorFiles, model: nn.Module, parameter: str) -> list[Part]:
+    """The tensors that make up a parameter or buffer of a model: itself, or one for each matrix of each expert.
 
-    Raises:
-        UserError: the checkpoint does not have them.
+    Raises UserError if the checkpoint does not have them.
     """
     owner, _, leaf = parameter.rpartition(".")
+    shape, base_prefix = getattr(model.get_submodule(owner), leaf).shape, str(model.base_model_prefix)
     if len(shape) == 3 and leaf in EXPERT_PARTS and not any(n in files for n in _spellings(parameter, base_prefix)):
         for names in EXPERT_PARTS[leaf]:
             rows = shape[1] // len(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,7 @@ _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.((masked_)?bias|causal_mask)$")
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a transformers configuration on the meta device, in evaluation mode.
-
-    Raises:
-        UserError: none can be built from it.
-    """
+    """The causal language model of a configuration on the meta device, in evaluation mode; UserError if none is."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -48,11 +44,8 @@ def check_weights(files: TensorFiles, model: Any) -> None:
     """Shows that loading a checkpoint takes every parameter and persistent buffer from its files, and all of those.
 
     transformers itself loads tensors without content, shaped as the headers say, so its renames, ties, fused experts
-    and exceptions for old files hold. Of a quantised checkpoint it knows more only when it loads the weights.
-
-    Args:
-        files: of the checkpoint.
-        model: from :func:`empty_model`; stays as it is.
+    and exceptions for old files hold. Of a quantised checkpoint it knows more only when it loads the weights. The
+    ``model`` is that of :func:`empty_model`, and stays as it is.
 
     Raises:
         UserError: tensors are missing, surplus, of another shape or there twice, or the files are not those that
@@ -87,28 +80,20 @@ def refuse_random(place: str, info: dict[str, Any]) -> None:
 def misfits(files: TensorFiles, model: Any, names: Iterable[str]) -> Iterator[str]:
     """Parameters that the files do not hold under the names known here, or hold in another shape than the model's."""
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        parameter = getattr(model.get_submodule(owner), leaf)
         try:
-            parts = stored_parts(files, name, tuple(parameter.shape), model.base_model_prefix)
+            parts = stored_parts(files, model, name)
         except UserError as error:
             yield str(error).removeprefix(f"{files.directory} ").partition(": ")[0]
             continue
+        owner, _, leaf = name.rpartition(".")
+        parameter = getattr(model.get_submodule(owner), leaf)
         for part in parts:
-            found, wanted = files.spec(part.name).shape, tuple(part.of(parameter).shape)
-            if found != wanted:
-                yield _shapes(part.name, found, wanted)
+            if (shape := files.spec(part.name).shape) != part.of(parameter).shape:
+                yield _shapes(part.name, shape, part.of(parameter).shape)
 
 
-def _shapes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    return f"{name} has shape {tuple(found)}, the model's is {tuple(wanted)}"
-
-
-def _surplus_experts(files: TensorFiles, model: Any, fused: list[str]) -> list[str]:
-    shapes = {name: tuple(model.get_parameter(name).shape) for name in fused}
-    parts = [stored_parts(files, name, shape, model.base_model_prefix) for name, shape in shapes.items()]
-    used = {part.name for found in parts for part in found}
-    return [_surplus(files, name) for name in sorted(files) if ".experts." in name and name not in used]
+def _shapes(name: str, actual: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{name} has shape {tuple(actual)}, the model's is {tuple(expected)}"
 
 
 def _surplus(files: TensorFiles, name: str) -> str:
@@ -116,25 +101,34 @@ def _surplus(files: TensorFiles, name: str) -> str:
     return f"{name}{place} is not part of the model that config.json describes"
 
 
+def _problems_of_experts(files: TensorFiles, model: Any, names: list[str], fused: list[str]) -> list[str]:
+    """What is wrong with matrices of fused experts, by their names in the files; if nothing, those that are surplus."""
+    problems = list(misfits(files, model, names))
+    if problems:
+        return problems
+    used = {part.name for name in fused for part in stored_parts(files, model, name)}
+    return [_surplus(files, name) for name in sorted(files) if ".experts." in name and name not in used]
+
+
 def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
-    state, own = {}, model.state_dict()
+    state, expected = {}, model.state_dict()
     for name in files:
         spec = files.spec(name)
         is_number = spec.dtype.is_floating_point and spec.dtype.itemsize > 1
         state[name] = torch.empty(spec.shape, dtype=torch.float32 if is_number else spec.dtype, device="meta")
-        wanted = own.get(name, own.get(f"{model.base_model_prefix}.{name}"))
-        if wanted is not None and wanted.dtype.is_floating_point and not is_number:
+        tensor = expected.get(name, expected.get(f"{model.base_model_prefix}.{name}"))
+        if tensor is not None and tensor.dtype.is_floating_point and not is_number:
             dtype = dtype_name(spec.dtype)
             yield f"{name} is stored as {dtype}, and config.json does not say how it is quantised"
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
     try:
         loaded, info = _load(state, model)
     except Exception as error:  # matrices that do not go together into one parameter, or names in its way
-        yield from list(misfits(files, model, fused)) or _surplus_experts(files, model, fused) or [str(error)]
+        yield from _problems_of_experts(files, model, fused, fused) or [str(error)]
         return
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        parts = list(misfits(files, model, [name])) or _surplus_experts(files, model, fused) if name in fused else []
-        yield from parts or [_shapes(name, found, wanted)]
+    for name, actual, shape in sorted(info["mismatched_keys"]):
+        problems = _problems_of_experts(files, model, [name], fused) if name in fused else []
+        yield from problems or [_shapes(name, actual, shape)]
     for name in sorted(info["missing_keys"]):
         yield f"holds no tensor {name}, which config.json implies"
     for name in sorted(info["unexpected_keys"]):
@@ -149,15 +143,10 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
 
 def _load(state: dict[str, Tensor], model: Any) -> Any:
     """The model with empty tensors, and transformers' account of loading them."""
+    options = {"dtype": torch.float32, "device_map": "meta", "ignore_mismatched_sizes": True}
     with quiet_libraries():
         return type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=state,
-            dtype=torch.float32,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            None, config=model.config, state_dict=state, output_loading_info=True, **options
         )
 
 

@@ -188,7 +188,7 @@ def _check_files(config: Config, skeleton: Skeleton) -> None:
         assert model.path is not None
         files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
         refuse_quantised(files)
-        needed = checkpoint.copy_size(files, model.dtype)
+        needed = checkpoint.weight_bytes(files.directory, model.dtype)
     else:  # unpacked, and copied
         itemsize = machine.torch_dtype(checkpoint.dtype_of(model.dtype, None)).itemsize
         needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())

@@ -21,13 +21,14 @@ from transformers import (
 
 from sppctl.errors import StageError, UserError
 from sppctl.files.safe_files import OwnFiles
+from sppctl.model import blocks
 from sppctl.model.block_call import BlockCall
 from sppctl.model.blocks import BlockStack, Skeleton
 from sppctl.model.checkpoint import load_config
+from sppctl.model.weights import empty_model
 
 CPU = torch.device("cpu")
 LENGTH = 40  # longer than Gemma 2's sliding window of 16
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def ids(batch: int, length: int = LENGTH) -> Tensor:
@@ -71,7 +72,7 @@ def blocks_in_memory(stack: BlockStack) -> list[int]:
     return [i for i, block in enumerate(stack.blocks) if any(not p.is_meta for p in block.parameters())]
 
 
-def rewritten(source: Path, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+def rewritten(source: Path, out: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     """A copy of a checkpoint with other tensors."""
     shutil.copytree(source, out)
     tensors = load_file(source / "model.safetensors")
@@ -97,17 +98,6 @@ def own_hidden_states(directory: Path, input_ids: Tensor) -> list[tuple[Tensor, 
     return seen
 
 
-# --- replay -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_check_replay_passes(make_checkpoint: Callable[..., Path], family: str, batch: int) -> None:
-    passed: list[int] = []
-    open_stack(make_checkpoint(family)).check_replay(ids(batch), passed.append)
-    assert passed == [0, 1]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +108,9 @@ def test_walking_the_blocks_gives_the_models_own_hidden_states(
     directory = make_checkpoint(family, dtype=dtype)
     expected = own_hidden_states(directory, ids(batch))
     stack = open_stack(directory)
-    stack.check_replay(ids(1, 24), lambda _: None)  # another shape must not matter
+    passed: list[int] = []
+    stack.check_replay(ids(batch, 24), passed.append)  # another shape must not matter
+    assert passed == [0, 1]
     hidden, calls = stack.record(ids(batch))
     assert len(calls) == len(expected) == 2
     for index, (before, after) in enumerate(expected):
@@ -133,7 +125,7 @@ def test_walking_the_blocks_gives_the_models_own_hidden_states(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", BIASED)
 @torch.no_grad()
-def test_buffers_of_a_checkpoint_are_loaded(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_buffers_of_a_checkpoint_are_loaded_and_missed(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     directory = biased(family, tmp_path / family, dtype)
     own = AutoModelForCausalLM.from_pretrained(directory).eval()
     expected = own_hidden_states(directory, ids(1))
@@ -146,17 +138,9 @@ def test_buffers_of_a_checkpoint_are_loaded(family: str, dtype: torch.dtype, tmp
         assert torch.equal(bias, wanted)
         hidden = calls[index](block, hidden)
         assert torch.equal(hidden, after), f"output of block {index}"
-
-
-def test_a_buffer_that_is_missing(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
-
-    def remove(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
-
-    directory = rewritten(biased("glm4_moe", tmp_path / "whole"), tmp_path / "other", remove)
     with pytest.raises(UserError, match=f"holds no tensor {name}"):
-        BlockStack(directory, CPU, "float32")
+        BlockStack(rewritten(directory, tmp_path / "other", lambda tensors: tensors.pop(name)), CPU, "float32")
 
 
 def test_blocks_that_are_given_more_of_the_tokens_are_refused(tmp_path: Path) -> None:
@@ -215,18 +199,15 @@ def first_blocks_arguments_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("first_blocks_arguments_for_all")
-def test_replay_with_another_blocks_arguments_is_noticed(make_checkpoint: Callable[..., Path]) -> None:
-    stack = open_stack(make_checkpoint("gemma2"))
+def test_replay_with_another_blocks_arguments_is_noticed_beyond_the_sliding_window(
+    make_checkpoint: Callable[..., Path],
+) -> None:
     passed: list[int] = []
     with pytest.raises(StageError, match=r"replaying block 1 of Gemma2ForCausalLM"):
-        stack.check_replay(ids(1), passed.append)
+        open_stack(make_checkpoint("gemma2")).check_replay(ids(1), passed.append)
     assert passed == [0]
-
-
-@pytest.mark.usefixtures("first_blocks_arguments_for_all")
-def test_the_mistake_shows_only_beyond_the_sliding_window(make_checkpoint: Callable[..., Path]) -> None:
-    stack = open_stack(make_checkpoint("gemma2"))
-    stack.check_replay(ids(1, 16), lambda _: None)
+    open_stack(make_checkpoint("gemma2")).check_replay(ids(1, 16), passed.append)
+    assert passed == [0, 0, 1]
 
 
 def test_recording_runs_no_block_and_leaves_the_model_as_it_was(llama: Path) -> None:
@@ -256,19 +237,12 @@ def test_a_call_is_repeated_in_its_own_form(form: str, wrap: Callable[[Tensor], 
     assert seen == [((two, "mask"), {"k": 1}) if form == "position" else ((), {"hidden_states": two, "k": 1})]
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_loaded_at_first(llama: Path) -> None:
-    stack = BlockStack(llama, CPU, "float32")
-    assert all(parameter.is_meta for parameter in stack.model.parameters())
-    assert len(stack) == 2
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_all_but_blocks_and_head(make_checkpoint: Callable[..., Path], family: str) -> None:
+    assert all(p.is_meta for p in BlockStack(make_checkpoint(family), CPU, "float32").model.parameters())
     stack = open_stack(make_checkpoint(family))
     assert not blocks_in_memory(stack)
+    assert len(stack) == 2
     base = getattr(stack.model, stack.base_prefix)
     inside = stack.blocks_name.removeprefix(f"{stack.base_prefix}.") + "."
     outside = {name for name, _ in base.named_parameters() if not name.startswith(inside)}
@@ -309,73 +283,6 @@ def test_only_one_block_is_in_memory_at_a_time(llama: Path, monkeypatch: pytest.
     assert blocks_in_memory(stack) == []
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
-def test_targets_by_the_last_part(llama: Path) -> None:
-    found = BlockStack(llama, CPU, "float32").targets(["down_proj", "q_proj"])
-    assert list(found) == [  # in the model's order
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.0.mlp.down_proj",
-        "model.layers.1.self_attn.q_proj",
-        "model.layers.1.mlp.down_proj",
-    ]
-    assert (found["model.layers.0.mlp.down_proj"].in_features, found["model.layers.0.mlp.down_proj"].out_features) == (
-        48,
-        32,
-    )
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["mlp.down_proj"], ["0.mlp.down_proj", "1.mlp.down_proj"]),
-        (["1.mlp.down_proj"], ["1.mlp.down_proj"]),
-        (["model.layers.0.mlp.up_proj"], ["0.mlp.up_proj"]),
-        (["*.0.mlp.*"], ["0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj"]),
-        (["model.layers.1.self_attn.[kv]_proj"], ["1.self_attn.k_proj", "1.self_attn.v_proj"]),
-        (["up_proj", "*.up_proj", "mlp.up_proj"], ["0.mlp.up_proj", "1.mlp.up_proj"]),
-    ],
-)
-def test_targets_by_dotted_ends_and_patterns(llama: Path, names: list[str], expected: list[str]) -> None:
-    assert list(BlockStack(llama, CPU, "float32").targets(names)) == [f"model.layers.{name}" for name in expected]
-
-
-def test_a_target_is_a_whole_part_of_a_name(llama: Path) -> None:
-    with pytest.raises(UserError, match="'proj' matches no linear layer"):
-        BlockStack(llama, CPU, "float32").targets(["proj"])
-
-
-@pytest.mark.parametrize(
-    ("family", "count"),
-    [
-        ("llama", 14),
-        ("qwen3", 14),
-        ("gemma2", 14),
-        ("opt", 12),
-        ("gpt_neox", 8),
-        ("gpt2", 8),
-        ("phi3", 8),
-        ("qwen3_moe", 32),
-    ],
-)
-def test_all_linear_means_those_of_the_blocks(make_checkpoint: Callable[..., Path], family: str, count: int) -> None:
-    stack = BlockStack(make_checkpoint(family), CPU, "float32")
-    found = stack.targets("all-linear")
-    assert len(found) == count
-    assert all(name.startswith(f"{stack.blocks_name}.") for name in found)  # not the output head
-
-
-def test_an_unknown_target_is_told_what_there_is(make_checkpoint: Callable[..., Path]) -> None:
-    stack = BlockStack(make_checkpoint("opt"), CPU, "float32")
-    with pytest.raises(UserError) as caught:
-        stack.targets([*PROJECTIONS[:3], "gate_proj"], key="train.targets")
-    assert str(caught.value) == (
-        "train.targets: 'gate_proj' matches no linear layer; "
-        "this model has fc1, fc2, k_proj, out_proj, q_proj, v_proj (or all-linear)"
-    )
-
-
 def test_a_headless_checkpoint_is_walked(llama: Path, tmp_path: Path) -> None:
     def headless(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -388,51 +295,34 @@ def test_a_headless_checkpoint_is_walked(llama: Path, tmp_path: Path) -> None:
     assert passed == [0, 1]
 
 
-# --- models that cannot be walked -------------------------------------------------------------------------------------
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_no_number_is_named(llama: Path, tmp_path: Path, value: float) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    directory = rewritten(llama, tmp_path / "broken", lambda tensors: tensors[name].view(-1)[5].fill_(value))
-    with pytest.raises(StageError, match=f"{name} holds NaN or infinite values"):
+    directory = rewritten(llama, tmp_path / "broken", lambda tensors: tensors[UP].view(-1)[5].fill_(value))
+    with pytest.raises(StageError, match=f"{UP} holds NaN or infinite values"):
         open_stack(directory).check_replay(ids(1), lambda _: None)
 
 
-def test_a_shape_that_the_configuration_does_not_imply(llama: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    directory = rewritten(llama, tmp_path / "other", lambda tensors: tensors.update({name: torch.zeros(40, 32)}))
-    with pytest.raises(UserError, match=rf"{name} has shape \(40, 32\), the model's is \(48, 32\)"):
-        BlockStack(directory, CPU, "float32").load_block(1)
-
-
-def test_a_tensor_that_is_missing(llama: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-
-    def remove(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
-
-    with pytest.raises(UserError, match=f"holds no tensor {name}, which config.json implies"):
-        BlockStack(rewritten(llama, tmp_path / "other", remove), CPU, "float32")
-
-
-def test_quantised_weights_are_refused(llama: Path, tmp_path: Path) -> None:
-    def quantise(tensors: dict[str, Tensor]) -> None:
-        for name in tensors:
-            tensors[name] = tensors[name].to(torch.int8)
-
-    with pytest.raises(UserError, match="holds no floating-point weights"):
-        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU, "float32")
-
-
-def test_single_bytes_are_refused(llama: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-
-    def quantise(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-    with pytest.raises(UserError, match=rf"{name} is stored as float8_e4m3fn; .*use one in bfloat16"):
-        BlockStack(rewritten(llama, tmp_path / "other", quantise), CPU, "float32")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.update({UP: torch.zeros(40, 32)}), r"has shape \(40, 32\), the model's is \(48, 32\)"),
+        (lambda tensors: tensors.pop(UP), f"holds no tensor {UP}, which config.json implies"),
+        (lambda tensors: tensors.update({n: t.char() for n, t in tensors.items()}), "holds no floating-point weights"),
+        (
+            lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}),
+            rf"{UP} is stored as float8_e4m3fn; .*use one in bfloat16",
+        ),
+    ],
+    ids=["shape", "missing", "int8", "float8"],
+)
+def test_weights_of_another_form_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], message: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        BlockStack(rewritten(llama, tmp_path / "other", change), CPU, "float32")
 
 
 def test_a_model_that_generates_no_text_is_refused() -> None:
@@ -440,12 +330,15 @@ def test_a_model_that_generates_no_text_is_refused() -> None:
         Skeleton(T5Config(d_model=32, num_layers=2, num_heads=4, vocab_size=VOCAB))
 
 
-def test_a_model_without_a_list_of_blocks_is_refused(llama: Path) -> None:
-    config = load_config(llama)
-    skeleton = Skeleton(config)
-    config.num_hidden_layers = 3  # no list of the model has that length
+def test_a_model_without_a_list_of_blocks_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_another_depth(config: Any, *_: Any) -> Any:
+        model = empty_model(config)
+        config.num_hidden_layers = 3  # no list of the model has that length
+        return model
+
+    monkeypatch.setattr(blocks, "empty_model", of_another_depth)
     with pytest.raises(UserError, match="LlamaForCausalLM has no list of 3 decoder blocks"):
-        skeleton._find_blocks()
+        Skeleton(load_config(llama))
 
 
 def test_another_head_does_not_hide_the_blocks() -> None:
@@ -454,9 +347,6 @@ def test_another_head_does_not_hide_the_blocks() -> None:
     )
     config.is_decoder = True
     assert Skeleton(config).blocks_name == "bert.encoder.layer"
-
-
-# --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
 def test_float16_computed_in_float32_is_exact(make_checkpoint: Callable[..., Path]) -> None:
@@ -473,13 +363,6 @@ def test_float16_computed_in_float32_is_exact(make_checkpoint: Callable[..., Pat
     passed: list[int] = []
     stack.check_replay(ids(1), passed.append)
     assert passed == [0, 1]
-
-
-@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_computes_in_the_dtype_that_is_asked_for(wanted: str, make_checkpoint: Callable[..., Path]) -> None:
-    stack = BlockStack(make_checkpoint("llama", dtype=torch.float16), CPU, dtype=wanted)
-    stack.load_embeddings()
-    assert stack.record(ids(1))[0].dtype == stack.load_block(0).mlp.up_proj.weight.dtype == getattr(torch, wanted)
 
 
 def test_kept_weights_are_written_as_they_are_stored(llama: Path, tmp_path: Path) -> None:

@@ -30,13 +30,17 @@ from sppctl.model.targets import (
 )
 
 CPU = torch.device("cpu")
-KINDS = {
-    "llama": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
-    "opt": "fc1 fc2 k_proj out_proj q_proj v_proj",
-    "gpt_neox": "dense dense_4h_to_h dense_h_to_4h query_key_value",
-    "phi3": "down_proj gate_up_proj o_proj qkv_proj",
-    "gpt2": "c_attn c_fc c_proj",
-    "mixtral": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+GATED = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+KINDS = {  # matrices in a block, and what they are called
+    "llama": (7, GATED),
+    "qwen3": (7, GATED),
+    "gemma2": (7, GATED),
+    "opt": (6, "fc1 fc2 k_proj out_proj q_proj v_proj"),
+    "gpt_neox": (4, "dense dense_4h_to_h dense_h_to_4h query_key_value"),
+    "phi3": (4, "down_proj gate_up_proj o_proj qkv_proj"),
+    "gpt2": (4, "c_attn c_fc c_proj"),
+    "mixtral": (4 + 4 * 3, GATED),
+    "qwen3_moe": (4 + 4 * 3, GATED),
 }
 
 
@@ -80,13 +84,23 @@ def files_with(directory: Path, *names: str) -> TensorFiles:
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
-def test_experts_that_add_biases_or_alternate_gate_and_up_are_not_taken_apart() -> None:
-    assert is_fused_experts(Experts())
-    biased, alternating = Experts(), Experts()
-    biased.gate_up_proj_bias = nn.Parameter(torch.zeros(3, 8))
-    alternating.is_concatenated = False
-    assert not is_fused_experts(biased)
-    assert not is_fused_experts(alternating)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda experts: delattr(experts, "down_proj"),
+        lambda experts: setattr(experts, "down_proj", nn.Parameter(torch.zeros(6, 4))),
+        lambda experts: delattr(experts, "act_fn"),
+        lambda experts: setattr(experts, "gate_up_proj", nn.Parameter(experts.gate_up_proj.data.transpose(1, 2))),
+        lambda experts: setattr(experts, "gate_up_proj_bias", nn.Parameter(torch.zeros(3, 8))),
+        lambda experts: setattr(experts, "is_concatenated", False),
+    ],
+    ids=["no down", "flat", "no activation", "transposed", "biased", "alternating gate and up"],
+)
+def test_other_modules_are_no_experts(change: Callable[[nn.Module], None]) -> None:
+    experts = Experts()
+    assert is_fused_experts(experts)
+    change(experts)
+    assert not is_fused_experts(experts)
 
 
 def test_the_gate_is_the_models_own() -> None:
@@ -114,6 +128,7 @@ def test_every_form_is_found_in_the_models_order(found: dict[str, Target]) -> No
     experts = [f"experts.{expert}.{part}" for expert in range(3) for part in ("gate_proj", "up_proj", "down_proj")]
     assert list(found) == [f"h.{index}.{name}" for index in (0, 1) for name in ("lin", "conv", *experts)]
     assert all(target.name == name for name, target in found.items())
+    assert {name for name, target in found.items() if target.is_linear} == {"h.0.lin", "h.1.lin"}
 
 
 def test_what_is_known_of_each_form(found: dict[str, Target]) -> None:
@@ -126,36 +141,15 @@ def test_what_is_known_of_each_form(found: dict[str, Target]) -> None:
     assert down == Target(f"{owner}.2.down_proj", owner, "down_proj", 6, 4, expert=2)
 
 
-def test_only_a_linear_layer_is_one(found: dict[str, Target]) -> None:
-    assert {name for name, target in found.items() if target.is_linear} == {"h.0.lin", "h.1.lin"}
-
-
-@pytest.mark.parametrize("change", ["no_down", "flat", "no_activation", "transposed"])
-def test_other_modules_are_no_experts(change: str) -> None:
-    experts = Experts()
-    assert is_fused_experts(experts)
-    if change == "no_down":
-        del experts.down_proj
-    elif change == "flat":
-        experts.down_proj = nn.Parameter(torch.zeros(6, 4))
-    elif change == "no_activation":
-        del experts.act_fn
-    else:
-        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.data.transpose(1, 2))
-    assert not is_fused_experts(experts)
-
-
 @pytest.mark.parametrize("family", KINDS)
-def test_the_layers_of_a_family(family: str) -> None:
-    targets = Skeleton(FAMILIES[family]()).targets("all-linear")
-    assert sorted({name.rpartition(".")[2] for name in targets}) == KINDS[family].split()
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_routers_are_left_alone(family: str) -> None:
-    targets = Skeleton(FAMILIES[family]()).targets("all-linear")
-    assert len(targets) == 2 * (4 + 4 * 3)
-    assert not any(name.endswith(".gate") for name in targets)
+def test_all_linear_means_the_matrices_of_the_blocks(family: str) -> None:
+    """Not the output head, and no routers: in two blocks each."""
+    count, kinds = KINDS[family]
+    skeleton = Skeleton(FAMILIES[family]())
+    targets = skeleton.targets("all-linear")
+    assert sorted({name.rpartition(".")[2] for name in targets}) == kinds.split()
+    assert len(targets) == 2 * count
+    assert all(name.startswith(f"{skeleton.blocks_name}.") for name in targets)
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -171,14 +165,9 @@ def test_a_view_is_out_by_in_and_writes_into_the_model(model: nn.Module, found: 
             assert (parameter == 7).all()
 
 
-def test_a_view_of_a_transposed_matrix(model: nn.Module, found: dict[str, Target]) -> None:
-    inputs = torch.randn(5, 6)
-    conv = model.h[0].conv
+def test_a_view_is_that_part_of_the_parameter(model: nn.Module, found: dict[str, Target]) -> None:
+    inputs, conv, experts = torch.randn(5, 6), model.h[0].conv, model.h[0].experts
     torch.testing.assert_close(conv(inputs), inputs @ found["h.0.conv"].view(model).t() + conv.bias)
-
-
-def test_a_view_of_an_expert(model: nn.Module, found: dict[str, Target]) -> None:
-    experts = model.h[0].experts
     gate, up = experts.gate_up_proj[1].chunk(2)
     assert torch.equal(found["h.0.experts.1.gate_proj"].view(model), gate)
     assert torch.equal(found["h.0.experts.1.up_proj"].view(model), up)
@@ -197,7 +186,7 @@ def test_a_view_of_an_expert(model: nn.Module, found: dict[str, Target]) -> None
         ("*.0.*", True),
         ("*q_proj", True),
         ("model.layers.[0-3].*", True),
-        ("proj", False),
+        ("proj", False),  # a whole part of a name
         ("attn.q_proj", False),
         ("*.1.*", False),
         ("q_proj*x", False),
@@ -208,22 +197,21 @@ def test_ends_of_names_and_patterns(wanted: str, meant: bool) -> None:
     assert matches("model.layers.0.self_attn.q_proj", wanted) == meant
 
 
-def test_an_expert_is_called_like_a_layer_of_its_own(found: dict[str, Target]) -> None:
-    assert list(select(found, ["1.up_proj"], [], "t")) == ["h.0.experts.1.up_proj", "h.1.experts.1.up_proj"]
-    assert len(select(found, ["up_proj"], [], "t")) == 6
-    assert len(select(found, ["*.experts.*"], ["down_proj"], "t")) == 12
-
-
-def test_all_linear_and_what_is_left_out(found: dict[str, Target]) -> None:
+@pytest.mark.parametrize(
+    ("names", "skip", "chosen"),
+    [
+        (["1.up_proj"], [], ["h.0.experts.1.up_proj", "h.1.experts.1.up_proj"]),  # an expert is called like a layer
+        ("all-linear", ["*.experts.*", "h.0.*"], ["h.1.lin", "h.1.conv"]),
+        (["conv", "lin"], ["h.1.*"], ["h.0.lin", "h.0.conv"]),  # in the model's order
+        (["h.1.conv", "*.conv", "conv"], [], ["h.0.conv", "h.1.conv"]),
+    ],
+)
+def test_what_is_chosen(names: list[str] | str, skip: list[str], chosen: list[str], found: dict[str, Target]) -> None:
+    assert list(select(found, names, skip, "t")) == chosen
     assert select(found, "all-linear", [], "t") == found
-    assert list(select(found, "all-linear", ["*.experts.*", "h.0.*"], "t")) == ["h.1.lin", "h.1.conv"]
 
 
-def test_the_order_is_the_models_not_the_lists(found: dict[str, Target]) -> None:
-    assert list(select(found, ["conv", "lin"], ["h.1.*"], "t")) == ["h.0.lin", "h.0.conv"]
-
-
-def test_a_name_that_matches_nothing(found: dict[str, Target]) -> None:
+def test_a_choice_that_matches_nothing(found: dict[str, Target]) -> None:
     kinds = "conv, down_proj, gate_proj, lin, up_proj"
     with pytest.raises(UserError) as caught:
         select(found, ["lin", "fc1"], [], "train.targets")
@@ -232,9 +220,6 @@ def test_a_name_that_matches_nothing(found: dict[str, Target]) -> None:
     )
     with pytest.raises(UserError, match=r"^prune\.skip: 'fc1' matches no linear layer"):
         select(found, "all-linear", ["fc1"], "prune.targets")
-
-
-def test_nothing_is_left(found: dict[str, Target]) -> None:
     with pytest.raises(UserError, match=r"^prune\.targets: nothing is left to prune"):
         select(found, ["lin"], ["lin"], "prune.targets")
 
@@ -254,62 +239,58 @@ def test_nothing_is_left(found: dict[str, Target]) -> None:
 )
 def test_spellings_of_a_name(asked: str, stored: str, tmp_path: Path) -> None:
     assert stored_name(files_with(tmp_path, stored, "other"), asked, "model") == stored
-
-
-def test_the_models_own_spelling_comes_first(tmp_path: Path) -> None:
-    files = files_with(tmp_path, "layers.0.w", "model.layers.0.w")
-    assert stored_name(files, "model.layers.0.w", "model") == "model.layers.0.w"
-
-
-def test_a_name_that_is_not_there(tmp_path: Path) -> None:
+    assert stored_name(files_with(tmp_path, stored, asked), asked, "model") == asked  # the model's own comes first
     with pytest.raises(UserError, match=r"holds no tensor model\.layers\.1\.w, which its config\.json implies"):
-        stored_name(files_with(tmp_path, "model.layers.0.w"), "model.layers.1.w", "model")
+        stored_name(files_with(tmp_path, stored), "model.layers.1.w", "model")
 
 
-@pytest.mark.parametrize("prefix", ["model.layers.0.mlp.experts", "layers.0.mlp.experts"])
-def test_parts_of_fused_experts(prefix: str, tmp_path: Path) -> None:
-    names = [f"{prefix}.{expert}.{part}.weight" for expert in (0, 1) for part in ("gate_proj", "up_proj", "down_proj")]
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture
+def mixture() -> nn.Module:
+    """A model of one block with three experts, of 4 x 6 and 6 x 4."""
+    made: nn.Module = Experts()
+    for name in ("experts", "mlp", "0", "layers", "model"):
+        inner, made = made, nn.Module()
+        made.add_module(name, inner)
+    made.base_model_prefix = "model"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("path", "gate", "up", "down"),
+    [
+        (EXPERTS, "gate_proj", "up_proj", "down_proj"),
+        (EXPERTS.removeprefix("model."), "gate_proj", "up_proj", "down_proj"),
+        (EXPERTS.replace("mlp", "block_sparse_moe"), "w1", "w3", "w2"),
+    ],
+)
+def test_parts_of_fused_experts(path: str, gate: str, up: str, down: str, mixture: nn.Module, tmp_path: Path) -> None:
+    names = [f"{path}.{expert}.{part}.weight" for expert in range(3) for part in (gate, up, down)]
     files = files_with(tmp_path, *names)
-    parts = stored_parts(files, "model.layers.0.mlp.experts.gate_up_proj", (2, 8, 6), "model")
-    assert parts == [
-        Part(f"{prefix}.{expert}.{part}.weight", expert, row, 4)
-        for expert in (0, 1)
-        for part, row in (("gate_proj", 0), ("up_proj", 4))
+    assert stored_parts(files, mixture, f"{EXPERTS}.gate_up_proj") == [
+        Part(f"{path}.{expert}.{part}.weight", expert, row, 4)
+        for expert in range(3)
+        for part, row in ((gate, 0), (up, 4))
     ]
-    parts = stored_parts(files, "model.layers.0.mlp.experts.down_proj", (2, 6, 4), "model")
-    assert parts == [Part(f"{prefix}.{expert}.down_proj.weight", expert, 0, 6) for expert in (0, 1)]
-
-
-def test_parts_of_mixtrals_spelling(tmp_path: Path) -> None:
-    prefix = "model.layers.0.block_sparse_moe.experts"
-    names = [f"{prefix}.{expert}.{part}.weight" for expert in (0, 1) for part in ("w1", "w2", "w3")]
-    files = files_with(tmp_path, *names)
-    parts = stored_parts(files, "model.layers.0.mlp.experts.gate_up_proj", (2, 8, 6), "model")
-    assert [(part.name.removeprefix(prefix), part.first_row) for part in parts] == [
-        (".0.w1.weight", 0),
-        (".0.w3.weight", 4),
-        (".1.w1.weight", 0),
-        (".1.w3.weight", 4),
+    assert stored_parts(files, mixture, f"{EXPERTS}.down_proj") == [
+        Part(f"{path}.{expert}.{down}.weight", expert, 0, 6) for expert in range(3)
     ]
-    (down, _) = stored_parts(files, "model.layers.0.mlp.experts.down_proj", (2, 6, 4), "model")
-    assert down == Part(f"{prefix}.0.w2.weight", 0, 0, 6)
 
 
-def test_fused_experts_may_be_stored_fused(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    assert stored_parts(files_with(tmp_path, name), name, (2, 8, 6), "model") == [Part(name)]
+def test_a_parameter_that_is_stored_as_it_is(mixture: nn.Module, tmp_path: Path) -> None:
+    """Fused experts, or a linear layer that is called as they are."""
+    mixture.mlp = nn.Module()
+    mixture.mlp.gate_up_proj = nn.Linear(6, 8)
+    for name in (f"{EXPERTS}.gate_up_proj", "mlp.gate_up_proj.weight"):
+        assert stored_parts(files_with(tmp_path, name), mixture, name) == [Part(name)]
 
 
-def test_a_linear_layer_called_as_experts_are_has_one_part(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.gate_up_proj.weight"
-    assert stored_parts(files_with(tmp_path, name), name, (8, 6), "model") == [Part(name)]
-
-
-def test_an_expert_that_is_missing(tmp_path: Path) -> None:
-    prefix = "model.layers.0.mlp.experts"
-    files = files_with(tmp_path, f"{prefix}.0.down_proj.weight", f"{prefix}.2.down_proj.weight")
-    with pytest.raises(UserError, match=rf"holds no tensor {prefix}\.1\.down_proj\.weight"):
-        stored_parts(files, f"{prefix}.down_proj", (3, 6, 4), "model")
+def test_an_expert_that_is_missing(mixture: nn.Module, tmp_path: Path) -> None:
+    files = files_with(tmp_path, f"{EXPERTS}.0.down_proj.weight", f"{EXPERTS}.2.down_proj.weight")
+    with pytest.raises(UserError, match=rf"holds no tensor {EXPERTS}\.1\.down_proj\.weight"):
+        stored_parts(files, mixture, f"{EXPERTS}.down_proj")
 
 
 def test_the_place_of_a_part() -> None:
