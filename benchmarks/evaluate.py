@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from hardware import add_clock, describe, name_of
 
-from sppctl.evaluate.divergence import Reference, divergence
+from sppctl.evaluate.divergence import Reference
 from sppctl.evaluate.perplexity import window_losses, window_sums
 from sppctl.model import checkpoint
 
@@ -87,11 +87,7 @@ def ways(model: Any, windows: torch.Tensor, file: Path) -> dict[str, Callable[[]
     def compared() -> None:
         if not reference:
             reference.append(Reference(model, windows, 1, file))
-
-        def compare(window: int, start: int, stop: int, logits: torch.Tensor) -> tuple[float, int]:
-            return divergence(reference[0].log_probs(window, start, stop), logits)
-
-        list(window_sums(model, windows, 1, compare=compare))
+        list(window_sums(model, windows, 1, reference=reference[0]))
 
     return {
         "forward": forward,

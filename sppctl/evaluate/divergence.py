@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sppctl import distributed
 from sppctl.errors import StageError, UserError
-from sppctl.evaluate.perplexity import head_is_last_step, head_logits
+from sppctl.evaluate.perplexity import capped, head_is_last_step
 from sppctl.files.safe_files import reserve
 
 
@@ -24,6 +24,7 @@ class Reference:
     model itself need not be in memory beside the one that is compared with it.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         model: Any,
@@ -47,30 +48,34 @@ class Reference:
         """
         probe = windows[:1, :8] if len(windows) else torch.arange(8)[None]
         if not head_is_last_step(model, probe.to(model.device)):
-            raise UserError(
-                f"eval.divergence: {model.config.model_type} changes its logits after the output head; set it to null"
-            )
+            kind = model.config.model_type
+            raise UserError("eval.divergence", f"{kind} changes its logits after the output head", "set it to null")
         self.head, self.config = model.get_output_embeddings(), model.config
+        self.vocab_size = int(self.head.weight.shape[0])  # columns of its logits
         shape = (*windows.shape, self.head.weight.shape[1])
         size = windows.numel() * shape[-1]
         _reserve(file, size * model.dtype.itemsize)
         mapped = torch.from_file(str(file), shared=True, size=size, dtype=model.dtype) if size else torch.empty(0)
         self.hidden = mapped.view(shape)
-        with torch.no_grad():
-            for start in range(0, len(windows), batch_size):
-                batch = windows[start : start + batch_size].to(model.device)
-                self.hidden[start : start + len(batch)] = model.base_model(input_ids=batch, use_cache=False)[0].cpu()
-                advance(len(batch))
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size].to(model.device)
+            self.hidden[start : start + len(batch)] = model.base_model(input_ids=batch, use_cache=False)[0].cpu()
+            advance(len(batch))
 
-    @property
-    def vocab_size(self) -> int:
-        """Columns of its logits."""
-        return int(self.head.weight.shape[0])
+    def compare(self, window: int, start: int, stop: int, logits: Tensor) -> tuple[float, int]:
+        """Sum of KL(reference || model) in nats, and on how many positions both find the same token likeliest.
 
-    def log_probs(self, window: int, start: int, stop: int) -> Tensor:
-        """log p (stop - start, vocabulary) in float32 for some positions of a window."""
+        Args:
+            window: its number.
+            start: first position in it.
+            stop: the position after the last.
+            logits: (stop - start, vocabulary) float32 of the model that is compared.
+        """
         hidden = self.hidden[window, start:stop].to(self.head.weight.device)
-        return F.log_softmax(head_logits(self.head, self.config, hidden), dim=-1)
+        reference = F.log_softmax(capped(self.head(hidden), self.config), dim=-1).to(logits.device)
+        compared = F.log_softmax(logits, dim=-1)
+        kl = F.kl_div(compared, reference, reduction="sum", log_target=True).item()
+        return kl, int((reference.argmax(-1) == compared.argmax(-1)).sum())
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -87,15 +92,3 @@ def _reserve(file: Path, size: int) -> None:
     if problem is not None:
         file.unlink(missing_ok=True)
         raise StageError(problem)
-
-
-def divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
-    """Sum of KL(reference || model) in nats, and on how many positions both find the same token likeliest.
-
-    Args:
-        reference: (positions, vocabulary) float32, log-probabilities.
-        logits: (positions, vocabulary) float32 of the model that is compared.
-    """
-    reference, compared = reference.to(logits.device), F.log_softmax(logits, dim=-1)
-    kl = F.kl_div(compared, reference, reduction="sum", log_target=True).item()
-    return kl, int((reference.argmax(-1) == compared.argmax(-1)).sum())

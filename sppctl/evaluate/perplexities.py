@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from sppctl.config.settings import Config
 from sppctl.data import texts
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import perplexity
-from sppctl.evaluate.divergence import Reference, divergence
+from sppctl.evaluate.divergence import Reference
 from sppctl.evaluate.results import TextMeasure, TextNumbers
 from sppctl.evaluate.subjects import fingerprint
+from sppctl.machine import dtype_name
 from sppctl.model import checkpoint
 
 CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
@@ -30,129 +30,88 @@ CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
 
 def contents(config: Config) -> dict[str, str]:
     """Identifies the configured texts: a local file by its bytes, any other text by its content."""
-    found = {}
-    for name in config.eval.perplexity:
-        text = texts.file_hash(name)
-        found[name] = text or texts.content_hash(texts.load_text(name, "test", "eval.perplexity").documents)
-    return found
+    return {
+        name: texts.file_hash(name) or texts.content_hash(texts.load_text(name, "test", "eval.perplexity").documents)
+        for name in config.eval.perplexity
+    }
 
 
-def wanted(config: Config, window: int, reference: str | None, texts: dict[str, str]) -> list[TextMeasure]:
-    """The configured texts, one measure per text.
-
-    Args:
-        config: the configuration.
-        window: tokens in a window.
-        reference: fingerprint of the dense model; None: no comparison.
-        texts: of :func:`contents`.
-    """
-    stride, limit = config.eval.stride, config.eval.max_tokens
-    return [TextMeasure(name, window, stride, limit, reference, texts[name]) for name in config.eval.perplexity]
-
-
-# --- windows ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Windows:
-    """A text in windows, and which of them this process computes.
+    """A text in windows, and which of them this process computes."""
 
-    Attributes:
-        tokens: (windows, seq_len), all of them.
-        own: (own windows,) their indices; whole batches, so that every window is computed in the company that it has
-            in a single process.
-        batch_size: windows at a time.
-        documents_hash: of the text.
-    """
-
-    tokens: Tensor
+    tokens: Tensor  # (windows, seq_len) int64, all of them
+    # indices of this process's; whole batches, so that a window is computed in the company that it has in one process
     own: Tensor
-    batch_size: int
-    documents_hash: str
-
-    @property
-    def key(self) -> str:
-        """Identifies the windows and how they are batched."""
-        count, seq_len = self.tokens.shape
-        step = self.tokens.stride(0)
-        text = self.tokens.as_strided(((count - 1) * step + seq_len,), (1,))  # windows may overlap
-        digest = hashlib.sha256(text.numpy().tobytes()).hexdigest()
-        return f"{digest} {count} {step} {seq_len} {self.batch_size}"
+    batch_size: int  # windows at a time
+    documents_hash: str  # of the text
 
 
 def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: torch.device) -> Windows:
-    """The windows of a text.
-
-    Args:
-        config: the configuration, for the batch size.
-        tokenizer: of the model.
-        measure: one of :func:`wanted`.
-        device: that the model is on.
-    """
+    """The windows of a text for a model on a device; as many at a time as configured, or as many as serve it well."""
     text = texts.load_text(measure.text, "test", "eval.perplexity")
     most = [count for count in (measure.max_tokens, text.windows and text.windows * measure.seq_len) if count]
     whole = text.joiner.join(text.documents)
     tokens = perplexity.text_windows(
         tokenizer, whole, measure.seq_len, min(most, default=None), measure.text, measure.stride
     )
-    batch_size = _batch_size(config, device, len(tokens))
+    share = math.ceil(len(tokens) / distributed.world_size())  # so that every process has a batch
+    automatic = min(GPU_BATCH if device.type == "cuda" else CPU_BATCH, share)
+    batch_size = automatic if config.eval.batch_size == "auto" else config.eval.batch_size
     batches = torch.arange(len(tokens)).split(batch_size)[distributed.rank() :: distributed.world_size()]
     own = torch.cat(batches) if batches else torch.arange(0)
     return Windows(tokens, own, batch_size, texts.content_hash(text.documents))
 
 
-def _batch_size(config: Config, device: torch.device, count: int) -> int:
-    """As configured; else at most so many that every process has a batch."""
-    if config.eval.batch_size != "auto":
-        return config.eval.batch_size
-    return min(GPU_BATCH if device.type == "cuda" else CPU_BATCH, math.ceil(count / distributed.world_size()))
-
-
-# --- the dense model --------------------------------------------------------------------------------------------------
-
-
 class DenseModel:
-    """The checkpoint that others are compared with: run once per text, and gone before another model is loaded."""
+    """The checkpoint that others are compared with: run once per text, and gone before another model is loaded.
+
+    Attributes:
+        name: as configured.
+        directory: of the checkpoint.
+    """
 
     def __init__(self, name: str, directory: Path, trust_remote_code: bool, scratch: Path) -> None:
-        """Names it; nothing is loaded.
-
-        Args:
-            name: as configured.
-            directory: of the checkpoint.
-            trust_remote_code: whether its own code may run.
-            scratch: an existing folder for its hidden states.
-        """
+        """Names it; nothing is loaded. Its hidden states will be in ``scratch``, an existing folder."""
         self.name, self.directory, self.trust = name, directory, trust_remote_code
         self.fingerprint = fingerprint(directory)
         self._folder = scratch / f".reference-{distributed.rank()}"
-        self._references: dict[tuple[str, str], Reference] = {}
+        self._references: dict[tuple[str, Windows], Reference] = {}
 
-    def predict(self, texts: Iterable[tuple[Windows, str]], device: torch.device) -> None:
+    def predict(self, texts: Iterable[tuple[str, Windows]], device: torch.device) -> None:
         """Runs the model on the windows of this process, each in its dtype, and keeps what it predicts.
 
         It is loaded once for all texts of a dtype.
         """
-        todo = {(dtype, text.key): text for text, dtype in texts}
-        if not todo:
-            return
+        todo = list(dict.fromkeys(texts))
         self._folder.mkdir()
         console.note(f"eval: what {self.directory} predicts, to compare others with it")
-        for wanted in dict.fromkeys(dtype for dtype, _ in todo):
-            model = checkpoint.load_model(self.directory, device, wanted, self.trust, spread=True)
-            for number, (key, text) in enumerate(todo.items()):
-                if key[0] != wanted:
+        for dtype in dict.fromkeys(dtype for dtype, _ in todo):
+            model = checkpoint.load_model(self.directory, device, dtype, self.trust, spread=True)
+            for number, (wanted, text) in enumerate(todo, start=1):
+                if wanted != dtype:
                     continue
                 file = self._folder / f"{number}.bin"
-                with console.Progress(f"dense model: text {number + 1} of {len(todo)}", len(text.own)) as bar:
+                with console.Progress(f"dense model: text {number} of {len(todo)}", len(text.own)) as bar:
                     own, advance = text.tokens[text.own], partial(bar.advance, "")
-                    self._references[key] = Reference(model, own, text.batch_size, file, advance)
+                    self._references[dtype, text] = Reference(model, own, text.batch_size, file, advance)
             del model
             release()
 
-    def on(self, text: Windows, dtype: torch.dtype) -> Reference | None:
-        """Its predictions on the windows of this process, computed in a dtype, if it has made them."""
-        return self._references.get((str(dtype).removeprefix("torch."), text.key))
+    def on(self, text: Windows, model: Any) -> Reference | None:
+        """Its predictions on the windows of this process, in the dtype of another model, if it has made them.
+
+        Raises:
+            UserError: the other model has another vocabulary.
+        """
+        reference = self._references.get((dtype_name(model.dtype), text))
+        size = model.get_output_embeddings().weight.shape[0]
+        if reference is not None and reference.vocab_size != size:
+            raise UserError(
+                f"eval.divergence: {self.directory} has {reference.vocab_size} logits, this model {size}; "
+                "compare models of one family, or set it to null"
+            )
+        return reference
 
     def close(self) -> None:
         """Removes what was kept."""
@@ -166,33 +125,13 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def _comparison(dense: DenseModel, reference: Reference, model: Any) -> Callable[..., tuple[float, int]]:
-    own = model.get_output_embeddings().weight.shape[0]
-    if reference.vocab_size != own:
-        raise UserError(
-            f"eval.divergence: {dense.directory} has {reference.vocab_size} logits, this model {own}; "
-            "compare models of one family, or set it to null"
-        )
-
-    def compare(window: int, start: int, stop: int, logits: Tensor) -> tuple[float, int]:
-        return divergence(reference.log_probs(window, start, stop), logits)
-
-    return compare
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
-def measure(
-    config: Config, model: Any, tokenizer: Any, measure: TextMeasure, *, label: str, dense: DenseModel | None
-) -> TextNumbers:
+def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dense: DenseModel | None) -> TextNumbers:
     """Perplexity on one text; several processes take batches in turn.
 
     Args:
-        config: the configuration, for what does not change the numbers.
         model: the loaded model.
-        tokenizer: its tokenizer.
-        measure: one of :func:`wanted`.
+        text: the windows of this measure.
+        measure: what is measured.
         label: of the checkpoint, for progress.
         dense: the model to compare with, which has predicted these windows. Where the measure names no reference, this
             model is itself the dense one, and what it has predicted is not computed again.
@@ -201,23 +140,21 @@ def measure(
         UserError: the dense model has another vocabulary.
         StageError: the model gives no finite logits.
     """
-    text = windows_of(config, tokenizer, measure, model.device)
-    windows, own, stride = text.tokens, text.own, measure.stride
-    scored = perplexity.scored_tokens(len(windows), windows.shape[1], stride)
-    known = None if dense is None else dense.on(text, model.dtype)
-    compare = hidden = None
-    compared_with = None
+    windows, own = text.tokens, text.own
+    scored = perplexity.scored_tokens(len(windows), measure.seq_len, measure.stride)
+    known = None if dense is None else dense.on(text, model)
+    reference = hidden = compared_with = None
     if measure.reference is not None:
         assert dense is not None
         assert known is not None
-        compare = _comparison(dense, known, model)
-        compared_with = None if dense.name == "base" else dense.name
+        reference, compared_with = known, None if dense.name == "base" else dense.name
     elif known is not None:
         hidden = known.hidden
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
     done = 0
     with console.Progress(f"{label}: perplexity of {measure.text}", len(own)) as bar:
-        for batch in perplexity.window_sums(model, windows[own], text.batch_size, scored[own], compare, hidden=hidden):
+        batches = perplexity.window_sums(model, windows[own], text.batch_size, scored[own], reference, hidden=hidden)
+        for batch in batches:
             sums[own[done : done + len(batch)]] = batch
             done += len(batch)
             nll = sums[own[:done], 0].sum() / scored[own[:done]].sum()
@@ -226,17 +163,16 @@ def measure(
         shared = sums.to(model.device)  # NCCL adds up on GPUs only
         distributed.all_reduce_sum(shared)
         sums = shared.cpu()
-    _check_finite(sums, model, label)
+    _check_finite(sums, dtype_name(model.dtype), label)
     losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
-    numbers = asdict(perplexity.summarise(sums, windows.shape[1], stride, compare is not None))
-    return TextNumbers(**numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)
+    numbers = perplexity.summarise(sums, windows.shape[1], measure.stride, reference is not None)
+    return replace(numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)
 
 
-def _check_finite(sums: Tensor, model: Any, label: str) -> None:
+def _check_finite(sums: Tensor, dtype: str, label: str) -> None:
     """An infinite loss is a result, of a bad model; NaN means a broken one."""
     broken = sums.isnan().any(dim=1).nonzero().flatten().tolist()
     if broken:
-        dtype = str(model.dtype).removeprefix("torch.")
         raise StageError(
             f"{label}: logits are not finite in window {broken[0] + 1} of {len(sums)} (dtype {dtype}); the weights are "
             f"damaged, or too large for {dtype}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from sppctl import machine
 from sppctl.errors import UserError
-from sppctl.evaluate.results import Perplexity
+from sppctl.evaluate.results import TextNumbers
+
+if TYPE_CHECKING:
+    from sppctl.evaluate.divergence import Reference
 
 LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
 # on a CPU for fewer: up to 16 MiB are memory that malloc uses again, where larger blocks are mapped and cleared anew
@@ -38,24 +41,18 @@ def text_windows(
         stride: tokens from one window to the next; None: ``seq_len``, no overlap.
 
     Returns:
-        (windows, seq_len) int64.
-
-    Raises:
-        UserError: not even one window.
+        (windows, seq_len) int64; UserError where there is not even one window.
     """
-    tokens = torch.tensor(tokenizer(text).input_ids)
-    if max_tokens is not None:
-        tokens = tokens[:max_tokens]
+    tokens = torch.tensor(tokenizer(text).input_ids)[:max_tokens]
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(
-            f"eval.max_tokens: {max_tokens} is less than one window of {seq_len}; raise it, "
-            "or set a shorter eval.seq_len"
+            "eval.max_tokens",
+            f"{max_tokens} is less than one window of {seq_len}",
+            "raise it, or set a shorter eval.seq_len",
         )
     if len(tokens) < seq_len:
-        raise UserError(
-            f"eval.perplexity: {name} has {len(tokens)} tokens, less than one window of {seq_len}; "
-            "set a shorter eval.seq_len"
-        )
+        problem = f"{name} has {len(tokens)} tokens, less than one window of {seq_len}"
+        raise UserError("eval.perplexity", problem, "set a shorter eval.seq_len")
     return tokens.unfold(0, seq_len, stride or seq_len)
 
 
@@ -82,7 +79,7 @@ def window_sums(
     windows: Tensor,
     batch_size: int,
     scored: Tensor | None = None,
-    compare: Callable[[int, int, int, Tensor], tuple[float, int]] | None = None,
+    reference: Reference | None = None,
     whole: bool = False,
     hidden: Tensor | None = None,
 ) -> Iterator[Tensor]:
@@ -94,11 +91,10 @@ def window_sums(
 
     Args:
         model: a causal language model of transformers.
-        windows: (windows, seq_len).
+        windows: (windows, seq_len) int64.
         batch_size: windows at a time.
         scored: (windows,) how many of a window's last tokens count; None: all but the first.
-        compare: takes window, first and last position and the float32 logits there; gives the summed KL divergence
-            and the number of agreements.
+        reference: what the model is compared with; made on the same windows.
         whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
         hidden: (windows, seq_len, hidden_size), the model's final hidden states if they are known already.
 
@@ -108,36 +104,47 @@ def window_sums(
     if not len(windows):
         return
     chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
-    head = model.get_output_embeddings() if chunked else torch.nn.Identity()
-    finish = partial(capped, config=model.config) if chunked else Tensor.float
-    rows = logit_rows(model, model.dtype if compare is None else torch.float32)
-    counts = (scored_tokens(len(windows), windows.shape[1]) if scored is None else scored).tolist()
     if not (chunked or whole):
         batch_size = min(batch_size, _whole_windows_that_fit(model, windows.shape[1]))
-
-    def sums_of(indices: range) -> list[Tensor]:
-        first, end = indices.start, indices.stop
-        batch = windows[first:end].to(model.device)
-        if hidden is not None and chunked:
-            output = hidden[first:end].to(model.device)
-        else:
-            output = model.base_model(input_ids=batch, use_cache=False)[0] if chunked else model(batch).logits
-        sums = torch.zeros(len(batch), 3, dtype=torch.float64)
-        last = batch.shape[1] - 1
-        for row in range(len(batch)):
-            for start in range(last - counts[first + row], last, rows):
-                stop = min(start + rows, last)
-                logits = head(output[row, start:stop])
-                sums[row, 0] += _summed_loss(logits, batch[row, start + 1 : stop + 1], finish)
-                if compare is not None:
-                    compared = compare(first + row, start, stop, finish(logits))
-                    sums[row, 1:] += torch.tensor(compared, dtype=torch.float64)
-        return [sums]
-
+    counts = scored_tokens(*windows.shape) if scored is None else scored
+    sums_of = partial(_sums, model, windows, counts.tolist(), reference, chunked, hidden)
     for first in range(0, len(windows), batch_size):
-        indices = range(first, min(first + batch_size, len(windows)))
+        batch = range(first, min(first + batch_size, len(windows)))
         # the processes of a sharded model must make the same calls
-        yield torch.cat(sums_of(indices) if whole else machine.in_halves(sums_of, indices))
+        yield torch.stack(sums_of(batch) if whole else machine.in_halves(sums_of, batch))
+
+
+def _sums(
+    model: Any,
+    windows: Tensor,
+    counts: list[int],
+    reference: Reference | None,
+    chunked: bool,
+    hidden: Tensor | None,
+    batch: range,
+) -> list[Tensor]:
+    """The sums (3,) of each window of a batch."""
+    tokens = windows[batch.start : batch.stop].to(model.device)
+    if not chunked:
+        output, head, finish = model(tokens).logits, torch.nn.Identity(), Tensor.float
+    else:
+        head, finish = model.get_output_embeddings(), partial(capped, config=model.config)
+        if hidden is not None:
+            output = hidden[batch.start : batch.stop].to(model.device)
+        else:
+            output = model.base_model(input_ids=tokens, use_cache=False)[0]
+    rows = logit_rows(model, model.dtype if reference is None else torch.float32)
+    last = tokens.shape[1] - 1
+    sums = torch.zeros(len(batch), 3, dtype=torch.float64)
+    for row, window in enumerate(batch):
+        for start in range(last - counts[window], last, rows):
+            stop = min(start + rows, last)
+            logits = head(output[row, start:stop])
+            sums[row, 0] += _summed_loss(logits, tokens[row, start + 1 : stop + 1], finish)
+            if reference is not None:
+                compared = reference.compare(window, start, stop, finish(logits))
+                sums[row, 1:] += torch.tensor(compared, dtype=torch.float64)
+    return list(sums)
 
 
 def _whole_windows_that_fit(model: Any, seq_len: int) -> int:
@@ -161,11 +168,6 @@ def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], T
     return sum(F.cross_entropy(finish(part), tokens, reduction="sum").item() for part, tokens in parts)
 
 
-def head_logits(head: Any, config: Any, hidden: Tensor) -> Tensor:
-    """Logits in float32 from final hidden states, scale and soft cap included."""
-    return capped(head(hidden), config)
-
-
 def capped(logits: Tensor, config: Any) -> Tensor:
     """What the output head gives, in float32, with the scale (Cohere, Granite) and soft cap (Gemma 2) of the model."""
     logits, text_config = logits.float(), config.get_text_config()
@@ -184,17 +186,17 @@ def head_is_last_step(model: Any, tokens: Tensor) -> bool:
     hidden: list[Tensor] = []
     handle = model.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
     try:
-        own = model(tokens, use_cache=False).logits.float()
+        logits = model(tokens, use_cache=False).logits.float()
     finally:
         handle.remove()
     if not hidden:  # OPT calls a part of its base model
         hidden.append(model.base_model(input_ids=tokens, use_cache=False)[0])
-    ours = head_logits(model.get_output_embeddings(), model.config, hidden[0]).to(own.device)
+    remade = capped(model.get_output_embeddings()(hidden[0]), model.config).to(logits.device)
     tolerance = 1e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return own.shape == ours.shape and torch.allclose(own, ours, rtol=tolerance, atol=tolerance)
+    return logits.shape == remade.shape and torch.allclose(logits, remade, rtol=tolerance, atol=tolerance)
 
 
-def summarise(sums: Tensor, seq_len: int, stride: int | None = None, compared: bool = False) -> Perplexity:
+def summarise(sums: Tensor, seq_len: int, stride: int | None = None, compared: bool = False) -> TextNumbers:
     """The perplexity from the windows' sums.
 
     Args:
@@ -208,11 +210,11 @@ def summarise(sums: Tensor, seq_len: int, stride: int | None = None, compared: b
     nll, stderr = _mean(sums[:, 0], scored)
     value = math.exp(nll) if nll < 700 else math.inf
     tokens = int(scored.sum())
-    measured = Perplexity(value, nll, stderr, tokens, len(sums), seq_len, stride or seq_len)
+    numbers = TextNumbers(value, nll, stderr, tokens, len(sums), seq_len, stride or seq_len)
     if not compared:
-        return measured
+        return numbers
     kl, kl_stderr = _mean(sums[:, 1], scored)
-    return replace(measured, kl=kl, kl_stderr=kl_stderr, top1_agreement=sums[:, 2].sum().item() / tokens)
+    return replace(numbers, kl=kl, kl_stderr=kl_stderr, top1_agreement=sums[:, 2].sum().item() / tokens)
 
 
 def _mean(sums: Tensor, scored: Tensor) -> tuple[float, float | None]:

@@ -46,12 +46,6 @@ class TextMeasure:
         """Whether its result replaces another one: of a text, the last version and the last comparison are kept."""
         return isinstance(other, TextMeasure) and self.windows == other.windows
 
-    def is_met_by(self, other: Measure) -> bool:
-        """Whether a result of another measure serves: one that was compared, where no comparison is asked for."""
-        if self.reference is None and isinstance(other, TextMeasure):
-            other = replace(other, reference=None)
-        return self == other
-
 
 @dataclass(frozen=True)
 class TaskMeasure:
@@ -83,8 +77,8 @@ Measure = TextMeasure | TaskMeasure
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """A measured perplexity, and the distance to a reference model if there was one."""
+class TextNumbers:
+    """What came of a text: its perplexity, and the distance to a reference model if there was one."""
 
     value: float  # exp of the mean negative log-likelihood per predicted token
     nll: float  # that mean, in nats
@@ -96,12 +90,6 @@ class Perplexity:
     kl: float | None = None  # mean KL(reference || model) per predicted token, in nats
     kl_stderr: float | None = None  # over windows
     top1_agreement: float | None = None  # share of predicted tokens for which both models find the same one likeliest
-
-
-@dataclass(frozen=True)
-class TextNumbers(Perplexity):
-    """What came of a text."""
-
     documents_hash: str | None = None  # of the text
     window_nll: list[float | None] = field(default_factory=list)  # summed loss of every window in nats, if it is finite
     compared_with: str | None = None  # if it is not the run's dense model
@@ -124,7 +112,7 @@ class TaskNumbers:
     """What came of a task, or of a group that lm-eval ran as one."""
 
     tasks: dict[str, TaskScores]
-    mean: dict[str, float] = field(default_factory=dict)  # lm-eval's own, of a group that it ran as one
+    mean: dict[str, float] = field(default_factory=dict)  # lm-eval's own of a group that it defines, else the plain one
     truncated_prompts: int = 0
     sources: Json | None = None  # what it was made from, see :meth:`sppctl.files.sources.Recorded.summary`
     groups: Rules = field(default_factory=dict)  # that it is averaged in
@@ -166,6 +154,21 @@ class TaskResult(Result):
 AnyResult = TextResult | TaskResult
 
 
+def unanswered(
+    wanted: list[Measure], known: list[AnyResult], is_placed: Callable[[TaskResult], bool] = lambda _: True
+) -> list[Measure]:
+    """The measures that no known result answers; ``is_placed``: whether the task is in the groups of its result now."""
+
+    def answers(result: AnyResult, measure: Measure) -> bool:
+        if isinstance(result, TaskResult):
+            return result.measure == measure and is_placed(result)
+        # one that was compared serves where no comparison is asked for
+        is_alone = isinstance(measure, TextMeasure) and measure.reference is None
+        return measure == (replace(result.measure, reference=None) if is_alone else result.measure)
+
+    return [measure for measure in wanted if not any(answers(result, measure) for result in known)]
+
+
 @dataclass
 class Results:
     """The results of one checkpoint: the content of ``eval/LABEL.json``."""
@@ -191,23 +194,6 @@ class Results:
         self.results = [old for old in self.results if not result.measure.supersedes(old.measure)]
         self.results.append(result)
 
-    def missing(
-        self, wanted: list[Measure], is_placed: Callable[[TaskMeasure, TaskResult], bool] = lambda *_: True
-    ) -> list[Measure]:
-        """The measures that no result answers.
-
-        Args:
-            wanted: what is asked for.
-            is_placed: whether a result of a task is in the groups that the task is in now.
-        """
-
-        def is_answered(measure: Measure) -> bool:
-            if isinstance(measure, TextMeasure):
-                return any(measure.is_met_by(result.measure) for result in self.results)
-            return any(result.measure == measure and is_placed(measure, result) for result in self.tasks)
-
-        return [measure for measure in wanted if not is_answered(measure)]
-
     @classmethod
     def load(cls, path: Path) -> Results | None:
         """The results in a file; None if there is none.
@@ -231,15 +217,11 @@ class Results:
 
     @classmethod
     def from_json(cls, content: Json) -> Results:
-        """The inverse of ``to_json``.
-
-        Raises:
-            KeyError: a key is missing.
-        """
+        """The inverse of ``to_json``; KeyError if a key is missing."""
         results = []
-        for number, one in enumerate(content["results"]):
+        for number, entry in enumerate(content["results"]):
             try:
-                results.append(_result(one))
+                results.append(_result(entry))
             except KeyError as error:
                 raise KeyError(f"results[{number}]: {error.args[0]}") from error
         return _record(cls, content | {"results": results})
@@ -255,13 +237,13 @@ class Results:
 
 def _entry(measure: Json, numbers: Json, **made: Any) -> Json:
     """A result as in the file."""
-    for task, values in numbers.get("tasks", {}).items():
-        numbers["tasks"][task] = values.pop("scores") | values
     if "text" in measure:
         return {"settings": {"kind": "perplexity"} | measure, "metrics": numbers} | made
+    tasks = {task: values.pop("scores") | values for task, values in numbers["tasks"].items()}
     optional = ("group", "chat_template", "system_prompt", "batch_size")  # are left out where they are not set
     chosen = {key: value for key, value in measure.items() if key not in optional or value not in (None, False)}
-    return {"settings": {"kind": "tasks", "tasks": chosen.pop("task")} | chosen, "metrics": numbers} | made
+    settings = {"kind": "tasks", "tasks": chosen.pop("task")} | chosen
+    return {"settings": settings, "metrics": numbers | {"tasks": tasks}} | made
 
 
 def _result(entry: Json) -> AnyResult:
@@ -269,20 +251,15 @@ def _result(entry: Json) -> AnyResult:
     if settings["kind"] == "perplexity":
         infinite = {key: math.inf for key in ("value", "nll") if metrics[key] is None}  # which JSON does not have
         numbers = _record(TextNumbers, metrics | infinite)
-        text: Json = {"measure": _record(TextMeasure, settings), "numbers": numbers}
-        return _record(TextResult, entry | text)
-    task: Json = {"measure": _record(TaskMeasure, settings | {"task": settings["tasks"]})}
-    return _record(TaskResult, entry | task | {"numbers": task_numbers(metrics)})
-
-
-def task_numbers(metrics: Json) -> TaskNumbers:
-    """The ``metrics`` of a task, where scores are beside the other fields of a task; also those of lm-eval's bridge."""
+        return _record(TextResult, entry | {"measure": _record(TextMeasure, settings), "numbers": numbers})
     names = {one.name for one in fields(TaskScores)}
     tasks = {}
     for task, values in metrics["tasks"].items():
         scores = {name: value for name, value in values.items() if name not in names}
         tasks[task] = _record(TaskScores, values | {"scores": scores})
-    return _record(TaskNumbers, metrics | {"tasks": tasks})
+    measure, numbers = settings | {"task": settings["tasks"]}, metrics | {"tasks": tasks}
+    made = entry | {"measure": _record(TaskMeasure, measure), "numbers": _record(TaskNumbers, numbers)}
+    return _record(TaskResult, made)
 
 
 def _record(kind: type[T], content: Mapping[str, Any]) -> T:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from sppctl import distributed, machine
+from sppctl import console, distributed, machine
 from sppctl.data import vocabulary
 from sppctl.errors import StageError
 
@@ -35,15 +35,7 @@ class Scorer(HFLM):
         truncated: prompts that were too long for the model and lost their beginning, as lm-eval does it.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        batch_size: int | None,
-        *,
-        seed: int = 0,
-        progress: Callable[[str, int], Any] | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, *, seed: int = 0, label: str = "") -> None:
         """Wraps a loaded model.
 
         Args:
@@ -51,7 +43,7 @@ class Scorer(HFLM):
             tokenizer: its tokenizer.
             batch_size: requests at a time; None: as many as fit.
             seed: for generation that draws.
-            progress: given what is done and how many of it, a context manager whose ``advance`` is called for each.
+            label: what progress begins with.
         """
         rows = vocabulary.embeddings(model)
         exceeds = vocabulary.may_exceed(tokenizer, rows)
@@ -61,7 +53,7 @@ class Scorer(HFLM):
             tokenizer.pad_token_id = vocabulary.pad_token_id(tokenizer, rows)
         # with "auto" the library asks _detect_batch_size, and hands over all that is to be done at once
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size="auto")
-        self.requests_at_a_time, self.seed, self._progress = batch_size, seed, progress
+        self.requests_at_a_time, self.seed, self._label = batch_size, seed, label
         self._stderr = sys.stderr  # for progress, while lm-eval itself is kept from writing
         self.truncated: set[str] = set()
         torch.cuda.empty_cache()
@@ -86,11 +78,9 @@ class Scorer(HFLM):
         return max(1, min(size, LARGEST.get(self.device.type, LARGEST["cpu"])))
 
     def _own(self, batches: list[list[int]], title: str) -> Iterator[list[int]]:
+        """The batches that this process computes."""
         own = batches[distributed.rank() :: distributed.world_size()]
-        if self._progress is None:
-            yield from own
-            return
-        with contextlib.redirect_stderr(self._stderr), self._progress(title, len(own)) as bar:
+        with contextlib.redirect_stderr(self._stderr), console.Progress(f"{self._label}{title}", len(own)) as bar:
             for batch in own:
                 yield batch
                 bar.advance()
@@ -112,12 +102,12 @@ class Scorer(HFLM):
             self._check_tokens(context + answer)
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
         for batch in self._own(self._batches(requests), "batches of requests"):
-            found = machine.in_halves(self._score, [requests[index] for index in batch])
-            scores[batch] = torch.tensor(found, dtype=torch.float64)
+            of_batch = machine.in_halves(self._score, [requests[index] for index in batch])
+            scores[batch] = torch.tensor(of_batch, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
         distributed.all_reduce_sum(shared)
         if shared.isnan().any():
-            raise StageError(f"logits are not finite (dtype {str(self.model.dtype).removeprefix('torch.')})")
+            raise StageError(f"logits are not finite (dtype {machine.dtype_name(self.model.dtype)})")
         return [(likelihood, bool(greedy)) for likelihood, greedy in shared.tolist()]
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
@@ -148,14 +138,13 @@ class Scorer(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt."""
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
-        for tokens in prompts:
-            self._check_tokens(tokens)
-        lengths = [len(tokens) for tokens in prompts]
-        kinds: dict[str, list[int]] = defaultdict(list)
+        lengths, kinds = [], defaultdict(list)
         for index, request in enumerate(requests):
             prompt, options = request.args
-            if lengths[index] > self.max_length - options.get("max_gen_toks", self.max_gen_toks):
+            tokens = self.tok_encode(prompt)
+            self._check_tokens(tokens)
+            lengths.append(len(tokens))
+            if len(tokens) > self.max_length - options.get("max_gen_toks", self.max_gen_toks):
                 self.truncated.add(prompt)
             kinds[repr(options)].append(index)
         batches = []
@@ -170,11 +159,10 @@ class Scorer(HFLM):
         for batch in self._own(batches, "batches of texts"):
             # what is drawn depends on the batch, not on how many processes there are and what they drew before
             torch.manual_seed(self.seed + batch[0])
-            texts |= dict(
-                zip(batch, machine.in_halves(self._generate, [requests[index] for index in batch]), strict=True)
-            )
-        for other in distributed.gather_objects(texts):
-            texts |= other
+            answers = machine.in_halves(self._generate, [requests[index] for index in batch])
+            texts |= dict(zip(batch, answers, strict=True))
+        for others in distributed.gather_objects(texts):
+            texts |= others
         return [texts[index] for index in range(len(requests))]
 
     def _generate(self, batch: list[Any]) -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from sppctl import console, distributed, machine
 from sppctl.config.settings import Config
 from sppctl.data import texts, vocabulary
 from sppctl.data.chat import try_template
-from sppctl.errors import UserError
-from sppctl.evaluate import harness, perplexities, perplexity, tasks
-from sppctl.evaluate.perplexities import DenseModel
+from sppctl.errors import Problems, UserError, first_line
+from sppctl.evaluate import harness, perplexities, perplexity, results, tasks
+from sppctl.evaluate.perplexities import DenseModel, Windows
 from sppctl.evaluate.results import AnyResult, Measure, Results, TaskMeasure, TaskResult, TextMeasure, TextResult
 from sppctl.evaluate.subjects import Subject
 from sppctl.inspect import inspect
@@ -36,6 +36,9 @@ DEFAULT_WINDOW = 2048
 LOADED_AT_ONCE = 20  # tasks whose data is looked for before a run starts
 
 
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     """Checks that texts can be loaded and tasks are known.
 
@@ -45,31 +48,24 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     Raises:
         UserError: with everything that is wrong.
     """
-    problems = []
+    problems, settings, tokens = Problems(), config.eval, 0.0
     limit = checkpoint.max_window(skeleton.config)
     window = _window(config, limit)
-    tokens = 0.0
-    if config.eval.seq_len is not None and limit is not None and config.eval.seq_len > limit:
-        problems.append(f"eval.seq_len: {config.eval.seq_len} exceeds the model's {limit} positions")
-    checks: list[Callable[[], float | None]] = []
-    checks += [partial(check_text, config, name, skeleton, tokenizer) for name in config.eval.perplexity]
-    checks += [
-        partial(_check_reference, config, skeleton),
-        partial(_check_chat, config, tokenizer, vocabulary.embeddings(skeleton.model)),
-        partial(harness.check_tasks, config.eval.tasks, config.eval.include_path, tokenizer),
-    ]
-    for check in checks:
-        try:
-            tokens += check() or 0
-        except UserError as error:
-            problems.append(str(error))
-    if config.eval.stride is not None and config.eval.stride > window:
-        problems.append(
-            f"eval.stride: {config.eval.stride} would skip tokens between windows of {window}; at most that"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-    return Work(", ".join([*config.eval.perplexity, *(f"{name} (not counted)" for name in config.eval.tasks)]), tokens)
+    if limit is not None and (settings.seq_len or 0) > limit:
+        problems.add("eval.seq_len", f"{settings.seq_len} exceeds the model's {limit} positions")
+    for name in settings.perplexity:
+        with problems:
+            tokens += check_text(config, name, skeleton, tokenizer)
+    with problems:
+        _check_reference(config, skeleton)
+    with problems:
+        _check_chat(config, tokenizer, vocabulary.embeddings(skeleton.model))
+    with problems:
+        harness.check_tasks(settings.tasks, settings.include_path, tokenizer)
+    if settings.stride is not None and settings.stride > window:
+        problems.add("eval.stride", f"{settings.stride} would skip tokens between windows of {window}", "at most that")
+    problems.raise_all()
+    return Work(", ".join([*settings.perplexity, *(f"{name} (not counted)" for name in settings.tasks)]), tokens)
 
 
 def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) -> float:
@@ -107,12 +103,12 @@ def _check_reference(config: Config, skeleton: Any) -> None:
         return
     assert name is not None
     directory = checkpoint.locate(name, key="eval.divergence")
-    other = checkpoint.load_config(directory, config.model.trust_remote_code)
-    theirs, own = (int(found.get_text_config().vocab_size) for found in (other, skeleton.config))
-    if theirs != own:
+    reference = checkpoint.load_config(directory, config.model.trust_remote_code)
+    sizes = [int(one.get_text_config().vocab_size) for one in (reference, skeleton.config)]
+    if sizes[0] != sizes[1]:
         raise UserError(
-            f"eval.divergence: {name} has a vocabulary of {theirs}, this model of {own}; compare models of one family, "
-            "or set it to null"
+            f"eval.divergence: {name} has a vocabulary of {sizes[0]}, this model of {sizes[1]}; compare models of one "
+            "family, or set it to null"
         )
     check_directory(directory, config.model.trust_remote_code)
 
@@ -122,7 +118,7 @@ def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
     if not config.eval.chat_template or not config.eval.tasks:
         return
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("eval.chat_template: this model's tokenizer has no chat template; set it to false")
+        raise UserError("eval.chat_template", "this model's tokenizer has no chat template", "set it to false")
     prompt = config.eval.system_prompt
     chat = [{"role": "user", "content": "Hello"}]
     instructed = [{"role": "system", "content": prompt or ""}, *chat]
@@ -130,24 +126,21 @@ def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it raises what it likes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"eval.chat_template: this model's chat template fails on a question: {reason}") from error
+        problem = f"this model's chat template fails on a question: {first_line(error)}"
+        raise UserError("eval.chat_template", problem) from error
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     vocabulary.check(tokens, tokenizer, rows, "eval.chat_template")
     if prompt is None:
         return
     try:
-        taken = prompt.strip() in tokenizer.apply_chat_template(instructed, tokenize=False)
+        is_taken = prompt.strip() in tokenizer.apply_chat_template(instructed, tokenize=False)
     except TemplateError:
-        taken = False
-    if not taken:
-        raise UserError("eval.system_prompt: this model's chat template takes no system message; set it to null")
+        is_taken = False
+    if not is_taken:
+        raise UserError("eval.system_prompt", "this model's chat template takes no system message", "set it to null")
 
 
-def wanted(config: Config, window: int, texts: dict[str, str], dense: DenseModel | None = None) -> list[Measure]:
-    """What the configuration asks for: a measure per text and task."""
-    reference = None if dense is None else dense.fingerprint
-    return [*perplexities.wanted(config, window, reference, texts), *tasks.wanted(config)]
+# --- what there is to measure -----------------------------------------------------------------------------------------
 
 
 def window_of(config: Config, directory: Path) -> int:
@@ -183,16 +176,21 @@ def known(config: Config, subject: Subject, path: Path) -> list[AnyResult]:
 
 
 def missing(
-    config: Config,
-    subject: Subject,
-    known: list[AnyResult],
-    texts: dict[str, str],
-    dense: DenseModel | None = None,
+    config: Config, subject: Subject, known: list[AnyResult], contents: dict[str, str], dense: DenseModel | None
 ) -> list[Measure]:
-    """The measures that are asked for and not among the known ones."""
-    measures = wanted(config, window_of(config, subject.directory), texts, dense)
-    valid = Results(subject.label, str(subject.place), subject.fingerprint, {}, known)
-    return valid.missing(measures, partial(tasks.is_placed, config))
+    """The configured measures, one per text and task, that no known result answers.
+
+    Args:
+        config: the configuration.
+        subject: the checkpoint.
+        known: results of :func:`known`.
+        contents: of :func:`perplexities.contents`.
+        dense: what checkpoints are compared with, if any; a text is not compared on that model itself.
+    """
+    reference = None if dense is None or dense.fingerprint == subject.fingerprint else dense.fingerprint
+    window, stride, most = window_of(config, subject.directory), config.eval.stride, config.eval.max_tokens
+    measures = [TextMeasure(name, window, stride, most, reference, content) for name, content in contents.items()]
+    return results.unanswered([*measures, *tasks.wanted(config)], known, partial(tasks.is_placed, config))
 
 
 def take_over(source: Path, target: Path) -> None:
@@ -211,105 +209,103 @@ def _samples(path: Path) -> Path:
     return path.with_suffix(".samples")
 
 
-def predict(config: Config, jobs: Iterable[tuple[Subject, str, list[Measure], DenseModel | None]]) -> None:
-    """Runs the dense model on all windows on which it will be compared, before any other model is loaded.
+# --- measuring --------------------------------------------------------------------------------------------------------
 
-    Args:
-        config: the configuration.
-        jobs: checkpoints, the dtype that each is computed in, what will be measured on it, and the model that it is
-            compared with, if any, in the same dtype.
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One checkpoint, and what is to be measured on it."""
+
+    subject: Subject
+    path: Path  # its results file
+    dtype: str  # that is computed in
+    known: list[AnyResult]  # of :func:`known`, which may serve where the same was measured for another group
+    measures: list[Measure]  # of :func:`missing`
+    dense: DenseModel | None  # that checkpoints are compared with, perhaps this one itself
+    windows: dict[TextMeasure, Windows] = field(default_factory=dict)  # of its texts, by :func:`prepare`
+
+
+def prepare(config: Config, jobs: Iterable[Job]) -> None:
+    """Makes the windows of all texts, and runs the dense model on those on which it will be compared.
+
+    No other model is loaded before that one is gone. Checkpoints with the same tokenizer share their windows.
     """
-    device = checkpoint.pick_device(config.model.device)
-    texts: dict[DenseModel, list[tuple[perplexities.Windows, str]]] = {}
-    for subject, dtype, measures, dense in jobs:
-        asked = [measure for measure in measures if isinstance(measure, TextMeasure)]
-        if dense is not None and asked:
-            tokenizer = checkpoint.load_tokenizer(subject.directory, config.model.trust_remote_code)
-            windows = [(perplexities.windows_of(config, tokenizer, measure, device), dtype) for measure in asked]
-            texts.setdefault(dense, []).extend(windows)
-    for dense, windows in texts.items():
+    device, trust = checkpoint.pick_device(config.model.device), config.model.trust_remote_code
+    made: dict[tuple[str, TextMeasure], Windows] = {}
+    compared: dict[DenseModel, list[tuple[str, Windows]]] = {}
+    for job in jobs:
+        for measure in job.measures:
+            if not isinstance(measure, TextMeasure):
+                continue
+            key = checkpoint.tokenizer_fingerprint(job.subject.directory), measure.windows
+            if key not in made:
+                tokenizer = checkpoint.load_tokenizer(job.subject.directory, trust)
+                made[key] = perplexities.windows_of(config, tokenizer, measure, device)
+            job.windows[measure] = made[key]
+            if measure.reference is not None and job.dense is not None:
+                compared.setdefault(job.dense, []).append((job.dtype, made[key]))
+    for dense, windows in compared.items():
         dense.predict(windows, device)
 
 
-def execute(
-    config: Config,
-    subject: Subject,
-    dtype: str,
-    path: Path,
-    measures: list[Measure],
-    known: list[AnyResult],
-    dense: DenseModel | None = None,
-) -> Results:
+def execute(config: Config, job: Job) -> Results:
     """Measures one checkpoint and adds to its results file after every measure.
-
-    Args:
-        config: the configuration.
-        subject: the checkpoint, or an adapter on one.
-        dtype: name of the dtype to compute in.
-        path: its results file.
-        measures: of :func:`missing`.
-        known: results of :func:`known` that may serve where the same was measured for another group.
-        dense: the model with which others are compared, and perhaps this one itself; after :func:`predict`.
 
     Returns:
         The content of the results file.
     """
-    content: Results | None = distributed.broadcast_object(Results.load(path), 0)
-    if content is None or content.fingerprint != subject.fingerprint:
-        content = _none_yet(subject, path)
+    content: Results | None = distributed.broadcast_object(Results.load(job.path), 0)
+    if content is None or content.fingerprint != job.subject.fingerprint:
+        content = _none_yet(job)
     # a mean over a group would mix what was measured before and after its files changed
-    asked = {measure.task for measure in measures if isinstance(measure, TaskMeasure)}
-    content.results = [old for old in content.results if not _is_outdated(config, old, asked)]
-    device, trust = checkpoint.pick_device(config.model.device), config.model.trust_remote_code
+    asked = {measure.task for measure in job.measures if isinstance(measure, TaskMeasure)}
+    outdated = [one for one in content.tasks if one.measure.task in asked and not tasks.is_current(config, one)]
+    content.results = [result for result in content.results if result not in outdated]
     model = tokenizer = None
-    shareable = [result for result in known if isinstance(result, TaskResult)]
-    for measure in measures:
+    shareable = [result for result in job.known if isinstance(result, TaskResult)]
+    for measure in job.measures:
         result: AnyResult | None = None
         if isinstance(measure, TaskMeasure):
             result = tasks.shared(config, measure, shareable)
         if result is None:
             if model is None:
-                model = subject.load(device, dtype, trust)
-                tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
-            result = _measured(config, subject, measure, model, tokenizer, dense, path)
-            result = replace(result, dtype=dtype, device=device.type)
+                device, trust = checkpoint.pick_device(config.model.device), config.model.trust_remote_code
+                model = job.subject.load(device, job.dtype, trust)
+                tokenizer = checkpoint.load_tokenizer(job.subject.directory, trust)
+            result = _measured(config, job, measure, model, tokenizer)
         shareable += [result] if isinstance(result, TaskResult) else []
         content.add(result)
         if distributed.is_main():
-            content.save(path)
+            content.save(job.path)
     return content
 
 
-def _is_outdated(config: Config, result: AnyResult, asked: set[str]) -> bool:
-    """Whether a result is of one of these tasks before its files changed."""
-    return isinstance(result, TaskResult) and result.measure.task in asked and not tasks.is_current(config, result)
-
-
-def _none_yet(subject: Subject, path: Path) -> Results:
+def _none_yet(job: Job) -> Results:
     """The results of weights of which nothing has been measured."""
     if distributed.is_main():
-        shutil.rmtree(_samples(path), ignore_errors=True)
+        shutil.rmtree(_samples(job.path), ignore_errors=True)
+    subject = job.subject
     recorded = inspect.recorded_patterns(subject.directory) or {}
     with console.working(f"counting zeros in {subject.directory}"):
         _, sparsity = inspect.measure(subject.directory, *recorded.values())
     return Results(subject.label, str(subject.place), subject.fingerprint, sparsity)
 
 
-def _measured(
-    config: Config, subject: Subject, measure: Measure, model: Any, tokenizer: Any, dense: DenseModel | None, path: Path
-) -> AnyResult:
-    label, samples, started = subject.label, _samples(path), time.perf_counter()
+def _measured(config: Config, job: Job, measure: Measure, model: Any, tokenizer: Any) -> AnyResult:
+    label, samples, started = job.subject.label, _samples(job.path), time.perf_counter()
     result: AnyResult
     if isinstance(measure, TextMeasure):
-        text = perplexities.measure(config, model, tokenizer, measure, label=label, dense=dense)
+        text = perplexities.measure(model, job.windows[measure], measure, label=label, dense=job.dense)
         result = TextResult(measure, text)
     else:
         result = TaskResult(measure, tasks.measure(config, model, tokenizer, measure, label=label, samples=samples))
     return replace(
         result,
         seconds=round(time.perf_counter() - started, 2),
+        dtype=job.dtype,
+        device=checkpoint.pick_device(config.model.device).type,
         versions=machine.versions("torch", "transformers", "lm_eval", "datasets"),
         batch_size=config.eval.batch_size,
-        tokenizer=checkpoint.tokenizer_fingerprint(subject.directory),
+        tokenizer=checkpoint.tokenizer_fingerprint(job.subject.directory),
         command=console.command_line(),
     )

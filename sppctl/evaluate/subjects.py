@@ -88,9 +88,8 @@ class Subject:
                 found = adapted.load_adapter(str(self.adapter), "default", torch_device="cpu", key_mapping=renames)
         except Exception as error:  # a wrong value raises wherever PEFT first uses it
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
-            raise UserError(
-                f"{self.adapter} cannot be attached to {self.directory}: {reason.rstrip('.')}; {AGAIN}"
-            ) from error
+            problem = f"{self.adapter} cannot be attached to {self.directory}: {reason.rstrip('.')}"
+            raise UserError(f"{problem}; {AGAIN}") from error
         wrong = [f"holds no {name}" for name in found.missing_keys]
         wrong += [f"holds {name}, which is not part of it" for name in found.unexpected_keys]
         if wrong:
@@ -100,6 +99,7 @@ class Subject:
                 f"{wrong[0]}{more}; {AGAIN}"
             )
 
+    @torch.no_grad()
     def load(self, device: torch.device, dtype: str, trust_remote_code: bool) -> Any:
         """The model, in evaluation mode; adapted layers in place of plain ones if there is an adapter."""
         model = checkpoint.load_model(self.directory, device, dtype, trust_remote_code, spread=True)
@@ -107,7 +107,13 @@ class Subject:
             return model
         from peft import PeftModel
 
-        _refresh(model, self.adapter)
+        if (self.adapter / REFRESHED).is_file():
+            # masks that changed in training left these base weights behind, and the adapter belongs to them
+            parameters, file = dict(model.named_parameters()), TensorFile(self.adapter / REFRESHED)
+            for name in file.specs:
+                # a checkpoint of the bare model leaves out the prefix
+                full = name if name in parameters else f"{model.base_model_prefix}.{name}"
+                parameters[full].copy_(file.read(name))
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
 
 
@@ -127,19 +133,5 @@ def _from_the_hub(adapter: Path, name: str) -> Path:
     try:
         return checkpoint.locate(name)
     except UserError as error:
-        raise UserError(
-            f"{adapter} adapts {name}, which is not there; put the pruned checkpoint beside it as pruned/"
-        ) from error
-
-
-@torch.no_grad()
-def _refresh(model: Any, adapter: Path) -> None:
-    """Puts in the base weights that masks changing in training left behind: the adapter belongs to those."""
-    path = adapter / REFRESHED
-    if not path.is_file():
-        return
-    own, file = dict(model.named_parameters()), TensorFile(path)
-    for name in file.specs:
-        # a checkpoint of the bare model leaves out the prefix
-        parameter = own[name] if name in own else own[f"{model.base_model_prefix}.{name}"]
-        parameter.copy_(file.read(name))
+        problem = f"{adapter} adapts {name}, which is not there"
+        raise UserError(f"{problem}; put the pruned checkpoint beside it as pruned/") from error

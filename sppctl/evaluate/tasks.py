@@ -16,39 +16,28 @@ from typing import Any
 from sppctl import console, distributed
 from sppctl.config.settings import Config
 from sppctl.evaluate import harness
-from sppctl.evaluate.results import Rules, TaskMeasure, TaskNumbers, TaskResult, task_numbers
-from sppctl.evaluate.values import quantity_of
-from sppctl.files import disk, paths
+from sppctl.evaluate.results import Rules, TaskMeasure, TaskNumbers, TaskResult
+from sppctl.evaluate.values import title_of
+from sppctl.files import disk, paths, strict_json
 
 
 def wanted(config: Config) -> list[TaskMeasure]:
     """The configured tasks, one measure per task."""
-    measures: list[TaskMeasure] = []
     settings = config.eval
     batch_size = None if settings.batch_size == "auto" else settings.batch_size
+    measures: list[TaskMeasure] = []
     for name in harness.expanded(settings.tasks, settings.include_path):
-        few = harness.group_of(name).num_fewshot if settings.num_fewshot is None else settings.num_fewshot
-        for member in harness.members(name, settings.include_path):
-            group = name if member.task != name else None
-            measures.append(
-                TaskMeasure(
-                    member.task,
-                    few,
-                    settings.limit,
-                    config.run.seed,
-                    group,
-                    settings.chat_template,
-                    settings.system_prompt,
-                    batch_size,
-                )
-            )
+        shots = harness.SHOTS.get(name) if settings.num_fewshot is None else settings.num_fewshot
+        prompts = settings.chat_template, settings.system_prompt
+        for task in harness.members(name, settings.include_path):
+            group = name if task != name else None
+            measures.append(TaskMeasure(task, shots, settings.limit, config.run.seed, group, *prompts, batch_size))
     return measures
 
 
-def is_placed(config: Config, measure: TaskMeasure, result: TaskResult) -> bool:
-    """Whether a result names the groups that the task is in now, and their size."""
-    groups, members = _place(config, measure)
-    return (result.numbers.groups, result.numbers.members) == (groups, members)
+def is_placed(config: Config, result: TaskResult) -> bool:
+    """Whether a result names the groups that its task is in now, and their size."""
+    return (result.numbers.groups, result.numbers.members) == _place(config, result.measure)
 
 
 def is_current(config: Config, result: TaskResult) -> bool:
@@ -60,13 +49,13 @@ def is_current(config: Config, result: TaskResult) -> bool:
 def has_samples(result: TaskResult, folder: Path) -> bool:
     """Whether the files of samples are still those of a result, and not of the same task with other settings."""
     return all(
-        _content_hash(folder / _samples_name(result.numbers, task)) == expected
-        for task, expected in result.numbers.samples_hash.items()
+        (path := folder / _samples_name(result.numbers, task)).is_file() and _content_hash(path.read_bytes()) == known
+        for task, known in result.numbers.samples_hash.items()
     )
 
 
-def _content_hash(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+def _content_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def measure(
@@ -83,35 +72,27 @@ def measure(
         samples: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
     """
     name = measure.task
-    console.note(f"{label}: {quantity_of(measure).label}")
-    metrics, logged = harness.evaluate(
-        model,
-        tokenizer,
-        name,
-        num_fewshot=measure.num_fewshot,
-        batch_size=None if config.eval.batch_size == "auto" else config.eval.batch_size,
-        limit=measure.limit,
-        seed=measure.seed or 0,
-        chat_template=measure.chat_template,
-        system_prompt=measure.system_prompt,
-        include_path=config.eval.include_path,
-        progress=lambda what, count: console.Progress(f"{label}: {name}, {what}", count),
-    )
-    if metrics["truncated_prompts"]:
+    console.note(f"{label}: {title_of(replace(measure, group=None))}")
+    numbers, logged = harness.evaluate(model, tokenizer, measure, config.eval.include_path, f"{label}: {name}, ")
+    if numbers.truncated_prompts:
         console.warn(
-            f"{name}: {metrics['truncated_prompts']} prompts are longer than the model's context; lm-eval cuts off "
+            f"{name}: {numbers.truncated_prompts} prompts are longer than the model's context; lm-eval cuts off "
             "their beginning"
         )
+    hashes = {}
+    for task, rows in logged.items():
+        lines = "".join(strict_json.dumps(row) + "\n" for row in rows)
+        if distributed.is_main():
+            disk.write(samples / _samples_name(numbers, task), lines)
+        hashes[task] = _content_hash(lines.encode())
     groups, members = _place(config, measure)
-    numbers = replace(task_numbers(metrics), groups=groups, members=members)
-    hashes = {task: _write_samples(samples / _samples_name(numbers, task), rows) for task, rows in logged.items()}
-    return replace(numbers, samples_hash=hashes)
+    return replace(numbers, groups=groups, members=members, samples_hash=hashes)
 
 
 def _place(config: Config, measure: TaskMeasure) -> tuple[Rules, int]:
     """Groups of a task, and the number of tasks that were asked for with it."""
     family = harness.members(measure.group or measure.task, config.eval.include_path)
-    return next((member.groups for member in family if member.task == measure.task), {}), len(family)
+    return family.get(measure.task, {}), len(family)
 
 
 def shared(config: Config, measure: TaskMeasure, known: Iterable[TaskResult]) -> TaskResult | None:
@@ -125,28 +106,14 @@ def shared(config: Config, measure: TaskMeasure, known: Iterable[TaskResult]) ->
     Returns:
         A result, which took no time; None if there is none.
     """
-    twins = [result for result in known if result.measure.task == measure.task]
-    asked = _alone(config, measure) if twins else None
-    twin = next((result for result in twins if _alone(config, result.measure) == asked), None)
-    if twin is None:
-        return None
-    groups, members = _place(config, measure)
-    return replace(twin, measure=measure, numbers=replace(twin.numbers, groups=groups, members=members), seconds=0.0)
-
-
-def _alone(config: Config, measure: TaskMeasure) -> TaskMeasure:
-    """The measure without its group, with the examples that prompts really have, and with a seed only if it counts."""
-    own = config.eval.include_path
-    count = harness.shots(measure.task, measure.num_fewshot, own)
-    seed = measure.seed if harness.is_drawn(measure.task, count, own) else None
-    return replace(measure, group=None, num_fewshot=count, seed=seed)
-
-
-def _write_samples(path: Path, rows: list[dict[str, Any]]) -> str:
-    lines = harness.as_lines(rows)
-    if distributed.is_main():
-        disk.write(path, lines)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+    folder = config.eval.include_path
+    for result in known:
+        of_task = result.measure.task == measure.task
+        if of_task and harness.alone(result.measure, folder) == harness.alone(measure, folder):
+            groups, members = _place(config, measure)
+            numbers = replace(result.numbers, groups=groups, members=members)
+            return replace(result, measure=measure, numbers=numbers, seconds=0.0)
+    return None
 
 
 def _samples_name(numbers: TaskNumbers, task: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from sppctl.evaluate.results import AnyResult, Json, TaskMeasure, TaskResult, TaskScores, TextResult
+from sppctl.evaluate.results import AnyResult, Json, TaskMeasure, TaskResult, TextResult
 
 SHOWN = 10  # tasks of a group in a table; of a larger one its parts, if it has any
 # what names leave out, and its text where it differs
@@ -58,6 +58,11 @@ class Metric:
         """Whether it is a share of 1, written in percent."""
         return self.kind in (Kind.ACCURACY, Kind.AGREEMENT)
 
+    @property
+    def is_of_task(self) -> bool:
+        """Whether it is lm-eval's, of a task."""
+        return self.kind in (Kind.ACCURACY, Kind.OTHER)
+
     @classmethod
     def of_task(cls, name: str, higher_is_better: bool | None = None) -> Metric:
         """A metric of lm-eval: accuracies, exact matches, F1 and pass rates are shares of the samples."""
@@ -74,90 +79,36 @@ ACC = Metric.of_task("acc", higher_is_better=True)
 
 
 @dataclass(frozen=True)
-class TextQuantity:
-    """A number of a text."""
+class Quantity:
+    """What a number is of: a text, a task, or a group of tasks, as a whole or in part."""
 
     metric: Metric
-    text: str
-    seq_len: int
-    stride: int | None
-    tokens: int | None  # that the windows cover, where the text was cut
-    dense: str | None = None  # the model compared with, if it is not the run's dense model
+    title: str  # the text, the group, or a task by itself, with every setting that limits it
+    part: str | None = None  # of the group: a task, or a part of a large group
+    mean: str | None = None  # of the group: over which of its tasks
     details: tuple[str, ...] = ()  # circumstances in which numbers of this name differ
 
     @property
     def scope(self) -> str:
-        """The text with what limits it, which the columns of its metrics share."""
-        stride = f" stride {self.stride}" if self.stride else ""
-        cut = f", first {self.tokens} tokens" if self.tokens else ""
-        dense = f" (dense: {self.dense})" if self.dense is not None else ""
-        return ", ".join([f"{self.text} @{self.seq_len}{stride}{cut}{dense}", *self.details])
+        """The text or group with what limits it, which columns share; nothing for a task by itself."""
+        if not self.metric.is_of_task:
+            return ", ".join([self.title, *self.details])
+        return self.title if self.part or self.mean else ""
 
     @property
     def name(self) -> str:
         """What is its own in a column below the scope."""
-        return self.metric.name
+        return self._of_task(self.part or self.mean or self.title) if self.metric.is_of_task else self.metric.name
 
     @property
     def label(self) -> str:
         """The full name."""
-        return f"{self.metric.title} {self.scope}"
+        if not self.metric.is_of_task:
+            return f"{self.metric.title} {self.scope}"
+        return self._of_task(f"{self.part} ({self.title})" if self.part else f"{self.title} {self.mean or ''}".rstrip())
 
-
-@dataclass(frozen=True)
-class TaskQuantity:
-    """A number of a task, or the mean of a group."""
-
-    metric: Metric
-    task: str | None  # or a part of a large group; None: the mean
-    group: str | None  # that it is shown with
-    num_fewshot: int | None  # that prompts had; None: no examples
-    limit: int | None  # None: all documents
-    chat_template: bool = False
-    system_prompt: bool = False
-    measured: tuple[int, int] | None = None  # tasks that the mean is over, of how many; None: of all
-    details: tuple[str, ...] = ()  # circumstances in which numbers of this name differ
-
-    @property
-    def title(self) -> str:
-        """The group, or the task by itself, with what limits it."""
-        words = [self.group or self.task or ""]
-        words += [f"{self.num_fewshot}-shot"] if self.num_fewshot else []
-        words += ["chat"] if self.chat_template else []
-        words += ["system prompt"] if self.system_prompt else []
-        return " ".join(words) + (f", limit {self.limit}" if self.limit is not None else "")
-
-    @property
-    def scope(self) -> str:
-        """The group with what limits it, which the columns of its tasks share."""
-        return "" if self.group is None else self.title
-
-    @property
-    def name(self) -> str:
-        """What is its own in a column below the scope."""
-        return self._with_metric(self.title if self.group is None else self.task or self._mean)
-
-    @property
-    def label(self) -> str:
-        """The full name."""
-        if self.group is None:
-            return self.name
-        return self._with_metric(f"{self.task} ({self.title})" if self.task else f"{self.title} {self._mean}")
-
-    @property
-    def _mean(self) -> str:
-        return "mean" if self.measured is None else "mean of {} of {} tasks".format(*self.measured)
-
-    def _with_metric(self, name: str) -> str:
+    def _of_task(self, name: str) -> str:
         return ", ".join([f"{name} {self.metric.title}".rstrip(), *self.details])
-
-
-Quantity = TextQuantity | TaskQuantity
-
-
-def is_part(quantity: Quantity) -> bool:
-    """Whether its row belongs below that of a mean."""
-    return isinstance(quantity, TaskQuantity) and None not in (quantity.task, quantity.group)
 
 
 @dataclass(frozen=True)
@@ -177,9 +128,8 @@ class Value:
 
     def to_json(self) -> Json:
         """For reports."""
-        kind = self.quantity.metric.kind
-        own = {"name": self.quantity.label, "kind": kind, "value": self.number}
-        return own | {"norm": self.norm, "stderr": self.stderr, "dtype": self.dtype}
+        named = {"name": self.quantity.label, "kind": self.quantity.metric.kind, "value": self.number}
+        return named | {"norm": self.norm, "stderr": self.stderr, "dtype": self.dtype}
 
 
 # --- of results -------------------------------------------------------------------------------------------------------
@@ -194,7 +144,7 @@ def values_of(results: Iterable[AnyResult]) -> Iterator[Value]:
         else:
             tasks.append(result)
     for family in families(tasks):
-        yield from _of_single(family[0]) if family[0].measure.group is None else _of_group(family)
+        yield from _of_family(family)
 
 
 def families(results: list[TaskResult]) -> list[list[TaskResult]]:
@@ -205,12 +155,13 @@ def families(results: list[TaskResult]) -> list[list[TaskResult]]:
     return list(found.values())
 
 
-def text_quantity(result: TextResult) -> TextQuantity:
+def text_quantity(result: TextResult) -> Quantity:
     """The perplexity of a text, cut to the tokens that windows covered."""
     measure, numbers = result.measure, result.numbers
+    stride = f" stride {measure.stride}" if measure.stride else ""
     covered = (numbers.windows - 1) * numbers.stride + numbers.seq_len
-    tokens = None if measure.max_tokens is None else covered
-    return TextQuantity(PERPLEXITY, measure.text, measure.seq_len, measure.stride, tokens)
+    cut = "" if measure.max_tokens is None else f", first {covered} tokens"
+    return Quantity(PERPLEXITY, f"{measure.text} @{measure.seq_len}{stride}{cut}")
 
 
 def _of_text(result: TextResult) -> Iterator[Value]:
@@ -220,23 +171,27 @@ def _of_text(result: TextResult) -> Iterator[Value]:
     yield Value(quantity, finite, numbers.stderr, circumstances=_known(own))
     if numbers.kl is not None:
         compared = _known(own | {"reference": result.measure.reference})  # which changes no perplexity
-        quantity = replace(quantity, dense=numbers.compared_with)
-        yield Value(replace(quantity, metric=DIVERGENCE), numbers.kl, numbers.kl_stderr, circumstances=compared)
-        yield Value(replace(quantity, metric=AGREEMENT), numbers.top1_agreement, circumstances=compared)
+        dense = "" if numbers.compared_with is None else f" (dense: {numbers.compared_with})"
+        title = quantity.title + dense
+        yield Value(Quantity(DIVERGENCE, title), numbers.kl, numbers.kl_stderr, circumstances=compared)
+        yield Value(Quantity(AGREEMENT, title), numbers.top1_agreement, circumstances=compared)
 
 
 def _known(values: Mapping[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def quantity_of(measure: TaskMeasure) -> TaskQuantity:
-    """What a task that is still to be measured is called."""
-    shots, prompted = measure.num_fewshot or None, bool(measure.system_prompt)
-    return TaskQuantity(ACC, measure.task, None, shots, measure.limit, measure.chat_template, prompted)
+def title_of(measure: TaskMeasure) -> str:
+    """The group, or the task by itself, with what limits it."""
+    words = [measure.group or measure.task]
+    words += [f"{measure.num_fewshot}-shot"] if measure.num_fewshot else []
+    words += ["chat"] if measure.chat_template else []
+    words += ["system prompt"] if measure.system_prompt else []
+    return " ".join(words) + (f", limit {measure.limit}" if measure.limit is not None else "")
 
 
-def task_quantity(family: list[TaskResult], task: str | None = None) -> TaskQuantity:
-    """A task of a family, or its mean, with settings as they came true.
+def family_title(family: list[TaskResult]) -> str:
+    """The title of results with settings as they came true.
 
     A task may insist on its own number of examples, and a limit that every task stays below cuts nothing.
     """
@@ -247,49 +202,40 @@ def task_quantity(family: list[TaskResult], task: str | None = None) -> TaskQuan
     limit = measure.limit
     if limit is not None and all((scores.samples or limit) < limit for scores in tasks):
         limit = None
-    quantity = quantity_of(replace(measure, num_fewshot=num_fewshot, limit=limit))
-    group = measure.group or (measure.task if _is_group(family[0]) else None)
-    return quantity if group is None else replace(quantity, task=task, group=group)
+    return title_of(replace(measure, num_fewshot=num_fewshot, limit=limit))
 
 
-def _is_group(result: TaskResult) -> bool:
-    return list(result.numbers.tasks) != [result.measure.task]
-
-
-def _of_single(result: TaskResult) -> Iterator[Value]:
-    """A task, or a group that lm-eval ran as one."""
-    tasks = result.numbers.tasks
-    if _is_group(result):
-        yield _mean(task_quantity([result]), result.numbers.mean, [result])
-    for task, scores in tasks.items() if len(tasks) <= SHOWN else ():
-        yield _of_task(task_quantity([result], task), scores, result)
-
-
-def _of_group(family: list[TaskResult]) -> Iterator[Value]:
-    """The mean of tasks that were measured one by one, then the tasks, or the parts of a large group."""
-    group, members = family[0].measure.group or "", family[0].numbers.members
-    whole = task_quantity(family)
-    if len(family) < members:
-        whole = replace(whole, measured=(len(family), members))
-    yield _mean(whole, group_mean(family, group), family)
-    if members > SHOWN:
-        for part in dict.fromkeys(part for result in family for part in list(result.numbers.groups)[1:]):
-            inside = [result for result in family if part in result.numbers.groups]
-            yield _mean(task_quantity(family, part), group_mean(family, part), inside)
+def _of_family(family: list[TaskResult]) -> Iterator[Value]:
+    """A task by itself; or the mean of a group, then its tasks, or the parts of a large one."""
+    measure, numbers = family[0].measure, family[0].numbers
+    title, tasks = family_title(family), [(task, result) for result in family for task in result.numbers.tasks]
+    if measure.group is None and list(numbers.tasks) == [measure.task]:
+        yield _of_task(title, None, measure.task, family[0])
         return
-    for result in family:
-        for task, scores in result.numbers.tasks.items():
-            yield _of_task(task_quantity(family, task), scores, result)
+    if measure.group is None:  # lm-eval ran it as one
+        members, mean, measured = len(tasks), numbers.mean, "mean"
+    else:
+        members, mean = numbers.members, group_mean(family, measure.group)
+        measured = "mean" if len(family) == members else f"mean of {len(family)} of {members} tasks"
+    yield _mean(Quantity(ACC, title, mean=measured), mean, family)
+    if members <= SHOWN:
+        for task, result in tasks:
+            yield _of_task(title, task, task, result)
+        return
+    for part in dict.fromkeys(part for result in family for part in list(result.numbers.groups)[1:]):
+        inside = [result for result in family if part in result.numbers.groups]
+        yield _mean(Quantity(ACC, title, part), group_mean(family, part), inside)
 
 
-def _of_task(quantity: TaskQuantity, task: TaskScores, result: TaskResult) -> Value:
-    name, scores = task.metric or headline(task.scores) or "acc", task.scores
-    quantity = replace(quantity, metric=Metric.of_task(name, task.higher_is_better))
+def _of_task(title: str, part: str | None, task: str, result: TaskResult) -> Value:
+    numbers = result.numbers.tasks[task]
+    name, scores = numbers.metric or headline(numbers.scores) or "acc", numbers.scores
+    quantity = Quantity(Metric.of_task(name, numbers.higher_is_better), title, part)
     error, norm = scores.get(f"{name}_stderr"), scores.get("acc_norm")
     return Value(quantity, scores.get(name), error, norm, _circumstances([result]))
 
 
-def _mean(quantity: TaskQuantity, mean: Mapping[str, float], inside: list[TaskResult]) -> Value:
+def _mean(quantity: Quantity, mean: Mapping[str, float], inside: list[TaskResult]) -> Value:
     """With lm-eval's standard error, else with that of a mean of independent means."""
     name = headline(mean) or "acc"
     error = mean.get(f"{name}_stderr")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sppctl.evaluate.results import Result, TaskResult, TextNumbers
-from sppctl.evaluate.values import SHOWN, families, task_quantity, text_quantity
+from sppctl.evaluate.values import SHOWN, families, family_title, text_quantity
 from sppctl.records import Calibration, MergeRecord, PruneRecord, TrainRecord
 from sppctl.report.study import RunStudy
 from sppctl.report.tables import NOTHING, Table, columns_of
@@ -111,7 +111,7 @@ def evaluation_table(run: RunStudy) -> Table:
     for label, content in run.checkpoints.items():
         measured: list[tuple[str, str, Sequence[Result]]] = []
         measured += [(text_quantity(text).label, _windows(text.numbers), [text]) for text in content.texts]
-        measured += [(task_quantity(family).title, _samples(family), family) for family in families(content.tasks)]
+        measured += [(family_title(family), _samples(family), family) for family in families(content.tasks)]
         for name, extent, results in measured:
             dtypes = dict.fromkeys(result.dtype for result in results if result.dtype is not None)
             devices = dict.fromkeys(result.device for result in results if result.device is not None)

@@ -19,7 +19,7 @@ from sppctl.config.load import config_keys, flatten, result_keys
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
 from sppctl.evaluate.results import Json, Results
-from sppctl.evaluate.values import Kind, Quantity, TaskQuantity, Value, distinguish, values_of
+from sppctl.evaluate.values import Kind, Quantity, Value, distinguish, values_of
 from sppctl.records import LayerRecord, to_json
 from sppctl.report import records, significance
 from sppctl.report.records import Record
@@ -88,7 +88,7 @@ def headlines(rows: Iterable[Row]) -> list[Quantity]:
     """What a paper quotes: perplexities, and means over tasks, or the tasks where there is no mean."""
     unique = quantities(rows)
     accuracies = [one for one in unique if one.metric.kind == Kind.ACCURACY]
-    means = [one for one in accuracies if isinstance(one, TaskQuantity) and one.task is None]
+    means = [one for one in accuracies if one.mean is not None]
     return [one for one in unique if one.metric.kind == Kind.PERPLEXITY] + (means or accuracies)
 
 

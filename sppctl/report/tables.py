@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from sppctl.evaluate.values import Kind, Quantity, is_part
+from sppctl.evaluate.values import Kind, Quantity
 from sppctl.records import LayerRecord
 from sppctl.report import plots
 from sppctl.report.significance import Comparison, Entry
@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> Table:
         ["size, MB", *(f"{row.sparsity['bytes'] / 1e6:.1f}" for row in rows)],
     ]
     measured = quantities(rows)
-    parts = frozenset(at for at, quantity in enumerate(measured, len(lines)) if is_part(quantity))
+    parts = frozenset(at for at, quantity in enumerate(measured, len(lines)) if quantity.part is not None)
     lines += [[quantity.label, *(_value(row, quantity, with_norm=True) for row in rows)] for quantity in measured]
     return Table([*columns_of("", kind="text"), *columns_of(*(row.checkpoint for row in rows))], lines, parts=parts)
 

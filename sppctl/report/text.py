@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from sppctl import console
 from sppctl.evaluate.results import Json, Results
-from sppctl.evaluate.values import distinguish, is_part, values_of
+from sppctl.evaluate.values import distinguish, values_of
 from sppctl.report.document import Facts, Figure, Item, Note, Section, chapter, document
 from sppctl.report.study import Study
 from sppctl.report.tables import NOTHING, Table
@@ -114,6 +114,6 @@ def show_results(results: dict[str, Json], seed: int) -> None:
             is_share = value.number is None or quantity.metric.is_share
             number = NOTHING if value.number is None else format(value.number, ".2%" if is_share else ".3f")
             norm = f"{value.norm:.2%}" if is_share and value.norm is not None else ""
-            rows.append(("  " * is_part(quantity) + quantity.label, number, norm))
+            rows.append(("  " * (quantity.part is not None) + quantity.label, number, norm))
         title = f"{label}: {by_label[label].checkpoint}"
         console.show_table(title, ("measure", "acc / perplexity", "acc_norm"), rows)

@@ -39,28 +39,26 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     from sppctl.evaluate.results import Results
     from sppctl.evaluate.subjects import Subject
 
-    contents, jobs, known = {}, [], {}
+    contents, jobs = {}, []
     reference, texts = _dense_model(run, checkpoints), perplexities.contents(run.config)
     for label, path in checkpoints.items():
         subject, results = Subject.at(label, path), results_of(run, label)
-        compared = reference if reference is not None and reference.fingerprint != subject.fingerprint else None
         # from the first process: the others may have read the file while it was written
-        known[label] = distributed.broadcast_object([] if run.force else stage.known(run.config, subject, results), 0)
-        missing = stage.missing(run.config, subject, known[label], texts, compared)
+        known = distributed.broadcast_object([] if run.force else stage.known(run.config, subject, results), 0)
+        missing = stage.missing(run.config, subject, known, texts, reference)
         compute = distributed.decide(partial(choose_dtype, run.config, subject.directory))
         if missing:
             console.note(f"eval {label}: {compute.text}")
-        jobs.append((subject, compute.dtype, missing, compared))
+        jobs.append(stage.Job(subject, results, compute.dtype, known, missing, reference))
     try:
-        stage.predict(run.config, jobs)
-        for subject, dtype, missing, _ in jobs:
-            label, results = subject.label, results_of(run, subject.label)
-            content = None if missing else Results.load(results)
+        stage.prepare(run.config, jobs)
+        for job in jobs:
+            content = None if job.measures else Results.load(job.path)
             if content is None:
-                content = stage.execute(run.config, subject, dtype, results, missing, known[label], reference)
+                content = stage.execute(run.config, job)
             else:
-                console.note(f"eval {label}: up to date ({results})")
-            contents[label] = content.to_json()
+                console.note(f"eval {job.subject.label}: up to date ({job.path})")
+            contents[job.subject.label] = content.to_json()
             perplexities.release()
     except WriteError as error:
         raise WriteError(f"{error}; make room: what was measured before is kept, the same command continues") from error

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_runs import MADE, results_of, task, text, with_measure, with_numbers
+from made_up_runs import MADE, results_of, task, text, with_numbers
 
 from sppctl.errors import UserError
-from sppctl.evaluate.results import Results, TaskMeasure, TextMeasure
+from sppctl.evaluate.results import Results, TaskMeasure, TextMeasure, unanswered
 from sppctl.files import sealed
 
 TEXT = TextMeasure("prose", 64, None, 512, "base", "v1")
@@ -70,19 +70,18 @@ def test_only_the_last_version_comparison_and_batch_size_stay(
 
 
 def test_what_was_compared_serves_where_no_comparison_is_asked_for() -> None:
-    known = results_of("pruned", [dataclasses.replace(text(1.0), measure=TEXT)])
     plain, other = dataclasses.replace(TEXT, reference=None), dataclasses.replace(TEXT, reference="other")
-    assert known.missing([TEXT, plain, other]) == [other]
-    assert results_of("pruned", [dataclasses.replace(text(1.0), measure=plain)]).missing([TEXT, plain]) == [TEXT]
+    compared, alone = (dataclasses.replace(text(1.0), measure=measure) for measure in (TEXT, plain))
+    assert unanswered([TEXT, plain, other], [compared]) == [other]
+    assert unanswered([TEXT, plain], [alone]) == [TEXT]
 
 
 def test_a_task_is_measured_again_for_another_group_or_where_its_groups_changed() -> None:
-    known = results_of("base", [with_measure(task(0.5), **dataclasses.asdict(TASK))])
+    known = dataclasses.replace(task(0.5), measure=TASK)
     alone = dataclasses.replace(TASK, group=None)
-    assert known.missing([TASK, alone]) == [alone]
-    assert known.missing([TASK], lambda measure, result: result.numbers.members == 7) == [TASK]
-    placed = results_of("base", [with_numbers(known.tasks[0], members=7)])
-    assert placed.missing([TASK], lambda measure, result: result.numbers.members == 7) == []
+    assert unanswered([TASK, alone, TEXT], [known]) == [alone, TEXT]
+    assert unanswered([TASK], [known], lambda result: result.numbers.members == 7) == [TASK]
+    assert unanswered([TASK], [with_numbers(known, members=7)], lambda result: result.numbers.members == 7) == []
 
 
 @pytest.mark.parametrize(

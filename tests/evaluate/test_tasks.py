@@ -20,27 +20,43 @@ from sppctl.evaluate import stage as evaluate
 from sppctl.evaluate.results import Results, TaskMeasure
 from sppctl.evaluate.values import group_mean, values_of
 from sppctl.files import sealed
+from sppctl.model import blocks
+from sppctl.model.checkpoint import load_config as model_config
 from sppctl.model.checkpoint import load_model, load_tokenizer
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
 
-Measure = Callable[..., dict[str, Any]]
+Measure = Callable[..., Results]
 
 
-def names(content: dict[str, Any]) -> list[str]:
+def names(content: Results) -> list[str]:
     """Of the rows that tables have."""
-    return [value.quantity.label for value in values_of(Results.from_json(content).results)]
+    return [value.quantity.label for value in values_of(content.results)]
 
 
 @pytest.fixture
-def measure(config_file: Path, llama: Path, own_tasks: Path) -> Measure:
+def measure(config_file: Path, own_tasks: Path) -> Measure:
     """measure("eval.limit=3", ...) -> the results of the base model on the tasks of one's own."""
 
-    def run(*overrides: str, names: str = "sums") -> dict[str, Any]:
-        own = [f"eval.include_path={own_tasks}", f"eval.tasks=[{names}]", "eval.perplexity=[]"]
-        return pipeline.evaluate_some(Run(load_config(str(config_file), [*own, *overrides])), ["base"])["base"]
+    def run(*overrides: str, names: str = "small_sums", folder: Path = own_tasks) -> Results:
+        own = [f"eval.include_path={folder}", f"eval.tasks=[{names}]", "eval.perplexity=[]"]
+        harness._task_manager.cache_clear()  # as another command would find the tasks
+        found = pipeline.evaluate_some(Run(load_config(str(config_file), [*own, *overrides])), ["base"])
+        return Results.from_json(found["base"])
 
     return run
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Callable[[], Results]:
+    """What is in the results file now."""
+
+    def load() -> Results:
+        content = Results.load(tmp_path / "run/eval/base.json")
+        assert content is not None
+        return content
+
+    return load
 
 
 class Asked(list[str]):
@@ -53,11 +69,11 @@ class Asked(list[str]):
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     run, asked = harness.evaluate, Asked()
 
-    def recorded(model: Any, tokenizer: Any, name: str, **options: Any) -> Any:
-        asked.append(name)
+    def recorded(model: Any, tokenizer: Any, measure: TaskMeasure, *options: Any) -> Any:
+        asked.append(measure.task)
         if len(asked) == asked.fails_at:
             raise StageError("power cut")
-        return run(model, tokenizer, name, **options)
+        return run(model, tokenizer, measure, *options)
 
     monkeypatch.setattr(harness, "evaluate", recorded)
     return asked
@@ -75,42 +91,39 @@ def test_what_is_asked_for(own_tasks: Path) -> None:
     options = ["eval.num_fewshot=2", "eval.chat_template=true", "eval.system_prompt=Add.", "eval.limit=7"]
     options += ["eval.tasks=[read]", f"eval.include_path={own_tasks}", "eval.batch_size=3"]
     assert wanted(*options) == [TaskMeasure("read", 2, 7, 4, None, True, "Add.", 3)]
-
-
-def test_all_is_every_group_task_by_task() -> None:
-    measures = wanted("eval.tasks=[all, zeroshot]")
-    assert [measure.group for measure in measures] == ["zeroshot"] * 7 + ["mmlu"] * 57 + [None]
-    assert [measure.num_fewshot for measure in measures] == [0] * 7 + [5] * 57 + [None]
+    everything = [(measure.group, measure.num_fewshot) for measure in wanted("eval.tasks=[all, zeroshot]")]
+    assert everything == [("zeroshot", 0)] * 7 + [("mmlu", 5)] * 57 + [(None, None)]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def test_every_task_is_written_with_all_that_one_must_know(measure: Measure, tmp_path: Path) -> None:
-    content = measure("eval.limit=3")
-    small, large = content["results"]
-    assert [entry["settings"]["tasks"] for entry in (small, large)] == ["small_sums", "large_sums"]
-    values = small["metrics"]["tasks"]["small_sums"]
-    assert (values["version"], values["metric"], values["num_fewshot"], values["samples"]) == (1.5, "acc", 0, 3)
-    assert values["acc_stderr"] >= 0
-    assert (small["metrics"]["truncated_prompts"], small["metrics"]["members"]) == (0, 2)
-    assert len(small["tokenizer"]) == 16
-    assert small["versions"]["lm_eval"]
-    lines = (tmp_path / "run/eval/base.samples/small_sums.jsonl").read_text().splitlines()
-    assert len(lines) == 3
-    first = json.loads(lines[0])
-    assert set(first) == {"doc", "hash", "chosen", "target", "acc", "acc_norm"}
-    assert values["acc"] == pytest.approx(sum(json.loads(line)["acc"] for line in lines) / 3)
+def test_every_task_is_written_with_all_that_one_must_know(measure: Measure, tmp_path: Path, capfd: Any) -> None:
+    small, large = measure("eval.limit=3", names="sums").tasks
+    assert [small.measure.task, large.measure.task] == ["small_sums", "large_sums"]
+    scores = small.numbers.tasks["small_sums"]
+    assert (scores.version, scores.metric, scores.num_fewshot, scores.samples) == (1.5, "acc", 0, 3)
+    assert scores.scores["acc_stderr"] >= 0
+    assert (small.numbers.truncated_prompts, small.numbers.members, len(small.tokenizer or "")) == (0, 2, 16)
+    assert small.versions["lm_eval"]
+    rows = [json.loads(line) for line in (tmp_path / "run/eval/base.samples/small_sums.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert set(rows[0]) == {"doc", "hash", "chosen", "target", "acc", "acc_norm"}
+    assert scores.scores["acc"] == pytest.approx(sum(row["acc"] for row in rows) / 3)
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("base: small_sums, batches of requests: ") for line in lines)
+    assert not [line for line in lines if "it/s" in line]
 
 
-def test_an_interrupted_group_continues_with_the_next_task(measure: Measure, asked: Asked, tmp_path: Path) -> None:
+def test_an_interrupted_group_continues_with_the_next_task(
+    measure: Measure, recorded: Callable[[], Results], asked: Asked
+) -> None:
     asked.fails_at = 2
     with pytest.raises(StageError):
-        measure()
-    half = json.loads((tmp_path / "run/eval/base.json").read_text())
-    assert names(half) == ["sums mean of 1 of 2 tasks", "small_sums (sums)"]
-    content = measure()
-    assert measure() == content
+        measure(names="sums")
+    assert names(recorded()) == ["sums mean of 1 of 2 tasks", "small_sums (sums)"]
+    content = measure(names="sums")
+    assert measure(names="sums") == content
     assert asked == ["small_sums", "large_sums", "large_sums"]
     assert names(content) == ["sums mean", "small_sums (sums)", "large_sums (sums)"]
 
@@ -119,59 +132,75 @@ def test_a_task_is_measured_once_for_all_groups_that_have_it(measure: Measure, a
     measure(names="large_sums")
     content = measure(names="sums, small_sums")
     assert asked == ["large_sums", "small_sums"]
-    large, small_of_group, large_of_group, small = content["results"]
+    large, small_of_group, large_of_group, small = content.tasks
     for alone, of_group in ((large, large_of_group), (small, small_of_group)):
-        assert (alone["settings"].get("group"), of_group["settings"]["group"]) == (None, "sums")
-        assert alone["metrics"]["tasks"] == of_group["metrics"]["tasks"]
-        assert (alone["metrics"]["members"], of_group["metrics"]["members"]) == (1, 2)
+        assert [(one.measure.group, one.numbers.members) for one in (alone, of_group)] == [(None, 1), ("sums", 2)]
+        assert alone.numbers.tasks == of_group.numbers.tasks
     assert names(content) == ["large_sums", "sums mean", "small_sums (sums)", "large_sums (sums)", "small_sums"]
 
 
-def test_what_was_measured_with_the_tasks_own_count_is_found_by_that_count(measure: Measure, asked: Asked) -> None:
-    measure(names="small_sums")  # no examples of its own
-    content = measure("eval.num_fewshot=0", names="small_sums")
-    assert [entry["settings"]["num_fewshot"] for entry in content["results"]] == [None, 0]
-    assert content["results"][1]["seconds"] == 0
-    assert len(asked) == 1
-    measure("eval.num_fewshot=1", names="small_sums")
-    measure("eval.limit=2", names="small_sums")
-    assert len(asked) == 3
+@pytest.mark.parametrize(
+    ("first", "second", "asked_twice"),
+    [
+        ([], ["eval.num_fewshot=0"], False),  # none are the task's own
+        ([], ["eval.num_fewshot=1"], True),
+        ([], ["eval.limit=2"], True),
+        (["run.seed=1"], ["run.seed=2"], False),
+        (["run.seed=1", "eval.num_fewshot=1"], ["run.seed=2", "eval.num_fewshot=1"], True),
+    ],
+)
+def test_what_cannot_change_the_numbers_measures_nothing(
+    first: list[str], second: list[str], asked_twice: bool, measure: Measure, asked: Asked
+) -> None:
+    before, after = measure(*first).tasks, measure(*second).tasks
+    assert after[:-1] == before
+    assert after[-1].measure != before[0].measure
+    assert len(asked) == 1 + asked_twice
+    assert asked_twice or after[-1].seconds == 0
 
 
-def test_a_seed_that_changes_nothing_measures_nothing(measure: Measure, asked: Asked) -> None:
-    measure("run.seed=1", names="small_sums")
-    content = measure("run.seed=2", names="small_sums")
-    assert [entry["settings"]["seed"] for entry in content["results"]] == [1, 2]
-    assert len(asked) == 1
-    drawn = [measure(f"run.seed={seed}", "eval.num_fewshot=1", names="small_sums") for seed in (1, 2)]
-    assert [len(content["results"]) for content in drawn] == [3, 4]
-    assert len(asked) == 3
+def test_another_batch_size_is_measured_in_its_place(measure: Measure) -> None:
+    for override, size in (("eval.batch_size=auto", "auto"), ("eval.batch_size=2", 2)):
+        (result,) = measure(override).tasks  # the name is the same
+        assert (result.batch_size, result.measure.batch_size or "auto") == (size, size)
 
 
-def test_groups_with_other_numbers_of_examples_do_not_take_turns(measure: Measure, tmp_path: Path) -> None:
-    measure("eval.num_fewshot=1", names="small_sums")
-    both = measure(names="small_sums")
-    assert measure("eval.num_fewshot=1", names="small_sums") == both
+def test_samples_of_other_numbers_of_examples_do_not_take_turns(measure: Measure, tmp_path: Path) -> None:
+    measure("eval.num_fewshot=1")
+    both = measure()
+    assert measure("eval.num_fewshot=1") == both
     samples = tmp_path / "run/eval/base.samples"
     assert sorted(path.name for path in samples.iterdir()) == ["small_sums.1-shot.jsonl", "small_sums.jsonl"]
-    first, second = Results.from_json(both).tasks
-    assert tasks.has_samples(first, samples)
     (samples / "small_sums.1-shot.jsonl").write_text("other\n")
-    assert not tasks.has_samples(first, samples)
-    assert tasks.has_samples(second, samples)
+    assert [tasks.has_samples(result, samples) for result in both.tasks] == [False, True]
 
 
-def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
-    own_tasks: Path, config_file: Path, tmp_path: Path, asked: Asked
-) -> None:
-    """Also if the evaluation is interrupted after the first; a task whose files are as they were is left alone."""
+def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(measure: Measure, tmp_path: Path) -> None:
+    full, samples = measure(), tmp_path / "run/eval/base.samples/small_sums.jsonl"
+    before = samples.read_text()
+    assert measure() == full
+    assert names(measure("eval.limit=2"))[-1] == "small_sums, limit 2"
+    assert len(samples.read_text().splitlines()) == 2
+    assert [result.measure.limit for result in measure().tasks] == [2, None]
+    assert samples.read_text() == before
+
+
+@pytest.fixture
+def folder(own_tasks: Path, tmp_path: Path) -> Path:
+    """A copy of the tasks of one's own, to be changed."""
     folder = shutil.copytree(own_tasks, tmp_path / "own")
     for path in folder.glob("*.yaml"):
         path.write_text(path.read_text().replace(str(own_tasks), str(folder)))
-    overrides = [f"eval.include_path={folder}", "eval.tasks=[sums,read]", "eval.perplexity=[]", "eval.limit=3"]
-    run = Run(load_config(str(config_file), overrides))
-    before = {one["settings"]["tasks"]: one for one in pipeline.evaluate_some(run, ["base"])["base"]["results"]}
-    assert list(pipeline.evaluate_some(run, ["base"])["base"]["results"]) == list(before.values())
+    return folder
+
+
+def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
+    measure: Measure, recorded: Callable[[], Results], folder: Path, asked: Asked
+) -> None:
+    """Also if the evaluation is interrupted after the first; a task whose files are as they were is left alone."""
+    again = lambda: measure("eval.limit=3", names="sums,read", folder=folder)  # noqa: E731
+    before = {result.measure.task: result for result in again().tasks}
+    assert again().tasks == list(before.values())
     for name, old, new in (("small_sums.jsonl", '"a": 1,', '"a": 2,'), ("large_sums.yaml", "% 2", "% 3")):
         stamp = (folder / name).stat()
         (folder / name).write_text((folder / name).read_text().replace(old, new))
@@ -179,141 +208,89 @@ def test_tasks_whose_files_changed_are_measured_again_and_in_no_mean(
 
     asked.fails_at = len(asked) + 2
     with pytest.raises(StageError):
-        pipeline.evaluate_some(run, ["base"])
-    half = json.loads((tmp_path / "run/eval/base.json").read_text())["results"]
-    assert [one["settings"]["tasks"] for one in half] == ["read", "small_sums"]
-    assert half[0] == before["read"]
-    assert half[1]["metrics"]["sources"]["digest"] != before["small_sums"]["metrics"]["sources"]["digest"]
-    assert "sums, limit 3 mean of 1 of 2 tasks" in names(sealed.parse((tmp_path / "run/eval/base.json").read_text()))
-    after = pipeline.evaluate_some(run, ["base"])["base"]["results"]
-    assert [one["settings"]["tasks"] for one in after] == ["read", "small_sums", "large_sums"]
-    hashes = [
-        [one["metrics"]["samples_hash"] for one in some]
-        for some in (after, [before[n] for n in ("read", "small_sums", "large_sums")])
-    ]
-    assert [new == old for new, old in zip(*hashes, strict=True)] == [True, False, False]
+        again()
+    read, small = recorded().tasks
+    assert read == before["read"]
+    assert (small.numbers.sources or {})["digest"] != (before["small_sums"].numbers.sources or {})["digest"]
+    assert "sums, limit 3 mean of 1 of 2 tasks" in names(recorded())
+    after = {result.measure.task: result.numbers.samples_hash for result in again().tasks}
+    assert list(after) == ["read", "small_sums", "large_sums"]
+    assert [after[task] == before[task].numbers.samples_hash for task in after] == [True, False, False]
 
 
-def test_another_rule_of_a_group_needs_no_measuring(
-    own_tasks: Path, config_file: Path, tmp_path: Path, asked: Asked
-) -> None:
-    folder = shutil.copytree(own_tasks, tmp_path / "own")
-    overrides = [f"eval.include_path={folder}", "eval.tasks=[sums]", "eval.perplexity=[]", "eval.limit=3"]
-    run = Run(load_config(str(config_file), overrides))
-    pipeline.evaluate_some(run, ["base"])
+def test_another_rule_of_a_group_needs_no_measuring(measure: Measure, folder: Path, asked: Asked) -> None:
+    measure("eval.limit=3", names="sums", folder=folder)
     (folder / "sums.yaml").write_text((folder / "sums.yaml").read_text().replace("metric: acc,", "metric: acc_norm,"))
-    harness._task_manager.cache_clear()  # another command
-    after = pipeline.evaluate_some(run, ["base"])["base"]["results"]
-    assert [list(one["metrics"]["groups"]["sums"]) for one in after] == [["acc_norm"]] * 2
+    after = measure("eval.limit=3", names="sums", folder=folder).tasks
+    assert [list(result.numbers.groups["sums"]) for result in after] == [["acc_norm"]] * 2
     assert len(asked) == 2
 
 
 def test_another_tokenizer_makes_results_stale(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = measure()
+    (before,) = measure().tasks
     monkeypatch.setattr(evaluate.checkpoint, "tokenizer_fingerprint", lambda directory: "another")
-    after = measure()
-    assert {entry["tokenizer"] for entry in after["results"]} == {"another"} != before["results"][0]["tokenizer"]
-
-
-def test_a_template_that_is_not_there(measure: Measure) -> None:
-    with pytest.raises(UserError, match=r"eval\.chat_template: this model's tokenizer has no chat template"):
-        measure("eval.chat_template=true")
+    (after,) = measure().tasks
+    assert after.tokenizer == "another" != before.tokenizer
 
 
 def test_the_mean_of_a_group_is_that_of_the_library(measure: Measure, llama: Path, own_tasks: Path) -> None:
-    content = measure()
+    family = measure(names="sums").tasks
     model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)
-    options: dict[str, Any] = {"num_fewshot": None, "batch_size": 4, "limit": None, "seed": 1}
-    whole, _ = harness.evaluate(model, tokenizer, "sums", include_path=str(own_tasks), **options)
-    assert set(whole["mean"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
-    assert group_mean(Results.from_json(content).tasks, "sums") == pytest.approx(whole["mean"], rel=1e-12)
-    sizes = [whole["tasks"][task]["samples"] for task in ("small_sums", "large_sums")]
-    assert sizes == [9, 4]  # so that the two kinds of mean differ
+    whole, _ = harness.evaluate(model, tokenizer, TaskMeasure("sums", seed=1, batch_size=4), str(own_tasks))
+    assert set(whole.mean) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert group_mean(family, "sums") == pytest.approx(whole.mean, rel=1e-12)
+    assert [scores.samples for scores in whole.tasks.values()] == [9, 4]  # so that the two kinds of mean differ
 
 
-def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(measure: Measure, tmp_path: Path) -> None:
-    samples = tmp_path / "run/eval/base.samples/small_sums.jsonl"
-    full = measure(names="small_sums")
-    assert measure(names="small_sums") == full
-    before = samples.read_text()
-    measure("eval.limit=2", names="small_sums")
-    assert len(samples.read_text().splitlines()) == 2
-    again = measure(names="small_sums")
-    assert samples.read_text() == before
-    assert [entry["settings"]["limit"] for entry in again["results"]] == [2, None]
+# --- before a run -----------------------------------------------------------------------------------------------------
 
 
-def test_another_batch_size_is_measured_and_recorded(measure: Measure) -> None:
-    def sizes(content: dict[str, Any]) -> list[tuple[Any, Any]]:
-        return [(entry["batch_size"], entry["settings"].get("batch_size")) for entry in content["results"]]
-
-    assert sizes(measure(names="small_sums")) == [("auto", None)]
-    assert sizes(measure("eval.batch_size=2", names="small_sums")) == [(2, 2)]  # in its place: the name is the same
-
-
-def test_the_number_of_examples_is_that_of_the_prompts(
-    measure: Measure, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert names(measure("eval.num_fewshot=1", "eval.limit=2", names="small_sums")) == ["small_sums 1-shot, limit 2"]
-    monkeypatch.setattr(harness, "_shots", lambda *_: 0)  # a task that insists on its own
-    content = measure("eval.num_fewshot=3", "eval.limit=4", names="small_sums")
-    assert names(content)[1:] == ["small_sums, limit 4"]
-
-
-def test_a_long_task_tells_of_its_progress(measure: Measure, capfd: Any) -> None:
-    measure(names="small_sums")
-    lines = capfd.readouterr().err.splitlines()
-    assert any(line.startswith("base: small_sums, batches of requests: ") for line in lines)
-    assert not [line for line in lines if "it/s" in line]
-
-
-def test_a_system_prompt_that_a_template_refuses(llama: Path, own_tasks: Path) -> None:
-    tokenizer = load_tokenizer(llama)
-    options = [f"eval.include_path={own_tasks}", "eval.tasks=[read]", "eval.chat_template=true"]
-    config = load_config(None, [*options, "eval.system_prompt=Add."])
-    for template in (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}",
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-    ):
-        tokenizer.chat_template = template
-        with pytest.raises(UserError, match=r"eval\.system_prompt: this model's chat template takes no system message"):
-            evaluate._check_chat(config, tokenizer, 260)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    evaluate._check_chat(config, tokenizer, 260)
+NO_SYSTEM = r"eval\.system_prompt: this model's chat template takes no system message"
 
 
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
-        ("{{ raise_exception('Not now.') }}", "fails on a question: Not now"),
-        ("{{ messages[0].content }}<|im_end|>", r"token id 260 \('<|im_end|>'\) .* beyond the model's 260 embeddings"),
+        (None, r"eval\.chat_template: this model's tokenizer has no chat template"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}", NO_SYSTEM),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", NO_SYSTEM),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            r"eval\.chat_template: .*takes longer than 1 s",
+        ),
+        ("{{ raise_exception('Not now.') }}", r"eval\.chat_template: .*fails on a question: Not now"),
+        (
+            "{{ messages[0].content }}<|im_end|>",
+            r"eval\.chat_template: token id 260 \('<\|im_end\|>'\) .* beyond the model's 260 embeddings",
+        ),
     ],
-    ids=["endless", "failing", "with a token that the model lacks"],
 )
-def test_a_template_that_no_question_can_be_put_into(
-    template: str, problem: str, llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_chat_template_is_tried_on_a_question(
+    template: str | None, problem: str | None, llama: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat, "SECONDS", 1)
-    tokenizer = load_tokenizer(llama)
+    tokenizer, skeleton = load_tokenizer(llama), blocks.Skeleton(model_config(llama))
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = template
-    config = load_config(None, [f"eval.include_path={own_tasks}", "eval.tasks=[read]", "eval.chat_template=true"])
-    with pytest.raises(UserError, match=rf"^eval\.chat_template: .*{problem}"):
-        evaluate._check_chat(config, tokenizer, 260)
+    options = [f"eval.include_path={own_tasks}", "eval.tasks=[read]", "eval.perplexity=[]", "eval.seq_len=64"]
+    config = load_config(None, [*options, "eval.chat_template=true", "eval.system_prompt=Add."])
+    if problem is None:
+        evaluate.preflight(config, skeleton, tokenizer)
+        return
+    with pytest.raises(UserError, match=f"^{problem}"):
+        evaluate.preflight(config, skeleton, tokenizer)
 
 
-def test_data_that_is_not_there_is_missed_before_a_run_starts(
-    config_file: Path, own_tasks: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    task = (own_tasks / "small_sums.yaml").read_text().replace(str(own_tasks), str(tmp_path / "nowhere"))
-    (folder / "small_sums.yaml").write_text(task)
+def test_data_that_is_not_there_is_missed_before_a_run_starts(config_file: Path, folder: Path) -> None:
+    (folder / "small_sums.jsonl").unlink()
     run = Run(load_config(str(config_file), [f"eval.include_path={folder}", "eval.tasks=[small_sums]"]))
-    with pytest.raises(StageError, match=r"lm-eval could not run small_sums: .*nowhere"):
+    with pytest.raises(StageError, match=r"lm-eval could not run small_sums: .*own/small_sums.jsonl"):
         pipeline.run_all(run)
     assert not run.directory.exists()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -323,9 +300,8 @@ def test_two_processes_give_the_numbers_of_one(
     short = tmp_path / "short.txt"
     short.write_text(text_file.read_text()[:70])  # one window for two processes
     arguments = ["eval", str(config_file), f"eval.include_path={own_tasks}", "eval.tasks=[sums, read, said, drawn]"]
-    arguments += ["eval.batch_size=2"]
-    other = make_checkpoint("llama", torch.bfloat16)
-    arguments += [f"eval.perplexity=[{text_file}, {short}]", f"eval.divergence={other}"]
+    arguments += ["eval.batch_size=2", f"eval.perplexity=[{text_file}, {short}]"]
+    arguments.append(f"eval.divergence={make_checkpoint('llama', torch.bfloat16)}")
     found = []
     for name, more in {"one": [], "ranks": [], "own": ["launch.num_processes=2"]}.items():
         place = tmp_path / name
@@ -336,9 +312,9 @@ def test_two_processes_give_the_numbers_of_one(
         content = json.loads(done.stdout)
         assert content == sealed.parse((place / "eval/base.json").read_text())
         assert not list(place.glob(".reference*"))
-        told = shlex.split(content["results"][0]["command"])
-        # processes that were started for it are told all but how to print
-        assert told == ["sppctl", *own, "--model=base", *["--json"] * (name != "own")]
+        # processes that were started for it are given everything but how to print
+        command = ["sppctl", *own, "--model=base", *["--json"] * (name != "own")]
+        assert shlex.split(content["results"][0]["command"]) == command
         files = {path.name: path.read_text() for path in sorted((place / "eval/base.samples").iterdir())}
         found.append(([(entry["settings"], entry["metrics"]) for entry in content["results"]], files))
     assert found[0] == found[1] == found[2]

@@ -9,7 +9,7 @@ import pytest
 from made_up_runs import study_of, task, text, with_measure, with_numbers
 
 from sppctl.evaluate.results import AnyResult, TaskNumbers, TaskScores
-from sppctl.evaluate.values import Kind, Metric, Value, distinguish, is_part, quantity_of, values_of
+from sppctl.evaluate.values import Kind, Metric, Value, distinguish, title_of, values_of
 
 
 def labels(*results: AnyResult) -> list[str]:
@@ -64,7 +64,7 @@ def test_a_name_says_what_was_measured_and_what_limits_it(result: AnyResult, nam
 def test_the_count_of_examples_is_that_of_the_prompts() -> None:
     asked_for_three = with_measure(task(0.5, shots=0), num_fewshot=3)
     assert labels(asked_for_three) == ["rte"]
-    assert quantity_of(asked_for_three.measure).label == "rte 3-shot"  # before it is measured
+    assert title_of(asked_for_three.measure) == "rte 3-shot"  # before it is measured
 
 
 def test_a_group_has_its_mean_and_its_tasks() -> None:
@@ -73,7 +73,7 @@ def test_a_group_has_its_mean_and_its_tasks() -> None:
         *("both, limit 10 mean", "a (both, limit 10)", "b (both, limit 10)"),
     ]
     assert [value.number for value in values] == [0.625, 0.5, 0.75]
-    assert [is_part(value.quantity) for value in values] == [False, True, True]
+    assert [value.quantity.part is not None for value in values] == [False, True, True]
     assert [(one.quantity.scope, one.quantity.name) for one in values[:2]] == [
         *(("both, limit 10", "mean"), ("both, limit 10", "a")),
     ]
