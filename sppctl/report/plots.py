@@ -41,7 +41,6 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sppctl",  # otherwise the identifiers inside the file are random
 }
-
 WIDTH = 7.0  # inches: a page's text
 
 Points = dict[int, list[LayerRecord]]  # block index -> its layers of one module type
@@ -49,9 +48,7 @@ Points = dict[int, list[LayerRecord]]  # block index -> its layers of one module
 
 def error_measure(layers: list[LayerRecord]) -> str:
     """The field of the error that all layers have: that of their weights, where pruning needed no inputs."""
-    if any(layer.relative_output_error is None for layer in layers):
-        return "relative_weight_error"
-    return "relative_output_error"
+    return f"relative_{'weight' if any(layer.relative_output_error is None for layer in layers) else 'output'}_error"
 
 
 def by_type(layers: list[LayerRecord]) -> dict[str, Points]:
@@ -109,7 +106,7 @@ def draw(layers: list[LayerRecord]) -> Figure:
     figure, ((above,), (below,)) = panels(4.8, 2, sharex=True, height_ratios=(3, 1))
     errors, sparsities = ([_means(points, key) for points in types.values()] for key in (error, "sparsity"))
     lines = _lines(above, errors)
-    whole = "output" if error == "relative_output_error" else "weight"
+    whole = error.split("_")[1]
     above.set_ylabel(f"relative {whole} error\n(share of the {whole} norm)")
     drawn = [value for values in errors for value in values.values()]
     if min(drawn) < max(drawn) / 2:  # an axis from zero hides differences of what is close together

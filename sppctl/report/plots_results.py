@@ -10,6 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from sppctl.evaluate.values import Kind, Quantity
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# fill and hatch of a bar: the fills differ in lightness, the hatches on paper
-BARS = {"base": ("#ffffff", ""), "pruned": ("#E69F00", "///"), "adapter": ("#56B4E9", "..."), "merged": ("#0072B2", "")}
+# fill, hatch and marker of a checkpoint: the fills differ in lightness, the hatches on paper
+LOOKS = {
+    "base": ("#ffffff", "", "s"),
+    "pruned": ("#E69F00", "///", "v"),
+    "adapter": ("#56B4E9", "...", "D"),
+    "merged": ("#0072B2", "", "o"),
+}
 FURTHER = (("#CC79A7", "xxx"), ("#009E73", "---"), ("#D55E00", "\\\\\\"))
-MARKS = {"base": "s", "pruned": "v", "adapter": "D", "merged": "o"}
 FURTHER_MARKS = "^P*X<>phd8"  # ten, and three fills: thirty that differ
 LOG_FROM = 15  # largest by smallest perplexity from which bars of a linear axis would vanish
 CURVES = {"training": "loss", "validation": "eval_loss", "perplexity": "perplexity"}  # by their keys in the history
 
-Look = tuple[str, str]
+Look = tuple[str, str, str]
 
 
 def element(make: Callable[[], Figure], title: str) -> str:
@@ -107,7 +112,7 @@ def _horizontal(
 ) -> None:
     """Bars with these numbers beside them; no whisker where the error is 0."""
     shapes = axes.barh(range(len(values)), values, height=0.66, edgecolor="black", linewidth=0.8)
-    for bar, (fill, hatch) in zip(shapes, looks, strict=True):
+    for bar, (fill, hatch, _) in zip(shapes, looks, strict=True):
         bar.set(facecolor=fill, hatch=hatch)
     for at, (value, error, text) in enumerate(zip(values, errors, texts, strict=True)):
         if error:
@@ -121,8 +126,9 @@ def _horizontal(
 
 
 def _looks(rows: Sequence[Row]) -> dict[str, Look]:
-    others = dict.fromkeys(row.checkpoint for row in rows if row.checkpoint not in BARS)
-    return BARS | {label: FURTHER[index % len(FURTHER)] for index, label in enumerate(others)}
+    others = dict.fromkeys(row.checkpoint for row in rows if row.checkpoint not in LOOKS)
+    further = zip(others, cycle(FURTHER), cycle(FURTHER_MARKS), strict=False)
+    return LOOKS | {label: (*fill_and_hatch, mark) for label, fill_and_hatch, mark in further}
 
 
 def _row_names(rows: Sequence[Row]) -> list[str]:
@@ -154,19 +160,17 @@ def dots(rows: Sequence[Row]) -> Figure:
     height = (0.3 + 0.08 * max(0, len(rows) - 3)) * len(drawn) + 0.8
     figure, ((axes,),) = panels(height)
     looks = _looks(rows)
-    others = [row.checkpoint for row in rows if row.checkpoint not in MARKS]
-    marks = MARKS | {label: FURTHER_MARKS[index % len(FURTHER_MARKS)] for index, label in enumerate(others)}
     step = min(0.16, 0.6 / len(rows))  # the markers of a task stand one below the other, so that all whiskers show
     for index, row in enumerate(rows):
         shift = step * (index - (len(rows) - 1) / 2)
         points = [(at + shift, *point[1:]) for at, one in enumerate(drawn) for point in _points([row], one)]
         if points:
             heights, shares, errors = zip(*points, strict=True)
-            fill, _ = looks[row.checkpoint]
+            fill, _, mark = looks[row.checkpoint]
             style: dict[str, Any] = {"color": fill, "markeredgecolor": "black", "markeredgewidth": 0.8, "markersize": 6}
             style |= {"ecolor": "black", "elinewidth": 0.8, "label": textwrap.fill(row.checkpoint, 70)}
             percent = [[100 * number for number in numbers] for numbers in (shares, errors)]
-            axes.errorbar(percent[0], heights, xerr=percent[1], fmt=marks[row.checkpoint], **style)
+            axes.errorbar(percent[0], heights, xerr=percent[1], fmt=mark, **style)
     axes.set_yticks(range(len(drawn)), [quantity.label for quantity in drawn])
     axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.grid(axis="x")
@@ -253,7 +257,7 @@ def costs(drawn: dict[str, dict[str, float]]) -> Figure:
     for axes, (unit, values) in zip(grid[0], drawn.items(), strict=True):
         texts = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in values.values()]
         count = len(values)
-        _horizontal(axes, list(values), list(values.values()), [("#999999", "")] * count, texts, [0.0] * count)
+        _horizontal(axes, list(values), list(values.values()), [("#999999", "", "")] * count, texts, [0.0] * count)
         axes.set_xlim(0, 1.25 * max(values.values()))
         axes.set_xlabel(unit)
     return figure

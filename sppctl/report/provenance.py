@@ -9,7 +9,7 @@ from sppctl.evaluate.results import Result, TaskResult, TextNumbers
 from sppctl.evaluate.values import SHOWN, families, family_title, text_quantity
 from sppctl.records import Calibration, MergeRecord, PruneRecord, TrainRecord
 from sppctl.report.study import RunStudy
-from sppctl.report.tables import NOTHING, Table, columns_of
+from sppctl.report.tables import NOTHING, Column, Table, columns_of
 
 
 def tables(run: RunStudy) -> list[Table]:
@@ -53,13 +53,13 @@ def commands(run: RunStudy) -> list[str]:
 
 def stage_table(run: RunStudy) -> Table:
     """When, on what and with which seed every stage ran, how long, and with how much memory."""
-    columns = columns_of("stage", "finished", kind="text") + columns_of("seconds", "peak memory, MB", "seed")
+    columns = columns_of("<stage", "<finished", "seconds", "peak memory, MB", "seed", "<hardware")
     lines = []
     for stage, record in run.stages.items():
         memory = ", ".join(f"{size:.0f} {name}" for name, size in record.peak_memory_mb.items()) or NOTHING
-        seconds, seed = f"{record.wall_time_s:.0f}", str(record.seed)
-        lines.append([stage, record.created, seconds, memory, seed, record.hardware])
-    return Table(columns + columns_of("hardware", kind="text"), lines, "Stages")
+        numbers = (f"{record.wall_time_s:.0f}", memory, str(record.seed))
+        lines.append([stage, record.created, *numbers, record.hardware])
+    return Table(columns, lines, "Stages")
 
 
 def version_table(run: RunStudy) -> Table:
@@ -77,9 +77,7 @@ def version_table(run: RunStudy) -> Table:
         titles.setdefault(frozenset(versions.items()), []).append(title)
     names = dict.fromkeys(name for versions in columns.values() for name in versions)
     lines = [[name, *(dict(versions).get(name, NOTHING) for versions in titles)] for name in names]
-    return Table(
-        [*columns_of("package", kind="text"), *columns_of(*map(", ".join, titles.values()))], lines, "Versions"
-    )
+    return Table([*columns_of("<package"), *(Column(", ".join(each)) for each in titles.values())], lines, "Versions")
 
 
 def fingerprint_table(run: RunStudy) -> Table:
@@ -99,29 +97,26 @@ def fingerprint_table(run: RunStudy) -> Table:
         for text in content.texts:
             if text.numbers.documents_hash is not None:
                 lines.append([f"eval {label}", f"text of {text_quantity(text).label}", text.numbers.documents_hash])
-    return Table(columns_of("stage", "what", "value", kind="text"), lines, "Fingerprints")
+    return Table(columns_of("<stage", "<what", "<value"), lines, "Fingerprints")
 
 
 def evaluation_table(run: RunStudy) -> Table:
     """On how much every number rests, with which few-shot count and task version, and how long it took."""
-    columns = columns_of("weights", "text or tasks", "measured on", "dtype", "device", kind="text") + columns_of(
-        "seconds"
-    )
+    columns = columns_of("<weights", "<text or tasks", "<measured on", "<dtype", "<device", "seconds")
     lines = []
     for label, content in run.checkpoints.items():
-        measured: list[tuple[str, str, Sequence[Result]]] = []
-        measured += [(text_quantity(text).label, _windows(text.numbers), [text]) for text in content.texts]
-        measured += [(family_title(family), _samples(family), family) for family in families(content.tasks)]
+        measured: list[tuple[str, str, Sequence[Result]]] = [
+            *((text_quantity(text).label, _windows(text.numbers), [text]) for text in content.texts),
+            *((family_title(family), _samples(family), family) for family in families(content.tasks)),
+        ]
         for name, extent, results in measured:
-            dtypes = dict.fromkeys(result.dtype for result in results if result.dtype is not None)
-            devices = dict.fromkeys(result.device for result in results if result.device is not None)
-            seconds = sum(result.seconds for result in results)
             made = [
-                ", ".join(dtypes) or NOTHING,
-                ", ".join(devices) or NOTHING,
-                f"{seconds:.1f}" if seconds else NOTHING,
+                ", ".join(dict.fromkeys(getattr(result, key) for result in results if getattr(result, key) is not None))
+                for key in ("dtype", "device")
             ]
-            lines.append([label, name, extent, *made])
+            seconds = sum(result.seconds for result in results)
+            made.append(f"{seconds:.1f}" if seconds else "")
+            lines.append([label, name, extent, *(text or NOTHING for text in made)])
     return Table(columns, lines, "Evaluations")
 
 

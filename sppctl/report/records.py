@@ -15,8 +15,8 @@ from sppctl.evaluate.results import REMEDY, Results
 from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.records import StageRecord
 
-ORDER = ("base", "pruned", "adapter", "merged")
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
+ORDER = ("base", *STAGES)
 SPARSITY = ("sparsity", "patterns", "sparse_matrices", "bytes")
 # what is wrong with a stage whose input of this name has since been replaced
 OUTDATED = {
@@ -43,9 +43,8 @@ def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str
         if path.is_file():
             stages[stage] = stage_records.read(path, stage)
     results = {}
-    for path in sorted(
-        (run_dir / "eval").glob("*.json"), key=lambda path: ((*ORDER, path.stem).index(path.stem), path)
-    ):
+    paths = sorted((run_dir / "eval").glob("*.json"))
+    for path in sorted(paths, key=lambda path: (*ORDER, path.stem).index(path.stem)):
         loaded = Results.load(path)
         assert loaded is not None
         for key in SPARSITY:
@@ -98,10 +97,8 @@ def _leave_out_results(run_dir: Path, stages: dict[str, Record], results: dict[s
 
 def _fingerprints(stages: dict[str, Record]) -> dict[str, str | None]:
     """Of the dense model that was pruned, and of what each stage made; None where a stage is missing."""
-    base = stages["prune"].inputs.get("base") if "prune" in stages else None
-    return {"base": base} | {
-        folder: stages[stage].output if stage in stages else None for folder, stage in STAGES.items()
-    }
+    held = {folder: stages[stage].output if stage in stages else None for folder, stage in STAGES.items()}
+    return held | {"base": stages["prune"].inputs.get("base") if "prune" in stages else None}
 
 
 def _differ(one: str | None, other: str | None) -> bool:

@@ -65,10 +65,10 @@ class Row:
 
 def gap_recovered(kind: Kind, base: float, pruned: float, value: float) -> float | None:
     """(value - pruned) / (base - pruned), of logarithms for perplexities; None where pruning did no harm."""
-    if kind not in (Kind.PERPLEXITY, Kind.ACCURACY):
-        return None
     if kind == Kind.PERPLEXITY:
         base, pruned, value = -math.log(base), -math.log(pruned), -math.log(value)
+    elif kind != Kind.ACCURACY:
+        return None
     return (value - pruned) / (base - pruned) if base > pruned else None
 
 
@@ -121,12 +121,12 @@ class RunStudy:
         settings: Json = {}
         for record in stages.values():
             settings |= record.settings
-        config, resolved = None, run_dir / "resolved.yaml"
+        config = None
         if settings:
             seed = settings.pop("seed", None)
             config = dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)
-        elif resolved.is_file():
-            config = read_text(resolved)
+        elif (run_dir / "resolved.yaml").is_file():
+            config = read_text(run_dir / "resolved.yaml")
         comparisons = _within(checkpoints, samples)
         return cls(str(run_dir), config, stages, checkpoints, comparisons, notes, samples.get("merged", {}))
 
@@ -143,12 +143,8 @@ class RunStudy:
     @cached_property
     def notes(self) -> list[str]:
         """What is left out, and what cannot be compared."""
-        of_pairs = [
-            f"{pair.first} and {pair.second}, {entry.name}: {entry.note}"
-            for pair in self.comparisons
-            for entry in pair.entries
-            if entry.note
-        ]
+        pairs = [(f"{pair.first} and {pair.second}", entry) for pair in self.comparisons for entry in pair.entries]
+        of_pairs = [f"{names}, {entry.name}: {entry.note}" for names, entry in pairs if entry.note]
         return [*self.left_out, *self._values[1], *of_pairs]
 
     @cached_property
@@ -171,14 +167,13 @@ class RunStudy:
                 self.stages[stage].metrics if stage in self.stages and label in labels else None
                 for stage, labels in MADE_BY.items()
             )
+            is_changed = merge is not None and not merge.pattern_unchanged
             sparsity = self.checkpoints[label].sparsity
             row = Row(
                 run=self.directory,
                 checkpoint=label,
                 method=prune and prune.method,
-                pattern=prune.pattern
-                if prune is not None and (merge is None or merge.pattern_unchanged)
-                else pattern_text(sparsity),
+                pattern=pattern_text(sparsity) if is_changed or prune is None else prune.pattern,
                 training=train and train.method,
                 seed=self.seed,
                 fingerprint=self.checkpoints[label].fingerprint,

@@ -62,9 +62,10 @@ class Table:
         return [(name, len(list(own))) for name, own in groupby(groups)] if any(groups) else []
 
 
-def columns_of(*names: str, kind: str = "number") -> list[Column]:
-    """Columns of one kind."""
-    return [Column(name, kind=kind) for name in names]
+def columns_of(*heads: str) -> list[Column]:
+    """Columns of numbers; of text where the head begins with ``<``, of code where it begins with a backquote."""
+    kinds = {"<": "text", "`": "code"}
+    return [Column(head.lstrip("<`"), kind=kinds.get(head[0], "number")) for head in heads]
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def table(rows: Sequence[Row]) -> Table:
     measured = quantities(rows)
     parts = frozenset(at for at, quantity in enumerate(measured, len(lines)) if quantity.part is not None)
     lines += [[quantity.label, *(_value(row, quantity, with_norm=True) for row in rows)] for quantity in measured]
-    return Table([*columns_of("", kind="text"), *columns_of(*(row.checkpoint for row in rows))], lines, parts=parts)
+    return Table([Column("", kind="text"), *(Column(row.checkpoint) for row in rows)], lines, parts=parts)
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:
@@ -94,7 +95,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     for quantity in quantities(row for _, row, _ in columns):
         cells = [write(row, quantity) for _, row, write in columns]
         lines += [[quantity.label, *cells]] if set(cells) != {NOTHING} else []
-    return Table(columns_of("measure", kind="text") + columns_of(*(head for head, _, _ in columns)), lines)
+    return Table([*columns_of("<measure"), *(Column(head) for head, _, _ in columns)], lines)
 
 
 def note_on_differences(rows: Iterable[Row]) -> str:
@@ -108,9 +109,8 @@ def type_table(layers: list[LayerRecord]) -> Table:
     key = plots.error_measure(layers)
     error = key.replace("_", " ")
     damped = any(layer.damp is not None for layer in layers)
-    columns = [Column("module type", kind="code")]
-    columns += columns_of("matrices", "mean sparsity", f"mean {error}", "worst")
-    columns += [Column("worst layer", kind="code"), *columns_of(*["damping"] * damped, "seconds")]
+    columns = columns_of("`module type", "matrices", "mean sparsity", f"mean {error}", "worst", "`worst layer")
+    columns += columns_of(*["damping"] * damped, "seconds")
     lines = []
     for name, points in plots.by_type(layers).items():
         own = [layer for block in points.values() for layer in block]
@@ -126,8 +126,7 @@ def type_table(layers: list[LayerRecord]) -> Table:
 
 def significance_table(comparisons: Iterable[Comparison]) -> Table:
     """Differences on the same samples with their intervals; of losses in nats per token."""
-    columns = columns_of("comparison", "measure", kind="text") + columns_of("samples", "first", "second", "difference")
-    columns += [*columns_of("95 % interval", kind="text"), *columns_of("p")]
+    columns = columns_of("<comparison", "<measure", "samples", "first", "second", "difference", "<95 % interval", "p")
     lines = []
     for entry, names in _named(comparisons):
         paired, is_share = entry.paired, entry.measure == "acc"
@@ -143,7 +142,7 @@ def significance_table(comparisons: Iterable[Comparison]) -> Table:
 
 def flip_table(comparisons: Iterable[Comparison]) -> Table:
     """Answers that differ between two checkpoints, and what became of them."""
-    columns = columns_of("comparison", "measure", kind="text") + columns_of("answers", "flipped")
+    columns = columns_of("<comparison", "<measure", "answers", "flipped")
     columns += columns_of("correct to wrong", "wrong to correct", "wrong to wrong")
     lines = []
     for entry, names in _named(comparisons):
@@ -167,7 +166,7 @@ Part = tuple[list[Column], list[list[str]]]  # columns of a table, and their cel
 def over_runs(rows: Sequence[Row], *parts: Callable[[Sequence[Row]], Part]) -> Table:
     """The paper's shape: a row per checkpoint, how it was made, and then such parts as :func:`values`."""
     names = places(row.run for row in rows)
-    columns = columns_of("run", kind="text") if len(names) > 1 else []
+    columns = columns_of("<run") if len(names) > 1 else []
     lines = [[names[row.run]] if len(names) > 1 else [] for row in rows]
     for part in (_made, *parts):
         more, cells = part(rows)
@@ -219,7 +218,7 @@ def _made(rows: Sequence[Row]) -> Part:
     """How checkpoints were made, with the settings in which they differ."""
     texts = {key for row in rows for key, value in row.settings.items() if isinstance(value, str)}
     keys = short_names(rows)
-    columns = columns_of("checkpoint", "method", "pattern", "training", kind="text")
+    columns = columns_of("<checkpoint", "<method", "<pattern", "<training")
     columns += [Column(name, kind="text" if key in texts else "number") for key, name in keys.items()]
     made = [[row.checkpoint, row.method or NOTHING, row.pattern or NOTHING, row.training or NOTHING] for row in rows]
     settings = [[str(row.settings.get(key, NOTHING)) for key in keys] for row in rows]
@@ -276,12 +275,11 @@ def long_table(rows: Sequence[Row]) -> Table:
     numbers = ("measure", "kind", "value", "stderr", "acc_norm", "difference_to_base", "gap_recovered")
     lines: list[list[Any]] = []
     for row in rows:
-        own = [row.run, row.checkpoint, row.method, row.pattern, row.training, row.seed, row.sparsity["sparsity"]]
-        own += [row.sparsity["bytes"], row.fingerprint]
-        settings = [row.settings.get(key) for key in keys]
+        known = vars(row) | row.sparsity  # whose own sparsity is the number
+        own, settings = [known[key] for key in about], [row.settings.get(key) for key in keys]
         for one, value in row.values.items():
             named = [one.label, one.metric.kind.value, value.number, value.stderr, value.norm]
             lines.append([*own, *named, row.difference.get(one), row.recovered.get(one), *settings])
         if not row.values:
             lines.append([*own, *[None] * len(numbers), *settings])
-    return Table(columns_of(*about, *numbers, *keys, kind="text"), lines)
+    return Table([Column(head) for head in (*about, *numbers, *keys)], lines)
