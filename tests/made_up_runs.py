@@ -82,9 +82,8 @@ def results_of(label: str, results: list[AnyResult], sparsity: dict[str, Any] = 
 def study_of(seed: int | None = 0, stages: dict[str, Any] | None = None, **results: list[AnyResult]) -> RunStudy:
     """A run with these results by label of the checkpoint; all but base are sparse."""
     records = {} if seed is None else {"merge": stage_of("merge", seed=seed, wall_time_s=3.0)}
-    checkpoints = {
-        label: results_of(label, own, DENSE if label == "base" else SPARSE) for label, own in results.items()
-    }
+    sparsity = {label: DENSE if label == "base" else SPARSE for label in results}
+    checkpoints = {label: results_of(label, own, sparsity[label]) for label, own in results.items()}
     return RunStudy("runs/mine", None, records if stages is None else stages, checkpoints)
 
 
@@ -181,11 +180,11 @@ def sample(name: str, acc: int | None, chosen: int | None = None) -> dict[str, A
 
 
 def _samples(hardness: list[float], accuracy: float, chance: random.Random) -> list[dict[str, Any]]:
-    found = []
+    samples = []
     for number, hard in enumerate(hardness):
         right = int(hard + 0.2 * (chance.random() - 0.5) < accuracy)
-        found.append(sample(f"hash{number}", right, 1 if right else chance.choice([0, 2, 3])) | {"doc": number})
-    return found
+        samples.append(sample(f"hash{number}", right, 1 if right else chance.choice([0, 2, 3])) | {"doc": number})
+    return samples
 
 
 def _text(label: str, windows: list[float], chance: random.Random) -> TextResult:
@@ -208,11 +207,8 @@ def layer(name: str, error: float | None = 0.25, damp: float | None = None, spar
 def _stages(
     directory: Path, method: str, pattern: str, training: str, seed: int, chance: random.Random
 ) -> dict[str, StageRecord[Any]]:
-    layers = [
-        layer(f"{block}.{name}", 0.1 + 0.02 * at + 0.1 * chance.random())
-        for block in range(12)
-        for at, name in enumerate(PROJECTIONS)
-    ]
+    names = [(block, at, name) for block in range(12) for at, name in enumerate(PROJECTIONS)]
+    layers = [layer(f"{block}.{name}", 0.1 + 0.02 * at + 0.1 * chance.random()) for block, at, name in names]
     hashes = {"documents_hash": "c" * 16, "windows_hash": "d" * 16}
     pruned = {"method": method, "pattern": pattern, "matrices": len(layers), "mean_relative_output_error": 0.223}
     pruned |= {"layers": layers, "calibration": blank(Calibration, dataset="c4", samples=128, seq_len=2048, **hashes)}

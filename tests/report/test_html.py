@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import json
@@ -8,6 +7,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from made_up_runs import stage_of, study_of, task, text, write_run
 
-from sppctl.evaluate.results import TextResult
 from sppctl.report import plots_results
 from sppctl.report.document import chapter
 from sppctl.report.html import to_html
@@ -24,6 +23,7 @@ from sppctl.run import pipeline
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
+PAGES = pytest.mark.parametrize("name", ["report.html", "one/report.html"])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ class Checked(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
+        self.handle_startendtag(tag, attrs)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -60,7 +60,7 @@ class Checked(HTMLParser):
 # --- the page as text -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
+@PAGES
 def test_the_page_is_whole_and_refers_to_nothing_outside(runs: Path, name: str) -> None:
     text = (runs / name).read_text()
     tags = Checked(text).tags
@@ -75,8 +75,10 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(runs: Path, name: str) 
     assert "@import" not in text
     identities = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(identities) == len(set(identities))
-    wanted = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    assert wanted <= set(identities)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(identities)
+    levels = [int(level) for level in re.findall(r"<h(\d)", text)]
+    assert levels[0] == 1
+    assert all(later <= before + 1 for before, later in itertools.pairwise(levels))  # none is skipped
 
 
 @pytest.mark.parametrize(("name", "figures"), [("one/report.html", 5), ("report.html", 1 + 2 * 5)])
@@ -91,49 +93,31 @@ def test_every_figure_is_well_formed_and_has_a_size_and_a_name(runs: Path, name:
         assert not list(element.iter("{http://www.w3.org/2000/svg}text"))  # letters are paths
 
 
-def test_signs_of_html_are_text(runs: Path) -> None:
-    text = (runs / "one/report.html").read_text()
-    assert "# &lt;b&gt; &amp; other signs" in text
-    assert "<b>" not in text
-
-
 def test_the_page_says_what_was_measured_and_how_it_was_made(runs: Path) -> None:
     text = (runs / "one/report.html").read_text()
-    for words in (
-        "Paired bootstrap",
-        "Flipped answers",
-        "sppctl train run.dir=one",
-        "0123456789abcdef",
-        "55.97",
-        "+46.40",
-    ):
-        assert words in text
-    assert "<details><summary>Configuration" in text
+    one = RunStudy.of(runs / "one")
+    assert to_html(chapter(one)) == to_html(chapter(one)) == text
+    facts = ("Paired bootstrap", "Flipped answers", "sppctl train run.dir=one", "0123456789abcdef", "55.97", "+46.40")
+    assert all(fact in text for fact in (*facts, "<details><summary>Configuration", "# &lt;b&gt; &amp; other signs"))
+    assert "<b>" not in text
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings[:4] == ["Results", "Distance to the dense model", "On the same samples", "Flipped answers"]
     assert headings[4:] == ["Training", "Pruning", "Time and size", "How it was made"]
 
 
-@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
-def test_headings_skip_no_level(runs: Path, name: str) -> None:
-    levels = [int(level) for level in re.findall(r"<h(\d)", (runs / name).read_text())]
-    assert levels[0] == 1
-    assert all(later <= before + 1 for before, later in itertools.pairwise(levels))
-
-
-def test_the_same_records_give_the_same_page(runs: Path) -> None:
-    one = RunStudy.of(runs / "one")
-    assert to_html(chapter(one)) == to_html(chapter(one)) == (runs / "one/report.html").read_text()
-
-
-@pytest.mark.parametrize("gone", [["eval"], ["adapter", "merged"], ["pruned"], ["eval", "adapter", "merged"]])
-def test_a_page_of_a_run_in_parts(gone: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "gone", ["eval", "adapter merged", "pruned", "eval adapter merged", "eval/base.json", "adapter"]
+)
+def test_a_run_in_parts_has_a_report(gone: str, tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
-    for name in gone:
-        shutil.rmtree(one / name)
-    page = to_html(chapter(RunStudy.of(one)))
+    (one / "resolved.yaml").unlink()
+    for path in (one / name for name in gone.split()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    pipeline.report([one])
+    page = (one / "report.html").read_text()
     Checked(page)
-    assert ("No checkpoint of this run has been measured yet" in page) == ("eval" in gone)
+    assert "None" not in page + (one / "report.md").read_text()
+    assert ("No checkpoint of this run has been measured yet" in page) == (gone.split()[0] == "eval")
     assert ("<h2>Training</h2>" in page) == ("adapter" not in gone)
     assert ("<h2>Pruning</h2>" in page) == ("pruned" not in gone)
 
@@ -154,6 +138,10 @@ def written(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
+def bars(**perplexities: float) -> Any:
+    return plots_results.bars(study_of(**{label: [text(value)] for label, value in perplexities.items()}).rows).axes[0]
+
+
 def test_a_bar_for_each_perplexity_with_its_number(rows: list[Row]) -> None:
     perplexity, divergence = plots_results.bars(rows).axes
     assert names(perplexity) == ["base", "pruned", "merged"]
@@ -164,34 +152,25 @@ def test_a_bar_for_each_perplexity_with_its_number(rows: list[Row]) -> None:
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in perplexity.patches}) == 3
 
 
-def compared(value: float, kl: float | None = None) -> list[TextResult]:
-    return [text(value, kl=kl, top1_agreement=0.5)]
-
-
-def test_perplexities_far_apart_have_a_logarithmic_axis_that_says_so() -> None:
-    axes = plots_results.bars(study_of(base=compared(9.0), pruned=compared(9000.0)).rows).axes[0]
+def test_perplexities_far_apart_have_a_logarithmic_axis_and_infinite_ones_are_not_drawn() -> None:
+    axes = bars(base=9.0, pruned=9000.0)
     assert axes.get_xscale() == "log"
     assert axes.get_xlabel() == "perplexity, lower is better, logarithmic axis"
-
-
-def test_a_perplexity_that_is_infinite_is_not_drawn() -> None:
-    found = study_of(base=compared(9.0), pruned=compared(float("inf")), merged=compared(10.0))
-    assert names(plots_results.bars(found.rows).axes[0]) == ["base", "merged"]
+    assert names(bars(base=9.0, pruned=float("inf"), merged=10.0)) == ["base", "merged"]
 
 
 @pytest.mark.parametrize(
     ("values", "numbers"), [((1.8, 0.52), ["1.80", "0.52"]), ((1.8, 0.00123), ["1.8000", "0.0012"])]
 )
 def test_divergences_of_a_panel_have_equal_decimals(values: tuple[float, float], numbers: list[str]) -> None:
-    found = study_of(pruned=compared(9.0, values[0]), merged=compared(9.0, values[1]))
-    axes = plots_results.bars(found.rows).axes[1]
+    pruned, merged = ([text(9.0, kl=value, top1_agreement=0.5)] for value in values)
+    axes = plots_results.bars(study_of(pruned=pruned, merged=merged).rows).axes[1]
     assert written(axes) == numbers
     assert axes.get_xlabel() == "nats per token, lower is better"
 
 
 def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
-    found = Study.of([runs / "one", runs / "two"])
-    assert names(plots_results.bars(found.rows).axes[0]) == [
+    assert names(plots_results.bars(Study.of([runs / "one", runs / "two"]).rows).axes[0]) == [
         "base dense (one)",
         "pruned wanda 2:4 seed 0",
         "merged wanda 2:4 spp seed 0",
@@ -204,23 +183,21 @@ def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
 def test_long_titles_and_labels_stay_inside(rows: list[Row]) -> None:
     name = "/a/long/way/to/the/text/that/was/read.txt"
     own = {row.checkpoint: [text(5.0, name=name, kl=0.5)] for row in rows}
-    other = study_of(1, **own)
-    figure = plots_results.bars(Study([study_of(**own), dataclasses.replace(other, directory="runs/other")]).rows)
+    figure = plots_results.bars(Study([study_of(**own), replace(study_of(1, **own), directory="runs/other")]).rows)
     figure.savefig(io.BytesIO())
     for axes in figure.axes:
         assert axes.get_title(loc="left").replace("\n", "").replace(" ", "").count("/a/long/way") == 1
         assert axes._left_title.get_window_extent().x1 <= figure.bbox.width  # type: ignore[attr-defined]
 
 
-def many(rows: list[Row], labels: list[str]) -> list[Row]:
+def many(rows: list[Row], number: int) -> list[Row]:
     """The rows of a run beside further checkpoints."""
-    return [*rows, *(dataclasses.replace(rows[-1], checkpoint=label) for label in labels)]
+    return [*rows, *(replace(rows[-1], checkpoint=f"a-checkpoint-from-elsewhere-{index}") for index in range(number))]
 
 
 @pytest.mark.parametrize("number", [0, 2, 6, 20])
 def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(rows: list[Row], number: int) -> None:
-    found = many(rows, [f"a-checkpoint-from-elsewhere-{index}" for index in range(number)])
-    figure = plots_results.dots(found)
+    figure = plots_results.dots(many(rows, number))
     figure.savefig(io.BytesIO())  # lays it out
     (legend,) = figure.legends
     box = legend.get_window_extent()
@@ -228,7 +205,7 @@ def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(ro
     assert box.y1 <= figure.bbox.height
     markers = [container[0] for container in figure.axes[0].containers]
     looks = {(line.get_marker(), line.get_color()) for line in markers}  # type: ignore[union-attr]
-    assert len(looks) == len(found) == len(legend.get_texts()) == 3 + number
+    assert len(looks) == len(legend.get_texts()) == 3 + number
 
 
 def test_whiskers_of_accuracies_are_their_standard_errors() -> None:
@@ -239,8 +216,7 @@ def test_whiskers_of_accuracies_are_their_standard_errors() -> None:
 
 
 def test_bars_fill_their_panel_however_many_there_are(rows: list[Row]) -> None:
-    axes = plots_results.bars(many(rows, [str(index) for index in range(40)])).axes[0]
-    assert axes.get_ylim() == pytest.approx((43 - 0.4, -0.6))
+    assert plots_results.bars(many(rows, 40)).axes[0].get_ylim() == pytest.approx((43 - 0.4, -0.6))
 
 
 def curves(history: list[dict[str, Any]], steps: int, last: float | None) -> dict[str, list[tuple[int, float]]]:
@@ -249,8 +225,9 @@ def curves(history: list[dict[str, Any]], steps: int, last: float | None) -> dic
 
 
 def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:
-    history = [{"loss": 4.6 - 0.06 * step, "step": step} for step in range(1, 36)]
-    figure = plots_results.losses(curves(history, 37, 2.51))
+    figure = plots_results.losses(
+        curves([{"loss": 4.6 - 0.06 * step, "step": step} for step in range(1, 36)], 37, 2.51)
+    )
     figure.savefig(io.BytesIO())
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
@@ -259,18 +236,13 @@ def test_the_numbers_at_the_ends_of_losses_stand_clear_of_the_axis() -> None:
 
 
 def test_losses_of_a_training() -> None:
-    history: list[dict[str, Any]] = [{"loss": 3.0, "step": 1}, {"loss": 2.0, "step": 5}, {"eval_loss": 2.5, "step": 5}]
-    drawn = curves(history, 10, 2.25)
+    drawn = curves([{"loss": 3.0, "step": 1}, {"loss": 2.0, "step": 5}, {"eval_loss": 2.5, "step": 5}], 10, 2.25)
     assert drawn == {"training": [(1, 3.0), (5, 2.0)], "validation": [(5, 2.5), (10, 2.25)]}
     (axes,) = plots_results.losses(drawn).axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[1, 5], [5, 10]]
-    assert [text.get_text() for text in axes.texts] == ["2.000", "2.250"]
+    assert written(axes) == ["2.000", "2.250"]
     assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
-
-
-def test_a_training_that_logged_nothing_has_no_figure() -> None:
-    assert curves([], 10, None) == {}
-    assert curves([], 10, 2.5) == {"validation": [(10, 2.5)]}
+    assert (curves([], 10, None), curves([], 10, 2.5)) == ({}, {"validation": [(10, 2.5)]})
 
 
 def test_perplexities_of_a_training_are_a_panel_of_their_own() -> None:
@@ -293,28 +265,17 @@ def opened(path: Path, folder: Path) -> tuple[list[str], set[str], bytes]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     events = [event.get("params", {}) for event in json.loads((folder / "net.json").read_text())["events"]]
-    return console, addresses_of(events), (folder / "page.png").read_bytes()
-
-
-def addresses_of(events: list[dict[str, Any]]) -> set[str]:
-    """Addresses in a browser's log of its network; its own requests, for updates and the like, come from no page."""
-    started = [event for event in events if "url" in event and "initiator" in event]
-    return {event["url"] for event in started if event["initiator"] != "not an origin"}
-
-
-def test_what_the_browser_asks_for_itself_is_not_the_pages() -> None:
-    update = {"url": "https://update.googleapis.com/", "initiator": "not an origin"}
-    ours = {"url": "https://example.org/", "initiator": None}
-    assert addresses_of([update, ours, {"url": "https://update.googleapis.com/"}, {}]) == {"https://example.org/"}
+    # the browser's own requests, for updates and the like, come from no page
+    asked = {one["url"] for one in events if "url" in one and one.get("initiator", "not an origin") != "not an origin"}
+    return console, asked, (folder / "page.png").read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("name", ["report.html", "one/report.html"])
+@PAGES
 def test_a_browser_opens_the_page_in_silence(runs: Path, name: str, tmp_path: Path) -> None:
     console, addresses, picture = opened(runs / name, tmp_path)
-    assert console == []
-    assert addresses == set()
+    assert (console, addresses) == ([], set())
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 50_000  # a page of tables and figures; an empty one has a few thousand bytes
 

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 from made_up_runs import layer, stage_of, write_record
-from matplotlib.figure import Figure
 
 from sppctl.records import LayerRecord
 from sppctl.report import plots
@@ -26,26 +25,12 @@ def llama(blocks: int = 3, **options: Any) -> list[LayerRecord]:
     return [layer(f"{block}.{name}", **options) for block in range(blocks) for name in PROJECTIONS]
 
 
-def moe() -> list[LayerRecord]:
-    """Two blocks of four experts; the errors of block 0 average 0.25, those of block 1 average 0.5."""
-    errors = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.4, 0.6, 0.8))
-    return [
-        layer(f"{block}.mlp.experts.{index}.gate_proj", error, sparsity=0.5 + index / 10)
-        for block, of_block in enumerate(errors)
-        for index, error in enumerate(of_block)
-    ]
-
-
 def svg(layers: list[LayerRecord]) -> str:
     return plots.svg(lambda: plots.draw(layers))
 
 
 def texts(drawing: str) -> list[str]:
     return ["".join(node.itertext()) for node in ET.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")]
-
-
-def legend(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 # --- module types -----------------------------------------------------------------------------------------------------
@@ -80,41 +65,34 @@ def test_layers_are_sorted_by_type_and_block() -> None:
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
-def test_a_line_of_errors_for_each_module_type() -> None:
+def test_a_line_of_errors_for_each_module_type_from_zero_unless_they_are_close_together() -> None:
     layers = llama(2)
-    layers[-1] = replace(layers[-1], relative_output_error=0.75)
-    errors, _ = plots.draw(layers).axes
+    errors, _ = plots.draw([*layers[:-1], replace(layers[-1], relative_output_error=0.75)]).axes
     assert len(errors.lines) == 7
     assert errors.lines[-1].get_xydata().tolist() == [[0, 0.25], [1, 0.75]]  # type: ignore[union-attr]
     assert errors.get_ylim()[0] == 0
-
-
-def test_errors_close_together_are_not_drawn_from_zero() -> None:
-    layers = llama(2)
-    layers[-1] = replace(layers[-1], relative_output_error=0.375)
-    assert plots.draw(layers).axes[0].get_ylim()[0] > 0.2
+    close = plots.draw([*layers[:-1], replace(layers[-1], relative_output_error=0.375)])
+    assert close.axes[0].get_ylim()[0] > 0.2
 
 
 def test_experts_of_a_block_are_averaged() -> None:
-    figure = plots.draw(moe())
-    errors, sparsity = figure.axes
-    assert legend(figure) == ["gate_proj\n(mean of 4)"]
-    assert list(errors.lines[0].get_xdata()) == [0, 1]
-    assert list(errors.lines[0].get_ydata()) == pytest.approx([0.25, 0.5])
-    assert list(sparsity.lines[0].get_ydata()) == pytest.approx([65, 65])
+    errors = ((0.1, 0.2, 0.3, 0.4), (0.2, 0.4, 0.6, 0.8))  # in two blocks of four experts
+    experts = [(f"{b}.mlp.experts.{i}.gate_proj", i, error) for b in (0, 1) for i, error in enumerate(errors[b])]
+    figure = plots.draw([layer(name, error, sparsity=0.5 + index / 10) for name, index, error in experts])
+    above, below = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["gate_proj\n(mean of 4)"]
+    assert list(above.lines[0].get_xdata()) == [0, 1]
+    assert list(above.lines[0].get_ydata()) == pytest.approx([0.25, 0.5])
+    assert list(below.lines[0].get_ydata()) == pytest.approx([65, 65])
 
 
-def test_equal_sparsity_is_one_line() -> None:
-    _, sparsity = plots.draw(llama()).axes
+def test_equal_sparsity_is_one_line_and_different_sparsity_one_for_each_module_type() -> None:
+    layers = llama()
+    _, sparsity = plots.draw(layers).axes
     (line,) = sparsity.lines
     assert list(line.get_ydata()) == [50, 50, 50]
     assert [text.get_text() for text in sparsity.texts] == ["all module types"]
-
-
-def test_different_sparsity_is_a_line_for_each_module_type() -> None:
-    layers = llama()
-    layers[0] = replace(layers[0], sparsity=0.75)
-    _, sparsity = plots.draw(layers).axes
+    _, sparsity = plots.draw([replace(layers[0], sparsity=0.75), *layers[1:]]).axes
     assert len(sparsity.lines) == 7
     assert list(sparsity.lines[0].get_ydata()) == [75, 50, 50]
     assert not sparsity.texts
