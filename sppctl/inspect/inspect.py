@@ -68,39 +68,46 @@ def matrices(files: TensorFiles, *also: Pattern | None) -> Iterator[MatrixSparsi
         zeros = int((weight == 0).sum())
         sparsity = zeros / weight.numel()
         likely = [p for p in patterns if sparsity >= p.sparsity - 1e-9]
-        found = [p for p in likely if holds(weight, p)]
-        if not found and weight.dim() == 2:
+        holding = [str(p) for p in likely if holds(weight, p)]
+        if not holding and weight.dim() == 2:
             # Conv1D of the GPT-2 family is stored (in, out)
-            found = [p for p in likely if holds(weight.t(), p)]
-        yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(map(str, found)))
+            holding = [str(p) for p in likely if holds(weight.t(), p)]
+        yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(holding))
 
 
-def summarise(files: TensorFiles, measured: list[MatrixSparsity]) -> dict[str, Any]:
-    """Totals over a checkpoint.
+def measure(directory: Path, *also: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
+    """Every matrix of a checkpoint directory, and the totals.
+
+    Args:
+        directory: of the checkpoint.
+        also: patterns to look for besides the common ones.
 
     Returns:
-        ``matrices``, ``sparse_matrices``, ``weights`` and ``zeros`` of the sparse ones, ``sparsity`` (their share),
-        ``total_sparsity`` (over every tensor), ``patterns`` that all sparse matrices share, ``parameters``, ``bytes``.
+        The matrices; and ``matrices``, ``sparse_matrices``, ``weights`` and ``zeros`` of the sparse ones, ``sparsity``
+        (their share), ``total_sparsity`` (over every tensor), ``patterns`` that all sparse matrices share,
+        ``parameters``, ``bytes``.
     """
+    files = TensorFiles(directory)
+    measured = list(matrices(files, *also))
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     weights = sum(math.prod(matrix.shape) for matrix in sparse)
     zeros = sum(matrix.zeros for matrix in sparse)
-    parameters = sum(torch.Size(files.spec(name).shape).numel() for name in files)
+    parameters = sum(math.prod(files.spec(name).shape) for name in files)
     shared = set.intersection(*(set(matrix.patterns) for matrix in sparse)) if sparse else set()
-    return {
+    return measured, {
         "matrices": len(measured),
         "sparse_matrices": len(sparse),
         "weights": weights,
         "zeros": zeros,
         "sparsity": zeros / weights if weights else 0.0,
         "total_sparsity": sum(matrix.zeros for matrix in measured) / parameters if parameters else 0.0,
-        "patterns": [str(p) for p in _tightest([Pattern.parse(text) for text in shared])],
+        "patterns": _tightest([Pattern.parse(text) for text in shared]),
         "parameters": parameters,
         "bytes": files.num_bytes,
     }
 
 
-def _tightest(patterns: list[Pattern]) -> list[Pattern]:
+def _tightest(patterns: list[Pattern]) -> list[str]:
     """Without those that a sparser or finer one of the list implies (2:4 implies 4:8)."""
 
     def implies(a: Pattern, b: Pattern) -> bool:
@@ -108,7 +115,7 @@ def _tightest(patterns: list[Pattern]) -> list[Pattern]:
         return a != b and b_group % a_group == 0 and a_keep * (b_group // a_group) <= b_keep
 
     # both directions hold for no two different patterns, so nothing drops out together
-    return sorted((p for p in patterns if not any(implies(q, p) for q in patterns)), key=str)
+    return sorted(str(p) for p in patterns if not any(implies(other, p) for other in patterns))
 
 
 def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:
@@ -125,29 +132,29 @@ def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterab
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     if not sparse:
         return ["no matrix is sparse at all"]
-    found = []
+    problems = []
     for matrix in sparse:
         if expected.is_structured:
             if str(expected) not in matrix.patterns:
-                found.append(f"{matrix.name}: not {expected} (sparsity {matrix.sparsity:.4f})")
+                problems.append(f"{matrix.name}: not {expected} (sparsity {matrix.sparsity:.4f})")
         elif matrix.zeros < expected.num_pruned(matrix.shape[-1]) * math.prod(matrix.shape[:-1]):
-            found.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
-    return found + list(_left_dense(measured, layers))
+            problems.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
+    # a checkpoint of the bare model leaves out the prefix
+    pruned = None if layers is None else {name for layer in layers for name in _endings(layer)}
+    like = {_in_any_block(matrix.name): matrix.name for matrix in sparse}
+    for name in (matrix.name for matrix in measured if not matrix.is_sparse):
+        if pruned is not None:
+            if name.removesuffix(".weight") in pruned:
+                problems.append(f"{name}: dense, though its record says that it was pruned")
+        elif _in_any_block(name) in like:
+            problems.append(f"{name}: dense, though {like[_in_any_block(name)]} is sparse")
+    return problems
 
 
-def _left_dense(measured: list[MatrixSparsity], layers: Iterable[str] | None) -> Iterator[str]:
-    dense = [matrix.name for matrix in measured if not matrix.is_sparse]
-    if layers is not None:
-        for name in dense:
-            module = name.removesuffix(".weight")
-            # a checkpoint of the bare model leaves out the prefix
-            if any(layer == module or layer.endswith(f".{module}") for layer in layers):
-                yield f"{name}: dense, though its record says that it was pruned"
-        return
-    sparse = {_in_any_block(matrix.name): matrix.name for matrix in measured if matrix.is_sparse}
-    for name in dense:
-        if _in_any_block(name) in sparse:
-            yield f"{name}: dense, though {sparse[_in_any_block(name)]} is sparse"
+def _endings(name: str) -> list[str]:
+    """``a.b.c``, ``b.c`` and ``c``."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _in_any_block(name: str) -> str:
@@ -156,21 +163,14 @@ def _in_any_block(name: str) -> str:
 
 def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
     """The modules that were pruned and how, if a checkpoint or its run has the record of that; else None."""
-    own = directory / RECORD
-    for path in (own, directory.parent / DIRECTORIES["prune"] / RECORD) if own.is_file() else ():
+    record = directory / RECORD
+    for path in (record, directory.parent / DIRECTORIES["prune"] / RECORD) if record.is_file() else ():
         try:
             layers = json.loads(path.read_text())["metrics"]["layers"]
             return {str(layer["name"]): Pattern.parse(layer["pattern"]) for layer in layers}
         except (OSError, ValueError, LookupError, TypeError):
             continue  # none, or that of a stage that prunes nothing
     return None
-
-
-def measure(directory: Path, *also: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
-    """Every matrix of a checkpoint directory, and the totals."""
-    files = TensorFiles(directory)
-    measured = list(matrices(files, *also))
-    return measured, summarise(files, measured)
 
 
 def sentence(summary: dict[str, Any]) -> str:

@@ -20,54 +20,35 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def no_kernel(device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why a 2:4 kernel cannot run at all; None: it can.
-
-    Args:
-        device_type: ``cpu``, ``cuda``, ...
-        capability: compute capability of the GPU; of no matter elsewhere.
-        dtype: of the model.
-    """
+    """Why a 2:4 kernel cannot run at all with a GPU's compute capability and a model's dtype; None: it can."""
     if device_type != "cuda":
         return (
             f"no sparse kernel on this device ({device_type}): PyTorch multiplies zeros like any other weight, so a "
             "sparse checkpoint is exactly as fast as a dense one; dense timings only"
         )
     if capability < AMPERE:
-        found = ".".join(map(str, capability))
         return (
-            f"this GPU has no sparse tensor cores (compute capability {found}; they begin with 8.0, Ampere): zeros "
-            "are multiplied like any other weight; dense timings only"
+            f"this GPU has no sparse tensor cores (compute capability {'.'.join(map(str, capability))}; they begin "
+            "with 8.0, Ampere): zeros are multiplied like any other weight; dense timings only"
         )
     if dtype not in DTYPES:
         return f"the 2:4 kernel is measured in float16 and bfloat16, the checkpoint is {dtype}; dense timings only"
     return None
 
 
-def kernel() -> type[SparseSemiStructuredTensor]:
-    """The format that ``to_sparse_semi_structured`` chooses."""
-    forced = SparseSemiStructuredTensor._FORCE_CUTLASS
-    return SparseSemiStructuredTensorCUTLASS if forced else SparseSemiStructuredTensorCUSPARSELT
-
-
 def takes(shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes a weight of (out_features, in_features)."""
-    limits = kernel()._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    """Whether the kernel that ``to_sparse_semi_structured`` chooses takes a weight of (out_features, in_features)."""
+    forced = SparseSemiStructuredTensor._FORCE_CUTLASS
+    kernel = SparseSemiStructuredTensorCUTLASS if forced else SparseSemiStructuredTensorCUSPARSELT
+    limits = kernel._DTYPE_SHAPE_CONSTRAINTS[dtype]
     return shape[0] % limits.sparse_min_rows == 0 and shape[1] % limits.sparse_min_cols == 0
 
 
 @dataclass
 class TwoWeights:
-    """Linear layers with their weight dense and in the 2:4 format; one of both is in the model.
+    """Linear layers with their weight dense (their own parameter) and in the 2:4 format; one of both is in use."""
 
-    Attributes:
-        layers: the layers.
-        dense: their own parameters.
-        sparse: the same weights for the kernel.
-    """
-
-    layers: list[nn.Linear] = field(default_factory=list)
-    dense: list[Tensor] = field(default_factory=list)
-    sparse: list[Tensor] = field(default_factory=list)
+    layers: list[tuple[nn.Linear, Tensor, Tensor]] = field(default_factory=list)  # with both weights
 
     def add(self, layer: nn.Linear) -> None:
         """Converts one more layer; the dense weight stays in the model.
@@ -79,14 +60,12 @@ class TwoWeights:
         converted: Any = to_sparse_semi_structured(weight.detach().contiguous())
         if not self.layers:  # some GPUs refuse only now
             nn.functional.linear(weight.new_zeros(8, weight.shape[1]), converted, layer.bias)
-        self.layers.append(layer)
-        self.dense.append(weight)
-        self.sparse.append(nn.Parameter(converted, requires_grad=False))
+        self.layers.append((layer, weight, nn.Parameter(converted, requires_grad=False)))
 
     def use(self, kind: str) -> None:
         """Puts the ``dense`` or the ``sparse`` weights into the model."""
-        for layer, weight in zip(self.layers, getattr(self, kind), strict=True):
-            layer.weight = weight
+        for layer, dense, sparse in self.layers:
+            layer.weight = sparse if kind == "sparse" else dense
             layer.__dict__.pop("forward", None)
             if kind == "sparse":
                 layer.forward = functools.partial(_of_rows, layer)  # type: ignore[method-assign]
@@ -96,9 +75,3 @@ def _of_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer on (..., in_features): the 2:4 formats of PyTorch multiply matrices only."""
     rows = nn.functional.linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
     return rows.view(*x.shape[:-1], -1)
-
-
-def relative_difference(reference: Tensor, other: Tensor) -> float:
-    """Largest difference over the largest magnitude of the reference."""
-    reference = reference.float()
-    return ((other.float() - reference).abs().max() / reference.abs().max()).item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as signatures
+import operator
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sppctl import console
 from sppctl.errors import UserError, first_line
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.inspect import holds, measure
-from sppctl.inspect.semi_structured import TwoWeights, no_kernel, relative_difference, takes
+from sppctl.inspect.semi_structured import TwoWeights, no_kernel, takes
 from sppctl.inspect.speed_text import BatchSpeed, Bench, Kernel, notes
 from sppctl.inspect.storage import storage
 from sppctl.machine import cpu_name
@@ -53,11 +54,7 @@ class Settings:
 
 
 def execute(path: str, settings: Settings) -> Bench:
-    """Measures a checkpoint.
-
-    Args:
-        path: directory, hub id or ``package:NAME``.
-        settings: what is measured.
+    """Measures a checkpoint: a directory, hub id or ``package:NAME``.
 
     Raises:
         UserError: no checkpoint, no such device, or windows longer than the model allows.
@@ -93,7 +90,7 @@ def execute(path: str, settings: Settings) -> Bench:
         kernel=kernel,
         speed=rows,
         storage=storage(TensorFiles(directory), sparse),
-        notes=notes(kernel, rows, sparse),
+        notes=list(notes(kernel, rows, sparse)),
     )
 
 
@@ -107,29 +104,25 @@ def two_weights(model: Any) -> tuple[TwoWeights, Kernel]:
     refused: list[str] = []
     if reason is None and not semi:
         reason = "no linear layer of the checkpoint is 2:4, the one pattern that GPUs accelerate; dense timings only"
-        if any(_is_transposed_2_4(layer) for layer in model.modules()):
+        # transformers' Conv1D stores (in, out)
+        conv1ds = [layer.get_parameter("weight") for layer in model.modules() if type(layer).__name__ == "Conv1D"]
+        if any(holds(weight.detach().t(), TWO_FOUR) for weight in conv1ds):
             reason = (
                 "the 2:4 layers are Conv1D (GPT-2), whose weights no 2:4 kernel takes as stored; dense timings only"
             )
     if reason is None:
-        fitting = [layer for layer in semi.values() if takes(layer.weight.shape, model.dtype)]
-        refused = [name for name, layer in semi.items() if layer not in fitting]
+        refused = [name for name, layer in semi.items() if not takes(layer.weight.shape, model.dtype)]
         try:
-            for layer in fitting:
-                weights.add(layer)
+            for name in [name for name in semi if name not in refused]:
+                weights.add(semi[name])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             weights = TwoWeights()
             reason = f"the 2:4 kernel refuses this GPU or model ({first_line(error)}); dense timings only"
-        if reason is None and not fitting:
+        if reason is None and not weights.layers:
             reason = "the 2:4 kernel supports none of the 2:4 layers' shapes; dense timings only"
     return weights, Kernel(len(weights.layers), len(linears) - len(semi), refused, reason)
-
-
-def _is_transposed_2_4(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' ``Conv1D``, which stores (in, out), with 2:4 weights."""
-    return type(layer).__name__ == "Conv1D" and holds(layer.get_parameter("weight").detach().t(), TWO_FOUR)
 
 
 @torch.no_grad()
@@ -148,14 +141,37 @@ def speed(model: Any, weights: TwoWeights, settings: Settings) -> list[BatchSpee
                 logits = {}
                 for kind in kinds:
                     weights.use(kind)
-                    *seconds, logits[kind] = run(model, tokens, settings.prompt)
-                    rounds[kind].append((seconds[0], seconds[1]))
+                    prefill, decode, logits[kind] = run(model, tokens, settings.prompt)
+                    rounds[kind].append((prefill, decode))
                 progress.advance(f"batch {batch}")
-            difference = relative_difference(logits["dense"], logits["sparse"]) if weights.layers else None
-            counted = {kind: times[1:] for kind, times in rounds.items()}  # the first one warms up
-            rows.append(_row(batch, settings, counted, difference))
+            difference = None
+            if weights.layers:  # the largest one, over the largest magnitude
+                dense, sparse = (logits[kind].float() for kind in kinds)
+                difference = ((sparse - dense).abs().max() / dense.abs().max()).item()
+            measured = {kind: times[1:] for kind, times in rounds.items()}  # the first round warms up
+            rows.append(_row(batch, settings, measured, difference))
     weights.use("dense")
     return rows
+
+
+def _row(
+    batch: int, settings: Settings, rounds: dict[str, list[tuple[float, float]]], difference: float | None
+) -> BatchSpeed:
+    (prefill, decode) = ({kind: [r[part] for r in times] for kind, times in rounds.items()} for part in (0, 1))
+
+    def ratio(seconds: dict[str, list[float]]) -> float | None:
+        if "sparse" not in seconds:
+            return None
+        return statistics.median(map(operator.truediv, seconds["dense"], seconds["sparse"]))
+
+    return BatchSpeed(
+        batch=batch,
+        prefill_tokens_per_s={kind: batch * settings.prompt / statistics.median(s) for kind, s in prefill.items()},
+        prefill_speedup=ratio(prefill),
+        decode_ms_per_token={kind: 1000 * statistics.median(s) / settings.new for kind, s in decode.items()},
+        decode_speedup=ratio(decode),
+        max_relative_difference=difference,
+    )
 
 
 def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
@@ -167,7 +183,7 @@ def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
     Args:
         model: a causal language model of transformers.
         tokens: (batch, prompt + new).
-        prompt: tokens of the prompt.
+        prompt: number of tokens of the prompt.
 
     Returns:
         Seconds of the prefill, seconds of all decoding, and logits (batch, new + 1, vocabulary): those that follow the
@@ -183,8 +199,7 @@ def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
     logits[-1].argmax(-1)
     filled = _now(model.device)
     for place in range(prompt, tokens.shape[1]):
-        filling = {cache: output[cache], "use_cache": True}
-        output = model(input_ids=tokens[:, place : place + 1], **filling)
+        output = model(input_ids=tokens[:, place : place + 1], use_cache=True, **{cache: output[cache]})
         logits.append(output.logits[:, -1])
         logits[-1].argmax(-1)
     return filled - started, _now(model.device) - filled, torch.stack(logits, dim=1)
@@ -194,25 +209,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _row(
-    batch: int, settings: Settings, rounds: dict[str, list[tuple[float, float]]], difference: float | None
-) -> BatchSpeed:
-    def median(kind: str, part: int) -> float:
-        return statistics.median(times[part] for times in rounds[kind])
-
-    def ratio(part: int) -> float | None:
-        if "sparse" not in rounds:
-            return None
-        pairs = zip(rounds["dense"], rounds["sparse"], strict=True)
-        return statistics.median(dense[part] / sparse[part] for dense, sparse in pairs)
-
-    return BatchSpeed(
-        batch=batch,
-        prefill_tokens_per_s={kind: batch * settings.prompt / median(kind, 0) for kind in rounds},
-        prefill_speedup=ratio(0),
-        decode_ms_per_token={kind: 1000 * median(kind, 1) / settings.new for kind in rounds},
-        decode_speedup=ratio(1),
-        max_relative_difference=difference,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sppctl.inspect.inspect import MatrixSparsity
@@ -52,45 +52,39 @@ class Bench:
     notes: list[str]  # what the numbers do not show
 
 
-def notes(kernel: Kernel, rows: list[BatchSpeed], sparse: list[MatrixSparsity]) -> list[str]:
+def notes(kernel: Kernel, rows: list[BatchSpeed], sparse: list[MatrixSparsity]) -> Iterator[str]:
     """What the numbers mean, and where sparsity gains nothing."""
-    said = []
     if kernel.reason is not None:
-        said.append(kernel.reason)
+        yield kernel.reason
     else:
         moved = max(row.max_relative_difference or 0.0 for row in rows)
-        said.append(
+        yield (
             f"sparse: {kernel.layers} linear layers multiplied by the 2:4 kernel; {kernel.not_2_4} that are not "
             f"2:4 stay dense; the logits differ by at most {moved:.1e} of the largest one"
         )
-        said.append(
+        yield (
             "decode at small batch is bound by reading the weights: in 16 bits the 2:4 format has 9/16 of their bytes, "
             "so the layers that are sparse gain 1.8x at the very most, and fewer than 8 rows are padded to 8; the time "
             "to launch kernels from Python is part of these numbers, and a small model is bound by it"
         )
     if kernel.shapes_not_taken:
         count, some = len(kernel.shapes_not_taken), ", ".join(kernel.shapes_not_taken[:3])
-        said.append(f"left dense, of shapes that the 2:4 kernel does not take: {count} 2:4 layers ({some}, ...)")
+        yield f"left dense, of shapes that the 2:4 kernel does not take: {count} 2:4 layers ({some}, ...)"
     if not sparse:
-        said.append("the checkpoint is dense: no zeros to skip, nothing to pack")
-    elif not all(matrix.patterns for matrix in sparse):
-        said.append("unstructured zeros, with no N:M pattern: they save storage, not time, on a GPU as on a CPU")
+        yield "the checkpoint is dense: no zeros to skip, nothing to pack"
+        return
+    if not all(matrix.patterns for matrix in sparse):
+        yield "unstructured zeros, with no N:M pattern: they save storage, not time, on a GPU as on a CPU"
     elif not all("2:4" in matrix.patterns for matrix in sparse):
-        said.append(
-            "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save storage alone"
-        )
-    if sparse:
-        said.append(
-            "storage: by formula from shapes and zeros; packed weights are unpacked to run, which saves disk only"
-        )
-    return said
+        yield "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save storage alone"
+    yield "storage: by formula from shapes and zeros; packed weights are unpacked to run, which saves disk only"
 
 
-def tables(found: Bench) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
+def tables(bench: Bench) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
     """Title, header and rows of the speed and the storage."""
-    kinds = list(found.speed[0].prefill_tokens_per_s)
+    kinds = list(bench.speed[0].prefill_tokens_per_s)
     speed_rows: list[Sequence[str]] = []
-    for row in found.speed:
+    for row in bench.speed:
         cells = [str(row.batch)]
         for numbers, ratio, form in (
             (row.prefill_tokens_per_s, row.prefill_speedup, ",.0f"),
@@ -99,12 +93,10 @@ def tables(found: Bench) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]
             cells += [format(numbers[kind], form) for kind in kinds]
             cells += [f"{ratio:.2f}x"] if ratio is not None else []
         speed_rows.append(cells)
-    more = ("speed-up",) * (len(kinds) - 1)
-    prefill = [f"prefill {kind}, tokens/s" for kind in kinds]
-    decode = [f"decode {kind}, ms/token" for kind in kinds]
-    header = ("batch", *prefill, *more, *decode, *more)
-    where = f"{found.device}, {found.dtype}, prompt {found.prompt}, {found.new} new tokens"
-    stored = found.storage
+    gain = ["speed-up"] if "sparse" in kinds else []
+    header = ["batch", *(f"prefill {kind}, tokens/s" for kind in kinds), *gain]
+    header += [*(f"decode {kind}, ms/token" for kind in kinds), *gain]
+    stored = bench.storage
     sizes = [
         ("dense safetensors", stored.dense_bytes),
         (f"N:M values and indices ({stored.packed_matrices} matrices)", stored.packed_bytes),
@@ -113,7 +105,8 @@ def tables(found: Bench) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]
     storage_rows: list[Sequence[str]] = [
         (name, f"{size / 1e6:,.1f}", f"{size / stored.dense_bytes:.1%}") for name, size in sizes
     ]
+    where = f"{bench.device}, {bench.dtype}, prompt {bench.prompt}, {bench.new} new tokens"
     return [
-        (f"{found.checkpoint}: {where}", header, speed_rows),
+        (f"{bench.checkpoint}: {where}", header, speed_rows),
         ("storage of all tensors", ("", "MB", "of dense"), storage_rows),
     ]

@@ -15,24 +15,6 @@ from sppctl.inspect.inspect import MatrixSparsity
 from sppctl.pattern import Pattern
 
 
-def index_bits(group: int) -> int:
-    """Bits of an index into a group of M."""
-    return (group - 1).bit_length()
-
-
-def structured_bytes(shape: tuple[int, ...], itemsize: int, pattern: Pattern) -> int:
-    """Bytes of an N:M matrix without its zeros; groups with more zeros than M - N take no less."""
-    assert pattern.keep is not None
-    assert pattern.group is not None
-    kept = math.prod(shape) // pattern.group * pattern.keep
-    return kept * itemsize + math.ceil(kept * index_bits(pattern.group) / 8)
-
-
-def bitmask_bytes(shape: tuple[int, ...], itemsize: int, zeros: int) -> int:
-    """Bytes of a matrix with zeros anywhere, stored as its non-zero values and a bitmask."""
-    return (math.prod(shape) - zeros) * itemsize + math.ceil(math.prod(shape) / 8)
-
-
 @dataclass(frozen=True)
 class Storage:
     """Bytes of a checkpoint as it is, and with its sparse matrices packed."""
@@ -47,22 +29,27 @@ class Storage:
 
 def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> Storage:
     """What the tensors of a checkpoint take on disk, of which the sparse matrices are given."""
+    stored = packed = masked = 0
+    for matrix in sparse:
+        itemsize, count = files.spec(matrix.name).dtype.itemsize, math.prod(matrix.shape)
+        stored += count * itemsize
+        masked += (count - matrix.zeros) * itemsize + math.ceil(count / 8)
+        patterns = map(Pattern.parse, matrix.patterns)
+        packed += min((_structured_bytes(count, itemsize, p) for p in patterns), default=count * itemsize)
     dense = sum(spec.stop - spec.start for spec in map(files.spec, files))
-    itemsize = {matrix.name: files.spec(matrix.name).dtype.itemsize for matrix in sparse}
-    before = {matrix.name: math.prod(matrix.shape) * itemsize[matrix.name] for matrix in sparse}
-    structured = {
-        matrix.name: min(
-            structured_bytes(matrix.shape, itemsize[matrix.name], Pattern.parse(text)) for text in matrix.patterns
-        )
-        for matrix in sparse
-        if matrix.patterns
-    }
-    bitmask = {matrix.name: bitmask_bytes(matrix.shape, itemsize[matrix.name], matrix.zeros) for matrix in sparse}
     return Storage(
         file_bytes=files.num_bytes,
         dense_bytes=dense,
-        sparse_matrices_bytes=sum(before.values()),
-        packed_bytes=dense - sum(before[name] - packed for name, packed in structured.items()),
-        packed_matrices=len(structured),
-        bitmask_bytes=dense - sum(before[name] - packed for name, packed in bitmask.items()),
+        sparse_matrices_bytes=stored,
+        packed_bytes=dense - stored + packed,
+        packed_matrices=sum(bool(matrix.patterns) for matrix in sparse),
+        bitmask_bytes=dense - stored + masked,
     )
+
+
+def _structured_bytes(count: int, itemsize: int, pattern: Pattern) -> int:
+    """Bytes of an N:M matrix without its zeros; groups with more zeros than M - N take no less."""
+    assert pattern.keep is not None
+    assert pattern.group is not None
+    kept = count // pattern.group * pattern.keep
+    return kept * itemsize + math.ceil(kept * (pattern.group - 1).bit_length() / 8)

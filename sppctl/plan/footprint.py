@@ -5,7 +5,7 @@ Everything is in bytes. T is the number of tokens on a device, d the bytes of an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -74,11 +74,8 @@ def projections(linears: Iterable[str]) -> list[tuple[list[str], str]]:
     modules: dict[str, list[str]] = {}
     for name in linears:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
-    found = []
-    for names in modules.values():
-        out = next((name for name in names if name.endswith(_OUTPUTS)), names[-1])
-        found.append(([name for name in names if name != out], out))
-    return found
+    outputs = [next((name for name in names if name.endswith(_OUTPUTS)), names[-1]) for names in modules.values()]
+    return [([n for n in names if n != out], out) for names, out in zip(modules.values(), outputs, strict=True)]
 
 
 def activations(
@@ -89,7 +86,8 @@ def activations(
     Per token, a block keeps (frozen weights need no input of their layer, adapted ones do):
 
     - d n for every distinct input (n features) of adapted layers: q, k, v share one, gate and up another; SPP, the
-      masked methods and full tuning keep nothing else. PEFT's lora and hira add :func:`_own_copies` for each layer.
+      masked methods and full tuning keep nothing else. PEFT's lora and hira keep copies of
+      their own for each layer.
     - attention (SDPA): d (H + 2 K) for queries, keys and values, H = heads x head_dim; K = H where a mask makes
       transformers repeat the keys and values of grouped heads, else their own width; d H for its output, which is the
       output projection's input; 4 heads for the log-sum-exp; with a mask d S, its row of S tokens.
@@ -104,10 +102,8 @@ def activations(
     blocks = [_block(skeleton, index, adapted, batch, method, dropout) for index in range(len(skeleton.blocks))]
     config = skeleton.config.get_text_config()
     tokens, inside = batch.tokens, f"{skeleton.blocks_name}."
-    first = next((_norm(m, batch) for m in skeleton.blocks[0].modules() if _is_norm(m)), 0)
-    ends = [
-        _norm(m, batch) for name, m in skeleton.model.named_modules() if _is_norm(m) and not name.startswith(inside)
-    ]
+    first = next((kept for _, _, kept in _norms(skeleton.blocks[0], batch)), 0)
+    ends = [kept for name, _, kept in _norms(skeleton.model, batch) if not name.startswith(inside)]
     return Activations(
         blocks=sum(blocks) - tokens * first,
         largest_block=max(blocks),
@@ -138,44 +134,27 @@ def _block(
         elif inputs:
             before = sum(linears[name].out_features for name in inputs)
             per_token += d * (before + inner if before > inner else before)
-    for name, module in block.named_modules():
-        if _is_norm(module):
-            per_token += _norm(module, batch) * _times(name, module, linears)
-    for name in linears.keys() & adapted.keys():
-        own, matrix = _own_copies(method, linears[name], d, dropout)
-        per_token, whole = per_token + own, whole + matrix
+    for name, width, kept in _norms(block, batch):
+        # applied once to a token, or to each head of the projection that it is named after (q_norm)
+        kind = name.rpartition(".")[2].removesuffix("_norm").removesuffix("_layernorm")
+        projection = next((m for other, m in linears.items() if other.endswith(f".{kind}_proj")), None)
+        per_token += kept * (1 if projection is None else projection.out_features // width)
+    # PEFT's own layers also keep their input in float32 where it is not that already, after dropout its mask (a byte)
+    for name in linears.keys() & adapted.keys() if method in _STOCK else ():
+        linear = linears[name]
+        per_token += FLOAT * linear.in_features if dropout or d != FLOAT else 0
+        per_token += linear.in_features if dropout else 0
+        whole += FLOAT * linear.weight.numel() if method == "hira" else 0  # W * (B A)
     return batch.tokens * per_token + whole
 
 
-def _own_copies(method: str, linear: nn.Linear, itemsize: int, dropout: float) -> tuple[int, int]:
-    """What PEFT's own layers keep besides the frozen layer's input: bytes per token, and bytes whatever the tokens.
-
-    Both keep the input in float32 (after dropout, of which also the mask: one byte) where it is not the layer's input
-    itself; hira also the matrix W * (B A) in float32.
-    """
-    if method not in _STOCK:
-        return 0, 0
-    copy = FLOAT * linear.in_features if dropout or itemsize != FLOAT else 0
-    mask = linear.in_features if dropout else 0
-    return copy + mask, FLOAT * linear.weight.numel() if method == "hira" else 0
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm") and any(p.dim() == 1 for p in module.parameters(recurse=False))
-
-
-def _norm(module: nn.Module, batch: Batch) -> int:
-    """Bytes that a norm keeps of one vector."""
-    width = next(p.shape[0] for p in module.parameters(recurse=False))
-    return batch.itemsize * width + 2 * FLOAT if isinstance(module, nn.LayerNorm) else FLOAT * (width + 1)
-
-
-def _times(name: str, module: nn.Module, linears: dict[str, nn.Linear]) -> int:
-    """How often a norm is applied to a token: once, or to each head of the projection it is named after (q_norm)."""
-    width = next(p.shape[0] for p in module.parameters(recurse=False))
-    kind = name.rpartition(".")[2].removesuffix("_norm").removesuffix("_layernorm")
-    projection = next((m for other, m in linears.items() if other.endswith(f".{kind}_proj")), None)
-    return projection.out_features // width if projection is not None else 1
+def _norms(module: nn.Module, batch: Batch) -> Iterator[tuple[str, int, int]]:
+    """The norms inside: name, width, and the bytes that each keeps of one vector."""
+    for name, norm in module.named_modules():
+        widths = [parameter.shape[0] for parameter in norm.parameters(recurse=False) if parameter.dim() == 1]
+        if widths and type(norm).__name__.endswith("Norm"):
+            layer_norm = isinstance(norm, nn.LayerNorm)
+            yield name, widths[0], batch.itemsize * widths[0] + 2 * FLOAT if layer_norm else FLOAT * (widths[0] + 1)
 
 
 def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropout: float) -> int:
@@ -186,17 +165,15 @@ def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropou
     mask. hira: its matrix's gradient in float32, twice. masked_full and ste: the effective weight in d. lora: none to
     speak of.
     """
-    sizes = []
+    sizes, d = [], batch.itemsize
     for target in adapted.values():
-        elements, d = target.out_features * target.in_features, batch.itemsize
+        elements = target.out_features * target.in_features
         chunk = min(KERNEL_CHUNK, elements)
         if method in ("spp", "masked_lora"):
             dropped = batch.tokens * target.in_features * (2 * d + 1) if dropout else 0
             sizes.append(max(d * elements + FLOAT * chunk, (d + 2 * FLOAT) * chunk) + dropped)
-        elif method == "hira":
-            sizes.append(2 * FLOAT * elements)
         else:
-            sizes.append(0 if method == "lora" else d * elements)
+            sizes.append({"lora": 0, "hira": 2 * FLOAT}.get(method, d) * elements)
     return max(sizes)
 
 

@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,14 +107,11 @@ class Memory:
     as_stored: AsStored | None = None  # None: the model is computed in the dtype that it is stored in
 
     def on(self, gpus: int, strategy: str, checkpointing: bool) -> OnGpu:
-        """Of a number of GPUs and a strategy."""
-        return on(self.per_gpu, gpus, strategy, checkpointing)
-
-
-def on(per_gpu: list[OnGpu], gpus: int, strategy: str, checkpointing: bool) -> OnGpu:
-    """The entry of a number of GPUs and a strategy."""
-    wanted = (gpus, strategy, checkpointing)
-    return next(entry for entry in per_gpu if (entry.gpus, entry.strategy, entry.gradient_checkpointing) == wanted)
+        """The entry of a number of GPUs and a strategy."""
+        key = (gpus, strategy, checkpointing)
+        return next(
+            entry for entry in self.per_gpu if (entry.gpus, entry.strategy, entry.gradient_checkpointing) == key
+        )
 
 
 @dataclass(frozen=True)
@@ -151,68 +147,64 @@ def execute(config: Config) -> Plan:
     Raises:
         UserError: an unknown model, no such targets, a rank that is too large, an impossible batch size.
     """
-    path = config.model.path
-    assert path is not None
-    trust = config.model.trust_remote_code
-    found, source = architecture.find(path, config.model.gguf_file, config.model.revision, trust)
+    model = config.model
+    assert model.path is not None
+    found, source = architecture.find(model.path, model.gguf_file, model.revision, model.trust_remote_code)
     scope.check_dtype(config)
-    stored = dtype_of(config, found)  # before the model is built, which overwrites the configuration's
-    skeleton = Skeleton(found, trust_remote_code=trust)
+    # of the pruned checkpoint; known before the model is built, which overwrites the configuration's
+    dtype = getattr(found, "dtype", None) or torch.float32
+    stored = checkpoint.dtype_of(model.dtype, None if model.gguf_file is not None else dtype)
+    skeleton = Skeleton(found, trust_remote_code=model.trust_remote_code)
     targets = scope.adapted(config, skeleton)
     processes = launch.configured_processes(config)
     steps = _steps(config, processes)
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
-    compute = computed_in(config, stored, training=True)
-    memory = partial(_memory, config, skeleton, targets, processes=processes)
+    compute = _computed_in(config, stored, training=True)
+    memory = partial(_memory, config, skeleton, targets, parameters, trainable.parameters, processes)
     # what a machine that multiplies it natively would train in, as GPUs are taken to do where none is here to be asked
     narrow = "bfloat16" if stored == "float16" else stored
-    absent = config.model.device == config.model.compute_dtype == "auto" and not torch.cuda.is_available()
+    absent = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
     as_stored = None
     if narrow != compute.dtype:
         as_stored = AsStored(narrow, memory(narrow).per_gpu, memory(compute.dtype).per_gpu)
     on_gpus = narrow if absent else compute.dtype
     computing = compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}"
     return Plan(
-        model=Model(path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
+        model=Model(model.path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
         trainable=trainable,
         memory=replace(memory(on_gpus), as_stored=as_stored),
         steps=steps,
-        pruning=plan_storage.pruning(config, skeleton, computed_in(config, stored).dtype),
+        pruning=plan_storage.pruning(config, skeleton, _computed_in(config, stored).dtype),
         disk=plan_storage.disk(config, parameters, stored, FLOAT * trainable.parameters),
     )
 
 
 def bytes_on_each_device(config: Config) -> int | None:
     """The memory that a training in the processes that there are needs on each device; None: it is not known."""
-    processes, train = distributed.world_size(), config.train
+    processes = distributed.world_size()
     there = replace(config.launch, num_processes=processes, num_machines=1)
     strategy = there.strategy if processes > 1 else "ddp"
     with contextlib.suppress(UserError):
         memory = execute(replace(config, launch=there)).memory
-        return memory.on(processes, strategy, train.gradient_checkpointing).total
+        return memory.on(processes, strategy, config.train.gradient_checkpointing).total
     return None
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def dtype_of(config: Config, found: Any) -> str:
-    """The name of the dtype of the pruned checkpoint of a model with this transformers configuration."""
-    dtype = getattr(found, "dtype", None) or torch.float32
-    return checkpoint.dtype_of(config.model.dtype, None if config.model.gguf_file is not None else dtype)
-
-
-def computed_in(config: Config, stored: str, *, training: bool = False) -> machine.Compute:
+def _computed_in(config: Config, stored: str, *, training: bool = False) -> machine.Compute:
     """The dtype that a stage will compute in; a device that is not here is taken to multiply 16 bits natively."""
-    wanted = config.model.compute_dtype
+    chosen = config.model.compute_dtype
     try:
         device = checkpoint.pick_device(config.model.device)
     except UserError:
-        wanted = "bfloat16" if training and (wanted, stored) == ("auto", "float16") else wanted
-        dtype = stored if wanted == "auto" else wanted
+        dtype = stored if chosen == "auto" else chosen
+        if training and (chosen, stored) == ("auto", "float16"):
+            dtype = "bfloat16"
         return machine.Compute(dtype, f"computing in {dtype}, if {config.model.device} has units for it")
-    return machine.choose_dtype(wanted, stored, device, training=training)
+    return machine.choose_dtype(chosen, stored, device, training=training)
 
 
 def num_parameters(skeleton: Skeleton) -> int:
@@ -225,17 +217,11 @@ def num_parameters(skeleton: Skeleton) -> int:
     return total
 
 
-def method_of(train: TrainConfig) -> str:
-    """The method's name in METHODS."""
-    return "spp without beta" if train.method == "spp" and not train.beta else train.method
-
-
 def num_trainable(method: str, rank: int, target: Target) -> int:
     """Trainable parameters on a matrix (m, n): spp r n + m (without beta r n), low rank r (m + n), full tuning m n."""
     r, m, n = rank, target.out_features, target.in_features
-    if method in ("masked_full", "ste"):
-        return m * n
-    return {"spp": r * n + m, "spp without beta": r * n}.get(method, r * (m + n))
+    formulas = {"spp": r * n + m, "spp without beta": r * n, "masked_full": m * n, "ste": m * n}
+    return formulas.get(method, r * (m + n))
 
 
 def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) -> Trainable:
@@ -243,53 +229,57 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
     for target in targets.values():
         kind = target.name.rpartition(".")[2]
         kinds.setdefault((kind, target.out_features, target.in_features), []).append(target)
-    method, rank = method_of(train), train.rank
+    method = "spp without beta" if train.method == "spp" and not train.beta else train.method
     modules = []
     for (kind, m, n), members in kinds.items():
-        each = num_trainable(method, rank, members[0])
+        each = num_trainable(method, train.rank, members[0])
         modules.append(Module(kind, (m, n), len(members), each, len(members) * each))
-    by_method = {name: sum(num_trainable(name, rank, target) for target in targets.values()) for name in METHODS}
-    own = by_method[method]
-    whole = parameters if method in ("masked_full", "ste") else parameters + own
-    return Trainable(method, rank, modules, own, own / whole, by_method)
+    by_method = {name: sum(num_trainable(name, train.rank, target) for target in targets.values()) for name in METHODS}
+    trained = by_method[method]
+    whole = parameters if method in ("masked_full", "ste") else parameters + trained
+    return Trainable(method, train.rank, modules, trained, trained / whole, by_method)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _memory(config: Config, skeleton: Skeleton, targets: dict[str, Target], dtype: str, processes: int) -> Memory:
+def _memory(
+    config: Config,
+    skeleton: Skeleton,
+    targets: dict[str, Target],
+    parameters: int,
+    trainable: int,
+    processes: int,
+    dtype: str,
+) -> Memory:
     """Bytes of a training, whole and per GPU.
 
     Adapter and gradients are float32, and so are AdamW's two moments; weights and activations have the dtype that is
     computed in. Rows are as long as ``train.data.seq_len``, so that real batches of shorter examples take less. With
     packing they are one row.
     """
-    train = config.train
-    d = machine.torch_dtype(dtype).itemsize
+    train, d = config.train, machine.torch_dtype(dtype).itemsize
     batch = Batch(train.micro_batch_size, train.data.seq_len, d)
     if train.data.packing:
         batch = Batch(1, batch.tokens, d)
     kept = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
     kernel = footprint.kernel_buffers(targets, batch, train.method, train.dropout)
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
-    adapter = FLOAT * sum(num_trainable(method_of(train), train.rank, target) for target in targets.values())
+    weights, adapter = parameters * d, FLOAT * trainable
     # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks, a byte for each weight
-    masks = adapter // FLOAT if train.method == "ste" else 0
-    weights = num_parameters(skeleton) * d
+    masks = trainable if train.method == "ste" else 0
     # the teacher's weights, and its and the student's distributions over the vocabulary
     teacher = weights + 2 * kept.logits if train.distill.teacher is not None else 0
-    block = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * d
-    blocks = sum(p.numel() for p in skeleton.blocks.parameters()) * d
-    peaks = {checkpointing: kept.peak(checkpointing, kernel, widest) + teacher for checkpointing in (False, True)}
+    blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     per_gpu = []
     for gpus in sorted({*GPUS, processes}):
         for strategy in STRATEGIES if gpus > 1 else ("ddp",):
-            shares = _shares(weights, weights - blocks, block, adapter, gpus, strategy)
-            for checkpointing, peak in peaks.items():
-                state = shares[1] + masks
-                total = shares[0] + state + peak
+            share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, gpus, strategy)
+            for checkpointing in (False, True):
+                peak = kept.peak(checkpointing, kernel, widest) + teacher
+                total = share + state + masks + peak
                 fits = footprint.fits(total)
-                per_gpu.append(OnGpu(gpus, strategy, checkpointing, shares[0], state, peak, total, fits))
+                per_gpu.append(OnGpu(gpus, strategy, checkpointing, share, state + masks, peak, total, fits))
     return Memory(
         weights=weights,
         adapter=adapter,
@@ -320,6 +310,10 @@ def _shares(weights: int, outside: int, block: int, adapter: int, gpus: int, str
 def _steps(config: Config, processes: int) -> Steps:
     train = config.train
     accumulation = launch.accumulation(train, processes)
+    by_gpus: dict[int, int | None] = dict.fromkeys(sorted({*GPUS, processes}))
+    for gpus in by_gpus:
+        with contextlib.suppress(UserError):  # the batch cannot be shared by so many
+            by_gpus[gpus] = launch.accumulation(train, gpus)
     examples = num_examples(config)
     steps = train.max_steps if examples is None else scope.num_steps(train, examples)
     return Steps(
@@ -327,20 +321,12 @@ def _steps(config: Config, processes: int) -> Steps:
         batch_size=train.batch_size,
         micro_batch_size=train.micro_batch_size,
         accumulation=accumulation,
-        accumulation_by_gpus={gpus: _accumulation(train, gpus) for gpus in sorted({*GPUS, processes})},
+        accumulation_by_gpus=by_gpus,
         examples=examples,
         epochs=train.epochs,
         steps=steps,
         tokens_at_most=None if steps is None else steps * train.batch_size * train.data.seq_len,
     )
-
-
-def _accumulation(train: TrainConfig, processes: int) -> int | None:
-    """None where the batch cannot be shared by so many processes."""
-    try:
-        return launch.accumulation(train, processes)
-    except UserError:
-        return None
 
 
 def num_examples(config: Config) -> int | None:
@@ -378,11 +364,11 @@ def _rows_of_file(path: Path) -> int:
 
 def _rows_of_split(rows: int | None, split: str) -> int | None:
     """The rows of ``train``, ``train[10:20]`` or ``train[:10%]``; None for other expressions."""
-    found = re.fullmatch(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
-    if rows is None or found is None:
+    match = re.fullmatch(r"train(?:\[(\d*)(%?):(\d*)(%?)\])?", split)
+    if rows is None or match is None:
         return None
     start, stop = (
         default if not number else round(rows * int(number) / 100) if percent else min(rows, int(number))
-        for number, percent, default in ((found[1], found[2], 0), (found[3], found[4], rows))
+        for number, percent, default in ((match[1], match[2], 0), (match[3], match[4], rows))
     )
     return max(0, stop - start)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from sppctl.config.settings import Config
 from sppctl.machine import torch_dtype
 from sppctl.model.blocks import Skeleton
 from sppctl.plan import footprint
 from sppctl.plan.footprint import FLOAT
-from sppctl.prune.choose import BLOCK_WIDTHS, CPU_TOKENS, WAITING_WIDTHS, needs_inputs
+from sppctl.prune.choose import BLOCK_WIDTHS, WAITING_WIDTHS, needs_inputs, windows_at_a_time
 from sppctl.pruners import PRUNERS, Hessian, InputMoments, InputNorms
 
 
@@ -43,63 +41,48 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     - solving: the layers that share an input, before and after; their scores in float32 and mask; for sparsegpt the
       weights in float32 and four matrices (n, n) of the factorisation instead
     """
-    prune = config.prune
-    settings, d = prune.calibration, torch_dtype(dtype).itemsize
+    prune, d, statistics = config.prune, torch_dtype(dtype).itemsize, PRUNERS[config.prune.method].statistics
+    samples, seq_len = prune.calibration.samples, prune.calibration.seq_len
     targets = skeleton.targets(prune.targets, prune.skip)
-    statistics = PRUNERS[prune.method].statistics
-    solve, distinct = 0, []
-    prefix = f"{skeleton.blocks_name}.0."
-    first = {name: target for name, target in targets.items() if name.startswith(prefix)} or targets
-    for inputs, out in footprint.projections(first):
-        for group in filter(None, (inputs, [out])):
-            n = first[group[0]].in_features
-            elements = sum(first[name].out_features for name in group) * n
-            working = 16 * n * n if statistics is Hessian else 0
-            solve = max(solve, (2 * d + FLOAT + 1) * elements + working)
-            distinct.append(n)
-    windows = prune.batch_size
-    if windows == "auto":
-        windows = max(1, CPU_TOKENS // settings.seq_len)
-    running = min(settings.samples, int(windows)) * settings.seq_len
-    width = skeleton.config.get_text_config().hidden_size
-    counted = [_statistics(statistics, n) for n in distinct]
-    head = skeleton.model.get_output_embeddings()
-    outside = _outside(skeleton, head)
+    first = {name: target for name, target in targets.items() if name.startswith(f"{skeleton.blocks_name}.0.")}
+    groups = [
+        (targets[group[0]].in_features, sum(targets[name].out_features for name in group))
+        for inputs, out in footprint.projections(first or targets)
+        for group in filter(None, (inputs, [out]))
+    ]
+    counted = [FLOAT * {None: 0, InputNorms: n, InputMoments: 2 * n, Hessian: n * n}[statistics] for n, _ in groups]
+    factors = [16 * n * n if statistics is Hessian else 0 for n, _ in groups]
+    solving = max((2 * d + FLOAT + 1) * n * m + factor for (n, m), factor in zip(groups, factors, strict=True))
+    windows = windows_at_a_time(prune.batch_size, samples, seq_len)
+    hidden_states = running = tuning = 0
+    if needs_inputs(prune):
+        window = seq_len * skeleton.config.get_text_config().hidden_size * d
+        hidden_states, running = samples * window, windows * window * BLOCK_WIDTHS
+        if prune.order == "module":
+            running += hidden_states * WAITING_WIDTHS
+        if statistics is Hessian:
+            running += windows * seq_len * max(n for n, _ in groups) * FLOAT
+    if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments
+        tuning = 4 * FLOAT * sum(n * m for n, m in groups)
     parts = {
-        "embeddings": outside * d,
+        "embeddings": _outside(skeleton) * d,
         "block": max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * d,
         "statistics": max(counted) if prune.order == "module" else sum(counted),
-        "solving": solve,
-        "hidden_states": 0,
-        "running": 0,
-        "tuning": 0,
+        "solving": solving,
+        "hidden_states": hidden_states,
+        "running": running,
+        "tuning": tuning,
     }
-    if needs_inputs(prune):
-        parts["hidden_states"] = settings.samples * settings.seq_len * width * d
-        parts["running"] = running * width * d * BLOCK_WIDTHS
-        if prune.order == "module":
-            parts["running"] += parts["hidden_states"] * WAITING_WIDTHS
-        if statistics is Hessian:
-            parts["running"] += running * max(distinct) * FLOAT
-    if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments
-        parts["tuning"] = 4 * FLOAT * sum(target.out_features * target.in_features for target in first.values())
     # gathering and solving are different times of a block
-    peak = sum(parts.values()) - min(parts["running"], parts["solving"])
-    return Pruning(prune.method, running // settings.seq_len, **parts, peak=peak)
+    return Pruning(prune.method, windows, **parts, peak=sum(parts.values()) - min(running, solving))
 
 
-def _outside(skeleton: Skeleton, head: nn.Module | None) -> int:
+def _outside(skeleton: Skeleton) -> int:
     """Parameters that pruning holds throughout: all outside the blocks but the output head."""
-    inside = {id(parameter) for parameter in skeleton.blocks.parameters()}
-    if head is not None and head is not skeleton.model.get_input_embeddings():
-        inside |= {id(parameter) for parameter in head.parameters()}
-    return sum(parameter.numel() for parameter in skeleton.model.parameters() if id(parameter) not in inside)
-
-
-def _statistics(kind: type[InputNorms] | type[Hessian] | None, n: int) -> int:
-    if kind is None:
-        return 0
-    return FLOAT * (n * n if kind is Hessian else 2 * n if kind is InputMoments else n)
+    head, embeddings = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
+    modules = [skeleton.blocks] if head is None or head is embeddings else [skeleton.blocks, head]
+    left_out = {id(parameter) for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() for parameter in skeleton.model.parameters() if id(parameter) not in left_out)
 
 
 def disk(config: Config, parameters: int, stored: str, adapter: int) -> dict[str, int]:

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from sppctl.config.settings import Config
 from sppctl.plan.footprint import GPU_SIZES
-from sppctl.plan.run import Memory, OnGpu, Plan, Steps, Trainable, on
+from sppctl.plan.run import Memory, OnGpu, Plan, Steps, Trainable
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def tables(plan: Plan) -> Iterator[Table]:
     """Title, header and rows of each table; a hundred columns are enough for all of them."""
-    yield _modules(plan.trainable)
-    yield _methods(plan.trainable)
+    yield from _parameters(plan.trainable)
     yield _training(plan.memory)
     yield _gpus(plan)
     yield _pruning_and_disk(plan)
@@ -25,92 +24,73 @@ def gib(size: int) -> str:
     return f"{size / 2**30:,.1f}"
 
 
-def _modules(trainable: Trainable) -> Table:
-    rows = [
-        (
-            entry.module,
-            " x ".join(f"{size:,}" for size in entry.shape),
-            str(entry.count),
-            f"{entry.each:,}",
-            f"{entry.total:,}",
-        )
-        for entry in trainable.modules
-    ]
-    count = sum(entry.count for entry in trainable.modules)
-    rows.append(("all", "", str(count), "", f"{trainable.parameters:,}"))
-    return "Trainable parameters", ("module", "out x in", "layers", "each", "together"), rows
-
-
-def _methods(trainable: Trainable) -> Table:
-    chosen = trainable.method
-    rows = [
-        (f"{method} (chosen)" if method == chosen else method, f"{count:,}", gib(4 * count), gib(12 * count))
-        for method, count in trainable.by_method.items()
-    ]
+def _parameters(trainable: Trainable) -> Iterator[Table]:
+    rows = []
+    for entry in trainable.modules:
+        shape = " x ".join(f"{size:,}" for size in entry.shape)
+        rows.append((entry.module, shape, str(entry.count), f"{entry.each:,}", f"{entry.total:,}"))
+    layers = sum(entry.count for entry in trainable.modules)
+    rows.append(("all", "", str(layers), "", f"{trainable.parameters:,}"))
+    yield "Trainable parameters", ("module", "out x in", "layers", "each", "together"), rows
     title = f"Methods at rank {trainable.rank}: sizes in GiB"
-    return title, ("train.method", "trainable", "adapter", "gradients and AdamW"), rows
+    header = ("train.method", "trainable", "adapter", "gradients and AdamW")
+    yield (
+        title,
+        header,
+        [
+            (f"{name} (chosen)" if name == trainable.method else name, f"{count:,}", gib(4 * count), gib(12 * count))
+            for name, count in trainable.by_method.items()
+        ],
+    )
 
 
 def _training(memory: Memory) -> Table:
-    sizes = {name: getattr(memory, name) for name in ("weights", "adapter", "gradients", "optimizer")}
-    sizes |= {name: size for name in ("masks", "teacher") if (size := getattr(memory, name))}
-    rows = [(name, gib(size), gib(size)) for name, size in sizes.items()]
-    kept = memory.activations
-    rows.append(
-        ("activations of the blocks", gib(kept["without"] - kept["logits"]), gib(kept["with"] - kept["logits"]))
-    )
-    rows.append(("logits of the loss", gib(kept["logits"]), gib(kept["logits"])))
-    whole, saved = (memory.on(1, "ddp", checkpointing) for checkpointing in (False, True))
-    rows.append(("transient (loss, kernels)", _moment(memory, whole), _moment(memory, saved)))
-    rows.append(("total", gib(whole.total), gib(saved.total)))
+    kept, logits = memory.activations, memory.activations["logits"]
+    plain, saved = (memory.on(1, "ddp", checkpointing) for checkpointing in (False, True))
+    names = ("weights", "adapter", "gradients", "optimizer", "masks", "teacher")
+    sizes = [(name, size, size) for name in names if (size := getattr(memory, name))]
+    sizes += [
+        ("activations of the blocks", kept["without"] - logits, kept["with"] - logits),
+        ("logits of the loss", logits, logits),
+        (
+            "transient (loss, kernels)",
+            plain.activations_peak - memory.teacher - kept["without"],
+            saved.activations_peak - memory.teacher - kept["with"],
+        ),
+        ("total", plain.total, saved.total),
+    ]
     title = f"Training on one GPU, GiB: {memory.tokens_on_device:,} tokens at a time"
-    return title, ("", "plain", "gradient checkpointing"), rows
-
-
-def _moment(memory: Memory, entry: OnGpu) -> str:
-    kept = memory.activations["with" if entry.gradient_checkpointing else "without"]
-    return gib(entry.activations_peak - memory.teacher - kept)
+    return title, ("", "plain", "gradient checkpointing"), [(name, gib(one), gib(other)) for name, one, other in sizes]
 
 
 def _gpus(plan: Plan) -> Table:
-    entries = plan.memory.per_gpu
-    rows = []
+    entries, rows = plan.memory.per_gpu, []
     for plain, saved in zip(entries[::2], entries[1::2], strict=True):
         accumulated = plan.steps.accumulation_by_gpus[plain.gpus]
-        rows.append(
-            (
-                f"{plain.gpus} x {plain.strategy}",
-                "uneven" if accumulated is None else str(accumulated),
-                gib(plain.weights),
-                gib(plain.total),
-                _smallest(plain),
-                gib(saved.total),
-                _smallest(saved),
-            )
-        )
+        row = [f"{plain.gpus} x {plain.strategy}", "uneven" if accumulated is None else str(accumulated)]
+        row.append(gib(plain.weights))
+        for entry in (plain, saved):
+            room = f"{min(entry.fits_gb)} GB" if entry.fits_gb else f"> {max(GPU_SIZES)} GB"
+            row += [gib(entry.total), room]
+        rows.append(row)
     header = ("GPUs", "accumulation", "weights", "plain", "needs", "checkpointing", "needs")
     return "Training per GPU, GiB, and the smallest GPU that has room for it", header, rows
 
 
-def _smallest(entry: OnGpu) -> str:
-    return f"{min(entry.fits_gb)} GB" if entry.fits_gb else f"> {max(GPU_SIZES)} GB"
-
-
 def _pruning_and_disk(plan: Plan) -> Table:
-    pruning, disk = plan.pruning, plan.disk
-    words = {
-        "embeddings": "embeddings",
-        "block": "one block",
-        "statistics": "statistics of its inputs",
-        "solving": "solving its layers",
-        "hidden_states": "hidden states of all windows",
-        "running": f"inside a block, {pruning.windows_at_a_time} windows at a time",
-        "tuning": "tuning a block",
+    pruning = plan.pruning
+    sizes = {
+        "embeddings": pruning.embeddings,
+        "one block": pruning.block,
+        "statistics of its inputs": pruning.statistics,
+        "solving its layers": pruning.solving,
+        "hidden states of all windows": pruning.hidden_states,
+        f"inside a block, {pruning.windows_at_a_time} windows at a time": pruning.running,
     }
-    sizes = {text: getattr(pruning, key) for key, text in words.items() if key != "tuning" or pruning.tuning}
-    rows = [(f"pruning: {text}", gib(size)) for text, size in sizes.items()]
-    rows.append(("pruning: at most", gib(pruning.peak)))
-    rows += [(f"disk: {key}", gib(size)) for key, size in disk.items() if size]
+    if pruning.tuning:
+        sizes["tuning a block"] = pruning.tuning
+    rows = [(f"pruning: {part}", gib(size)) for part, size in (sizes | {"at most": pruning.peak}).items()]
+    rows += [(f"disk: {name}", gib(size)) for name, size in plan.disk.items() if size]
     return f"Pruning by {pruning.method}, and the run directory: GiB", ("", "GiB"), rows
 
 
@@ -126,28 +106,27 @@ def sentences(plan: Plan, config: Config) -> Iterator[str]:
     )
     yield f"{trainable.method} trains {trainable.parameters:,} parameters, {trainable.share:.2%} of the model."
     yield _steps(plan.steps, config)
-    processes, wanted = plan.steps.processes, config.train.gradient_checkpointing
-    for strategy in dict.fromkeys(("ddp",) if processes == 1 else (config.launch.strategy, "ddp", "fsdp", "zero3")):
+    processes, chosen = plan.steps.processes, config.train.gradient_checkpointing
+    strategies = ("ddp",) if processes == 1 else (config.launch.strategy, "ddp", "fsdp", "zero3")
+    for strategy in dict.fromkeys(strategies):
         where = "One GPU" if processes == 1 else f"{processes} GPUs under {strategy}"
-        for checkpointing in (wanted, not wanted):
+        for checkpointing in (chosen, not chosen):
             verdict = _verdict(plan.memory.on(processes, strategy, checkpointing))
             yield f"{where}, {'with' if checkpointing else 'without'} gradient checkpointing: {verdict}"
-    yield from _as_stored(plan.memory, processes, "ddp" if processes == 1 else config.launch.strategy, wanted)
+    yield from _as_stored(plan.memory, plan.memory.on(processes, strategies[0], chosen))
     yield (
         f"Pruning needs {gib(pruning.peak)} GiB, {gib(pruning.peak - pruning.hidden_states)} if the hidden "
         f"states wait elsewhere (prune.memory); the run directory needs {gib(plan.disk['total'])} GiB."
     )
 
 
-def _as_stored(memory: Memory, processes: int, strategy: str, checkpointing: bool) -> Iterator[str]:
+def _as_stored(memory: Memory, entry: OnGpu) -> Iterator[str]:
     """Where the model has room only if it is computed in a dtype as narrow as the stored one."""
     if memory.as_stored is None:
         return
-    gpus, wide, narrow = (
-        on(per_gpu, processes, strategy, checkpointing)
-        for per_gpu in (memory.per_gpu, memory.as_stored.here, memory.as_stored.per_gpu)
-    )
-    places = [f"{size} GB" for size in narrow.fits_gb if size not in gpus.fits_gb]
+    place = memory.per_gpu.index(entry)
+    wide, narrow = memory.as_stored.here[place], memory.as_stored.per_gpu[place]
+    places = [f"{size} GB" for size in narrow.fits_gb if size not in entry.fits_gb]
     if narrow.total <= memory.free < wide.total:
         places.append(f"the {gib(memory.free)} GiB that are free here")
     if places:
@@ -157,9 +136,10 @@ def _as_stored(memory: Memory, processes: int, strategy: str, checkpointing: boo
 
 def _verdict(entry: OnGpu) -> str:
     room, none = entry.fits_gb, [size for size in GPU_SIZES if size not in entry.fits_gb]
-    words = [f"fits on {_joined(room)} GB"] if room else []
-    words += [f"not on {_joined(none)} GB" if room else f"fits on none of {_joined(none)} GB"] if none else []
-    return f"{gib(entry.total)} GiB, {', '.join(words)}."
+    parts = [f"fits on {_joined(room)} GB"] if room else []
+    if none:
+        parts.append(f"{'not on' if room else 'fits on none of'} {_joined(none)} GB")
+    return f"{gib(entry.total)} GiB, {', '.join(parts)}."
 
 
 def _joined(sizes: list[int]) -> str:

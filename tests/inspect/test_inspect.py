@@ -1,3 +1,5 @@
+"""Certified sparsity: what holds in a matrix, the totals of a checkpoint, and what does not meet an expectation."""
+
 from __future__ import annotations
 
 import json
@@ -9,22 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sppctl.files.safe_files import TensorFiles
-from sppctl.inspect.inspect import (
-    MatrixSparsity,
-    holds,
-    matrices,
-    measure,
-    recorded_patterns,
-    sentence,
-    summarise,
-    violations,
-)
+from sppctl.inspect.inspect import MatrixSparsity, holds, measure, recorded_patterns, sentence, violations
 from sppctl.pattern import Pattern
 
-
-def pattern(text: str) -> Pattern:
-    return Pattern.parse(text)
+pattern = Pattern.parse
 
 
 def rows(*texts: str) -> Tensor:
@@ -32,15 +22,21 @@ def rows(*texts: str) -> Tensor:
     return torch.tensor([[float(letter == "x") for letter in text.replace(" ", "")] for text in texts])
 
 
+def saved(directory: Path, **tensors: Tensor) -> Path:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
 def inspected(directory: Path, **tensors: Tensor) -> dict[str, MatrixSparsity]:
-    save_file(tensors, directory / "model.safetensors")
-    return {matrix.name: matrix for matrix in matrices(TensorFiles(directory))}
+    return {matrix.name: matrix for matrix in measure(saved(directory, **tensors))[0]}
 
 
 TWO_OF_FOUR = rows("xx.. x..x ..xx .x.x", ".xx. x.x. .... x...")
 FOUR_OF_EIGHT = rows("xxxx .... x.x. x.x.", "xxx. ...x .... xxxx")  # the first group of four keeps all
 ONE_OF_FOUR = rows("x... .x.. ..x. ...x", "x... .... ..x. ....")
 TWO_OF_EIGHT = rows("xx.. .... .... xx..", "x... ...x .x.x ....")
+ONE_TOO_MANY = TWO_OF_FOUR.repeat(50, 20)
+ONE_TOO_MANY[76, 2] = 1e-30
 
 
 # --- one matrix -------------------------------------------------------------------------------------------------------
@@ -51,13 +47,13 @@ TWO_OF_EIGHT = rows("xx.. .... .... xx..", "x... ...x .x.x ....")
     [
         (TWO_OF_FOUR, "2:4", True),
         (TWO_OF_FOUR, "4:8", True),
-        (TWO_OF_FOUR, "8:16", True),
         (TWO_OF_FOUR, "1:4", False),
         (TWO_OF_FOUR, "2:8", False),
+        (TWO_OF_FOUR.repeat(50, 20), "2:4", True),
+        (ONE_TOO_MANY, "2:4", False),
         (FOUR_OF_EIGHT, "4:8", True),
         (FOUR_OF_EIGHT, "2:4", False),
         (ONE_OF_FOUR, "1:4", True),
-        (ONE_OF_FOUR, "2:4", True),
         (ONE_OF_FOUR, "2:8", True),  # N is the number KEPT
         (ONE_OF_FOUR, "1:8", False),
         (TWO_OF_EIGHT, "2:8", True),
@@ -67,43 +63,36 @@ TWO_OF_EIGHT = rows("xx.. .... .... xx..", "x... ...x .x.x ....")
         (rows("......"), "2:4", False),
         (rows("........"), "2:4", True),
         (rows("xxxxxxxx"), "2:4", False),
+        (rows("xxxx", "xxxx", "....", "...."), "2:4", False),  # groups are along the input features
+        (rows("xxxx", "xxxx", "....", "....").t().contiguous(), "2:4", True),
+        (torch.tensor([[1.0, -0.0, -0.0, 1.0]]), "2:4", True),
+        (torch.tensor([[1.0, float("nan"), 0.0, 1.0]]), "2:4", False),
     ],
 )
 def test_holds(weight: Tensor, text: str, expected: bool) -> None:
     assert holds(weight, pattern(text)) is expected
 
 
-def test_groups_lie_along_the_input_features() -> None:
-    assert not holds(TWO_OF_FOUR[:, :4].t().contiguous().repeat(1, 2), pattern("1:4"))
-    columns = rows("xxxx", "xxxx", "....", "....")  # 2:4 down the columns is not 2:4
-    assert not holds(columns, pattern("2:4"))
-    assert holds(columns.t().contiguous(), pattern("2:4"))
-
-
-def test_one_weight_too_many_is_seen() -> None:
-    weight = TWO_OF_FOUR.repeat(50, 20)
-    assert holds(weight, pattern("2:4"))
-    weight[77, 2] = 1e-30
-    weight[77, :2] = 1
-    assert not holds(weight, pattern("2:4"))
-
-
-def test_minus_zero_is_zero_and_nan_is_not() -> None:
-    assert holds(torch.tensor([[1.0, -0.0, -0.0, 1.0]]), pattern("2:4"))
-    assert not holds(torch.tensor([[1.0, float("nan"), 0.0, 1.0]]), pattern("2:4"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_every_floating_point_dtype_is_measured(tmp_path: Path, dtype: torch.dtype) -> None:
-    found = inspected(tmp_path, w=TWO_OF_FOUR.to(dtype))["w"]
-    assert (found.shape, found.zeros) == ((2, 16), 19)  # 8 in the first row, 11 in the second
-    assert found.sparsity == 19 / 32
-    assert found.patterns == ("2:4", "4:8", "8:16")
+    matrix = inspected(tmp_path, w=TWO_OF_FOUR.to(dtype))["w"]
+    assert (matrix.shape, matrix.zeros) == ((2, 16), 19)  # 8 in the first row, 11 in the second
+    assert matrix.sparsity == 19 / 32
+    assert matrix.patterns == ("2:4", "4:8", "8:16")
 
 
 def test_patterns_of_each_matrix(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
     found = inspected(
-        tmp_path, two=TWO_OF_FOUR, four=FOUR_OF_EIGHT, one=ONE_OF_FOUR, eight=TWO_OF_EIGHT, dense=torch.ones(2, 16)
+        tmp_path,
+        two=TWO_OF_FOUR,
+        four=FOUR_OF_EIGHT,
+        one=ONE_OF_FOUR,
+        eight=TWO_OF_EIGHT,
+        dense=torch.ones(2, 16),
+        odd_width=rows("x.x.x.x", "......."),
+        width_of_twelve=rows("xx.. x..x ..xx"),
+        unstructured=(torch.rand(64, 64, generator=generator) > 0.75).float(),
     )
     assert {name: set(matrix.patterns) for name, matrix in found.items()} == {
         "two": {"2:4", "4:8", "8:16"},
@@ -111,26 +100,11 @@ def test_patterns_of_each_matrix(tmp_path: Path) -> None:
         "one": {"1:4", "2:4", "2:8", "4:8", "4:16", "8:16"},
         "eight": {"2:4", "2:8", "4:8", "4:16", "8:16"},
         "dense": set(),
+        "odd_width": set(),
+        "width_of_twelve": {"2:4"},
+        "unstructured": set(),
     }
-
-
-def test_odd_widths_have_no_patterns(tmp_path: Path) -> None:
-    found = inspected(tmp_path, w=rows("x.x.x.x", "......."))["w"]
-    assert (found.zeros, found.patterns) == (10, ())
-    assert found.is_sparse
-
-
-def test_a_width_of_twelve_holds_groups_of_four_only(tmp_path: Path) -> None:
-    assert inspected(tmp_path, w=rows("xx.. x..x ..xx"))["w"].patterns == ("2:4",)
-
-
-def test_unstructured_sparsity_has_no_pattern(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(64, 64)
-    weight[weight.abs() < weight.abs().quantile(0.75)] = 0
-    found = inspected(tmp_path, w=weight)["w"]
-    assert found.sparsity == pytest.approx(0.75, abs=1e-3)
-    assert found.patterns == ()
+    assert {name for name, matrix in found.items() if not matrix.is_sparse} == {"dense"}
 
 
 def test_a_few_zeros_by_chance_do_not_make_a_matrix_sparse(tmp_path: Path) -> None:
@@ -153,23 +127,18 @@ def test_only_matrices_of_floating_point_are_measured(tmp_path: Path) -> None:
     assert list(found) == ["experts", "w"]
 
 
-def test_a_pattern_of_ones_own_is_looked_for(tmp_path: Path) -> None:
-    save_file({"w": rows("xx.xx.", "x..x..")}, tmp_path / "model.safetensors")
-    files = TensorFiles(tmp_path)
-    assert next(matrices(files)).patterns == ()
-    assert next(matrices(files, pattern("2:3"))).patterns == ("2:3",)
-    assert next(matrices(files, pattern("1:3"))).patterns == ()
-    assert next(matrices(files, pattern("0.5"))).patterns == ()
+@pytest.mark.parametrize(("text", "found"), [(None, ()), ("2:3", ("2:3",)), ("1:3", ()), ("0.5", ())])
+def test_an_unusual_pattern_can_be_looked_for(text: str | None, found: tuple[str, ...], tmp_path: Path) -> None:
+    also = None if text is None else pattern(text)
+    (matrix,), _ = measure(saved(tmp_path, w=rows("xx.xx.", "x..x..")), also)
+    assert matrix.patterns == found
 
 
 # --- a checkpoint -----------------------------------------------------------------------------------------------------
 
 
 def test_totals_by_hand(tmp_path: Path) -> None:
-    save_file(
-        {"a": TWO_OF_FOUR, "b": ONE_OF_FOUR, "dense": torch.ones(4, 4), "norm": torch.zeros(8)},
-        tmp_path / "model.safetensors",
-    )
+    saved(tmp_path, a=TWO_OF_FOUR, b=ONE_OF_FOUR, dense=torch.ones(4, 4), norm=torch.zeros(8))
     _, summary = measure(tmp_path)
     assert summary == {
         "matrices": 3,
@@ -182,6 +151,9 @@ def test_totals_by_hand(tmp_path: Path) -> None:
         "parameters": 88,
         "bytes": (tmp_path / "model.safetensors").stat().st_size,
     }
+    assert sentence(summary | {"bytes": 1_250_000}) == (
+        "2 of 3 matrices are sparse: 70.3125% zeros in them, pattern 2:4; 51.14% of all 88 parameters, 1.2 MB"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,68 +166,58 @@ def test_totals_by_hand(tmp_path: Path) -> None:
         ([TWO_OF_EIGHT], ["2:4", "2:8"]),
         ([TWO_OF_EIGHT, ONE_OF_FOUR], ["2:4", "2:8"]),
         ([TWO_OF_FOUR, rows("x.x.x.x")], []),
-        ([torch.ones(2, 16)], []),
     ],
 )
 def test_the_tightest_patterns_are_named(tmp_path: Path, tensors: list[Tensor], expected: list[str]) -> None:
-    save_file({f"w{i}": tensor.clone() for i, tensor in enumerate(tensors)}, tmp_path / "model.safetensors")
-    assert measure(tmp_path)[1]["patterns"] == expected
+    _, summary = measure(saved(tmp_path, **{f"w{i}": tensor for i, tensor in enumerate(tensors)}))
+    assert summary["patterns"] == expected
+    assert ("no common N:M pattern" in sentence(summary)) == (not expected)
 
 
-def test_a_dense_checkpoint(llama: Path) -> None:
+def test_a_dense_checkpoint(llama: Path, make_checkpoint: Callable[..., Path]) -> None:
     measured, summary = measure(llama)
     assert (summary["sparse_matrices"], summary["sparsity"], summary["patterns"]) == (0, 0.0, [])
     assert summary["matrices"] == len(measured) == 16  # seven in each of two blocks, embeddings and head
     assert sentence(summary).startswith("dense: none of 16 matrices is sparse; 32,160 parameters, ")
-
-
-def test_shards_count_as_one_checkpoint(make_checkpoint: Callable[..., Path]) -> None:
-    whole = measure(make_checkpoint("llama"))[1]
     shards = measure(make_checkpoint("llama", max_shard_size="20KB"))[1]
-    assert {**shards, "bytes": 0} == {**whole, "bytes": 0}
+    assert shards | {"bytes": 0} == summary | {"bytes": 0}
+    for text in ("2:4", "0.5"):
+        assert violations(measured, pattern(text)) == ["no matrix is sparse at all"]
 
 
 # --- expectations -----------------------------------------------------------------------------------------------------
 
 
-def test_no_violations(tmp_path: Path) -> None:
-    measured = list(inspected(tmp_path, a=TWO_OF_FOUR, b=ONE_OF_FOUR, dense=torch.ones(4, 4)).values())
-    assert violations(measured, pattern("2:4")) == []
-    assert violations(measured, pattern("0.5")) == []
-
-
-def test_each_violation_is_named(tmp_path: Path) -> None:
-    measured = list(inspected(tmp_path, a=TWO_OF_FOUR, b=FOUR_OF_EIGHT, dense=torch.ones(4, 4)).values())
-    assert violations(measured, pattern("2:4")) == ["b: not 2:4 (sparsity 0.5000)"]
-    assert violations(measured, pattern("0.6")) == [
-        "b: sparsity 0.5000 is below 0.6",
-    ]  # 0.6 of 16 are 9 whole weights a row, 18 in all; a has 19 zeros
-
-
-def test_a_ratio_is_met_to_the_weight_per_row(tmp_path: Path) -> None:
-    # 0.3 of 7 columns: 2 whole weights of each row
-    measured = list(inspected(tmp_path, w=rows("..xxxxx", "x.x.xxx")).values())
-    assert violations(measured, pattern("0.3")) == []
-    measured = list(inspected(tmp_path, w=rows("..xxxxx", "x.xxxxx")).values())
-    assert violations(measured, pattern("0.3")) == ["w: sparsity 0.2143 is below 0.3"]
-
-
-def test_an_expectation_of_sparsity_is_not_met_by_a_dense_checkpoint(llama: Path) -> None:
-    measured, _ = measure(llama)
-    for text in ("2:4", "0.5"):
-        assert violations(measured, pattern(text)) == ["no matrix is sparse at all"]
+@pytest.mark.parametrize(
+    ("tensors", "text", "expected"),
+    [
+        ([TWO_OF_FOUR, ONE_OF_FOUR, torch.ones(4, 4)], "2:4", []),
+        ([TWO_OF_FOUR, ONE_OF_FOUR, torch.ones(4, 4)], "0.5", []),
+        ([TWO_OF_FOUR, FOUR_OF_EIGHT], "2:4", ["w1: not 2:4 (sparsity 0.5000)"]),
+        # 0.6 of 16 are 9 whole weights a row, 18 in all; the first has 19 zeros
+        ([TWO_OF_FOUR, FOUR_OF_EIGHT], "0.6", ["w1: sparsity 0.5000 is below 0.6"]),
+        # 0.3 of 7 columns: 2 whole weights of each row
+        ([rows("..xxxxx", "x.x.xxx")], "0.3", []),
+        ([rows("..xxxxx", "x.xxxxx")], "0.3", ["w0: sparsity 0.2143 is below 0.3"]),
+        ([rows("xx.xx.")], "2:3", []),
+    ],
+)
+def test_each_violation_is_named(tensors: list[Tensor], text: str, expected: list[str], tmp_path: Path) -> None:
+    measured, _ = measure(saved(tmp_path, **{f"w{i}": tensor for i, tensor in enumerate(tensors)}), pattern(text))
+    assert violations(measured, pattern(text)) == expected
 
 
 def test_a_model_that_is_half_dense_meets_no_expectation(tmp_path: Path) -> None:
-    tensors = {f"model.layers.{block}.self_attn.q_proj.weight": TWO_OF_FOUR.clone() for block in range(2)}
-    tensors |= {"model.layers.0.mlp.gate.weight": torch.ones(4, 16), "lm_head.weight": torch.ones(4, 16)}
-    tensors["model.layers.1.self_attn.q_proj.weight"] = torch.ones(2, 16)
+    tensors = dict.fromkeys(("model.layers.0.mlp.gate.weight", "lm_head.weight"), torch.ones(4, 16))
+    tensors |= {"model.layers.0.self_attn.q_proj.weight": TWO_OF_FOUR}
+    tensors |= {"model.layers.1.self_attn.q_proj.weight": torch.ones(2, 16)}
     measured = list(inspected(tmp_path, **tensors).values())
     assert violations(measured, pattern("2:4")) == [
         "model.layers.1.self_attn.q_proj.weight: dense, though model.layers.0.self_attn.q_proj.weight is sparse"
     ]
     assert violations(measured, pattern("2:4"), ["model.layers.0.self_attn.q_proj"]) == []  # pruned as it was asked
-    listed = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate"]
+    # a checkpoint of the bare model leaves out the prefix
+    listed = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "base.model.layers.0.mlp.gate"]
     assert violations(measured, pattern("0.5"), listed) == [
         "model.layers.0.mlp.gate.weight: dense, though its record says that it was pruned",
         "model.layers.1.self_attn.q_proj.weight: dense, though its record says that it was pruned",
@@ -274,26 +236,3 @@ def test_what_was_pruned_is_known_from_the_record_of_the_run(tmp_path: Path) -> 
     (tmp_path / "merged/stage.json").write_text("{")
     (tmp_path / "pruned/stage.json").write_text("[]")
     assert recorded_patterns(tmp_path / "merged") is None
-
-
-def test_an_unusual_pattern_can_be_expected(tmp_path: Path) -> None:
-    save_file({"w": rows("xx.xx.")}, tmp_path / "model.safetensors")
-    measured, _ = measure(tmp_path, pattern("2:3"))
-    assert violations(measured, pattern("2:3")) == []
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_totals_in_words(tmp_path: Path) -> None:
-    save_file({"a": TWO_OF_FOUR, "dense": torch.ones(4, 8)}, tmp_path / "model.safetensors")
-    files = TensorFiles(tmp_path)
-    summary = summarise(files, list(matrices(files))) | {"bytes": 1_250_000}
-    assert sentence(summary) == (
-        "1 of 2 matrices are sparse: 59.3750% zeros in them, pattern 2:4; 29.69% of all 64 parameters, 1.2 MB"
-    )
-
-
-def test_no_common_pattern_in_words(tmp_path: Path) -> None:
-    save_file({"a": rows("x.x.x.x")}, tmp_path / "model.safetensors")
-    assert "no common N:M pattern" in sentence(measure(tmp_path)[1])

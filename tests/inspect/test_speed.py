@@ -1,22 +1,22 @@
+"""Bytes and speed of a checkpoint: storage by hand, which kernel where, rounds, and the command."""
+
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 from transformers import AutoModelForCausalLM
 
-from sppctl import cli
 from sppctl.errors import UserError
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.inspect import semi_structured, speed
 from sppctl.inspect.inspect import matrices
-from sppctl.inspect.semi_structured import no_kernel, relative_difference, takes
+from sppctl.inspect.semi_structured import no_kernel, takes
 from sppctl.inspect.speed import Settings, execute
 from sppctl.inspect.speed_text import Bench, Kernel
 from sppctl.inspect.storage import Storage, storage
@@ -57,34 +57,32 @@ def stored(directory: Path) -> Storage:
 # --- storage ----------------------------------------------------------------------------------------------------------
 
 
-def test_storage_of_2_4_by_hand(pruned: Callable[..., Path]) -> None:
-    found = stored(pruned("2:4"))
-    assert found.dense_bytes == 4 * (SPARSE + OTHERS) == 128_640
-    assert found.sparse_matrices_bytes == 4 * SPARSE
-    # half the values in 4 bytes, 2 bits for each
-    assert found.packed_bytes == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 2 * 2 // 8 == 99_840
-    # half the values, a bit for every weight
-    assert found.bitmask_bytes == 4 * OTHERS + 4 * SPARSE // 2 + SPARSE // 8 == 99_840
-    assert found.packed_matrices == 14
+ZEROS = 2 * (192 * 19 + 32 * 28)  # at 0.6: of a block's rows of 32, and of 48
 
 
-def test_4_8_needs_longer_indices(pruned: Callable[..., Path]) -> None:
-    found = stored(pruned("4:8", torch.bfloat16))
-    assert found.packed_bytes == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 2 * 3 // 8
-    assert found.bitmask_bytes == 2 * OTHERS + 2 * SPARSE // 2 + SPARSE // 8
-
-
-def test_unstructured_zeros_are_packed_with_bitmasks_alone(pruned: Callable[..., Path]) -> None:
-    found = stored(pruned("0.6"))
-    zeros = 2 * (192 * 19 + 32 * 28)  # of a block's rows of 32, and of 48
-    assert found.packed_matrices == 0
-    assert found.packed_bytes == found.dense_bytes
-    assert found.bitmask_bytes == 4 * OTHERS + 4 * (SPARSE - zeros) + SPARSE // 8
+@pytest.mark.parametrize(
+    ("text", "itemsize", "packed", "bitmask"),
+    [
+        # half the values, 2 bits for each; half the values, a bit for every weight
+        ("2:4", 4, 4 * SPARSE // 2 + SPARSE // 2 * 2 // 8, 4 * SPARSE // 2 + SPARSE // 8),
+        ("2:4", 2, 2 * SPARSE * 9 // 16, 2 * SPARSE * 9 // 16),
+        ("4:8", 2, 2 * SPARSE // 2 + SPARSE // 2 * 3 // 8, 2 * SPARSE // 2 + SPARSE // 8),  # longer indices
+        ("1:4", 4, 4 * SPARSE // 4 + SPARSE // 4 * 2 // 8, 4 * SPARSE // 4 + SPARSE // 8),  # which is also 2:4
+        ("0.6", 4, 4 * SPARSE, 4 * (SPARSE - ZEROS) + SPARSE // 8),  # bitmasks alone
+    ],
+)
+def test_storage_by_hand(text: str, itemsize: int, packed: int, bitmask: int, pruned: Callable[..., Path]) -> None:
+    found = stored(pruned(text, torch.float32 if itemsize == 4 else torch.bfloat16))
+    assert found.dense_bytes == itemsize * (SPARSE + OTHERS)
+    assert found.sparse_matrices_bytes == itemsize * SPARSE
+    assert found.packed_bytes == itemsize * OTHERS + packed
+    assert found.bitmask_bytes == itemsize * OTHERS + bitmask
+    assert found.packed_matrices == (0 if text == "0.6" else 14)
 
 
 def test_a_dense_checkpoint_has_nothing_to_pack(llama: Path) -> None:
     found = stored(llama)
-    assert found.dense_bytes == found.packed_bytes == found.bitmask_bytes
+    assert found.dense_bytes == found.packed_bytes == found.bitmask_bytes == 128_640
 
 
 def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -100,33 +98,33 @@ def test_matrices_that_are_stored_transposed(make_checkpoint: Callable[..., Path
 # --- speed on a CPU ---------------------------------------------------------------------------------------------------
 
 
-def test_a_cpu_times_dense_weights_and_says_why(pruned: Callable[..., Path]) -> None:
-    found = execute(str(pruned("2:4")), TINY)
+NOT_2_4 = "not all sparse matrices are 2:4"
+
+
+@pytest.mark.parametrize(
+    ("text", "note", "absent"),
+    [
+        ("2:4", "exactly as fast as a dense one", NOT_2_4),
+        ("1:4", "storage: by formula", NOT_2_4),
+        ("4:8", NOT_2_4, "unstructured"),
+        ("0.6", "unstructured zeros", NOT_2_4),
+        (None, "is dense", "storage: by formula"),
+    ],
+)
+def test_a_cpu_times_dense_weights_and_says_why(
+    text: str | None, note: str, absent: str, pruned: Callable[..., Path], llama: Path
+) -> None:
+    found = execute(str(pruned(text) if text else llama), TINY)
     assert [row.batch for row in found.speed] == [1, 3]
     for row in found.speed:
         assert row.prefill_tokens_per_s.keys() == row.decode_ms_per_token.keys() == {"dense"}
         assert row.prefill_tokens_per_s["dense"] > 0
         assert row.prefill_speedup is row.decode_speedup is row.max_relative_difference is None
-    assert found.patterns == ["2:4"]
     assert found.kernel.layers == 0
     assert found.notes[0].startswith("no sparse kernel on this device (cpu)")
-    assert "exactly as fast as a dense one" in found.notes[0]
-    assert not any("not all sparse matrices are 2:4" in note for note in found.notes)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"), [("4:8", "not all sparse matrices are 2:4"), ("0.6", "unstructured zeros"), (None, "is dense")]
-)
-def test_other_zeros_gain_no_time_and_it_is_said(
-    pruned: Callable[..., Path], llama: Path, text: str | None, said: str
-) -> None:
-    found = execute(str(pruned(text) if text else llama), TINY)
-    assert any(said in note for note in found.notes)
-
-
-def test_1_4_is_2_4_too(pruned: Callable[..., Path]) -> None:
-    found = execute(str(pruned("1:4")), TINY)
-    assert not any("not all sparse matrices are 2:4" in note for note in found.notes)
+    notes = " ".join(found.notes)
+    assert note in notes
+    assert absent not in notes
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
@@ -180,7 +178,7 @@ def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypat
     linear = torch.nn.functional.linear
 
     def matrices_only(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        assert x.dim() == 2 or all(weight is not sparse for sparse in weights.sparse)
+        assert x.dim() == 2 or all(weight is not sparse for _, _, sparse in weights.layers)
         return linear(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", matrices_only)
@@ -211,10 +209,6 @@ def test_transposed_layers_have_no_kernel_and_it_is_said(
     assert "2:4 layers are Conv1D (GPT-2)" in str(speed.two_weights(model)[1].reason)
 
 
-def test_difference_by_hand() -> None:
-    assert relative_difference(torch.tensor([-4.0, 2.0]), torch.tensor([-3.0, 2.5])) == 0.25
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs a GPU with 2:4 kernels"
@@ -241,37 +235,19 @@ def test_on_a_gpu_sparse_weights_give_the_same_logits(pruned: Callable[..., Path
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_json(
-    pruned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_json_or_tables(pruned: Callable[..., Path], command: Command) -> None:
     options = ["--batch", "1,2", "--prompt", "4", "--new", "2", "--repeats", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["sppctl", "bench", str(pruned("2:4")), *options, "--json"])
-    _main()
-    found = json.loads(capsys.readouterr().out)
-    assert list(found) == [field.name for field in fields(Bench)]
-    assert [row["batch"] for row in found["speed"]] == [1, 2]
-
-
-def test_the_command_prints_tables(
-    pruned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--batch", "1", "--prompt", "4", "--new", "2", "--repeats", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["sppctl", "bench", str(pruned("2:4")), *options])
-    _main()
-    printed = capsys.readouterr().out
-    assert "prefill dense, tokens/s" in printed
-    assert "values and bitmask" in printed
-    assert "no sparse kernel" in printed
-
-
-def _main() -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
+    result = command("bench", str(pruned("2:4")), *options, "--json").json
+    assert list(result) == [field.name for field in fields(Bench)]
+    assert [row["batch"] for row in result["speed"]] == [1, 2]
+    assert result["patterns"] == ["2:4"]
+    printed = command("bench", str(pruned("2:4")), *options).out
+    for text in ("prefill dense, tokens/s", "values and bitmask", "no sparse kernel"):
+        assert text in printed
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "problem"),
     [
         (["--prompt", "126", "--new", "3"], "longer than the model's limit of 128"),
         (["--batch", "1,two"], "--batch: 1,two"),
@@ -281,19 +257,13 @@ def _main() -> None:
         (["--device", "moon"], "--device: moon is not usable"),
     ],
 )
-def test_wrong_options_end_with_one_line(
-    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sppctl", "bench", str(llama), "--prompt", "8", *options])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert said in printed.err
+def test_wrong_options_end_with_one_line(llama: Path, command: Command, options: list[str], problem: str) -> None:
+    refused = command("bench", str(llama), "--prompt", "8", *options)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.count("\n") == 1
+    assert problem in refused.err
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         execute(str(tmp_path), TINY)
