@@ -282,7 +282,6 @@ def test_processes_do_not_outlive_a_launcher_that_is_killed(several: Several) ->
 SECOND_PROCESS_FAILS = """
 import os
 from transformers import LlamaForCausalLM
-from sppctl import cli
 calls = []
 def forward(*args, **kwargs):
     calls.append(args)
@@ -292,17 +291,13 @@ def forward(*args, **kwargs):
         output.logits = output.logits * float("nan")
     return output
 original, LlamaForCausalLM.forward = LlamaForCausalLM.forward, forward
-cli.main()
 """
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_told_once(several: Several, tmp_path: Path) -> None:
-    script = tmp_path / "fails.py"
-    script.write_text(SECOND_PROCESS_FAILS)
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_told_once(several: Several) -> None:
     arguments, directory = several(2, "ddp", "float32")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env=outside(), timeout=300)
+    done = sppctl_in_ranks(arguments, 2, SECOND_PROCESS_FAILS)
     assert done.returncode == 1
     assert done.stderr.count("error: the training loss is nan at step 2, in training examples ") == 1, done.stderr
     assert not (directory / "adapter").exists()

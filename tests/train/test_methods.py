@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import stage_calls
 import torch
+from checkpoints import weights_of
 from conftest import cut_after
 from fitting import Configure, Fit, figures, problems
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -46,12 +47,8 @@ def prepare(configure: Configure, make_checkpoint: Callable[..., Path], tmp_path
     return pruned
 
 
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 def adapted(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors(directory).items() if name.endswith("_proj.weight")}
+    return {name: tensor for name, tensor in weights_of(directory).items() if name.endswith("_proj.weight")}
 
 
 @pytest.mark.parametrize(
@@ -90,8 +87,8 @@ def test_the_merged_model_is_the_trained_one(method: str, dtype: torch.dtype, pr
     assert record.pattern_unchanged is zeros_stay
     if zeros_stay:
         assert (record.filled_zeros, record.lost_weights, record.sparsity) == (0, 0, 0.5)
-    untouched = tensors(pruned)
-    for name, tensor in tensors(fit.root / "merged").items():
+    untouched = weights_of(pruned)
+    for name, tensor in weights_of(fit.root / "merged").items():
         if not name.endswith("_proj.weight"):
             assert torch.equal(tensor, untouched[name]), name
         elif zeros_stay:
@@ -123,12 +120,6 @@ def lora(prepare: Prepare) -> Fit:
     fit = prepare(torch.bfloat16)
     fit("adapter", "train.method=lora")
     return fit
-
-
-def test_lora_is_refused_unless_told_what_to_do_with_the_zeros(lora: Fit) -> None:
-    with pytest.raises(UserError, match=r"fills the zeros; merge.mask=reapply.*LoRA\*.*merge.mask=dense"):
-        lora.merge("train.method=lora")
-    assert not list((lora.root / "merged").iterdir())
 
 
 def test_reapply_restores_the_exact_pattern(lora: Fit) -> None:
@@ -259,11 +250,6 @@ def test_a_model_without_linear_layers(configure: Configure, make_checkpoint: Ca
     config = configure("prune.targets=all-linear", "train.method=lora")
     message = problems(config, make_checkpoint("gpt2"))
     assert "sppctl trains nn.Linear layers only, and none of these is one" in message
-
-
-def test_dynamic_masks_need_whole_matrices(configure: Configure, llama: Path) -> None:
-    message = problems(configure("train.method=ste", "launch.strategy=fsdp"), llama)
-    assert "ste chooses masks from whole matrices, launch.strategy fsdp" in message
 
 
 def test_ablations_reach_the_adapter(prepare: Prepare) -> None:
