@@ -42,11 +42,7 @@ def began(checkpoints: Path, resume: bool) -> datetime:
 def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
     """Writes a checkpoint aside, and names it once all processes have their parts of it on the disk. All must call it.
 
-    Args:
-        checkpoints: the folder that holds them; the newest ``keep`` stay.
-        step: that was done last.
-        write: puts this process's part into a directory.
-        keep: at least 1.
+    ``write`` puts this process's part into a directory; of all checkpoints the newest ``keep`` stay.
 
     Raises:
         StageError: one of the processes cannot write its part; no checkpoint is lost.
@@ -114,8 +110,8 @@ def load_random_state(directory: Path) -> None:
 
 def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
     """Steps and directories, the newest first."""
-    found = [(path.name.removeprefix("checkpoint-"), path) for path in checkpoints.glob("checkpoint-*")]
-    return sorted(((int(step), path) for step, path in found if step.isdigit() and path.is_dir()), reverse=True)
+    named = [(path.name.removeprefix("checkpoint-"), path) for path in checkpoints.glob("checkpoint-*")]
+    return sorted(((int(step), path) for step, path in named if step.isdigit() and path.is_dir()), reverse=True)
 
 
 def newest(checkpoints: Path, strategy: str | None) -> Path | None:
@@ -161,9 +157,8 @@ def _damage(checkpoint: Path) -> str | None:
         return f"{HASHES}: {getattr(error, 'strerror', error)}"
     if record["checkpoint"] != checkpoint.name:
         return f"{HASHES} is that of {record['checkpoint']}"
-    found = integrity.compare(checkpoint, record["files"])
-    wrong = [f"{name} is {state}" for name, state in found.items() if state in (integrity.DAMAGED, integrity.MISSING)]
-    return ", ".join(wrong) or None
+    states, wrong = integrity.compare(checkpoint, record["files"]), (integrity.DAMAGED, integrity.MISSING)
+    return ", ".join(f"{name} is {state}" for name, state in states.items() if state in wrong) or None
 
 
 def demand_files(checkpoint: Path, strategy: str | None) -> None:

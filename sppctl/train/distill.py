@@ -72,7 +72,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
 
 
 def locate(teacher: str) -> Path:
-    """The directory of a teacher that is not ``base``; raises UserError if it could not be found or downloaded."""
+    """The directory of a teacher that is not ``base``; UserError if there is none."""
     return checkpoint.locate(teacher, key="train.distill.teacher")
 
 

@@ -28,13 +28,11 @@ CHECKED_TOKENS = 16  # of each of two examples that must not see each other
 
 
 class Feed:
-    """The tokenised examples of a training, with all that turns them into batches; what had to be cut is printed.
+    """The tokenised examples of a training, with all that turns them into batches.
 
     Attributes:
-        train: examples to train on.
-        held_out: examples for the validation loss.
-        collator: makes the training batches.
-        padded: makes the validation batches.
+        train, held_out: examples to train on, and for the validation loss.
+        collator, padded: make the training batches, and the validation batches.
         padding_share: share of the positions of padded batches that padding fills, in the order of the first epoch if
             examples are grouped by length, otherwise in a random one. Packing avoids it.
 
@@ -167,11 +165,7 @@ class Feed:
         return DataLoader(share, batch_size=None, collate_fn=collate, pin_memory=torch.cuda.is_initialized())  # type: ignore[arg-type]
 
     def check_packing(self, model: nn.Module, teacher: nn.Module | None) -> None:
-        """Before the first packed batch: the model, and its teacher if there is one, must keep packed examples apart.
-
-        Raises:
-            UserError: one of them does not.
-        """
+        """Raises UserError, before the first packed batch, if the model or its teacher mixes packed examples."""
         if not self.packing:
             return
         model.eval()

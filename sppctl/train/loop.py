@@ -11,8 +11,10 @@ import itertools
 import json
 import math
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,17 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from sppctl import distributed
+from sppctl import console, distributed
 from sppctl.config.settings import TrainConfig
 from sppctl.data.batches import Batch
 from sppctl.data.instructions import IGNORED
-from sppctl.errors import SharedError
+from sppctl.errors import SharedError, Stopped
 from sppctl.files import strict_json
 from sppctl.files.safe_files import saving
 from sppctl.train import checkpoints, shards
 from sppctl.train.distill import Distillation
 from sppctl.train.feed import Feed
-from sppctl.train.watch import Figures, Hook, State, StopSignals, Watch, demand_finite
+from sppctl.train.watch import Figures, Hook, State, StopSignals, demand_finite
 
 
 @dataclass
@@ -63,21 +65,20 @@ class Loop:
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         self.state = State() if self.resumed is None else self._load(self.resumed)
-        self.watch = Watch(self.state.step, max_steps, self.state.tokens, self.state.seconds)
+        self.bar, self._text = console.Progress("training", max_steps, self.state.step), ""  # shown beside it
+        self._started, self.before = time.perf_counter(), replace(self.state)  # this attempt, and those before it
         # of this process, added up since the last report
         self._loss, self._reported = torch.zeros((), device=self.accelerator.device), self.state.step
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def run(self, signals: StopSignals) -> int | None:
-        """All steps that are left, or until a signal.
-
-        Returns:
-            The signal that ended it before the last step.
+    def run(self) -> None:
+        """All steps that are left.
 
         Raises:
             UserError: the model mixes packed examples.
             StageError: a loss or gradient is not finite, or a checkpoint cannot be written.
+            Stopped: a signal ended it before the last step.
         """
         state, train = self.state, self.train
         self.feed.check_packing(self.model, None if self.distillation is None else self.distillation.teacher)
@@ -88,11 +89,11 @@ class Loop:
                 steps = itertools.chain([next(steps)], steps)
             checkpoints.load_random_state(self.resumed)
         stop = None
-        with self.watch.bar:
+        with StopSignals() as signals, self.bar:
             while state.step < self.feed.max_steps and not stop:
                 norm, rate = self._step(next(steps))
                 state.step += 1
-                self.watch.bar.advance(self.watch.text)
+                self.bar.advance(self._text)
                 for hook in self.hooks:
                     if figures := hook.after_step(self.peft, state.step):
                         self._log(figures)
@@ -106,8 +107,12 @@ class Loop:
                     self.validate()
                 if save:
                     self._save()
-        state.seconds = self.watch.seconds()
-        return stop
+        state.seconds = self.before.seconds + self._seconds()
+        if stop:
+            raise Stopped(
+                f"stopped by {signal.Signals(stop).name} after step {state.step} of {self.feed.max_steps}; a "
+                "checkpoint is written, the same command continues (under Slurm: requeue)"
+            )
 
     def _step(self, batches: list[Batch]) -> tuple[float, float]:
         """One optimizer step; returns the norm of the gradient, before it was clipped, and the learning rate."""
@@ -178,9 +183,15 @@ class Loop:
         self._loss.zero_()
         self._reported = self.state.step
         divergence = {} if self.distillation is None else {"kl": self.distillation.report()}
-        seconds = round(self.watch.seconds(), 2)
-        self._log({"loss": loss, "grad_norm": norm, "learning_rate": rate, **divergence, "seconds": seconds})
-        self.watch.show_loss(loss, norm, rate, self.state.tokens)
+        seconds = self._seconds()
+        figures: Figures = {"loss": loss, "grad_norm": norm, "learning_rate": rate, **divergence}
+        self._log(figures | {"seconds": round(self.before.seconds + seconds, 2)})
+        speed = (self.state.tokens - self.before.tokens) / seconds
+        self._text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
+
+    def _seconds(self) -> float:
+        """Of this attempt."""
+        return time.perf_counter() - self._started
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -200,7 +211,9 @@ class Loop:
         if not math.isfinite(mean):
             raise SharedError(f"the validation loss is {mean} at step {self.state.step}; lower train.lr")
         self._log({"eval_loss": mean})
-        self.watch.show_validation(mean)
+        self._text = f"validation loss {mean:.3f}"
+        if self.state.step < self.feed.max_steps:  # that after the last step is in the record
+            console.note(f"step {self.state.step}: {self._text}")
         return mean
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -217,7 +230,7 @@ class Loop:
 
     def _save(self) -> None:
         """A checkpoint; one under ZeRO-3 has DeepSpeed's own format, all others do not know who wrote them."""
-        self.state.seconds = self.watch.seconds()
+        self.state.seconds = self.before.seconds + self._seconds()
         # gathered before anything is written: a process whose disk is full must not miss the others
         adapter = self._adapter()
         optimizer = None if self.is_deepspeed else shards.gathered_state(self.optimizer)

@@ -25,18 +25,16 @@ Patterns = Mapping[str, Pattern]
 
 def ignored(train: TrainConfig) -> list[str]:
     """Which keys were changed to no effect, one line for each reason."""
-    usual = TrainConfig()
-    keys = set().union(*(method.keys for method in METHODS.values())) - METHODS[train.method].keys
-    cases: list[tuple[str, Any, Any, set[str], str]] = [("", train, usual, keys, f"with train.method={train.method}")]
+    unused = set().union(*(method.keys for method in METHODS.values())) - METHODS[train.method].keys
+    sections: list[tuple[str, Any, set[str], str]] = [("", train, unused, f"with train.method={train.method}")]
     if train.distill.teacher is None:
-        keys = {"weight", "temperature"}
-        cases.append(("distill.", train.distill, usual.distill, keys, "without train.distill.teacher"))
+        sections.append(("distill.", train.distill, {"weight", "temperature"}, "without train.distill.teacher"))
     if train.refresh.steps is None:
-        keys = {"until", "cycles"}
-        cases.append(("refresh.", train.refresh, usual.refresh, keys, "without train.refresh.steps"))
+        sections.append(("refresh.", train.refresh, {"until", "cycles"}, "without train.refresh.steps"))
     lines = []
-    for prefix, section, default, keys, reason in cases:
-        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(default, key))
+    for prefix, section, keys, reason in sections:
+        usual = type(section)()
+        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(usual, key))
         if changed:
             lines.append(f"{', '.join(changed)}: no effect {reason}")
     return lines

@@ -37,7 +37,10 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     plugins: dict[str, Any] = {}
     if strategy == "fsdp":
-        allow_on_cpu(state)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate takes the wish for FSDP from kinds of processes in a list without CPUs (AcceleratorState), and
+            # turns the kind into FSDP at once: nothing afterwards sees the one named here. The device stays the CPU
+            state.distributed_type = DistributedType.MULTI_GPU
         plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=True,
@@ -56,8 +59,13 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
 
 
 def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
+    from deepspeed import ops
+
+    # DeepSpeed would compile collectives of its own for CPUs, which takes minutes where there are few cores. A process
+    # that is killed in the meantime leaves a lock behind for which all later ones wait for ever, and in the compiled
+    # ones processes wait for ever for one that is gone; gloo's serve
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
     train = config.train
-    spare_compiling()
     settings = json.loads(DEEPSPEED.read_text()) | {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": launch.accumulation(train, distributed.world_size()),
@@ -67,17 +75,6 @@ def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
     return DeepSpeedPlugin(hf_ds_config=settings)
-
-
-def spare_compiling() -> None:
-    """Keeps DeepSpeed from compiling collectives of its own for CPUs; those of gloo do.
-
-    The compiler takes minutes where there are few cores. A process that is killed in the meantime leaves a lock behind
-    for which all later ones wait for ever, and in the compiled ones processes wait for ever for one that is gone.
-    """
-    from deepspeed import ops
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextmanager
@@ -94,16 +91,6 @@ def load_in_one_process() -> Iterator[None]:
             del os.environ[name]
 
 
-def allow_on_cpu(state: PartialState) -> None:
-    """Lets accelerate shard among CPU processes, by the same code as among GPUs.
-
-    It takes the wish for FSDP from kinds of processes in a list that has no CPUs in it (AcceleratorState), and turns
-    the kind into FSDP at once: nothing afterwards sees the one that is named here. The device stays the CPU.
-    """
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU
-
-
 def keep_frozen_weights(model: nn.Module) -> None:
     """Keeps DDP from broadcasting what all processes have read from the same files.
 
@@ -113,10 +100,10 @@ def keep_frozen_weights(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
-def gathered(parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def gathered(parameters: dict[str, Tensor]) -> dict[str, Any] | None:
     """Parameters, whole, on the CPU of the first process; None in the others. All must call it."""
     whole = {name: _whole(parameter.detach()) for name, parameter in parameters.items()}
-    return {name: tensor for name, tensor in whole.items() if tensor is not None} if distributed.is_main() else None
+    return whole if distributed.is_main() else None
 
 
 def gathered_state(optimizer: Optimizer) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-import signal
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from transformers import set_seed
 
 from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
-from sppctl.data import prompts, texts, vocabulary
-from sppctl.errors import Problems, Stopped, UserError
-from sppctl.evaluate import perplexity
+from sppctl.data import prompts, vocabulary
+from sppctl.errors import Problems, UserError
 from sppctl.evaluate import stage as evaluate
 from sppctl.files import cache
 from sppctl.files.names import CHECKPOINTS
@@ -33,7 +31,7 @@ from sppctl.records import PruneRecord, TrainRecord
 from sppctl.train import checkpoints, distill, methods, out_of_memory, refresh, scope, shards
 from sppctl.train.feed import Feed
 from sppctl.train.loop import Loop, reporting_to
-from sppctl.train.watch import Hook, PerplexityEvery, StopSignals
+from sppctl.train.watch import PerplexityEvery
 
 # lines of the history that the record keeps
 RECORDED = {"loss", "eval_loss", "perplexity", "mask_changes"}
@@ -162,13 +160,16 @@ def execute(
         hooks = methods.hooks(train, feed.max_steps)
         if train.refresh.steps is not None:
             hooks.append(refresh.MaskRefresh(config, model, pruned, base, record.patterns, feed.max_steps, newest))
-        hooks += _perplexity(config, pruned, tokenizer)
+        if train.perplexity_steps is not None:
+            hooks.append(PerplexityEvery(config, pruned, tokenizer))
         accelerator = shards.make_accelerator(config, device, model.get_base_model())
         # each process drops out other inputs; the first one those of one process alone
         set_seed(config.run.seed + distributed.rank())
         with reporting_to(train, out) as trackers:
             loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
-            validation = _run(loop)
+            loop.run()
+            with console.working(f"validation loss of {len(feed.held_out)} examples"):
+                validation = loop.validate() if feed.held_out else None
         loop.save_adapter(out)
         return _record(loop, dtype, counts, validation)
 
@@ -215,32 +216,6 @@ def _adapted(
     return adapted
 
 
-def _perplexity(config: Config, pruned: Path, tokenizer: Any) -> list[Hook]:
-    """The perplexity every so many steps, on the first text of the evaluation, if it is wanted."""
-    train = config.train
-    if train.perplexity_steps is None:
-        return []
-    name = config.eval.perplexity[0]
-    text = texts.load_text(name, "test", "eval.perplexity")
-    window = evaluate.window_of(config, pruned)
-    whole = text.joiner.join(text.documents)
-    windows = perplexity.text_windows(tokenizer, whole, window, config.eval.max_tokens, name)
-    return [PerplexityEvery(train.perplexity_steps, name, windows, train.micro_batch_size)]
-
-
-def _run(loop: Loop) -> float | None:
-    """All steps of a training, and its validation loss if anything is held out."""
-    with StopSignals() as signals:
-        stopped = loop.run(signals)
-    if stopped:
-        raise Stopped(
-            f"stopped by {signal.Signals(stopped).name} after step {loop.state.step} of {loop.feed.max_steps}; a "
-            "checkpoint is written, the same command continues (under Slurm: requeue)"
-        )
-    with console.working(f"validation loss of {len(loop.feed.held_out)} examples"):
-        return loop.validate() if loop.feed.held_out else None
-
-
 def _record(loop: Loop, dtype: str, counts: tuple[int, int], validation: float | None) -> TrainRecord:
     """What is recorded of a training: ``counts`` are its trained and all parameters."""
     state, feed, distillation = loop.state, loop.feed, loop.distillation
@@ -268,7 +243,7 @@ def _record(loop: Loop, dtype: str, counts: tuple[int, int], validation: float |
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds,
         dtype=dtype,
-        distillation=distillation.record(state, state.seconds - loop.watch.seconds_before) if distillation else None,
+        distillation=distillation.record(state, state.seconds - loop.before.seconds) if distillation else None,
         refresh=refreshing.record(state.history) if refreshing else None,
         history=[line for line in state.history if RECORDED & line.keys()],
     )

@@ -1,10 +1,9 @@
-"""Watching a training: how far it is, what is not finite, and the signals that ask it to stop."""
+"""Around the steps of a training: how far it is, hooks, what is not finite, and the signals that ask it to stop."""
 
 from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sppctl import console, distributed
+from sppctl.config.settings import Config
+from sppctl.data import texts
 from sppctl.data.batches import Batch
 from sppctl.errors import SharedError
-from sppctl.evaluate.perplexity import summarise, window_losses
+from sppctl.evaluate.perplexity import summarise, text_windows, window_losses
+from sppctl.evaluate.stage import window_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 NAMED_EXAMPLES = 16  # of those in which a gradient may have gone wrong
@@ -64,14 +66,18 @@ class Hook:
 
 
 class PerplexityEvery(Hook):
-    """The perplexity of a text every so many optimizer steps."""
+    """The perplexity of the evaluation's first text every so many optimizer steps."""
 
-    def __init__(self, steps: int, name: str, windows: Tensor, batch_size: int) -> None:
-        self.steps, self.name, self.windows, self.batch_size = steps, name, windows, batch_size
+    def __init__(self, config: Config, pruned: Path, tokenizer: Any) -> None:
+        self.steps, self.batch_size = config.train.perplexity_steps, config.train.micro_batch_size
+        self.name = config.eval.perplexity[0]
+        text, window = texts.load_text(self.name, "test", "eval.perplexity"), window_of(config, pruned)
+        whole = text.joiner.join(text.documents)
+        self.windows = text_windows(tokenizer, whole, window, config.eval.max_tokens, self.name)
 
     def after_step(self, model: PeftModel, step: int) -> Figures:
         """Measures on all processes alike: under FSDP each forward needs all of them."""
-        if step % self.steps:
+        if self.steps is None or step % self.steps:
             return {}
         model.eval()
         sharded = isinstance(model, FSDPModule)
@@ -80,31 +86,6 @@ class PerplexityEvery(Hook):
         value = summarise(losses, self.windows.shape[1]).value
         console.note(f"step {step}: perplexity of {self.name} {value:.2f}")
         return {"perplexity": value, "text": self.name}
-
-
-class Watch:
-    """A bar with loss, learning rate, gradient norm, tokens per second and the time left; the seconds of training."""
-
-    def __init__(self, step: int, max_steps: int, tokens: int, seconds: float) -> None:
-        """Continues the tokens and seconds of the attempts that led to the checkpoint that was resumed from."""
-        self._started, self._tokens_before, self.seconds_before = time.perf_counter(), tokens, seconds
-        self.text = ""  # beside the bar
-        self.bar = console.Progress("training", max_steps, step)
-
-    def seconds(self) -> float:
-        """Of all attempts."""
-        return self.seconds_before + time.perf_counter() - self._started
-
-    def show_loss(self, loss: float, norm: float, rate: float, tokens: int) -> None:
-        """The figures of a report, and the speed of this attempt."""
-        speed = (tokens - self._tokens_before) / (time.perf_counter() - self._started)
-        self.text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
-
-    def show_validation(self, loss: float) -> None:
-        """The validation loss; after the last step it is in the record."""
-        self.text = f"validation loss {loss:.3f}"
-        if self.bar.done < self.bar.total:
-            console.note(f"step {self.bar.done}: {self.text}")
 
 
 def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: float, step: int) -> None:
