@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import kept_per_group, shards
 from conftest import AVX2, BF16, Cpu, cut_after
 from safetensors.torch import load_file
 
@@ -41,11 +42,6 @@ def work(config_file: Path, make_checkpoint: Callable[..., Path], monkeypatch: p
     return run
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    """The content of a stage's files of weights."""
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
-
-
 def recorded(run: Run, *stages: str) -> list[str | None]:
     return [json.loads((run.path(stage) / "stage.json").read_text())["compute_dtype"] for stage in stages]
 
@@ -67,7 +63,7 @@ def test_a_bfloat16_model_on_a_cpu_without_units(work: Work, cpu: Cpu, capsys: p
     for name in pruned:
         assert torch.equal(pruned[name] == 0, merged[name] == 0), name
         if name.endswith("_proj.weight"):
-            assert bool(((pruned[name].unflatten(1, (-1, 4)) != 0).sum(-1) == 2).all())
+            assert (kept_per_group(pruned[name]) == 2).all()
     for label in ("base", "pruned", "merged"):
         results = json.loads((run.directory / f"eval/{label}.json").read_text())["results"]
         assert {result["dtype"] for result in results} == {"float32"}
@@ -106,10 +102,10 @@ def test_pruning_goes_on_in_the_dtype_that_it_was_begun_in(
     first, *more = capsys.readouterr().err.splitlines()
     assert first == "prune: computing in bfloat16 as the interrupted attempt did"
     assert "prune: 1 of 2 blocks are done" in more
-    assert files(Path("cut/pruned")) == files(Path("whole/pruned"))
+    assert shards(Path("cut/pruned")) == shards(Path("whole/pruned"))
     assert recorded(run, "prune") == ["bfloat16"]
     work(method, "run.dir=other").do(PRUNE)
-    assert files(Path("other/pruned")) != files(Path("whole/pruned"))
+    assert shards(Path("other/pruned")) != shards(Path("whole/pruned"))
 
 
 def test_training_goes_on_in_the_dtype_that_it_was_begun_in(work: Work, cpu: Cpu, tmp_path: Path) -> None:
@@ -124,9 +120,9 @@ def test_training_goes_on_in_the_dtype_that_it_was_begun_in(work: Work, cpu: Cpu
     run = work(*options, "run.dir=cut")
     run.do(TRAIN)
     assert recorded(run, "train") == ["float32"]
-    assert files(Path("cut/adapter")) == files(Path("whole/adapter"))
+    assert shards(Path("cut/adapter")) == shards(Path("whole/adapter"))
     work(*options, "run.dir=cut", force=True).do(TRAIN)
-    assert files(Path("cut/adapter")) != files(Path("whole/adapter"))
+    assert shards(Path("cut/adapter")) != shards(Path("whole/adapter"))
 
 
 def test_results_stay_valid_unless_a_dtype_is_asked_for(
@@ -168,7 +164,7 @@ def test_float32_is_not_rounded_to_compute_unless_that_is_asked_for(work: Work, 
         run.do(TRAIN)
     assert recorded(plain, "prune", "train") == ["float32", "float32"]
     assert recorded(asked, "prune", "train") == ["bfloat16", "bfloat16"]
-    assert files(plain.path("train")) != files(asked.path("train"))
+    assert shards(plain.path("train")) != shards(asked.path("train"))
     dense = load_file(dense_model.base(plain) / "model.safetensors")
     for name, tensor in load_file(asked.path("prune") / "model.safetensors").items():
         assert torch.equal(tensor, torch.where(tensor == 0, 0, dense[name])), name
@@ -203,4 +199,4 @@ def test_a_launchers_mixed_precision_is_not_used(work: Work, monkeypatch: pytest
         run = work(f"run.dir={name}", "prune.method=magnitude", "train.lr=5e-2", dtype=torch.float32)
         run.do(PRUNE)
         run.do(TRAIN)
-    assert files(Path("plain/adapter")) == files(Path("launched/adapter"))
+    assert shards(Path("plain/adapter")) == shards(Path("launched/adapter"))

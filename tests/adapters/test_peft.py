@@ -78,10 +78,12 @@ def test_round_trip_and_merging_are_bit_identical(pruned: nn.Module, ids: Tensor
     model = trained(get_peft_model(pruned, CONFIGS[method]()), ids)
     expected = model(ids).logits
     model.save_pretrained(tmp_path)
-    fresh = AutoModelForCausalLM.from_config(pruned.config).to(expected.dtype)
-    fresh.load_state_dict(base)
-    assert not torch.equal(fresh(ids).logits, expected)
-    assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path).eval()(ids).logits, expected)
+    for without_a_second_copy in (False, True):
+        fresh = AutoModelForCausalLM.from_config(pruned.config).to(expected.dtype)
+        fresh.load_state_dict(base)
+        assert not torch.equal(fresh(ids).logits, expected)
+        loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=without_a_second_copy)
+        assert torch.equal(loaded.eval()(ids).logits, expected)
     model.merge_adapter(safe_merge=True)
     assert torch.equal(model(ids).logits, expected)
     model.unmerge_adapter()
@@ -113,17 +115,6 @@ def test_without_memory_for_weights_only_shapes_are_made(llama: Path, method: st
     real = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), CONFIGS[method]())
     assert peft_model.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
     assert all(p.is_meta for p in peft_model.parameters())
-
-
-@methods
-def test_loading_without_a_second_copy(pruned: nn.Module, ids: Tensor, method: str, tmp_path: Path) -> None:
-    base = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
-    model = trained(get_peft_model(pruned, CONFIGS[method]()), ids)
-    model.save_pretrained(tmp_path)
-    fresh = AutoModelForCausalLM.from_config(pruned.config).to(pruned.dtype)
-    fresh.load_state_dict(base)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=True).eval()
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @methods
@@ -271,12 +262,6 @@ def spp(out_features: int, in_features: int, **options: Any) -> tuple[SppLinear,
     return SppLinear(linear, "default", SppConfig(dropout=0.0, **options)), linear.weight.data.clone()
 
 
-@pytest.mark.parametrize(("beta", "count"), [(True, 4 * 8 + 12), (False, 4 * 8)])
-def test_parameters_are_m_plus_rn_or_rn_without_beta(beta: bool, count: int) -> None:
-    layer, _ = spp(12, 8, r=4, beta=beta)
-    assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == count
-
-
 def test_without_beta_the_merged_weight_is_w_plus_s_w_alpha() -> None:
     layer, weight = spp(13, 8, r=4, beta=False, scale=3.0, init_weights=False)
     alpha = layer.spp_alpha["default"].detach()
@@ -292,17 +277,11 @@ def test_without_beta_the_merged_weight_is_w_plus_s_w_alpha() -> None:
     torch.testing.assert_close(layer(x), x @ expected.t())
 
 
-@pytest.mark.parametrize(
-    ("beta", "start", "alpha_is_zero", "beta_value"),
-    [
-        (True, True, False, 0),
-        (True, "ones", True, 1),
-        (True, False, False, None),
-        (False, True, True, None),
-        (False, "ones", True, None),
-        (False, False, False, None),
-    ],
-)
+STARTS = [(True, True, False, 0), (True, "ones", True, 1), (True, False, False, None)]
+STARTS += [(False, True, True, None), (False, "ones", True, None), (False, False, False, None)]
+
+
+@pytest.mark.parametrize(("beta", "start", "alpha_is_zero", "beta_value"), STARTS)
 def test_where_training_starts(beta: bool, start: Any, alpha_is_zero: bool, beta_value: int | None) -> None:
     layer, weight = spp(12, 8, r=4, beta=beta, init_weights=start)
     alpha = layer.spp_alpha["default"]
@@ -346,5 +325,3 @@ def test_with_a_group_for_each_row_any_weight_of_the_same_pattern_is_reached() -
     assert loss().item() < 1e-8
     layer.merge()
     torch.testing.assert_close(layer.weight.data, target, rtol=1e-3, atol=1e-4)
-    fewer, _ = spp(10, 6, r=5, init_weights="ones")
-    assert fewer.spp_alpha["default"].shape == (5, 6)

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import cut_after
-from fitting import (
-    Fit,
-    a_fit,  # noqa: F401  (the fixture fit)
-)
+from fitting import Fit, a_fit  # noqa: F401  (the fixture fit)
 
 from sppctl.errors import StageError, UserError
 from sppctl.train.checkpoints import HASHES, demand_files, newest, save

@@ -6,17 +6,11 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL
-from fitting import (
-    Configure,
-    Fit,
-    a_fit,  # noqa: F401  (the fixture fit)
-    preflight,
-)
+from fitting import Configure, Fit, a_fit, figures, preflight  # noqa: F401  (the fixture fit)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -26,7 +20,6 @@ from sppctl.data.instructions import Example
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed
 from sppctl.model.checkpoint import load_tokenizer
-from sppctl.records import TrainRecord
 from sppctl.train import distill
 from sppctl.train.feed import Feed
 
@@ -38,10 +31,6 @@ def configure(config_file: Path) -> Configure:
 
 
 FITTING = ("train.data.seq_len=128", "train.data.prompt='{instruction}: '")  # into the 128 positions of the model
-
-
-def first_line(metrics: TrainRecord) -> dict[str, Any]:
-    return next(entry for entry in metrics.history if "loss" in entry)
 
 
 def literal_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -86,7 +75,7 @@ def test_the_first_loss_equals_a_literal_computation(on_inputs: str, fit: Fit, s
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
     options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
     options += [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
-    line = first_line(fit("adapter", *options))
+    loss, kl = figures(fit("adapter", *options), "loss", "kl")
     tokenizer = load_tokenizer(fit.pruned[0])
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure))
     entropy = divergence = torch.zeros((), dtype=torch.float64)
@@ -101,17 +90,18 @@ def test_the_first_loss_equals_a_literal_computation(on_inputs: str, fit: Fit, s
             first = example.response.index(True) - 1  # predicts the response's first token
             divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
             responses += len(ours) - first
-    assert line["kl"] == pytest.approx((divergence / responses).item(), rel=1e-5)
+    assert kl == pytest.approx((divergence / responses).item(), rel=1e-5)
     wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / responses
-    assert line["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(fit: Fit) -> None:
     common = ("train.max_steps=1", "train.dropout=0.0")
     plain = fit("plain", *common)
     distilled = fit("distilled", *common, f"train.distill.teacher={fit.pruned[0]}", "train.distill.weight=0.25")
-    assert first_line(distilled)["kl"] == pytest.approx(0, abs=1e-7)
-    assert first_line(distilled)["loss"] == pytest.approx(0.75 * first_line(plain)["loss"], rel=1e-6)
+    loss, kl = figures(distilled, "loss", "kl")
+    assert kl == pytest.approx(0, abs=1e-7)
+    assert loss == pytest.approx(0.75 * figures(plain, "loss")[0], rel=1e-6)
     assert plain.distillation is None
 
 
@@ -146,8 +136,9 @@ def test_it_brings_the_student_nearer_to_the_teacher(fit: Fit) -> None:
     metrics = fit("adapter", *options, "train.distill.teacher=base", "train.distill.weight=1.0")
     record = metrics.distillation
     assert record.teacher == "base"
-    assert record.kl_last < 0.9 * first_line(metrics)["kl"]
-    assert record.kl_last < record.kl_mean < first_line(metrics)["kl"]
+    first = figures(metrics, "kl")[0]
+    assert record.kl_last < 0.9 * first
+    assert record.kl_last < record.kl_mean < first
     assert 0 < record.seconds_share < 1
 
 

@@ -13,12 +13,7 @@ import stage_calls
 import torch
 from checkpoints import kept_per_group
 from conftest import cut_after
-from fitting import (
-    Configure,
-    Fit,
-    a_fit,  # noqa: F401  (the fixture fit)
-    problems,
-)
+from fitting import Configure, Fit, a_fit, problems  # noqa: F401  (the fixture fit)
 from peft import get_peft_model
 from processes import sppctl_in_ranks
 from safetensors.torch import load_file, save_file

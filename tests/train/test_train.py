@@ -16,13 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import FAMILIES, cut_after
-from fitting import (
-    Configure,
-    Fit,
-    a_fit,  # noqa: F401  (the fixture fit)
-    figures,
-    preflight,
-)
+from fitting import Configure, Fit, a_fit, figures, preflight  # noqa: F401  (the fixture fit)
 from stage_calls import blank
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
