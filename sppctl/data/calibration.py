@@ -26,15 +26,10 @@ CACHE_FORMAT = 2  # raised when windows are drawn in another way, so that no old
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration tokens.
+    """Calibration tokens."""
 
-    Attributes:
-        tokens: (samples, seq_len) int64.
-        made: ``random-document``, ``concatenate`` or ``random-offset``, the way they were made.
-    """
-
-    tokens: Tensor
-    made: str
+    tokens: Tensor  # (samples, seq_len) int64
+    made: str  # ``random-document``, ``concatenate`` or ``random-offset``
 
     @cached_property
     def hash(self) -> str:

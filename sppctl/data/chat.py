@@ -21,14 +21,9 @@ _tried: set[str] = set()
 
 
 def try_template(tokenizer: Any, chats: Sequence[Chat], key: str) -> None:
-    """Renders chats once in a child process, before anybody renders them in this one.
+    """Renders chats of short messages once in a child process, before anybody renders them in this one.
 
     What the template itself raises is left to who renders next.
-
-    Args:
-        tokenizer: with a chat template.
-        chats: short messages, each also with a generation prompt.
-        key: of the configuration, for errors.
 
     Raises:
         UserError: it takes longer than 5 s, 1 GiB more memory than there was, or makes 1 Mi characters of them.
@@ -64,21 +59,17 @@ def _render(tokenizer: Any, chats: Sequence[Chat], writing: int) -> NoReturn:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit, hard = pages * resource.getpagesize() + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-        problem = _problem(tokenizer, chats)
+        try:
+            lengths = [
+                len(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=prompt))
+                for chat in chats
+                for prompt in (False, True)
+            ]
+            problem = "fine" if max(lengths) <= LONGEST else f"makes {max(lengths):,} characters"
+        except MemoryError:
+            problem = f"takes more than {MEMORY >> 30} GiB"
+        except Exception:  # it comes again where the chat is rendered for use
+            problem = "fine"
     finally:
         os.write(writing, problem.encode())
         os._exit(0)
-
-
-def _problem(tokenizer: Any, chats: Sequence[Chat]) -> str:
-    try:
-        for chat in chats:
-            for prompt in (False, True):
-                text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=prompt)
-                if len(text) > LONGEST:
-                    return f"makes {len(text):,} characters"
-    except MemoryError:
-        return f"takes more than {MEMORY >> 30} GiB"
-    except Exception:  # noqa: S110  (it comes again where it is rendered for use)
-        pass
-    return "fine"

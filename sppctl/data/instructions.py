@@ -30,21 +30,13 @@ CACHE_FORMAT = 3  # raised when examples are made in another way, so that no old
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows to train on and rows held out.
+    """Rows to train on and rows held out."""
 
-    Attributes:
-        train: no row of it says what a row held out says.
-        held_out: for the validation loss.
-        taken: how many training rows each data set gave.
-        left_out: how many rows were not trained on because they say what a row held out says.
-        versions: of the hub's data, see :class:`sppctl.files.sources.Recorded`.
-    """
-
-    train: list[Row]
-    held_out: list[Row]
-    taken: dict[str, int]
-    left_out: int
-    versions: dict[str, str]
+    train: list[Row]  # no row of it says what a row held out says
+    held_out: list[Row]  # for the validation loss
+    taken: dict[str, int]  # how many training rows each data set gave
+    left_out: int  # how many rows were not trained on because they say what a row held out says
+    versions: dict[str, str]  # of the hub's data, see :class:`sppctl.files.sources.Recorded`
 
     @cached_property
     def hash(self) -> str:
@@ -166,16 +158,13 @@ def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: i
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised instruction: tokens, labels (IGNORED: not in the loss), whether it was cut, its number.
-
-    ``response`` says of each token whether it belongs to the response, whatever the labels leave out.
-    """
+    """A tokenised instruction."""
 
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int]  # IGNORED: not in the loss
     truncated: bool
     number: int
-    response: list[bool]
+    response: list[bool]  # whether a token belongs to the response, whatever the labels leave out
 
 
 class Examples(Sequence[Example]):

@@ -45,21 +45,16 @@ def formatted(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Style:
-    """How rows become text.
+    """How rows become text."""
 
-    Attributes:
-        text: makes the whole text of a row, and says how many characters of it are in front of the response.
-        special_tokens: whether the tokenizer adds its own special tokens, and an end-of-text token follows; a chat
-            template writes out all of them.
-        marked: makes the tokens of a row, and for each whether it belongs to the response (1 or 0), where a chat
-            template marks that itself (``{% generation %}``).
-        ends: whether anything follows the response, by which a model learns to end it.
-    """
-
+    # makes the whole text of a row, and says how many characters of it are in front of the response
     text: Callable[[Row], tuple[str, int]]
+    # whether the tokenizer adds its own special tokens, and an end-of-text token follows; a chat template writes all
     special_tokens: bool = True
+    # makes the tokens of a row, and for each whether it belongs to the response (1 or 0), where a chat template marks
+    # that itself (``{% generation %}``)
     marked: Callable[[Row], tuple[list[int], list[int]]] | None = None
-    ends: bool = True
+    ends: bool = True  # whether anything follows the response, by which a model learns to end it
 
 
 def style(prompt: str, tokenizer: Any, today: datetime | None = None) -> Style:
@@ -93,7 +88,7 @@ def is_dated(prompt: str, tokenizer: Any) -> bool:
 
 def _check_template(prompt: str) -> None:
     try:
-        fields = [found[1:] for found in string.Formatter().parse(prompt) if found[1] is not None]
+        fields = [field[1:] for field in string.Formatter().parse(prompt) if field[1] is not None]
     except ValueError as error:
         raise UserError(f"{KEY}: {error} in {prompt!r}; escape literal braces as {{{{ and }}}}") from error
     for name, specification, conversion in fields:
@@ -121,8 +116,8 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
 
     def render(row: Row, messages: Any, **options: Any) -> Any:
         try:
-            fixed = DATE.sub(lambda found: repr(today.strftime(found[2])), tokenizer.get_chat_template())
-            return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": fixed} | options))
+            dated = DATE.sub(lambda call: repr(today.strftime(call[2])), tokenizer.get_chat_template())
+            return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": dated} | options))
         except Exception as error:  # a template is a program: it raises what it likes
             reason = f"{first_line(error)} ({row['instruction'][:60]!r})"
             raise UserError(KEY, f"the tokenizer's chat template fails on an instruction: {reason}") from error
@@ -141,8 +136,8 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
         return whole, start
 
     def marked(row: Row) -> tuple[list[int], list[int]]:
-        found = render(row, _chat_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return found["input_ids"], found["assistant_masks"]
+        encoding = render(row, _chat_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return encoding["input_ids"], encoding["assistant_masks"]
 
     try_template(tokenizer, [_chat_of(PROBE), _chat_of(PROBE)[:1]], KEY)
     whole, other = (render(PROBE, _chat_of(PROBE | {"output": output})) for output in (PROBE["output"], "x"))
@@ -162,6 +157,5 @@ def shared(*parts: Sequence[Any]) -> int:
 
 
 def _chat_of(row: Row) -> list[dict[str, str]]:
-    context = (row.get("input") or "").strip()
-    asked = row["instruction"] + (f"\n\n{row['input']}" if context else "")
+    asked = row["instruction"] + (f"\n\n{row['input']}" if (row.get("input") or "").strip() else "")
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]

@@ -36,21 +36,13 @@ MOST_CHARACTERS = 200_000_000
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of one source, in its order, and how they are joined into one text.
-
-    Attributes:
-        name: of the source.
-        documents: one or more.
-        joiner: between two of them.
-        windows: how many of the joined text are measured at most; None: all.
-        running: they follow each other as the paragraphs of one text.
-    """
+    """Documents of one source, in its order, and how they are joined into one text."""
 
     name: str
     documents: list[str]
-    joiner: str = "\n\n"
-    windows: int | None = None
-    running: bool = False
+    joiner: str = "\n\n"  # between two of them
+    windows: int | None = None  # how many of the joined text are measured at most; None: all
+    running: bool = False  # they follow each other as the paragraphs of one text
 
 
 def load_text(name: str, split: str, key: str, column: str | None = None, part: bool = False) -> Text:

@@ -24,13 +24,9 @@ def may_exceed(tokenizer: Any, rows: int) -> bool:
 
 
 def check(tokens: Tensor | Iterable[int], tokenizer: Any, rows: int, where: str) -> None:
-    """Raises UserError if one of the tokens is beyond the model's embeddings.
+    """Raises UserError if one of the token ids is beyond the ``rows`` of the model's embedding.
 
-    Args:
-        tokens: ids, in a tensor of any shape or one by one.
-        tokenizer: that gave them.
-        rows: of the embedding.
-        where: the tokens are from: configuration key and name, for the error.
+    ``where`` they are from: configuration key and name, for the error.
     """
     largest = int(tokens.max()) if isinstance(tokens, Tensor) and tokens.numel() else max(tokens, default=-1)
     if largest >= rows:

@@ -28,19 +28,12 @@ OF_READING = ("split", "verification_mode", "keep_in_memory", "save_infos", "str
 
 @dataclass
 class Recorded:
-    """What was read while a task was loaded.
+    """What was read while a task was loaded."""
 
-    Attributes:
-        read: files, and folders that were listed.
-        data: of these, those that a data set is made of, wherever they are.
-        written: files that were not there before, or not as they are.
-        versions: of the hub's data, by their folder in the cache of ``datasets``.
-    """
-
-    read: set[str] = field(default_factory=set)
-    data: set[str] = field(default_factory=set)
-    written: set[str] = field(default_factory=set)
-    versions: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)  # files, and folders that were listed
+    data: set[str] = field(default_factory=set)  # of these, those that a data set is made of, wherever they are
+    written: set[str] = field(default_factory=set)  # files that were not there before, or not as they are
+    versions: dict[str, str] = field(default_factory=dict)  # of the hub's data, by folder in the cache of datasets
 
     def summary(self, include_path: str | None) -> dict[str, Any]:
         """As it is recorded with a result: ``{"digest", "files": {name: hash}, "versions"}``.
@@ -58,12 +51,9 @@ class Recorded:
 
 
 def are_current(sources: Mapping[str, Any], definition: Path | None, include_path: str | None) -> bool:
-    """Whether loading a task again would read what was recorded.
+    """Whether loading a task again would read what was recorded (:meth:`Recorded.summary`).
 
-    Args:
-        sources: as of :meth:`Recorded.summary`.
-        definition: the file that defines the task now, which must be the one that was read.
-        include_path: the folder with tasks of one's own, now.
+    ``definition`` is the file that defines the task now, which must be the one that was read.
     """
     if definition is not None and _name(definition.resolve(), include_path) not in sources["files"]:
         return False

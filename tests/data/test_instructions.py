@@ -141,37 +141,32 @@ def test_a_split_of_what_has_none(alpaca_file: Path) -> None:
             load(*names, split="test")
 
 
-# --- which rows -------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_held_out(alpaca_file: Path) -> None:
-    found = load(alpaca_file, val_size=5)
-    assert (len(found.train), len(found.held_out)) == (19, 5)
-    assert sorted(asked(found.train) + asked(found.held_out)) == sorted(asked(ALPACA))
-
-
-def test_the_seed_decides_who_is_held_out(alpaca_file: Path) -> None:
-    assert load(alpaca_file, val_size=5, seed=1) == load(alpaca_file, val_size=5, seed=1)
-    one, two = (load(alpaca_file, val_size=5, seed=seed) for seed in (1, 2))
-    assert asked(one.held_out) != asked(two.held_out)
-    assert one.hash != two.hash
-
-
-def test_max_rows_counts_training_rows(alpaca_file: Path) -> None:
-    some, whole = load(alpaca_file, val_size=5, max_rows=7), load(alpaca_file, val_size=5)
+def test_rows_are_held_out_and_at_most_so_many_trained_on(alpaca_file: Path) -> None:
+    whole = load(alpaca_file, val_size=5)
+    assert (len(whole.train), len(whole.held_out)) == (19, 5)
+    assert sorted(asked(whole.train) + asked(whole.held_out)) == sorted(asked(ALPACA))
+    some = load(alpaca_file, val_size=5, max_rows=7)
     assert len(some.train) == some.taken[str(alpaca_file)] == 7
     assert some.held_out == whole.held_out
     assert set(asked(some.train)) <= set(asked(whole.train))
     assert len(load(alpaca_file, max_rows=100).train) == 24
+    assert load(alpaca_file, val_size=5) == whole
+    other = load(alpaca_file, val_size=5, seed=1)
+    assert asked(other.held_out) != asked(whole.held_out)
+    assert other.hash != whole.hash
 
 
-def test_the_built_in_rows_hold_out_their_own() -> None:
+def test_the_built_in_rows_hold_out_their_own(tmp_path: Path) -> None:
     found = load("instructions", val_size=3)
     assert found.held_out == texts.built_in_rows("heldout")
     assert found.train == texts.built_in_rows("train")
     some = load("instructions", max_rows=10).train
     assert len(some) == 10
     assert asked(some) != asked(found.train[:10])
+    mixed = load("instructions", numbered(tmp_path, "a", 50), weights=[2, 1], val_size=10)
+    assert mixed.taken["instructions"] == 2 * mixed.taken[str(tmp_path / "a.jsonl")] == 80
+    assert mixed.held_out[:64] == found.held_out
+    assert len(mixed.held_out) == 74
 
 
 @pytest.mark.parametrize("val_size", [24, 100])
@@ -196,17 +191,13 @@ def test_no_row_stands_on_both_sides(tmp_path: Path) -> None:
     assert found.left_out == len(again) - 2 > 0
 
 
-@pytest.mark.parametrize("linked", [False, True])
-def test_data_under_two_names_is_held_out_under_both(alpaca_file: Path, tmp_path: Path, linked: bool) -> None:
+def test_data_under_two_names_is_held_out_under_both(alpaca_file: Path, tmp_path: Path) -> None:
     """Hold out 4 and 2 rows of the shuffled file; 2 of them are the same."""
     other = tmp_path / "other.jsonl"
-    other.symlink_to(alpaca_file) if linked else other.write_text(alpaca_file.read_text() + "\n")
+    other.write_text(alpaca_file.read_text() + "\n")
     found = load(alpaca_file, other, weights=[2, 1], val_size=6)
     assert not said(found.train) & said(found.held_out)
     assert (found.left_out, found.taken) == (2, {str(alpaca_file): 20, str(other): 10})
-
-
-def test_a_data_set_that_is_held_out_whole_by_another_name(alpaca_file: Path, tmp_path: Path) -> None:
     own = write_rows(tmp_path / "own.jsonl", texts.built_in_rows("heldout")[:5])
     with pytest.raises(UserError, match=rf"^train\.data\.dataset: every row of {own} is held out too"):
         load("instructions", own, weights=[1, 1])
@@ -250,13 +241,6 @@ def test_held_out_rows_are_shared_out_by_weight(tmp_path: Path) -> None:
     assert [sum(name.startswith(letter) for name in held_out) for letter in "abc"] == [6, 3, 1]
 
 
-def test_the_built_in_rows_in_a_mixture_hold_out_their_own(tmp_path: Path) -> None:
-    found = load("instructions", numbered(tmp_path, "a", 50), weights=[2, 1], val_size=10)
-    assert found.taken["instructions"] == 2 * found.taken[str(tmp_path / "a.jsonl")] == 80
-    assert found.held_out[:64] == texts.built_in_rows("heldout")
-    assert len(found.held_out) == 74
-
-
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -283,32 +267,20 @@ def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", 
 
 
 @pytest.mark.parametrize("train_on_inputs", [True, False])
-def test_tokens_and_labels(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
-    example = tokenize(tokenizer, train_on_inputs=train_on_inputs)
+def test_tokens_and_labels_and_what_is_cut(tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool) -> None:
+    whole = tokenize(tokenizer, train_on_inputs=train_on_inputs)
     length = len(WITHOUT_INPUT)  # one token per byte
     assert tokenizer.eos_token_id == EOS
-    assert tokenizer.decode(example.input_ids) == WITHOUT_INPUT + "No.</s>"
-    assert len(example.input_ids) == length + 4
+    assert tokenizer.decode(whole.input_ids) == WITHOUT_INPUT + "No.</s>"
     response = [ord(letter) - 33 for letter in "No."] + [EOS]
-    assert example.input_ids[length:] == response
-    assert example.labels == (example.input_ids if train_on_inputs else [IGNORED] * length + response)
-    assert not example.truncated
-    assert example.number == 1
-    assert example.response == [False] * length + [True] * 4
-
-
-@pytest.mark.parametrize("train_on_inputs", [True, False])
-@pytest.mark.parametrize(("spare", "truncated"), [(4, False), (3, True), (1, True), (0, True), (-10, True)])
-def test_long_examples_are_cut(
-    tokenizer: PreTrainedTokenizerFast, train_on_inputs: bool, spare: int, truncated: bool
-) -> None:
-    whole = tokenize(tokenizer, train_on_inputs=train_on_inputs)
-    seq_len = len(WITHOUT_INPUT) + spare
-    example = tokenize(tokenizer, seq_len=seq_len, train_on_inputs=train_on_inputs)
-    assert example.truncated is truncated
-    assert len(example.input_ids) == len(example.labels) == seq_len
-    assert (example.input_ids, example.labels) == (whole.input_ids[:seq_len], whole.labels[:seq_len])
-    assert example.response == ([False] * len(WITHOUT_INPUT) + [True] * 4)[:seq_len]
+    assert whole.input_ids[length:] == response
+    assert whole.labels == (whole.input_ids if train_on_inputs else [IGNORED] * length + response)
+    assert (whole.truncated, whole.number) == (False, 1)
+    assert whole.response == [False] * length + [True] * 4
+    for seq_len in (length + 4, length + 3, length + 1, length, length - 10):
+        assert tokenize(tokenizer, seq_len=seq_len, train_on_inputs=train_on_inputs) == Example(
+            whole.input_ids[:seq_len], whole.labels[:seq_len], seq_len < length + 4, 1, whole.response[:seq_len]
+        )
 
 
 class WithEnd:

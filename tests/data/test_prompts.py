@@ -70,9 +70,6 @@ def chatting(template: str | None = CHAT) -> Any:
     return tokenizer
 
 
-# --- alpaca -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_two_prompts() -> None:
     assert prompt_of({"instruction": "Add.", "input": "1 and 2"}) == WITH_INPUT
     for row in ({"instruction": "Add.", "input": ""}, {"instruction": "Add."}, {"instruction": "Add.", "input": None}):
@@ -93,24 +90,13 @@ def test_braces_in_a_row_are_just_text() -> None:
     assert prompt(style("Q: {instruction} ({input})", None), row) == "Q: Explain {input} and {0} (x{)"
 
 
-def test_alpaca_is_the_default_style() -> None:
-    alpaca = style("alpaca", None)
-    assert (prompt(alpaca, ROW), alpaca.special_tokens) == (WITH_INPUT, True)
-
-
-# --- a text -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row", [{"instruction": "Add."}, {"instruction": "Add.", "input": None}])
-def test_without_an_input_its_field_is_empty(row: dict[str, Any]) -> None:
-    own = style("Task: {instruction}\nGiven: {input}\nAnswer:", None)
-    assert prompt(own, row) == "Task: Add.\nGiven: \nAnswer:"
+def test_a_prompt_is_filled_with_the_fields_of_a_row() -> None:
+    alpaca, own = style("alpaca", None), style("Task: {instruction}\nGiven: {input}\nAnswer:", None)
+    assert (prompt(alpaca, ROW), alpaca.special_tokens, own.special_tokens) == (WITH_INPUT, True, True)
     assert prompt(own, ROW) == "Task: Add.\nGiven: 1 and 2\nAnswer:"
-    assert own.special_tokens
-
-
-def test_a_field_may_stand_twice_and_braces_are_written_twice() -> None:
-    assert prompt(style("{{{instruction}}} {instruction}\n", None), ROW) == "{Add.} Add.\n"
+    for row in ({"instruction": "Add."}, {"instruction": "Add.", "input": None}):
+        assert prompt(own, row) == "Task: Add.\nGiven: \nAnswer:"
+    assert prompt(style("{{{instruction}}} {instruction}\n", None), ROW) == "{Add.} Add.\n"  # twice, and braces
 
 
 @pytest.mark.parametrize(
@@ -162,13 +148,6 @@ def test_a_template_that_fails_on_one_row_names_it() -> None:
         chatty.text(ROW | {"instruction": "Add two."})
 
 
-def test_a_template_that_does_not_end_is_no_style(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 1)
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match=r"^train\.data\.prompt: the tokenizer's chat template takes longer than 1 s"):
-        style("chat", chatting(endless))
-
-
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -177,8 +156,10 @@ def test_a_template_that_does_not_end_is_no_style(monkeypatch: pytest.MonkeyPatc
         ("{% for m in messages %}{{ m.content", "fails on an instruction"),
         ("{{ messages[0].content }}", "leaves out what the assistant says"),
         ("{{ messages | length }}" + CHAT, "writes a question differently once it is answered"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
     ],
 )
-def test_tokenizers_that_cannot_chat(template: str | None, words: str) -> None:
+def test_tokenizers_that_cannot_chat(template: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 1)
     with pytest.raises(UserError, match=rf"^train\.data\.prompt: .*{words}"):
         style("chat", chatting(template))
