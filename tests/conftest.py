@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -35,6 +36,8 @@ from sppctl.config.load import load_config, to_yaml
 from sppctl.config.settings import PROJECTIONS, Config
 from sppctl.prune.walk import Journal
 from sppctl.records import BlockRecord, PruneRecord
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 VOCAB = 260
 SMALL = {
@@ -270,6 +273,26 @@ def write_config(llama: Path, text_file: Path, alpaca_file: Path) -> Callable[..
 def config_file(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
     """A configuration that runs the whole pipeline on the tiny Llama in some seconds."""
     return write_config(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path], llama: Path) -> Path:
+    """A folder with tiny.yaml, the dense model in base/, and a finished run in run/; tests work in copies."""
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copytree(llama, root / "base")
+    write_config(root / "tiny.yaml", *SHORT, "run.dir=run", "model.path=base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        pipeline.run_all(Run(load_config("tiny.yaml")))
+    return root
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory: a copy of the finished run, its configuration, and its dense model."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHORT, Command
+from conftest import Command
 
 from sppctl import __version__, cli, records
 from sppctl.config.load import config_keys, flatten, load_config, to_dict
@@ -23,30 +22,10 @@ from sppctl.files.names import DIRECTORIES
 from sppctl.options import parse
 from sppctl.records import to_json
 from sppctl.run import pipeline
-from sppctl.run.directory import Run
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
 WEIGHTS = ("pruned/model.safetensors", "adapter/adapter_model.safetensors", "merged/model.safetensors")
 RESULTS = {"label", "checkpoint", "fingerprint", "sparsity", "results"}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Path:
-    """A folder with tiny.yaml and a finished run of it in run/; tests work in copies."""
-    root = tmp_path_factory.mktemp("finished")
-    write_config(root / "tiny.yaml", *SHORT, "run.dir=run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        pipeline.run_all(Run(load_config("tiny.yaml")))
-    return root
-
-
-@pytest.fixture
-def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory: a copy of the finished run and its configuration."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def times(run_dir: Path) -> list[int]:
