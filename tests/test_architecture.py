@@ -61,6 +61,17 @@ LIGHT_FILES |= {
 }
 
 
+# rooms that do not import a library, not even in functions
+NO_TORCH, NO_HUB = {"config", "console", "errors", "pattern"}, {*TABLE} - {"data", "evaluate", "files", "model"}
+WITHOUT = {
+    "torch": NO_TORCH,
+    "transformers": NO_TORCH,
+    "datasets": NO_HUB,
+    "lm_eval": NO_HUB,
+    "huggingface_hub": NO_HUB,
+}
+
+
 @dataclass(frozen=True)
 class Import:
     """One imported module, by its full name; ``lazy``: inside a function, or only for type checkers."""
@@ -83,13 +94,15 @@ class Import:
         return "/".join(self.name.split(".")[1:]) + ".py"
 
 
-def imports_of(module: str) -> Iterator[Import]:
-    yield from _walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8")), lazy=False)
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
 
 
-def _walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+def imports_of(node: ast.AST, lazy: bool = False) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
-        inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _for_types(child)
+        inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name):
+            inside |= child.test.id == "TYPE_CHECKING"
         if isinstance(child, ast.Import):
             yield from (Import(alias.name, child.lineno, inside) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
@@ -98,11 +111,7 @@ def _walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
                 full = f"{child.module}.{alias.name}"
                 yield Import(full if _is_module(full) else str(child.module), child.lineno, inside)
         else:
-            yield from _walk(child, inside)
-
-
-def _for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+            yield from imports_of(child, inside)
 
 
 def _is_module(name: str) -> bool:
@@ -115,9 +124,7 @@ def room_of(module: str) -> str:
     return module.partition("/")[0].removesuffix(".py")
 
 
-def outside_imports(module: str) -> set[str]:
-    """Top-level names of everything a module imports that is neither sppctl's nor the standard library's."""
-    return {found.top for found in imports_of(module)} - sys.stdlib_module_names - {"sppctl"}
+IMPORTS = {module: list(imports_of(tree_of(module))) for module in MODULES}
 
 
 def test_the_table_has_every_room_and_points_downwards() -> None:
@@ -127,14 +134,21 @@ def test_the_table_has_every_room_and_points_downwards() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_what_the_table_says(module: str) -> None:
+def test_a_module_imports_what_the_tables_say(module: str) -> None:
     room = room_of(module)
-    wrong = {f"line {f.line}: {f.name}" for f in imports_of(module) if f.room not in (None, room, *TABLE[room])}
-    assert not wrong
+    assert not {f"line {f.line}: {f.name}" for f in IMPORTS[module] if f.room not in (None, room, *TABLE[room])}
+    tops = {found.top for found in IMPORTS[module]}
+    assert (
+        not {library for libraries, rooms in WITHOUT.items() if room in rooms for library in libraries.split()} & tops
+    )
+    if room == "pruners":
+        assert tops - sys.stdlib_module_names <= {"sppctl", "torch"}
+    if module != "__main__.py":
+        assert ast.get_docstring(tree_of(module)), "it says what it is for"
 
 
 def test_the_table_has_no_arrow_that_nobody_uses() -> None:
-    used = {(room_of(module), found.room) for module in MODULES for found in imports_of(module)}
+    used = {(room_of(module), found.room) for module in MODULES for found in IMPORTS[module]}
     assert {(room, below) for room, rooms in TABLE.items() for below in rooms} <= used
 
 
@@ -149,34 +163,13 @@ def test_only_these_rooms_know_the_configuration() -> None:
     assert {room for room, below in TABLE.items() if "config" in below} | {"config"} == CONFIGURED
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "pruners"])
-def test_pruners_are_torch_and_pattern_alone(module: str) -> None:
-    assert outside_imports(module) <= {"torch"}
-
-
 @pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in LIGHT or m in LIGHT_FILES])
 def test_the_command_line_starts_without_heavy_libraries(module: str) -> None:
-    early = [found for found in imports_of(module) if not found.lazy]
+    early = [found for found in IMPORTS[module] if not found.lazy]
     light = {None, *LIGHT}
     assert not {f.name for f in early if f.top in HEAVY or (f.room not in light and f.file not in LIGHT_FILES)}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) not in ("data", "evaluate", "files", "model")])
-def test_few_rooms_know_the_hub_and_lm_eval(module: str) -> None:
-    assert not outside_imports(module) & {"datasets", "lm_eval", "huggingface_hub"}
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ("config", "console", "errors", "pattern")])
-def test_schema_and_pattern_need_no_torch_at_all(module: str) -> None:
-    assert not outside_imports(module) & {"torch", "transformers"}
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "__main__.py"])
-def test_every_module_says_what_it_is_for(module: str) -> None:
-    assert ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
-
-
 def test_walking_the_syntax_tree_sees_imports_wherever_they_are() -> None:
-    found = list(imports_of("cli.py"))
-    assert any(f.room == "config" and not f.lazy for f in found)
-    assert any(f.name == "sppctl.run.pipeline" and f.lazy for f in found)
+    assert any(f.room == "config" and not f.lazy for f in IMPORTS["cli.py"])
+    assert any(f.name == "sppctl.run.pipeline" and f.lazy for f in IMPORTS["cli.py"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from cluster import Cluster
 from conftest import Command
 from made_up_runs import task, text
+from processes import sppctl
 from safetensors.torch import load_file
 from stage_calls import write_record
 
@@ -36,11 +36,9 @@ from sppctl.sweep.grid import expand, load_sweep, run_name
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 # ends the process as kill -9 does, when the training of the second run has begun
 DEATH = """
 import os, signal
-from sppctl import cli
 from sppctl.run.stages import Train
 original, done = Train.do, []
 def do(self, *args, **kwargs):
@@ -49,7 +47,6 @@ def do(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *args, **kwargs)
 Train.do = do
-cli.main()
 """
 
 
@@ -79,19 +76,11 @@ def problems_of(path: Path, text: str, *overrides: str) -> list[str]:
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_is_every_combination_of_its_values() -> None:
-    assert expand({"a": [1, 2], "b": ["x", "y"]}) == [
-        {"a": 1, "b": "x"},
-        {"a": 1, "b": "y"},
-        {"a": 2, "b": "x"},
-        {"a": 2, "b": "y"},
-    ]
-
-
-def test_an_exclusion_leaves_out_every_combination_that_it_is_part_of() -> None:
+def test_a_grid_is_every_combination_of_its_values_without_those_that_an_exclusion_is_part_of() -> None:
     grid = {"a": [1, 2], "b": ["x", "y"], "c": [5]}
-    found = expand(grid, [{"a": 1, "b": "y"}, {"b": "x", "a": 2, "c": 5}])
-    assert found == [{"a": 1, "b": "x", "c": 5}, {"a": 2, "b": "y", "c": 5}]
+    every = [{"a": a, "b": b, "c": 5} for a, b in ((1, "x"), (1, "y"), (2, "x"), (2, "y"))]
+    assert expand(grid) == every
+    assert expand(grid, [{"a": 1, "b": "y"}, {"b": "x", "a": 2, "c": 5}]) == [every[0], every[3]]
     assert expand(grid, [{"c": 5}]) == []
 
 
@@ -204,17 +193,14 @@ def test_a_sweep_without_runs_is_refused(text: str, expected: str, tmp_path: Pat
     assert problem.startswith(expected)
 
 
-def test_a_sweep_that_is_no_text_or_whose_directory_is_none_is_named(sweep_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"command line: run\.dir: expected text, found 5"):
-        load_sweep(str(sweep_file), ["run.dir=5"])
-    sweep_file.write_bytes(b"grid: {train.rank: [\xff]}")
-    with pytest.raises(UserError, match=r"small\.yaml cannot be read: 'utf-8'"):
-        load_sweep(str(sweep_file))
-
-
-def test_a_sweep_that_does_not_exist_names_the_shipped_one() -> None:
-    with pytest.raises(UserError, match=r"sweep nowhere does not exist; give a YAML file, or one of: sweep-example"):
-        load_sweep("nowhere")
+def test_what_is_not_a_sweep_is_named(sweep_file: Path, tmp_path: Path) -> None:
+    for name, override, problem in (
+        (sweep_file, ["run.dir=5"], r"command line: run\.dir: expected text, found 5"),
+        ("nowhere", [], r"sweep nowhere does not exist; give a YAML file, or one of: sweep-example"),
+        (tmp_path, [], r"sweep .* is a directory; name the YAML file in it"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            load_sweep(str(name), override)
 
 
 def test_runs_that_could_not_be_merged_are_told_before_any_works(sweep_file: Path, tmp_path: Path) -> None:
@@ -228,17 +214,6 @@ def test_runs_that_could_not_be_merged_are_told_before_any_works(sweep_file: Pat
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
-
-
-def in_process(
-    arguments: list[str], code: str = "from sppctl import cli; cli.main()"
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_a_dry_run_says_what_is_shared_and_writes_nothing(sweep_file: Path, tmp_path: Path, command: Command) -> None:
@@ -288,12 +263,12 @@ def test_changed_settings_are_reported_all_at_once(sweep_file: Path, tmp_path: P
 
 
 def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: Path) -> None:
-    killed = in_process(["sweep", str(sweep_file)], DEATH)
+    killed = sppctl(["sweep", str(sweep_file)], DEATH)
     assert killed.returncode == -9, killed.stderr
     folder = tmp_path / "sweep"
     assert (folder / "magnitude-2of4-spp" / "merged").is_dir()
     assert not (folder / "magnitude-2of4-masked_lora" / "adapter").exists()
-    done = in_process(["sweep", str(sweep_file), "--json"])
+    done = sppctl(["sweep", str(sweep_file), "--json"])
     assert done.returncode == 0, done.stderr
     said = Counter(" ".join(line.split()[:2]) for line in done.stderr.splitlines())
     assert said["prune: done"] == 3  # one of four was made before the end
@@ -421,51 +396,41 @@ def test_results_that_a_run_has_of_its_own_stay(tmp_path: Path, sweep_file: Path
 
 
 def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = tmp_path / "a checkout"
-    shutil.copytree(ROOT / "scripts", checkout / "scripts", ignore=shutil.ignore_patterns("cluster.env"))
-    monkeypatch.chdir(checkout)
+    cluster = Cluster(tmp_path / "a cluster")
+    monkeypatch.chdir(cluster.checkout)
     overrides = ["prune.method=wanda", "train.data.prompt='{instruction} $x'"]
-    submit = slurm.write(load_sweep(str(sweep_file), overrides), tmp_path / "jobs", overrides)
-    written = {path.stem for path in submit.parent.iterdir()}
+    read = load_sweep(str(sweep_file), overrides)
+    submit = slurm.write(read, tmp_path / "jobs", overrides)
     runs = ["2of4-spp", "2of4-masked_lora", "0.5-spp", "0.5-masked_lora"]
-    assert written == {
-        *("submit", "dense", "pruned-2of4", "pruned-0.5", "report"),
-        *(f"{run}.{stage}" for run in runs for stage in ("train", "eval")),
-    }
-    fake = tmp_path / "bin" / "sbatch"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\necho "$*" >> "$CALLS"\necho "$((100 + $(wc -l < "$CALLS")));cluster"\n')
-    fake.chmod(0o755)
-    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
-    done = subprocess.run([submit], env=environment | {"NODES": "2"}, capture_output=True, text=True)
+    jobs = {"dense", "pruned-2of4", "pruned-0.5", "report", *(f"{r}.{s}" for r in runs for s in ("train", "eval"))}
+    assert {path.stem for path in submit.parent.iterdir()} == {"submit", *jobs}
+    done = cluster.run(str(submit), NODES="2")
     assert done.returncode == 0, done.stderr
-    waits = {}
     ids = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
-    for line in (tmp_path / "calls").read_text().splitlines():
-        name = Path(line.rsplit(" ", 1)[1]).stem
-        dependency = line.partition("--dependency=")[2].partition(" ")[0]
-        kind, *found = dependency.split(":")
-        waits[name] = (kind, [ids[job] for job in found])
-        assert ("--nodes=2" in line) == name.endswith(".train")
+    waits = {}
+    for call in cluster.calls("sbatch"):
+        name = Path(call[-1]).stem
+        dependency = next((option.partition("=")[2] for option in call if option.startswith("--dependency=")), "")
+        kind, *numbers = dependency.split(":")
+        waits[name] = (kind, [ids[number] for number in numbers])
+        assert ("--nodes=2" in call) == name.endswith(".train")
+    assert waits.keys() == jobs
     assert waits["dense"] == ("", [])
     assert waits["pruned-0.5"] == ("afterok", ["dense"])
     assert waits["0.5-spp.train"] == ("afterok", ["pruned-0.5"])
     assert waits["0.5-spp.eval"] == ("afterok", ["0.5-spp.train"])
     assert waits["report"] == ("afterany", [f"{run}.eval" for run in runs])
-    assert len(waits) == 12
     train = (tmp_path / "jobs" / "0.5-spp.train.sh").read_text()
     assert "#SBATCH --job-name=0.5-spp.train\n" in train
     assert "#SBATCH --signal=USR1@120\n" in train
     # the shell hands the job the words that mean the run
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {train.rpartition('exec ')[2]}"], capture_output=True, text=True
-    ).stdout.split("\0")[:-1]
-    assert words[0] == "scripts/slurm_train.sh"
-    read = load_sweep(str(sweep_file), overrides)
-    assert load_config(words[1], words[2:]) == read.runs["0.5-spp"].config
+    printed = cluster.run("bash", "-c", f"printf '%s\\0' {train.rpartition('exec ')[2]}").stdout
+    script, name, *words = printed.split("\0")[:-1]
+    assert script == "scripts/slurm_train.sh"
+    assert load_config(name, words) == read.runs["0.5-spp"].config
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if shellcheck:
-        checked = subprocess.run([shellcheck, *submit.parent.glob("*.sh")], capture_output=True, text=True)
+        checked = cluster.run(shellcheck, *map(str, submit.parent.glob("*.sh")))
         assert checked.returncode == 0, checked.stdout
 
 
