@@ -84,13 +84,7 @@ class Section:
 
 
 def document(study: Study, chapters: Sequence[Sequence[Section]], place: str | Path = ".") -> list[Section]:
-    """The report over runs: of several an overview, then a chapter for each.
-
-    Args:
-        study: the runs.
-        chapters: of each run, see :func:`chapter`.
-        place: directory of the report, from which it links to files of runs.
-    """
+    """The report in the directory ``place``: of several runs an overview, then the :func:`chapter` of each."""
     if len(study.runs) == 1:
         return list(chapters[0])
     sections = [Section(f"{len(study.runs)} runs", level=1), *_overview(study)]
@@ -178,5 +172,6 @@ def _pruning(run: RunStudy) -> list[Item]:
 def _made(run: RunStudy) -> list[Item]:
     commands = provenance.commands(run)
     items: list[Item] = [Code("\n".join(commands))] if commands else []
-    items += [table for table in provenance.tables(run) if table.rows]
+    made = (provenance.stage_table, provenance.evaluation_table, provenance.version_table, provenance.fingerprint_table)
+    items += [table for table in (make(run) for make in made) if table.rows]
     return items + ([] if run.config is None else [Code(run.config.rstrip("\n"), "yaml", "Configuration")])

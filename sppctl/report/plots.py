@@ -75,12 +75,7 @@ def by_type(layers: list[LayerRecord]) -> dict[str, Points]:
 
 
 def svg(make: Callable[[], Figure], **options: str) -> str:
-    """A figure as SVG; the same records give the same text.
-
-    Args:
-        make: draws the figure; called under the project's style.
-        options: of matplotlib beside that style.
-    """
+    """A figure as SVG, made in the project's style with these options of matplotlib; the same text for the same one."""
     from matplotlib import style
 
     text = io.StringIO()

@@ -12,11 +12,6 @@ from sppctl.report.study import RunStudy
 from sppctl.report.tables import NOTHING, Column, Table, columns_of
 
 
-def tables(run: RunStudy) -> list[Table]:
-    """Everything below "How it was made"."""
-    return [stage_table(run), evaluation_table(run), version_table(run), fingerprint_table(run)]
-
-
 def facts(run: RunStudy) -> list[str]:
     """What was done, one line per stage."""
     describe: dict[str, Callable[[Any], str]] = {"prune": _pruned, "train": _trained, "merge": _merged}

@@ -29,13 +29,10 @@ Record = StageRecord[Any]  # with the metrics of its stage
 
 
 def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str]]:
-    """The records of a run that belong together.
+    """The records of a run that belong together; UserError if one is damaged.
 
     Returns:
         ``stage.json`` by stage; results by label, in the order of the pipeline; a note for each that is left out.
-
-    Raises:
-        UserError: a record is damaged.
     """
     stages = {}
     for stage, folder in DIRECTORIES.items():

@@ -186,11 +186,10 @@ def by_document(samples: Iterable[Sample]) -> dict[tuple[str, int], Sample]:
 
 def flips(pairs: Sequence[tuple[Sample, Sample]]) -> Flips:
     """How many samples of two checkpoints are answered differently."""
-    chosen = [(one, other) for one, other in pairs if None not in (one.get("chosen"), other.get("chosen"))]
-    changed = [(one, other) for one, other in chosen if one["chosen"] != other["chosen"]]
+    chosen = [pair for pair in pairs if all(sample.get("chosen") is not None for sample in pair)]
+    changed = [pair for pair in chosen if pair[0]["chosen"] != pair[1]["chosen"]]
     verdicts = Counter((bool(one["acc"]), bool(other["acc"])) for one, other in changed)
-    kinds = ((True, False), (False, True), (False, False))
-    return Flips(len(chosen), len(changed), *(verdicts[kind] for kind in kinds))
+    return Flips(len(chosen), len(changed), verdicts[True, False], verdicts[False, True], verdicts[False, False])
 
 
 def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSamples]) -> list[Entry]:

@@ -100,12 +100,7 @@ def show(study: Study) -> None:
 
 
 def show_results(results: dict[str, Json], seed: int) -> None:
-    """Prints what was measured.
-
-    Args:
-        results: contents of results files by label.
-        seed: the configured one, which names leave out.
-    """
+    """Prints results files by label, their names without ``seed``, the configured one."""
     by_label = {label: Results.from_json(content) for label, content in results.items()}
     named, _ = distinguish({label: values_of(content.results) for label, content in by_label.items()}, seed)
     for label, values in named.items():

@@ -180,32 +180,24 @@ def test_one_run_has_its_report_in_itself_or_elsewhere(tmp_path: Path) -> None:
 
 
 def test_several_runs_have_one_report_more_in_the_folder_they_share(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a/one"), write_run(tmp_path / "b/two", pattern="4:8", seed=1)]
+    runs = [write_run(tmp_path / f"{'ab'[seed]}/s{seed}", seed=seed) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        (run / "resolved.yaml").write_text(f"run: {{seed: {seed}}}")
     pipeline.report(runs, latex=tmp_path / "tables/all.tex")
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"a", "b", "tables"}
     assert all((run / "report.html").is_file() for run in runs)
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert content.keys() == {"table", "comparisons", "runs"}
-    assert [row["pattern"] for row in content["table"]] == ["dense", "2:4", "2:4", "dense", "4:8", "4:8"]
-    found = (tmp_path / "report.md").read_text()
-    assert found.startswith("# 2 runs\n")
-    assert found.index("## All runs\n") < found.index(f"\n## {runs[0]}\n\n") < found.index(f"\n## {runs[1]}\n\n")
-    assert "](b/two/pruning.svg)" in found
-    assert "](pruning.svg)" in (runs[1] / "report.md").read_text()
-    assert (tmp_path / "tables/all.tex").read_text().count(r"\\") > 6
-
-
-def test_runs_that_differ_in_keys_and_seeds_have_all_tables(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in (0, 1)]
-    for seed, run in enumerate(runs):
-        (run / "resolved.yaml").write_text(f"run: {{seed: {seed}}}")
-    pipeline.report(runs)
     text, page, content = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html", "json"))
+    assert json.loads(content).keys() == {"table", "comparisons", "runs"}
+    assert [row["settings"].get("run.seed") for row in json.loads(content)["table"]] == [None, 0, 0, None, 1, 1]
+    assert text.startswith("# 2 runs\n")
+    assert text.index("## All runs\n") < text.index(f"\n## {runs[0]}\n\n") < text.index(f"\n## {runs[1]}\n\n")
     for title in ("Over seeds", "Merged checkpoints on the same samples, against the first run"):
         assert f"### {title}\n" in text
         assert f"<h3>{title}</h3>" in page
-    assert "| s0 to s1 | " in text
-    assert {row["settings"].get("run.seed") for row in json.loads(content)["table"]} == {None, 0, 1}
+    assert "| a/s0 to b/s1 | " in text
+    assert "](b/s1/pruning.svg)" in text
+    assert "](pruning.svg)" in (runs[1] / "report.md").read_text()
+    assert (tmp_path / "tables/all.tex").read_text().count(r"\\") > 6
 
 
 def test_the_report_of_several_runs_never_replaces_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,10 @@ import pytest
 from made_up_runs import sample, task, text, with_measure, write_samples
 
 from sppctl.evaluate.results import TaskResult, TaskScores, TextResult
-from sppctl.report.significance import (
-    RESAMPLES,
-    Entry,
-    Flips,
-    Group,
-    Paired,
-    TaskSamples,
-    by_document,
-    compare_tasks,
-    compare_texts,
-    read_samples,
-    resampled_means,
-)
+from sppctl.report import significance
+from sppctl.report.significance import RESAMPLES, Entry, Flips, Group, Paired, TaskSamples
+
+compare_tasks, compare_texts = significance.compare_tasks, significance.compare_texts
 
 
 def every_mean(differences: list[float], weights: list[float] | None = None) -> np.ndarray:
@@ -46,7 +37,7 @@ def every_mean(differences: list[float], weights: list[float] | None = None) -> 
 )
 def test_it_draws_what_all_resamples_are(differences: list[float], weights: list[float] | None) -> None:
     exact = every_mean(differences, weights)
-    drawn = resampled_means(np.array(differences), np.array(weights) if weights else None)
+    drawn = significance.resampled_means(np.array(differences), np.array(weights) if weights else None)
     assert drawn.shape == (RESAMPLES,)
     values = np.unique(exact.round(9))
     assert set(np.unique(drawn.round(9))) <= set(values)
@@ -58,7 +49,7 @@ def test_it_draws_what_all_resamples_are(differences: list[float], weights: list
 
 def paired(differences: list[float]) -> Paired:
     """The mean of differences and what its resampled means say of it."""
-    means = resampled_means(np.array(differences))
+    means = significance.resampled_means(np.array(differences))
     compared = Entry("", "", len(differences)).compared(0.0, float(np.mean(differences)), means).paired
     assert compared is not None
     return compared
@@ -85,18 +76,18 @@ def test_differences_that_are_none_that_cancel_and_that_are_clear() -> None:
 
 def test_the_same_seed_the_same_numbers_in_pieces_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = np.linspace(-1, 2, 50)
-    whole = resampled_means(differences)
-    np.testing.assert_array_equal(whole, resampled_means(differences))
-    assert not np.array_equal(whole, resampled_means(differences, seed=1))
-    monkeypatch.setattr("sppctl.report.significance.DRAWN", 700)
-    np.testing.assert_allclose(whole, resampled_means(differences), rtol=0, atol=1e-14)
+    whole = significance.resampled_means(differences)
+    np.testing.assert_array_equal(whole, significance.resampled_means(differences))
+    assert not np.array_equal(whole, significance.resampled_means(differences, seed=1))
+    monkeypatch.setattr(significance, "DRAWN", 700)
+    np.testing.assert_allclose(whole, significance.resampled_means(differences), rtol=0, atol=1e-14)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
 def samples_of(*samples: dict[str, Any], alone: bool = True, **groups: Group) -> dict[str, TaskSamples]:
-    return {"boolq": TaskSamples("a task", groups, alone, by_document(samples))}
+    return {"boolq": TaskSamples("a task", groups, alone, significance.by_document(samples))}
 
 
 def compared(first: dict[str, TaskSamples], second: dict[str, TaskSamples]) -> tuple[Entry, Paired, Flips]:
@@ -147,7 +138,9 @@ def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, m
     tasks: list[dict[str, TaskSamples]] = [{}, {}]
     for name, count, accs in (("a", 10, (0, 1)), ("b", 90, (0, 0))):
         for own, acc in zip(tasks, accs, strict=True):
-            own[name] = TaskSamples(name, group, True, by_document(sample(str(n), acc) for n in range(count)))
+            own[name] = TaskSamples(
+                name, group, True, significance.by_document(sample(str(n), acc) for n in range(count))
+            )
     whole, *parts = compare_tasks(*tasks)
     assert (whole.name, whole.samples, whole.is_mean, len(parts)) == ("both", 100, True, 2)
     assert (whole.first, whole.second) == (0, mean)
@@ -174,7 +167,7 @@ def result(folder: Path, name: str, samples: list[dict[str, Any]] | None = None,
 
 
 def names_of(folder: Path, results: list[TaskResult]) -> list[str]:
-    own, _ = read_samples(folder, results)
+    own, _ = significance.read_samples(folder, results)
     return [entry.name for entry in compare_tasks(own, own)]
 
 
@@ -185,13 +178,13 @@ def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> N
         result(tmp_path, "own-task", [sample("a", 1), sample("b", 0)], groups={}, group=None),
         result(tmp_path, "boolq", samples_hash={"boolq": "of before"}),
     ]
-    samples, notes = read_samples(tmp_path, results)
+    samples, notes = significance.read_samples(tmp_path, results)
     assert notes == [f"{tmp_path / 'boolq.jsonl'} belongs to another evaluation and is left out"]
     grouped, alone = samples.values()
     assert (grouped.name, grouped.alone, len(grouped.samples)) == ("rte, limit 5", False, 1)
     assert grouped.groups == {"all, limit 5 mean": Group(True, 57), "part, limit 5 mean": Group(False, 0)}
     assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own-task, limit 5", True, 2, {})
-    assert read_samples(tmp_path / "nowhere", results) == ({}, [])
+    assert significance.read_samples(tmp_path / "nowhere", results) == ({}, [])
 
 
 def test_the_mean_of_a_part_of_a_group_says_so(tmp_path: Path) -> None:
@@ -215,13 +208,15 @@ def test_a_task_alone_and_in_a_group_is_one_task(tmp_path: Path) -> None:
     in_group = result(tmp_path, "rte", members=57)
     alone = with_measure(result(tmp_path, "rte", group=None, groups={}), num_fewshot=None)  # its own, which is 0
     for results in ([in_group, alone], [alone, in_group]):
-        (samples,) = read_samples(tmp_path, results)[0].values()
+        (samples,) = significance.read_samples(tmp_path, results)[0].values()
         assert (samples.alone, list(samples.groups)) == (True, ["all, limit 5 mean"])
 
 
 def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
     options = ({"shots": 0}, {"shots": 5}, {"group": None}, {"dtype": "float32"})
-    zero, five, alone, wide = (read_samples(tmp_path, [result(tmp_path, "rte", **own)])[0] for own in options)
+    zero, five, alone, wide = (
+        significance.read_samples(tmp_path, [result(tmp_path, "rte", **own)])[0] for own in options
+    )
     assert compare_tasks(zero, five) == compare_tasks(zero, wide) == []
     assert len(compare_tasks(zero, alone)) == 1
 

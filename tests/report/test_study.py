@@ -11,20 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import made_up_runs
 import numpy as np
 import pytest
-from made_up_runs import (
-    change_record,
-    change_results,
-    load,
-    save,
-    stage_of,
-    study_of,
-    text,
-    with_measure,
-    with_numbers,
-    write_run,
-)
+from made_up_runs import change_record, change_results, load, save, stage_of, study_of, text, with_numbers, write_run
 
 from sppctl import show
 from sppctl.config.yaml12 import parse_yaml
@@ -256,7 +246,10 @@ def test_another_seed_is_compared_where_it_draws_nothing(
     runs = [write_run(tmp_path / name) for name in ("one", "two")]
 
     def again(content: Results) -> None:
-        content.results = [*content.texts, *(with_measure(result, seed=5, **shots) for result in content.tasks)]
+        content.results = [
+            *content.texts,
+            *(made_up_runs.with_measure(result, seed=5, **shots) for result in content.tasks),
+        ]
 
     change_results(runs[1], "merged", again)
     assert {entry.measure for entry in Study.of(runs).comparisons[0].entries} == measures

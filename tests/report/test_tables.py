@@ -8,21 +8,9 @@ from dataclasses import replace
 import pytest
 from made_up_runs import layer, study_of, task, text, write_run
 
-from sppctl.report.latex import escape, to_latex
-from sppctl.report.provenance import evaluation_table, version_table
+from sppctl.report import latex, provenance, tables
 from sppctl.report.study import RunStudy, Study
-from sppctl.report.tables import (
-    Table,
-    flip_table,
-    gaps,
-    long_table,
-    over_runs,
-    seed_table,
-    significance_table,
-    table,
-    type_table,
-    values,
-)
+from sppctl.report.tables import Table
 from sppctl.report.text import to_csv
 
 
@@ -47,22 +35,9 @@ def by_first_cell(made: Table) -> dict[str, list[str]]:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_column_for_each_checkpoint() -> None:
-    made = table(study_of(base=[text(12.345, 2048)], pruned=[text(45.678, 2048)], merged=[]).rows)
-    assert heads(made) == ["", "base", "pruned", "merged"]
-    assert [column.is_text for column in made.columns] == [True, False, False, False]
-    assert made.rows == [
-        ["sparsity of pruned matrices", "dense", "50.00%", "50.00%"],
-        ["pattern", "dense", "2:4", "2:4"],
-        ["sparse matrices", "0", "210", "210"],
-        ["size, MB", "269.1", "269.1", "269.1"],
-        ["ppl prose @2048", "12.35", "45.68", "-"],
-    ]
-
-
 def test_other_settings_are_other_rows_and_a_hopeless_perplexity_stays_short() -> None:
     run = study_of(base=[text(99999.0), text(5.0, 2048)], pruned=[text(123456.0)], merged=[text(float("inf"))])
-    rows = by_first_cell(table(run.rows))
+    rows = by_first_cell(tables.table(run.rows))
     assert rows["ppl prose @2048"] == ["5.00", "-", "-"]
     assert rows["ppl prose @64"] == ["99999.00", "1.23e+05", "-"]
 
@@ -71,7 +46,7 @@ def test_shares_are_percentages_and_tasks_of_a_group_are_marked() -> None:
     both = {"acc": 0.5, "acc_norm": 0.625}
     results = [task(0.5, scores=both), task(None, "lambada", scores={"perplexity": 12.5}, metric="perplexity")]
     results += [task(0.5, name, group="g", groups={"g": {}}, members=2) for name in "ab"]
-    made = table(study_of(base=[*results, text(5.0, kl=1.81, top1_agreement=0.44)]).rows)
+    made = tables.table(study_of(base=[*results, text(5.0, kl=1.81, top1_agreement=0.44)]).rows)
     rows = by_first_cell(made)
     assert rows["rte"] == ["50.00% (norm 62.50%)"]
     assert rows["lambada perplexity (lm-eval)"] == ["12.50"]
@@ -82,14 +57,14 @@ def test_shares_are_percentages_and_tasks_of_a_group_are_marked() -> None:
 
 def test_differences_with_their_intervals_and_flips(study: Study) -> None:
     comparisons = study.runs[0].comparisons
-    lines = {(line["comparison"], line["measure"]): line for line in records(significance_table(comparisons))}
+    lines = {(line["comparison"], line["measure"]): line for line in records(tables.significance_table(comparisons))}
     mean = lines["pruned to merged", "zeroshot, limit 200 mean acc"]
     assert mean["samples"] == "1400"
     low, high = (float(bound) for bound in mean["95 % interval"].split(" to "))
     assert low < float(mean["difference"]) < high
     assert lines["pruned to merged", "wikitext2 loss, nats"]["samples"] == "40"
     assert {pair for pair, _ in lines} == {"base to pruned", "base to merged", "pruned to merged"}
-    flips = records(flip_table(comparisons))
+    flips = records(tables.flip_table(comparisons))
     assert len(flips) == 3 * 8
     for line in flips:
         kinds = ("correct to wrong", "wrong to correct", "wrong to wrong")
@@ -98,11 +73,11 @@ def test_differences_with_their_intervals_and_flips(study: Study) -> None:
 
 def test_how_it_was_made(study: Study) -> None:
     """Packages of equal versions share a column, tasks of a group that are measured one by one a line."""
-    made = version_table(study.runs[0])
+    made = provenance.version_table(study.runs[0])
     assert heads(made) == ["package", "prune, train, merge", "eval base, eval pruned, eval merged"]
     assert ["python", "3.11.7", "-"] in made.rows
     results = [task(0.5, f"mmlu_{at}", 5, group="mmlu", members=57, seconds=1.5) for at in range(57)]
-    (line,) = evaluation_table(study_of(base=results)).rows
+    (line,) = provenance.evaluation_table(study_of(base=results)).rows
     assert line == ["base", "mmlu 5-shot", "570 samples of 57 tasks, 5-shot", "-", "-", "85.5"]
 
 
@@ -117,7 +92,9 @@ def test_one_row_for_each_module_type() -> None:
         "1.mlp.down_proj": 0.125,
     }
     sparsities = (0.25, 0.5, 0.75, 0.5)
-    made = type_table([layer(*one, sparsity=share) for one, share in zip(errors.items(), sparsities, strict=True)])
+    made = tables.type_table(
+        [layer(*one, sparsity=share) for one, share in zip(errors.items(), sparsities, strict=True)]
+    )
     names = ["mean relative output error", "worst", "worst layer"]
     assert heads(made) == ["module type", "matrices", "mean sparsity", *names, "seconds"]
     assert [column.head for column in made.columns if column.kind == "code"] == ["module type", "worst layer"]
@@ -129,14 +106,14 @@ def test_one_row_for_each_module_type() -> None:
 
 def test_damping_is_a_range_and_errors_are_those_of_the_weights_without_inputs() -> None:
     damps = {"0.mlp.up_proj": 0.01, "0.mlp.down_proj": 0.01, "0.mlp.gate_proj": None, "1.mlp.down_proj": 0.1}
-    lines = records(type_table([layer(name, None, damp) for name, damp in damps.items()]))
+    lines = records(tables.type_table([layer(name, None, damp) for name, damp in damps.items()]))
     assert [line["damping"] for line in lines] == ["0.01", "0.01 to 0.1", "-"]
     assert {(line["mean relative weight error"], line["worst"]) for line in lines} == {("0.500", "0.500")}
 
 
 def test_every_expert_is_counted_and_the_worst_is_named() -> None:
     layers = [layer(f"{block}.mlp.experts.{i}.gate_proj", block / 10 + i / 100) for block in (0, 1) for i in range(4)]
-    (line,) = type_table(layers).rows
+    (line,) = tables.type_table(layers).rows
     assert line == ["gate_proj", "8", "50.00%", "0.065", "0.130", "model.layers.1.mlp.experts.3.gate_proj", "2.0"]
 
 
@@ -144,7 +121,7 @@ def test_every_expert_is_counted_and_the_worst_is_named() -> None:
 
 
 def test_the_table_over_runs(study: Study) -> None:
-    made = over_runs(study.rows, values, gaps)
+    made = tables.over_runs(study.rows, tables.values, tables.gaps)
     assert heads(made)[:7] == ["run", "checkpoint", "method", "pattern", "training", "seed", "sparsity"]
     quoted = ["ppl wikitext2 @512", "zeroshot, limit 200 mean"]
     assert heads(made)[-4:] == [f"{name} - base" for name in quoted] + [f"gap recovered, {name}" for name in quoted]
@@ -158,13 +135,13 @@ def test_the_table_over_runs(study: Study) -> None:
     ]
     assert made.rows[1][-4] == "+46.40"
     assert made.breaks == {3}
-    assert heads(over_runs(study.rows[:3]))[0] == "checkpoint"  # a single run needs no name
+    assert heads(tables.over_runs(study.rows[:3]))[0] == "checkpoint"  # a single run needs no name
 
 
 def test_columns_of_a_text_or_group_stand_together() -> None:
     results = [text(5.0, 64, kl=1.0), text(6.0, 128, kl=1.0)]
     results += [task(0.5, "a", group="g", groups={"g": {}}, members=2), task(0.5, "b"), task(0.5, "c")]
-    columns = over_runs(study_of(base=results).rows, values).columns[5:]
+    columns = tables.over_runs(study_of(base=results).rows, tables.values).columns[5:]
     assert [(column.group, column.name) for column in columns] == [
         *(("prose @64", name) for name in ("ppl", "KL", "top-1")),
         *(("prose @128", name) for name in ("ppl", "KL", "top-1")),
@@ -177,7 +154,7 @@ def test_mean_and_deviation_over_seeds_in_a_table() -> None:
     for seed in (0, 1):
         own = study_of(merged=[text(5.0 + seed), task(0.5 + seed / 4)])
         runs.append(replace(own, directory=f"runs/{seed}", config=f"run: {{seed: {seed}}}", stages={}))
-    (line,) = records(seed_table(Study(runs).seeds))
+    (line,) = records(tables.seed_table(Study(runs).seeds))
     assert (line["checkpoint"], line["seeds"]) == ("merged", "2")
     assert (line["ppl prose @64"], line["rte"]) == ("5.50 ± 0.71", "62.50% ± 17.68%")
 
@@ -186,7 +163,7 @@ def test_mean_and_deviation_over_seeds_in_a_table() -> None:
 
 
 def lines_of(study: Study | RunStudy) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(to_csv(long_table(study.rows)))))
+    return list(csv.DictReader(io.StringIO(to_csv(tables.long_table(study.rows)))))
 
 
 def test_csv_holds_every_number_unrounded(study: Study) -> None:
@@ -221,7 +198,7 @@ def test_csv_has_the_full_names_of_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "latex"),
+    ("raw", "shown"),
     [
         ("arc_easy 50 % & more", r"arc\_easy 50 \% \& more"),
         ("a\\b", r"a\textbackslash{}b"),
@@ -230,32 +207,32 @@ def test_csv_has_the_full_names_of_keys() -> None:
         ("[a] *b--c\n", r"{[}a{]} {*}b-{}-c\textbackslash{}n"),
     ],
 )
-def test_latex_sets_text_as_it_is(raw: str, latex: str) -> None:
-    assert escape(raw) == latex
+def test_latex_sets_text_as_it_is(raw: str, shown: str) -> None:
+    assert latex.escape(raw) == shown
 
 
 def test_latex_table(study: Study) -> None:
-    made = over_runs(study.rows, values, gaps)
-    latex = to_latex(made)
+    made = tables.over_runs(study.rows, tables.values, tables.gaps)
+    text = latex.to_latex(made)
     columns = len(made.columns)
-    start, end = latex.index(r"\toprule"), latex.index(r"\bottomrule")
-    above, *body = [line for line in latex[start:end].splitlines() if line.endswith(r"\\")]
+    start, end = text.index(r"\toprule"), text.index(r"\bottomrule")
+    above, *body = [line for line in text[start:end].splitlines() if line.endswith(r"\\")]
     assert len(body) == 1 + len(study.rows)
     spans = [int(size) for size in re.findall(r"\\multicolumn{(\d+)}", above)]
     assert sum(spans) == columns
     assert above.count("zeroshot, limit 200") == above.count("difference to base") == 1
     assert r"\shortstack[r]{arc\_easy} & " in body[0]
-    assert r"\begin{table*}" in latex
-    assert r"\label{tab:sppctl}" in latex
+    assert r"\begin{table*}" in text
+    assert r"\label{tab:sppctl}" in text
     for line in body:
         assert line.replace(r"\&", "").count(" & ") == columns - 1
-    assert latex.count(r"\midrule") == 2  # below the head, and between the runs
-    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
-    assert r"two\_\%" in latex
+    assert text.count(r"\midrule") == 2  # below the head, and between the runs
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+    assert r"two\_\%" in text
     assert r"$-$" in body[2]  # a lost accuracy
     assert "%" not in body[2].replace(r"\%", "")
     depth = 0
-    for before, character in zip(" " + latex, latex, strict=False):
+    for before, character in zip(" " + text, text, strict=False):
         depth += {"{": 1, "}": -1}.get(character, 0) if before != "\\" else 0
         assert depth >= 0
     assert depth == 0
