@@ -136,7 +136,7 @@ def synchronise(device: torch.device) -> None:
 def parts(device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds for the sums of the Hessian (H), its factorisation (F) and the rest of SparseGPT, the columns (C)."""
     spent = {"H": 0.0, "F": 0.0, "C": 0.0}
-    originals = (Hessian.update, Hessian._factorise, PRUNERS["sparsegpt"])
+    originals = (Hessian.update, Hessian.inverse_factor, PRUNERS["sparsegpt"])
 
     def watched(key: str, function: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object, **kwargs: object) -> object:
@@ -149,13 +149,13 @@ def parts(device: torch.device) -> Iterator[dict[str, float]]:
         return run
 
     Hessian.update = watched("H", originals[0])  # type: ignore[method-assign, assignment]
-    Hessian._factorise = watched("F", originals[1])  # type: ignore[method-assign, assignment]
+    Hessian.inverse_factor = watched("F", originals[1])  # type: ignore[method-assign, assignment]
     PRUNERS["sparsegpt"] = replace(originals[2], prune=watched("C", originals[2].prune))  # type: ignore[arg-type]
     try:
         yield spent
     finally:
         spent["C"] -= spent["F"]  # prune_sparsegpt calls the factorisation
-        Hessian.update, Hessian._factorise, PRUNERS["sparsegpt"] = originals  # type: ignore[method-assign]
+        Hessian.update, Hessian.inverse_factor, PRUNERS["sparsegpt"] = originals  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

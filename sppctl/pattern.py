@@ -8,17 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pattern:
-    """A sparsity pattern in one of two forms: a ratio, or N:M.
+    """A sparsity pattern in one of two forms: a ratio, or N:M."""
 
-    Attributes:
-        ratio: share of weights set to zero, ``0 < ratio < 1`` (unstructured), or None.
-        keep: N of N:M, the weights kept in each group, or None.
-        group: M of N:M, the consecutive input features that form a group, or None.
-    """
-
-    ratio: float | None = None
-    keep: int | None = None
-    group: int | None = None
+    ratio: float | None = None  # share of weights set to zero, 0 < ratio < 1 (unstructured)
+    keep: int | None = None  # N of N:M, the weights kept in each group
+    group: int | None = None  # M of N:M, the consecutive input features that form a group
 
     @classmethod
     def parse(cls, value: object) -> Pattern:

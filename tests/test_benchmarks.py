@@ -12,18 +12,13 @@ from typing import Any
 
 import pytest
 
-from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.run.directory import Run
 from sppctl.run.stages import PRUNE
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-TINY_TRAINING = [
-    "train.data.seq_len=64",
-    "train.data.max_rows=8",
-    "train.max_steps=1",
-    "train.batch_size=2",
-    "train.micro_batch_size=2",
-]
+TINY_TRAINING = ["train.data.seq_len=64", "train.data.max_rows=8", "train.max_steps=1", "eval.seq_len=64"]
+TINY_TRAINING += ["train.batch_size=2", "train.micro_batch_size=2"]
 
 pytestmark = pytest.mark.slow
 
@@ -58,71 +53,52 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return asked
 
 
-@pytest.fixture
-def pruned(llama: Path, tmp_path: Path) -> Path:
-    """A run with a pruned tiny model."""
-    run = Run(
-        load_config(
-            None,
-            [f"model.path={llama}", "model.gguf_file=null", f"run.dir={tmp_path / 'run'}", "prune.method=magnitude"],
-        )
-    )
-    run.directory.mkdir()
-    run.do(PRUNE)
-    return run.path("prune")
-
-
 def ratios(table: str, row: str) -> list[float]:
     """The numbers of the rows that start with ``row``."""
     lines = [line for line in table.splitlines() if line.startswith(f"| {row}")]
     assert lines, table
-    return [
-        float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", " ".join(lines).replace(row, ""))
-    ]
+    numbers = re.findall(r"\d[\d,]*\.?\d*", " ".join(lines).replace(row, ""))
+    return [float(number.replace(",", "")) for number in numbers]
 
 
 def test_spp_layer(bench: Callable[..., str]) -> None:
-    said = bench(
-        "spp_layer.py", "--tokens", 16, "--rounds", 1, "--rank", 4, "--shapes", "16x32,32x16", "--device", "cpu"
-    )
+    options = ("--tokens", 16, "--rounds", 1, "--rank", 4, "--shapes", "16x32,32x16", "--device", "cpu")
+    printed = bench("spp_layer.py", *options)
     for dtype in ("bfloat16", "float32"):
-        assert f"\n{dtype}\n" in said
-    assert len(re.findall(r"^\| 16x32 \| SPP \|.*\| 0 \|$", said, re.MULTILINE)) == 2  # nothing beyond x is kept
-    assert all(value > 0 for value in ratios(said, "residual |"))
+        assert f"\n{dtype}\n" in printed
+    assert len(re.findall(r"^\| 16x32 \| SPP \|.*\| 0 \|$", printed, re.MULTILINE)) == 2  # nothing beyond x is kept
+    assert all(value > 0 for value in ratios(printed, "residual |"))
 
 
 def test_train_step(bench: Callable[..., str], llama: Path, same_process: list[list[str]]) -> None:
-    said = bench("train_step.py", llama, "--batch", 1, "--seq-len", 16, "--rounds", 1, "--device", "cpu")
+    options = (llama, "--batch", 1, "--seq-len", 16, "--device", "cpu")
+    printed = bench("train_step.py", *options, "--rounds", 1)
     assert len(same_process) == 10
-    assert len(re.findall(r"^\| SPP \| .*\| 7 \|$", said, re.MULTILINE)) == 4
-    assert (
-        float(bench(*["train_step.py", llama, "--batch", 1, "--seq-len", 16, "--peak-of", 1, "--device", "cpu"])) > 100
-    )
+    assert len(re.findall(r"^\| SPP \| .*\| 7 \|$", printed, re.MULTILINE)) == 4
+    assert float(bench("train_step.py", *options, "--peak-of", 1)) > 100
 
 
 def test_evaluate(bench: Callable[..., str], llama: Path, same_process: list[list[str]]) -> None:
-    said = bench("evaluate.py", llama, "--windows", 2, "--seq-len", 32, "--repeats", 1, "--device", "cpu")
+    printed = bench("evaluate.py", llama, "--windows", 2, "--seq-len", 32, "--repeats", 1, "--device", "cpu")
     assert len(same_process) == 4
-    assert ratios(said, "forward |")[0] == 1
-    assert "| perplexity and divergence |" in said
+    assert ratios(printed, "forward |")[0] == 1
+    assert "| perplexity and divergence |" in printed
     assert float(bench("evaluate.py", llama, "--windows", 1, "--seq-len", 32, "--memory-of", "perplexity")) >= 0
 
 
 def test_prune(bench: Callable[..., str], llama: Path) -> None:
-    said = bench("prune.py", llama, "--samples", 2, "--seq-len", 32, "--repeats", 1, "--device", "cpu")
-    for row in (
-        "magnitude, block",
-        "wanda, block",
-        "wanda, module",
-        "sparsegpt, block",
-        "sparsegpt, module",
-        "dsnot, block",
-    ):
-        assert ratios(said, row)[1] > 0
+    printed = bench("prune.py", llama, "--samples", 2, "--seq-len", 32, "--repeats", 1, "--device", "cpu")
+    cases = [("magnitude", "block"), ("dsnot", "block")]
+    cases += [(method, order) for method in ("wanda", "sparsegpt") for order in ("block", "module")]
+    for method, order in cases:
+        assert ratios(printed, f"{method}, {order}")[1] > 0
 
 
-def test_rounded_weight(bench: Callable[..., str], pruned: Path) -> None:
-    said = bench("rounded_weight.py", pruned, "--lrs", "1e-2", "--device", "cpu", *TINY_TRAINING, "eval.seq_len=64")
-    rounded = ratios(said, "1e-2 | rounded |")
+def test_rounded_weight(bench: Callable[..., str], configure: Callable[..., Config]) -> None:
+    run = Run(configure("prune.method=magnitude"))
+    run.directory.mkdir()
+    run.do(PRUNE)
+    printed = bench("rounded_weight.py", run.path("prune"), "--lrs", "1e-2", "--device", "cpu", *TINY_TRAINING)
+    rounded = ratios(printed, "1e-2 | rounded |")
     assert abs(rounded[0] - rounded[1]) < 1e-3  # the merged model is the one that was trained
-    assert len(ratios(said, "1e-2 | residual |")) == len(rounded)
+    assert len(ratios(printed, "1e-2 | residual |")) == len(rounded)

@@ -7,49 +7,42 @@ import pytest
 from sppctl.pattern import Pattern
 
 
-def test_two_four_keeps_two_weights_in_every_four() -> None:
-    pattern = Pattern.parse("2:4")
-    assert (pattern.keep, pattern.group, pattern.ratio) == (2, 4, None)
-    assert pattern.is_structured
-    assert pattern.sparsity == 0.5
-    assert str(pattern) == "2:4"
-
-
-def test_two_eight_is_three_quarters_zeros() -> None:
-    assert Pattern.parse("2:8").sparsity == 0.75
-
-
-@pytest.mark.parametrize("value", [0.5, "0.5", " 0.5 ", ".5", "5e-1"])
-def test_a_ratio_may_be_a_number_or_text(value: object) -> None:
+@pytest.mark.parametrize(
+    ("value", "expected", "sparsity", "text"),
+    [
+        ("2:4", Pattern(keep=2, group=4), 0.5, "2:4"),
+        (" 2 : 8 ", Pattern(keep=2, group=8), 0.75, "2:8"),  # N is the number kept
+        *((value, Pattern(ratio=0.5), 0.5, "0.5") for value in (0.5, "0.5", " 0.5 ", ".5", "5e-1")),
+        (0.9999999, Pattern(ratio=0.9999999), 0.9999999, "0.9999999"),
+    ],
+)
+def test_patterns_are_read_from_numbers_and_text(value: object, expected: Pattern, sparsity: float, text: str) -> None:
     pattern = Pattern.parse(value)
-    assert pattern == Pattern(ratio=0.5)
-    assert not pattern.is_structured
-    assert str(pattern) == "0.5"
+    assert pattern == expected
+    assert pattern.is_structured == (":" in text)
+    assert pattern.sparsity == sparsity
+    assert str(pattern) == text
+    assert Pattern.parse(pattern) is pattern
+    assert Pattern.parse(text) == pattern
 
 
-def test_a_pattern_parses_to_itself_and_from_its_own_text() -> None:
-    for pattern in (Pattern(keep=4, group=8), Pattern(ratio=0.7), Pattern(ratio=0.9999999)):
-        assert Pattern.parse(pattern) is pattern
-        assert Pattern.parse(str(pattern)) == pattern
-
-
-@pytest.mark.parametrize("value", ["4:2", "4:4", "0:4", "0:0"])
-def test_n_of_m_must_keep_some_and_prune_some(value: str) -> None:
-    with pytest.raises(ValueError, match=rf"pattern '{value}': N:M keeps N of every M weights, so 0 < N < M \(2:4"):
-        Pattern.parse(value)
-
-
-@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, 1.5, -0.5, "50", "nan", float("inf")])
-def test_a_ratio_lies_between_zero_and_one(value: object) -> None:
-    with pytest.raises(ValueError, match=r"a ratio is the share of zeros, between 0 and 1 \(0\.5 = half of them\)"):
-        Pattern.parse(value)
-
-
-@pytest.mark.parametrize("value", ["half", "2-4", "2:4:8", "-2:4", "2:", "", None, True, [2, 4], {"n": 2}])
-def test_anything_else_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ValueError, match="is neither N:M") as caught:
-        Pattern.parse(value)
-    assert repr(value) in str(caught.value)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["4:2", "4:4", "0:4", "0:0"], r"pattern '.:.': N:M keeps N of every M weights, so 0 < N < M \(2:4"),
+        (
+            [0, 1, 0.0, 1.0, 1.5, -0.5, "50", "nan", float("inf")],
+            r"a ratio is the share of zeros, between 0 and 1 \(0\.5 = half of them\)",
+        ),
+        (["half", "2-4", "2:4:8", "-2:4", "2:", "", None, True, [2, 4], {"n": 2}], "is neither N:M"),
+    ],
+    ids=["N:M", "ratio", "neither"],
+)
+def test_anything_else_is_refused_by_name(values: list[object], message: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=message) as caught:
+            Pattern.parse(value)
+        assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +62,8 @@ def test_num_pruned_counts_exactly(pattern: object, count: int, pruned: int) -> 
 
 
 def test_groups_must_fit_into_the_input_features() -> None:
-    pattern = Pattern.parse("2:4")
-    pattern.check_in_features(8, "q_proj")
-    with pytest.raises(ValueError, match=r"pattern 2:4: q_proj has 10 input features, not a multiple of 4") as caught:
-        pattern.check_in_features(10, "q_proj")
-    assert "choose another pattern or leave the layer out of prune.targets" in str(caught.value)
-
-
-def test_a_ratio_fits_any_layer() -> None:
+    Pattern.parse("2:4").check_in_features(8, "q_proj")
     Pattern.parse(0.5).check_in_features(7, "q_proj")
+    with pytest.raises(ValueError, match=r"pattern 2:4: q_proj has 10 input features, not a multiple of 4") as caught:
+        Pattern.parse("2:4").check_in_features(10, "q_proj")
+    assert "choose another pattern or leave the layer out of prune.targets" in str(caught.value)

@@ -22,21 +22,14 @@ DENSE_BELOW = 0.05  # a matrix with fewer zeros was not pruned; embeddings and q
 
 @dataclass(frozen=True)
 class MatrixSparsity:
-    """One weight matrix, or the fused ones of a mixture's experts.
+    """One weight matrix, or the fused ones of a mixture's experts."""
 
-    Attributes:
-        name: of the tensor.
-        shape: as stored.
-        zeros: how many weights are zero.
-        sparsity: share of zeros.
-        patterns: the N:M patterns that hold along the input features: at most N non-zero in every M. They are the last
-            dimension, or, where nothing holds along it, the first (``Conv1D`` is stored transposed).
-    """
-
-    name: str
-    shape: tuple[int, ...]
+    name: str  # of the tensor
+    shape: tuple[int, ...]  # as stored
     zeros: int
-    sparsity: float
+    sparsity: float  # share of zeros
+    # the N:M patterns that hold along the input features: at most N non-zero in every M. They are the last dimension,
+    # or, where nothing holds along it, the first (Conv1D is stored transposed)
     patterns: tuple[str, ...]
 
     @property
@@ -76,11 +69,7 @@ def matrices(files: TensorFiles, *also: Pattern | None) -> Iterator[MatrixSparsi
 
 
 def measure(directory: Path, *also: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
-    """Every matrix of a checkpoint directory, and the totals.
-
-    Args:
-        directory: of the checkpoint.
-        also: patterns to look for besides the common ones.
+    """Every matrix of a checkpoint directory, and the totals; ``also``: patterns to look for besides the common ones.
 
     Returns:
         The matrices; and ``matrices``, ``sparse_matrices``, ``weights`` and ``zeros`` of the sparse ones, ``sparsity``
@@ -121,13 +110,9 @@ def _tightest(patterns: list[Pattern]) -> list[str]:
 def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:
     """One line for each matrix that does not keep to a pattern though it should.
 
-    A ratio is met by a matrix with at least that share of zeros, up to one weight per row.
-
-    Args:
-        measured: matrices of a checkpoint.
-        expected: the pattern.
-        layers: modules that were pruned; None: not known, so a dense matrix should be sparse if those of its name in
-            other blocks are.
+    A ratio is met by a matrix with at least that share of zeros, up to one weight per row. ``layers`` are the modules
+    that were pruned; if they are not known, a dense matrix should be sparse where those of its name in other blocks
+    are.
     """
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     if not sparse:

@@ -28,21 +28,13 @@ TWO_FOUR = Pattern(keep=2, group=4)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        batches: sequences at a time, each in turn.
-        prompt: tokens of each prompt.
-        new: tokens decoded after it.
-        repeats: rounds that count; one more before them warms up.
-        device: auto, cpu, cuda.
-    """
-
-    batches: tuple[int, ...] = (1, 8, 32)
-    prompt: int = 512
-    new: int = 32
-    repeats: int = 5
-    device: str = "auto"
+    batches: tuple[int, ...] = (1, 8, 32)  # sequences at a time, each in turn
+    prompt: int = 512  # tokens of each prompt
+    new: int = 32  # tokens decoded after it
+    repeats: int = 5  # rounds that count; one more before them warms up
+    device: str = "auto"  # or cpu, cuda
 
     def __post_init__(self) -> None:
         """Raises UserError for what cannot be measured."""
@@ -178,12 +170,7 @@ def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
     """Prefills a prompt and decodes what follows it, one token at a time with the KV cache.
 
     The likeliest token is taken as greedy decoding would, but the next one of ``tokens`` is fed, so that every run does
-    the same work and its logits can be compared.
-
-    Args:
-        model: a causal language model of transformers.
-        tokens: (batch, prompt + new).
-        prompt: number of tokens of the prompt.
+    the same work and its logits can be compared. ``tokens`` are (batch, prompt + new).
 
     Returns:
         Seconds of the prefill, seconds of all decoding, and logits (batch, new + 1, vocabulary): those that follow the

@@ -66,11 +66,7 @@ class Activations:
 
 
 def projections(linears: Iterable[str]) -> list[tuple[list[str], str]]:
-    """The linear layers of a block by module: those that share the module's input, and its output projection.
-
-    Args:
-        linears: names, in the model's order.
-    """
+    """Linear layers by module, in the model's order: those that share the module's input, and its output projection."""
     modules: dict[str, list[str]] = {}
     for name in linears:
         modules.setdefault(name.rpartition(".")[0], []).append(name)

@@ -161,7 +161,7 @@ def execute(config: Config) -> Plan:
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
     compute = _computed_in(config, stored, training=True)
-    memory = partial(_memory, config, skeleton, targets, parameters, trainable.parameters, processes)
+    memory = partial(_memory, config, skeleton, targets, trainable.parameters, processes)
     # what a machine that multiplies it natively would train in, as GPUs are taken to do where none is here to be asked
     narrow = "bfloat16" if stored == "float16" else stored
     absent = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
@@ -244,13 +244,7 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
 
 
 def _memory(
-    config: Config,
-    skeleton: Skeleton,
-    targets: dict[str, Target],
-    parameters: int,
-    trainable: int,
-    processes: int,
-    dtype: str,
+    config: Config, skeleton: Skeleton, targets: dict[str, Target], trainable: int, processes: int, dtype: str
 ) -> Memory:
     """Bytes of a training, whole and per GPU.
 
@@ -265,7 +259,7 @@ def _memory(
     kept = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
     kernel = footprint.kernel_buffers(targets, batch, train.method, train.dropout)
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
-    weights, adapter = parameters * d, FLOAT * trainable
+    weights, adapter = num_parameters(skeleton) * d, FLOAT * trainable
     # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks, a byte for each weight
     masks = trainable if train.method == "ste" else 0
     # the teacher's weights, and its and the student's distributions over the vocabulary

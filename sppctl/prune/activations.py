@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +24,10 @@ class Activations:
     """The hidden states (samples, tokens, width) of all windows, in micro-batches, advanced block by block."""
 
     def __init__(self, stack: BlockStack, windows: Tensor, batch_size: int | str, memory: str, path: Path) -> None:
-        """Embeds the windows.
+        """Embeds windows (samples, seq_len).
 
-        Args:
-            stack: whose embeddings are loaded.
-            windows: (samples, seq_len) tokens.
-            batch_size: windows at a time, or ``auto``.
-            memory: where to keep the hidden states: ``device``, ``ram``, ``disk``, or ``auto``: the first that fits.
-            path: of the mapped file.
+        ``memory`` is where to keep the hidden states: ``device``, ``ram``, ``disk`` (in a mapped file at ``path``), or
+        ``auto``, the first that is large enough.
         """
         self.stack = stack
         samples, seq_len = windows.shape
@@ -78,19 +76,16 @@ class Activations:
 
     def advance(self, index: int, rows: slice) -> None:
         """As :meth:`run`, for some windows."""
-        self.store(rows, self.call(index, rows)(self.stack.blocks[index], self.inputs(rows)))
+        self.store(rows, self.output(index, rows))
+
+    def output(self, index: int, rows: slice, block: Callable[..., Any] | None = None) -> Tensor:
+        """What the loaded block ``index``, or another one called as it is, makes of some windows' hidden states."""
+        call = self._calls[rows.stop - rows.start][index]
+        return call(block or self.stack.blocks[index], self._hidden[rows].to(self.stack.device))
 
     def store(self, rows: slice, hidden: Tensor) -> None:
         """Makes some windows' hidden states the next block's input."""
         self._hidden[rows] = hidden.to(self._hidden.device)
-
-    def inputs(self, rows: slice) -> Tensor:
-        """The hidden states of some windows, on the device."""
-        return self._hidden[rows].to(self.stack.device)
-
-    def call(self, index: int, rows: slice) -> BlockCall:
-        """How block ``index`` is called for some windows."""
-        return self._calls[rows.stop - rows.start][index]
 
 
 def _place(stack: BlockStack, needed: int, memory: str) -> str:

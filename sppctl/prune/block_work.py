@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sppctl import distributed
 from sppctl.errors import StageError
@@ -57,7 +56,7 @@ class BlockWork:
         self.all_tokens: dict[str, LayerInputs] = {}  # of a mixture's experts together
         self.reconstruction: BlockErrors | None = None
         self._leaders: dict[str, str] = {}  # the first layer that was given the same tensor
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: dict[int, tuple[Tensor, str]] = {}
         self._turn = 0
 
     # --- orders -------------------------------------------------------------------------------------------------------
@@ -83,18 +82,15 @@ class BlockWork:
     def gather(self, keep: bool = False, dense: Tensor | None = None) -> None:
         """Runs the dense block on all windows and collects what each target is given.
 
-        Args:
-            keep: the dense output becomes the next block's input.
-            dense: takes the block's outputs, (windows, tokens, width).
+        Its outputs (windows, tokens, width) go into ``dense``, and with ``keep`` become the next block's inputs.
         """
         assert self.activations is not None
         for owner, targets in self.experts.items():
             self._prepare_experts(owner, targets)
-        hooks = self._watch(self._collect)
-        for owner in self.experts:
-            hook = partial(self._collect_experts, owner)
-            hooks.append(self._module(owner).register_forward_pre_hook(hook, with_kwargs=True))
-        with _removed(hooks):
+        with contextlib.ExitStack() as hooks:
+            self._watch(hooks, self._collect)
+            for owner in self.experts:
+                self._hook(hooks, owner, partial(self._collect_experts, owner))
             for rows in self.activations.batches:
                 output = self._run(self.activations, rows)
                 if keep:
@@ -118,11 +114,9 @@ class BlockWork:
             places[owner] = partial(self._prune_arrived_experts, owner)
         records: list[LayerRecord] = []
         prune = list(places.values())
-        hooks = [
-            self._module(owner).register_forward_pre_hook(partial(_meet, place), with_kwargs=True)
-            for place, owner in enumerate(places)
-        ]
-        with _removed(hooks):
+        with contextlib.ExitStack() as hooks:
+            for place, owner in enumerate(places):
+                self._hook(hooks, owner, partial(wait_at, place))
             in_step(
                 [partial(activations.advance, self.index, rows) for rows in activations.batches],
                 lambda place, calls: records.extend(prune[place](calls)),
@@ -131,7 +125,8 @@ class BlockWork:
 
     def _find_groups(self, activations: Activations) -> None:
         """Once for blocks of a kind: which layers share inputs is seen only by running one, on as little as needed."""
-        with _removed(self._watch(self._leads)):
+        with contextlib.ExitStack() as hooks:
+            self._watch(hooks, self._leads)
             for rows in activations.batches:
                 if self.plain.keys() == self._leaders.keys():
                     break
@@ -160,35 +155,34 @@ class BlockWork:
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
-    def _module(self, name: str) -> nn.Module:
-        return self.stack.model.get_submodule(name)
+    def _hook(self, hooks: contextlib.ExitStack, owner: str, hook: Callable[..., None]) -> None:
+        """Calls ``hook`` with module, arguments and named arguments before a module runs, until ``hooks`` end."""
+        module = self.stack.model.get_submodule(owner)
+        hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _no_inputs(self, in_features: int) -> LayerInputs:
         make = PRUNERS[self.plan.settings.method].statistics or InputNorms
         return LayerInputs(make, in_features, self.stack.device)
 
     def _run(self, activations: Activations, rows: slice) -> Tensor:
-        output = activations.call(self.index, rows)(self.stack.blocks[self.index], activations.inputs(rows))
+        output = activations.output(self.index, rows)
         self._seen.clear()
         return output
 
-    def _watch(self, see: Callable[[str, Tensor], object]) -> list[RemovableHandle]:
+    def _watch(self, hooks: contextlib.ExitStack, see: Callable[[str, Tensor], object]) -> None:
         """Calls ``see`` with the name and the input of every layer outside of experts that is run."""
 
-        def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
             see(name, args[0])
 
-        return [
-            self._module(target.owner).register_forward_pre_hook(partial(hook, name))
-            for name, target in self.plain.items()
-        ]
+        for name, target in self.plain.items():
+            self._hook(hooks, target.owner, partial(hook, name))
 
     def _leads(self, name: str, inputs: Tensor) -> bool:
         """Whether a layer is the first of those that are given this very tensor."""
         if name not in self._leaders:
             # q, k and v receive the very same tensor; holding on to it keeps its identity from being reused
-            self._leaders[name] = next((leader for tensor, leader in self._seen if tensor is inputs), name)
-            self._seen.append((inputs, self._leaders[name]))
+            _, self._leaders[name] = self._seen.setdefault(id(inputs), (inputs, name))
         return self._leaders[name] == name
 
     def _learn_groups(self) -> None:
@@ -314,17 +308,3 @@ class BlockWork:
     def _as_written(self, target: Target, weight: Tensor) -> Tensor:
         """A weight in the dtype of the files: what follows is then the same whether this run goes on or another."""
         return weight if self.out is None else weight.to(self.stack.stored_dtype(target, self.out))
-
-
-def _meet(place: int, *call: Any) -> None:
-    wait_at(place, call)
-
-
-@contextlib.contextmanager
-def _removed(hooks: list[RemovableHandle]) -> Iterator[None]:
-    """Takes hooks away at the end."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -24,11 +24,7 @@ class Drawn:
 
 
 def calibration_text(prune: PruneConfig) -> texts.Text:
-    """The text that the configuration names, or its beginning where that will do.
-
-    Raises:
-        UserError: it could not be loaded.
-    """
+    """The text that the configuration names, or its beginning where that will do."""
     settings = prune.calibration
     column = None if settings.column == "auto" else settings.column
     texts.check_split("prune.calibration.split", settings.split, settings.dataset)

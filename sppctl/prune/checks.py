@@ -53,13 +53,7 @@ class Prepared:
 
 
 def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[str, str] | None = None) -> Prepared:
-    """Checks all that needs no weights, and draws the calibration windows.
-
-    Args:
-        config: the configuration.
-        skeleton: of the dense model.
-        tokenizer: of the dense model.
-        sources: hashes of the local files that are read.
+    """Checks all that needs no weights of the dense model, and draws the calibration windows.
 
     Raises:
         UserError: with everything that is wrong, one problem per line.

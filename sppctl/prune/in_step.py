@@ -20,7 +20,7 @@ def in_step(works: list[Callable[[], None]], serve: Callable[[int, list[Any]], N
     Args:
         works: forwards of the micro-batches, without gradients.
         serve: called, when every work that is not done waits, with the first place where some do (the smallest number)
-            and what those brought there, in the order of ``works``; then they continue.
+            and what each of those brought there (a tuple), in the order of ``works``; then they continue.
 
     Raises:
         Exception: the first that a work or ``serve`` raises; all other works are ended where they wait.
@@ -40,7 +40,7 @@ def in_step(works: list[Callable[[], None]], serve: Callable[[int, list[Any]], N
                 walker.throw()
 
 
-def wait_at(place: int, brought: Any) -> None:
+def wait_at(place: int, *brought: Any) -> None:
     """Called inside a work: stops it until this place was served."""
     caller = getcurrent().parent
     assert caller is not None

@@ -13,7 +13,7 @@ from sppctl import distributed
 from sppctl.config.settings import PruneConfig
 from sppctl.errors import StageError
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model.blocks import overflow_advice
+from sppctl.model.blocks import BlockStack, overflow_advice
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.records import LayerRecord
@@ -30,9 +30,10 @@ class PrunePlan:
     patterns: dict[str, Pattern]  # of each
     masks: TensorFiles | None = None  # a checkpoint whose zeros are the masks
 
-    def in_block(self, prefix: str) -> dict[str, Target]:
-        """The targets whose names start with ``prefix``."""
-        return {name: target for name, target in self.targets.items() if name.startswith(prefix)}
+    def by_block(self, stack: BlockStack) -> list[dict[str, Target]]:
+        """The targets of each block."""
+        blocks = [f"{stack.blocks_name}.{index}." for index in range(len(stack))]
+        return [{name: t for name, t in self.targets.items() if name.startswith(prefix)} for prefix in blocks]
 
 
 class LayerInputs:
@@ -52,15 +53,7 @@ class LayerInputs:
             self.sample = rows[:ERROR_ROWS].clone()
 
     def reduce(self, name: str, dtype: torch.dtype) -> None:
-        """Adds up the statistics of all processes.
-
-        Args:
-            name: of a layer that is given these inputs.
-            dtype: of the model.
-
-        Raises:
-            StageError: they are not finite.
-        """
+        """Adds up the statistics of all processes; StageError if they are not finite, naming a layer."""
         distributed.all_reduce_counted(self.statistics)
         if not all(torch.isfinite(total).all() for total in self.statistics.totals()):
             raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")

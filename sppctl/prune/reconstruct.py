@@ -47,13 +47,12 @@ def reconstruct(
     def tuned() -> dict[str, Tensor]:
         return {n: torch.where(masks[n], master.to(pruned[n].dtype), pruned[n]) for n, master in masters.items()}
 
-    before = _error(stack, index, activations, dense)
+    before = _error(index, activations, dense)
     optimizer = torch.optim.Adam(masters.values(), lr=settings.reconstruct_lr)
     for _ in range(settings.reconstruct_epochs):
         for rows in activations.batches:
             with torch.enable_grad():
-                run = partial(_functional, block, tuned())
-                output = activations.call(index, rows)(run, activations.inputs(rows)).float()
+                output = activations.output(index, rows, partial(_functional, block, tuned())).float()
                 target = dense[rows].to(output.device).float()
                 loss = F.mse_loss(output, target) / target.square().mean()
                 optimizer.zero_grad()
@@ -61,7 +60,7 @@ def reconstruct(
             optimizer.step()
     for name, weight in tuned().items():
         stored[name].data.copy_(weight.detach())
-    after = _error(stack, index, activations, dense)
+    after = _error(index, activations, dense)
     if after < before:
         return BlockErrors(before, after)
     for name, parameter in stored.items():
@@ -86,11 +85,11 @@ def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[st
 
 
 @torch.no_grad()
-def _error(stack: BlockStack, index: int, activations: Activations, dense: Tensor) -> float:
+def _error(index: int, activations: Activations, dense: Tensor) -> float:
     """||output - dense output|| / ||dense output|| of the block as it is now."""
     change, size = 0.0, 0.0
     for rows in activations.batches:
-        output = activations.call(index, rows)(stack.blocks[index], activations.inputs(rows)).float()
+        output = activations.output(index, rows).float()
         target = dense[rows].to(output.device).float()
         change += (output - target).square().sum().item()
         size += target.square().sum().item()

@@ -32,16 +32,10 @@ ACTIVATIONS = "activations.bin"
 def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype: str) -> PruneRecord:
     """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
 
-    Args:
-        config: the configuration.
-        prepared: from :func:`sppctl.prune.checks.prepare`.
-        base: the dense checkpoint, only read.
-        out: directory for the pruned one, and for the notes by which the next call would find what is done; who
-            publishes it removes them (:func:`sppctl.run.attempts.clean`).
-        dtype: name of the dtype to compute in.
+    ``out`` also holds the notes by which the next call would find what is done; who publishes it removes them
+    (:func:`sppctl.run.attempts.clean`). ``dtype`` is the name of the one to compute in.
 
     Raises:
-        UserError: too little calibration text.
         StageError: broken weights, or an architecture whose blocks cannot be replayed.
     """
     prune = config.prune
@@ -144,18 +138,18 @@ def _owl(stack: BlockStack, plan: PrunePlan, windows: Tensor, out: Path) -> dict
     free = {name: target for name, target in plan.targets.items() if not is_overridden(prune, name)}
     if not free:
         return patterns
+    plan = replace(plan, settings=replace(prune, method="wanda"), targets=free)  # whose scores have the outliers
     saved = out / ALLOCATION
     if saved.exists():
         ratios = sealed.read(saved, START_AGAIN)
     else:
-        by_wanda = replace(plan, settings=replace(prune, method="wanda"), targets=free)
-        ratios = _owl_ratios(stack, by_wanda, _embed(stack, windows, prune, out))
+        ratios = _owl_ratios(stack, plan, _embed(stack, windows, prune, out))
         if distributed.is_main():
             sealed.write(saved, ratios)
         distributed.barrier()
+    blocks = plan.by_block(stack)
     for index, ratio in ratios.items():
-        prefix = f"{stack.blocks_name}.{index}."
-        patterns |= {name: Pattern(ratio=ratio) for name in free if name.startswith(prefix)}
+        patterns |= dict.fromkeys(blocks[int(index)], Pattern(ratio=ratio))
     for name, target in free.items():
         try:
             check_prunes(prune, target, patterns[name])

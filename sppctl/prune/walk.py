@@ -82,7 +82,7 @@ def prune_blocks(
         UserError: the copy does not hold what the journal says.
     """
     groups: Groups = {}
-    blocks = _blocks(stack, plan)
+    blocks = plan.by_block(stack)
     last = _last(blocks)
     if len(journal.blocks) > last:
         activations = None  # nothing is left that needs them
@@ -109,10 +109,6 @@ def prune_blocks(
         yield entry
     if plan.masks is not None:
         warn_of_sparser([layer for entry in journal.blocks for layer in entry.layers])
-
-
-def _blocks(stack: BlockStack, plan: PrunePlan) -> list[dict[str, Target]]:
-    return [plan.in_block(f"{stack.blocks_name}.{index}.") for index in range(len(stack))]
 
 
 def _last(blocks: list[dict[str, Target]]) -> int:
@@ -157,7 +153,7 @@ def dense_scores(stack: BlockStack, plan: PrunePlan, activations: Activations) -
     It ends with the last block that has targets.
     """
     groups: Groups = {}
-    blocks = _blocks(stack, plan)
+    blocks = plan.by_block(stack)
     for index, targets in enumerate(blocks[: _last(blocks) + 1]):
         stack.load_block(index)
         work = BlockWork(stack, index, targets, plan, activations, groups)

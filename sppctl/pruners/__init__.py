@@ -26,17 +26,12 @@ Pruned = tuple[list[Tensor], float | None]  # the weights of several layers, and
 
 @dataclass(frozen=True)
 class Pruner:
-    """One method.
+    """One method."""
 
-    Attributes:
-        statistics: what it needs to know of the inputs of layers that share them; None: nothing.
-        prune: takes the weights of those layers, their statistics, a pattern for each, masks or None, and options.
-        options: names of the options it takes.
-    """
-
-    statistics: type[Statistics] | None
+    statistics: type[Statistics] | None  # what it needs to know of the inputs of layers that share them
+    # takes the weights of those layers, their statistics, a pattern for each, masks or None, and options
     prune: Callable[..., Pruned]
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # their names
 
 
 def _by_mask(choose: Callable[..., Tensor], improve: Callable[..., Tensor] | None = None) -> Callable[..., Pruned]:

@@ -23,13 +23,8 @@ def outlier_share(scores: list[Tensor], outlier: float = OWL_OUTLIER) -> float:
 def owl(shares: list[float], weights: list[int], ratio: float, spread: float = OWL_RANGE) -> list[float]:
     """Outlier-weighed layer-wise ratios, one for each block (OWL, Yin et al., ICML 2024, arXiv 2310.05175).
 
-    Blocks with more outliers are pruned less; the ratios span ``2 spread``; their mean over all weights is ``ratio``.
-
-    Args:
-        shares: of outliers, per block (:func:`outlier_share`).
-        weights: number of weights to prune from, per block.
-        ratio: share of zeros over all blocks.
-        spread: lambda of the paper.
+    Blocks with more outliers (``shares``) are pruned less; the ratios span ``2 spread`` (lambda of the paper); their
+    mean over all ``weights``, the number in each block, is ``ratio``.
 
     Raises:
         ValueError: a ratio would leave the open interval (0, 1).

@@ -42,14 +42,11 @@ def update_mask(
 
     Args:
         weight: (out_features, in_features) dense weight.
-        mask: the mask to start from, True = kept, of any method.
-        statistics: mean, variance and norm of the layer's inputs.
+        mask: the mask to start from, of any method; a new one is returned.
+        statistics: of the layer's inputs.
         pattern: decides within which weights a swap may happen.
         max_cycles: swaps, or attempts in vain, of a row at most.
         threshold: a row whose \\|eps\\|, per token, is not above this is left alone.
-
-    Returns:
-        A new boolean mask of the same shape.
     """
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     parts = zip(weight.split(step), mask.split(step), strict=True)

@@ -1,4 +1,4 @@
-"""From scores to masks with exact counts. In every mask True means kept."""
+"""From scores to boolean masks of the same shape, with exact counts. In every mask True means kept."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ CPU_CHUNK = 1 << 18
 
 
 def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
-    """Keeps all but the ``num_pruned`` smallest scores of each row.
-
-    Args:
-        scores: (rows, columns), compared along the last dimension.
-        num_pruned: how many of each row are pruned, exactly; of equal scores the first ones are.
-
-    Returns:
-        Boolean mask (rows, columns), True = kept.
-    """
+    """Keeps all but the ``num_pruned`` smallest scores of each row (rows, columns); of equal ones the first go."""
     if num_pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     mask = torch.empty_like(scores, dtype=torch.bool)
@@ -51,15 +43,7 @@ def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     """Keeps the ``keep`` largest of every ``group`` consecutive scores of a row (N:M = keep:group).
 
     A score's rank is counted against the others of its group, for all groups at once; of equal scores the later is
-    kept.
-
-    Args:
-        scores: (rows, columns), columns a multiple of ``group``.
-        keep: N, the number kept.
-        group: M.
-
-    Returns:
-        Boolean mask (rows, columns), True = kept.
+    kept. (rows, columns), columns a multiple of ``group``.
     """
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     # as planes of equal place in the group: contiguous to compare, and few enough at a time for a CPU's cache
@@ -92,15 +76,7 @@ def _ranks_at_once(planes: Tensor) -> Tensor:
 
 
 def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The mask of a pattern where scores are compared within each output row.
-
-    Args:
-        scores: (out_features, in_features).
-        pattern: N:M (N kept), or a ratio: ``floor(in_features * ratio)`` pruned in every row.
-
-    Returns:
-        Boolean mask (out_features, in_features), True = kept.
-    """
+    """The mask of a pattern; for a ratio, ``floor(in_features * ratio)`` of each row (out_features, in_features) go."""
     if pattern.keep is not None and pattern.group is not None:
         return keep_largest_in_groups(scores, pattern.keep, pattern.group)
     return keep_largest(scores, pattern.num_pruned(scores.shape[1]))

@@ -34,7 +34,7 @@ def prune_sparsegpt(
     Args:
         weights: (out_features, in_features) of each layer, any float dtype; computed in float32.
         statistics: second moment of their common inputs.
-        patterns: of each layer: N:M with N kept, or the ratio of zeros in every block of columns.
+        patterns: of each layer; a ratio is that of zeros in every block of columns.
         masks: of each layer, True = kept; None chooses them.
         damp: share of the mean Hessian diagonal added to the diagonal.
         block_size: columns updated lazily together; rounded up to a multiple of every M.

@@ -117,10 +117,8 @@ class Hessian:
     def inverse_factor(self, damp: float) -> tuple[Tensor, Tensor, float]:
         """Upper Cholesky factor of the inverse of the damped Hessian; computed once for layers that share inputs.
 
-        Damping grows tenfold, up to ``MAX_DAMP``, as long as the factorisation fails.
-
-        Args:
-            damp: share of the mean diagonal added to the diagonal.
+        ``damp``, the share of the mean diagonal added to the diagonal, grows tenfold up to ``MAX_DAMP`` as long as the
+        factorisation fails.
 
         Returns:
             The factor U (in_features, in_features) with H^-1 = U^T U, the features that never fired (in_features,)
@@ -129,11 +127,8 @@ class Hessian:
         Raises:
             ValueError: even ``MAX_DAMP`` does not make it positive definite (not finite inputs, for example).
         """
-        if damp not in self._factors:
-            self._factors[damp] = self._factorise(damp)
-        return self._factors[damp]
-
-    def _factorise(self, damp: float) -> tuple[Tensor, Tensor, float]:
+        if damp in self._factors:
+            return self._factors[damp]
         dead = self.moment.diagonal() == 0
         hessian = self.moment * (2 / max(1, self.num_tokens))
         hessian.diagonal()[dead] = 1
@@ -146,7 +141,7 @@ class Hessian:
             if not failed:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper).all():
-                return upper, dead, used
+                return self._factors.setdefault(damp, (upper, dead, used))
             if used >= MAX_DAMP:
                 raise ValueError(
                     f"the Hessian of the inputs is not positive definite even with a damping of {used:g}; "

@@ -31,9 +31,9 @@ def test_all_arrive_before_any_continues(log: list[Any]) -> None:
         "a reaches 1",
         "b reaches 0",
         "c ends",
-        (0, ["b"]),
+        (0, [("b",)]),
         "b reaches 1",
-        (1, ["a", "b"]),
+        (1, [("a",), ("b",)]),
         "a ends",
         "b ends",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random_windows, weights_of, write_weights
+from checkpoints import random_windows, shards, weights_of, write_weights
 from conftest import Prune
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -18,6 +18,7 @@ from sppctl.config.settings import Config
 from sppctl.errors import StageError
 from sppctl.prune import calibrate
 from sppctl.pruners import prune_linear
+from sppctl.records import to_json
 from sppctl.run import attempts
 
 
@@ -55,15 +56,15 @@ def test_magnitude_needs_no_calibration(prune: Prune) -> None:
     assert all(layer.sparsity == int(layer.size * 0.7) / layer.size for layer in record.layers)
 
 
-def test_the_record_says_which_windows(prune: Prune) -> None:
+def test_the_seed_decides_the_windows_and_the_bytes(prune: Prune) -> None:
     options = [[], [], ["run.seed=9"], ["prune.calibration.windows=concatenate"]]
-    first, again, seed, joined = (prune(*option).record.calibration for option in options)
-    assert first is not None
+    runs = [prune(*option) for option in options]
+    first, again, other, joined = (to_json(run.record.calibration) for run in runs)
     assert first == again  # from the cache
-    assert seed is not None
-    assert first.windows_hash != seed.windows_hash
-    assert joined is not None
-    assert joined.windows == "concatenate"
+    assert shards(runs[0].directory) == shards(runs[1].directory)
+    assert first["windows_hash"] != other["windows_hash"]
+    assert shards(runs[0].directory) != shards(runs[2].directory)
+    assert joined["windows"] == "concatenate"
 
 
 def test_calibration_text_of_a_column(configure: Callable[..., Config], tmp_path: Path) -> None:
@@ -72,14 +73,6 @@ def test_calibration_text_of_a_column(configure: Callable[..., Config], tmp_path
     for column, document in (("story", "1"), ("auto", "One."), ("null", "One.")):
         config = configure(f"prune.calibration.dataset={path}", f"prune.calibration.column={column}")
         assert calibrate.calibration_text(config.prune).documents == [document]
-
-
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(prune: Prune) -> None:
-    first, again, other = (
-        (prune(f"run.seed={seed}").directory / "model.safetensors").read_bytes() for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert first != other
 
 
 def test_shards_and_side_files_keep_their_names(prune: Prune, make_checkpoint: Callable[..., Path]) -> None:

@@ -10,9 +10,6 @@ import torch
 from checkpoints import as_matrix, in_first_block, kept_per_group, shards, stored, weights_of
 from conftest import Prune
 
-from sppctl.config.settings import Config
-from sppctl.errors import UserError
-
 Make = Callable[..., Path]
 
 
@@ -63,8 +60,3 @@ def test_a_tuning_that_does_harm_is_undone(dtype: torch.dtype, prune: Prune, mak
     assert tuned.record.reconstruction is not None
     assert all(errors.after == errors.before for errors in tuned.record.reconstruction.values())
     assert shards(plain.directory) == shards(tuned.directory)
-
-
-def test_tuning_needs_the_dense_block(configure: Callable[..., Config]) -> None:
-    with pytest.raises(UserError, match=r"prune\.reconstruct_epochs: .*prune\.order module"):
-        configure("prune.order=module", "prune.reconstruct_epochs=1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,8 @@ def first_mask(weight: Tensor, inputs: Tensor, pattern: Pattern, method: str = "
     return prune_linear(weight, inputs, method=method, pattern=pattern) != 0
 
 
-def updated(weight: Tensor, mask: Tensor, inputs: Tensor, pattern: Pattern, **settings: float) -> Tensor:
-    return update_mask(weight, mask, moments_of(inputs), pattern, **settings)  # type: ignore[arg-type]
+def updated(weight: Tensor, mask: Tensor, inputs: Tensor, pattern: Pattern, **settings: Any) -> Tensor:
+    return update_mask(weight, mask, moments_of(inputs), pattern, **settings)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -97,6 +98,13 @@ def literal(
     group = pattern.group or weight.shape[1]
     rows = zip(weight.double().tolist(), mask.tolist(), strict=True)
     return torch.tensor([one_row(w, m, inputs.double(), group, max_cycles, threshold) for w, m in rows])
+
+
+def check(weight: Tensor, mask: Tensor, inputs: Tensor, pattern: Pattern, **settings: Any) -> None:
+    """What is updated equals the reference, and with the usual settings is another mask."""
+    found = updated(weight, mask, inputs, pattern, **settings)
+    assert torch.equal(found, literal(weight, mask, inputs, pattern, **settings))
+    assert settings or not torch.equal(found, mask)
 
 
 def swap_is_possible(weight: list[float], kept: list[bool], mean: list[float], group: int) -> bool:
@@ -162,10 +170,7 @@ def test_swaps_by_hand(
 @starts
 def test_equals_the_reference(start: str, pattern: Pattern, seed: int) -> None:
     weight, inputs = made(seed)
-    mask = first_mask(weight, inputs, pattern, start)
-    found = updated(weight, mask, inputs, pattern)
-    assert torch.equal(found, literal(weight, mask, inputs, pattern))
-    assert not torch.equal(found, mask)
+    check(weight, first_mask(weight, inputs, pattern, start), inputs, pattern)
 
 
 @pytest.mark.parametrize("max_cycles", [1, 2, 3, 7])
@@ -173,34 +178,22 @@ def test_equals_the_reference(start: str, pattern: Pattern, seed: int) -> None:
 @of_both_kinds
 def test_equals_the_reference_for_other_settings(pattern: Pattern, threshold: float, max_cycles: int) -> None:
     weight, inputs = made(7)
-    mask = first_mask(weight, inputs, pattern)
-    found = updated(weight, mask, inputs, pattern, max_cycles=max_cycles, threshold=threshold)
-    assert torch.equal(found, literal(weight, mask, inputs, pattern, max_cycles, threshold))
+    check(weight, first_mask(weight, inputs, pattern), inputs, pattern, max_cycles=max_cycles, threshold=threshold)
 
 
 @of_both_kinds
-@pytest.mark.parametrize("kind", ["never vary", "some never fire"])
-def test_equals_the_reference_for_inputs_at_the_edge(kind: str, pattern: Pattern) -> None:
+@pytest.mark.parametrize("kind", ["inputs that never vary", "some never fire", torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_reference_at_the_edge(kind: str | torch.dtype, pattern: Pattern) -> None:
     weight, inputs = made(13)
-    if kind == "never vary":
+    if isinstance(kind, torch.dtype):  # computed with in float32
+        weight, inputs = weight.to(kind), inputs.to(kind)
+        assert moments_of(inputs).mean().dtype == torch.float32
+    elif kind == "some never fire":
+        inputs[:, ::3] = 0
+    else:
         inputs = (inputs[:1] * 8).round().div(8).expand(64, -1)  # eighths: mean and variance are exact
         assert (moments_of(inputs).variance() == 0).all()
-    else:
-        inputs[:, ::3] = 0
-    mask = first_mask(weight, inputs, pattern)
-    found = updated(weight, mask, inputs, pattern)
-    assert torch.equal(found, literal(weight, mask, inputs, pattern))
-    assert not torch.equal(found, mask)
-
-
-@of_both_kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_computed_with_in_float32(pattern: Pattern, dtype: torch.dtype) -> None:
-    weight, inputs = (tensor.to(dtype) for tensor in made(17))
-    mask = first_mask(weight.float(), inputs.float(), pattern)
-    found = updated(weight, mask, inputs, pattern)
-    assert torch.equal(found, updated(weight.float(), mask, inputs.float(), pattern))
-    assert torch.equal(found, literal(weight, mask, inputs.float(), pattern))
+    check(weight, first_mask(weight.float(), inputs.float(), pattern), inputs, pattern)
 
 
 # --- promises ---------------------------------------------------------------------------------------------------------
