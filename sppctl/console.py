@@ -23,7 +23,7 @@ SILENT_SECONDS = 1.0  # that a step without a bar may take before it is named th
 def note(message: str, stream: TextIO | None = None) -> None:
     """One line for the person who waits, on stderr; of several processes only the first prints."""
     if distributed.is_main():
-        print("\n".join(map(plain, message.split("\n"))), file=stream or sys.stderr, flush=True)
+        print(plain_lines(message), file=stream or sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -34,6 +34,11 @@ def warn(message: str) -> None:
 def plain(text: str) -> str:
     """Text for one line, with codes in place of all that does not print: line breaks, colours, what moves a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_lines(text: str) -> str:
+    """As :func:`plain`, but line breaks stay."""
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def _markup(text: object) -> str:

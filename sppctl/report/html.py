@@ -32,14 +32,9 @@ def to_html(sections: Sequence[Section]) -> str:
         """An SVG element with identifiers that no other figure of the page has."""
         return Markup(plots_results.with_prefix(figure.svg, f"figure{next(numbers)}"))  # noqa: S704
 
-    environment.filters |= {"shown": shown, "drawn": drawn}
+    environment.filters |= {"shown": console.plain_lines, "drawn": drawn}
     for name, kind in {"facts": Facts, "note": Note, "code": Code, "figure": Figure}.items():
         environment.tests[name] = lambda item, kind=kind: isinstance(item, kind)
     chapters = [section for section in sections if section.anchor]
     template = environment.get_template("page.html")
     return template.render(sections=sections, chapters=chapters, version=__version__, long=LONG)
-
-
-def shown(text: str) -> str:
-    """Text without what does not print; lines stay lines."""
-    return "\n".join(map(console.plain, text.split("\n")))

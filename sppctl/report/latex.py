@@ -38,6 +38,12 @@ def to_latex(table: Table) -> str:
         body.append(" & ".join(map(_typeset, row)) + r" \\")
     # heads on several lines
     heads = [escape(column.name).replace(" (", r"\\ (").replace(", ", r",\\ ") for column in table.columns]
+    spans, rules, at = [], [], 1  # what neighbouring columns share is there once, above a rule
+    for name, size in table.spans:
+        spans.append(rf"\multicolumn{{{size}}}{{c}}{{{escape(name)}}}")
+        rules += [rf"\cmidrule(lr){{{at}-{at + size - 1}}}"] if name else []
+        at += size
+    above = [" & ".join(spans) + r" \\", "".join(rules)] if spans else []
     return "\n".join(
         [
             "% needs \\usepackage{booktabs,graphicx}; made by sppctl report",
@@ -48,7 +54,7 @@ def to_latex(table: Table) -> str:
             r"\resizebox{\textwidth}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.is_text else 'r' for column in table.columns)}}}",
             r"\toprule",
-            *_upper_head(table),
+            *above,
             " & ".join(rf"\shortstack[r]{{{head}}}" for head in heads) + r" \\",
             r"\midrule",
             *body,
@@ -58,16 +64,6 @@ def to_latex(table: Table) -> str:
             "",
         ]
     )
-
-
-def _upper_head(table: Table) -> list[str]:
-    """What neighbouring columns share is there once, above a rule."""
-    cells, rules, at = [], [], 1
-    for name, size in table.spans:
-        cells.append(rf"\multicolumn{{{size}}}{{c}}{{{escape(name)}}}")
-        rules += [rf"\cmidrule(lr){{{at}-{at + size - 1}}}"] if name else []
-        at += size
-    return [" & ".join(cells) + r" \\", "".join(rules)] if cells else []
 
 
 def _typeset(text: str) -> str:

@@ -61,8 +61,14 @@ def bar_quantities(rows: Sequence[Row]) -> list[Quantity]:
 
 def _points(rows: Sequence[Row], quantity: Quantity) -> list[tuple[Row, float, float]]:
     """Rows with a number that is finite, this number, and its standard error."""
-    values = [(row, row.values[quantity]) for row in rows if quantity in row.values]
-    return [(r, v.number, v.stderr or 0.0) for r, v in values if v.number is not None and math.isfinite(v.number)]
+    points = []
+    for row in rows:
+        value = row.values.get(quantity)
+        if value is not None and value.number is not None and math.isfinite(value.number):
+            # of the mean loss, so that of a perplexity is to first order its product with the perplexity
+            scale = value.number if quantity.metric.kind == Kind.PERPLEXITY else 1.0
+            points.append((row, value.number, (value.stderr or 0.0) * scale))
+    return points
 
 
 def bars(rows: Sequence[Row]) -> Figure:
@@ -89,8 +95,7 @@ def _panel(
 ) -> None:
     values = [value for _, value, _ in points]
     is_perplexity = quantity.metric.kind == Kind.PERPLEXITY
-    # of the mean loss, so that of the perplexity is to first order its product with the perplexity
-    errors = [error * (value if is_perplexity else 1.0) for _, value, error in points]
+    errors = [error for _, _, error in points]
     # the same decimals for all, of divergences enough for two figures of the smallest
     smallest = min((value for value in values if value > 0), default=1.0)
     digits = 2 if is_perplexity else min(6, max(2, 1 - math.floor(math.log10(smallest))))

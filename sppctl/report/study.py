@@ -103,7 +103,7 @@ class RunStudy:
     config: str | None  # YAML; None if it is unknown
     stages: dict[str, Record]
     checkpoints: dict[str, Results]
-    comparisons: Sequence[Comparison] = ()  # of every two checkpoints measured on the same samples or windows
+    comparisons: Sequence[Comparison] = ()  # of every checkpoint with the dense and the pruned one
     left_out: Sequence[str] = ()  # a note for each record and file of samples
     samples: Mapping[Measured, TaskSamples] = field(default_factory=dict)  # of the merged checkpoint, for other runs
 
@@ -127,7 +127,12 @@ class RunStudy:
             config = dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)
         elif (run_dir / "resolved.yaml").is_file():
             config = read_text(run_dir / "resolved.yaml")
-        comparisons = _within(checkpoints, samples)
+        comparisons = []
+        for first, second in itertools.product(PLAIN, checkpoints):
+            if first in checkpoints and second not in ("base", first):
+                entries = significance.compare_texts(checkpoints[first].texts, checkpoints[second].texts)
+                entries += significance.compare_tasks(samples[first], samples[second])
+                comparisons += [Comparison(first, second, entries)] if entries else []
         return cls(str(run_dir), config, stages, checkpoints, comparisons, notes, samples.get("merged", {}))
 
     @property
@@ -204,17 +209,6 @@ class RunStudy:
         }
 
 
-def _within(checkpoints: dict[str, Results], samples: Mapping[str, dict[Measured, TaskSamples]]) -> list[Comparison]:
-    """Every checkpoint against the dense and the pruned one."""
-    comparisons = []
-    for first, second in itertools.product(PLAIN, checkpoints):
-        if first in checkpoints and second not in ("base", first):
-            entries = significance.compare_texts(checkpoints[first].texts, checkpoints[second].texts)
-            entries += significance.compare_tasks(samples[first], samples[second])
-            comparisons += [Comparison(first, second, entries)] if entries else []
-    return comparisons
-
-
 # --- several runs -----------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +243,14 @@ class Study:
             return self.runs[0].rows
         trees = [parse_yaml(run.config or "", f"{run.directory}/resolved.yaml") for run in self.runs]
         configs = [flatten(tree) if isinstance(tree, dict) else {} for tree in trees]
-        keys = _differing(configs)
+        # of the keys that can change weights; what a number was computed in or measured with is told by the results
+        relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}
+        known = {key: [config[key] for config in configs if key in config] for key in config_keys() if key in relevant}
+        keys = [
+            key
+            for key, values in known.items()
+            if not key.startswith("eval.") and any(value != values[0] for value in values)
+        ]
         rows: list[Row] = []
         seen = []
         for run, config in zip(self.runs, configs, strict=True):
@@ -314,18 +315,6 @@ class Study:
             "comparisons": [asdict(pair) for pair in self.comparisons],
             "runs": [run.to_json() for run in self.runs],
         }
-
-
-def _differing(configs: list[Json]) -> list[str]:
-    """Keys with several values, of those that can change weights; what changes a number is in its name."""
-    # what was computed in is in the results
-    relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}
-    values = {
-        key: [config[key] for config in configs if key in config]
-        for key in config_keys()
-        if key in relevant and not key.startswith("eval.")
-    }
-    return [key for key, own in values.items() if any(value != own[0] for value in own)]
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:

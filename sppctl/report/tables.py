@@ -13,10 +13,6 @@ from sppctl.report import plots
 from sppctl.report.significance import Comparison, Entry
 from sppctl.report.study import SEED, OverSeeds, Row, headlines, pattern_text, places, quantities, short_names
 
-GAP_FORMULA = (
-    "gap recovered = (x - pruned) / (base - pruned), where x is the checkpoint's value; of perplexities the logarithms "
-    "are compared"
-)
 HEADS_MEAN = (
     "ppl: perplexity; KL: divergence from the dense model, in nats per token; top-1: share of tokens that both models "
     "find likeliest; mean: over the tasks beside it."
@@ -101,7 +97,12 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 def note_on_differences(rows: Iterable[Row]) -> str:
     """What the numbers of :func:`comparison_table` and :func:`gaps` are."""
     text = "Differences of accuracies are percentage points"
-    return f"{text}; {GAP_FORMULA}." if any(row.recovered for row in rows) else f"{text}."
+    if any(row.recovered for row in rows):
+        text += (
+            "; gap recovered = (x - pruned) / (base - pruned), where x is the checkpoint's value; of perplexities the "
+        )
+        text += "logarithms are compared"
+    return text + "."
 
 
 def type_table(layers: list[LayerRecord]) -> Table:

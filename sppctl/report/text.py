@@ -45,7 +45,7 @@ def _block(item: Item, folder: str) -> str:
     if isinstance(item, Figure):
         return "" if item.file is None else f"![{item.file[1]}]({quote(folder)}{item.file[0]})"
     fence = "`" * (1 + max(2, *map(len, re.findall("`*", item.text))))  # which nothing in the text can end
-    block = "\n".join([fence + item.language, *map(console.plain, item.text.split("\n")), fence])
+    block = f"{fence}{item.language}\n{console.plain_lines(item.text)}\n{fence}"
     if item.folded is None:
         return block
     return f"<details><summary>{escape(item.folded)}</summary>\n\n{block}\n\n</details>"
