@@ -75,10 +75,13 @@ def _place(run_dirs: Sequence[Path], output: Path | None) -> Path:
 def _write(study: Study, chapters: Sequence[Sequence[Section]], directory: Path) -> None:
     """Writes the files of a report; the figure of pruning only beside a single run."""
     sections = document(study, chapters, directory)
-    disk.write(directory / "report.md", to_markdown(sections))
-    disk.write(directory / "report.csv", to_csv(tables.long_table(study.rows)))
-    disk.write(directory / "report.json", strict_json.dumps(study.to_json(), indent=2, default=str) + "\n")
-    disk.write(directory / "report.html", to_html(sections))
-    layers = study.runs[0].layers
-    if len(study.runs) == 1 and layers:
-        disk.write(directory / plots.FIGURE, plots.svg(partial(plots.draw, layers)))
+    texts = {  # all, before the first is written
+        "report.md": to_markdown(sections),
+        "report.csv": to_csv(tables.long_table(study.rows)),
+        "report.json": strict_json.dumps(study.to_json(), indent=2, default=str) + "\n",
+        "report.html": to_html(sections),
+    }
+    if len(study.runs) == 1 and study.runs[0].layers:
+        texts[plots.FIGURE] = plots.svg(partial(plots.draw, study.runs[0].layers))
+    for name, text in texts.items():
+        disk.write(directory / name, text)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 from made_up_runs import layer, stage_of, write_record
+from matplotlib.figure import Figure
 
 from sppctl.records import LayerRecord
 from sppctl.report import plots
@@ -138,13 +139,21 @@ def test_the_same_records_give_the_same_bytes_under_any_matplotlibrc() -> None:
 
 
 @pytest.mark.parametrize("layers", [llama(), []])
-def test_a_report_draws_what_was_pruned_if_anything(layers: list[LayerRecord], tmp_path: Path) -> None:
+def test_a_report_draws_what_was_pruned_if_anything_and_a_failure_leaves_the_old_one(
+    layers: list[LayerRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_record(tmp_path, "prune", stage_of("prune", {"layers": layers}))
     pipeline.report([tmp_path])
     figure = {"pruning.svg"} if layers else set()
     files = {"report.md", "report.csv", "report.json", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == {"pruned"} | files | figure
     assert ("](pruning.svg)" in (tmp_path / "report.md").read_text()) == bool(layers)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    write_record(tmp_path, "prune", stage_of("prune", {"layers": llama(2)}))
+    monkeypatch.setattr(Figure, "savefig", lambda self, text, **_: text.write("<svg") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.report([tmp_path])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_matplotlib_is_imported_only_to_draw() -> None:

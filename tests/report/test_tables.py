@@ -9,6 +9,7 @@ import pytest
 from made_up_runs import layer, study_of, task, text, write_run
 
 from sppctl.report import latex, provenance, tables
+from sppctl.report.significance import Comparison, Entry, Flips
 from sppctl.report.study import RunStudy, Study
 from sppctl.report.tables import Table
 from sppctl.report.text import to_csv
@@ -69,6 +70,8 @@ def test_differences_with_their_intervals_and_flips(study: Study) -> None:
     for line in flips:
         kinds = ("correct to wrong", "wrong to correct", "wrong to wrong")
         assert int(line["flipped"].split()[0]) == sum(int(line[kind]) for kind in kinds)
+    no_choices = Entry("perplexity", "acc", 1, flips=Flips(0, 0, 0, 0, 0))
+    assert not tables.flip_table([Comparison("base", "pruned", [no_choices])]).rows
 
 
 def test_how_it_was_made(study: Study) -> None:
