@@ -33,11 +33,11 @@ class Reference:
         file: Path,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """Runs the model on all windows.
+        """Runs a causal language model, of which only the head is kept, on all windows, (windows, seq_len) int64.
 
         Args:
-            model: the dense causal language model; only its head is kept.
-            windows: (windows, seq_len) int64.
+            model: the dense one.
+            windows: of the text.
             batch_size: windows at a time.
             file: takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype.
             advance: called with the number of windows after every batch.
@@ -65,11 +65,7 @@ class Reference:
     def compare(self, window: int, start: int, stop: int, logits: Tensor) -> tuple[float, int]:
         """Sum of KL(reference || model) in nats, and on how many positions both find the same token likeliest.
 
-        Args:
-            window: its number.
-            start: first position in it.
-            stop: the position after the last.
-            logits: (stop - start, vocabulary) float32 of the model that is compared.
+        ``logits``: (stop - start, vocabulary) float32 of the model that is compared, for some positions of a window.
         """
         hidden = self.hidden[window, start:stop].to(self.head.weight.device)
         reference = F.log_softmax(capped(self.head(hidden), self.config), dim=-1).to(logits.device)

@@ -140,12 +140,8 @@ def _shots(by_default: int | None, asked: int | None) -> int:
 
 
 def load_tasks(names: list[str], include_path: str | None = None) -> None:
-    """Loads the data of tasks, which leaves it in the cache of ``datasets``.
-
-    Raises:
-        StageError: it could not be loaded.
-    """
-    with _failing(", ".join(names)), _silently():
+    """Loads the data of tasks, which leaves it in the cache of ``datasets``; StageError if that fails."""
+    with _failing(", ".join(names)), _quiet(processes=True):
         _load(names, include_path)
 
 
@@ -211,15 +207,9 @@ def evaluate(
 ) -> tuple[TaskNumbers, dict[str, list[Json]]]:
     """Runs one task, or one group of lm-eval, on a loaded model; several processes share the work.
 
-    Args:
-        model: causal language model of transformers.
-        tokenizer: its tokenizer.
-        measure: the task with its settings; its group changes nothing.
-        include_path: folder with tasks of one's own.
-        label: for progress.
-
     Returns:
-        The numbers, without groups; and for each task what came of each of its samples, see :func:`_sample`.
+        The numbers, without groups; and for each task what came of each of its samples, see :func:`_sample`; of
+        several filters the first.
 
     Raises:
         StageError: lm-eval failed, for example because a data set could not be loaded.
@@ -234,14 +224,14 @@ def evaluate(
     datasets.logging.set_verbosity_error()
     seed = measure.seed or 0
     with _failing(measure.task):
-        with _silently():
+        with _quiet(processes=True):
             set_seed(seed)
             loaded, recorded = _load([measure.task], include_path)
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=_shots(task.get_config("num_fewshot"), measure.num_fewshot))
                 task.set_fewshot_seed(seed=seed)
         scorer = Scorer(model, tokenizer, measure.batch_size, seed=seed, label=label)
-        with _without_chatter():
+        with _quiet():
             # simple_evaluate would describe the machine each time, for longer than some tasks take
             found = lm_eval.evaluate(
                 lm=scorer,
@@ -254,7 +244,10 @@ def evaluate(
                 fewshot_as_multiturn=measure.chat_template,
             )
             assert found is not None
-            samples = {task: _samples(loaded["tasks"][task], logged) for task, logged in found["samples"].items()}
+            samples = {
+                task: [_sample(loaded["tasks"][task], one) for one in logged if one["filter"] == logged[0]["filter"]]
+                for task, logged in found["samples"].items()
+            }
     truncated, summary = len(scorer.truncated), recorded.summary(include_path)
     return replace(task_numbers(found), truncated_prompts=truncated, sources=summary), samples
 
@@ -271,30 +264,27 @@ def _failing(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Keeps stdout for results, and stderr clean of lm-eval's bars where it is not a terminal."""
-    stderr: Any = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with contextlib.redirect_stdout(io.StringIO()), stderr:
-        yield
+def _quiet(processes: bool = False) -> Iterator[None]:
+    """Keeps stdout for results, and stderr clean of lm-eval's bars where it is not a terminal.
 
-
-@contextlib.contextmanager
-def _silently() -> Iterator[None]:
-    """As above, with all that other processes write: lm-eval calls `git` when it loads tasks."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    ``processes``: also of what other processes write: lm-eval calls `git` when it loads tasks. No progress is shown.
+    """
+    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as nowhere:
         if sys.stderr.isatty():
             yield
-            return
-        sys.stderr.flush()
-        saved = os.dup(2)
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
+        elif not processes:
+            with contextlib.redirect_stderr(nowhere):
+                yield
+        else:
             sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
+            saved = os.dup(2)
+            os.dup2(nowhere.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(saved, 2)
+                os.close(saved)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -330,12 +320,6 @@ def _plain(metrics: Json) -> dict[str, float]:
             metric, _, chosen = key.partition(",")
             plain[f"{chosen} {metric}" if metric in plain else metric] = float(value)
     return plain
-
-
-def _samples(task: Any, logged: list[Json]) -> list[Json]:
-    """One record per document, in lm-eval's order; of several filters the first."""
-    first = logged[0]["filter"]
-    return [_sample(task, sample) for sample in logged if sample["filter"] == first]
 
 
 def _sample(task: Any, sample: Json) -> Json:

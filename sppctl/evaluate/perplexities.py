@@ -64,15 +64,10 @@ def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: tor
 
 
 class DenseModel:
-    """The checkpoint that others are compared with: run once per text, and gone before another model is loaded.
-
-    Attributes:
-        name: as configured.
-        directory: of the checkpoint.
-    """
+    """The checkpoint that others are compared with: run once per text, and gone before another model is loaded."""
 
     def __init__(self, name: str, directory: Path, trust_remote_code: bool, scratch: Path) -> None:
-        """Names it; nothing is loaded. Its hidden states will be in ``scratch``, an existing folder."""
+        """Loads nothing. ``name``: as configured; ``scratch``: an existing folder for its hidden states."""
         self.name, self.directory, self.trust = name, directory, trust_remote_code
         self.fingerprint = fingerprint(directory)
         self._folder = scratch / f".reference-{distributed.rank()}"
@@ -128,17 +123,12 @@ def release() -> None:
 def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dense: DenseModel | None) -> TextNumbers:
     """Perplexity on one text; several processes take batches in turn.
 
-    Args:
-        model: the loaded model.
-        text: the windows of this measure.
-        measure: what is measured.
-        label: of the checkpoint, for progress.
-        dense: the model to compare with, which has predicted these windows. Where the measure names no reference, this
-            model is itself the dense one, and what it has predicted is not computed again.
+    ``dense`` has predicted these windows where the measure names a reference. If there is none, this model may itself
+    be the dense one, and what it has predicted is not computed again.
 
     Raises:
         UserError: the dense model has another vocabulary.
-        StageError: the model gives no finite logits.
+        StageError: the logits are not finite. An infinite loss is a result, of a bad model; NaN means a broken one.
     """
     windows, own = text.tokens, text.own
     scored = perplexity.scored_tokens(len(windows), measure.seq_len, measure.stride)
@@ -163,17 +153,13 @@ def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dens
         shared = sums.to(model.device)  # NCCL adds up on GPUs only
         distributed.all_reduce_sum(shared)
         sums = shared.cpu()
-    _check_finite(sums, dtype_name(model.dtype), label)
-    losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
-    numbers = perplexity.summarise(sums, windows.shape[1], measure.stride, reference is not None)
-    return replace(numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)
-
-
-def _check_finite(sums: Tensor, dtype: str, label: str) -> None:
-    """An infinite loss is a result, of a bad model; NaN means a broken one."""
     broken = sums.isnan().any(dim=1).nonzero().flatten().tolist()
     if broken:
+        dtype = dtype_name(model.dtype)
         raise StageError(
             f"{label}: logits are not finite in window {broken[0] + 1} of {len(sums)} (dtype {dtype}); the weights are "
             f"damaged, or too large for {dtype}"
         )
+    losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
+    numbers = perplexity.summarise(sums, windows.shape[1], measure.stride, reference is not None)
+    return replace(numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)

@@ -32,16 +32,12 @@ def text_windows(
 ) -> Tensor:
     """One tokenisation of the whole text, cut into windows; the last partial one is dropped.
 
-    Args:
-        tokenizer: of the model.
-        text: the whole text.
-        seq_len: tokens in a window.
-        max_tokens: use only the first tokens.
-        name: of the text, for errors.
-        stride: tokens from one window to the next; None: ``seq_len``, no overlap.
-
     Returns:
-        (windows, seq_len) int64; UserError where there is not even one window.
+        (windows, seq_len) int64, of the first ``max_tokens`` if they are set, a window every ``stride`` tokens; None:
+        ``seq_len``, no overlap.
+
+    Raises:
+        UserError: not even one window; the text is called ``name``.
     """
     tokens = torch.tensor(tokenizer(text).input_ids)[:max_tokens]
     if max_tokens is not None and max_tokens < seq_len:
@@ -91,8 +87,8 @@ def window_sums(
 
     Args:
         model: a causal language model of transformers.
-        windows: (windows, seq_len) int64.
-        batch_size: windows at a time.
+        windows: (windows, seq_len) int64, ``batch_size`` at a time.
+        batch_size: see there.
         scored: (windows,) how many of a window's last tokens count; None: all but the first.
         reference: what the model is compared with; made on the same windows.
         whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
@@ -104,8 +100,9 @@ def window_sums(
     if not len(windows):
         return
     chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
-    if not (chunked or whole):
-        batch_size = min(batch_size, _whole_windows_that_fit(model, windows.shape[1]))
+    if not (chunked or whole):  # the logits of these windows, and one copy of them, must fit into memory together
+        one = 2 * windows.shape[1] * _vocab_size(model) * model.dtype.itemsize
+        batch_size = min(batch_size, max(1, int(machine.free_memory(model.device) * MEMORY_SHARE / one)))
     counts = scored_tokens(*windows.shape) if scored is None else scored
     sums_of = partial(_sums, model, windows, counts.tolist(), reference, chunked, hidden)
     for first in range(0, len(windows), batch_size):
@@ -147,17 +144,15 @@ def _sums(
     return list(sums)
 
 
-def _whole_windows_that_fit(model: Any, seq_len: int) -> int:
-    """Windows whose logits, and one copy of them, fit into memory together."""
-    one = 2 * seq_len * int(model.config.get_text_config().vocab_size) * model.dtype.itemsize
-    return max(1, int(machine.free_memory(model.device) * MEMORY_SHARE / one))
+def _vocab_size(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 def logit_rows(model: Any, dtype: torch.dtype) -> int:
     """Positions whose logits, in a dtype, are made at a time."""
     if model.device.type != "cpu":
         return LOGIT_ROWS
-    return max(1, min(LOGIT_ROWS, CPU_LOGITS // (int(model.config.get_text_config().vocab_size) * dtype.itemsize)))
+    return max(1, min(LOGIT_ROWS, CPU_LOGITS // (_vocab_size(model) * dtype.itemsize)))
 
 
 def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], Tensor]) -> float:
@@ -197,13 +192,9 @@ def head_is_last_step(model: Any, tokens: Tensor) -> bool:
 
 
 def summarise(sums: Tensor, seq_len: int, stride: int | None = None, compared: bool = False) -> TextNumbers:
-    """The perplexity from the windows' sums.
+    """The perplexity from the windows' sums: (windows,) losses, or (windows, 3) as :func:`window_sums` yields.
 
-    Args:
-        sums: (windows,) losses, or (windows, 3) as :func:`window_sums` yields.
-        seq_len: tokens in a window.
-        stride: as it was measured.
-        compared: whether there was a reference model.
+    ``compared``: whether there was a reference model.
     """
     sums = sums.view(len(sums), -1)
     scored = scored_tokens(len(sums), seq_len, stride)

@@ -11,6 +11,7 @@ import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,14 +37,10 @@ class Scorer(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, *, seed: int = 0, label: str = "") -> None:
-        """Wraps a loaded model.
+        """Wraps a loaded model of transformers.
 
-        Args:
-            model: causal language model of transformers.
-            tokenizer: its tokenizer.
-            batch_size: requests at a time; None: as many as fit.
-            seed: for generation that draws.
-            label: what progress begins with.
+        ``batch_size``: requests at a time, None: as many as fit; ``seed``: for generation that draws; ``label``: what
+        progress begins with.
         """
         rows = vocabulary.embeddings(model)
         exceeds = vocabulary.may_exceed(tokenizer, rows)
@@ -100,9 +97,13 @@ class Scorer(HFLM):
             if texts is not None and len(context) + len(answer) > longest:
                 self.truncated.add(texts[0])
             self._check_tokens(context + answer)
+
+        def score(batch: list[Request]) -> list[tuple[float, bool]]:
+            return HFLM._loglikelihood_tokens(self, batch, disable_tqdm=True, override_bs=len(batch))
+
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
         for batch in self._own(self._batches(requests), "batches of requests"):
-            of_batch = machine.in_halves(self._score, [requests[index] for index in batch])
+            of_batch = machine.in_halves(score, [requests[index] for index in batch])
             scores[batch] = torch.tensor(of_batch, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
         distributed.all_reduce_sum(shared)
@@ -131,9 +132,6 @@ class Scorer(HFLM):
             filled += 1
         return batches
 
-    def _score(self, batch: list[Request]) -> list[tuple[float, bool]]:
-        return super()._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))
-
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -159,11 +157,9 @@ class Scorer(HFLM):
         for batch in self._own(batches, "batches of texts"):
             # what is drawn depends on the batch, not on how many processes there are and what they drew before
             torch.manual_seed(self.seed + batch[0])
-            answers = machine.in_halves(self._generate, [requests[index] for index in batch])
+            generate = partial(HFLM.generate_until, self, disable_tqdm=True)
+            answers = machine.in_halves(generate, [requests[index] for index in batch])
             texts |= dict(zip(batch, answers, strict=True))
         for others in distributed.gather_objects(texts):
             texts |= others
         return [texts[index] for index in range(len(requests))]
-
-    def _generate(self, batch: list[Any]) -> list[str]:
-        return super().generate_until(batch, disable_tqdm=True)

@@ -86,11 +86,7 @@ def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) ->
 
 
 def load_data(config: Config) -> None:
-    """Loads the data of the configured tasks, unless they are many, so that what is missing is found at once.
-
-    Raises:
-        StageError: some could not be loaded.
-    """
+    """Loads the data of the configured tasks, unless they are many; StageError if some of it could not be loaded."""
     names = list(dict.fromkeys(measure.task for measure in tasks.wanted(config)))
     if names and len(names) <= LOADED_AT_ONCE:
         harness.load_tasks(names, config.eval.include_path)
@@ -178,14 +174,9 @@ def known(config: Config, subject: Subject, path: Path) -> list[AnyResult]:
 def missing(
     config: Config, subject: Subject, known: list[AnyResult], contents: dict[str, str], dense: DenseModel | None
 ) -> list[Measure]:
-    """The configured measures, one per text and task, that no known result answers.
+    """The configured measures, one per text and task, that no result of :func:`known` answers.
 
-    Args:
-        config: the configuration.
-        subject: the checkpoint.
-        known: results of :func:`known`.
-        contents: of :func:`perplexities.contents`.
-        dense: what checkpoints are compared with, if any; a text is not compared on that model itself.
+    ``contents``: of :func:`perplexities.contents`; ``dense``: what all checkpoints but itself are compared with.
     """
     reference = None if dense is None or dense.fingerprint == subject.fingerprint else dense.fingerprint
     window, stride, most = window_of(config, subject.directory), config.eval.stride, config.eval.max_tokens
@@ -249,14 +240,12 @@ def prepare(config: Config, jobs: Iterable[Job]) -> None:
 
 
 def execute(config: Config, job: Job) -> Results:
-    """Measures one checkpoint and adds to its results file after every measure.
-
-    Returns:
-        The content of the results file.
-    """
+    """Measures one checkpoint and adds to its results file after every measure; returns the file's content."""
     content: Results | None = distributed.broadcast_object(Results.load(job.path), 0)
     if content is None or content.fingerprint != job.subject.fingerprint:
-        content = _none_yet(job)
+        if distributed.is_main():
+            shutil.rmtree(_samples(job.path), ignore_errors=True)
+        content = _none_yet(job.subject)
     # a mean over a group would mix what was measured before and after its files changed
     asked = {measure.task for measure in job.measures if isinstance(measure, TaskMeasure)}
     outdated = [one for one in content.tasks if one.measure.task in asked and not tasks.is_current(config, one)]
@@ -280,11 +269,8 @@ def execute(config: Config, job: Job) -> Results:
     return content
 
 
-def _none_yet(job: Job) -> Results:
+def _none_yet(subject: Subject) -> Results:
     """The results of weights of which nothing has been measured."""
-    if distributed.is_main():
-        shutil.rmtree(_samples(job.path), ignore_errors=True)
-    subject = job.subject
     recorded = inspect.recorded_patterns(subject.directory) or {}
     with console.working(f"counting zeros in {subject.directory}"):
         _, sparsity = inspect.measure(subject.directory, *recorded.values())

@@ -63,13 +63,7 @@ def measure(
 ) -> TaskNumbers:
     """Runs one task; every process of several takes part.
 
-    Args:
-        config: the configuration, for what does not change the numbers.
-        model: the loaded model.
-        tokenizer: its tokenizer.
-        measure: one of :func:`wanted`.
-        label: of the checkpoint, for progress.
-        samples: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
+    ``samples``: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
     """
     name = measure.task
     console.note(f"{label}: {title_of(replace(measure, group=None))}")
@@ -96,15 +90,9 @@ def _place(config: Config, measure: TaskMeasure) -> tuple[Rules, int]:
 
 
 def shared(config: Config, measure: TaskMeasure, known: Iterable[TaskResult]) -> TaskResult | None:
-    """The same measurement for another group, or for none, as the one that is asked for.
+    """The same measurement for another group, or for none, as a result of this measure that took no time.
 
-    Args:
-        config: the configuration.
-        measure: one of :func:`wanted`.
-        known: results for the same weights whose samples are there.
-
-    Returns:
-        A result, which took no time; None if there is none.
+    ``known``: results for the same weights whose samples are there.
     """
     folder = config.eval.include_path
     for result in known:

@@ -288,12 +288,7 @@ def plain_mean(tasks: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def group_mean(family: list[TaskResult], group: str) -> dict[str, float]:
-    """The mean of a group over those of its tasks that have been measured, with its standard error if it is lm-eval's.
-
-    Args:
-        family: results of single tasks.
-        group: one of the groups they name.
-    """
+    """The mean of a group over those of its tasks that have been measured, its standard error if that is lm-eval's."""
     inside = [result.numbers for result in family if group in result.numbers.groups]
     tasks = [scores for numbers in inside for scores in numbers.tasks.values()]
     rules = inside[0].groups[group]
@@ -310,16 +305,12 @@ def group_mean(family: list[TaskResult], group: str) -> dict[str, float]:
         mean[metric] = sum(weight * task.scores[metric] for weight, task in pairs) / sum(weights)
         errors = [task.scores[f"{metric}_stderr"] for task in having if f"{metric}_stderr" in task.scores]
         if len(errors) == len(having):
-            mean[f"{metric}_stderr"] = _error_of_mean(errors, sizes, by_samples)
+            # lm-eval's: of a mean of independent means, or of the pooled variance over all samples
+            mean[f"{metric}_stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+            if by_samples:
+                pooled = sum((size - 1) * size * error**2 for error, size in zip(errors, sizes, strict=True))
+                mean[f"{metric}_stderr"] = math.sqrt(pooled / (sum(sizes) - len(sizes)) / sum(sizes))
     return mean
-
-
-def _error_of_mean(errors: list[float], sizes: list[int], by_samples: bool) -> float:
-    """lm-eval's: of the pooled variance over all samples, or of a mean of independent means."""
-    if not by_samples:
-        return math.sqrt(sum(error**2 for error in errors)) / len(errors)
-    pooled = sum((size - 1) * size * error**2 for error, size in zip(errors, sizes, strict=True))
-    return math.sqrt(pooled / (sum(sizes) - len(sizes)) / sum(sizes))
 
 
 # --- equal names are equal measures -----------------------------------------------------------------------------------
@@ -330,12 +321,10 @@ def distinguish(
 ) -> tuple[dict[str, dict[Quantity, Value]], list[str]]:
     """The values of a run's checkpoints by quantity, so that equal quantities may be compared.
 
-    Args:
-        values: by label of the checkpoint.
-        seed: of the run, which names leave out.
+    Where circumstances differ they become details of the quantity, but for the seed of the run.
 
     Returns:
-        Where circumstances differ they become details of the quantity; and a note for each quantity with several.
+        The values by checkpoint and quantity; and a note for each quantity whose circumstances differ.
     """
     listed = [(checkpoint, value) for checkpoint, own in values.items() for value in own]
     ways: dict[Quantity, list[Mapping[str, str]]] = {}
