@@ -163,13 +163,13 @@ def members(name: str, include_path: str | None = None) -> dict[str, Rules]:
     if name == "zeroshot":
         return {task: {name: {}} for task in ZEROSHOT}
     index = _manager_for([name], include_path).task_index
-    found: dict[str, Rules] = {}
+    tasks: dict[str, Rules] = {}
     try:
         for task, groups in _leaves(name, index, {}):  # one that is named twice is run once
-            found[task] = found.get(task, {}) | groups
+            tasks[task] = tasks.get(task, {}) | groups
     except LookupError:
         return {name: {}}
-    return found
+    return tasks
 
 
 def _leaves(name: str, index: Json, above: Rules) -> Iterator[tuple[str, Rules]]:
@@ -233,7 +233,7 @@ def evaluate(
         scorer = Scorer(model, tokenizer, measure.batch_size, seed=seed, label=label)
         with _quiet():
             # simple_evaluate would describe the machine each time, for longer than some tasks take
-            found = lm_eval.evaluate(
+            outcome = lm_eval.evaluate(
                 lm=scorer,
                 task_dict=loaded,
                 limit=measure.limit,
@@ -243,13 +243,13 @@ def evaluate(
                 apply_chat_template=measure.chat_template,
                 fewshot_as_multiturn=measure.chat_template,
             )
-            assert found is not None
+            assert outcome is not None
             samples = {
                 task: [_sample(loaded["tasks"][task], one) for one in logged if one["filter"] == logged[0]["filter"]]
-                for task, logged in found["samples"].items()
+                for task, logged in outcome["samples"].items()
             }
     truncated, summary = len(scorer.truncated), recorded.summary(include_path)
-    return replace(task_numbers(found), truncated_prompts=truncated, sources=summary), samples
+    return replace(task_numbers(outcome), truncated_prompts=truncated, sources=summary), samples
 
 
 @contextlib.contextmanager
@@ -290,25 +290,25 @@ def _quiet(processes: bool = False) -> Iterator[None]:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def task_numbers(found: Json) -> TaskNumbers:
-    """What lm-eval has found: scores of each task, and its own mean of a group that it defines, else the plain one."""
+def task_numbers(outcome: Json) -> TaskNumbers:
+    """Scores of each task in what lm-eval returns, and its own mean of a group that it defines, else the plain one."""
     tasks = {}
-    for task, metrics in found["results"].items():
-        if task not in found["n-samples"]:  # a group
+    for task, metrics in outcome["results"].items():
+        if task not in outcome["n-samples"]:  # a group
             continue
         scores = _plain(metrics)
         metric = headline(scores)
         tasks[task] = TaskScores(
             scores,
             metric,
-            found.get("higher_is_better", {}).get(task, {}).get(metric),
-            found["versions"].get(task),
-            found["n-shot"].get(task),
-            found["n-samples"][task]["effective"],
+            outcome.get("higher_is_better", {}).get(task, {}).get(metric),
+            outcome["versions"].get(task),
+            outcome["n-shot"].get(task),
+            outcome["n-samples"][task]["effective"],
         )
-    inside = {member for members in found.get("group_subtasks", {}).values() for member in members}
-    outermost = [name for name in found["results"] if name in found.get("groups", {}) and name not in inside]
-    mean = _plain(found["results"][outermost[0]]) if outermost else plain_mean([one.scores for one in tasks.values()])
+    inside = {member for members in outcome.get("group_subtasks", {}).values() for member in members}
+    outermost = [name for name in outcome["results"] if name in outcome.get("groups", {}) and name not in inside]
+    mean = _plain(outcome["results"][outermost[0]]) if outermost else plain_mean([one.scores for one in tasks.values()])
     return TaskNumbers(tasks, mean)
 
 

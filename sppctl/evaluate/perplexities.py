@@ -41,8 +41,8 @@ class Windows:
     """A text in windows, and which of them this process computes."""
 
     tokens: Tensor  # (windows, seq_len) int64, all of them
-    # indices of this process's; whole batches, so that a window is computed in the company that it has in one process
-    own: Tensor
+    # those that this process computes; whole batches, so that a window is in the same company as in a single process
+    indices: Tensor
     batch_size: int  # windows at a time
     documents_hash: str  # of the text
 
@@ -59,8 +59,8 @@ def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: tor
     automatic = min(GPU_BATCH if device.type == "cuda" else CPU_BATCH, share)
     batch_size = automatic if config.eval.batch_size == "auto" else config.eval.batch_size
     batches = torch.arange(len(tokens)).split(batch_size)[distributed.rank() :: distributed.world_size()]
-    own = torch.cat(batches) if batches else torch.arange(0)
-    return Windows(tokens, own, batch_size, texts.content_hash(text.documents))
+    indices = torch.cat(batches) if batches else torch.arange(0)
+    return Windows(tokens, indices, batch_size, texts.content_hash(text.documents))
 
 
 class DenseModel:
@@ -87,9 +87,9 @@ class DenseModel:
                 if wanted != dtype:
                     continue
                 file = self._folder / f"{number}.bin"
-                with console.Progress(f"dense model: text {number} of {len(todo)}", len(text.own)) as bar:
-                    own, advance = text.tokens[text.own], partial(bar.advance, "")
-                    self._references[dtype, text] = Reference(model, own, text.batch_size, file, advance)
+                with console.Progress(f"dense model: text {number} of {len(todo)}", len(text.indices)) as bar:
+                    windows, advance = text.tokens[text.indices], partial(bar.advance, "")
+                    self._references[dtype, text] = Reference(model, windows, text.batch_size, file, advance)
             del model
             release()
 
@@ -130,7 +130,7 @@ def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dens
         UserError: the dense model has another vocabulary.
         StageError: the logits are not finite. An infinite loss is a result, of a bad model; NaN means a broken one.
     """
-    windows, own = text.tokens, text.own
+    windows, indices = text.tokens, text.indices
     scored = perplexity.scored_tokens(len(windows), measure.seq_len, measure.stride)
     known = None if dense is None else dense.on(text, model)
     reference = hidden = compared_with = None
@@ -142,12 +142,12 @@ def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dens
         hidden = known.hidden
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
     done = 0
-    with console.Progress(f"{label}: perplexity of {measure.text}", len(own)) as bar:
-        batches = perplexity.window_sums(model, windows[own], text.batch_size, scored[own], reference, hidden=hidden)
-        for batch in batches:
-            sums[own[done : done + len(batch)]] = batch
+    with console.Progress(f"{label}: perplexity of {measure.text}", len(indices)) as bar:
+        counts, size = scored[indices], text.batch_size
+        for batch in perplexity.window_sums(model, windows[indices], size, counts, reference, hidden=hidden):
+            sums[indices[done : done + len(batch)]] = batch
             done += len(batch)
-            nll = sums[own[:done], 0].sum() / scored[own[:done]].sum()
+            nll = sums[indices[:done], 0].sum() / scored[indices[:done]].sum()
             bar.advance(f"{nll.exp().item():.2f}", steps=len(batch))
     if distributed.world_size() > 1:
         shared = sums.to(model.device)  # NCCL adds up on GPUs only

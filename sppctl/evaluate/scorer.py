@@ -74,11 +74,11 @@ class Scorer(HFLM):
             size = min(size, CPU_TOKENS // length)
         return max(1, min(size, LARGEST.get(self.device.type, LARGEST["cpu"])))
 
-    def _own(self, batches: list[list[int]], title: str) -> Iterator[list[int]]:
+    def _of_this_process(self, batches: list[list[int]], title: str) -> Iterator[list[int]]:
         """The batches that this process computes."""
-        own = batches[distributed.rank() :: distributed.world_size()]
-        with contextlib.redirect_stderr(self._stderr), console.Progress(f"{self._label}{title}", len(own)) as bar:
-            for batch in own:
+        batches = batches[distributed.rank() :: distributed.world_size()]
+        with contextlib.redirect_stderr(self._stderr), console.Progress(f"{self._label}{title}", len(batches)) as bar:
+            for batch in batches:
                 yield batch
                 bar.advance()
 
@@ -102,9 +102,9 @@ class Scorer(HFLM):
             return HFLM._loglikelihood_tokens(self, batch, disable_tqdm=True, override_bs=len(batch))
 
         scores = torch.zeros(len(requests), 2, dtype=torch.float64)
-        for batch in self._own(self._batches(requests), "batches of requests"):
-            of_batch = machine.in_halves(score, [requests[index] for index in batch])
-            scores[batch] = torch.tensor(of_batch, dtype=torch.float64)
+        for batch in self._of_this_process(self._batches(requests), "batches of requests"):
+            pairs = machine.in_halves(score, [requests[index] for index in batch])
+            scores[batch] = torch.tensor(pairs, dtype=torch.float64)
         shared = scores.to(self.device)  # NCCL adds up on GPUs only
         distributed.all_reduce_sum(shared)
         if shared.isnan().any():
@@ -154,7 +154,7 @@ class Scorer(HFLM):
                 batches.append(kind[:size])
                 kind = kind[size:]
         texts: dict[int, str] = {}
-        for batch in self._own(batches, "batches of texts"):
+        for batch in self._of_this_process(batches, "batches of texts"):
             # what is drawn depends on the batch, not on how many processes there are and what they drew before
             torch.manual_seed(self.seed + batch[0])
             generate = partial(HFLM.generate_until, self, disable_tqdm=True)

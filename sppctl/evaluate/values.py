@@ -149,10 +149,10 @@ def values_of(results: Iterable[AnyResult]) -> Iterator[Value]:
 
 def families(results: list[TaskResult]) -> list[list[TaskResult]]:
     """The tasks of a group that were measured one by one together, every other result by itself."""
-    found: dict[TaskMeasure, list[TaskResult]] = {}
+    by_family: dict[TaskMeasure, list[TaskResult]] = {}
     for result in results:
-        found.setdefault(result.measure.family, []).append(result)
-    return list(found.values())
+        by_family.setdefault(result.measure.family, []).append(result)
+    return list(by_family.values())
 
 
 def text_quantity(result: TextResult) -> Quantity:
@@ -331,8 +331,8 @@ def distinguish(
     for _, value in listed:
         ways.setdefault(value.quantity, []).append(value.circumstances)
     differing = {
-        quantity: [key for key in CIRCUMSTANCES if len({way.get(key) for way in known}) > 1]
-        for quantity, known in ways.items()
+        quantity: [key for key in CIRCUMSTANCES if len({way.get(key) for way in found}) > 1]
+        for quantity, found in ways.items()
     }
     named: dict[str, dict[Quantity, Value]] = {checkpoint: {} for checkpoint in values}
     differences: dict[Quantity, list[str]] = {}
@@ -341,11 +341,11 @@ def distinguish(
         details = {key: CIRCUMSTANCES[key].format(way.get(key, "unknown")) for key in keys}
         if details:
             differences.setdefault(value.quantity, []).append(f"{checkpoint} {' '.join(details.values())}")
-        named_ones = [details[key] for key in keys if key in way and (key, way[key]) != ("seed", str(seed))]
-        quantity = replace(value.quantity, details=tuple(named_ones))
+        known = [details[key] for key in keys if key in way and (key, way[key]) != ("seed", str(seed))]
+        quantity = replace(value.quantity, details=tuple(known))
         named[checkpoint][quantity] = replace(value, quantity=quantity)
     notes = [
-        f"{quantity.label} is not one measure, and only equal ones are compared: {', '.join(found)}"
-        for quantity, found in differences.items()
+        f"{quantity.label} is not one measure, and only equal ones are compared: {', '.join(ways_of)}"
+        for quantity, ways_of in differences.items()
     ]
     return named, notes

@@ -106,7 +106,7 @@ def test_every_process_has_a_batch(
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        assert perplexities.windows_of(work().config, tokenizer, three, CPU).own.tolist() == [rank]
+        assert perplexities.windows_of(work().config, tokenizer, three, CPU).indices.tolist() == [rank]
 
 
 def test_a_stride_is_at_most_the_window(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
