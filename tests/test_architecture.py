@@ -27,11 +27,11 @@ run          report plan merge train prune evaluate data model launch config fil
              errors
 report       evaluate config files console records errors
 plan         train prune pruners data model launch config distributed machine errors
-merge        inspect adapters model config files console machine records errors pattern
+merge        adapters pruners model config files console machine records errors pattern
 train        evaluate adapters pruners data model launch config files console distributed records errors pattern
 prune        pruners data model launch config files console distributed machine records errors pattern
 evaluate     inspect data model config files console distributed machine errors
-inspect      model files console machine errors pattern
+inspect      pruners model files console machine errors pattern
 __init__     adapters pruners pattern
 adapters     pruners pattern
 pruners      pattern

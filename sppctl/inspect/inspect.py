@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.files.safe_files import TensorFiles
 from sppctl.pattern import Pattern
+from sppctl.pruners.masks import holds
 
 CERTIFIED = tuple(Pattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8", "1:8", "8:16", "4:16"))
 DENSE_BELOW = 0.05  # a matrix with fewer zeros was not pruned; embeddings and quantised weights have some by chance
@@ -36,16 +36,6 @@ class MatrixSparsity:
     def is_sparse(self) -> bool:
         """Whether it was pruned."""
         return self.sparsity >= DENSE_BELOW
-
-
-def holds(weight: Tensor, pattern: Pattern) -> bool:
-    """Whether every M consecutive weights of a row have at most N that are not zero."""
-    assert pattern.keep is not None
-    assert pattern.group is not None
-    if weight.shape[-1] % pattern.group:
-        return False
-    kept = (weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1)
-    return bool((kept <= pattern.keep).all())
 
 
 def matrices(files: TensorFiles, *also: Pattern | None) -> Iterator[MatrixSparsity]:

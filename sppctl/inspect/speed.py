@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from sppctl import console
 from sppctl.errors import UserError, first_line
 from sppctl.files.safe_files import TensorFiles
-from sppctl.inspect.inspect import holds, measure
+from sppctl.inspect.inspect import measure
 from sppctl.inspect.semi_structured import TwoWeights, no_kernel, takes
 from sppctl.inspect.speed_text import BatchSpeed, Bench, Kernel, notes
 from sppctl.inspect.storage import storage
 from sppctl.machine import cpu_name
 from sppctl.model import checkpoint
 from sppctl.pattern import Pattern
+from sppctl.pruners.masks import holds
 
 TWO_FOUR = Pattern(keep=2, group=4)
 

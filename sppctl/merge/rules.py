@@ -14,8 +14,8 @@ from sppctl.adapters.masked_full import kernel as masked_full
 from sppctl.adapters.masked_lora import kernel as masked_lora
 from sppctl.adapters.spp import kernel as spp
 from sppctl.errors import StageError, UserError
-from sppctl.inspect.inspect import holds
 from sppctl.pattern import Pattern
+from sppctl.pruners.masks import holds
 from sppctl.records import MatrixRecord
 
 Tensors = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from sppctl.machine import torch_dtype
 from sppctl.model.blocks import Skeleton
 from sppctl.plan import footprint
 from sppctl.plan.footprint import FLOAT
-from sppctl.prune.choose import BLOCK_WIDTHS, WAITING_WIDTHS, needs_inputs, windows_at_a_time
+from sppctl.prune.choose import inside_a_block, needs_inputs, windows_at_a_time
 from sppctl.pruners import PRUNERS, Hessian, InputMoments, InputNorms
 
 
@@ -56,10 +56,8 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     windows = windows_at_a_time(prune.batch_size, samples, seq_len)
     hidden_states = running = tuning = 0
     if needs_inputs(prune):
-        window = seq_len * skeleton.config.get_text_config().hidden_size * d
-        hidden_states, running = samples * window, windows * window * BLOCK_WIDTHS
-        if prune.order == "module":
-            running += hidden_states * WAITING_WIDTHS
+        hidden = skeleton.config.get_text_config().hidden_size * d
+        hidden_states, running = samples * seq_len * hidden, inside_a_block(prune, samples, hidden)
         if statistics is Hessian:
             running += windows * seq_len * max(n for n, _ in groups) * FLOAT
     if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments

@@ -20,16 +20,7 @@ from sppctl.model.targets import Target
 from sppctl.model.weights import misfits
 from sppctl.pattern import Pattern
 from sppctl.prune import calibrate, given_masks
-from sppctl.prune.choose import (
-    BLOCK_WIDTHS,
-    GPU_SHARE,
-    WAITING_WIDTHS,
-    check_prunes,
-    is_overridden,
-    needs_inputs,
-    planned_patterns,
-    windows_at_a_time,
-)
+from sppctl.prune.choose import GPU_SHARE, check_prunes, inside_a_block, is_overridden, needs_inputs, planned_patterns
 
 # over all windows, as benchmarks/prune.py measures them on a CPU
 PASSES = {
@@ -199,12 +190,8 @@ def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None)
     stored = checkpoint.dtype_of(config.model.dtype, None if files is None else checkpoint.stored_dtype(files, None))
     compute = machine.choose_dtype(config.model.compute_dtype, stored, device)
     hidden = skeleton.config.get_text_config().hidden_size * machine.torch_dtype(compute.dtype).itemsize
-    window = prune.calibration.seq_len * hidden
-    if prune.batch_size == "auto" and device.type == "cuda":
-        running = int(free * GPU_SHARE)
-    else:
-        running = windows_at_a_time(prune.batch_size, samples, prune.calibration.seq_len) * window * BLOCK_WIDTHS
-    needed = samples * window * WAITING_WIDTHS + running
+    on_gpu = int(free * GPU_SHARE) if prune.batch_size == "auto" and device.type == "cuda" else None
+    needed = inside_a_block(prune, samples, hidden, on_gpu)
     if needed > free:
         narrower = ", or model.compute_dtype=bfloat16, which needs half" if compute.widened else ""
         raise UserError(

@@ -25,6 +25,21 @@ def windows_at_a_time(batch_size: int | str, samples: int, seq_len: int) -> int:
     return min(samples, batch_size if isinstance(batch_size, int) else max(1, CPU_TOKENS // seq_len))
 
 
+def inside_a_block(prune: PruneConfig, samples: int, hidden: int, running: int | None = None) -> int:
+    """Bytes of the activations inside a block, in module order also of the windows that wait there.
+
+    Args:
+        prune: how windows run.
+        samples: windows in this process.
+        hidden: bytes of the hidden state of a token.
+        running: bytes of the windows that run, if they are not those of :func:`windows_at_a_time`.
+    """
+    window = prune.calibration.seq_len * hidden
+    if running is None:
+        running = windows_at_a_time(prune.batch_size, samples, prune.calibration.seq_len) * window * BLOCK_WIDTHS
+    return running + (samples * window * WAITING_WIDTHS if prune.order == "module" else 0)
+
+
 def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: Skeleton) -> dict[str, Pattern]:
     """The pattern of every target: its override, else its block's ratio where a list gives one, else the common one."""
     blocks = [f"{skeleton.blocks_name}.{index}." for index in range(len(skeleton.blocks))]

@@ -10,15 +10,14 @@ from sppctl import console
 from sppctl.errors import UserError
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
+from sppctl.pruners.masks import holds
 from sppctl.records import LayerRecord
 
 
 def check(mask: Tensor, target: Target, pattern: Pattern) -> None:
     """Raises UserError if a mask (out_features, in_features), True = kept, does not have a layer's pattern."""
-    if pattern.keep is not None and pattern.group is not None:
-        kept = mask.view(mask.shape[0], -1, pattern.group).sum(-1)
-        if bool((kept > pattern.keep).any()):
-            raise UserError(f"{target.name}: the mask of prune.mask_from is not {pattern}")
+    if pattern.is_structured and not holds(mask, pattern):
+        raise UserError(f"{target.name}: the mask of prune.mask_from is not {pattern}")
     zeros = mask.numel() - int(mask.sum())
     if zeros < mask.numel() * pattern.sparsity - _rounding(mask.shape):
         raise UserError(

@@ -80,3 +80,13 @@ def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
     if pattern.keep is not None and pattern.group is not None:
         return keep_largest_in_groups(scores, pattern.keep, pattern.group)
     return keep_largest(scores, pattern.num_pruned(scores.shape[1]))
+
+
+def holds(weight: Tensor, pattern: Pattern) -> bool:
+    """Whether every M consecutive weights of a row, or kept ones of a mask, have at most N that are not zero."""
+    assert pattern.keep is not None
+    assert pattern.group is not None
+    if weight.shape[-1] % pattern.group:
+        return False
+    kept = (weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1)
+    return bool((kept <= pattern.keep).all())

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sppctl.inspect.inspect import MatrixSparsity, holds, measure, recorded_patterns, sentence, violations
+from sppctl.inspect.inspect import MatrixSparsity, measure, recorded_patterns, sentence, violations
 from sppctl.pattern import Pattern
+from sppctl.pruners.masks import holds
 
 pattern = Pattern.parse
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from sppctl.config.load import load_config
 from sppctl.errors import StageError, UserError
-from sppctl.inspect.inspect import holds
 from sppctl.merge.rules import merged_weight
 from sppctl.pattern import Pattern
 from sppctl.plan import run as plan
+from sppctl.pruners.masks import holds
 
 pytestmark = pytest.mark.slow
 
