@@ -72,9 +72,9 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: ``gpu[03-05,9],login1`` -> ``gpu03``."""
-    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
-    assert found is not None
-    return "".join(part or "" for part in found.groups())
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+    assert match is not None
+    return "".join(part or "" for part in match.groups())
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], texts: l
     for rank in failed:
         code = processes[rank].returncode
         if code > 1 or (code < 0 and -code not in SIGNALS):
-            return rank  # its own code for what it said itself, or somebody killed it
+            return rank  # it reported a problem itself, or somebody killed it
         errors = re.findall(r"^error: .*", texts[rank], re.MULTILINE)
         if errors and not _LOST.search(errors[-1]):
             return rank

@@ -109,28 +109,24 @@ TASK = {
 }
 
 
-def test_a_task_of_srun_knows_its_place() -> None:
-    wanted = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "32345"}
-    assert launch.from_slurm(TASK) == wanted
-
-
-def test_what_the_job_script_sets_stays() -> None:
-    found = launch.from_slurm(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
-    assert found.keys() == {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+PLACE = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "32345"}
+SET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("environment", "variables"),
     [
-        {},
-        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
-        TASK | {"SLURM_STEP_NUM_TASKS": "1"},
-        TASK | {"WORLD_SIZE": "16", "RANK": "9"},
+        (TASK, PLACE),
+        (TASK | SET, {name: value for name, value in PLACE.items() if name not in SET}),
+        ({}, {}),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {}),
+        (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {}),
+        (TASK | {"WORLD_SIZE": "16", "RANK": "9"}, {}),
     ],
-    ids=["outside", "batch script", "one task", "torchrun in srun"],
+    ids=["task", "address set by the job script", "outside", "batch script", "one task", "torchrun in srun"],
 )
-def test_no_task_of_srun(environment: dict[str, str]) -> None:
-    assert launch.from_slurm(environment) == {}
+def test_a_task_of_srun_knows_its_place(environment: dict[str, str], variables: dict[str, str]) -> None:
+    assert launch.from_slurm(environment) == variables
 
 
 @pytest.mark.parametrize(

@@ -152,13 +152,13 @@ def dropped_places(x: Tensor, dropout: float, seed: int) -> Tensor:
     if x.device.type != "cpu":
         return torch.empty(size, dtype=torch.bool, device=x.device).bernoulli_(dropout, generator=generator)
     draws = 16 + int(size * dropout + SPARE_DRAWS * math.sqrt(size * dropout))
-    found, last = [], -1
+    pieces, last = [], -1
     while last < size:
         uniform = torch.rand(draws, generator=generator)
         gaps = uniform.neg_().log1p_().div_(math.log1p(-dropout)).long().add_(1)
-        found.append(gaps.cumsum_(0).add_(last))
-        last = int(found[-1][-1])
-    places = found[0] if len(found) == 1 else torch.cat(found)
+        pieces.append(gaps.cumsum_(0).add_(last))
+        last = int(pieces[-1][-1])
+    places = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return places[: int(torch.searchsorted(places, size))]
 
 

@@ -30,8 +30,8 @@ class Merger:
     shapes: Callable[[Settings, int, int], Shapes]  # of the tensors of a weight (m, n), under settings
     # weight (m, n), tensors, settings and a dtype to the merged weight, rounded once to that dtype
     merge: Callable[[Tensor, Tensors, Settings, torch.dtype], Tensor]
-    # where the merged zeros are: ``pruned``, where the pruned weight has them; ``filled``, nowhere; ``own``, where the
-    # adapter's masks have them
+    # where the merged zeros are: where the pruned weight has them (``pruned``), nowhere (``filled``), or where the
+    # adapter's masks have them (``chosen``)
     zeros: str = "pruned"
 
 
@@ -49,7 +49,7 @@ def check_mask(kind: str, mask: str) -> None:
             "merge.mask=reapply prunes the merged weights by the old mask again (the paper's LoRA*), "
             "merge.mask=dense gives up the sparsity, train.method=masked_lora trains under the mask",
         )
-    if zeros == "own" and mask == "reapply":
+    if zeros == "chosen" and mask == "reapply":
         raise UserError(
             "merge.mask",
             f"reapply would undo the masks that train.method {kind.lower()} has chosen",
@@ -89,7 +89,7 @@ def prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, patt
     before, after = weight == 0, written == 0
     filled, lost = int((before & ~after).sum()), int((~before & after).sum())
     problem = ""
-    if mask != "dense" and MERGERS[kind].zeros != "own":
+    if mask != "dense" and MERGERS[kind].zeros != "chosen":
         if filled or lost:
             problem = f"would change its pattern: {filled} zeros filled, {lost} kept weights zero"
     elif mask != "dense" and pattern is not None:
@@ -156,6 +156,6 @@ MERGERS: dict[str, Merger] = {
     "STE": Merger(
         lambda settings, m, n: {"ste_weight": (m, n), "ste_mask": (m, n)},
         lambda weight, parts, _, dtype: masked_full.effective_weight(parts["ste_weight"], parts["ste_mask"], dtype),
-        zeros="own",
+        zeros="chosen",
     ),
 }

@@ -104,8 +104,8 @@ class Distillation:
     def start_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Counts the response tokens of an optimizer step, over its micro-batches and all processes."""
         # the first token of a row is predicted by nothing
-        own = sum(int(batch["response_mask"][:, 1:].sum()) for batch in batches)
-        count = torch.tensor(own, device=device)
+        responses = sum(int(batch["response_mask"][:, 1:].sum()) for batch in batches)
+        count = torch.tensor(responses, device=device)
         distributed.all_reduce_sum(count)
         self._responses = max(1, int(count))
         self._steps += 1
@@ -180,11 +180,11 @@ class _Divergence(torch.autograd.Function):
         step = max(1, CHUNK_ELEMENTS // teacher.shape[1])
         for start in range(0, len(positions), step):
             rows = slice(start, start + step)
-            ours = F.log_softmax(flat[positions[rows]].float() / temperature, dim=-1)
-            theirs = F.log_softmax(teacher[rows].float() / temperature, dim=-1)
-            probability = theirs.exp()
-            total += (probability * (theirs - ours)).sum()
-            teacher[rows] = (ours.exp() - probability) * (scale / temperature)
+            student_logs = F.log_softmax(flat[positions[rows]].float() / temperature, dim=-1)
+            teacher_logs = F.log_softmax(teacher[rows].float() / temperature, dim=-1)
+            probability = teacher_logs.exp()
+            total += (probability * (teacher_logs - student_logs)).sum()
+            teacher[rows] = (student_logs.exp() - probability) * (scale / temperature)
         ctx.gradient, ctx.shape = teacher, student.shape
         ctx.save_for_backward(positions)
         return total * scale

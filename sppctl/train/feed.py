@@ -171,8 +171,8 @@ class Feed:
         model.eval()
         # one from its start, one to its end: instructions begin alike
         first, second = self.train[0].input_ids[:CHECKED_TOKENS], self.train[len(self.train) - 1].input_ids
-        for who, asked in {"model": model, "teacher": teacher}.items():
-            error = 0.0 if asked is None else batches.packing_error(asked, first, second[-CHECKED_TOKENS:])
+        for who, packed in {"model": model, "teacher": teacher}.items():
+            error = 0.0 if packed is None else batches.packing_error(packed, first, second[-CHECKED_TOKENS:])
             if error > batches.EXACT:
                 raise UserError(
                     f"train.data.packing: this {who} does not keep packed examples apart (one changes the other by "

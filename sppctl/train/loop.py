@@ -250,11 +250,7 @@ class Loop:
         checkpoints.save(self.folder, self.state.step, write, self.train.keep_checkpoints)
 
     def save_adapter(self, directory: Path) -> None:
-        """Stores the adapter as PEFT does, and the base weights that a refresh has changed. All processes must call it.
-
-        Raises:
-            StageError: the adapter is not finite.
-        """
+        """Stores the adapter as PEFT does, with what hooks save; StageError if it is not finite. All must call it."""
         adapter, broken = self._adapter(), None
         if distributed.is_main():
             trained = adapter or self._trained()

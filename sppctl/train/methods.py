@@ -42,7 +42,8 @@ def ignored(train: TrainConfig) -> list[str]:
 
 def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
     """The PEFT configuration of ``train.method`` for linear layers by their full names, some pruned by ``patterns``."""
-    config: Any = METHODS[train.method].config(train, patterns)
+    trained = {name: patterns[name] for name in target_modules if name in patterns}
+    config: Any = METHODS[train.method].config(train, trained)
     config.task_type = "CAUSAL_LM"
     config.target_modules = set(target_modules)
     return config

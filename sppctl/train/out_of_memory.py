@@ -30,8 +30,8 @@ def explained(config: Config, checkpoints: Path, planned: Callable[[], int | Non
         if isinstance(error, StageError) or not known:
             raise
         train, estimate = config.train, planned()
-        asked = re.search(r"tried to allocate ([\d.,]+ ?\w+)", str(error), re.IGNORECASE)
-        amount = f" (tried to allocate {asked[1]})" if asked else ""
+        request = re.search(r"tried to allocate ([\d.,]+ ?\w+)", str(error), re.IGNORECASE)
+        amount = f" (tried to allocate {request[1]})" if request else ""
         plan = (
             "" if estimate is None else f", for which sppctl plan estimates {estimate / 2**30:.2f} GiB on each device"
         )

@@ -60,13 +60,11 @@ class MaskRefresh(Hook):
     """Gathers the inputs of a step's micro-batches, and exchanges weights after it.
 
     Args:
-        config: the configuration.
         model: under SPP, still on the CPU.
         pruned: the checkpoint that it was loaded from.
         dense: the checkpoint that was pruned.
         patterns: by which each layer was pruned.
-        max_steps: optimizer steps of the training.
-        resumed: the checkpoint that it continues from.
+        resumed: the checkpoint that training continues from.
 
     Attributes:
         layers: those that are trained and were pruned, by name.
@@ -97,9 +95,9 @@ class MaskRefresh(Hook):
         self._hooks: list[Any] = []
         self._real: Tensor | None = None
         self._gathering = False
-        every, until = self.settings.steps, self.settings.until
-        assert every is not None
-        self.steps = range(every, min(int(until * max_steps + 1e-9), max_steps - 1) + 1, every)
+        interval, until = self.settings.steps, self.settings.until
+        assert interval is not None
+        self.steps = range(interval, min(int(until * max_steps + 1e-9), max_steps - 1) + 1, interval)
         if self.steps:
             count, first, last = len(self.steps), self.steps[0], self.steps[-1]
             console.note(f"the mask is refreshed {count} times, after steps {first} to {last}")

@@ -54,8 +54,7 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
 
     Args:
         config: the configuration.
-        skeleton: of the dense model, as the tokenizer is.
-        tokenizer: that the examples are made with.
+        skeleton, tokenizer: of the dense model.
         sources: hashes of the local files that are read.
 
     Raises:
@@ -198,14 +197,13 @@ def _adapted(
         model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
     model.config.use_cache = False
     set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
-    asked = list(patterns if train.targets == "pruned" else train.targets)
+    layers = list(patterns if train.targets == "pruned" else train.targets)
     skeleton = Skeleton(model.config, trust_remote_code=config.model.trust_remote_code)
-    targets = skeleton.targets(asked, key="train.targets").values()
+    targets = skeleton.targets(layers, key="train.targets").values()
     names = [target.name for target in targets if target.is_linear]
     if len(names) < len(targets):
         console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and stay as they are")
-    own_patterns = {name: patterns[name] for name in names if name in patterns}
-    adapted = get_peft_model(model, methods.adapter_config(train, names, own_patterns))
+    adapted = get_peft_model(model, methods.adapter_config(train, names, patterns))
     methods.start_at_stored(adapted, pruned, skeleton.base_prefix)
     if strategy == "ddp":
         shards.keep_frozen_weights(adapted)

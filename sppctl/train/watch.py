@@ -91,11 +91,7 @@ class PerplexityEvery(Hook):
 def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: float, step: int) -> None:
     """Looks at a step before its update spoils the weights. All processes call it.
 
-    Args:
-        losses: of this process's micro-batches, on their device.
-        batches: those, with the numbers of their examples.
-        norm: of the gradient of all processes.
-        step: that it is.
+    ``losses`` are those of this process's micro-batches, ``norm`` is of the gradient of all processes.
 
     Raises:
         StageError: a loss or the gradient is not finite; it names step and examples.

@@ -44,14 +44,14 @@ def check(kernels: ModuleType, device: torch.device | str) -> None:
         values, moments = weight.to(dtype), moment.to(dtype)
         product, scales = moments.double() * values.double(), alpha.double()[group] * scaled.double()
         result, written = moments.to(device), torch.empty_like(moments, device=device)
-        found = kernels.gradients(result, values.to(device), alpha.to(device), scaled.to(device), base)
+        gradients = kernels.gradients(result, values.to(device), alpha.to(device), scaled.to(device), base)
         kernels.write(written, values.to(device), alpha.to(device), scaled.to(device), base)
         expected = values.double() * (scales + base)
         sums = (
             torch.zeros(alpha.shape, dtype=torch.float64).index_add_(0, group, product * scaled.double()),
             (product * alpha.double()[group]).sum(1, keepdim=True),
         )
-        for one, other in zip(found, sums, strict=True):
+        for one, other in zip(gradients, sums, strict=True):
             torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-4)
         for one in (result, written):
             # a unit in the last place: rounded to the nearest on a GPU, cut off by Triton's interpreter
