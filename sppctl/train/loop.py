@@ -249,8 +249,14 @@ class Loop:
 
         checkpoints.save(self.folder, self.state.step, write, self.train.keep_checkpoints)
 
-    def save_adapter(self, directory: Path) -> None:
-        """Stores the adapter as PEFT does, with what hooks save; StageError if it is not finite. All must call it."""
+    def finish(self, directory: Path) -> float | None:
+        """Stores the adapter as PEFT does, with what hooks save; StageError if it is not finite. All must call it.
+
+        Returns:
+            The validation loss; None: nothing is held out.
+        """
+        with console.working(f"validation loss of {len(self.feed.held_out)} examples"):
+            validation = self.validate() if self.feed.held_out else None
         adapter, broken = self._adapter(), None
         if distributed.is_main():
             trained = adapter or self._trained()
@@ -262,6 +268,7 @@ class Loop:
             (directory / "README.md").unlink(missing_ok=True)  # PEFT would keep one that a killed process wrote by half
             with saving(directory):
                 self._write_adapter(directory, adapter)
+        return validation
 
     def _adapter(self) -> dict[str, Tensor] | None:
         """The adapter's tensors, gathered in the first process; None where the model itself has them whole."""

@@ -129,11 +129,9 @@ def execute(
     """Trains an adapter on the checkpoint ``pruned``, which is only read, and saves it into ``out`` as PEFT does.
 
     Args:
-        config, prepared: as of :func:`prepare`.
         pruned, record: the pruned checkpoint and what was recorded of it.
-        out: directory that may hold checkpoints of an interrupted training.
+        out: directory that may hold checkpoints of an interrupted training; ``resume`` continues from the newest.
         dtype: name of the dtype to compute in.
-        resume: continue from the newest of them.
         base: the dense checkpoint, for distillation from it and for refreshing the mask.
         planned: estimates the bytes that the training needs on each device; None: they are not known.
 
@@ -151,10 +149,7 @@ def execute(
         counts = model.get_nb_trainable_parameters()
         trained = f"{counts[0]:,} of {counts[1]:,} parameters ({counts[0] / counts[1]:.2%})"
         console.note(f"training {trained} on {len(feed.train)} examples")
-        newest = distributed.decide(partial(checkpoints.newest, folder, strategy)) if resume else None
-        if newest:
-            console.note(f"resuming from {newest}")
-            set_peft_model_state_dict(model, load_peft_weights(str(newest), device="cpu"))
+        newest = _resume(model, folder, strategy) if resume else None
         distillation = distill.load(config, base, device, dtype)
         hooks = methods.hooks(train, feed.max_steps)
         if train.refresh.steps is not None:
@@ -167,9 +162,7 @@ def execute(
         with reporting_to(train, out) as trackers:
             loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
             loop.run()
-            with console.working(f"validation loss of {len(feed.held_out)} examples"):
-                validation = loop.validate() if feed.held_out else None
-        loop.save_adapter(out)
+            validation = loop.finish(out)
         return _record(loop, dtype, counts, validation)
 
 
@@ -212,6 +205,15 @@ def _adapted(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
+
+
+def _resume(model: PeftModel, folder: Path, strategy: str | None) -> Path | None:
+    """The checkpoint that training continues from, after its adapter was put into the model; None: there is none."""
+    newest = distributed.decide(partial(checkpoints.newest, folder, strategy))
+    if newest:
+        console.note(f"resuming from {newest}")
+        set_peft_model_state_dict(model, load_peft_weights(str(newest), device="cpu"))
+    return newest
 
 
 def _record(loop: Loop, dtype: str, counts: tuple[int, int], validation: float | None) -> TrainRecord:
