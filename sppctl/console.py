@@ -78,7 +78,7 @@ class Progress:
     Args:
         label: what is done.
         total: steps of it.
-        start: steps that were done before; the time left is told from the others.
+        start: steps that were done before; the time left is estimated from the others.
     """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
@@ -99,10 +99,10 @@ class Progress:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[message]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(_markup(self.label), total=self.total, completed=self.start, words="")
+            self._task = self._bar.add_task(_markup(self.label), total=self.total, completed=self.start, message="")
             self._bar.start()
         else:
             note(f"{self.label}: {self.done}/{self.total}")
@@ -112,11 +112,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, words: str = "", steps: int = 1) -> None:
-        """Some steps are done; ``words`` say what a person wants to know about the last one."""
+    def advance(self, message: str = "", steps: int = 1) -> None:
+        """Some steps are done; ``message`` is about the last one, such as its loss."""
         self.done += steps
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, words=_markup(words))
+            self._bar.update(self._task, completed=self.done, message=_markup(message))
             return
         now = time.monotonic()
         if now - self._last >= PLAIN_SECONDS or self.done >= self.total:
@@ -124,7 +124,7 @@ class Progress:
             elapsed = now - self._started
             rate = elapsed / (self.done - self.start)
             left = f"{rate * (self.total - self.done):.0f} s left" if self.done < self.total else "done"
-            note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if words else ''}{words}")
+            note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if message else ''}{message}")
 
 
 def show_json(value: Any) -> None:

@@ -76,16 +76,16 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def results(found: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
+def results(by_label: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
     """The results of checkpoints by label."""
     if not distributed.is_main():
         return
     if as_json:
-        console.show_json(next(iter(found.values())) if len(found) == 1 else found)
+        console.show_json(next(iter(by_label.values())) if len(by_label) == 1 else by_label)
         return
     from sppctl.report import text
 
-    text.show_results(found, seed)
+    text.show_results(by_label, seed)
 
 
 def report(study: Study, as_json: bool) -> None:

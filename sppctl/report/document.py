@@ -88,9 +88,9 @@ def document(study: Study, chapters: Sequence[Sequence[Section]], place: str | P
     if len(study.runs) == 1:
         return list(chapters[0])
     sections = [Section(f"{len(study.runs)} runs", level=1), *_overview(study)]
-    for at, (run, own) in enumerate(zip(study.runs, chapters, strict=True)):
+    for at, (run, chapter_of_run) in enumerate(zip(study.runs, chapters, strict=True)):
         folder = f"{os.path.relpath(run.directory, place)}/"
-        lower = [replace(section, level=section.level + 1, folder=folder) for section in own]
+        lower = [replace(section, level=section.level + 1, folder=folder) for section in chapter_of_run]
         sections += [replace(lower[0], anchor=f"run{at}"), *lower[1:]]
     return sections
 

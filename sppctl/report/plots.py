@@ -122,7 +122,7 @@ def draw(layers: list[LayerRecord]) -> Figure:
 
 def _means(points: Points, key: str) -> dict[int, float]:
     """Block index -> mean over its layers of this type."""
-    return {block: sum(getattr(one, key) for one in own) / len(own) for block, own in sorted(points.items())}
+    return {block: sum(getattr(one, key) for one in layers) / len(layers) for block, layers in sorted(points.items())}
 
 
 def _lines(axes: Axes, series: list[dict[int, float]]) -> list[Line2D]:

@@ -140,10 +140,10 @@ def _row_names(rows: Sequence[Row]) -> list[str]:
     """The checkpoints, with as much of how each was made as distinguishes it from the others."""
     labels, keys, made = [row.checkpoint for row in rows], short_names(rows), []
     for row in rows:
-        words = [word for word in (row.checkpoint, row.method, row.pattern, row.training) if word]
+        parts = [part for part in (row.checkpoint, row.method, row.pattern, row.training) if part]
         for key, value in row.settings.items():  # a number alone would say nothing
-            words.append(f"{keys[key]} {value}" if isinstance(value, int | float) else str(value))
-        made.append(" ".join(words))
+            parts.append(f"{keys[key]} {value}" if isinstance(value, int | float) else str(value))
+        made.append(" ".join(parts))
     names = []
     for row, name in zip(rows, made, strict=True):
         unique = name if made.count(name) == 1 else f"{name} ({row.run.rstrip('/').rpartition('/')[2]})"
@@ -228,9 +228,9 @@ def losses(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     for name, points in curves.items():
         axes = grid[-1 if name == "perplexity" else 0, 0]
         colour, line, marker, shift = looks[name]
-        every = max(1, len(points) // 24)
+        interval = max(1, len(points) // 24)
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, line, color=colour, marker=marker, markersize=5, markevery=every, label=name)
+        axes.plot(steps, values, line, color=colour, marker=marker, markersize=5, markevery=interval, label=name)
         value = f"{values[-1]:.2f}" if name == "perplexity" else f"{values[-1]:.3f}"
         axes.annotate(value, (steps[-1], values[-1]), (6, shift), textcoords="offset points", color=colour)
     for axes, label in zip(grid[:, 0], ("loss (nats per token)", "perplexity"), strict=False):

@@ -201,9 +201,9 @@ def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSam
     entries: dict[Any, Entry] = {}
     draws: dict[Any, Floats] = {}
     for key in (key for key in first if key in second):
-        ours, theirs = first[key].samples, second[key].samples
-        pairs = [(ours[document], theirs[document]) for document in ours if document in theirs]
-        alone = len(ours) + len(theirs) - 2 * len(pairs)
+        left, right = first[key].samples, second[key].samples
+        pairs = [(left[document], right[document]) for document in left if document in right]
+        alone = len(left) + len(right) - 2 * len(pairs)
         pairs = [pair for pair in pairs if all(sample.get("acc") is not None for sample in pair)]
         note = f"{alone} samples stand in one of the two files only and are left out" if alone else None
         entries[key] = Entry(first[key].name, "acc", len(pairs), note=note)

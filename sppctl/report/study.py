@@ -116,8 +116,8 @@ class RunStudy:
         stages, checkpoints, notes = records.read(run_dir)
         samples = {}
         for label, content in checkpoints.items():
-            samples[label], strange = significance.read_samples(run_dir / f"eval/{label}.samples", content.tasks)
-            notes += strange
+            samples[label], foreign = significance.read_samples(run_dir / f"eval/{label}.samples", content.tasks)
+            notes += foreign
         settings: Json = {}
         for record in stages.values():
             settings |= record.settings
@@ -167,7 +167,7 @@ class RunStudy:
         }
         base, pruned = numbers.get("base", {}), numbers.get("pruned", {})
         rows = []
-        for label, own in numbers.items():
+        for label, known in numbers.items():
             prune, train, merge = (
                 self.stages[stage].metrics if stage in self.stages and label in labels else None
                 for stage, labels in MADE_BY.items()
@@ -184,13 +184,13 @@ class RunStudy:
                 fingerprint=self.checkpoints[label].fingerprint,
                 sparsity=sparsity,
                 values=self._values[0][label],
-                difference={key: own[key] - base[key] for key in own if key in base and label != "base"},
+                difference={key: known[key] - base[key] for key in known if key in base and label != "base"},
                 recovered={
                     key: share
-                    for key in own
+                    for key in known
                     if label in MADE_BY["train"]  # the gap of this run is no other checkpoint's
                     if key in base and key in pruned
-                    if (share := gap_recovered(key.metric.kind, base[key], pruned[key], own[key])) is not None
+                    if (share := gap_recovered(key.metric.kind, base[key], pruned[key], known[key])) is not None
                 },
             )
             rows.append(row)
@@ -256,10 +256,10 @@ class Study:
         for run, config in zip(self.runs, configs, strict=True):
             for row in run.rows:
                 depends = DEPENDS.get(row.checkpoint, "")
-                own = {key: config[key] for key in keys if key in config and key.startswith(depends)}
-                identity = (row.checkpoint, row.fingerprint, row.method, row.pattern, own, row.values)
+                settings = {key: config[key] for key in keys if key in config and key.startswith(depends)}
+                identity = (row.checkpoint, row.fingerprint, row.method, row.pattern, settings, row.values)
                 if row.fingerprint is None or row.checkpoint not in PLAIN or identity not in seen:
-                    rows.append(replace(row, settings=own))
+                    rows.append(replace(row, settings=settings))
                     seen.append(identity)
         dtypes = [" and ".join(sorted({value.dtype or "unknown" for value in row.values.values()})) for row in rows]
         if len(set(dtypes)) == 1:  # within a run the names of quantities say it

@@ -114,14 +114,14 @@ def type_table(layers: list[LayerRecord]) -> Table:
     columns += columns_of(*["damping"] * damped, "seconds")
     lines = []
     for name, points in plots.by_type(layers).items():
-        own = [layer for block in points.values() for layer in block]
-        worst = max(own, key=lambda layer: float(getattr(layer, key)))
-        sparsity, mean = (sum(getattr(layer, what) for layer in own) / len(own) for what in ("sparsity", key))
-        cells = [name, str(len(own)), f"{sparsity:.2%}", f"{mean:.3f}", f"{getattr(worst, key):.3f}", worst.name]
-        damps = sorted(layer.damp for layer in own if layer.damp is not None)
+        members = [layer for block in points.values() for layer in block]
+        worst = max(members, key=lambda layer: float(getattr(layer, key)))
+        sparsity, mean = (sum(getattr(layer, what) for layer in members) / len(members) for what in ("sparsity", key))
+        cells = [name, str(len(members)), f"{sparsity:.2%}", f"{mean:.3f}", f"{getattr(worst, key):.3f}", worst.name]
+        damps = sorted(layer.damp for layer in members if layer.damp is not None)
         ends = dict.fromkeys(f"{damp:g}" for damp in damps[:1] + damps[-1:])
         cells += [" to ".join(ends) or NOTHING] if damped else []
-        lines.append([*cells, f"{sum(layer.seconds for layer in own):.1f}"])
+        lines.append([*cells, f"{sum(layer.seconds for layer in members):.1f}"])
     return Table(columns, lines)
 
 
@@ -172,7 +172,7 @@ def over_runs(rows: Sequence[Row], *parts: Callable[[Sequence[Row]], Part]) -> T
     for part in (_made, *parts):
         more, cells = part(rows)
         columns += more
-        lines = [[*line, *own] for line, own in zip(lines, cells, strict=True)]
+        lines = [[*line, *further] for line, further in zip(lines, cells, strict=True)]
     breaks = frozenset(at for at in range(1, len(rows)) if rows[at].run != rows[at - 1].run)
     return Table(columns, lines, breaks=breaks, is_wide=True)
 
@@ -195,10 +195,10 @@ def gaps(rows: Sequence[Row]) -> Part:
         ("gap recovered", "gap recovered, {}", _recovered),
     ):
         for quantity in headlines(rows):
-            own = [write(row, quantity) for row in rows]
-            if set(own) != {NOTHING}:
+            column = [write(row, quantity) for row in rows]
+            if set(column) != {NOTHING}:
                 columns.append(Column(quantity.label, group, title.format(quantity.label)))
-                cells = [[*line, cell] for line, cell in zip(cells, own, strict=True)]
+                cells = [[*line, cell] for line, cell in zip(cells, column, strict=True)]
     return columns, cells
 
 
@@ -277,10 +277,10 @@ def long_table(rows: Sequence[Row]) -> Table:
     lines: list[list[Any]] = []
     for row in rows:
         known = vars(row) | row.sparsity  # whose own sparsity is the number
-        own, settings = [known[key] for key in about], [row.settings.get(key) for key in keys]
+        identity, settings = [known[key] for key in about], [row.settings.get(key) for key in keys]
         for one, value in row.values.items():
             named = [one.label, one.metric.kind.value, value.number, value.stderr, value.norm]
-            lines.append([*own, *named, row.difference.get(one), row.recovered.get(one), *settings])
+            lines.append([*identity, *named, row.difference.get(one), row.recovered.get(one), *settings])
         if not row.values:
-            lines.append([*own, *[None] * len(numbers), *settings])
+            lines.append([*identity, *[None] * len(numbers), *settings])
     return Table([Column(head) for head in (*about, *numbers, *keys)], lines)

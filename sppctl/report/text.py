@@ -24,9 +24,9 @@ def to_markdown(sections: Sequence[Section]) -> str:
     """The whole report; of figures those that are files. A section of other figures alone is left out."""
     blocks = []
     for section in sections:
-        own = [block for item in section.items if (block := _block(item, section.folder))]
-        if own or not section.items:
-            blocks += [f"{'#' * section.level} {escape(section.title)}", *own]
+        contents = [block for item in section.items if (block := _block(item, section.folder))]
+        if contents or not section.items:
+            blocks += [f"{'#' * section.level} {escape(section.title)}", *contents]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -50,8 +50,8 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
         raise UserError(f"--latex {latex}: nothing has been measured yet; sppctl eval does")
     chapters = [chapter(run) for run in study.runs]
     if len(run_dirs) > 1:
-        for path, run, own in zip(run_dirs, study.runs, chapters, strict=True):
-            _write(Study([run]), [own], path)
+        for path, run, sections in zip(run_dirs, study.runs, chapters, strict=True):
+            _write(Study([run]), [sections], path)
     _write(study, chapters, place)
     console.note(f"report: {place / 'report.html'}")
     if latex is not None:
