@@ -149,12 +149,12 @@ def execute(config: Config) -> Plan:
     """
     model = config.model
     assert model.path is not None
-    found, source = architecture.find(model.path, model.gguf_file, model.revision, model.trust_remote_code)
+    shapes, source = architecture.find(model.path, model.gguf_file, model.revision, model.trust_remote_code)
     scope.check_dtype(config)
     # of the pruned checkpoint; known before the model is built, which overwrites the configuration's
-    dtype = getattr(found, "dtype", None) or torch.float32
+    dtype = getattr(shapes, "dtype", None) or torch.float32
     stored = checkpoint.dtype_of(model.dtype, None if model.gguf_file is not None else dtype)
-    skeleton = Skeleton(found, trust_remote_code=model.trust_remote_code)
+    skeleton = Skeleton(shapes, trust_remote_code=model.trust_remote_code)
     targets = scope.adapted(config, skeleton)
     processes = launch.configured_processes(config)
     steps = _steps(config, processes)

@@ -42,7 +42,7 @@ class Activations:
         self._calls: dict[int, list[BlockCall]] = {}
         for rows in self.batches:
             hidden, calls = stack.record(windows[rows].to(stack.device))
-            # windows are never padded, so what a block is told besides its input depends on the shape alone
+            # windows are never padded, so what a block is given besides its input depends on the shape alone
             self._calls.setdefault(len(hidden), calls)
             self.store(rows, hidden)
 
@@ -65,7 +65,7 @@ class Activations:
     def second_buffer(self) -> Tensor:
         """Room for the hidden states of another point of the model, (samples, tokens, width): always the same."""
         if self._second is None:
-            path = self._path.with_name(f"{self._path.name}.beside")
+            path = self._path.with_name(f"{self._path.name}.second")
             _, self._second = self._allocate(tuple(self._hidden.shape), path)
         return self._second
 

@@ -17,13 +17,13 @@ MAX_DAMP = 1.0  # of the mean diagonal; beyond it the Hessian says nothing any m
 
 
 @contextlib.contextmanager
-def _bfloat16_products(wanted: bool) -> Iterator[None]:
+def _bfloat16_products(enabled: bool) -> Iterator[None]:
     """Lets a CPU multiply float32 matrices that hold bfloat16 values on its bfloat16 units.
 
     Nothing is lost: the inputs are representable, sums and result stay float32. Measured about twice as fast.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if not wanted or not hasattr(matmul, "fp32_precision"):
+    if not enabled or not hasattr(matmul, "fp32_precision"):
         yield
         return
     before = matmul.fp32_precision

@@ -144,7 +144,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_whole_forward(
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "dtype", "said"),
+    ("device", "capability", "dtype", "problem"),
     [
         ("cpu", (0, 0), torch.bfloat16, "no sparse kernel on this device"),
         ("mps", (0, 0), torch.float16, "no sparse kernel on this device"),
@@ -154,9 +154,9 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_whole_forward(
         ("cuda", (9, 0), torch.bfloat16, None),
     ],
 )
-def test_where_a_kernel_is(device: str, capability: tuple[int, int], dtype: torch.dtype, said: str | None) -> None:
+def test_where_a_kernel_is(device: str, capability: tuple[int, int], dtype: torch.dtype, problem: str | None) -> None:
     reason = no_kernel(device, capability, dtype)
-    assert reason is None if said is None else said in str(reason)
+    assert reason is None if problem is None else problem in str(reason)
 
 
 def test_shapes_that_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_a_kernel_that_refuses_is_a_reason(pruned: Callable[..., Path], monkeypa
     assert "refuses this GPU or model" in str(kernel.reason)
 
 
-def test_transposed_layers_have_no_kernel_and_it_is_said(
+def test_transposed_layers_have_no_kernel(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "no_kernel", lambda *_: None)

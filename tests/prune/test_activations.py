@@ -177,4 +177,4 @@ def test_another_point_of_the_model_waits_in_the_same_place(memory: str, keep: K
     kept.second_buffer().fill_(7)
     assert kept.second_buffer().shape == before.shape
     assert torch.equal(everything(kept), before)
-    assert {path.name for path in tmp_path.iterdir()} == ({"hidden", "hidden.beside"} if memory == "disk" else set())
+    assert {path.name for path in tmp_path.iterdir()} == ({"hidden", "hidden.second"} if memory == "disk" else set())
