@@ -324,17 +324,18 @@ def from_json(kind: type[R], content: Any, metrics: type | None = None) -> R:
 def _parse(hint: Any, value: Any, key: str, metrics: type | None) -> Any:
     hint = metrics if hint is M else hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # of a type and None
-        return None if value is None else _parse(inner[0], value, key, metrics)
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint) and hint is not Pattern:
-        return _parse_fields(typing.cast(type, hint), value, key, metrics)
     if hint is Pattern:
         return Pattern.parse(value)
-    expected: Any = {float: (int, float), tuple: list}.get(origin or hint, origin or hint)
+    if origin in (types.UnionType, typing.Union):  # of a type and None
+        return None if value is None else _parse(inner[0], value, key, metrics)
+    is_record = dataclasses.is_dataclass(hint)
+    expected: Any = dict if is_record else {float: (int, float), tuple: list}.get(origin or hint, origin or hint)
     if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"its {key} is not what belongs there")
+        raise ValueError(f"its {key or 'content'} is not what belongs there")
+    if is_record:
+        return _parse_fields(hint, value, key, metrics)
     if origin is dict:
         return {inner[0](name): _parse(inner[1], item, f"{key}.{name}", metrics) for name, item in value.items()}
     if origin in (list, tuple):
@@ -345,16 +346,14 @@ def _parse(hint: Any, value: Any, key: str, metrics: type | None) -> Any:
 _hints = functools.cache(typing.get_type_hints)  # which evaluates the text of every annotation
 
 
-def _parse_fields(kind: type, value: Any, key: str, metrics: type | None) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"its {key or 'content'} is not what belongs there")
+def _parse_fields(kind: Any, content: dict[str, Any], key: str, metrics: type | None) -> Any:
     hints, values = _hints(kind), {}
-    if unknown := value.keys() - hints.keys():
+    if unknown := content.keys() - hints.keys():
         raise ValueError(f"its {key or 'content'} has {min(unknown)}, which does not belong there")
     for field in dataclasses.fields(kind):
         where = f"{key}.{field.name}".lstrip(".")
-        if field.name in value:
-            values[field.name] = _parse(hints[field.name], value[field.name], where, metrics)
+        if field.name in content:
+            values[field.name] = _parse(hints[field.name], content[field.name], where, metrics)
         elif field.default is dataclasses.MISSING:
             raise ValueError(f"it has no {where}")
     return kind(**values)

@@ -162,12 +162,7 @@ def _nearest(key: str) -> str:
 
 
 def did_you_mean(name: str, known: Mapping[str, str] | Iterable[str]) -> str:
-    """The end of an error about an unknown name: the known one that is most like it; empty if none is.
-
-    Args:
-        name: that is not known.
-        known: all that are, perhaps with what to print for each.
-    """
+    """The end of an error about an unknown name: the most similar of the known ones (perhaps with what to print)."""
     shown_as = dict(known) if isinstance(known, Mapping) else {each: each for each in known}
     close = difflib.get_close_matches(name, shown_as, n=1, cutoff=0.6)
     return f"; did you mean {shown_as[close[0]]}?" if close else ""

@@ -33,13 +33,16 @@ def _key(default: Any, meaning: str, *, affects_result: bool = True, path: bool 
     return field(default=default, metadata=metadata)
 
 
+def _runtime(default: Any, meaning: str, *, path: bool = False, **bounds: float) -> Any:
+    """A key that says how or where something is done, and cannot change a result."""
+    return _key(default, meaning, affects_result=False, path=path, **bounds)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = _key(
-        "runs/default", "directory of the run: pruned/, adapter/, merged/, eval/", affects_result=False, path=True
-    )
+    dir: str = _runtime("runs/default", "directory of the run: pruned/, adapter/, merged/, eval/", path=True)
     seed: int = _key(
         0, "seed of calibration windows, adapter initialisation, dropout and data order", low=0, high=2**32 - 1
     )
@@ -49,16 +52,11 @@ class RunConfig:
 class LaunchConfig:
     """How many processes share the work; processes started by torchrun, accelerate or srun are used as they are."""
 
-    num_processes: int | Auto = _key(
-        "auto", "processes to start on this machine; auto: one per GPU", low=1, affects_result=False
-    )
-    num_machines: int = _key(
-        1, "machines in the job; sppctl is started on each by torchrun or srun", low=1, affects_result=False
-    )
-    strategy: Literal["ddp", "fsdp", "zero3"] = _key(
+    num_processes: int | Auto = _runtime("auto", "processes to start on this machine; auto: one per GPU", low=1)
+    num_machines: int = _runtime(1, "machines in the job; sppctl is started on each by torchrun or srun", low=1)
+    strategy: Literal["ddp", "fsdp", "zero3"] = _runtime(
         "ddp",
         "training on several processes: ddp, a whole model in each; fsdp or zero3 (DeepSpeed), its weights sharded",
-        affects_result=False,
     )
 
 
@@ -74,10 +72,10 @@ class ModelConfig:
     dtype: DType = _key("auto", "dtype of the pruned checkpoint; auto: as stored")
     compute_dtype: DType = _key(
         "auto",
-        "dtype that prune, train and eval compute in; auto: as stored if the device multiplies it natively, "
-        "otherwise float32",
+        "dtype that prune, train and eval compute in; auto: as stored if the device multiplies it natively, otherwise"
+        " float32",
     )
-    device: str = _key("auto", "cpu, cuda, cuda:1, mps; auto: the GPU if there is one", affects_result=False)
+    device: str = _runtime("auto", "cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
     trust_remote_code: bool = _key(False, "run Python code that comes with the model")
 
 
@@ -87,8 +85,8 @@ class CalibrationConfig:
 
     dataset: str = _key(
         "instructions",
-        "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), "
-        "or a local .txt, .jsonl, .json or .parquet file",
+        "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
+        ".txt, .jsonl, .json or .parquet file",
         path=True,
     )
     split: str = _key("train", "split of a hub data set")
@@ -115,8 +113,7 @@ class PruneConfig:
         {}, "other sparsity patterns by layer name or pattern: {down_proj: 0.4}; the last match wins"
     )
     allocation: Literal["uniform", "owl"] | list[float] = _key(
-        "uniform",
-        "how a ratio is distributed over blocks: uniform, owl (by outliers), or a list of one ratio each",
+        "uniform", "how a ratio is distributed over blocks: uniform, owl (by outliers), or a list of one ratio each"
     )
     owl_lambda: float = _key(0.08, "OWL: largest deviation of a block's ratio from prune.pattern", above=0, below=1)
     mask_from: str | None = _key(
@@ -128,10 +125,8 @@ class PruneConfig:
     reconstruct_epochs: int = _key(0, "epochs of tuning each pruned block on the dense one's output; 0: none", low=0)
     reconstruct_lr: float = _key(1e-4, "learning rate of that tuning (Adam)", above=0)
     batch_size: int | Auto = _key("auto", "calibration windows run through a block at a time", low=1)
-    memory: Literal["auto", "device", "ram", "disk"] = _key(
-        "auto",
-        "where hidden states are kept between blocks; auto: the first that is large enough",
-        affects_result=False,
+    memory: Literal["auto", "device", "ram", "disk"] = _runtime(
+        "auto", "where hidden states are kept between blocks; auto: the first that is large enough"
     )
     damp: float = _key(0.01, "SparseGPT: damping, as a fraction of the mean Hessian diagonal", above=0)
     block_size: int = _key(128, "SparseGPT: columns solved before the rest of the matrix is updated", low=1)
@@ -158,10 +153,8 @@ class TrainDataConfig:
     max_rows: int | None = _key(None, "use only the first rows, after shuffling", low=1)
     train_on_inputs: bool = _key(True, "compute the loss on the prompt, too (as published), or on the response alone")
     group_by_length: bool = _key(False, "batch examples of similar length: less padding, a different order")
-    packing: bool = _key(
-        False,
-        "concatenate the examples of a batch without padding, each attending only to itself",
-        affects_result=False,
+    packing: bool = _runtime(
+        False, "concatenate the examples of a batch without padding, each attending only to itself"
     )
 
 
@@ -206,24 +199,21 @@ class TrainConfig:
     epochs: float = _key(3.0, "passes over the data", above=0, high=1e6)
     max_steps: int | None = _key(None, "stop after this many optimizer steps; overrides epochs", low=1)
     batch_size: int = _key(128, "examples per optimizer step, over all devices; accumulation is derived", low=1)
-    micro_batch_size: int = _key(8, "examples per device and forward pass", low=1, affects_result=False)
+    micro_batch_size: int = _runtime(8, "examples per device and forward pass", low=1)
     lr: float = _key(4e-3, "peak learning rate (AdamW)", above=0)
     warmup_ratio: float = _key(0.03, "warm-up, as a fraction of all steps", low=0, below=1)
     weight_decay: float = _key(0.001, "AdamW's decoupled weight decay", low=0)
     max_grad_norm: float = _key(1.0, "gradient clipping norm; 0 disables", low=0)
-    gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass", affects_result=False)
-    save_steps: int = _key(200, "optimizer steps between checkpoints", low=1, affects_result=False)
-    keep_checkpoints: int = _key(2, "number of newest checkpoints to keep while training", low=1, affects_result=False)
+    gradient_checkpointing: bool = _runtime(False, "recompute activations in the backward pass")
+    save_steps: int = _runtime(200, "optimizer steps between checkpoints", low=1)
+    keep_checkpoints: int = _runtime(2, "number of newest checkpoints to keep while training", low=1)
     eval_steps: int | None = _key(None, "optimizer steps between validation losses; null: only at the end", low=1)
-    perplexity_steps: int | None = _key(
-        None,
-        "optimizer steps between perplexities on the first text of eval.perplexity",
-        low=1,
-        affects_result=False,
+    perplexity_steps: int | None = _runtime(
+        None, "optimizer steps between perplexities on the first text of eval.perplexity", low=1
     )
-    log_steps: int = _key(10, "optimizer steps between two lines of progress", low=1, affects_result=False)
-    report_to: list[Literal["tensorboard", "wandb"]] = _key(
-        ["tensorboard"], "where metrics are also logged: tensorboard, wandb", affects_result=False
+    log_steps: int = _runtime(10, "optimizer steps between two lines of progress", low=1)
+    report_to: list[Literal["tensorboard", "wandb"]] = _runtime(
+        ["tensorboard"], "where metrics are also logged: tensorboard, wandb"
     )
     distill: DistillConfig = field(default_factory=DistillConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
@@ -236,8 +226,8 @@ class MergeConfig:
     dtype: DType = _key("auto", "dtype of all floating-point tensors of merged/; auto: as in the pruned checkpoint")
     mask: Literal["keep", "reapply", "dense"] = _key(
         "keep",
-        "keep: refuse a merge that would fill zeros; reapply: apply the old mask to the merged weights (the "
-        "paper's LoRA*); dense: accept a dense result",
+        "keep: refuse a merge that would fill zeros; reapply: apply the old mask to the merged weights (the paper's "
+        "LoRA*); dense: accept a dense result",
     )
 
 
@@ -246,9 +236,7 @@ class EvalConfig:
     """What is measured on base, pruned and merged."""
 
     perplexity: list[str] = _key(
-        ["wikitext2"],
-        "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file",
-        path=True,
+        ["wikitext2"], "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file", path=True
     )
     seq_len: int | None = _key(None, "perplexity window in tokens; null: min(2048, limit of the model)", low=2)
     stride: int | None = _key(
@@ -274,7 +262,7 @@ class EvalConfig:
     chat_template: bool = _key(False, "apply the tokenizer's chat template to prompts")
     system_prompt: str | None = _key(None, "system message of every prompt")
     include_path: str | None = _key(None, "folder with your own lm-eval tasks (YAML)", path=True)
-    batch_size: int | Auto = _key("auto", "requests per batch", low=1, affects_result=False)
+    batch_size: int | Auto = _runtime("auto", "requests per batch", low=1)
     limit: int | None = _key(None, "use only the first N examples of each task; results are labelled with it", low=1)
 
 

@@ -52,15 +52,9 @@ def holds_work(partial: Path) -> bool:
 
 
 def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | None = None) -> str:
-    """The keys in which an attempt, finished or not, differs from one that is made now, with both values.
+    """The keys in which an attempt, finished or not, differs from one made now, with both values; empty if in none.
 
-    Args:
-        before: the earlier attempt.
-        settings: of now.
-        inputs: of now; None: not known yet, and taken for the same.
-
-    Returns:
-        Text for an error; empty if the attempts are the same.
+    ``inputs`` is None where those of now are not known yet, and taken for the same.
     """
     now = Attempt(settings, before.inputs if inputs is None else inputs).as_in(before)
     if now == before:

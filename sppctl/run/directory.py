@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,9 +92,7 @@ class Run(RunDirectory):
     def check_attempt(self, stage: str, inputs: dict[str, str] | None = None) -> None:
         """Raises UserError if doing a stage would destroy unfinished work with other settings, and nobody asked for it.
 
-        Args:
-            stage: prune, train or merge.
-            inputs: of the stage; None: not known yet, only the settings count.
+        Its inputs count where they are known.
         """
         directory = self.partial(DIRECTORIES[stage])
         asked = self.force if stage == "prune" else not self.resume
@@ -121,10 +119,7 @@ class Run(RunDirectory):
         return prepared
 
     def do(self, stage: Stage[P, M_co]) -> StageRecord[M_co]:
-        """Does a stage unless it is up to date, and publishes it.
-
-        Returns:
-            Its record.
+        """Does a stage unless it is up to date, and publishes it with its record.
 
         Raises:
             UserError: the stage exists with other settings or inputs, and force is off; or there is unfinished work
@@ -183,28 +178,25 @@ class Run(RunDirectory):
         return None, None
 
     def _published(self, stage: str, attempt: Attempt, dtype: str, seconds: float, metrics: M_co) -> StageRecord[M_co]:
-        def record(output: str, files: dict[str, str]) -> StageRecord[M_co]:
-            return StageRecord(
-                stage=stage,
-                fingerprint=attempt.fingerprint,
-                settings=attempt.settings,
-                inputs=attempt.inputs,
-                compute_dtype=dtype or None,
-                seed=self.config.run.seed,
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                wall_time_s=seconds,
-                peak_memory_mb=machine.peak_memory_mb(),
-                hardware=machine.describe(),
-                versions={"python": platform.python_version()} | machine.versions(*LIBRARIES),
-                command=console.command_line(),
-                metrics=metrics,
-                output=output,
-                files=files,
-            )
-
+        record: Callable[..., StageRecord[M_co]] = partial(
+            StageRecord,
+            stage=stage,
+            fingerprint=attempt.fingerprint,
+            settings=attempt.settings,
+            inputs=attempt.inputs,
+            compute_dtype=dtype or None,
+            seed=self.config.run.seed,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            wall_time_s=seconds,
+            peak_memory_mb=machine.peak_memory_mb(),
+            hardware=machine.describe(),
+            versions={"python": platform.python_version()} | machine.versions(*LIBRARIES),
+            command=console.command_line(),
+            metrics=metrics,
+        )
         if not (distributed.is_main() or distributed.is_connected()):
-            return record("", {})
-        return distributed.decide(lambda: self.complete(DIRECTORIES[stage], record))
+            return record(output="", files={})
+        return distributed.decide(partial(self.complete, DIRECTORIES[stage], record))
 
 
 def _as_before(attempt: Attempt, before: Attempt) -> machine.Compute:

@@ -55,12 +55,12 @@ class RunDirectory:
         path.mkdir(parents=True)
         return path
 
-    def complete(self, name: str, record: Callable[[str, dict[str, str]], R]) -> R:
+    def complete(self, name: str, record: Callable[..., R]) -> R:
         """Publishes a stage; from the moment that its record is there, the next command does so if this one cannot.
 
         Args:
             name: of its directory.
-            record: makes its record of the fingerprint of the weights and the hash of each file.
+            record: makes its record of ``output``, the fingerprint of the weights, and ``files``, the hash of each.
         """
         from sppctl.files import integrity
         from sppctl.model import checkpoint
@@ -69,7 +69,7 @@ class RunDirectory:
         disk.sync_tree(partial)
         with console.working(f"hashing the files of {partial}"):
             files = integrity.hashes(partial, integrity.listing(partial, WORKING))
-        made = record(checkpoint.identity_of(files), files)
+        made = record(output=checkpoint.identity_of(files), files=files)
         sealed.write(partial / RECORD, to_json(made))
         self._publish(name)
         return made

@@ -43,32 +43,22 @@ class Job:
 
 
 def jobs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Job]:
-    """The jobs of a sweep, each after the one it waits for; the report, which waits for all runs, is the last.
-
-    Args:
-        sweep: the sweep.
-        overrides: KEY=VALUE it was read with.
-    """
+    """The jobs of a sweep (read with these KEY=VALUE), each after the one it waits for; the report is the last."""
     again = (str(sweep.file), *overrides, "--only")
-    found = []
+    of_members = []
     for member in sweep.members():
         if member.name in sweep.runs:
             train = f"{member.name}.train"
-            found.append(Job(train, "slurm_train.sh", member.arguments, member.parent, "train"))
-            found.append(Job(f"{member.name}.eval", "slurm_eval.sh", member.arguments, train, "eval"))
+            of_members.append(Job(train, "slurm_train.sh", member.arguments, member.parent, "train"))
+            of_members.append(Job(f"{member.name}.eval", "slurm_eval.sh", member.arguments, train, "eval"))
         else:
             options = "prune" if member.name in sweep.pruned else "eval"
-            found.append(Job(member.name, "slurm_sweep.sh", (*again, member.name), member.parent, options))
-    return [*found, Job(REPORT, "slurm_sweep.sh", (*again, REPORT), None, "eval")]
+            of_members.append(Job(member.name, "slurm_sweep.sh", (*again, member.name), member.parent, options))
+    return [*of_members, Job(REPORT, "slurm_sweep.sh", (*again, REPORT), None, "eval")]
 
 
 def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Writes the scripts of all jobs, and the one that submits them.
-
-    Args:
-        sweep: the sweep.
-        folder: of the scripts; made if it is not there.
-        overrides: KEY=VALUE the sweep was read with.
 
     Returns:
         The script that submits the jobs.
@@ -76,27 +66,26 @@ def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
     Raises:
         UserError: this is not the root of a checkout, whose scripts the jobs call.
     """
-    checkout = Path.cwd()
-    every = jobs(sweep, overrides)
-    missing = {job.script for job in every if not (checkout / "scripts" / job.script).is_file()}
+    checkout, all_jobs = Path.cwd(), jobs(sweep, overrides)
+    missing = {job.script for job in all_jobs if not (checkout / "scripts" / job.script).is_file()}
     if missing:
         raise UserError(f"--slurm: scripts/{min(missing)} is not here; call it from the root of a checkout of sppctl")
     folder.mkdir(parents=True, exist_ok=True)
-    for job in every:
+    for job in all_jobs:
         _save(folder / f"{job.name}.sh", _script(job, checkout))
     header = HEADER.replace("SWEEP", shlex.quote(str(sweep.file))).replace("CHECKOUT", shlex.quote(str(checkout)))
-    _save(folder / SUBMIT, header + "".join(_submission(job) for job in every))
+    _save(folder / SUBMIT, header + "".join(_submission(job) for job in all_jobs))
     return folder / SUBMIT
 
 
 def _script(job: Job, checkout: Path) -> str:
     """The #SBATCH lines of the script it calls, under a name of its own, and the call."""
-    lines = (checkout / "scripts" / job.script).read_text(encoding="utf-8").splitlines()
-    header = [line for line in lines if line.startswith("#SBATCH")]
-    header = [re.sub(r"--job-name=.*", f"--job-name={job.name}", line) for line in header]
+    text = (checkout / "scripts" / job.script).read_text(encoding="utf-8")
+    header = "\n".join(re.findall(r"^#SBATCH.*", text, re.MULTILINE))
+    header = re.sub(r"--job-name=.*", f"--job-name={job.name}", header)
     call = shlex.join([f"scripts/{job.script}", *job.arguments])
     literal = "# shellcheck disable=SC2016  # a prompt may hold a $"
-    return "\n".join(["#!/usr/bin/env bash", *header, "set -euo pipefail", literal, f"exec {call}", ""])
+    return "\n".join(["#!/usr/bin/env bash", header, "set -euo pipefail", literal, f"exec {call}", ""])
 
 
 def _submission(job: Job) -> str:

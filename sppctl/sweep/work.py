@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def check(sweep: Sweep, made: bool = True) -> None:
-    """Everything that can be checked before the first stage of any run.
-
-    Args:
-        sweep: the sweep.
-        made: whether what is there must have been made with the settings of now.
+    """Everything that can be checked before the first stage of any run; ``made``: also the settings of what is there.
 
     Raises:
         UserError: every problem, one per line, with the runs that have it.
