@@ -14,7 +14,7 @@ import pytest
 from conftest import Command
 
 from sppctl import __version__, cli, records
-from sppctl.config.load import config_keys, flatten, load_config, to_dict
+from sppctl.config.load import config_keys, load_config, to_dict
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml
 from sppctl.files import sealed
@@ -207,22 +207,18 @@ def test_a_measurement_with_another_configuration_leaves_the_stages_alone(comman
     assert load_config("tiny.yaml").train.rank == parse_yaml(after["config"], "")["train"]["rank"]
 
 
-def test_force_redoes_every_stage(command: Command, here: Path) -> None:
+def test_force_redoes_every_stage_or_the_one_it_is_given_to(command: Command, here: Path) -> None:
     before = times(here / "run")
+    assert command("merge", "tiny.yaml", "--force").code == 0
+    merged = times(here / "run")
+    assert merged[:2] == before[:2]
+    assert merged[2] != before[2]
     outcome = command("run", "tiny.yaml", "prune.pattern=4:8", "--force")
     assert outcome.code == 0
     assert "up to date" not in outcome.err
-    assert all(new != old for new, old in zip(times(here / "run"), before, strict=True))
+    assert all(new != old for new, old in zip(times(here / "run"), merged, strict=True))
     assert str(load_config("run/resolved.yaml").prune.pattern) == "4:8"
     assert "| 4:8 | 4:8 |" in (here / "run/report.md").read_text()
-
-
-def test_force_of_one_stage_leaves_the_others(command: Command, here: Path) -> None:
-    before = times(here / "run")
-    assert command("merge", "tiny.yaml", "--force").code == 0
-    after = times(here / "run")
-    assert after[:2] == before[:2]
-    assert after[2] != before[2]
 
 
 def test_stages_one_by_one_make_what_run_makes(command: Command, here: Path) -> None:
@@ -320,6 +316,7 @@ def test_report_json_collects_several_runs(command: Command, here: Path) -> None
         assert list(found["checkpoints"]) == ["base", "pruned", "merged"]
         assert all(content.keys() >= RESULTS for content in found["checkpoints"].values())
     assert json.loads((here / "again/report.json").read_text()) == runs[1]
+    assert command("run", "tiny.yaml", "--json").json == [json.loads((here / "run/report.json").read_text())]
 
 
 def test_report_goes_where_it_is_told(command: Command, here: Path) -> None:
@@ -331,10 +328,6 @@ def test_report_goes_where_it_is_told(command: Command, here: Path) -> None:
     assert r"\toprule" in (here / "table.tex").read_text()
     # windows are recorded, so that checkpoints can be compared on each of them
     assert "| pruned to merged | " in (here / "there/report.md").read_text()
-
-
-def test_run_json_is_the_report(command: Command, here: Path) -> None:
-    assert command("run", "tiny.yaml", "--json").json == [json.loads((here / "run/report.json").read_text())]
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------
@@ -360,6 +353,8 @@ def test_eval_adds_to_the_results_of_a_checkpoint_and_measures_nothing_twice(
     assert content["label"] == "merged"
     assert [result["settings"]["text"] for result in content["results"]] == [str(text_file), "other.txt"]
     assert content["results"][:1] == before
+    assert before[0].keys() >= {"settings", "metrics", "seconds", "dtype", "device", "versions"}
+    assert (before[0]["settings"]["seq_len"], before[0]["metrics"]["tokens"]) == (64, 4 * 63)
     measured = path.read_bytes()
     outcome = command("eval", "tiny.yaml")
     assert "eval merged: up to date (run/eval/merged.json)" in outcome.err
@@ -376,11 +371,8 @@ def test_eval_of_other_weights_starts_anew(command: Command, here: Path) -> None
     assert len(after["results"]) == 1
 
 
-def test_eval_knows_the_checkpoints_of_the_run(command: Command, here: Path) -> None:
-    assert command("eval", "tiny.yaml", "--model", "run/pruned", "--json").json["label"] == "pruned"
-
-
 def test_eval_of_any_other_checkpoint_has_a_file_of_its_own(command: Command, here: Path) -> None:
+    assert command("eval", "tiny.yaml", "--model", "run/pruned", "--json").json["label"] == "pruned"
     shutil.copytree("run/merged", "elsewhere")
     content = command("eval", "tiny.yaml", "--model", "elsewhere", "--json").json
     assert content["label"] == "elsewhere"
@@ -421,10 +413,3 @@ def test_eval_of_several_and_of_the_adapter_that_is_not_merged(command: Command,
     assert values["adapter"]["kl"] == merged["results"][0]["metrics"]["kl"]
     assert values["pruned"]["kl"] > 0
     assert values["base"]["kl"] is None
-
-
-def test_flat_results_have_settings_metrics_and_versions(here: Path) -> None:
-    (result,) = json.loads((here / "run/eval/merged.json").read_text())["results"]
-    assert result.keys() >= {"settings", "metrics", "seconds", "dtype", "device", "versions"}
-    assert flatten(result)["settings.seq_len"] == 64
-    assert result["metrics"]["tokens"] == 4 * 63

@@ -137,13 +137,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[.
 
 
 class Stage:
-    """A stage from the same start as often as wanted, always in the same folders, which records name.
-
-    Attributes:
-        changes: of files below the run directory and the cache, in their order.
-        torn: before which of them half of a file can be missing.
-        expected: what is there at the end if nothing interrupts it.
-    """
+    """A stage from the same start as often as wanted, always in the same folders, which records name."""
 
     def __init__(self, name: str, start: Path, folder: Path, arguments: list[str]) -> None:
         self.name, self.start, self.folder, self.arguments = name, start, folder, arguments
@@ -152,9 +146,9 @@ class Stage:
         done = self._call(count=str(count))
         assert done.returncode == 0, done.stderr
         lines = [line.partition(" ") for line in count.read_text().splitlines()]
-        self.changes = [change for _, _, change in lines]
-        self.torn = [at for at, (state, _, _) in enumerate(lines) if state == "half"]
-        self.expected = content(folder)
+        self.changes = [change for _, _, change in lines]  # of files below the run directory and the cache
+        self.torn = [at for at, (state, _, _) in enumerate(lines) if state == "half"]  # half written
+        self.expected = content(folder)  # what is there if nothing interrupts it
 
     def _fresh(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -166,11 +160,13 @@ class Stage:
         if at >= 0 or count:
             patch = DYING.format(at=at, half=half, folder=str(self.folder), count=count)
         run = self.folder / "run"
-        given = [str(run)] if self.name == "report" else [*self.arguments, f"run.dir={run}"]
-        given += ["--model=base", "--model=pruned"] * (self.name == "eval")
-        given += ["model.gguf_file=tiny.gguf"] * (self.name == "base")
-        patch += BASE * (self.name == "base")
-        return Process([self.name, *given, *more], patch, {"SPPCTL_CACHE": str(self.folder / "cache")}).wait()
+        arguments = [str(run)] if self.name == "report" else [*self.arguments, f"run.dir={run}"]
+        if self.name == "eval":
+            arguments += ["--model=base", "--model=pruned"]
+        if self.name == "base":
+            arguments.append("model.gguf_file=tiny.gguf")
+            patch += BASE
+        return Process([self.name, *arguments, *more], patch, {"SPPCTL_CACHE": str(self.folder / "cache")}).wait()
 
     def moments(self) -> list[tuple[int, bool]]:
         """At which changes to kill it, and whether the last file has half of its bytes then."""
