@@ -69,7 +69,9 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         UserError: one message with every unknown key, wrong type, bad value and impossible combination.
     """
     path = find_file(name)
-    tree = read_yaml(path) or {}
+    tree = read_yaml(path)
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {shown(tree)}")
     if "grid" in tree:

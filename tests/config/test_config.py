@@ -131,7 +131,8 @@ def test_what_a_file_leaves_out_is_the_default(text: str, load: Load, tmp_path: 
     [
         (b"- a\n- b", "expected sections such as 'model:' and 'prune:', found the list"),
         (b"just text", "expected sections such as 'model:' and 'prune:', found the text"),
-        (b"42", "expected sections such as 'model:' and 'prune:', found 42"),
+        (b"[]", "expected sections such as 'model:' and 'prune:', found the list []"),
+        (b"0", "expected sections such as 'model:' and 'prune:', found 0"),
         (b"# " + b"long " * 60_000, "has 300,002 bytes, more than the 262,144"),
         ("run: {dir: h\xe9}".encode("latin-1"), "cannot be read: 'utf-8'"),
         ("fifo", "is not a regular file; give a YAML file"),
