@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,25 +12,34 @@ from sppctl import machine
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512_vnni"
+BF16 = "avx512_bf16"
 NO_UNITS = "computing in float32 (this CPU has no bfloat16 units"
 
 
-def chosen(stored: str, device: torch.device = CPU, wanted: str = "auto", training: bool = False) -> str:
-    compute = machine.choose_dtype(wanted, stored, device, training=training)
+def chosen(stored: str, device: torch.device = CPU, training: bool = False) -> str:
+    compute = machine.choose_dtype("auto", stored, device, training=training)
     assert compute.text.startswith(f"computing in {compute.dtype}")
     return compute.dtype
 
 
-@pytest.mark.parametrize("flags", [f"{AVX512} avx512_bf16", f"{AVX512} avx512_bf16 amx_bf16 amx_tile"])
-def test_a_cpu_with_bfloat16_units_computes_in_it(cpu: Cpu, flags: str) -> None:
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (f"{AVX512} {BF16}", ("bfloat16", "computing in bfloat16", False)),
+        (f"{AVX512} {BF16} amx_bf16 amx_tile", ("bfloat16", "computing in bfloat16", False)),
+        (AVX2, ("float32", f"{NO_UNITS})", True)),
+        (AVX512, ("float32", f"{NO_UNITS})", True)),
+    ],
+)
+def test_bfloat16_is_computed_in_where_the_cpu_has_units_for_it(cpu: Cpu, flags: str, expected: Any) -> None:
     cpu(flags)
-    assert machine.choose_dtype("auto", "bfloat16", CPU).text == "computing in bfloat16"
-
-
-@pytest.mark.parametrize("flags", [AVX2, AVX512])
-def test_a_cpu_without_them_computes_in_float32(cpu: Cpu, flags: str) -> None:
-    cpu(flags)
-    assert machine.choose_dtype("auto", "bfloat16", CPU) == ("float32", f"{NO_UNITS})", True)
+    assert machine.choose_dtype("auto", "bfloat16", CPU) == expected
+    assert chosen("float16") == "float32"  # never native on a CPU
+    assert chosen("float16", training=True) == expected[0]  # and never trained
+    assert chosen("float32") == "float32"
+    for stored in ("float32", "bfloat16", "float16"):
+        configured = ("bfloat16", "computing in bfloat16 as configured", False)
+        assert machine.choose_dtype("bfloat16", stored, CPU) == configured
 
 
 @pytest.mark.parametrize(
@@ -52,13 +62,11 @@ def test_a_cpu_without_them_computes_in_float32(cpu: Cpu, flags: str) -> None:
     ],
 )
 def test_switches_are_honoured_as_their_libraries_do(cpu: Cpu, switch: str, value: str, on: bool) -> None:
-    cpu(f"{AVX512} avx512_bf16", **{switch: value})
+    cpu(f"{AVX512} {BF16}", **{switch: value})
     expected = "computing in bfloat16" if on else f"{NO_UNITS} under {switch}={value})"
     assert machine.choose_dtype("auto", "bfloat16", CPU).text == expected
-
-
-def test_the_old_name_of_the_switch_counts_only_alone(cpu: Cpu) -> None:
-    cpu(f"{AVX512} avx512_bf16", ONEDNN_MAX_CPU_ISA="ALL", DNNL_MAX_CPU_ISA="AVX2")
+    assert machine.cpu_name() == "Some CPU @ 2: 3 GHz"
+    cpu(f"{AVX512} {BF16}", ONEDNN_MAX_CPU_ISA="ALL", DNNL_MAX_CPU_ISA="AVX2")  # the old name counts only alone
     assert chosen("bfloat16") == "bfloat16"
 
 
@@ -68,12 +76,6 @@ def test_a_cpu_that_says_nothing_computes_in_float32(cpu: Cpu) -> None:
         "(the dtypes that this CPU multiplies natively are unknown)"
     )
     assert machine.cpu_name()
-
-
-def test_float16_is_never_native_on_a_cpu(cpu: Cpu) -> None:
-    cpu(f"{AVX512} avx512_bf16 avx512_fp16 amx_bf16 amx_fp16")
-    assert chosen("float16") == "float32"
-    assert machine.cpu_name() == "Some CPU @ 2: 3 GHz"
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -91,20 +93,6 @@ def test_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
 def test_other_devices_compute_in_float32() -> None:
     assert (chosen("float16", MPS), chosen("bfloat16", MPS)) == ("float16", "float32")
     assert chosen("float16", torch.device("xpu")) == "float32"
-
-
-@pytest.mark.parametrize(("flags", "expected"), [(f"{AVX512} avx512_bf16", "bfloat16"), (AVX2, "float32")])
-def test_float16_is_never_trained(cpu: Cpu, flags: str, expected: str) -> None:
-    cpu(flags)
-    assert chosen("float16", training=True) == expected
-
-
-@pytest.mark.parametrize("flags", [f"{AVX512} avx512_bf16", AVX2])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-def test_what_is_configured_is_computed_in(cpu: Cpu, flags: str, stored: str) -> None:
-    cpu(flags)
-    assert machine.choose_dtype("bfloat16", stored, CPU) == ("bfloat16", "computing in bfloat16 as configured", False)
-    assert chosen("float32") == "float32"
 
 
 def taken(size: int) -> mmap.mmap:

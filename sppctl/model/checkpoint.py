@@ -464,16 +464,16 @@ def copy_for_rewriting(
         for key in file.specs:
             tensor, (wanted, _) = file.read(key), layout[key]
             target.write(key, tensor if tensor.dtype == wanted else convert(key, tensor, wanted))
-    copy = OwnFiles(out)
-    if other is not None:
-        config = _json(out / "config.json")
-        config.pop("torch_dtype", None)
-        (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
-    if other is not None and (out / INDEX_NAME).is_file():
+    if other is None:
+        return OwnFiles(out)
+    config = _json(out / "config.json")
+    config.pop("torch_dtype", None)
+    (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+    if (out / INDEX_NAME).is_file():
         index = _json(out / INDEX_NAME)
         index.setdefault("metadata", {})["total_size"] = weight_bytes(out, "auto")
         (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    return copy
+    return OwnFiles(out)
 
 
 def load_gguf_config(directory: Path, gguf_file: str) -> Any:

@@ -45,9 +45,6 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_config(make()).to(dtype).eval()
 
 
-# --- padded and packed ------------------------------------------------------------------------------------------------
-
-
 TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7, behind(1, 3)), Example([4] * 5, [4] * 5, False, 2, [True] * 5)]
 
 
@@ -107,26 +104,11 @@ def test_packed_batches_give_loss_and_gradient_of_padded_ones(family: str, atten
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# --- which models heed borders ----------------------------------------------------------------------------------------
-
-
-def error_of(model: Any) -> float:
-    return packing_error(model, example(0, 16).input_ids, example(1, 16).input_ids)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", HEEDING)
-def test_packing_is_exact(family: str, dtype: torch.dtype) -> None:
-    assert error_of(tiny(family, dtype)) < batches.EXACT / 10
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", DEAF)
+@pytest.mark.parametrize("family", [*HEEDING, *DEAF])
 def test_models_that_do_not_heed_borders_are_seen(family: str, dtype: torch.dtype) -> None:
-    assert error_of(tiny(family, dtype)) > 10 * batches.EXACT
-
-
-# --- orders -----------------------------------------------------------------------------------------------------------
+    error = packing_error(tiny(family, dtype), example(0, 16).input_ids, example(1, 16).input_ids)
+    assert error > 10 * batches.EXACT if family in DEAF else error < batches.EXACT / 10
 
 
 def test_padding_share_by_hand() -> None:

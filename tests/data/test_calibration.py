@@ -152,9 +152,6 @@ def test_windows_are_identified_by_their_tokens() -> None:
     assert len({Windows(other, "").hash for other in (tokens, tokens + 1, tokens.view(4, 3))}) == 3
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
 TEXT = Text("mine", documents(10, 50))
 
 

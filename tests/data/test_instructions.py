@@ -44,9 +44,6 @@ def numbered(path: Path, name: str, count: int) -> Path:
     return write_rows(path / f"{name}.jsonl", [{"instruction": f"{name} {i}", "output": "x"} for i in range(count)])
 
 
-# --- where they are from ----------------------------------------------------------------------------------------------
-
-
 def write_as(form: str, path: Path, rows: list[dict[str, Any]]) -> None:
     if form == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
@@ -203,9 +200,6 @@ def test_data_under_two_names_is_held_out_under_both(alpaca_file: Path, tmp_path
         load("instructions", own, weights=[1, 1])
 
 
-# --- mixing -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("weights", "options", "taken"),
     [
@@ -256,9 +250,6 @@ def test_impossible_weights(alpaca_file: Path, weight: float, message: str) -> N
 def test_no_data_set_at_all() -> None:
     with pytest.raises(UserError, match=r"^train\.data\.dataset: names no data set"):
         load()
-
-
-# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", **options: Any) -> Example:
@@ -378,9 +369,6 @@ def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTo
     assert len(single.having("labelled")) == 0
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
 class Counting:
     """A tokenizer that counts the texts it is given."""
 
@@ -453,9 +441,6 @@ def test_templates_that_print_the_date_share_no_entry_between_days(cache: Path) 
     assert [said(day) for day in (1, 2, 1)] == ["01 Jul 2024", "02 Jul 2024", "01 Jul 2024"]
     assert len(list(cache.iterdir())) == 2
     assert datetime.now().strftime("%d %b %Y") in style("chat", chatting).text(ROW)[0]
-
-
-# --- the data mirror --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

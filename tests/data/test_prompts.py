@@ -118,9 +118,6 @@ def test_texts_that_cannot_be_prompts(text: str, words: str) -> None:
         style(text, None)
 
 
-# --- chat -------------------------------------------------------------------------------------------------------------
-
-
 def test_chat_speaks_as_the_template_does() -> None:
     chatty = style("chat", chatting())
     asked, answered = "<|user|>\nAdd.\n\n1 and 2<|end|>\n<|assistant|>\n", "3<|end|>\n"

@@ -32,9 +32,6 @@ def documents(name: Path | str, column: str | None = None, **options: Any) -> li
     return texts.load_text(str(name), "train", KEY, column, **options).documents
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "content", "column", "expected"),
     [
@@ -130,9 +127,6 @@ def test_unknown_names_are_told_what_there_is(name: str) -> None:
     assert str(caught.value) == (
         f"{KEY}: {name} is not a file and none of c4, wikitext2, alpaca, instructions, prose, nor a hub id (OWNER/NAME)"
     )
-
-
-# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,9 +241,6 @@ def test_a_part_of_what_is_read_whole(form: str, tmp_path: Path, monkeypatch: py
         datasets.Dataset.from_list(rows).to_parquet(path)
     monkeypatch.setattr(texts, "MOST_DOCUMENTS", 2)
     assert documents(path, part=True) == ["Document 0.", "Document 1."]
-
-
-# --- known texts ------------------------------------------------------------------------------------------------------
 
 
 def test_prose_is_plain_paragraphs() -> None:

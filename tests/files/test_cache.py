@@ -111,9 +111,6 @@ def test_it_is_in_the_home_directory_if_there_is_one(tmp_path: Path, monkeypatch
     assert cache.entry("things", {"tokenizer": "t"}) is None
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
-
-
 def test_a_tokenizer_is_identified_by_what_it_does() -> None:
     one, other = byte_tokenizer(), byte_tokenizer()
     identity = tokenizer_identity(one)

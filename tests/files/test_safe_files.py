@@ -132,8 +132,6 @@ def test_overwriting_one_tensor_leaves_every_other_byte(tmp_path: Path) -> None:
     assert path.read_bytes() == after
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
-
 SAVED = save({"a": torch.zeros(100)})
 ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
 
@@ -178,9 +176,6 @@ def test_names_and_dtypes_that_cannot_be_used(tmp_path: Path) -> None:
     save_file({"a\nb": torch.ones(1)}, path)
     with pytest.raises(UserError, match=r"a\.safetensors: 'a\\nb' is not the name of a tensor"):
         read_header(path)
-
-
-# --- several files ----------------------------------------------------------------------------------------------------
 
 
 def test_shards_read_as_one_mapping(make_checkpoint: Callable[..., Path]) -> None:
@@ -291,9 +286,6 @@ def test_a_shard_is_a_plain_name(shard: object, make_checkpoint: Callable[..., P
     out = shards_of(make_checkpoint, tmp_path / "m", lambda index: index.update({"model.norm.weight": shard}))
     with pytest.raises(UserError, match=r"is not the name of a safetensors file in|is not a readable index"):
         TensorFiles(out)
-
-
-# --- what belongs to others -------------------------------------------------------------------------------------------
 
 
 def test_links_are_read_and_never_written(llama: Path, tmp_path: Path) -> None:

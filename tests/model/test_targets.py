@@ -81,9 +81,6 @@ def files_with(directory: Path, *names: str) -> TensorFiles:
     return TensorFiles(directory)
 
 
-# --- mixtures ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,9 +118,6 @@ def test_experts_of_another_form_are_told_of(model: nn.Module) -> None:
     assert share == 216 / (2 * (24 + 48 + 216))  # of lin, conv and experts, twice
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------
-
-
 def test_every_form_is_found_in_the_models_order(found: dict[str, Target]) -> None:
     experts = [f"experts.{expert}.{part}" for expert in range(3) for part in ("gate_proj", "up_proj", "down_proj")]
     assert list(found) == [f"h.{index}.{name}" for index in (0, 1) for name in ("lin", "conv", *experts)]
@@ -150,9 +144,6 @@ def test_all_linear_means_the_matrices_of_the_blocks(family: str) -> None:
     assert sorted({name.rpartition(".")[2] for name in targets}) == kinds.split()
     assert len(targets) == 2 * count
     assert all(name.startswith(f"{skeleton.blocks_name}.") for name in targets)
-
-
-# --- views ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_view_is_out_by_in_and_writes_into_the_model(model: nn.Module, found: dict[str, Target]) -> None:
@@ -299,26 +290,19 @@ def test_the_place_of_a_part() -> None:
     assert Part("w").of(parameter) is parameter
 
 
-# --- matrices in other files ------------------------------------------------------------------------------------------
-
-
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_neox"])
-def test_a_matrix_from_files_is_what_the_model_holds(family: str, make_checkpoint: Callable[..., Path]) -> None:
+def test_a_matrix_from_files_is_what_the_model_holds(
+    family: str, fused: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     directory = make_checkpoint(family)
-    stack = BlockStack(directory, CPU, "float32")
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    stack, model = BlockStack(directory, CPU, "float32"), AutoModelForCausalLM.from_pretrained(directory)
+    files = stack.files
+    if fused:  # as the model names and holds them
+        save_file({name: p.data.contiguous() for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
+        files = TensorFiles(tmp_path)
     for target in stack.targets("all-linear").values():
-        assert torch.equal(stack.matrix(target, stack.files), target.view(model)), target.name
-
-
-def test_a_matrix_of_fused_files(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    directory = make_checkpoint("qwen3_moe")
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    save_file({name: p.data.contiguous() for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    stack, fused = BlockStack(directory, CPU, "float32"), TensorFiles(tmp_path)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in fused
-    for target in stack.targets("all-linear").values():
-        assert torch.equal(stack.matrix(target, fused), target.view(model)), target.name
+        assert torch.equal(stack.matrix(target, files), target.view(model)), target.name
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
