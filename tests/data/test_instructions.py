@@ -131,13 +131,6 @@ def test_what_is_neither_file_nor_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
         load("alpaca")
 
 
-def test_a_split_of_what_has_none(alpaca_file: Path) -> None:
-    for names in (["instructions"], [alpaca_file], ["instructions", alpaca_file]):
-        message = rf"^train\.data\.split: {names[0]} has no split test; only a data set of the hub"
-        with pytest.raises(UserError, match=message):
-            load(*names, split="test")
-
-
 def test_rows_are_held_out_and_at_most_so_many_trained_on(alpaca_file: Path) -> None:
     whole = load(alpaca_file, val_size=5)
     assert (len(whole.train), len(whole.held_out)) == (19, 5)
@@ -164,12 +157,6 @@ def test_the_built_in_rows_hold_out_their_own(tmp_path: Path) -> None:
     assert mixed.taken["instructions"] == 2 * mixed.taken[str(tmp_path / "a.jsonl")] == 80
     assert mixed.held_out[:64] == found.held_out
     assert len(mixed.held_out) == 74
-
-
-@pytest.mark.parametrize("val_size", [24, 100])
-def test_nothing_left_to_train_on(alpaca_file: Path, val_size: int) -> None:
-    with pytest.raises(UserError, match=rf"train\.data\.val_size: {val_size} leaves nothing of the 24 rows"):
-        load(alpaca_file, val_size=val_size)
 
 
 def said(rows: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
@@ -236,20 +223,28 @@ def test_held_out_rows_are_shared_out_by_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "message"),
+    ("names", "options", "message"),
     [
-        *((bad, "the weight of .* must be a number above 0$") for bad in (0.0, -1.0, float("inf"), float("nan"))),
-        (0.001, r"the weight 0\.001 of .* gives none of its rows"),
+        *(
+            (["ALPACA", "instructions"], {"weights": [bad, 1.0]}, "dataset: the weight of .* must be a number above 0$")
+            for bad in (0.0, -1.0, float("inf"), float("nan"))
+        ),
+        (
+            ["ALPACA", "instructions"],
+            {"weights": [0.001, 1.0]},
+            r"dataset: the weight 0\.001 of .* gives none of its row",
+        ),
+        ([], {}, "dataset: names no data set"),
+        (["ALPACA"], {"val_size": 24}, "val_size: 24 leaves nothing of the 24 rows"),
+        (["ALPACA"], {"val_size": 100}, "val_size: 100 leaves nothing of the 24 rows"),
+        (["instructions"], {"split": "test"}, "split: instructions has no split test; only a data set of the hub"),
+        (["ALPACA"], {"split": "test"}, "split: .*rows.jsonl has no split test; only a data set of the hub"),
+        (["instructions", "ALPACA"], {"split": "test"}, "split: instructions has no split test"),
     ],
 )
-def test_impossible_weights(alpaca_file: Path, weight: float, message: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {message}"):
-        load(alpaca_file, "instructions", weights=[weight, 1.0])
-
-
-def test_no_data_set_at_all() -> None:
-    with pytest.raises(UserError, match=r"^train\.data\.dataset: names no data set"):
-        load()
+def test_settings_that_no_data_has(names: list[str], options: dict[str, Any], message: str, alpaca_file: Path) -> None:
+    with pytest.raises(UserError, match=rf"^train\.data\.{message}"):
+        load(*(alpaca_file if name == "ALPACA" else name for name in names), **options)
 
 
 def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", **options: Any) -> Example:

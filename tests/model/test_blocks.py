@@ -270,8 +270,7 @@ def test_only_one_block_is_in_memory_at_a_time(llama: Path) -> None:
     for block in stack.blocks:
         block.register_forward_hook(lambda *_: running.append(blocks_in_memory(stack)))
     stack.check_replay(ids(1), lambda _: passed.append(blocks_in_memory(stack)))
-    assert [0] in running
-    assert all(len(loaded) == 1 for loaded in running)
+    assert {tuple(loaded) for loaded in running} == {(), (0,), (1,)}  # none where calls are only recorded
     assert passed == [[], []]
 
 
