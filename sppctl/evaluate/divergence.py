@@ -35,12 +35,8 @@ class Reference:
     ) -> None:
         """Runs a causal language model, of which only the head is kept, on all windows, (windows, seq_len) int64.
 
-        Args:
-            model: the dense one.
-            windows: of the text.
-            batch_size: windows at a time.
-            file: takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype.
-            advance: called with the number of windows after every batch.
+        ``file`` takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype; ``advance`` is called
+        with the number of windows after every batch.
 
         Raises:
             UserError: the model does more to its logits than is known, so they cannot be made again.

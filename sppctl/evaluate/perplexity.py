@@ -87,8 +87,8 @@ def window_sums(
 
     Args:
         model: a causal language model of transformers.
-        windows: (windows, seq_len) int64, ``batch_size`` at a time.
-        batch_size: see there.
+        windows: (windows, seq_len) int64.
+        batch_size: windows at a time.
         scored: (windows,) how many of a window's last tokens count; None: all but the first.
         reference: what the model is compared with; made on the same windows.
         whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
