@@ -307,12 +307,7 @@ def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:
 
 
 def from_json(kind: type[R], content: Any, metrics: type | None = None) -> R:
-    """The record of a type in its JSON.
-
-    Args:
-        kind: a dataclass.
-        content: parsed JSON.
-        metrics: type of the metrics, for a :class:`StageRecord`.
+    """The record of a type (a dataclass) in its parsed JSON; ``metrics``: their type in a :class:`StageRecord`.
 
     Raises:
         ValueError: a value is missing, unknown or of another type; the message names it.

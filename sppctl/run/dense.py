@@ -88,12 +88,7 @@ def _unpack(run: Run, source: Path, target: Path) -> None:
 
 
 def outline(run: Run, directory: Path | None = None) -> Outline:
-    """The model for checks; nothing is unpacked or written.
-
-    Args:
-        run: the run.
-        directory: a checkpoint; None: the configured model.
-    """
+    """The configured model, or the one in a directory, for checks; nothing is unpacked or written."""
     from sppctl.files.safe_files import TensorFiles
     from sppctl.model import blocks, checkpoint, weights
 
@@ -112,11 +107,7 @@ def outline(run: Run, directory: Path | None = None) -> Outline:
 
 
 def same_base(run: Run) -> Path:
-    """The dense checkpoint; where the run has a pruned one, it must be the one that was pruned.
-
-    Raises:
-        UserError: it is another one, or has changed since.
-    """
+    """The dense checkpoint; UserError if the run has a pruned one that was made from another or from other weights."""
     from sppctl.evaluate import subjects
 
     directory, pruned = base(run), run.record("prune")

@@ -37,7 +37,7 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
     """Everything that can be checked before anything is computed or written, for all stages that will run.
 
     Args:
-        run: the run, which keeps what the checks have loaded.
+        run: keeps what the checks have loaded.
         stages: that will run.
         directory: a checkpoint to measure; None: the configured model, which need not be unpacked yet.
         announce: print what will be done, and about how long it takes.
@@ -143,9 +143,9 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
     """Measures checkpoints and adapters, as :func:`run_all` in this process or others; what ``sppctl eval`` does.
 
     Args:
-        run: the run.
+        run: whose configuration says what is measured.
         models: directories, hub ids, or base, pruned, adapter, merged of the run; none: its newest checkpoint.
-        start_stage: as for :func:`run_all`.
+        start_stage: None: this process measures.
 
     Returns:
         The content of the results file of each, by label.

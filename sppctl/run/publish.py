@@ -58,9 +58,7 @@ class RunDirectory:
     def complete(self, name: str, record: Callable[..., R]) -> R:
         """Publishes a stage; from the moment that its record is there, the next command does so if this one cannot.
 
-        Args:
-            name: of its directory.
-            record: makes its record of ``output``, the fingerprint of the weights, and ``files``, the hash of each.
+        Its record is made of ``output``, the fingerprint of the weights, and ``files``, the hash of each.
         """
         from sppctl.files import integrity
         from sppctl.model import checkpoint
@@ -118,8 +116,7 @@ class RunDirectory:
     def lock(self, *, makes: bool = True) -> Iterator[None]:
         """Keeps two commands from working in one run directory at the same time, and notes the configuration.
 
-        Args:
-            makes: whether the command makes stages. One that only measures does not describe a run that has any.
+        A command that only measures (not ``makes``) does not describe a run that has stages.
         """
         if not distributed.is_main():
             distributed.barrier()  # until the first process has finished what an earlier command left

@@ -194,11 +194,8 @@ BY_NAME: dict[str, Stage[Any, Any]] = {stage.name: stage for stage in (PRUNE, TR
 def choose_dtype(config: Config, directory: Path, *, whole: bool = True, **options: Any) -> machine.Compute:
     """The dtype in which a checkpoint is computed on the configured device, and why.
 
-    Args:
-        config: the configuration.
-        directory: of the checkpoint.
-        whole: whether all its weights are in memory at a time; where they fit only as stored, the reason says so.
-        options: of :func:`sppctl.model.checkpoint.choose_dtype`.
+    Where all weights are in memory at a time (``whole``) and fit only as stored, the reason says so. Further options
+    are those of :func:`sppctl.model.checkpoint.choose_dtype`.
     """
     from sppctl.model import checkpoint
 

@@ -70,11 +70,9 @@ class Sweep:
 
 
 def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
-    """Reads the file of a sweep and resolves the configuration of every run.
+    """Reads the file of a sweep, or a shipped one, and resolves the configuration of every run.
 
-    Args:
-        name: a YAML file or the name of a shipped sweep.
-        overrides: KEY=VALUE for all runs; a key of the grid leaves it. run.dir is the directory of the sweep.
+    The overrides, KEY=VALUE, are for all runs: a key of the grid leaves it, and run.dir is the directory of the sweep.
 
     Raises:
         UserError: every problem of the file and of any of its configurations, one per line.

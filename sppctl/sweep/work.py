@@ -111,12 +111,9 @@ def _exists(run: Run, stage: str) -> bool:
 
 
 def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple[Study | None, dict[str, str]]:
-    """Does a sweep, or one of its members.
+    """Does a sweep, or ``only`` one of its members or the report, as a job of a cluster does.
 
-    Args:
-        sweep: the sweep.
-        only: name of a member, or report: what a job of a cluster does.
-        debug: raise the error of a run that fails instead of going on.
+    An error of a run does not keep the others from working, except with ``debug``.
 
     Returns:
         What the runs have recorded (None for a single member), and the reason of each failure by name.

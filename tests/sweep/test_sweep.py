@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -278,12 +279,7 @@ def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: P
     read = load_sweep(str(sweep_file))
     rows = [row for row in json.loads((folder / "report.json").read_text())["table"] if row["checkpoint"] != "base"]
     made = [(row["method"], row["pattern"], row["training"]) for row in rows if row["checkpoint"] == "merged"]
-    assert made == [
-        (method, pattern, training)
-        for method in ("magnitude", "wanda")
-        for pattern in ("2:4", "0.5")
-        for training in ("spp", "masked_lora")
-    ]
+    assert made == [*itertools.product(("magnitude", "wanda"), ("2:4", "0.5"), ("spp", "masked_lora"))]
     assert sum(row["checkpoint"] == "pruned" for row in rows) == 4  # runs that share one have one row for it
     assert len(rows) == 4 + 8
     assert Path(json.loads(done.stdout)[0]["run"]) == folder / "magnitude-2of4-spp"
@@ -291,20 +287,15 @@ def test_a_killed_sweep_goes_on_to_the_right_table(sweep_file: Path, tmp_path: P
     shared = folder / "pruned-wanda-2of4" / "pruned" / "model.safetensors"
     assert shared.stat().st_nlink == 3
     # what the sweep made beside others is what the run alone makes
-    alone = Run(
-        load_config(
-            read.runs["wanda-2of4-spp"].arguments[0],
-            [*read.runs["wanda-2of4-spp"].arguments[1:], f"run.dir={tmp_path / 'alone'}"],
-        )
-    )
-    pipeline.run_all(alone)
+    base, *words = read.runs["wanda-2of4-spp"].arguments
+    pipeline.run_all(Run(load_config(base, [*words, f"run.dir={tmp_path / 'alone'}"])))
     ours = load_file(folder / "wanda-2of4-spp" / "merged" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "alone" / "merged" / "model.safetensors").items():
         assert torch.equal(tensor, ours[name]), name
     (row,) = [row for row in rows if row["run"].endswith("/wanda-2of4-spp") and row["checkpoint"] == "merged"]
     direct = pipeline.report([tmp_path / "alone"]).to_json()["table"]
-    assert row["measures"] == next(entry for entry in direct if entry["checkpoint"] == "merged")["measures"]
-    assert row["recovered"] == next(entry for entry in direct if entry["checkpoint"] == "merged")["recovered"]
+    (merged,) = [entry for entry in direct if entry["checkpoint"] == "merged"]
+    assert (row["measures"], row["recovered"]) == (merged["measures"], merged["recovered"])
 
 
 def test_a_run_that_fails_is_told_at_the_end_and_the_others_go_on(
