@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sppctl.evaluate.results import TaskMeasure, TaskResult, TextMeasure, TextResult
-from sppctl.evaluate.values import SHOWN, draws_examples
+from sppctl.evaluate.values import SHOWN, draws_examples, title_of
 
 RESAMPLES = 10_000
 SEED = 0
@@ -124,7 +124,7 @@ class TaskSamples:
     """What came of the samples of one task on one checkpoint."""
 
     name: str  # with what limits it
-    groups: dict[str, Group]  # that it is averaged in, by the name of their mean
+    groups: dict[TaskMeasure, Group]  # that it is averaged in, by their name and settings
     alone: bool  # whether it has a row of its own; not in a group of many tasks
     samples: dict[tuple[str, int], Sample]  # by the document's hash, and how many of the same hash come before
 
@@ -138,8 +138,8 @@ def read_samples(folder: Path, results: list[TaskResult]) -> tuple[dict[Measured
     files = {hashlib.sha256(text.encode()).hexdigest()[:16]: path for path, text in contents.items()}
     by_task: dict[Measured, TaskSamples] = {}
     for result in results:
-        limit = "" if result.measure.limit is None else f", limit {result.measure.limit}"
-        groups = {f"{name}{limit} mean": group for name, group in _groups(result, results).items()}
+        whole = replace(result.measure, task="", batch_size=None)  # one group with other settings is another mean
+        groups = {replace(whole, group=name): group for name, group in _groups(result, results).items()}
         members = result.numbers.members if result.numbers.groups else len(result.numbers.tasks)
         for task, identity in result.numbers.samples_hash.items():
             if identity in files:
@@ -147,7 +147,7 @@ def read_samples(folder: Path, results: list[TaskResult]) -> tuple[dict[Measured
                 before = by_task.get(key, TaskSamples("", {}, False, {}))  # alone, or in another group
                 samples = by_document(json.loads(line) for line in contents[files[identity]].splitlines())
                 alone = before.alone or members <= SHOWN
-                by_task[key] = TaskSamples(f"{task}{limit}", before.groups | groups, alone, samples)
+                by_task[key] = TaskSamples(title_of(key[0]), before.groups | groups, alone, samples)
     used = {identity for result in results for identity in result.numbers.samples_hash.values()}
     left = [path for identity, path in files.items() if identity not in used]
     return by_task, [f"{path} belongs to another evaluation and is left out" for path in left]
@@ -213,10 +213,11 @@ def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSam
             means = float(before.mean()), float(after.mean())
             entries[key] = entries[key].compared(*means, draws[key], flips(pairs))
     means_of_groups = []
-    for name, group in {name: group for task in first.values() for name, group in task.groups.items()}.items():
-        keys = [key for key, task in first.items() if name in task.groups]
+    for measure, group in {whole: group for task in first.values() for whole, group in task.groups.items()}.items():
+        keys = [key for key, task in first.items() if measure in task.groups]
         if len(keys) > 1 and group.size and all(key in draws for key in keys):
-            whole = name if len(keys) == group.size else f"{name} of {len(keys)} of {group.size} tasks"
+            part = "" if len(keys) == group.size else f" of {len(keys)} of {group.size} tasks"
+            whole = f"{title_of(measure)} mean{part}"
             parts = [(entries[key], draws[key]) for key in keys]
             means_of_groups.append(_mean(whole, parts, group.by_samples))
     return means_of_groups + [e for key, e in entries.items() if first[key].alone or second[key].alone or e.note]

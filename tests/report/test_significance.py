@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up_runs import sample, task, text, with_measure, write_samples
 
-from sppctl.evaluate.results import TaskResult, TaskScores, TextResult
+from sppctl.evaluate.results import TaskMeasure, TaskResult, TaskScores, TextResult
 from sppctl.report import significance
 from sppctl.report.significance import RESAMPLES, Entry, Flips, Group, Paired, TaskSamples
 
@@ -87,7 +87,8 @@ def test_the_same_seed_the_same_numbers_in_pieces_or_at_once(monkeypatch: pytest
 
 
 def samples_of(*samples: dict[str, Any], alone: bool = True, **groups: Group) -> dict[str, TaskSamples]:
-    return {"boolq": TaskSamples("a task", groups, alone, significance.by_document(samples))}
+    whole = {TaskMeasure("", group=name): group for name, group in groups.items()}
+    return {"boolq": TaskSamples("a task", whole, alone, significance.by_document(samples))}
 
 
 def compared(first: dict[str, TaskSamples], second: dict[str, TaskSamples]) -> tuple[Entry, Paired, Flips]:
@@ -101,7 +102,7 @@ def compared(first: dict[str, TaskSamples], second: dict[str, TaskSamples]) -> t
 def test_accuracies_of_a_task_and_their_difference() -> None:
     first, second = ([sample(str(n), int(n % step > 0)) for n in range(100)] for step in (2, 4))
     group = Group(by_samples=False, size=1)
-    unmatched = {"rte": TaskSamples("another", {"mean": group}, True, {})}
+    unmatched = {"rte": TaskSamples("another", {TaskMeasure("", group="mean"): group}, True, {})}
     entry, difference, flips = compared(samples_of(*first, mean=group) | unmatched, samples_of(*reversed(second)))
     assert (entry.name, entry.samples, entry.first, entry.second, entry.note) == ("a task", 100, 0.5, 0.75, None)
     assert difference.difference == 0.25
@@ -134,7 +135,7 @@ def test_samples_are_matched_by_their_hash_and_noted_where_they_have_no_partner(
 
 @pytest.mark.parametrize(("by_samples", "mean"), [(False, 0.5), (True, 0.1)])
 def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, mean: float) -> None:
-    group = {"both": Group(by_samples, size=2)}
+    group = {TaskMeasure("", group="both"): Group(by_samples, size=2)}
     tasks: list[dict[str, TaskSamples]] = [{}, {}]
     for name, count, accs in (("a", 10, (0, 1)), ("b", 90, (0, 0))):
         for own, acc in zip(tasks, accs, strict=True):
@@ -142,7 +143,7 @@ def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, m
                 name, group, True, significance.by_document(sample(str(n), acc) for n in range(count))
             )
     whole, *parts = compare_tasks(*tasks)
-    assert (whole.name, whole.samples, whole.is_mean, len(parts)) == ("both", 100, True, 2)
+    assert (whole.name, whole.samples, whole.is_mean, len(parts)) == ("both mean", 100, True, 2)
     assert (whole.first, whole.second) == (0, mean)
     assert whole.paired is not None
     # within each task all differences are equal
@@ -154,9 +155,9 @@ def test_the_tasks_of_a_large_group_have_no_rows_unless_something_is_missing() -
     group = Group(by_samples=True, size=3)
     (task,) = samples_of(sample("x", 0), sample("y", 1), alone=False, mmlu=group).values()
     first = dict.fromkeys("012", task)
-    assert [entry.name for entry in compare_tasks(first, first)] == ["mmlu"]
+    assert [entry.name for entry in compare_tasks(first, first)] == ["mmlu mean"]
     second = first | {"1": samples_of(sample("x", 0), alone=False)["boolq"]}
-    assert [entry.name for entry in compare_tasks(first, second)] == ["mmlu", "a task"]
+    assert [entry.name for entry in compare_tasks(first, second)] == ["mmlu mean", "a task"]
 
 
 def result(folder: Path, name: str, samples: list[dict[str, Any]] | None = None, **options: Any) -> TaskResult:
@@ -182,7 +183,10 @@ def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> N
     assert notes == [f"{tmp_path / 'boolq.jsonl'} belongs to another evaluation and is left out"]
     grouped, alone = samples.values()
     assert (grouped.name, grouped.alone, len(grouped.samples)) == ("rte, limit 5", False, 1)
-    assert grouped.groups == {"all, limit 5 mean": Group(True, 57), "part, limit 5 mean": Group(False, 0)}
+    assert {(whole.group, whole.limit): group for whole, group in grouped.groups.items()} == {
+        ("all", 5): Group(True, 57),
+        ("part", 5): Group(False, 0),
+    }
     assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own-task, limit 5", True, 2, {})
     assert significance.read_samples(tmp_path / "nowhere", results) == ({}, [])
 
@@ -209,7 +213,18 @@ def test_a_task_alone_and_in_a_group_is_one_task(tmp_path: Path) -> None:
     alone = with_measure(result(tmp_path, "rte", group=None, groups={}), num_fewshot=None)  # its own, which is 0
     for results in ([in_group, alone], [alone, in_group]):
         (samples,) = significance.read_samples(tmp_path, results)[0].values()
-        assert (samples.alone, list(samples.groups)) == (True, ["all, limit 5 mean"])
+        assert (samples.alone, list(samples.groups)) == (True, [TaskMeasure("", 0, 5, group="all")])
+
+
+def test_a_group_with_other_examples_or_prompts_is_another_mean(tmp_path: Path) -> None:
+    ways: list[dict[str, Any]] = [{"shots": 0}, {"shots": 5}, {"chat_template": True}]
+    results = []
+    for number, way in enumerate(ways):
+        for name in ("a", "b"):
+            identity = write_samples(tmp_path / f"{name}.{number}.jsonl", [sample(f"{name}{number}", number == 1)])
+            results.append(result(tmp_path, name, members=2, samples_hash={name: identity}, **way))
+    means = [name for name in names_of(tmp_path, results) if "mean" in name]
+    assert means == ["all, limit 5 mean", "all 5-shot, limit 5 mean", "all chat, limit 5 mean"]
 
 
 def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
