@@ -103,6 +103,15 @@ def all_reduce_sum(*tensors: torch.Tensor) -> None:
             _torch().all_reduce(tensor)
 
 
+def summed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of a tensor in RAM over the processes; it travels through their device, for NCCL sums on GPUs only."""
+    if world_size() == 1:
+        return tensor
+    shared = tensor.to(device)
+    all_reduce_sum(shared)
+    return shared.cpu()
+
+
 class Counted(Protocol):
     """Sums over tokens, and how many these are."""
 

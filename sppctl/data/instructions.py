@@ -217,7 +217,7 @@ class Examples(Sequence[Example]):
         return Examples(tensors, [number for number, keep in zip(self.numbers, kept.tolist(), strict=True) if keep])
 
 
-def examples(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
+def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
     """Prompt, response and end-of-text of each row as tokens, from the cache if the same text was tokenised before.
 
     Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are

@@ -50,11 +50,7 @@ class Windows:
 def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: torch.device) -> Windows:
     """The windows of a text for a model on a device; as many at a time as configured, or as many as serve it well."""
     text = texts.load_text(measure.text, "test", "eval.perplexity")
-    most = [count for count in (measure.max_tokens, text.windows and text.windows * measure.seq_len) if count]
-    whole = text.joiner.join(text.documents)
-    tokens = perplexity.text_windows(
-        tokenizer, whole, measure.seq_len, min(most, default=None), measure.text, measure.stride
-    )
+    tokens = perplexity.windows_of_text(tokenizer, text, measure.seq_len, measure.max_tokens, measure.stride)
     share = math.ceil(len(tokens) / distributed.world_size())  # so that every process has a batch
     automatic = min(GPU_BATCH if device.type == "cuda" else CPU_BATCH, share)
     batch_size = automatic if config.eval.batch_size == "auto" else config.eval.batch_size
@@ -149,10 +145,7 @@ def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dens
             done += len(batch)
             nll = sums[indices[:done], 0].sum() / scored[indices[:done]].sum()
             bar.advance(f"{nll.exp().item():.2f}", steps=len(batch))
-    if distributed.world_size() > 1:
-        shared = sums.to(model.device)  # NCCL adds up on GPUs only
-        distributed.all_reduce_sum(shared)
-        sums = shared.cpu()
+    sums = distributed.summed(sums, model.device)
     broken = sums.isnan().any(dim=1).nonzero().flatten().tolist()
     if broken:
         dtype = dtype_name(model.dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sppctl import machine
+from sppctl.data.texts import Text
 from sppctl.errors import UserError
 from sppctl.evaluate.results import TextNumbers
 
@@ -50,6 +51,16 @@ def text_windows(
         problem = f"{name} has {len(tokens)} tokens, less than one window of {seq_len}"
         raise UserError("eval.perplexity", problem, "set a shorter eval.seq_len")
     return tokens.unfold(0, seq_len, stride or seq_len)
+
+
+def windows_of_text(
+    tokenizer: Any, text: Text, seq_len: int, max_tokens: int | None, stride: int | None = None
+) -> Tensor:
+    """:func:`text_windows` of joined documents, of which the protocol may measure a number of windows only."""
+    limits = [count for count in (max_tokens, text.windows and text.windows * seq_len) if count]
+    return text_windows(
+        tokenizer, text.joiner.join(text.documents), seq_len, min(limits, default=None), text.name, stride
+    )
 
 
 def scored_tokens(count: int, seq_len: int, stride: int | None = None) -> Tensor:

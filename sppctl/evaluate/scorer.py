@@ -105,11 +105,10 @@ class Scorer(HFLM):
         for batch in self._of_this_process(self._batches(requests), "batches of requests"):
             pairs = machine.in_halves(score, [requests[index] for index in batch])
             scores[batch] = torch.tensor(pairs, dtype=torch.float64)
-        shared = scores.to(self.device)  # NCCL adds up on GPUs only
-        distributed.all_reduce_sum(shared)
-        if shared.isnan().any():
+        scores = distributed.summed(scores, self.device)
+        if scores.isnan().any():
             raise StageError(f"logits are not finite (dtype {machine.dtype_name(self.model.dtype)})")
-        return [(likelihood, bool(greedy)) for likelihood, greedy in shared.tolist()]
+        return [(likelihood, bool(greedy)) for likelihood, greedy in scores.tolist()]
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
         """Indices of requests, batch by batch, longest first; answers of one token to one prompt share a row."""

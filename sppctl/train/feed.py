@@ -58,7 +58,7 @@ class Feed:
         )
         self.style = prompts.style(train.data.prompt, tokenizer, today)
         tokenised = partial(
-            instructions.examples,
+            instructions.tokenize,
             tokenizer,
             style=self.style,
             seq_len=train.data.seq_len,

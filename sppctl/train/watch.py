@@ -20,7 +20,7 @@ from sppctl.config.settings import Config
 from sppctl.data import texts
 from sppctl.data.batches import Batch
 from sppctl.errors import SharedError
-from sppctl.evaluate.perplexity import summarise, text_windows, window_losses
+from sppctl.evaluate.perplexity import summarise, window_losses, windows_of_text
 from sppctl.evaluate.stage import window_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -72,8 +72,7 @@ class PerplexityEvery(Hook):
         self.steps, self.batch_size = config.train.perplexity_steps, config.train.micro_batch_size
         self.name = config.eval.perplexity[0]
         text, window = texts.load_text(self.name, "test", "eval.perplexity"), window_of(config, pruned)
-        whole = text.joiner.join(text.documents)
-        self.windows = text_windows(tokenizer, whole, window, config.eval.max_tokens, self.name)
+        self.windows = windows_of_text(tokenizer, text, window, config.eval.max_tokens)
 
     def after_step(self, model: PeftModel, step: int) -> Figures:
         """Measures on all processes alike: under FSDP each forward needs all of them."""

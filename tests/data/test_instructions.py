@@ -249,7 +249,7 @@ def test_settings_that_no_data_has(names: list[str], options: dict[str, Any], me
 
 def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", **options: Any) -> Example:
     defaults: dict[str, Any] = {"seq_len": 512, "train_on_inputs": False}
-    return instructions.examples(tokenizer, [ALPACA[0], row], style(prompt, tokenizer), **(defaults | options))[1]
+    return instructions.tokenize(tokenizer, [ALPACA[0], row], style(prompt, tokenizer), **(defaults | options))[1]
 
 
 @pytest.mark.parametrize("train_on_inputs", [True, False])
@@ -331,17 +331,17 @@ def test_a_token_across_the_border_belongs_to_the_response() -> None:
 
 
 def test_examples_are_a_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = instructions.examples(tokenizer, ALPACA, style("alpaca", None), seq_len=180, train_on_inputs=False)
+    found = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=180, train_on_inputs=False)
     assert [example.number for example in found] == list(range(len(found))) == list(range(24))
     assert [len(example.input_ids) for example in found] == found.lengths
     assert sum(example.truncated for example in found) == found.truncated > 0
     assert len(found.having("labelled")) == len(found.having("response")) > 0
-    cut = instructions.examples(tokenizer, ALPACA, style("alpaca", None), seq_len=96, train_on_inputs=True)
+    cut = instructions.tokenize(tokenizer, ALPACA, style("alpaca", None), seq_len=96, train_on_inputs=True)
     assert cut.having("labelled") is cut
     assert len(cut.having("response")) == 0
     with pytest.raises(IndexError):
         found[24]
-    assert list(instructions.examples(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []
+    assert list(instructions.tokenize(tokenizer, [], style("alpaca", None), seq_len=8, train_on_inputs=True)) == []
 
 
 def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -349,7 +349,7 @@ def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTo
     rows = [{"instruction": "a" * count, "output": "xy"} for count in (3, 9, 0, 5, 6)]
 
     def made(prompt: str, **options: Any) -> Examples:
-        return instructions.examples(tokenizer, rows, style(prompt, None), seq_len=6, **options)
+        return instructions.tokenize(tokenizer, rows, style(prompt, None), seq_len=6, **options)
 
     every = made("{instruction}", train_on_inputs=False)
     kept = every.having("labelled")
@@ -360,7 +360,7 @@ def test_examples_without_anything_to_learn_are_left_out(tokenizer: PreTrainedTo
     of_inputs = made("{instruction}", train_on_inputs=True)
     assert of_inputs.having("labelled") is of_inputs
     assert [example.number for example in of_inputs.having("response")] == [0, 2, 3]
-    single = instructions.examples(tokenizer, rows, style("{instruction}", None), seq_len=1, train_on_inputs=True)
+    single = instructions.tokenize(tokenizer, rows, style("{instruction}", None), seq_len=1, train_on_inputs=True)
     assert len(single.having("labelled")) == 0
 
 
@@ -390,7 +390,7 @@ def counting(tokenizer: PreTrainedTokenizerFast) -> Counting:
 
 def examples(tokenizer: Any, rows: list[dict[str, Any]] = ALPACA, prompt: str = "alpaca", **options: Any) -> list[Any]:
     defaults: dict[str, Any] = {"seq_len": 200, "train_on_inputs": False}
-    return list(instructions.examples(tokenizer, rows, style(prompt, None), **(defaults | options)))
+    return list(instructions.tokenize(tokenizer, rows, style(prompt, None), **(defaults | options)))
 
 
 def test_the_second_time_nothing_is_tokenised(counting: Counting, cache: Path) -> None:
@@ -430,7 +430,7 @@ def test_templates_that_print_the_date_share_no_entry_between_days(cache: Path) 
 
     def said(day: int) -> str:
         today = style("chat", chatting, datetime(2024, 7, day))
-        found = instructions.examples(chatting, ALPACA[:2], today, seq_len=200, train_on_inputs=True)
+        found = instructions.tokenize(chatting, ALPACA[:2], today, seq_len=200, train_on_inputs=True)
         return chatting.decode(found[0].input_ids)[:11]
 
     assert [said(day) for day in (1, 2, 1)] == ["01 Jul 2024", "02 Jul 2024", "01 Jul 2024"]

@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from sppctl import machine
+from sppctl.data.texts import Text
 from sppctl.errors import UserError
 from sppctl.evaluate import perplexity
-from sppctl.evaluate.perplexity import scored_tokens, summarise, text_windows, window_losses, window_sums
+from sppctl.evaluate.perplexity import (
+    scored_tokens,
+    summarise,
+    text_windows,
+    window_losses,
+    window_sums,
+    windows_of_text,
+)
 from sppctl.evaluate.results import TextNumbers
 from sppctl.model.checkpoint import load_model
 
@@ -71,6 +79,15 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(
 ) -> None:
     windows = text_windows(tokenizer, "abcdefghij!", 4, max_tokens, "text")
     assert [tokenizer.decode(row) for row in windows] == ["abcd", "efgh"][:count]
+
+
+@pytest.mark.parametrize(("limit", "max_tokens", "count"), [(None, None, 3), (2, None, 2), (2, 4, 1), (9, 8, 2)])
+def test_a_text_may_have_a_number_of_windows(
+    tokenizer: PreTrainedTokenizerFast, limit: int | None, max_tokens: int | None, count: int
+) -> None:
+    text = Text("c4", ["abcd", "fghi", "klm"], joiner="!", windows=limit)
+    windows = windows_of_text(tokenizer, text, 4, max_tokens)
+    assert [tokenizer.decode(row) for row in windows] == ["abcd", "!fgh", "i!kl"][:count]
 
 
 @pytest.mark.parametrize(
