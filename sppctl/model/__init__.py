@@ -1,1 +1,1 @@
-"""What sppctl knows of transformers' models: checkpoints, decoder blocks, the matrices that can be pruned."""
+"""transformers' models as sppctl sees them: checkpoints, decoder blocks, and the matrices that can be pruned."""

@@ -15,14 +15,14 @@ SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "architectures"
 def find(
     path: str, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, str]:
-    """The configuration of a model by its directory, ``package:NAME`` or hub id, and where it is from.
+    """The configuration of a model given as a directory, ``package:NAME`` or hub id, and a text that names its source.
 
-    A local directory or an installed package comes first, then the hub's cache, then the architectures that come with
-    sppctl, and the hub last: what is shipped says the same, and a hub that cannot be reached costs half a minute. Of a
-    hub id only config.json is fetched. With a ``gguf_file``, that file describes the model.
+    A local directory or an installed package comes first, then the hub's cache, then the architectures shipped with
+    sppctl, and the hub last, because an unreachable hub costs half a minute. Only config.json of a hub id is
+    downloaded. With a ``gguf_file``, that file describes the model.
 
     Raises:
-        UserError: there is none.
+        UserError: the configuration could not be found.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -34,17 +34,17 @@ def find(
         directory = checkpoint.locate(path, revision=revision)
         return checkpoint.load_config(directory, trust_remote_code), f"config.json in {directory}"
     try:
-        file, where = try_to_load_from_cache(path, "config.json", revision=revision), "config.json in the hub's cache"
+        file, source = try_to_load_from_cache(path, "config.json", revision=revision), "config.json in the hub's cache"
     except HFValidationError as error:
         fix = "give a hub id, a directory or package:NAME"
         raise UserError("model.path", f"{path} does not exist", fix) from error
     shipped = {file.stem.replace("--", "/"): file for file in sorted(SHIPPED.glob("*.json"))}
     if not isinstance(file, str) and revision is None and path in shipped:
-        facts = json.loads(shipped[path].read_text(encoding="utf-8"))
-        return AutoConfig.for_model(facts.pop("model_type"), **facts), "the architecture shipped with sppctl"
+        settings = json.loads(shipped[path].read_text(encoding="utf-8"))
+        return AutoConfig.for_model(settings.pop("model_type"), **settings), "the architecture shipped with sppctl"
     try:
         if not isinstance(file, str):
-            file, where = hf_hub_download(path, "config.json", revision=revision), "config.json from the hub"
+            file, source = hf_hub_download(path, "config.json", revision=revision), "config.json from the hub"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             "model.path",
@@ -53,4 +53,4 @@ def find(
             "check the name, the network and HF_TOKEN, or give a directory with its config.json; shipped: "
             + ", ".join(shipped),
         ) from error
-    return checkpoint.load_config(Path(file).parent, trust_remote_code), where
+    return checkpoint.load_config(Path(file).parent, trust_remote_code), source

@@ -1,4 +1,4 @@
-"""How a model calls one of its decoder blocks: recorded once, repeated with other hidden states."""
+"""How a model calls one of its decoder blocks: recorded once, replayed with other hidden states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls one block: everything but the hidden states, the first argument."""
+    """The arguments with which the model calls one block, without the hidden states (the first argument)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -35,19 +35,19 @@ class BlockCall:
             return hidden_of(block(hidden_states=hidden, **self.kwargs))
         return hidden_of(block(hidden, *self.args, **self.kwargs))
 
-    def differing(self, other: BlockCall, block: nn.Module) -> str | None:
-        """Name of an argument whose tensors differ from those of another call of the same block; None: none does."""
+    def differing_argument(self, other: BlockCall, block: nn.Module) -> str | None:
+        """The name of an argument whose tensors differ between two calls of the same block, or None."""
         names = list(inspect.signature(block.forward).parameters)[1 : 1 + len(self.args)]
         first, second = (dict(zip(names, call.args, strict=False)) | call.kwargs for call in (self, other))
         for name, value in first.items():
             pairs = zip_longest(_tensors_in(value), _tensors_in(second.get(name)))
-            if any(one is None or two is None or not torch.equal(one, two) for one, two in pairs):
+            if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
                 return name
         return None
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block returns, alone or first of several."""
+    """The hidden states that a block returns, alone or as the first element of a tuple."""
     hidden = output if isinstance(output, Tensor) else output[0]
     assert isinstance(hidden, Tensor)
     return hidden
@@ -57,5 +57,5 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(entry)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)

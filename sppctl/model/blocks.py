@@ -1,7 +1,7 @@
 """Walking a decoder block by block, with only one block's weights in memory.
 
-The model is built on the meta device; embeddings and the like are loaded once, a block's weights when it is its turn.
-Nothing here knows a model family: the arguments each block receives are recorded from the model's own forward, so
+The model is built on the meta device; embeddings are loaded once, a block's weights only while the block is processed.
+Nothing here depends on the model family: the arguments of each block are recorded from the model's own forward, so
 whatever an architecture passes (rotary embeddings, sliding-window masks, a different mask per block) is replayed.
 """
 
@@ -21,7 +21,7 @@ from sppctl.machine import dtype_name, torch_dtype
 from sppctl.model.block_call import BlockCall, hidden_of
 from sppctl.model.checkpoint import load_config
 from sppctl.model.heap import Heap
-from sppctl.model.targets import Part, Target, find_targets, select, stored_parts, unseen
+from sppctl.model.targets import Part, Target, find_targets, select, stored_parts, unsupported_experts
 from sppctl.model.weights import check_weights, empty_model
 
 
@@ -32,7 +32,7 @@ class Skeleton:
         """Builds the model of a transformers configuration on the meta device.
 
         Raises:
-            UserError: it is not a causal language model, or has no list of decoder blocks.
+            UserError: the model is not a causal language model, or has no list of decoder blocks.
         """
         self.config = config
         self.model = empty_model(config, dtype, trust_remote_code)
@@ -52,14 +52,14 @@ class Skeleton:
         """The matrices of the blocks, by full name, in the model's order; see :func:`sppctl.model.targets.select`."""
         return select(find_targets(self.blocks, self.blocks_name), names, skip or [], key)
 
-    def unseen(self) -> str | None:
-        """What of the blocks no target can name and so stays dense, in words; None: nothing."""
-        names, share = unseen(self.blocks, self.blocks_name)
+    def unsupported_experts(self) -> str | None:
+        """A message about expert matrices in an unsupported form, which stay dense; None if there are none."""
+        names, share = unsupported_experts(self.blocks, self.blocks_name)
         more = ", ..." if len(names) > 1 else ""
         return f"{names[0]}{more} ({share:.0%} of the blocks' matrices)" if names else None
 
     def matrix(self, target: Target, files: TensorFiles) -> Tensor:
-        """A target's matrix (out_features, in_features) as the ``files`` of a checkpoint of the model store it."""
+        """A target's matrix (out_features, in_features), read from ``files``, a checkpoint of the model."""
         parts = {(part.expert, part.first_row): part.name for part in self._parts_of(target, files)}
         if (target.expert, target.first_row) in parts and not target.transposed:
             return files.read(parts[target.expert, target.first_row])
@@ -80,7 +80,8 @@ class BlockStack(Skeleton):
         """Builds the model without weights, to compute in ``dtype`` on ``device``, and opens the files that hold them.
 
         Raises:
-            UserError: files that are damaged or not those of the model, no causal language model, or no decoder blocks.
+            UserError: the files are damaged or do not belong to the model, or it is not a causal language model with
+                decoder blocks.
         """
         self.files, self.device, self.dtype = TensorFiles(directory), device, torch_dtype(dtype)
         refuse_quantised(self.files)
@@ -91,14 +92,14 @@ class BlockStack(Skeleton):
         self._blocks_return_tuples = False
         self._heap = Heap()
         self.base = getattr(self.model, self.base_prefix)
-        for name in _stored_tensors(self.base):  # what is missing is missed before anything is done
+        for name in _stored_tensors(self.base):  # fails early if a tensor is missing
             stored_parts(self.files, self.model, f"{self.base_prefix}.{name}")
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def load_embeddings(self) -> None:
-        """Loads everything the blocks need before them: embeddings, norms, position tables; not the output head."""
+        """Loads everything outside the blocks but the output head: embeddings, norms, position tables."""
         for name, buffer in self.base.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
@@ -116,10 +117,10 @@ class BlockStack(Skeleton):
     def write(self, target: Target, files: OwnFiles) -> None:
         """Writes the parameter that holds a target to ``files``, a copy of the checkpoint.
 
-        Kept weights that were rounded to compute with them are written as they are stored.
+        Weights that differ from the stored ones only by rounding to the compute dtype keep their stored value.
         """
         for part in self._parts_of(target, self.files):
-            values, stored = part.of(target.whole(self.model)), self.files.spec(part.name).dtype
+            values, stored = part.of(target.stored_parameter(self.model)), self.files.spec(part.name).dtype
             if torch.promote_types(values.dtype, stored) != values.dtype:
                 original = self.files.read(part.name).to(values.device)
                 values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
@@ -134,7 +135,7 @@ class BlockStack(Skeleton):
         return {self.files.home[part.name] for part in self._parts_of(target, self.files)}
 
     def release_block(self, index: int) -> None:
-        """Frees the weights of one block; its buffers, a few numbers, stay."""
+        """Frees the weights of one block; its buffers, which are small, stay loaded."""
         for module in self.blocks[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -145,33 +146,33 @@ class BlockStack(Skeleton):
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
         expected = getattr(module, leaf)
-        # the dtype the model itself would use: some keep single modules in float32
-        exact = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
-        dtype = torch.float32 if exact and expected.dtype.is_floating_point else expected.dtype
+        # the dtype that transformers would load it in: some models keep single modules in float32
+        in_float32 = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        dtype = torch.float32 if in_float32 and expected.dtype.is_floating_point else expected.dtype
         loaded = torch.empty(expected.shape, dtype=dtype, device=self.device)
         for part in stored_parts(self.files, self.model, name):
-            tensor, place = (files or self.files).read(part.name), part.of(loaded)
-            if tensor.shape != place.shape:
+            tensor, view = (files or self.files).read(part.name), part.of(loaded)
+            if tensor.shape != view.shape:
                 raise UserError(
                     f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
-                    f"the model's is {tuple(place.shape)}; the files do not belong together"
+                    f"the model's is {tuple(view.shape)}; the files do not belong together"
                 )
             self._check_finite(part.name, tensor)
-            place.copy_(tensor)
+            view.copy_(tensor)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
         else:
             module._buffers[leaf] = loaded
 
     def check_rest(self, targets: Iterable[Target]) -> None:
-        """Raises StageError if a tensor that is none of the targets, and may never be loaded, is not finite."""
+        """Raises StageError if a tensor outside the targets, which pruning may never load, is not finite."""
         loaded = {part.name for target in targets for part in self._parts_of(target, self.files)}
         for name in sorted(set(self.files) - loaded):
             self._check_finite(name, self.files.read(name))
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
-            raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; it is broken")
+            raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; the checkpoint is broken")
 
     @torch.no_grad()
     def record(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -199,15 +200,15 @@ class BlockStack(Skeleton):
 
     @torch.no_grad()
     def check_replay(self, input_ids: Tensor, on_block: Callable[[int], None]) -> None:
-        """Runs the real model on one batch, block weights coming and going, and replays every block beside it.
+        """Runs the real model on one batch, with one block loaded at a time, and replays every block for comparison.
 
         Args:
             input_ids: (batch, tokens).
             on_block: called with the index of each block that passed.
 
         Raises:
-            StageError: a replayed block differs from the model's own in any bit, a block is given more of the tokens
-                than their hidden states, or a weight or a hidden state is not finite.
+            StageError: a replayed block differs from the model's own in any bit, another argument than the hidden
+                states depends on the tokens, or a weight or a hidden state is not finite.
         """
         self._learn_return_type(input_ids[:, :1])
         _, calls = self.record(input_ids)
@@ -241,9 +242,9 @@ class BlockStack(Skeleton):
                 handle.remove()
 
     def _check_calls(self, calls: list[BlockCall], others: list[BlockCall]) -> None:
-        """Calls for one window serve all of its shape: they must not depend on its tokens."""
+        """Raises StageError if a call depends on the tokens: one window's calls are replayed for all windows."""
         for index, (call, other) in enumerate(zip(calls, others, strict=True)):
-            argument = call.differing(other, self.blocks[index])
+            argument = call.differing_argument(other, self.blocks[index])
             if argument is not None:
                 raise StageError(
                     f"block {index} of {type(self.model).__name__} is given {argument}, which depends on the tokens, "
@@ -275,7 +276,7 @@ class BlockStack(Skeleton):
 
 
 def _stored_tensors(module: nn.Module) -> list[str]:
-    """Names of what a checkpoint stores of a module: parameters, and buffers such as a router's biases."""
+    """Names of a module's tensors that a checkpoint stores: parameters, and buffers such as a router's biases."""
     buffers = [
         f"{path}.{leaf}" if path else leaf
         for path, inner in module.named_modules()
@@ -286,7 +287,7 @@ def _stored_tensors(module: nn.Module) -> list[str]:
 
 
 def refuse_quantised(files: TensorFiles) -> None:
-    """Raises UserError if weights are stored in a way that cannot be pruned."""
+    """Raises UserError if the weights are quantised."""
     floating = {name: files.spec(name).dtype for name in files if files.spec(name).dtype.is_floating_point}
     if not floating:
         raise UserError(f"{files.directory} holds no floating-point weights; quantised checkpoints cannot be pruned")
@@ -300,7 +301,7 @@ def refuse_quantised(files: TensorFiles) -> None:
 
 
 def overflow_advice(dtype: torch.dtype) -> str:
-    """What to do about numbers that are not finite though all weights are."""
+    """The fix, for an error, where finite weights give values that are not finite."""
     short = dtype_name(dtype)
     wider = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
     if dtype == torch.float32:

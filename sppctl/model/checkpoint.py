@@ -39,19 +39,19 @@ from sppctl.files.safe_files import (
     read_index,
 )
 
-# weights travel by themselves; everything else that makes a checkpoint loadable is copied as it is
-TEMPLATES = "additional_chat_templates/*.jinja"  # a tokenizer's further ones, by name; no other folder is its own
+# weights are written tensor by tensor; all other files that a checkpoint needs to load are copied unchanged
+TEMPLATES = "additional_chat_templates/*.jinja"  # named templates of a tokenizer: its only folder
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
-# what decides a model: its weights, which of them are read, and its configuration
+# the files that identify a model: weights, index and configuration
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json")
-MOST_BLOCKS = 10_000  # of the largest models there are some 100
+MOST_BLOCKS = 10_000  # the largest models have about 100
 _NOT_TOKENIZER = {"config.json", "generation_config.json"}
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silences the progress bars and advice of the libraries below; errors still come through."""
+    """Silences progress bars and warnings of the libraries; errors are still raised."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -84,11 +84,11 @@ def locate(
         path: local directory, ``package:NAME`` (found without importing the package), or hub id.
         gguf_file: a file that must be in it.
         revision: of a hub id.
-        key: where the path was given, for errors.
-        adapters: whether a PEFT adapter will do.
+        key: the configuration key of the path, for errors.
+        adapters: whether a PEFT adapter is accepted.
 
     Raises:
-        UserError: it does not exist, or could not be loaded.
+        UserError: the checkpoint does not exist, or could not be downloaded.
     """
     if revision is not None and (path.startswith("package:") or Path(path).is_dir()):
         raise UserError(
@@ -133,7 +133,7 @@ def _directory(path: str, gguf_file: str | None, revision: str | None, key: str)
 
 
 def locate_weights(path: str) -> Path:
-    """As :func:`locate`, but a directory needs no config.json: any folder of safetensors files will do."""
+    """Like :func:`locate`, but accepts any folder of safetensors files, with or without config.json."""
     if not Path(path).is_dir():
         return locate(path)
     check_files(Path(path))
@@ -141,7 +141,7 @@ def locate_weights(path: str) -> Path:
 
 
 def check_files(directory: Path) -> None:
-    """Raises UserError if a file that is read or copied is a pipe, a directory, a broken link or must not be read."""
+    """Raises UserError if a file that is read or copied is a pipe, a directory, a broken link or not readable."""
     if not os.access(directory, os.R_OK | os.X_OK):
         raise UserError(f"{directory} cannot be read (permission denied); change its permissions")
     for pattern in (*SIDE_FILES, "*.py", "*.safetensors"):
@@ -154,9 +154,9 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     def fetch(*patterns: str, folders: bool = gguf_file is not None and "/" in gguf_file) -> Path:
-        outside = None if folders else "*/*"  # they hold other formats and earlier stages of training
+        ignored = None if folders else "*/*"  # folders hold other formats and intermediate checkpoints
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=outside)
+            snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
         )
 
     try:
@@ -164,7 +164,7 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
         fetch(TEMPLATES, folders=True)
         if gguf_file is None and not (directory / SINGLE_NAME).is_file():
             index = directory / INDEX_NAME
-            # a repository may hold the same weights once more in a form of its own (consolidated.safetensors)
+            # a repository may hold the same weights a second time in another format (consolidated.safetensors)
             shards = set(read_index(index).values()) if index.is_file() else {"*.safetensors"}
             directory = fetch(*sorted(shards))
         return directory
@@ -179,7 +179,7 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
 
 
 def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a checkpoint; raises UserError if there is none that can be used."""
+    """The transformers configuration of a checkpoint; raises UserError if it is missing or unusable."""
     from transformers import AutoConfig
 
     try:
@@ -188,10 +188,10 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
         for part in (settings, settings.get("text_config")):
             for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
                 value = part.get(key) if isinstance(part, dict) else None
-                if isinstance(value, int) and value > MOST_BLOCKS:  # even without weights they could not be built
+                if isinstance(value, int) and value > MOST_BLOCKS:  # too many to build, even without weights
                     raise ValueError(f"{key} is {value}, more than {MOST_BLOCKS:,}")
         try:
-            _json(directory / "generation_config.json")  # it is copied beside the weights
+            _json(directory / "generation_config.json")  # it is copied into the output
         except (ValueError, RecursionError) as error:
             message = f"generation_config.json beside it is damaged ({error}); download it again, or remove it"
             raise ValueError(message) from error
@@ -202,7 +202,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file."""
+    """The JSON object in a file; empty if the file does not exist."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
@@ -210,14 +210,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_names(settings: dict[str, Any], key: str, file: str) -> None:
-    """Raises ValueError if a configuration names further files that are not beside it."""
+    """Raises ValueError if a configuration names files outside its own directory."""
     names = settings.get(key, [])
     if not isinstance(names, list) or not all(map(is_plain, names)):
         raise ValueError(f"{key} in {file} must be names of files in the same directory")
 
 
 def max_window(config: Any) -> int | None:
-    """The longest input of a model in tokens, where its configuration says so."""
+    """The longest input of a model in tokens; None if its configuration does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -227,7 +227,7 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
 
     from sppctl.model import weights
 
-    # the unpacking draws a bar of its own on stderr
+    # unpacking prints its own progress bar to stderr
     with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):
         model: Any
         info: Any
@@ -240,7 +240,7 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
         )
         weights.refuse_random(gguf_file, info)
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
-        # transformers still takes the unpacked model for a quantised one, and would refuse to save it
+        # transformers still treats the unpacked model as quantised, and would refuse to save it
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
@@ -250,9 +250,9 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
 
 
 def fingerprint(directory: Path) -> str:
-    """A short hash of the whole content of a checkpoint's weights and configuration, or of an adapter's.
+    """A short hash of the content of a checkpoint's (or adapter's) weights and configuration.
 
-    Raises UserError if they are not what a record beside them says, or cannot be read.
+    Raises UserError if the files differ from the record in their directory, or cannot be read.
     """
     record = integrity.check_record(directory)
     if record is not None:
@@ -262,7 +262,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def identity_of(files: Mapping[str, str]) -> str:
-    """The fingerprint of a directory by the hashes of its files."""
+    """The fingerprint of a directory, computed from the hashes of its files."""
     return integrity.identity({name: digest for name, digest in files.items() if _is_weights(name)})
 
 
@@ -271,7 +271,7 @@ def _is_weights(name: str) -> bool:
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
-    """A hash of the tokenizer's files, chat template included: of all side files but the model's configuration."""
+    """A hash of the tokenizer's files and chat templates: all side files except the model's configuration."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SIDE_FILES for path in directory.glob(pattern)}):
         if path.name not in {*NOT_SIDE_FILES, *_NOT_TOKENIZER} and not path.name.endswith(".index.json"):
@@ -280,9 +280,9 @@ def tokenizer_fingerprint(directory: Path) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that is called so, or UserError; ``auto``: the GPU if there is one, for each process its own."""
+    """The device of that name, or UserError; ``auto``: the GPU if there is one, a different one for each process."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        # Slurm may show each process its own GPU only
+        # modulo, because Slurm may show each process only its own GPU
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cpu")
@@ -290,16 +290,16 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        # of what torch says to users of exotic devices only the first sentence is about the device
+        # only the first sentence of torch's message is about the device
         reason = first_line(error).split(". ")[0]
         raise UserError("model.device", f"{name} is not usable here ({reason})", "try auto") from error
     return device
 
 
 def stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
-    """The dtype of a checkpoint's weights: the configuration's if files hold it, else that of most tensors."""
-    found = [files.spec(name).dtype for name in files]
-    dtypes = [dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1]
+    """The dtype of a checkpoint's weights: the configured one if a tensor has it, else that of most tensors."""
+    dtypes = [files.spec(name).dtype for name in files]
+    dtypes = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1]
     configured = getattr(config, "dtype", None)
     if configured in dtypes:
         return configured
@@ -307,7 +307,7 @@ def stored_dtype(files: TensorFiles, config: Any) -> torch.dtype:
 
 
 def dtype_of(configured: str, stored: torch.dtype | None) -> str:
-    """The name of the dtype of a pruned checkpoint, by model.dtype and that of the dense one; None: a GGUF file's."""
+    """The dtype name of a pruned checkpoint, from model.dtype and the dense model's dtype (None for a GGUF file)."""
     # GGUF files are unpacked to bfloat16
     return configured if configured != "auto" else machine.dtype_name(stored or torch.bfloat16)
 
@@ -315,28 +315,28 @@ def dtype_of(configured: str, stored: torch.dtype | None) -> str:
 def choose_dtype(
     directory: Path,
     device: torch.device,
-    wanted: str,
+    configured: str,
     trust_remote_code: bool = False,
     *,
     stored: str = "auto",
     training: bool = False,
 ) -> machine.Compute:
-    """The dtype that a checkpoint is computed in: :func:`sppctl.machine.choose_dtype` for the dtype of its files.
+    """The dtype to compute a checkpoint in: :func:`sppctl.machine.choose_dtype` for the dtype of its files.
 
-    ``wanted`` is model.compute_dtype, ``stored`` another dtype than that of the files that weights will be stored in.
+    ``configured`` is model.compute_dtype; ``stored`` overrides the dtype of the files, if the weights are converted.
     """
     if stored == "auto":
         dtype = stored_dtype(TensorFiles(directory), load_config(directory, trust_remote_code))
         stored = machine.dtype_name(dtype)
-    return machine.choose_dtype(wanted, stored, device, training=training)
+    return machine.choose_dtype(configured, stored, device, training=training)
 
 
 def load_model(
     directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False, *, spread: bool = False
 ) -> Any:
-    """A causal language model, in evaluation mode, with plain transformers, in the dtype of :func:`choose_dtype`.
+    """A causal language model in evaluation mode, loaded by transformers in the dtype of :func:`choose_dtype`.
 
-    With ``spread``, a model that is too large for one GPU is put on all of them; its device is that of its embedding.
+    With ``spread``, a model that is too large for one GPU is spread over all; its device is that of its embedding.
     """
     from transformers import AutoModelForCausalLM
 
@@ -362,7 +362,7 @@ def load_model(
 
 @contextlib.contextmanager
 def _without_adapter(directory: Path) -> Iterator[Path]:
-    """The directory, or links to its files if a PEFT adapter is among them: transformers would attach it."""
+    """The directory, or links to its files without a PEFT adapter, which transformers would otherwise attach."""
     if not (directory / ADAPTER_CONFIG).exists():
         yield directory
         return
@@ -374,18 +374,18 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
 
 
 def weight_bytes(directory: Path, dtype: str) -> int:
-    """Bytes of all tensors of a checkpoint, those of floating point in a dtype; auto: that in which they are stored."""
-    files, other = TensorFiles(directory), None if dtype == "auto" else machine.torch_dtype(dtype)
-    return sum(math.prod(spec.shape) * _dtype_in(spec, other).itemsize for spec in map(files.spec, files))
+    """Bytes of all tensors of a checkpoint with its floating-point tensors in a dtype; auto: as stored."""
+    files, target_dtype = TensorFiles(directory), None if dtype == "auto" else machine.torch_dtype(dtype)
+    return sum(math.prod(spec.shape) * _dtype_in(spec, target_dtype).itemsize for spec in map(files.spec, files))
 
 
 def _dtype_in(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a tensor in a checkpoint whose floating-point tensors have one, or the stored one (None)."""
+    """The dtype of a tensor after converting floating-point tensors to ``dtype``; None: no conversion."""
     return dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
 
 
 def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
-    """Whether weights, computed in a dtype, need several GPUs; raises UserError if each GPU has a process."""
+    """Whether the weights in a dtype need more than one GPU; raises UserError if they do and each GPU has a process."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return False
     size = weight_bytes(directory, dtype)
@@ -399,7 +399,7 @@ def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
-    """The tokenizer of a checkpoint; raises UserError if there is none that the installed libraries can read."""
+    """The tokenizer of a checkpoint; raises UserError if the installed libraries cannot read one."""
     from transformers import AutoTokenizer
 
     try:
@@ -407,7 +407,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: 
             options = {"gguf_file": gguf_file} if gguf_file else {}
             _check_names(_json(directory / "tokenizer_config.json"), "fast_tokenizer_files", "tokenizer_config.json")
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # the readers of its many formats raise what they happen to meet
+    except Exception as error:  # the readers of the many formats raise errors of all kinds
         raise UserError(f"{directory} has no usable tokenizer: {_tokenizer_problem(error)}") from error
 
 
@@ -415,18 +415,18 @@ def _tokenizer_problem(error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if "untagged enum" in reason or "Unknown tokenizer version" in reason:
         return (
-            f"tokenizer.json has a form that tokenizers {version('tokenizers')} does not know ({reason}); "
+            f"tokenizer.json has a format that tokenizers {version('tokenizers')} cannot read ({reason}); "
             "pip install -U tokenizers transformers, or use the file of an older release of the model"
         )
     if "custom code" in reason:
-        return "it comes with code of its own, which model.trust_remote_code=true runs"
+        return "it needs Python code that comes with the model; model.trust_remote_code=true runs it"
     if "instantiate the backend tokenizer" in reason:
         return "no tokenizer.json, tokenizer.model or vocab.json with merges.txt can be read; copy the model's own"
     return f"{reason[:300]}; download its tokenizer files again"
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copies configuration, tokenizer and chat templates: all but weights and sppctl's own records."""
+    """Copies configuration, tokenizer and chat templates: all files except weights and sppctl's own records."""
     for pattern in (*SIDE_FILES, "*.py"):
         for path in source.glob(pattern):
             if path.name not in NOT_SIDE_FILES and not path.name.endswith(".index.json"):
@@ -446,25 +446,25 @@ def copy_for_rewriting(
     Args:
         source: checkpoint directory.
         out: existing, empty directory.
-        dtype: that all floating-point tensors are converted to; auto: they stay as they are.
-        convert: does that, given a tensor's name, the tensor and the dtype.
+        dtype: the dtype to convert all floating-point tensors to; auto: no conversion.
+        convert: converts a tensor, given its name, the tensor and the dtype.
     """
     copy_side_files(source, out)
-    files, other = TensorFiles(source), None if dtype == "auto" else machine.torch_dtype(dtype)
+    files, target_dtype = TensorFiles(source), None if dtype == "auto" else machine.torch_dtype(dtype)
     if (source / INDEX_NAME).is_file():
         shutil.copyfile(source / INDEX_NAME, out / INDEX_NAME)
     for name, file in files.files.items():
-        layout = {key: (_dtype_in(spec, other), spec.shape) for key, spec in file.specs.items()}
+        layout = {key: (_dtype_in(spec, target_dtype), spec.shape) for key, spec in file.specs.items()}
         if all(layout[key][0] == spec.dtype for key, spec in file.specs.items()):
-            (out / name).unlink(missing_ok=True)  # a link there would be written through
+            (out / name).unlink(missing_ok=True)  # writing to a link would change the file behind it
             with writing(out / name, file.path.stat().st_size, FULL):
                 shutil.copyfile(file.path, out / name)
             continue
         target = OwnFile.create(out / name, layout, file.metadata or {"format": "pt"})
         for key in file.specs:
-            tensor, (wanted, _) = file.read(key), layout[key]
-            target.write(key, tensor if tensor.dtype == wanted else convert(key, tensor, wanted))
-    if other is None:
+            tensor, (new_dtype, _) = file.read(key), layout[key]
+            target.write(key, tensor if tensor.dtype == new_dtype else convert(key, tensor, new_dtype))
+    if target_dtype is None:
         return OwnFiles(out)
     config = _json(out / "config.json")
     config.pop("torch_dtype", None)
@@ -483,5 +483,5 @@ def load_gguf_config(directory: Path, gguf_file: str) -> Any:
     try:
         with quiet_libraries():
             return AutoConfig.from_pretrained(directory, gguf_file=gguf_file, local_files_only=True)
-    except Exception as error:  # the gguf reader raises what its struct parsing happens to meet
+    except Exception as error:  # the gguf reader raises errors of all kinds on a damaged file
         raise UserError("model.gguf_file", f"{gguf_file} cannot be read: {first_line(error)}") from error

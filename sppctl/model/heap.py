@@ -1,8 +1,8 @@
-"""The C heap of a process that runs block after block: kept from one block to the next, given back once it grows.
+"""The C heap of a process that runs block after block: reused from block to block, trimmed when it has grown.
 
-glibc returns freed tensors to the system at once, and the next block's tensors cost a page fault for every 4 KiB: in
-module order a tenth of a forward of a small model. It also keeps freed memory in pieces between others, which grow into
-gigabytes over the blocks of a large one. Other C libraries have neither function and are left as they are.
+glibc returns freed tensors to the system at once, and the next block's tensors then cost a page fault per 4 KiB: a
+tenth of a small model's forward in module order. It also keeps fragments of freed memory, which add up to gigabytes
+over the blocks of a large model. Other C libraries have neither function and are left as they are.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import ctypes
 
 import psutil
 
-KEPT = 512 << 20  # bytes that may stay with the process though they are free
-LARGEST = 32 << 20  # bytes of a tensor that is taken from the heap; the most that glibc allows
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of these settings
+KEPT = 512 << 20  # bytes of free memory that the process may keep
+LARGEST = 32 << 20  # bytes of the largest tensor on the heap; the maximum that glibc allows
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers for these mallopt settings
 
 
 class Heap:
@@ -29,7 +29,7 @@ class Heap:
         self._resident = self._process.memory_info().rss
 
     def give_back(self) -> None:
-        """Returns what is free to the system if the process has grown by more than ``KEPT`` since it last did."""
+        """Returns free memory to the system if the process has grown by more than ``KEPT`` since the last time."""
         if self._trim is not None and self._process.memory_info().rss - self._resident > KEPT:
             self._trim(0)
             self._resident = self._process.memory_info().rss

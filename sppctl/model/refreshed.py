@@ -1,4 +1,4 @@
-"""The base weights that a mask refresh leaves beside an adapter: read in the place of the pruned checkpoint's."""
+"""The base weights that a mask refresh stores with an adapter: read instead of the pruned checkpoint's."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ REFRESHED = "refreshed.safetensors"
 
 
 def kept_per_group(weight: Tensor, pattern: Pattern) -> Tensor:
-    """How many weights are not zero in each group of M, or in each row: (out_features, groups) int64."""
+    """Number of nonzero weights in each group of M, or in each row: (out_features, groups) int64."""
     width = pattern.group or weight.shape[1]
     return (weight != 0).view(weight.shape[0], -1, width).sum(-1)
 
 
 class RefreshedFiles(TensorFiles):
-    """A pruned checkpoint with the refreshed matrices of an adapter in the place of its own, to read from."""
+    """A pruned checkpoint, to read from, with an adapter's refreshed matrices replacing its own."""
 
     def __init__(self, pruned: Path, adapter: Path) -> None:
         super().__init__(pruned)
@@ -34,9 +34,9 @@ class RefreshedFiles(TensorFiles):
             self.refreshed = list(file.specs)
 
     def prove(self, pruned: TensorFiles, patterns: dict[str, Pattern]) -> None:
-        """Raises StageError if a refreshed matrix does not have as many zeros in each row, or group of M, as pruned.
+        """Raises StageError unless each refreshed matrix has as many zeros per row, or group of M, as the pruned one.
 
-        ``patterns`` are by the name of the tensor.
+        ``patterns`` maps tensor names to patterns.
         """
         for name in self.refreshed:
             if name not in patterns or pruned.spec(name).shape != self.spec(name).shape:

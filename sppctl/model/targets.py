@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from sppctl.errors import UserError
 from sppctl.files.safe_files import TensorFiles
 
-# what checkpoints may call a part of the path that the model calls otherwise
+# parts of a tensor's path: the model's name, and the name that checkpoints may use instead
 RENAMED = (("", ""), (".mlp.", ".block_sparse_moe."))
-# the matrices that a fused expert parameter consists of, in their order, under the names checkpoints give them
+# the matrices that a fused expert parameter consists of, in order, under the names that checkpoints use
 EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
 
@@ -26,12 +26,12 @@ EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_
 class Target:
     """One matrix, seen as (out_features, in_features) however it is stored.
 
-    An expert's matrix is called as if it were a linear layer of its own (``model.layers.0.mlp.experts.3.gate_proj``).
+    An expert's matrix is named like a separate linear layer (``model.layers.0.mlp.experts.3.gate_proj``).
     """
 
-    name: str  # full
+    name: str  # full name
     owner: str  # full name of the module that holds the parameter
-    parameter: str  # its name there
+    parameter: str  # the parameter's name in that module
     out_features: int
     in_features: int
     expert: int | None = None  # index into a fused 3-D parameter
@@ -43,21 +43,21 @@ class Target:
         """Whether it is a plain ``nn.Linear``."""
         return self.expert is None and not self.transposed
 
-    def whole(self, model: nn.Module) -> Tensor:
-        """The model's parameter that holds the matrix."""
+    def stored_parameter(self, model: nn.Module) -> Tensor:
+        """The model's parameter that holds the matrix, of all experts if they are fused."""
         parameter = model.get_submodule(self.owner)._parameters[self.parameter]
         assert parameter is not None
         return parameter.data
 
     def view(self, model: nn.Module) -> Tensor:
         """The matrix (out_features, in_features) as a view into the model's parameter."""
-        return self.within(self.whole(model))
+        return self.within(self.stored_parameter(model))
 
-    def within(self, whole: Tensor) -> Tensor:
+    def within(self, parameter: Tensor) -> Tensor:
         """The matrix as a view into a tensor of the parameter's shape."""
         if self.expert is not None:
-            return whole[self.expert, self.first_row : self.first_row + self.out_features]
-        return whole.t() if self.transposed else whole
+            return parameter[self.expert, self.first_row : self.first_row + self.out_features]
+        return parameter.t() if self.transposed else parameter
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -67,14 +67,14 @@ def is_fused_experts(module: nn.Module) -> bool:
         return False
     if not hasattr(module, "act_fn") and not hasattr(module, "_apply_gate"):
         return False
-    # gate above up, not row by row in turn, and nothing added that a product of matrices alone would miss
+    # gate rows above up rows, not interleaved, and no biases: the experts must be plain matrix products
     if not getattr(module, "is_concatenated", True) or "gate_up_proj_bias" in module._parameters:
         return False
     return gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
 
 
 def gated(module: nn.Module, gate_up: Tensor) -> Tensor:
-    """What fused experts make of gate and up, (tokens, 2 x intermediate): the input of down, (tokens, intermediate)."""
+    """The input of down, (tokens, intermediate), from the output of gate and up, (tokens, 2 x intermediate)."""
     if hasattr(module, "_apply_gate"):
         return module._apply_gate(gate_up)  # type: ignore[operator, no-any-return]
     gate, up = gate_up.chunk(2, dim=-1)
@@ -82,11 +82,11 @@ def gated(module: nn.Module, gate_up: Tensor) -> Tensor:
 
 
 def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
-    """Every matrix of the blocks that can be pruned, by name, in the model's order; routers and norms are none."""
+    """Every matrix of the blocks that can be pruned, by name, in the model's order, without routers and norms."""
     targets: list[Target] = []
     for relative, module in blocks.named_modules():
         name = f"{blocks_name}.{relative}"
-        # the gate of a shared expert, with a single output, decides how much it counts, like a router
+        # a single output is the gate of a shared expert, which weights it like a router
         if isinstance(module, nn.Linear) and module.out_features > 1:
             targets.append(Target(name, name, "weight", module.out_features, module.in_features))
         elif isinstance(module, Conv1D):
@@ -103,30 +103,30 @@ def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
     return {target.name: target for target in targets}
 
 
-def unseen(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[str], float]:
-    """Parameters of a mixture's experts in a form that is not known here, and their share of the blocks' matrices."""
-    known = {f"{target.owner}.{target.parameter}" for target in find_targets(blocks, blocks_name).values()}
-    sizes = {
+def unsupported_experts(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[str], float]:
+    """Expert parameters in a form that cannot be pruned, and their share of the weights of the blocks' matrices."""
+    supported = {f"{target.owner}.{target.parameter}" for target in find_targets(blocks, blocks_name).values()}
+    matrices = {
         f"{blocks_name}.{path}.{leaf}": parameter
         for path, module in blocks.named_modules()
         if not isinstance(module, nn.Conv1d)
         for leaf, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() >= 2
     }
-    names = [name for name, parameter in sizes.items() if parameter.dim() >= 3 and name not in known]
-    return names, sum(sizes[name].numel() for name in names) / sum(parameter.numel() for parameter in sizes.values())
+    names = [name for name, matrix in matrices.items() if matrix.dim() >= 3 and name not in supported]
+    return names, sum(matrices[name].numel() for name in names) / sum(matrix.numel() for matrix in matrices.values())
 
 
-def matches(name: str, wanted: str) -> bool:
-    """Whether a full name is meant by the end of a name (``q_proj``, ``mlp.down_proj``) or a pattern with ``*``."""
-    return name.endswith(f".{wanted}") or fnmatch(name, wanted)
+def matches(name: str, pattern: str) -> bool:
+    """Whether a full name ends with ``.pattern`` (``q_proj``, ``mlp.down_proj``) or matches it (``*.layers.0.*``)."""
+    return name.endswith(f".{pattern}") or fnmatch(name, pattern)
 
 
 def select(targets: dict[str, Target], names: list[str] | str, skip: list[str], key: str) -> dict[str, Target]:
-    """The targets that a configuration means: by ends of names or patterns, or ``"all-linear"``, without ``skip``.
+    """The targets that a configuration selects: by ends of names or patterns, or ``"all-linear"``, without ``skip``.
 
     Raises:
-        UserError: a name that matches nothing, which names its key, or nothing left.
+        UserError: a name matches nothing, or nothing is left to prune.
     """
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
     patterns = [] if isinstance(names, str) else names
@@ -140,13 +140,13 @@ def select(targets: dict[str, Target], names: list[str] | str, skip: list[str], 
         and not any(matches(name, pattern) for pattern in skip)
     }
     if not chosen:
-        raise UserError(f"{key}: nothing is left to prune; prune.skip leaves out everything that {names} names")
+        raise UserError(f"{key}: nothing is left to prune; prune.skip leaves out everything that {names} matches")
     return chosen
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor: a whole parameter, or its part ``parameter[expert, first_row : first_row + rows]``."""
+    """A stored tensor: a parameter, or its part ``parameter[expert, first_row : first_row + rows]``."""
 
     name: str
     expert: int | None = None
@@ -161,15 +161,15 @@ class Part:
 def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
     """The name under which a checkpoint stores a model's parameter; raises UserError if there is none.
 
-    A checkpoint of the headless model lacks the base prefix (``h.0...`` for ``transformer.h.0...``), one of a model
-    with another head has it where ours may not.
+    A checkpoint of the model without a head lacks the base prefix (``h.0...`` for ``transformer.h.0...``); one of a
+    model with another head may have it where this model does not.
     """
     for name in _spellings(parameter, base_prefix):
         if name in files:
             return name
     raise UserError(
         f"{files.directory} holds no tensor {parameter}, which its config.json implies: these are the weights of "
-        "another model, or sppctl does not know the names in this architecture's files (families: docs/pruning.md)"
+        "another model, or of an architecture that sppctl does not support (families: docs/pruning.md)"
     )
 
 
@@ -196,7 +196,7 @@ def stored_parts(files: TensorFiles, model: nn.Module, parameter: str) -> list[P
 
 
 def _spellings(name: str, base_prefix: str) -> Iterator[str]:
-    for ours, theirs in RENAMED:
-        renamed = name.replace(ours, theirs) if ours else name
+    for model_part, stored_part in RENAMED:
+        renamed = name.replace(model_part, stored_part) if model_part else name
         short = renamed.removeprefix(f"{base_prefix}.")
         yield from dict.fromkeys((renamed, short, f"{base_prefix}.{short}"))

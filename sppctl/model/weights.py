@@ -16,12 +16,12 @@ from sppctl.machine import dtype_name
 from sppctl.model.checkpoint import load_config, quiet_libraries
 from sppctl.model.targets import EXPERT_PARTS, stored_parts
 
-# causal masks, (1, 1, n, n) and a scalar, that old files of the GPT families hold and no model reads
+# causal masks, (1, 1, n, n) and a scalar, in old files of the GPT families, which no model reads
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.((masked_)?bias|causal_mask)$")
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a configuration on the meta device, in evaluation mode; UserError if none is."""
+    """The causal language model of a configuration on the meta device, in evaluation mode; UserError if it has none."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -35,21 +35,21 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code
 
 
 def check_directory(directory: Path, trust_remote_code: bool = False) -> None:
-    """As :func:`check_weights`, of the checkpoint in a directory."""
+    """:func:`check_weights` for the checkpoint in a directory."""
     files = TensorFiles(directory)
     check_weights(files, empty_model(load_config(directory, trust_remote_code), None, trust_remote_code))
 
 
 def check_weights(files: TensorFiles, model: Any) -> None:
-    """Shows that loading a checkpoint takes every parameter and persistent buffer from its files, and all of those.
+    """Verifies that loading a checkpoint fills every parameter and persistent buffer, and uses every stored tensor.
 
-    transformers itself loads tensors without content, shaped as the headers say, so its renames, ties, fused experts
-    and exceptions for old files hold. Of a quantised checkpoint it knows more only when it loads the weights. The
-    ``model`` is that of :func:`empty_model`, and stays as it is.
+    transformers itself loads empty tensors with the shapes in the headers, so its renames, ties, fused experts and
+    exceptions for old files apply. It resolves the names of a quantised checkpoint only when it loads the weights, so
+    those are not checked. The ``model`` comes from :func:`empty_model` and is not changed.
 
     Raises:
-        UserError: tensors are missing, surplus, of another shape or there twice, or the files are not those that
-            transformers would load.
+        UserError: tensors are missing, surplus, of another shape or stored twice, or transformers would load other
+            files.
     """
     directory, config = files.directory, model.config
     if SINGLE_NAME not in files.files and files.index is None:
@@ -57,9 +57,9 @@ def check_weights(files: TensorFiles, model: Any) -> None:
             f"{directory} holds {next(iter(files.files))}, but neither {INDEX_NAME} nor {SINGLE_NAME}; "
             "download the index too, or rename a file that holds all weights"
         )
-    named = getattr(config, "transformers_weights", None)
-    if named not in (None, SINGLE_NAME, INDEX_NAME):
-        raise UserError(f"{directory}: config.json names {named!r} as transformers_weights; sppctl reads {SINGLE_NAME}")
+    file = getattr(config, "transformers_weights", None)
+    if file not in (None, SINGLE_NAME, INDEX_NAME):
+        raise UserError(f"{directory}: config.json names {file!r} as transformers_weights; sppctl reads {SINGLE_NAME}")
     if getattr(config, "quantization_config", None) is not None:
         return
     if not any(files.spec(name).dtype.is_floating_point for name in files):
@@ -74,11 +74,12 @@ def refuse_random(place: str, info: dict[str, Any]) -> None:
     """Raises UserError if transformers' loading info names parameters that did not come from the files."""
     random = sorted(info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]})
     if random:
-        raise UserError(f"{place} holds no {random[0]} of the model's shape; transformers would make it up at random")
+        reason = f"{place} holds no {random[0]} of the model's shape; transformers would initialise it at random"
+        raise UserError(reason)
 
 
 def misfits(files: TensorFiles, model: Any, names: Iterable[str]) -> Iterator[str]:
-    """Parameters that the files do not hold under the names known here, or hold in another shape than the model's."""
+    """A message for each parameter that the files lack, or hold in another shape than the model's."""
     for name in names:
         try:
             parts = stored_parts(files, model, name)
@@ -102,7 +103,7 @@ def _surplus(files: TensorFiles, name: str) -> str:
 
 
 def _problems_of_experts(files: TensorFiles, model: Any, names: list[str], fused: list[str]) -> list[str]:
-    """What is wrong with matrices of fused experts, by their names in the files; if nothing, those that are surplus."""
+    """Problems of fused experts' matrices, by their names in the files; if there are none, the surplus matrices."""
     problems = list(misfits(files, model, names))
     if problems:
         return problems
@@ -123,7 +124,7 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
     try:
         loaded, info = _load(state, model)
-    except Exception as error:  # matrices that do not go together into one parameter, or names in its way
+    except Exception as error:  # experts whose matrices cannot be fused, or names that conflict
         yield from _problems_of_experts(files, model, fused, fused) or [str(error)]
         return
     for name, actual, shape in sorted(info["mismatched_keys"]):
@@ -142,7 +143,7 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
 
 
 def _load(state: dict[str, Tensor], model: Any) -> Any:
-    """The model with empty tensors, and transformers' account of loading them."""
+    """The model with empty tensors, and transformers' loading info."""
     options = {"dtype": torch.float32, "device_map": "meta", "ignore_mismatched_sizes": True}
     with quiet_libraries():
         return type(model).from_pretrained(
@@ -151,7 +152,7 @@ def _load(state: dict[str, Tensor], model: Any) -> Any:
 
 
 def _sources(loaded: Any, state: dict[str, Tensor]) -> dict[str, str]:
-    """The name in ``state`` of every tensor of the model that is one of those, told by their storage."""
+    """For each tensor of the loaded model that shares its storage with one in ``state``: the name of the latter."""
     names = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
-    places = {key: tensor.untyped_storage()._cdata for key, tensor in loaded.state_dict().items()}
-    return {key: names[place] for key, place in places.items() if place in names}
+    storages = {key: tensor.untyped_storage()._cdata for key, tensor in loaded.state_dict().items()}
+    return {key: names[storage] for key, storage in storages.items() if storage in names}

@@ -79,7 +79,7 @@ def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[st
     for target in targets.values():
         name = f"{target.owner.removeprefix(prefix)}.{target.parameter}"
         if name not in kept:
-            kept[name] = torch.zeros_like(target.whole(stack.model), dtype=torch.bool)
+            kept[name] = torch.zeros_like(target.stored_parameter(stack.model), dtype=torch.bool)
         target.within(kept[name]).copy_(target.view(stack.model) != 0)
     return kept
 

@@ -42,8 +42,8 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
     device = checkpoint.pick_device(config.model.device)
     distributed.connect(device)
     stack = BlockStack(base, device, dtype, config.model.trust_remote_code)
-    if unseen := stack.unseen():
-        console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unseen}")
+    if unsupported := stack.unsupported_experts():
+        console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unsupported}")
     drawn, windows = prepared.drawn, None
     if drawn is not None:
         tokenizer = checkpoint.load_tokenizer(base, config.model.trust_remote_code)

@@ -26,7 +26,7 @@ from sppctl.model.targets import (
     select,
     stored_name,
     stored_parts,
-    unseen,
+    unsupported_experts,
 )
 
 CPU = torch.device("cpu")
@@ -109,11 +109,11 @@ def test_the_gate_is_the_models_own() -> None:
 
 
 def test_experts_of_another_form_are_told_of(model: nn.Module) -> None:
-    assert unseen(model.h, "h") == ([], 0)
+    assert unsupported_experts(model.h, "h") == ([], 0)
     model.h[1].convolution = nn.Conv1d(6, 6, 4, groups=6)
-    assert unseen(model.h, "h") == ([], 0)
+    assert unsupported_experts(model.h, "h") == ([], 0)
     model.h[1].experts.is_concatenated = False
-    names, share = unseen(model.h, "h")
+    names, share = unsupported_experts(model.h, "h")
     assert names == ["h.1.experts.gate_up_proj", "h.1.experts.down_proj"]
     assert share == 216 / (2 * (24 + 48 + 216))  # of lin, conv and experts, twice
 
