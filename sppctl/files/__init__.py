@@ -1,1 +1,1 @@
-"""Files: written atomically, sealed, hashed; safetensors tensor by tensor."""
+"""Files: atomic writes, sealed records, hashes, and safetensors read and written tensor by tensor."""

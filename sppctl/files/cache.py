@@ -1,6 +1,6 @@
-"""Tensors kept between runs, under a name that says what they were made from.
+"""A cache of tensors between runs, under names derived from everything that they depend on.
 
-The cache only saves time: an entry that is damaged is as good as none, and one that cannot be written costs no run.
+The cache only saves time: a damaged entry counts as missing, and an entry that cannot be written stops no run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 
 
 def root() -> Path | None:
-    """``$SPPCTL_CACHE`` or ``~/.cache/sppctl``; None if there is no place for a cache."""
+    """``$SPPCTL_CACHE`` or ``~/.cache/sppctl``; None if there is no home directory."""
     try:
         return Path(os.environ.get("SPPCTL_CACHE") or "~/.cache/sppctl").expanduser()
-    except RuntimeError:  # no home directory
+    except RuntimeError:  # expanduser without a home directory
         return None
 
 
 def entry(folder: str, depends_on: Mapping[str, Any]) -> Path | None:
-    """The file in a folder of the cache for tensors that depend on these values alone.
+    """The file in a folder of the cache for tensors that depend only on these values.
 
-    None if there is no place for a cache, or if the ``tokenizer`` that they depend on cannot be identified.
+    None if there is no cache, or if the ``tokenizer`` that they depend on cannot be identified.
     """
     cache = root()
     if depends_on["tokenizer"] is None or cache is None:
@@ -42,7 +42,7 @@ def entry(folder: str, depends_on: Mapping[str, Any]) -> Path | None:
 
 
 def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an entry; both empty if it is not there, or not as it was written."""
+    """Tensors and metadata of an entry; both empty if it does not exist or is damaged."""
     if path is None:
         return {}, {}
     try:
@@ -55,20 +55,20 @@ def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Puts an entry with its hash in place."""
+    """Writes an entry with its hash."""
     if path is not None:
         store(path, save(tensors, metadata | {"hash": seal(path, tensors, metadata)}))
 
 
 def store(path: Path, data: bytes) -> None:
-    """Puts a whole file into the cache, or none: a disk that is full or read-only is not a reason to stop."""
-    here = f".{path.stem}-{platform.node()}-"
-    partial = path.with_name(f"{here}{os.getpid()}.tmp")
+    """Writes a file into the cache atomically; errors are ignored: a full or read-only disk is no reason to stop."""
+    prefix = f".{path.stem}-{platform.node()}-"  # of this machine, whose process ids can be checked
+    partial = path.with_name(f"{prefix}{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{glob.escape(here)}*.tmp"):
-            if not psutil.pid_exists(int(left.stem.rpartition("-")[2])):  # of a process that was killed
-                left.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+            if not psutil.pid_exists(int(leftover.stem.rpartition("-")[2])):  # its process was killed
+                leftover.unlink(missing_ok=True)
         try:
             partial.write_bytes(data)
             os.replace(partial, path)
@@ -77,7 +77,7 @@ def store(path: Path, data: bytes) -> None:
 
 
 def seal(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """What an entry holds as its ``hash``: of its name too, so one that was copied over another is not an entry."""
+    """The ``hash`` of an entry; it covers the file's name, so that an entry copied over another is detected."""
     return f"{digest(tensors)} {hashlib.sha256(json.dumps([path.name, metadata], sort_keys=True).encode()).hexdigest()}"
 
 
@@ -91,18 +91,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
-    """Identifies a tokenizer by what it makes of a text; None if that cannot be told, so nothing is cached.
+    """A hash of everything that determines a tokenizer's tokens; None if it is unknown, so nothing is cached.
 
-    Fast tokenizers write out all they do. Of others, class, vocabulary, special tokens and plain settings are taken.
+    Fast tokenizers serialise all of it. Others are identified by class, vocabulary, special tokens and plain settings.
     """
     parts: list[Any] = [type(tokenizer).__module__, type(tokenizer).__qualname__]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         try:
             serialised = json.loads(backend.to_str())
-        except Exception:  # what tokenizers raises when a part is written in Python
+        except Exception:  # tokenizers raises this type for parts written in Python
             return None
-        # both depend on how the tokenizer was last called, and what is cached is made without them
+        # both depend on the tokenizer's last call, and cached tokens are made without them
         serialised.pop("padding", None)
         serialised.pop("truncation", None)
         parts += [serialised, getattr(tokenizer, "split_special_tokens", None)]
@@ -121,9 +121,9 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def same_tokenizer(one: Any, other: Any) -> bool:
-    """Whether two tokenizers make the same tokens: that of a GGUF file need not be that of the unpacked model."""
-    identity = tokenizer_identity(one)
-    marks = ("chat_template", "special_tokens_map")
-    same_marks = all(getattr(one, mark, None) == getattr(other, mark, None) for mark in marks)
-    return identity is not None and identity == tokenizer_identity(other) and same_marks
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """Whether two tokenizers make the same tokens: those of a GGUF file and of the unpacked model may differ."""
+    identity = tokenizer_identity(first)
+    settings = ("chat_template", "special_tokens_map")
+    same_settings = all(getattr(first, name, None) == getattr(second, name, None) for name in settings)
+    return identity is not None and identity == tokenizer_identity(second) and same_settings

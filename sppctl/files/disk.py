@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and one message for what cannot be written."""
+"""Atomic writes of files, checks before writing, and one message for files that cannot be written."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from sppctl.errors import UserError, WriteError
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full disk, quota reached, file size limit
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file that is whole or absent, and on the disk before this returns; its folder is made if need be.
+    """Writes a file atomically and waits until it is on the disk; creates its folder if necessary.
 
     Raises:
-        WriteError: it cannot be written; what was there before is unchanged, and nothing is left beside it.
+        WriteError: the file cannot be written; an existing one is unchanged, and no temporary file is left.
     """
     partial, data = path.with_name(f".{path.name}.partial"), text.encode()
     with writing(path, len(data)):
@@ -39,9 +39,9 @@ def write(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int | None = None, reasons: set[int] | None = None) -> Iterator[None]:
-    """Turns errors of the operating system inside into a WriteError: ``path``, the reason, ``needed`` and free bytes.
+    """Turns errors of the operating system into a WriteError with ``path``, the reason, ``needed`` and free bytes.
 
-    Errors of other numbers than ``reasons`` stay as they are; None: all are meant, as only ``path`` is written inside.
+    Errors with other numbers than ``reasons`` pass unchanged; None: all are converted, as only ``path`` is written.
     """
     try:
         yield
@@ -55,55 +55,55 @@ def writing(path: Path, needed: int | None = None, reasons: set[int] | None = No
 
 
 def demand_space(directory: Path, needed: int, what: str, replaced: str) -> None:
-    """Raises UserError if there is no room for ``needed`` bytes of ``what`` below a directory.
+    """Raises UserError if a directory has no space for ``needed`` bytes of ``what``.
 
-    Files in it that match the pattern ``replaced`` will be written over, or make room first.
+    Files in it that match the pattern ``replaced`` count as free: they will be overwritten or deleted.
     """
-    held = sum(path.stat().st_blocks * 512 for path in directory.glob(replaced))
-    free = shutil.disk_usage(existing(directory)).free + held
+    replaced_bytes = sum(path.stat().st_blocks * 512 for path in directory.glob(replaced))
+    free = shutil.disk_usage(existing(directory)).free + replaced_bytes
     if needed > free:
         raise UserError(
             "run.dir",
             f"{directory} has {free / 2**30:.1f} GiB free, {what} takes {needed / 2**30:.1f} GiB",
-            "make room, or name another (--output)",
+            "free some space, or choose another directory (--output)",
         )
 
 
 def demand_directory(path: Path, key: str) -> None:
-    """Raises UserError, which names ``key``, if a directory cannot be made, or not be written."""
+    """Raises UserError, which names ``key``, if a directory cannot be created or written to."""
     if os.path.lexists(path) and not path.is_dir():
         kind = "a file" if path.is_file() else "a broken link or a special file"
-        raise UserError(key, f"{path} is {kind}, not a directory", "name another (--output)")
+        raise UserError(key, f"{path} is {kind}, not a directory", "choose another directory (--output)")
     parent = next(folder for folder in [path, *path.absolute().parents] if os.path.lexists(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "be written" if parent == path else f"be made, {parent} is not a writable directory"
-        raise UserError(key, f"{path} cannot {what}", "name another")
+        problem = "is not writable" if parent == path else f"cannot be created, {parent} is not a writable directory"
+        raise UserError(key, f"{path} {problem}", "choose another directory")
 
 
 def demand_file(path: Path, key: str) -> None:
-    """Raises UserError, which names ``key``, if there is something in the place of a file that is to be written."""
+    """Raises UserError, which names ``key``, if the path of a file to be written is something else than a file."""
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(key, f"{path} is not an ordinary file", "remove it, or name another place")
+        raise UserError(key, f"{path} is not a regular file", "remove it, or choose another directory")
 
 
 def demand_readable(path: Path) -> None:
-    """Raises UserError if a file cannot be read, or would keep its reader waiting as a pipe does."""
+    """Raises UserError if a file cannot be read, or would block its reader as a pipe does."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} is not an ordinary file; remove it, or put the file in its place")
+            raise UserError(f"{path} is not a regular file; remove it, or replace it by the file")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); remove it, or put the file in its place") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it, or replace it by the file") from error
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be read (permission denied); change its permissions")
 
 
 def existing(path: Path) -> Path:
-    """The nearest directory, from ``path`` upwards, that is there."""
+    """The nearest existing directory, from ``path`` upwards."""
     return next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
 
 
 def sync_tree(directory: Path) -> None:
-    """Waits until all files below a directory, and the names of them, are on the disk."""
+    """Waits until all files below a directory, and their names, are on the disk."""
     for path in [directory, *directory.rglob("*")]:
         sync(path)
 

@@ -1,8 +1,8 @@
-"""Hashes of the whole content of files: what a record says a directory holds, and whether it still does.
+"""Hashes of whole files, and whether the files of a directory still match the hashes in its record.
 
-A file is hashed in pieces by several threads: sha256 of each piece, then of the size and the pieces' hashes in their
-order. The hash of a large file is remembered with its size, times and inode, in the cache: as long as those stay the
-same the file is not read again. Nothing is called damaged before its bytes have been read.
+A file is hashed in pieces by several threads: sha256 of each piece, then of the size and the pieces' hashes in order.
+The cache keeps the hash of a large file with its size, times and inode: while those stay the same, the file is not read
+again. No file is reported as damaged before its bytes have been read.
 """
 
 from __future__ import annotations
@@ -26,21 +26,17 @@ from sppctl.errors import UserError
 from sppctl.files import cache, sealed
 from sppctl.files.names import RECORD
 
-PIECE = 1 << 24
-REMEMBERED = 1 << 20  # bytes: smaller files are read each time
-SETTLED_NS = 2_000_000_000  # a file that was changed this recently could change again and keep its times
-# of what lies in a directory no record is kept: notes for people, and what stages put aside
-_IGNORED_FOLDERS = {"logs", "checkpoints", "__pycache__"}
-# what a library would load though no record knows it
+PIECE = 1 << 24  # bytes
+REMEMBERED = 1 << 20  # bytes; smaller files are read each time
+SETTLED_NS = 2_000_000_000  # a file changed more recently could change again with the same times
+_IGNORED_FOLDERS = {"logs", "checkpoints", "__pycache__"}  # no part of what a stage publishes
+# files that a library would load even if they are not in the record
 _LOADED = ("*.safetensors", "*.index.json", "*.gguf", "adapter_*", "*.jinja", "*token*", "vocab.*", "merges.txt")
 OK, DAMAGED, MISSING, SURPLUS = "ok", "damaged", "missing", "surplus"
 
 
 def listing(directory: Path, without: Collection[str] = ()) -> list[str]:
-    """The files that belong to a checkpoint or an adapter, by their path below its directory.
-
-    Those in files and folders named ``without`` do not.
-    """
+    """The files of a checkpoint or an adapter, as paths below its directory; ``without``: names to leave out."""
     ignored = {RECORD, *_IGNORED_FOLDERS, *without}
     names = []
     for path in directory.rglob("*"):
@@ -53,8 +49,8 @@ def listing(directory: Path, without: Collection[str] = ()) -> list[str]:
 
 def hashes(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """The hash of each of these files of a directory; raises UserError if one cannot be read."""
-    chosen = list(names)
-    return dict(zip(chosen, hash_files([directory / name for name in chosen]), strict=True))
+    names = list(names)
+    return dict(zip(names, hash_files([directory / name for name in names]), strict=True))
 
 
 def identity(files: Mapping[str, str]) -> str:
@@ -62,24 +58,24 @@ def identity(files: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:16]
 
 
-def compare(directory: Path, recorded: Mapping[str, str], *, anew: bool = False) -> dict[str, str]:
+def compare(directory: Path, recorded: Mapping[str, str], *, reread: bool = False) -> dict[str, str]:
     """``ok``, ``damaged`` or ``missing`` for each file with a recorded hash, ``surplus`` for others that would load.
 
-    With ``anew`` every byte is read, whatever is remembered. Raises UserError if a file cannot be read.
+    With ``reread`` every byte is read, even of files whose hash is cached. Raises UserError if a file cannot be read.
     """
     present = [name for name in recorded if (directory / name).is_file()]
-    now = dict(zip(present, hash_files([directory / name for name in present], anew=anew), strict=True))
-    doubtful = [] if anew else [name for name in present if now[name] != recorded[name]]
-    now |= zip(doubtful, hash_files([directory / name for name in doubtful], anew=True), strict=True)
-    states = {name: OK if now.get(name) == recorded[name] else DAMAGED for name in recorded}
-    states |= dict.fromkeys(recorded.keys() - now.keys(), MISSING)
+    current = dict(zip(present, hash_files([directory / name for name in present], reread=reread), strict=True))
+    doubtful = [] if reread else [name for name in present if current[name] != recorded[name]]
+    current |= zip(doubtful, hash_files([directory / name for name in doubtful], reread=True), strict=True)
+    states = {name: OK if current.get(name) == recorded[name] else DAMAGED for name in recorded}
+    states |= dict.fromkeys(recorded.keys() - current.keys(), MISSING)
     surplus = set(listing(directory)) - recorded.keys()
     loaded = (name for name in sorted(surplus) if any(fnmatch(Path(name).name, pattern) for pattern in _LOADED))
     return states | dict.fromkeys(loaded, SURPLUS)
 
 
 def check(directory: Path, recorded: Mapping[str, str], remedy: str) -> None:
-    """Raises UserError if files of a directory do not have their recorded hashes; each is named with the remedy."""
+    """Raises UserError, with a line for each file, if files of a directory do not have their recorded hashes."""
     states = compare(directory, recorded)
     problems = [explain(directory / name, state, remedy) for name, state in states.items() if state != OK]
     if problems:
@@ -87,7 +83,7 @@ def check(directory: Path, recorded: Mapping[str, str], remedy: str) -> None:
 
 
 def check_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a stage in a directory, None without one; raises UserError if files are not as it says."""
+    """The record of a stage in a directory, or None; raises UserError if files do not have their recorded hashes."""
     if not (directory / RECORD).is_file():
         return None
     record = sealed.read(directory / RECORD, remedy := "redo the stage with --force")
@@ -96,7 +92,7 @@ def check_record(directory: Path) -> dict[str, Any] | None:
 
 
 def explain(path: Path, state: str, remedy: str) -> str:
-    """What is wrong with a file that is not ``ok``, and what to do, in one line."""
+    """The problem of a file that is not ``ok``, and the fix, in one line."""
     if state == SURPLUS:
         return f"{path} is not in the record of its directory and would be loaded; remove it, or {remedy}"
     reason = "is missing" if state == MISSING else "is damaged: its content is not what was recorded"
@@ -104,7 +100,7 @@ def explain(path: Path, state: str, remedy: str) -> str:
 
 
 def mask_digest(weight: Tensor) -> str:
-    """A hash of the shape of a matrix and of which of its weights are not zero."""
+    """A hash of a matrix's shape and of the positions of its nonzero weights."""
     mask = (weight != 0).cpu().contiguous().numpy()
     return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
 
@@ -114,55 +110,56 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def hash_files(paths: list[Path], *, anew: bool = False) -> list[str]:
-    """The hash of the whole content of each file; ``anew``: every byte is read, whatever is remembered.
+def hash_files(paths: list[Path], *, reread: bool = False) -> list[str]:
+    """The hash of each file's content; ``reread``: every byte is read, even of files whose hash is cached.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a file cannot be read.
     """
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        return list(_hash_all(paths, anew, pool))
+        return list(_hash_all(paths, reread, pool))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _hash_all(paths: list[Path], anew: bool, pool: ThreadPoolExecutor) -> Iterable[str]:
+def _hash_all(paths: list[Path], reread: bool, pool: ThreadPoolExecutor) -> Iterable[str]:
     started = time.time_ns()
     stats = [path.stat() for path in paths]
-    remembered = [None if anew else _remembered(stat) for stat in stats]
+    cached = [None if reread else _cached_hash(stat) for stat in stats]
     pieces = [
-        [] if known else [pool.submit(_piece, path, start) for start in range(0, stat.st_size, PIECE)]
-        for path, stat, known in zip(paths, stats, remembered, strict=True)
+        [] if cached_hash else [pool.submit(_piece_digest, path, start) for start in range(0, stat.st_size, PIECE)]
+        for path, stat, cached_hash in zip(paths, stats, cached, strict=True)
     ]
-    for path, stat, known, parts in zip(paths, stats, remembered, pieces, strict=True):
-        if known is not None:
-            yield known
+    for path, stat, cached_hash, digests in zip(paths, stats, cached, pieces, strict=True):
+        if cached_hash is not None:
+            yield cached_hash
             continue
         digest = hashlib.sha256(str(stat.st_size).encode())
-        for part in parts:
-            digest.update(part.result())
+        for piece in digests:
+            digest.update(piece.result())
         settled = started - max(stat.st_mtime_ns, stat.st_ctime_ns) >= SETTLED_NS
-        place = _place(stat)
-        if place is not None and settled and _signature(path.stat()) == _signature(stat):
+        entry = _cache_entry(stat)
+        # not cached if the file changed while it was read
+        if entry is not None and settled and _signature(path.stat()) == _signature(stat):
             record = {"file": _signature(stat), "hash": digest.hexdigest()}
-            cache.store(place, json.dumps(sealed.seal(record)).encode())
+            cache.store(entry, json.dumps(sealed.seal(record)).encode())
         yield digest.hexdigest()
 
 
-def _piece(path: Path, start: int) -> bytes:
+def _piece_digest(path: Path, start: int) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            digest, left = hashlib.sha256(), PIECE
-            while left and (data := file.read(min(left, 1 << 20))):
+            digest, remaining = hashlib.sha256(), PIECE
+            while remaining and (data := file.read(min(remaining, 1 << 20))):
                 digest.update(data)
-                left -= len(data)
+                remaining -= len(data)
             return digest.digest()
     except OSError as error:
-        error.filename = path  # reading, unlike opening, does not say of what
+        error.filename = path  # errors of reading, unlike those of opening, name no file
         raise
 
 
@@ -170,15 +167,15 @@ def _signature(stat: os.stat_result) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino]
 
 
-def _place(stat: os.stat_result) -> Path | None:
-    """Where a hash is remembered: by the inode, so that a directory may be moved, as publishing does."""
+def _cache_entry(stat: os.stat_result) -> Path | None:
+    """The cache file of a hash, named by the inode, so that a directory may be moved, as publishing does."""
     root = cache.root() if stat.st_size >= REMEMBERED else None
     return root and root / "hashes" / f"{stat.st_dev:x}-{stat.st_ino:x}.json"
 
 
-def _remembered(stat: os.stat_result) -> str | None:
-    place = _place(stat)
+def _cached_hash(stat: os.stat_result) -> str | None:
+    entry = _cache_entry(stat)
     with contextlib.suppress(OSError, ValueError, KeyError):
-        record = sealed.parse(place.read_bytes()) if place else {}
+        record = sealed.parse(entry.read_bytes()) if entry else {}
         return str(record["hash"]) if record["file"] == _signature(stat) else None
     return None

@@ -1,4 +1,4 @@
-"""Paths as they are written on a command line or in YAML."""
+"""Paths as users write them on a command line or in YAML."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 
 from sppctl.errors import UserError
 
-LONGEST_NAME, LONGEST_PATH = 255, 2048  # bytes; a run adds names of its own to run.dir
-LONGEST_STEM = 200  # bytes of a file name: the rest is for suffixes
+LONGEST_NAME, LONGEST_PATH = 255, 2048  # bytes; below the system's 4,096, as a run adds names to run.dir
+LONGEST_STEM = 200  # bytes; leaves space for suffixes
 
 
 def expand(path: str) -> str:
     """A path with the home directory in place of ``~`` or ``~user``.
 
     Raises:
-        UserError: that home directory is not known, or the path is longer than any, or has a control character in it.
+        UserError: the home directory is unknown, or the path is too long or contains a control character.
     """
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
         raise UserError(
@@ -25,17 +25,17 @@ def expand(path: str) -> str:
         raise UserError(f"the path {path!r} contains a control character")
     if not path.startswith("~"):
         return path
-    of_user = path.partition("/")[0] == "~"
+    current_user = path.partition("/")[0] == "~"
     expanded = os.path.expanduser(path)
     # an empty HOME would mean the root directory
-    if expanded.startswith("~") or (of_user and os.environ.get("HOME") == ""):
-        what = "HOME is not set" if of_user else "there is no such user"
-        raise UserError(f"{path}: the home directory is not known ({what}); write the whole path")
+    if expanded.startswith("~") or (current_user and os.environ.get("HOME") == ""):
+        reason = "HOME is not set" if current_user else "there is no such user"
+        raise UserError(f"{path}: the home directory is not known ({reason}); write the full path")
     return expanded
 
 
 def file_stem(name: str) -> str:
-    """The name, shortened to a hash of itself at its end where no file could have it with a suffix of ours."""
+    """The name; one that is too long for a file name is cut, and ends with a hash of the full name."""
     encoded = name.encode()
     if len(encoded) <= LONGEST_STEM:
         return name

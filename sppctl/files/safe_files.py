@@ -1,7 +1,7 @@
 """Reading and writing safetensors files tensor by tensor, so that no file has to fit in memory.
 
 The safetensors library reads lazily but writes a file only as a whole; :class:`OwnFile` writes the same format
-(8 bytes of header length, JSON header, data) with every tensor's place known beforehand.
+(8 bytes of header length, JSON header, data) with every tensor's position fixed in advance.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sppctl.files.disk import FULL, sync, writing
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_SHARD = re.compile(r"(shard-\d+-)?model-\d+-of-\d+\.safetensors")  # names that transformers gives
+_SHARD = re.compile(r"(shard-\d+-)?model-\d+-of-\d+\.safetensors")  # transformers' names of shards
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,7 +55,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @contextlib.contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Inside, libraries write models and adapters to ``path``; raises WriteError if the disk is full."""
+    """Around a library call that writes a model or adapter to ``path``: raises WriteError if the disk is full."""
     with writing(path, reasons=FULL):
         try:
             yield
@@ -66,15 +66,15 @@ def saving(path: Path) -> Iterator[None]:
 
 
 def hides_full_disk(error: Exception) -> bool:
-    """Whether an error of a library that writes tensors or archives is the operating system's in words of its own."""
+    """Whether an error of a library that writes tensors or archives may be caused by a full disk."""
     text = str(error).lower()
     return isinstance(error, SafetensorError) or "write" in text or "writing" in text or "enforce fail" in text
 
 
 def reserve(path: Path, size: int) -> None:
-    """Makes a file and takes its ``size`` bytes at once, or raises OSError.
+    """Creates a file and allocates its ``size`` bytes, or raises OSError.
 
-    A write into a mapped file on a full disk would end the process.
+    Without this, writing into the mapped file on a full disk would kill the process (SIGBUS).
     """
     with path.open("wb") as file:
         if size and hasattr(os, "posix_fallocate"):  # not on macOS
@@ -83,7 +83,7 @@ def reserve(path: Path, size: int) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a safetensors file: dtype, shape, and where its bytes lie (counted from the file's start)."""
+    """One tensor of a safetensors file: dtype, shape, and the position of its bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -94,35 +94,36 @@ class TensorSpec:
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The tensors of a safetensors file and its metadata.
 
-    The library checks sizes and offsets, but it neither shows offsets, which writing in place needs, nor refuses a name
-    that appears twice. So the header is read again here.
+    The library checks sizes and offsets, but it does not expose offsets, which writing in place needs, and accepts
+    duplicate names. So the header is read again here.
 
     Raises:
-        UserError: not safetensors, damaged, or with a dtype that torch does not have.
+        UserError: the file is not safetensors or damaged, or has a dtype that sppctl does not support.
     """
 
-    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} appears twice")
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        duplicates = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if duplicates:
+            raise ValueError(f"{duplicates[0]} appears twice")
         return dict(pairs)
 
     try:
         with safe_open(path, "pt"), path.open("rb") as file:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
-            # what the library has accepted is small and flat enough for Python's reader
-            header = json.loads(file.read(start - 8), object_pairs_hook=each_once)
+            # the library has limited its size and depth
+            header = json.loads(file.read(start - 8), object_pairs_hook=without_duplicates)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is truncated or damaged, or not a safetensors file ({error}); download or write it again"
         ) from error
     metadata = header.pop("__metadata__", {})
-    odd = [name for name in header if not name.isprintable()]
-    if odd:
-        raise UserError(f"{path}: {odd[0]!r} is not the name of a tensor; download or write it again")
-    foreign = [f"{name} has dtype {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
-    if foreign:
-        raise UserError(f"{path}: {foreign[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
+    unprintable = [name for name in header if not name.isprintable()]
+    if unprintable:
+        raise UserError(f"{path}: {unprintable[0]!r} is not the name of a tensor; download or write it again")
+    dtypes = {name: entry["dtype"] for name, entry in header.items()}
+    unsupported = [f"{name} has dtype {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]
+    if unsupported:
+        raise UserError(f"{path}: {unsupported[0]}, which sppctl cannot read; use a checkpoint that is not quantised")
     specs = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
@@ -131,7 +132,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
 
 
 class TensorFile:
-    """A safetensors file, only read."""
+    """A safetensors file to read from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,19 +153,19 @@ class TensorFile:
 
 
 class OwnFile(TensorFile):
-    """A safetensors file that sppctl makes, filled tensor by tensor in any order."""
+    """A safetensors file that sppctl writes, tensor by tensor in any order."""
 
     def __init__(self, path: Path) -> None:
-        """Takes a file to be written; raises UserError for a link, behind which is a file that somebody else made."""
+        """Opens a file for writing; raises UserError for a link: sppctl must not change the file that it points to."""
         if path.is_symlink():
-            raise UserError(f"{path} is a link, and sppctl writes into files of its own only; delete {path.parent}")
+            raise UserError(f"{path} is a link, and sppctl only writes to its own files; delete {path.parent}")
         super().__init__(path)
 
     @classmethod
     def create(
         cls, path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> Self:
-        """Lays out a new file; the bytes are zero until :meth:`write`."""
+        """Creates a file with space for these tensors; their bytes are zero until :meth:`write`."""
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for name, (dtype, shape) in shapes.items():
@@ -180,7 +181,7 @@ class OwnFile(TensorFile):
         return cls(path)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts a tensor in its place, converted to the dtype laid out for it."""
+        """Writes a tensor at its position, converted to the dtype given to :meth:`create`."""
         spec = self.specs[name]
         assert tuple(tensor.shape) == spec.shape, f"{name}: {tuple(tensor.shape)} into {spec.shape}"
         data = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1).view(torch.uint8)
@@ -190,12 +191,12 @@ class OwnFile(TensorFile):
 
 
 def is_plain(name: object) -> bool:
-    """Whether a name from an index, a configuration or an archive is that of a file in the same directory."""
+    """Whether a name from an index, a configuration or an archive is a plain file name, without a path."""
     return isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds a PEFT adapter and not the weights of a model, beside which an adapter is ignored."""
+    """Whether a directory holds a PEFT adapter and no model weights, which would take precedence."""
     names = {path.name for path in directory.iterdir()}
     if SINGLE_NAME in names or INDEX_NAME in names or any(map(_SHARD.fullmatch, names)):
         return False
@@ -203,7 +204,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def adapter_settings(directory: Path) -> dict[str, Any]:
-    """The settings of a PEFT adapter; raises UserError if there are none, or damaged ones."""
+    """The settings of a PEFT adapter; raises UserError if they are missing or damaged."""
     try:
         settings = json.loads((directory / ADAPTER_CONFIG).read_text())
         if not isinstance(settings, dict):
@@ -214,7 +215,7 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
 
 
 def adapter_file(directory: Path) -> Path:
-    """The weights of a PEFT adapter; raises UserError if there are none, or only pickled ones, which are not loaded."""
+    """The weights file of a PEFT adapter; raises UserError if there is none, or only a pickled one (never loaded)."""
     path = directory / ADAPTER_NAME
     if not path.is_file():
         raise UserError(f"{directory}: this PEFT adapter has no {ADAPTER_NAME}{_pickled(directory)}")
@@ -232,7 +233,7 @@ def read_index(path: Path) -> dict[str, str]:
         content = json.loads(path.read_text())
         shards: dict[str, str] = dict(content["weight_map"].items())
         names = set(shards.values())
-        content["metadata"]  # transformers insists on it
+        content["metadata"]  # transformers requires it
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable index of safetensors shards; download it again") from error
     for name in names:
@@ -242,7 +243,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 class TensorFiles:
-    """All safetensors files of a checkpoint directory as one mapping from name to tensor, only read."""
+    """All safetensors files of a checkpoint directory, to read from, as one mapping from name to tensor."""
 
     _kind: type[TensorFile] = TensorFile
 
@@ -250,7 +251,7 @@ class TensorFiles:
         """Reads every header.
 
         Raises:
-            UserError: no safetensors files, a missing or damaged one, or an index that does not describe them.
+            UserError: there are no safetensors files, one is missing or damaged, or the index does not match them.
         """
         self.directory = directory
         self.index = read_index(directory / INDEX_NAME) if (directory / INDEX_NAME).is_file() else None
@@ -263,33 +264,33 @@ class TensorFiles:
                 self.home[tensor] = name
         index = self.home if self.index is None or SINGLE_NAME in self.files else self.index
         for tensor in index.keys() | self.home.keys():
-            actual, named = self.home.get(tensor, "no shard"), index.get(tensor, "no shard")
-            if actual != named:
+            actual, indexed = self.home.get(tensor, "no shard"), index.get(tensor, "no shard")
+            if actual != indexed:
                 raise UserError(
-                    f"{directory}: {tensor} is in {actual}, but in {named} by {INDEX_NAME}; download both again"
+                    f"{directory}: {tensor} is in {actual}, but {INDEX_NAME} says {indexed}; download both again"
                 )
 
     def _names(self) -> list[str]:
         directory = self.directory
-        there = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
-        if SINGLE_NAME in there:  # transformers, too, prefers it to an index
+        present = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+        if SINGLE_NAME in present:  # takes precedence over an index, as in transformers
             names = [SINGLE_NAME]
         elif self.index is not None:
             names = sorted(set(self.index.values()))
         elif is_adapter(directory):
             raise UserError(f"{directory}: this is a PEFT adapter; model.path takes a full model")
         else:
-            names = [name for name in there if name != ADAPTER_NAME]
+            names = [name for name in present if name != ADAPTER_NAME]
         if not names:
             raise UserError(f"{directory} holds no safetensors weights{_pickled(directory)}")
-        missing = [name for name in names if name not in there]
+        missing = [name for name in names if name not in present]
         if missing:
-            raise UserError(f"{directory}: shard {missing[0]} is missing, though {INDEX_NAME} names it")
-        surplus = [name for name in there if _SHARD.fullmatch(name) and name not in names]
-        if surplus and SINGLE_NAME in there:
-            raise UserError(f"{directory}: {surplus[0]} is a shard beside {SINGLE_NAME}; remove one of both")
+            raise UserError(f"{directory}: shard {missing[0]} of {INDEX_NAME} is missing; download it again")
+        surplus = [name for name in present if _SHARD.fullmatch(name) and name not in names]
+        if surplus and SINGLE_NAME in present:
+            raise UserError(f"{directory}: {surplus[0]} is a shard beside {SINGLE_NAME}; remove one of them")
         if surplus:
-            raise UserError(f"{directory}: {INDEX_NAME} does not name {surplus[0]}; download both again")
+            raise UserError(f"{directory}: {INDEX_NAME} does not list {surplus[0]}; download both again")
         return names
 
     def __iter__(self) -> Iterator[str]:
@@ -299,7 +300,7 @@ class TensorFiles:
         return name in self.home
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype, shape and place of a tensor."""
+        """Dtype, shape and position of a tensor."""
         return self.files[self.home[name]].specs[name]
 
     def read(self, name: str, entry: int | None = None) -> torch.Tensor:
@@ -313,7 +314,7 @@ class TensorFiles:
 
 
 class OwnFiles(TensorFiles):
-    """The files of a checkpoint that sppctl makes: its tensors can be overwritten."""
+    """The files of a checkpoint that sppctl writes: its tensors can be overwritten."""
 
     _kind = OwnFile
 
@@ -324,7 +325,7 @@ class OwnFiles(TensorFiles):
         file.write(name, tensor)
 
     def sync(self, names: Iterable[str] | None = None) -> None:
-        """Waits until the bytes of these files, or of all, are on the disk."""
+        """Waits until these files, or all of them, are on the disk."""
         for name in self.files if names is None else names:
             with writing(self.files[name].path):
                 sync(self.files[name].path)

@@ -1,7 +1,7 @@
-"""What a task of lm-eval is made from: the files that are read while it loads, and data of the hub by its version.
+"""The sources of an lm-eval task: the files that are read while it loads, and hub data by version.
 
-Files that Python opens or lists are seen by an audit hook. ``datasets`` keeps what it has read and knows local files by
-their times alone, so that it is given a cache of its own for every content of them.
+An audit hook sees every file that Python opens or lists. ``datasets`` caches local files by their times alone, so it
+gets a separate cache folder for each content of them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from sppctl.files import cache
 
 PACKAGE, INCLUDED, HERE = "lm_eval:", "include:", "./"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# what load_dataset takes beside the arguments of load_dataset_builder
+# arguments of load_dataset that load_dataset_builder does not take
 OF_READING = ("split", "verification_mode", "keep_in_memory", "save_infos", "streaming", "num_proc")
 
 
 @dataclass
 class Recorded:
-    """What was read while a task was loaded."""
+    """The files and hub data read while a task was loaded."""
 
-    read: set[str] = field(default_factory=set)  # files, and folders that were listed
-    data: set[str] = field(default_factory=set)  # of these, those that a data set is made of, wherever they are
-    written: set[str] = field(default_factory=set)  # files that were not there before, or not as they are
-    versions: dict[str, str] = field(default_factory=dict)  # of the hub's data, by folder in the cache of datasets
+    read: set[str] = field(default_factory=set)  # files that were read, folders that were listed
+    data: set[str] = field(default_factory=set)  # local files of data sets, recorded wherever they are
+    written: set[str] = field(default_factory=set)  # files that were created or changed
+    versions: dict[str, str] = field(default_factory=dict)  # of hub data, by folder in the cache of datasets
 
     def summary(self, include_path: str | None) -> dict[str, Any]:
-        """As it is recorded with a result: ``{"digest", "files": {name: hash}, "versions"}``.
+        """What is recorded with a result: ``{"digest", "files": {name: hash}, "versions"}``.
 
-        The digest says which content was read, wherever it is.
+        The digest identifies the content that was read, wherever the files are.
         """
         outside = _outside()
         paths = [_source(Path(path).resolve()) for path in self.read - self.written]
@@ -51,9 +51,9 @@ class Recorded:
 
 
 def are_current(sources: Mapping[str, Any], definition: Path | None, include_path: str | None) -> bool:
-    """Whether loading a task again would read what was recorded (:meth:`Recorded.summary`).
+    """Whether loading a task again would read the recorded sources (:meth:`Recorded.summary`).
 
-    ``definition`` is the file that defines the task now, which must be the one that was read.
+    ``definition`` is the file that now defines the task; it must be among the recorded files.
     """
     if definition is not None and _name(definition.resolve(), include_path) not in sources["files"]:
         return False
@@ -66,20 +66,20 @@ def are_current(sources: Mapping[str, Any], definition: Path | None, include_pat
 
 
 def newer(versions: Mapping[str, str]) -> dict[str, str]:
-    """Of data of the hub that was recorded, what has come into the cache of ``datasets`` since."""
+    """The latest version of each recorded hub data set of which ``datasets`` has cached another one since."""
     latest = {key: _latest(key) for key in versions}
-    return {key: now for key, now in latest.items() if now is not None and now != versions[key].rpartition(" ")[2]}
+    return {key: last for key, last in latest.items() if last is not None and last != versions[key].rpartition(" ")[2]}
 
 
 # --- recording --------------------------------------------------------------------------------------------------------
 
 _recorded: Recorded | None = None
-_loaded: set[str] = set()  # modules that the last task brought in
+_loaded: set[str] = set()  # modules that the last task imported
 
 
 @functools.cache
 def _listen() -> None:
-    """An audit hook cannot be removed: there is one, and it looks only while something is recorded."""
+    """Installs the audit hook, once, because it cannot be removed; it records only inside :func:`noting`."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if _recorded is None or event not in ("open", "os.scandir") or not isinstance(arguments[0], str | os.PathLike):
@@ -95,7 +95,7 @@ def _listen() -> None:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recorded]:
-    """Records what is read inside; modules that only an earlier task needed are read again."""
+    """Records what is read inside; modules that only an earlier task imported are imported again."""
     import datasets
 
     _listen()
@@ -103,7 +103,7 @@ def recording() -> Iterator[Recorded]:
         sys.modules.pop(name, None)
     before, load, wrote = set(sys.modules), datasets.load_dataset, sys.dont_write_bytecode
     datasets.load_dataset = functools.partial(_load_dataset, load)
-    sys.dont_write_bytecode = True  # compiled modules are known by time and size alone
+    sys.dont_write_bytecode = True  # Python checks compiled modules by time and size alone
     try:
         with noting() as recorded:
             yield recorded
@@ -117,7 +117,7 @@ def recording() -> Iterator[Recorded]:
 
 @contextlib.contextmanager
 def noting() -> Iterator[Recorded]:
-    """Records only what :func:`note` is given, and files if :func:`recording` listens."""
+    """Records the data sets passed to :func:`note`, and files once :func:`recording` has installed the hook."""
     global _recorded
     _recorded = recorded = Recorded()
     try:
@@ -127,7 +127,7 @@ def noting() -> Iterator[Recorded]:
 
 
 def _load_dataset(load: Any, *arguments: Any, **options: Any) -> Any:
-    """``datasets.load_dataset``, which takes local files for unchanged if their times are, with a cache by content."""
+    """``datasets.load_dataset`` with a cache folder by the content of local files: it checks only their times."""
     import datasets
 
     named = dict(zip(("path", "name", "data_dir", "data_files"), arguments, strict=False)) | options
@@ -151,7 +151,7 @@ def _load_dataset(load: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def note(dataset: Any) -> None:
-    """Records the arrow files of a data set, which are read without Python's knowledge."""
+    """Records the arrow files of a data set, which are not opened by Python and so not seen by the hook."""
     if _recorded is None:
         return
     root = _datasets_cache()
@@ -161,7 +161,7 @@ def note(dataset: Any) -> None:
             if path.is_relative_to(root):
                 *folders, version, _ = path.relative_to(root).parts
                 key = "/".join(folders)
-                last = _latest(key)  # a version that was asked for need not be the last that was downloaded
+                last = _latest(key)  # a requested version need not be the one downloaded last
                 _recorded.versions[key] = version if last in (None, version) else f"{version} beside {last}"
             else:
                 _recorded.read.add(str(path))
@@ -174,7 +174,7 @@ def _datasets_cache() -> Path:
 
 
 def _latest(key: str) -> str | None:
-    """The version of the hub's data that is in the cache; None if there is none, the last that was put there."""
+    """The version of a hub data set that was cached last; None if none is cached."""
     folder = _datasets_cache() / key
     versions = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return max(versions, key=lambda path: path.stat().st_mtime_ns).name if versions else None
@@ -192,7 +192,7 @@ def _tasks_of_lm_eval() -> Path:
 
 
 def _source(path: Path) -> Path:
-    """What a compiled module was compiled from; any other file itself."""
+    """The source file of a compiled module; any other file itself."""
     try:
         return Path(importlib.util.source_from_cache(str(path)))
     except ValueError:
@@ -205,20 +205,20 @@ def _is_incidental(path: Path, outside: tuple[str, ...]) -> bool:
 
 
 def _outside() -> tuple[str, ...]:
-    """Where nothing belongs to a task: code of Python and of packages, caches, devices."""
+    """Folders whose files are not sources of a task: code of Python and of packages, caches, devices."""
     import datasets
     import huggingface_hub
 
     caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, datasets.config.HF_MODULES_CACHE)
     code = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     packages = (_tasks_of_lm_eval().parent, Path(__file__).parent.parent)
-    ours = cache.root() or "/proc"
-    outside = ("/proc", "/sys", "/dev", *caches, huggingface_hub.constants.HF_HUB_CACHE, *code, *packages, ours)
-    return tuple(f"{Path(place).resolve()}/" for place in outside)
+    own_cache = cache.root() or "/proc"
+    outside = ("/proc", "/sys", "/dev", *caches, huggingface_hub.constants.HF_HUB_CACHE, *code, *packages, own_cache)
+    return tuple(f"{Path(folder).resolve()}/" for folder in outside)
 
 
 def _roots(include_path: str | None) -> list[tuple[str, Path]]:
-    """Folders by which a file is found again where packages, own tasks or the current directory have moved."""
+    """Folders that files are named relative to, so that they are found again after the folders have moved."""
     included = [] if include_path is None else [(INCLUDED, Path(include_path))]
     return [(PACKAGE, _tasks_of_lm_eval()), *included, (HERE, Path.cwd())]
 
@@ -231,7 +231,7 @@ def _name(path: Path, include_path: str | None) -> str:
 
 
 def content_hash(path: Path) -> str | None:
-    """A hash of a file, or of the names in a folder; None if it is neither."""
+    """A hash of a file's content or of the names in a folder; None for anything else."""
     try:
         if path.is_dir():
             names = sorted(name for name in os.listdir(path) if name != "__pycache__")

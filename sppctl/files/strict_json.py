@@ -1,4 +1,4 @@
-"""JSON as the standard has it: one writer for records, results, reports and what ``--json`` prints."""
+"""Standard JSON, without NaN: one writer for records, results, reports and the output of ``--json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sppctl.files import disk
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of numbers that are not finite, which JSON does not have; tuples become lists."""
+    """The value with None for numbers that are not finite, which JSON does not allow; tuples become lists."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -20,10 +20,10 @@ def finite(value: Any) -> Any:
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """The text of a value; numbers that are not finite are null."""
+    """The JSON text of a value; numbers that are not finite become null."""
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def write(path: Path, value: Any) -> None:
-    """As :func:`sppctl.files.disk.write`."""
+    """Writes a value as JSON with :func:`sppctl.files.disk.write`."""
     disk.write(path, dumps(value, indent=2) + "\n")

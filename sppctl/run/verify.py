@@ -48,7 +48,7 @@ def _artefact(directory: Path, stage: str, remedy: str) -> list[Checked]:
         record = records.read_content(path, stage, remedy)
     except UserError as error:
         return [Checked(name, RECORD, DAMAGED if path.is_file() else MISSING, str(error))]
-    states = compare(directory, record["files"], anew=True)
+    states = compare(directory, record["files"], reread=True)
     problems = {file: explain(directory / file, state, remedy) for file, state in states.items() if state != OK}
     files = [Checked(name, file, state, problems.get(file)) for file, state in sorted(states.items())]
     return [Checked(name, RECORD, OK), *files]

@@ -50,7 +50,7 @@ def test_odd_files_of_a_checkpoint_are_found_when_it_is_located(
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != odd)
     reason = {"broken link": "cannot be read .No such file", "unreadable": "cannot be read .permission denied"}
     for locate in (checkpoint.locate, checkpoint.locate_weights):
-        with pytest.raises(UserError, match=rf"{name} {reason.get(kind, 'is not an ordinary file')}"):
+        with pytest.raises(UserError, match=rf"{name} {reason.get(kind, 'is not a regular file')}"):
             locate(str(tmp_path / "model"))
 
 
@@ -61,7 +61,7 @@ def test_an_odd_run_directory_is_found_before_anything_is_written(
     for name in (".lock", "resolved.yaml", "pruned", ".merged.partial", "eval"):
         (tmp_path / "run").mkdir()
         os.mkfifo(tmp_path / "run" / name)
-        with pytest.raises(UserError, match=rf"run\.dir: .*{name} is (not an ordinary file|a broken link or)"):
+        with pytest.raises(UserError, match=rf"run\.dir: .*{name} is (not a regular file|a broken link or)"):
             run.check_directory()
         shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").symlink_to("absent")
@@ -70,5 +70,5 @@ def test_an_odd_run_directory_is_found_before_anything_is_written(
     (tmp_path / "run").unlink()
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "run")
-    with pytest.raises(UserError, match=r"run\.dir: .*run cannot be written"):
+    with pytest.raises(UserError, match=r"run\.dir: .*run is not writable"):
         run.check_directory()

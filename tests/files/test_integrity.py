@@ -20,13 +20,13 @@ CONTENT = bytes(range(256)) * 9000  # 2.3 MB
 def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Pieces that were read, with a cache of its own and without the wait for a file to settle."""
     read: list[Path] = []
-    piece = integrity._piece
+    piece = integrity._piece_digest
 
     def watched(path: Path, start: int) -> bytes:
         read.append(path)
         return piece(path, start)
 
-    monkeypatch.setattr(integrity, "_piece", watched)
+    monkeypatch.setattr(integrity, "_piece_digest", watched)
     monkeypatch.setattr(integrity, "SETTLED_NS", 0)
     monkeypatch.setenv("SPPCTL_CACHE", str(tmp_path / "cache"))
     return read
@@ -57,7 +57,7 @@ def test_an_unchanged_file_is_not_read_again_even_where_its_folder_moved(large: 
     moved = large.parent.rename(large.parent.with_name("moved")) / large.name
     assert hash_files([moved]) == first
     assert len(reads) == 1
-    assert hash_files([moved], anew=True) == first
+    assert hash_files([moved], reread=True) == first
     assert len(reads) == 2
 
 

@@ -243,10 +243,10 @@ def test_an_index_that_does_not_describe_its_shards(make_checkpoint: Callable[..
             TensorFiles(shards_of(make_checkpoint, tmp_path / str(next(changes)), change))
 
     first, last = "model-00001-of-00006.safetensors", "model-00006-of-00006.safetensors"
-    refused(lambda index: index.update(extra=first), rf"extra is in no shard, but in {first} by {INDEX_NAME}")
-    refused(lambda index: index.pop(name), rf"{name} is in model-0000\d-of-00006\.safetensors, but in no shard by")
+    refused(lambda index: index.update(extra=first), rf"extra is in no shard, but {INDEX_NAME} says {first}")
+    refused(lambda index: index.pop(name), rf"{name} is in model-0000\d-of-00006\.safetensors, but model.* says no shard")
     refused(lambda index: index.update({name: first if index[name] != first else last}), rf"{name} is in model-")
-    unnamed = r"model\.safetensors\.index\.json does not name model-00006-of-00006\.safetensors; download both"
+    unnamed = r"model\.safetensors\.index\.json does not list model-00006-of-00006\.safetensors; download both"
     refused(lambda index: [index.pop(key) for key in list(index) if index[key] == last], unnamed)
 
 
@@ -299,7 +299,7 @@ def test_links_are_read_and_never_written(llama: Path, tmp_path: Path) -> None:
     assert TensorFiles(link.parent).read("model.norm.weight").shape == (32,)
     assert not hasattr(TensorFiles, "write")
     assert not hasattr(TensorFile, "write")
-    with pytest.raises(UserError, match="is a link, and sppctl writes into files of its own only"):
+    with pytest.raises(UserError, match="is a link, and sppctl only writes to its own files"):
         OwnFiles(link.parent)
     OwnFile.create(link, {"a": (torch.uint8, (1,))}, {}).write("a", torch.ones(1))
     assert store.read_bytes() == before

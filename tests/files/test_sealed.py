@@ -30,7 +30,7 @@ def test_any_flipped_bit_is_seen() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda record: record | {"stage": "train"}, "is damaged (its content is not what was written)"),
+        (lambda record: record | {"stage": "train"}, "is damaged (its content does not match its digest)"),
         (
             lambda record: record | {"format": 7},
             "has format 7, and this version of sppctl reads format 1; use the version",

@@ -129,7 +129,7 @@ def test_a_torn_line_is_cut_off_before_the_next_one(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda lines: [lines[0][:9], *lines[1:]], "line 1 is damaged"),
-        (lambda lines: [lines[0], lines[1].replace("0.5", "0.7"), lines[2]], "line 2 is damaged (its content is not"),
+        (lambda lines: [lines[0], lines[1].replace("0.5", "0.7"), lines[2]], "line 2 is damaged (its content does not"),
         (lambda lines: [*lines[:2], "[3]"], "line 3 is damaged (it is not a JSON object)"),
         (lambda lines: [lines[0], lines[2]], "line 2 is damaged (it is of block 2, not 1)"),
         (
@@ -166,7 +166,7 @@ def test_a_damaged_allocation_is_named(prune: Prune, interrupt: Callable[..., Pa
     out = interrupt(*OWL, base=deep)
     path = out / ALLOCATION
     path.write_text(path.read_text().replace("0.", "0.0", 1))
-    with pytest.raises(UserError, match=r"allocation\.json is damaged \(its content is not what was written\); sppctl"):
+    with pytest.raises(UserError, match=r"allocation\.json is damaged \(its content does not match its digest\); sppctl"):
         prune(*OWL, base=deep, out=out)
 
 

@@ -219,11 +219,11 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     for output, latex, message in (
         ("file", None, "--output: .*file is a file, not a directory"),
-        ("file/deep", None, "--output: .*deep cannot be made, .*file is not a writable directory"),
+        ("file/deep", None, "--output: .*deep cannot be created, .*file is not a writable directory"),
         ("link", None, "--output: .*link is a broken link"),
-        ("out", None, "--output: .*report.csv is not an ordinary file"),
-        (None, "out", "--latex: .*out is not an ordinary file"),
-        (None, "pipe", "--latex: .*pipe is not an ordinary file"),
+        ("out", None, "--output: .*report.csv is not a regular file"),
+        (None, "out", "--latex: .*out is not a regular file"),
+        (None, "pipe", "--latex: .*pipe is not a regular file"),
         (None, "file/a.tex", "--latex: .*file is a file, not a directory"),
     ):
         with pytest.raises(UserError, match=message):
