@@ -1,1 +1,1 @@
-"""Texts and instruction rows, and the tokens that models are given."""
+"""Texts and instruction rows, and the tokens made from them."""

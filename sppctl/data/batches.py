@@ -1,4 +1,4 @@
-"""Batches of examples: in which order they are taken, padded or packed, and whether a model keeps packed ones apart."""
+"""Batches of examples: their order, padding and packing, and whether a model keeps packed examples apart."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import DataCollatorWithFlattening
 
 from sppctl.data.instructions import IGNORED, Example
 
-MULTIPLE = 8  # padded batches are as wide as their longest example, rounded up to this
-EXACT = 0.01  # packing_error below this is rounding; families that honour them show 0, others 0.02 to 1
-POOL = 50  # batches whose examples are sorted by length together
+MULTIPLE = 8  # the width of a padded batch is that of its longest example, rounded up to this
+EXACT = 0.01  # packing_error below this is rounding; families that honour position ids show 0, others 0.02 to 1
+POOL = 50  # batches in a pool, within which examples are sorted by length
 
 Batch = dict[str, Any]
 
@@ -52,10 +52,10 @@ class PadCollator:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Lays the examples of a batch one after the other into one row, without padding.
+    """Concatenates the examples of a batch in one row, without padding.
 
-    Positions start again at 0 with every example. From that, and from the absence of an attention mask, transformers
-    concludes where examples begin and masks attention between them; flash attention gets the same borders as lengths.
+    Positions restart at 0 with every example. From that, and because there is no attention mask, transformers infers
+    where examples start and masks attention between them; flash attention gets the same boundaries as lengths.
     """
 
     response_mask: bool = False
@@ -64,10 +64,11 @@ class PackCollator:
         """Returns input_ids, position_ids and labels, each (1, tokens) int64, and the examples' numbers.
 
         The first label of an example is IGNORED: the token before it belongs to another example. With
-        ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses but such first ones.
+        ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses, first tokens of
+        examples excepted.
         """
         flatten = DataCollatorWithFlattening(separator_id=IGNORED)
-        batch: Batch = flatten([{"input_ids": one.input_ids, "labels": one.labels} for one in examples])
+        batch: Batch = flatten([{"input_ids": example.input_ids, "labels": example.labels} for example in examples])
         batch["examples"] = [example.number for example in examples]
         if self.response_mask:
             parts = ([False, *example.response[1:]] for example in examples)
@@ -81,57 +82,57 @@ def padded_width(lengths: Sequence[int]) -> int:
 
 
 def padding_share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
-    """Share of the positions that padding fills when examples of these lengths are padded in batches in this order."""
+    """The share of padding among all positions when examples of these lengths are batched in this order."""
     batches = [[lengths[number] for number in part] for part in slices(order, batch_size)]
     return 1 - sum(map(sum, batches)) / sum(len(batch) * padded_width(batch) for batch in batches)
 
 
 def random_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A random order of so many examples, another one in every epoch."""
+    """A random order of ``count`` examples, a different one in every epoch."""
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
     return order
 
 
 def grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """An order in which examples of similar length are in the same batch, and which is another one in every epoch.
+    """An order in which the examples of a batch have similar lengths, a different one in every epoch.
 
-    Examples are shuffled, sorted by length in pools of 50 batches, and the batches are shuffled, but for the one with
-    the longest example, which comes first: memory that does not suffice shows at once. transformers'
-    ``get_length_grouped_indices`` leaves the batches of a pool in descending order of their lengths, so that the
-    learning rate of a step would go with the length of its examples.
+    Examples are shuffled, sorted by length in pools of 50 batches, and the batches are shuffled, except that the one
+    with the longest example comes first, so that a lack of memory shows at once. transformers'
+    ``get_length_grouped_indices`` leaves the batches of a pool in descending order of length, which would correlate
+    the learning rate of a step with the length of its examples.
     """
-    chooser = random.Random(f"{seed} {epoch}")
+    generator = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
-    chooser.shuffle(order)
-    # small sets are cut into four pools at least, or all epochs would have the same batches
+    generator.shuffle(order)
+    # at least four pools, or a small set would have the same batches in every epoch
     pool = max(1, min(POOL, len(order) // (4 * batch_size))) * batch_size
     parts = [sorted(part, key=lambda i: -lengths[i]) for part in slices(order, pool)]
     batches = slices(list(itertools.chain.from_iterable(parts)), batch_size)
-    rest = [batches.pop()] if len(batches[-1]) < batch_size else []
-    chooser.shuffle(batches)
-    batches.sort(key=lambda batch: max(lengths[i] for i in batch) < max(lengths))  # stable: it only moves
-    return list(itertools.chain.from_iterable(batches + rest))
+    incomplete = [batches.pop()] if len(batches[-1]) < batch_size else []
+    generator.shuffle(batches)
+    batches.sort(key=lambda batch: max(lengths[i] for i in batch) < max(lengths))  # stable: moves only the longest
+    return list(itertools.chain.from_iterable(batches + incomplete))
 
 
 def slices(numbers: Sequence[Any], size: int) -> list[list[Any]]:
-    """The numbers in lists of ``size``; the last one may be shorter."""
+    """The numbers in lists of ``size``; the last list may be shorter."""
     return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
 @torch.no_grad()
 def packing_error(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> float:
-    """How far a model is from keeping two packed examples apart, seen at the first token of the second one.
+    """How much the first of two packed examples leaks into the second, measured at the second one's first token.
 
-    That token may attend to itself alone, so where borders are honoured no kernel has anything to round, whatever the
-    dtype. Its logits behind the first example are compared with those at the start of a row of the same shape: the
-    difference as a share of that without any border, 0 where attention and positions are exact, 1 where positions that
-    start again mean nothing to the model, which is in evaluation mode.
+    That token should attend only to itself, so a model that honours the boundary has nothing to round in any dtype.
+    Its logits after the first example are compared with those at the start of a row of the same shape. The difference
+    is relative to that without any boundary: 0 where attention and positions are exact, 1 where the model ignores
+    restarted positions. The model must be in evaluation mode.
     """
     device = next(model.parameters()).device
 
-    def logits(tokens: Sequence[int], place: int, **inputs: Tensor) -> Tensor:
+    def logits(tokens: Sequence[int], position: int, **inputs: Tensor) -> Tensor:
         row = torch.tensor([tokens], device=device)
-        return model(input_ids=row, use_cache=False, **inputs).logits[0, place].float()
+        return model(input_ids=row, use_cache=False, **inputs).logits[0, position].float()
 
     positions = torch.tensor([[*range(len(first)), *range(len(second))]], device=device)
     alone = logits([*second, *first], 0)

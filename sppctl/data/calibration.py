@@ -1,7 +1,7 @@
-"""Calibration windows: which tokens the pruner sees, chosen by a seed, without padding, cached by what they depend on.
+"""Calibration windows: the tokens that the pruner sees, drawn by a seed, without padding, and cached.
 
-Tokenising C4 takes longer than pruning a small model; the cache makes the second run with the same text, tokenizer and
-settings start at once.
+Tokenising C4 takes longer than pruning a small model; with the cache, a second run with the same text, tokenizer and
+settings starts at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sppctl.errors import UserError
 from sppctl.files import cache
 
 WindowsKind = Literal["auto", "random-document", "concatenate"]
-CACHE_FORMAT = 2  # raised when windows are drawn in another way, so that no older file is taken for the same
+CACHE_FORMAT = 2  # raised when windows are drawn in another way, so that older cache files are not used
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Windows:
     """Calibration tokens."""
 
     tokens: Tensor  # (samples, seq_len) int64
-    made: str  # ``random-document``, ``concatenate`` or ``random-offset``
+    kind: str  # ``random-document``, ``concatenate`` or ``random-offset``
 
     @cached_property
     def hash(self) -> str:
@@ -40,7 +40,7 @@ class Windows:
 
 
 def calibration_windows(tokenizer: Any, text: Text, *, samples: int, seq_len: int, **choice: Any) -> Windows:
-    """Windows as of :func:`draw_windows`, whose arguments these are, from the cache if they were drawn before."""
+    """:func:`draw_windows` with the same arguments, or its result from the cache."""
     depends_on = {
         "format": CACHE_FORMAT,
         "documents": content_hash(text.documents),
@@ -57,30 +57,30 @@ def calibration_windows(tokenizer: Any, text: Text, *, samples: int, seq_len: in
         return Windows(tensors["windows"], metadata["made"])
     with console.working(f"tokenising {text.name} for calibration"):
         windows = draw_windows(tokenizer, text, samples=samples, seq_len=seq_len, **choice)
-    cache.write(path, {"windows": windows.tokens}, made=windows.made)
+    cache.write(path, {"windows": windows.tokens}, made=windows.kind)
     return windows
 
 
 def draw_windows(
     tokenizer: Any, text: Text, *, samples: int, seq_len: int, seed: int, windows: WindowsKind = "auto"
 ) -> Windows:
-    """Windows of calibration text, every token of which was in the text: there is no padding.
+    """Windows of calibration text, without padding: every token is from the text.
 
-    ``random-document``, as published: a random document longer than a window, a random offset in it. ``concatenate``:
-    documents are joined in random order and cut into windows, of which some are chosen, none twice. ``auto``: the
-    first, or the second where a source has too few documents longer than a window. A running text is joined in its own
-    order instead and tokenised as a whole, and windows start anywhere in it, as published for WikiText-2, unless
-    ``random-document`` is asked for.
+    ``random-document``, as published: a random offset in each of ``samples`` random documents longer than a window.
+    ``concatenate``: documents are joined in random order and cut into windows, of which ``samples`` are drawn without
+    replacement. ``auto``: the first, or the second if the source has too few documents longer than a window. A running
+    text is instead tokenised as a whole, in its own order, and windows start anywhere in it, as published for
+    WikiText-2, unless ``windows`` is ``random-document``.
 
     Raises:
-        UserError: too little text, or too few long documents.
+        UserError: the source has too little text, or too few long documents.
     """
-    chooser, documents = random.Random(seed), list(text.documents)
+    generator, documents = random.Random(seed), list(text.documents)
     in_order = text.running and windows != "random-document"
     if not in_order:
-        chooser.shuffle(documents)
+        generator.shuffle(documents)
     if not in_order and windows != "concatenate":
-        pieces = _random_pieces(tokenizer, documents, samples, seq_len, chooser)
+        pieces = _random_pieces(tokenizer, documents, samples, seq_len, generator)
         if len(pieces) == samples:
             return Windows(torch.tensor(pieces), "random-document")
         if windows == "random-document":
@@ -99,23 +99,23 @@ def draw_windows(
             f"{needed - len(tokens)} are missing: use fewer samples, a shorter seq_len or more text"
         )
     if in_order:
-        starts = [chooser.randint(0, len(tokens) - seq_len) for _ in range(samples)]
+        starts = [generator.randint(0, len(tokens) - seq_len) for _ in range(samples)]
     else:
-        starts = [number * seq_len for number in sorted(chooser.sample(range(len(tokens) // seq_len), samples))]
-    made = "random-offset" if in_order else "concatenate"
-    return Windows(torch.tensor([tokens[start : start + seq_len] for start in starts]), made)
+        starts = [number * seq_len for number in sorted(generator.sample(range(len(tokens) // seq_len), samples))]
+    kind = "random-offset" if in_order else "concatenate"
+    return Windows(torch.tensor([tokens[start : start + seq_len] for start in starts]), kind)
 
 
 def _random_pieces(
-    tokenizer: Any, documents: list[str], samples: int, seq_len: int, chooser: random.Random
+    tokenizer: Any, documents: list[str], samples: int, seq_len: int, generator: random.Random
 ) -> list[list[int]]:
     pieces: list[list[int]] = []
     for document in documents:
-        if len(document.encode()) < seq_len:  # no token is shorter than a byte: spare the tokeniser
+        if len(document.encode()) < seq_len:  # too short without tokenising: a token has at least one byte
             continue
         tokens = _tokens(tokenizer, document)
         if len(tokens) > seq_len:
-            offset = chooser.randint(0, len(tokens) - seq_len - 1)
+            offset = generator.randint(0, len(tokens) - seq_len - 1)
             pieces.append(tokens[offset : offset + seq_len])
         if len(pieces) == samples:
             break
@@ -123,7 +123,7 @@ def _random_pieces(
 
 
 def _tokens(tokenizer: Any, document: str) -> list[int]:
-    """All tokens of a document and no others, whatever padding or truncation the tokenizer was saved with."""
+    """The tokens of a document without padding or truncation, even if the tokenizer was saved with either."""
     encoding = tokenizer(document, padding=False, truncation=False)
     assert all(encoding.get("attention_mask", ())), "padding in calibration text"
     return list(encoding["input_ids"])

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template is a program that came with a model: it is tried in a process that is ended in time."""
+"""A tokenizer's chat template is a program that comes with a model: it is tried out in a process with limits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, NoReturn
 from sppctl.errors import UserError
 
 SECONDS = 5
-MEMORY = 1 << 30  # bytes beyond what this process has
-LONGEST = 1 << 20  # characters made of a few short messages
+MEMORY = 1 << 30  # bytes in addition to this process's own
+LONGEST = 1 << 20  # characters of a rendered chat of short messages
 
 Chat = Sequence[dict[str, str]]
 _tried: set[str] = set()
 
 
 def try_template(tokenizer: Any, chats: Sequence[Chat], key: str) -> None:
-    """Renders chats of short messages once in a child process, before anybody renders them in this one.
+    """Renders chats of short messages once in a child process, before they are rendered in this one.
 
-    What the template itself raises is left to who renders next.
+    Errors that the template raises are ignored: they are raised again when it is used.
 
     Raises:
-        UserError: it takes longer than 5 s, 1 GiB more memory than there was, or makes 1 Mi characters of them.
+        UserError: the template takes longer than 5 s or 1 GiB of additional memory, or writes over 1 Mi characters.
     """
     identity = repr((tokenizer.chat_template, chats))
     if identity in _tried:
@@ -45,14 +45,14 @@ def try_template(tokenizer: Any, chats: Sequence[Chat], key: str) -> None:
         os.waitpid(child, 0)
     if problem != "fine":
         raise UserError(
-            f"{key}: the tokenizer's chat template {problem or 'crashes'} on a short message; mend the template in "
-            "tokenizer_config.json or chat_template.jinja, or do without it"
+            f"{key}: the tokenizer's chat template {problem or 'crashes'} on a short message; fix the template in "
+            "tokenizer_config.json or chat_template.jinja, or do not use it"
         )
     _tried.add(identity)
 
 
 def _render(tokenizer: Any, chats: Sequence[Chat], writing: int) -> NoReturn:
-    """What the child does; the limits end it even if its parent is gone."""
+    """Runs in the child; its limits end it even if the parent was killed."""
     problem = ""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))
@@ -68,7 +68,7 @@ def _render(tokenizer: Any, chats: Sequence[Chat], writing: int) -> NoReturn:
             problem = "fine" if max(lengths) <= LONGEST else f"makes {max(lengths):,} characters"
         except MemoryError:
             problem = f"takes more than {MEMORY >> 30} GiB"
-        except Exception:  # it comes again where the chat is rendered for use
+        except Exception:  # raised again when the template is used
             problem = "fine"
     finally:
         os.write(writing, problem.encode())

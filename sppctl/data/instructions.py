@@ -1,4 +1,4 @@
-"""Instruction data: rows from one or several data sets, mixed by weight, and the tokens and labels they become."""
+"""Instruction data: rows of one or several data sets, mixed by weight, and their tokens and labels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sppctl import console
 from sppctl.data import texts
-from sppctl.data.prompts import Row, Style, shared
+from sppctl.data.prompts import Row, Style, shared_prefix
 from sppctl.errors import UserError
 from sppctl.files import cache, sources
 
 KEY = "train.data.dataset"
 IGNORED = -100  # the label that the loss leaves out
 HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "alpaca-gpt4": "vicgalle/alpaca-gpt4"}
-CACHE_FORMAT = 3  # raised when examples are made in another way, so that no older file is taken for the same
+CACHE_FORMAT = 3  # raised when examples are made in another way, so that older cache files are not used
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -32,11 +32,11 @@ CACHE_FORMAT = 3  # raised when examples are made in another way, so that no old
 class Instructions:
     """Rows to train on and rows held out."""
 
-    train: list[Row]  # no row of it says what a row held out says
+    train: list[Row]  # none repeats the text of a held-out row
     held_out: list[Row]  # for the validation loss
-    taken: dict[str, int]  # how many training rows each data set gave
-    left_out: int  # how many rows were not trained on because they say what a row held out says
-    versions: dict[str, str]  # of the hub's data, see :class:`sppctl.files.sources.Recorded`
+    taken: dict[str, int]  # number of training rows by data set
+    left_out: int  # number of rows that are not trained on because they repeat a held-out row
+    versions: dict[str, str]  # of hub data, see :class:`sppctl.files.sources.Recorded`
 
     @cached_property
     def hash(self) -> str:
@@ -51,22 +51,22 @@ def load_instructions(
 ) -> Instructions:
     """Rows with instruction, input and output.
 
-    Several data sets are drawn from without replacement until one is used up: of data set i, with n_i training rows
-    and weight w_i, floor(k w_i) rows are taken with k = min_i n_i / w_i. The shares are those of the weights, and no
-    row is there twice. The held-out rows are divided by weight, too, and rows of any data set with the text of a
-    held-out row are not trained on.
+    Several data sets are sampled without replacement until one is used up: of data set i, with n_i training rows and
+    weight w_i, floor(k w_i) rows are used, where k = min_i n_i / w_i. So the shares follow the weights, and no row is
+    repeated. The held-out rows are divided by weight, too, and rows of any data set that repeat the text of a held-out
+    row are not trained on.
 
     Args:
         weights: data sets and the weights of their rows: ``instructions``, ``alpaca``, ``alpaca-gpt4``, a hub id, or a
-            local .json, .jsonl or .parquet file. With a single one, the weight means nothing.
-        split: of hub data sets.
-        val_size: rows held out; ``instructions`` holds out its own instead.
-        max_rows: training rows at most, of all data sets together.
-        seed: of the choice of rows.
+            local .json, .jsonl or .parquet file. The weight of a single data set has no effect.
+        split: split of hub data sets.
+        val_size: number of rows to hold out; ``instructions`` always holds out its own.
+        max_rows: maximum number of training rows, all data sets together.
+        seed: seed of the choice of rows.
 
     Raises:
-        UserError: no such data set, missing columns, nothing in it, nothing left to train on, an impossible weight, or
-            a split of data that has none.
+        UserError: a data set does not exist, lacks columns, is empty or has no split of that name; nothing is left to
+            train on; or a weight is impossible.
     """
     if not weights:
         raise UserError(f"{KEY}: names no data set; write a name, or {{name: weight, ...}}")
@@ -77,13 +77,13 @@ def load_instructions(
     shares = _proportional(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
     with sources.noting() as recorded:
         parts = {name: _split_rows(name, files[name], split, shares.get(name, 0), seed) for name in weights}
-    left_out = _separate(parts)
-    most = min(len(train) / weights[name] for name, (train, _) in parts.items())
+    left_out = _remove_duplicates_of_held_out(parts)
+    rows_per_weight = min(len(train) / weights[name] for name, (train, _) in parts.items())
     if max_rows is not None:
-        most = min(most, max_rows / sum(weights.values()))
+        rows_per_weight = min(rows_per_weight, max_rows / sum(weights.values()))
     mixed = Instructions([], [], {}, left_out, recorded.versions)
     for name, (train, held_out) in parts.items():
-        count = math.floor(most * weights[name] + 1e-6)  # the division above may end just below a whole number
+        count = math.floor(rows_per_weight * weights[name] + 1e-6)  # rounding may put the product just below an integer
         if not count:
             raise UserError(f"{KEY}: the weight {weights[name]:g} of {name} gives none of its rows; raise it")
         if count < len(train):
@@ -95,26 +95,25 @@ def load_instructions(
 
 
 def find(names: Collection[str], split: str) -> dict[str, Path | None]:
-    """The local file that each data set is; None if it is built in or of the hub.
+    """The local file of each data set; None if it is built in or on the hub.
 
     Raises:
-        UserError: a directory, or a split where none of the data sets has any. Of a mixture it chooses a part of those
-            of the hub.
+        UserError: a name is that of a directory, or a split is given and no data set is on the hub.
     """
     texts.check_split("train.data.split", split, *(HUB_NAMES.get(name, name) for name in names))
     return {name: None if name in ("instructions", *HUB_NAMES) else texts.local_file(name, KEY) for name in names}
 
 
-def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
-    """Takes the rows that say what a row held out says out of those to train on; how many these were."""
+def _remove_duplicates_of_held_out(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
+    """Removes training rows that repeat the text of a held-out row; returns their number."""
 
     def content(row: Row) -> tuple[str, ...]:
         return tuple((row.get(name) or "").strip() for name in texts.INSTRUCTION_COLUMNS)
 
-    unseen = {content(row) for _, held_out in parts.values() for row in held_out}
+    held_out_contents = {content(row) for _, held_out in parts.values() for row in held_out}
     left_out = 0
     for name, (train, held_out) in parts.items():
-        kept = [row for row in train if content(row) not in unseen]
+        kept = [row for row in train if content(row) not in held_out_contents]
         if not kept:
             raise UserError(f"{KEY}: every row of {name} is held out too; hold out fewer (train.data.val_size)")
         left_out += len(train) - len(kept)
@@ -123,7 +122,7 @@ def _separate(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
 
 
 def _proportional(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Whole numbers in proportion to the weights that add up to the total: the largest remainders are rounded up."""
+    """Integers in proportion to the weights that add up to the total: the largest remainders are rounded up."""
     exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
     shares = {name: math.floor(share) for name, share in exact.items()}
     by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
@@ -133,14 +132,15 @@ def _proportional(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows of one data set, all with texts in the right columns."""
+    """Training rows and held-out rows of one data set; their columns are checked."""
     if name == "instructions":
         return texts.built_in_rows("train"), texts.built_in_rows("heldout")
-    known, wanted = ("instructions", *HUB_NAMES), texts.INSTRUCTION_COLUMNS
-    rows, columns = texts.load_rows(HUB_NAMES.get(name, name), file, split, KEY, wanted=wanted, known=known)
-    missing = [column for column in ("instruction", "output") if column not in columns]
-    if columns and missing:
-        raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(columns)}")
+    columns, short_names = texts.INSTRUCTION_COLUMNS, ("instructions", *HUB_NAMES)
+    options = {"columns": columns, "short_names": short_names}
+    rows, all_columns = texts.load_rows(HUB_NAMES.get(name, name), file, split, KEY, **options)
+    missing = [column for column in ("instruction", "output") if column not in all_columns]
+    if all_columns and missing:
+        raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(all_columns)}")
     if not rows:
         raise UserError(f"{KEY}: {name} holds no rows")
     texts.check_texts(rows, name, KEY, ("instruction", "output"), ("input",))
@@ -164,17 +164,16 @@ class Example:
     labels: list[int]  # IGNORED: not in the loss
     truncated: bool
     number: int
-    response: list[bool]  # whether a token belongs to the response, whatever the labels leave out
+    response: list[bool]  # whether a token belongs to the response, whether or not it is in the loss
 
 
 class Examples(Sequence[Example]):
     """Tokenised instructions, kept as five tensors.
 
     Args:
-        tensors: ``tokens`` (all tokens, one example after the other) int32, and for each of them whether it is
-            ``labelled`` and whether it belongs to a ``response``, bool; and of each example ``lengths`` int64 and
-            ``truncated`` bool.
-        numbers: of the examples; None: from 0 on.
+        tensors: ``tokens`` (all tokens, one example after the other) int32; for each token whether it is ``labelled``
+            and whether it belongs to a ``response``, bool; for each example ``lengths`` int64 and ``truncated`` bool.
+        numbers: numbers of the examples; None: counted from 0.
     """
 
     def __init__(self, tensors: dict[str, Tensor], numbers: list[int] | None = None) -> None:
@@ -200,36 +199,36 @@ class Examples(Sequence[Example]):
 
     @property
     def truncated(self) -> int:
-        """Examples that were cut."""
+        """Number of truncated examples."""
         return int(self.tensors["truncated"].sum())
 
     def having(self, kind: str) -> Examples:
-        """The examples with a token that is ``labelled``, or of a ``response``, and that another one predicts."""
+        """The examples with a token of that kind, ``labelled`` or ``response``, that another token predicts."""
         lengths, ends = self.tensors["lengths"], self.tensors["lengths"].cumsum(0)
         marks_before = torch.nn.functional.pad(self.tensors[kind].cumsum(0), (1, 0))
-        seconds = torch.minimum(ends - lengths + 1, ends)  # nothing predicts the first token of an example
-        kept = marks_before[ends] > marks_before[seconds]
+        second_tokens = torch.minimum(ends - lengths + 1, ends)  # no token predicts the first one of an example
+        kept = marks_before[ends] > marks_before[second_tokens]
         if kept.all():
             return self
-        tokens = kept.repeat_interleave(lengths)
-        of_each = ("lengths", "truncated")
-        tensors = {name: tensor[kept if name in of_each else tokens] for name, tensor in self.tensors.items()}
+        kept_tokens = kept.repeat_interleave(lengths)
+        per_example = ("lengths", "truncated")
+        tensors = {name: tensor[kept if name in per_example else kept_tokens] for name, tensor in self.tensors.items()}
         return Examples(tensors, [number for number, keep in zip(self.numbers, kept.tolist(), strict=True) if keep])
 
 
 def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
     """Prompt, response and end-of-text of each row as tokens, from the cache if the same text was tokenised before.
 
-    Prompt and whole are tokenised as whole texts, as the published code does, so that merges across their border are
-    those that a model meets; the labels start after the prompt's tokens. In a chat, whose text is not simply prompt and
-    response, they start with the first token that is not one of the prompt.
+    The prompt and the full text are tokenised separately, as in the published code, so that merges across the end of
+    the prompt are those that a model sees; the labels start after the prompt's tokens. In a chat, whose text is not
+    simply prompt and response, they start with the first token that differs from the prompt's.
 
     Args:
-        tokenizer: of the model, with an end-of-text token.
-        rows: with instruction, input and output.
-        style: how they become text.
-        seq_len: tokens of the longest example; longer ones are cut.
-        train_on_inputs: labels for the prompt too.
+        tokenizer: the model's tokenizer, with an end-of-text token.
+        rows: rows with instruction, input and output.
+        style: how rows become text.
+        seq_len: maximum number of tokens in an example; longer ones are truncated.
+        train_on_inputs: whether the prompt has labels, too.
     """
     marked = [style.text(row) for row in rows]
     depends_on = {
@@ -269,13 +268,13 @@ def _tokenised(
     if not rows:  # fast tokenizers fail on an empty list
         return []
     options = {"padding": False, "truncation": False, "add_special_tokens": style.special_tokens}
-    wholes = tokenizer([text for text, _ in marked], **options).input_ids
+    full_texts = tokenizer([text for text, _ in marked], **options).input_ids
     prompts = tokenizer([text[:start] for text, start in marked], **options).input_ids
     if style.special_tokens:
         end = [tokenizer.eos_token_id]
-        # some tokenizers end every text by themselves
-        wholes = [tokens if tokens[-1:] == end else tokens + end for tokens in wholes]
+        # some tokenizers add the end-of-text token themselves
+        full_texts = [tokens if tokens[-1:] == end else tokens + end for tokens in full_texts]
         starts = [len(tokens) - int(tokens[-1:] == end) for tokens in prompts]
     else:
-        starts = [shared(*pair) for pair in zip(prompts, wholes, strict=True)]
-    return [(tokens, torch.arange(len(tokens)) >= start) for tokens, start in zip(wholes, starts, strict=True)]
+        starts = [shared_prefix(*pair) for pair in zip(prompts, full_texts, strict=True)]
+    return [(tokens, torch.arange(len(tokens)) >= start) for tokens, start in zip(full_texts, starts, strict=True)]

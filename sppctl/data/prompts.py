@@ -1,4 +1,4 @@
-"""Prompts: the text that an instruction and its response make."""
+"""Prompts: the text made from an instruction and its response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
 
-Row = dict[str, Any]  # of a data set: its values by column
+Row = dict[str, Any]  # a row of a data set: values by column
 
 KEY = "train.data.prompt"
 
@@ -28,12 +28,12 @@ PROMPT_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 PROBE = {"instruction": "Say it.", "output": "(the response)"}
-DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # by which a chat template asks for today's date
-MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # by which it says itself what the assistant says
+DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template gets today's date
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # how a chat template marks the assistant's text
 
 
 def prompt_of(row: Row) -> str:
-    """The Alpaca prompt of a row, up to where the response starts."""
+    """The Alpaca prompt of a row, which ends where the response starts."""
     template = PROMPT_WITH_INPUT if (row.get("input") or "").strip() else PROMPT_WITHOUT_INPUT
     return template.format(instruction=row["instruction"], input=row.get("input", ""))
 
@@ -47,26 +47,26 @@ def formatted(row: Row) -> str:
 class Style:
     """How rows become text."""
 
-    # makes the whole text of a row, and says how many characters of it are in front of the response
+    # returns the full text of a row, and the number of characters before the response
     text: Callable[[Row], tuple[str, int]]
-    # whether the tokenizer adds its own special tokens, and an end-of-text token follows; a chat template writes all
+    # whether the tokenizer's special tokens and an end-of-text token are added; a chat template writes its own
     special_tokens: bool = True
-    # makes the tokens of a row, and for each whether it belongs to the response (1 or 0), where a chat template marks
-    # that itself (``{% generation %}``)
+    # returns the tokens of a row, and for each whether it belongs to the response (1 or 0), if a chat template marks
+    # it (``{% generation %}``)
     marked: Callable[[Row], tuple[list[int], list[int]]] | None = None
-    ends: bool = True  # whether anything follows the response, by which a model learns to end it
+    ends: bool = True  # whether anything follows the response, so that the model learns where to end it
 
 
 def style(prompt: str, tokenizer: Any, today: datetime | None = None) -> Style:
     """The style that ``train.data.prompt`` names.
 
     Args:
-        prompt: ``alpaca``, ``chat``, or a text with {instruction} and, if wanted, {input}.
-        tokenizer: of the model, for ``chat``.
-        today: what chat templates that print the date take for now; None: now.
+        prompt: ``alpaca``, ``chat``, or a text with {instruction} and optionally {input}.
+        tokenizer: the model's tokenizer, for ``chat``.
+        today: the date for chat templates that print it; None: now.
 
     Raises:
-        UserError: a text with other fields or without {instruction}, or a tokenizer that cannot chat.
+        UserError: the text has other fields or no {instruction}, or the tokenizer has no usable chat template.
     """
     if prompt == "chat":
         return _chat(tokenizer, today or datetime.now())
@@ -74,15 +74,15 @@ def style(prompt: str, tokenizer: Any, today: datetime | None = None) -> Style:
         _check_template(prompt)
 
     def text(row: Row) -> tuple[str, int]:
-        own = {"instruction": row["instruction"], "input": row.get("input") or ""}
-        before = prompt_of(row) if prompt == "alpaca" else prompt.format_map(own)
-        return before + row["output"], len(before)
+        fields = {"instruction": row["instruction"], "input": row.get("input") or ""}
+        question = prompt_of(row) if prompt == "alpaca" else prompt.format_map(fields)
+        return question + row["output"], len(question)
 
     return Style(text)
 
 
 def is_dated(prompt: str, tokenizer: Any) -> bool:
-    """Whether the text depends on the date."""
+    """Whether the text of a prompt depends on the date."""
     return prompt == "chat" and bool(DATE.search(str(getattr(tokenizer, "chat_template", None))))
 
 
@@ -103,10 +103,10 @@ def _check_template(prompt: str) -> None:
 
 
 def _chat(tokenizer: Any, today: datetime) -> Style:
-    """The tokenizer's own chat template: the user says instruction and input, the assistant gives the response.
+    """The tokenizer's own chat template: the user gives instruction and input, the assistant the response.
 
-    What is trained is what the template makes of both. The response starts where the template's own generation prompt
-    ends. Templates that prompt for reasoning and then leave that out differ from it earlier: there it starts.
+    The response starts where the template's generation prompt ends. Templates that prompt for reasoning, but leave it
+    out of a finished chat, differ from the generation prompt earlier; then the response starts at the difference.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -118,44 +118,44 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
         try:
             dated = DATE.sub(lambda call: repr(today.strftime(call[2])), tokenizer.get_chat_template())
             return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": dated} | options))
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # a template is a program and can raise anything
             reason = f"{first_line(error)} ({row['instruction'][:60]!r})"
             raise UserError(KEY, f"the tokenizer's chat template fails on an instruction: {reason}") from error
 
     def text(row: Row) -> tuple[str, int]:
-        whole, asked = render(row, _chat_of(row)), render(row, _chat_of(row)[:1], add_generation_prompt=True)
-        if whole.startswith(asked):
-            return whole, len(asked)
-        other = render(row, _chat_of(row | {"output": "y" if row["output"].startswith("x") else "x"}))
-        start = shared(whole, asked, other)
+        chat, question = render(row, _chat_of(row)), render(row, _chat_of(row)[:1], add_generation_prompt=True)
+        if chat.startswith(question):
+            return chat, len(question)
+        other_answer = render(row, _chat_of(row | {"output": "y" if row["output"].startswith("x") else "x"}))
+        start = shared_prefix(chat, question, other_answer)
         if start < len(render(row, _chat_of(row)[:1]).rstrip()):
             raise UserError(
                 f"{KEY}: the tokenizer's chat template writes a question differently once it is answered, so where the "
                 f"response starts cannot be determined ({row['instruction'][:60]!r}); use another prompt"
             )
-        return whole, start
+        return chat, start
 
     def marked(row: Row) -> tuple[list[int], list[int]]:
         encoding = render(row, _chat_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return encoding["input_ids"], encoding["assistant_masks"]
 
     try_template(tokenizer, [_chat_of(PROBE), _chat_of(PROBE)[:1]], KEY)
-    whole, other = (render(PROBE, _chat_of(PROBE | {"output": output})) for output in (PROBE["output"], "x"))
-    if whole == other:
-        raise UserError(f"{KEY}: the tokenizer's chat template leaves out what the assistant says; use another prompt")
-    ends = bool(whole.rpartition(PROBE["output"])[2].strip())
+    chat, other_answer = (render(PROBE, _chat_of(PROBE | {"output": output})) for output in (PROBE["output"], "x"))
+    if chat == other_answer:
+        raise UserError(f"{KEY}: the tokenizer's chat template leaves out the assistant's response; use another prompt")
+    ends = bool(chat.rpartition(PROBE["output"])[2].strip())
     if MARK.search(tokenizer.get_chat_template()) and getattr(tokenizer, "is_fast", False):
         return Style(lambda row: (render(row, _chat_of(row)), 0), special_tokens=False, marked=marked, ends=ends)
     text(PROBE)
     return Style(text, special_tokens=False, ends=ends)
 
 
-def shared(*parts: Sequence[Any]) -> int:
-    """Items that sequences have in common at their beginning."""
-    columns = enumerate(zip(*parts, strict=False))
-    return next((place for place, items in columns if any(item != items[0] for item in items)), min(map(len, parts)))
+def shared_prefix(*sequences: Sequence[Any]) -> int:
+    """Length of the longest common prefix of sequences."""
+    columns = enumerate(zip(*sequences, strict=False))
+    return next((i for i, items in columns if any(item != items[0] for item in items)), min(map(len, sequences)))
 
 
 def _chat_of(row: Row) -> list[dict[str, str]]:
-    asked = row["instruction"] + (f"\n\n{row['input']}" if (row.get("input") or "").strip() else "")
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    question = row["instruction"] + (f"\n\n{row['input']}" if (row.get("input") or "").strip() else "")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]

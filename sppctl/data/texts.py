@@ -1,4 +1,4 @@
-"""Text: documents to calibrate with and to measure on, from files, from the hub, and built in."""
+"""Documents for calibration and perplexity: from files, from the hub, and built in."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sppctl.errors import UserError
 from sppctl.files import sources
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # all that is not gzip of one file
+PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # unsupported: anything but gzip of one file
 INSTRUCTION_COLUMNS = ("instruction", "input", "output")
-# the whole of C4 would be a download of 300 GB; the literature measures on 1,100 documents of the validation split
+# all of C4 would be a download of 300 GB; the literature measures on 1,100 documents of the validation split
 C4_FIRST_SHARD = {
     "train": "en/c4-train.00000-of-01024.json.gz",
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
 C4_DOCUMENTS = {"train": 20_000, "validation": 1_100}
-C4_WINDOWS = 256  # of the validation split that the literature measures on
-# what calibration reads of a source at most: of web pages more than enough for hundreds of windows of long documents
+C4_WINDOWS = 256  # windows of the validation split in the literature
+# limits of what calibration reads from a source: enough web pages for hundreds of windows of long documents
 MOST_DOCUMENTS = 20_000
 MOST_CHARACTERS = 200_000_000
 
@@ -40,25 +40,24 @@ class Text:
 
     name: str
     documents: list[str]
-    joiner: str = "\n\n"  # between two of them
-    windows: int | None = None  # how many of the joined text are measured at most; None: all
-    running: bool = False  # they follow each other as the paragraphs of one text
+    joiner: str = "\n\n"  # between two documents
+    windows: int | None = None  # maximum number of windows to measure; None: all
+    running: bool = False  # the documents are the paragraphs of one text
 
 
 def load_text(name: str, split: str, key: str, column: str | None = None, part: bool = False) -> Text:
     """The documents behind a name.
 
     Args:
-        name: a known name; a local file, plain or .gz (.jsonl, .json, .parquet: the ``text`` or instruction columns;
+        name: a short name; a local file, plain or .gz (.jsonl, .json, .parquet: the ``text`` or instruction columns;
             anything else: one text); or a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, with such columns.
         split: ``train`` or ``test``, where the source has splits.
         key: the configuration key, for errors.
-        column: that holds the documents of a file of rows or a hub dataset; None: as above.
-        part: the first MOST_DOCUMENTS rows will do, or fewer that hold MOST_CHARACTERS: of JSON lines and of the hub
-            no more is read.
+        column: column with the documents of a file of rows or a hub dataset; None: as above.
+        part: read only the first MOST_DOCUMENTS rows or MOST_CHARACTERS characters of JSON lines and hub datasets.
 
     Raises:
-        UserError: no such source, no such column, or nothing in it.
+        UserError: the source or column does not exist, or holds no text.
     """
     path = None if name in _TEXTS else local_file(name, key)
     has_no_columns = name in _TEXTS or (path is not None and _form(path) not in READERS)
@@ -69,33 +68,33 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     elif path is not None and has_no_columns:
         text = Text(path.name, [_plain_text(path, key)])
     else:
-        wanted = ("text", *INSTRUCTION_COLUMNS) if column is None else (column,)
-        rows, columns = load_rows(name, path, split, key, wanted=wanted, known=_TEXTS, part=part)
-        text = Text(name if path is None else path.name, _documents(rows, column, name, key, columns))
+        columns = ("text", *INSTRUCTION_COLUMNS) if column is None else (column,)
+        rows, all_columns = load_rows(name, path, split, key, columns=columns, short_names=_TEXTS, part=part)
+        text = Text(name if path is None else path.name, _documents(rows, column, name, key, all_columns))
     if not any(document.strip() for document in text.documents):
         raise UserError(f"{key}: {name} holds no text")
     return text
 
 
 def _documents(rows: list[Row], column: str | None, name: str, key: str, columns: Sequence[str]) -> list[str]:
-    """One document per row; ``columns``: all that the source has, for it may be read without some of them."""
-    wanted = column or "text"
-    if all(wanted in row for row in rows):
-        check_texts(rows, name, key, optional=(wanted,))
-        return [row[wanted] or "" for row in rows]
+    """One document per row; ``columns``: all columns of the source, including those that were not read."""
+    text_column = column or "text"
+    if all(text_column in row for row in rows):
+        check_texts(rows, name, key, optional=(text_column,))
+        return [row[text_column] or "" for row in rows]
     if column is None and all({"instruction", "output"} <= row.keys() for row in rows):
         check_texts(rows, name, key, ("instruction", "output"), ("input",))
         return [formatted(row) for row in rows]
-    wished = f"a column {column}" if column else "a column text (or instruction and output)"
-    hint = "; prune.calibration.column names another" if key.startswith("prune.calibration") else ""
-    raise UserError(f"{key}: {name} lacks {wished} in some row{hint}; its columns: {', '.join(columns) or 'none'}")
+    expected = f"a column {column}" if column else "a column text (or instruction and output)"
+    hint = "; prune.calibration.column selects another" if key.startswith("prune.calibration") else ""
+    raise UserError(f"{key}: {name} lacks {expected} in some row{hint}; its columns: {', '.join(columns) or 'none'}")
 
 
 def check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
-    """Every row must have texts in the needed columns, and a text or nothing in the optional ones.
+    """Every row must have texts in the needed columns, and a text or null in the optional ones.
 
     Raises:
-        UserError: one has not, or one is text that cannot be encoded; it is named by its number.
+        UserError: a row, named by its number, lacks a text or has one that cannot be encoded.
     """
     for number, row in enumerate(rows, start=1):
         wrong = [column for column in needed if not isinstance(row.get(column), str)]
@@ -103,22 +102,22 @@ def check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str] = ()
         if wrong:
             raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
         for column in (*needed, *optional):
-            half = re.search("[\ud800-\udfff]", row.get(column) or "")
-            if half:
+            surrogate = re.search("[\ud800-\udfff]", row.get(column) or "")
+            if surrogate:
                 raise UserError(
-                    f"{key}: {name}: row {number}: {column} has half of a surrogate pair ({half[0]!r}), which is no "
-                    "character; write the whole one, or leave it out"
+                    f"{key}: {name}: row {number}: {column} has half of a surrogate pair ({surrogate[0]!r}), which is "
+                    "not a character; write the full pair, or remove it"
                 )
 
 
-# --- known texts ------------------------------------------------------------------------------------------------------
+# --- texts with short names -------------------------------------------------------------------------------------------
 
 
 def _c4(split: str) -> Text:
     """The first documents of the training split, or of the validation split to measure on.
 
-    The latter as Wanda and SparseGPT have it: joined by blanks, the first 256 windows of it. They are read from the
-    first shard where that file was downloaded, else streamed from the hub.
+    As in Wanda and SparseGPT, the validation documents are joined by blanks and their first 256 windows measured. The
+    documents are read from the first shard if that file was downloaded, otherwise streamed from the hub.
     """
     import datasets
     from huggingface_hub import try_to_load_from_cache
@@ -145,13 +144,13 @@ def _wikitext2(split: str) -> Text:
 
 
 def _prose(_: str) -> Text:
-    """Paragraphs of CPython's own reference manual, which every installation carries for ``help()``."""
+    """Paragraphs of CPython's reference manual, which every installation includes for ``help()``."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise UserError("text prose: this Python comes without pydoc_data; name another text") from error
+        raise UserError("text prose: this Python comes without pydoc_data; use another text") from error
     paragraphs = (part for topic in sorted(topics) for part in topics[topic].split("\n\n"))
-    # running text only: no code, tables, grammar or headings
+    # paragraphs only: no code, tables, grammar or headings
     prose = [
         " ".join(part.split())
         for part in paragraphs
@@ -182,10 +181,10 @@ def built_in_rows(split: str) -> list[Row]:
 
 
 def local_file(name: str, key: str) -> Path | None:
-    """The local file that a name means; None if nothing here has that name, so that it may be one of the hub's.
+    """The local file of that name; None if there is none, so that the name may be a hub id.
 
     Raises:
-        UserError: the name of a directory, of what is neither file nor directory, or of a file that is packed.
+        UserError: the name is that of a directory, of something else than a file, or of an archive.
     """
     path = Path(name)
     if path.is_dir():
@@ -195,23 +194,21 @@ def local_file(name: str, key: str) -> Path | None:
     if os.path.lexists(path) and not path.is_file():
         raise UserError(f"{key}: {name} is neither a file nor a link to one")
     if path.is_file() and _form(path) in PACKED_FILES:
-        raise UserError(f"{key}: {path} is packed in a way that is not read; unpack it, or compress it with gzip")
+        raise UserError(f"{key}: {path} is packed in a format that is not supported; unpack it, or use gzip")
     return path if path.is_file() else None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be ``OWNER/NAME`` or ``OWNER/NAME:CONFIG`` and is not a file that is missing."""
+    """Whether a name looks like ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, and not like a missing file."""
     is_file = _form(Path(name)) in (".txt", *READERS) or name.endswith(".gz")
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 
 
 def check_split(key: str, split: str, *names: str) -> None:
-    """Raises UserError if a part is chosen where none of the data is of the hub, which alone has parts to choose."""
-    of_hub = any(is_hub_id(name) and not os.path.lexists(name) for name in names)
-    if split != "train" and not of_hub:
-        raise UserError(
-            f"{key}: {names[0]} has no split {split}; only a data set of the hub (OWNER/NAME) has splits to choose from"
-        )
+    """Raises UserError if a split is chosen though none of the data sets is on the hub: only those have splits."""
+    on_hub = any(is_hub_id(name) and not os.path.lexists(name) for name in names)
+    if split != "train" and not on_hub:
+        raise UserError(f"{key}: {names[0]} has no split {split}; only hub data sets (OWNER/NAME) have splits")
 
 
 def load_rows(
@@ -220,49 +217,50 @@ def load_rows(
     split: str,
     key: str,
     *,
-    wanted: Sequence[str],
-    known: Iterable[str],
+    columns: Sequence[str],
+    short_names: Iterable[str],
     part: bool = False,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of a data set, and the names of all its columns, though others than those wanted need not be read.
+    """The rows of a data set, and the names of all its columns, even if only ``columns`` were read.
 
     Args:
-        name: of the data set.
-        path: as of :func:`local_file`; of other forms than those of READERS: JSON or JSON lines.
-        split: of a hub dataset.
+        name: name of the data set.
+        path: its file, see :func:`local_file`; formats other than those of READERS are read as JSON or JSON lines.
+        split: split of a hub dataset.
         key: the configuration key, for errors.
-        wanted: names of columns.
-        known: names that the key takes besides files and hub datasets, for errors.
-        part: as of :func:`load_text`.
+        columns: the columns to read.
+        short_names: names that the key accepts besides files and hub datasets, for errors.
+        part: see :func:`load_text`.
 
     Raises:
-        UserError: it does not exist, or cannot be read.
+        UserError: the data set does not exist, or cannot be read.
     """
     rows: Iterable[Row]
     if path is not None:
-        rows, columns = READERS.get(_form(path), READERS[".json"])(path, key, wanted)
-        taken = list(_first(rows) if part else rows)
+        rows, all_columns = READERS.get(_form(path), READERS[".json"])(path, key, columns)
+        loaded = list(_first(rows) if part else rows)
     elif is_hub_id(name):
         import datasets
 
-        # what is streamed comes without its size, so slices of splits cannot be; offline it comes from the cache
+        # slices of splits cannot be streamed, as the size is unknown; offline, data comes from the cache
         streamed = part and split.isidentifier() and not datasets.config.HF_DATASETS_OFFLINE
         rows = load_hub(name, split, streaming=True) if streamed else load_hub(name, split)
         with _loading(f"{name} ({split})"):
-            columns = getattr(rows, "column_names", None)
-            if columns:  # spare decoding what is not read
-                rows = rows.select_columns(_readable(columns, wanted))  # type: ignore[attr-defined]
-            taken = list(_first(rows) if part else rows)
+            all_columns = getattr(rows, "column_names", None)
+            if all_columns:  # decode only the columns that are used
+                rows = rows.select_columns(_readable(all_columns, columns))  # type: ignore[attr-defined]
+            loaded = list(_first(rows) if part else rows)
     else:
-        raise UserError(f"{key}: {name} is not a file and none of {', '.join(known)}, nor a hub id (OWNER/NAME)")
-    return taken, list(columns or dict.fromkeys(column for row in taken for column in row))
+        names = ", ".join(short_names)
+        raise UserError(f"{key}: {name} is not a file, not one of {names}, and not a hub id (OWNER/NAME)")
+    return loaded, list(all_columns or dict.fromkeys(column for row in loaded for column in row))
 
 
 def load_hub(repository: str, split: str, config: str | None = None, **options: Any) -> Any:
     """A split of a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, from the network or the cache.
 
     Raises:
-        UserError: it could not be loaded.
+        UserError: the dataset could not be loaded.
     """
     import datasets
 
@@ -270,7 +268,7 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
         repository, _, config = repository.partition(":")
     if os.path.lexists(repository):
         raise UserError(
-            f"dataset {repository}: {Path.cwd() / repository} has the same name and would be read in its place; "
+            f"dataset {repository}: {Path.cwd() / repository} has the same name and would be read instead; "
             "rename it, or work in another directory"
         )
     datasets.disable_progress_bars()
@@ -283,21 +281,21 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
 
 @contextmanager
 def _loading(dataset: str) -> Iterator[None]:
-    """Says in one line why a hub dataset could not be loaded; streamed rows are fetched only while they are read."""
+    """Turns errors of loading a hub dataset into a UserError; around reading, too, as streamed rows load lazily."""
     try:
         yield
     except Exception as error:  # datasets raises whatever its file formats, hub client and builders raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        # datasets tells on the second line which configurations there are
+        # the second line lists the available configurations
         reason = " ".join(lines[:2]) + "; write NAME:CONFIG" if "Config name is missing" in lines[0] else lines[0]
         raise UserError(
             f"dataset {dataset} could not be loaded: {reason}; check the name and the network, download it first on a "
-            "machine that has one, or give a local file"
+            "machine with network access, or give a local file"
         ) from error
 
 
 def _first(rows: Iterable[Row]) -> Iterator[Row]:
-    """The first rows, as many as calibration reads at most."""
+    """The first rows, up to the limits of what calibration reads."""
     characters = 0
     for row in itertools.islice(rows, MOST_DOCUMENTS):
         yield row
@@ -306,23 +304,23 @@ def _first(rows: Iterable[Row]) -> Iterator[Row]:
             return
 
 
-def _readable(columns: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """The columns that are wanted; all of them if there is none, so that rows stay rows."""
-    return [name for name in columns if name in wanted] or list(columns)
+def _readable(all_columns: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Those of ``columns`` that exist; if none does, all columns, so that the number of rows is right."""
+    return [name for name in all_columns if name in columns] or list(all_columns)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _form(path: Path) -> str:
-    """The suffix that says how to read a file, whether compressed or not."""
+    """The suffix of a file's format, without ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _opened(path: Path) -> IO[str]:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")  # some editors put a byte order mark in front
+    return path.open(encoding="utf-8-sig")  # some editors start files with a byte order mark
 
 
 def _plain_text(path: Path, key: str) -> str:
@@ -336,15 +334,15 @@ def _plain_text(path: Path, key: str) -> str:
 
 
 def json_rows(path: Path, key: str) -> Iterator[Row]:
-    """The objects of JSON lines, no more of which are read than are taken, or of a JSON list; plain or .gz.
+    """The objects of JSON lines (read lazily) or of a JSON list; plain or .gz.
 
     Raises:
-        UserError: neither.
+        UserError: the file is neither.
     """
     where, first = "", True
     try:
         with _opened(path) as file:
-            for number, line in enumerate(file, start=1):  # unlike splitlines not cut at U+2028 in a text
+            for number, line in enumerate(file, start=1):  # not splitlines, which would cut at U+2028 in a text
                 if not line.strip():
                     continue
                 if first and line.lstrip().startswith("["):
@@ -363,20 +361,20 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
 
 
-def _parquet_file(path: Path, key: str, wanted: Sequence[str]) -> tuple[list[Row], list[str]]:
+def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Row], list[str]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        columns = list(pyarrow.parquet.read_schema(path).names)
-        table = pyarrow.parquet.read_table(path, columns=_readable(columns, wanted), partitioning=None)
+        all_columns = list(pyarrow.parquet.read_schema(path).names)
+        table = pyarrow.parquet.read_table(path, columns=_readable(all_columns, columns), partitioning=None)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{key}: {path} cannot be read as parquet: {error}") from error
-    return table.to_pylist(), columns
+    return table.to_pylist(), all_columns
 
 
-# how files of rows are read, by their suffix: given path, key and wanted columns; the names of all columns, or None
-# where only the rows have them
+# readers of files of rows by suffix: path, key and columns to read -> rows, and the names of all columns (None if only
+# the rows have them)
 READERS: dict[str, Callable[[Path, str, Sequence[str]], tuple[Iterable[Row], list[str] | None]]] = {
     ".jsonl": lambda path, key, _: (json_rows(path, key), None),
     ".json": lambda path, key, _: (json_rows(path, key), None),
@@ -385,12 +383,12 @@ READERS: dict[str, Callable[[Path, str, Sequence[str]], tuple[Iterable[Row], lis
 
 
 def file_hash(name: str) -> str | None:
-    """Identifies a local file by content; None for data that is known by name."""
+    """A hash of a local file's content; None for data that is identified by its name."""
     return sources.content_hash(Path(name)) if Path(name).is_file() else None
 
 
 def content_hash(documents: Sequence[str]) -> str:
-    """Identifies a text by what it says."""
+    """A hash of the documents of a text."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(document.encode() + b"\0")

@@ -1,4 +1,4 @@
-"""Whether the tokens that a tokenizer gives are ones that the model embeds, and which of them may pad."""
+"""Whether a tokenizer's tokens are within the model's embeddings, and the token to pad with."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sppctl.errors import UserError
 
 
 def embeddings(model: Any) -> int:
-    """Rows of a model's embedding: the token ids that it can be given."""
+    """Number of rows of a model's embedding: valid token ids are below it."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def may_exceed(tokenizer: Any, rows: int) -> bool:
-    """Whether any token of a tokenizer is beyond that many embeddings; true also where that cannot be told."""
+    """Whether any token id of a tokenizer is beyond that many embeddings; also true if its vocabulary is unknown."""
     try:
         return max(tokenizer.get_vocab().values(), default=-1) >= rows
     except (AttributeError, NotImplementedError):
@@ -24,9 +24,9 @@ def may_exceed(tokenizer: Any, rows: int) -> bool:
 
 
 def check(tokens: Tensor | Iterable[int], tokenizer: Any, rows: int, where: str) -> None:
-    """Raises UserError if one of the token ids is beyond the ``rows`` of the model's embedding.
+    """Raises UserError if a token id is beyond the ``rows`` of the model's embedding.
 
-    ``where`` they are from: configuration key and name, for the error.
+    ``where``: configuration key and name of the tokens' source, for the error.
     """
     largest = int(tokens.max()) if isinstance(tokens, Tensor) and tokens.numel() else max(tokens, default=-1)
     if largest >= rows:
@@ -38,6 +38,6 @@ def check(tokens: Tensor | Iterable[int], tokenizer: Any, rows: int, where: str)
 
 
 def pad_token_id(tokenizer: Any, rows: int) -> int:
-    """A token to pad with: the tokenizer's own, or what the model embeds; padding is masked, whatever it is."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    return next((token for token in known if token is not None and token < rows), 0)
+    """A token to pad with: the tokenizer's own if the model embeds it, else any; padding is masked anyway."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    return next((token for token in candidates if token is not None and token < rows), 0)

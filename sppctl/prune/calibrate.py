@@ -44,7 +44,7 @@ def draw(config: Config, tokenizer: Any) -> Drawn:
     windows = calibration_windows(tokenizer, text, seed=config.run.seed, windows=settings.windows, **sizes)
     record = Calibration(
         dataset=text.name,
-        windows=windows.made,
+        windows=windows.kind,
         documents_hash=texts.content_hash(text.documents),
         windows_hash=windows.hash,
         versions=seen.versions,

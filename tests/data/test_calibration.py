@@ -32,7 +32,7 @@ def decode(windows: Windows) -> list[str]:
 def test_windows_are_pieces_of_random_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     text = Text("mine", documents(10, 100))
     drawn = draw(tokenizer, text, 6)
-    assert drawn.made == "random-document"
+    assert drawn.kind == "random-document"
     assert (drawn.tokens.shape, drawn.tokens.dtype) == ((6, 20), torch.int64)
     sources = [[i for i, document in enumerate(text.documents) if piece in document] for piece in decode(drawn)]
     assert all(len(found) == 1 for found in sources)
@@ -45,7 +45,7 @@ def test_short_documents_are_passed_over(tokenizer: PreTrainedTokenizerFast) -> 
     long = documents(3, 30)  # hardly longer than a window
     text = Text("mine", [*("x" * length for length in range(1, 20)), *long, "y" * 20])
     drawn = draw(tokenizer, text, 3, seed=5)
-    assert drawn.made == "random-document"
+    assert drawn.kind == "random-document"
     assert all(any(piece in document for document in long) for piece in decode(drawn))
 
 
@@ -58,7 +58,7 @@ def test_documents_are_joined_in_random_order(
     texts: list[str], samples: int, windows: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     drawn = draw(tokenizer, Text("mine", texts, joiner="--"), samples, windows=windows)
-    assert drawn.made == "concatenate"
+    assert drawn.kind == "concatenate"
     joined = "".join(decode(drawn))
     assert len(joined) == 20 * samples
     pieces = [document + "--" for document in texts if document.strip()]
@@ -68,7 +68,7 @@ def test_documents_are_joined_in_random_order(
 def test_one_long_document_is_cut_into_windows_of_which_some_are_chosen(tokenizer: PreTrainedTokenizerFast) -> None:
     text = Text("mine", ["".join(f"{index:05}" for index in range(200))])  # every piece of 20 is another
     drawn = draw(tokenizer, text, 6)
-    assert drawn.made == "concatenate"
+    assert drawn.kind == "concatenate"
     places = [text.documents[0].index(piece) for piece in decode(drawn)]
     assert all(place % 20 == 0 for place in places)
     assert len(set(places)) == 6
@@ -96,7 +96,7 @@ def test_there_is_no_padding(windows: Any) -> None:
     padding.backend_tokenizer.enable_padding(pad_id=258, pad_token="<pad>", length=500)
     padding.backend_tokenizer.enable_truncation(8)
     drawn = draw(padding, Text("mine", documents(10, 50)), 4, windows=windows)
-    assert drawn.made == windows
+    assert drawn.kind == windows
     assert padding.pad_token_id == 258
     assert not (drawn.tokens == 258).any()
 
@@ -131,7 +131,7 @@ def test_a_running_text_is_joined_in_its_order_and_tokenised_once() -> None:
     whole = marks("\n\n".join(paragraphs))["input_ids"]
     assert whole.count(marks.bos_token_id) == 1
     drawn = draw(marks, text, 20, seq_len=30)
-    assert drawn.made == "random-offset"
+    assert drawn.kind == "random-offset"
     pieces = [whole[start : start + 30] for start in range(len(whole) - 29)]
     starts = [pieces.index(row) for row in drawn.tokens.tolist()]
     assert len(set(starts)) > 15
@@ -179,7 +179,7 @@ def counting(tokenizer: PreTrainedTokenizerFast) -> Counting:
 
 def windows_of(tokenizer: Any, text: Text = TEXT, **options: Any) -> tuple[str, str]:
     windows = calibration_windows(tokenizer, text, **({"samples": 4, "seq_len": 20, "seed": 0} | options))
-    return windows.hash, windows.made
+    return windows.hash, windows.kind
 
 
 @pytest.mark.parametrize("windows", ["auto", "random-document", "concatenate"])
@@ -188,7 +188,7 @@ def test_the_second_time_nothing_is_tokenised(counting: Counting, cache: Path, w
     calls = counting.calls
     assert calls > 0
     drawn = draw(counting.tokenizer, TEXT, 4, windows=windows)
-    assert first == (drawn.hash, drawn.made) == windows_of(counting, windows=windows)
+    assert first == (drawn.hash, drawn.kind) == windows_of(counting, windows=windows)
     assert first == windows_of(counting, Text("another name", list(TEXT.documents)), windows=windows)
     assert counting.calls == calls
     (file,) = cache.iterdir()

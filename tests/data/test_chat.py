@@ -36,7 +36,7 @@ def templated(template: str) -> Any:
 def test_a_template_without_measure_is_refused(template: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "SECONDS", 1)
     with pytest.raises(
-        UserError, match=rf"^some\.key: the tokenizer's chat template {problem} on a short message; mend"
+        UserError, match=rf"^some\.key: the tokenizer's chat template {problem} on a short message; fix"
     ):
         chat.try_template(templated(template), CHATS, "some.key")
     assert not psutil.Process().children()

@@ -237,8 +237,8 @@ def test_held_out_rows_are_shared_out_by_weight(tmp_path: Path) -> None:
         ([], {}, "dataset: names no data set"),
         (["ALPACA"], {"val_size": 24}, "val_size: 24 leaves nothing of the 24 rows"),
         (["ALPACA"], {"val_size": 100}, "val_size: 100 leaves nothing of the 24 rows"),
-        (["instructions"], {"split": "test"}, "split: instructions has no split test; only a data set of the hub"),
-        (["ALPACA"], {"split": "test"}, "split: .*rows.jsonl has no split test; only a data set of the hub"),
+        (["instructions"], {"split": "test"}, "split: instructions has no split test; only hub data sets"),
+        (["ALPACA"], {"split": "test"}, "split: .*rows.jsonl has no split test; only hub data sets"),
         (["instructions", "ALPACA"], {"split": "test"}, "split: instructions has no split test"),
     ],
 )

@@ -151,7 +151,7 @@ def test_a_template_that_fails_on_one_row_names_it() -> None:
         (None, "the tokenizer has no chat template; use alpaca"),
         ("{{ raise_exception('a system message is needed') }}", "fails on an instruction: a system message is needed"),
         ("{% for m in messages %}{{ m.content", "fails on an instruction"),
-        ("{{ messages[0].content }}", "leaves out what the assistant says"),
+        ("{{ messages[0].content }}", "leaves out the assistant's response"),
         ("{{ messages | length }}" + CHAT, "writes a question differently once it is answered"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
     ],

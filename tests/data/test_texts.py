@@ -91,7 +91,7 @@ def test_documents_of_a_file(
             for form in ("txt", "jsonl", "json")
         ),
         ("a.txt.gz", gzip.compress(b"One.", mtime=0)[:10] + b"\xff" * 20, None, "cannot be read"),
-        *((name, b"\x28\xb5", None, "is packed in a way that") for name in ("a.jsonl.zst", "a.zip", "a.tar.gz")),
+        *((name, b"\x28\xb5", None, "is packed in a format that") for name in ("a.jsonl.zst", "a.zip", "a.tar.gz")),
     ],
 )
 def test_a_file_that_cannot_be_used(
@@ -128,7 +128,7 @@ def test_unknown_names_are_told_what_there_is(name: str) -> None:
     with pytest.raises(UserError) as caught:
         documents(name)
     assert str(caught.value) == (
-        f"{KEY}: {name} is not a file and none of c4, wikitext2, alpaca, instructions, prose, nor a hub id (OWNER/NAME)"
+        f"{KEY}: {name} is not a file, not one of c4, wikitext2, alpaca, instructions, prose, and not a hub id (OWNER/NAME)"
     )
 
 

@@ -166,7 +166,9 @@ def test_a_damaged_allocation_is_named(prune: Prune, interrupt: Callable[..., Pa
     out = interrupt(*OWL, base=deep)
     path = out / ALLOCATION
     path.write_text(path.read_text().replace("0.", "0.0", 1))
-    with pytest.raises(UserError, match=r"allocation\.json is damaged \(its content does not match its digest\); sppctl"):
+    with pytest.raises(
+        UserError, match=r"allocation\.json is damaged \(its content does not match its digest\); sppctl"
+    ):
         prune(*OWL, base=deep, out=out)
 
 
