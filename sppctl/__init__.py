@@ -1,6 +1,6 @@
 """sppctl: prune, retrain, merge and evaluate sparse language models that stay sparse.
 
-Importing the package is cheap (no torch) and makes its adapters known to PEFT as soon as PEFT is imported.
+Importing the package is cheap (no torch) and registers its adapters with PEFT as soon as PEFT is imported.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _register_with_peft() -> None:
         return
 
     class _AfterPeft(importlib.abc.MetaPathFinder):
-        """Finds peft like everyone else, and loads the registration right after it."""
+        """Finds peft with the other finders, and registers the adapters right after it is loaded."""
 
         searching = False
 

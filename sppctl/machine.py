@@ -1,4 +1,4 @@
-"""What a process runs on, which dtype that is good at, and how much memory it has taken."""
+"""The machine that a process runs on: its device, native dtypes and memory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     import torch
 
 R = TypeVar("R")
-PROCESS = Path("/proc/self")  # Linux; elsewhere the peak is that since the process started
+PROCESS = Path("/proc/self")  # Linux only; elsewhere the peak counts from the start of the process
 CPU_INFORMATION = Path("/proc/cpuinfo")
-# what switches the bfloat16 units of a CPU off: oneDNN's limits below AVX512_CORE_BF16 (in any case; its old name
-# counts where the new one is not set), and PyTorch's own (only in lower case)
+# variables that disable the bfloat16 units of a CPU: oneDNN's limits below AVX512_CORE_BF16 (in upper or lower case;
+# the old name is read if the new one is not set), and PyTorch's own (only in lower case)
 _ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _ONEDNN_WITHOUT = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 _ATEN, _ATEN_WITHOUT = "ATEN_CPU_CAPABILITY", {"default", "avx2"}
 
 
 class Compute(NamedTuple):
-    """What something computes in."""
+    """A compute dtype."""
 
     dtype: str
-    text: str  # says it, and why
-    widened: bool = False  # float32 only because the device does not multiply what is stored
+    text: str  # a message with the dtype and the reason
+    widened: bool = False  # float32 only because the device does not natively multiply the stored dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``: the names that configurations and records use."""
+    """``bfloat16`` for ``torch.bfloat16``: the names used in configurations and records."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -46,14 +46,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def choose_dtype(wanted: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
-    """The dtype to compute in; whoever loads a model asks this.
+def choose_dtype(configured: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
+    """The dtype to compute in, for everything that loads a model.
 
-    ``wanted`` is model.compute_dtype: a name, or auto for the ``stored`` dtype of the weights where the device
+    ``configured`` is model.compute_dtype: a name, or auto for the ``stored`` dtype of the weights if the device
     multiplies it natively, else float32. Training never uses float16, where gradients overflow without loss scaling.
     """
-    if wanted != "auto":
-        return Compute(wanted, f"computing in {wanted} as configured")
+    if configured != "auto":
+        return Compute(configured, f"computing in {configured} as configured")
     dtype, reason = stored, ""
     if training and stored == "float16":
         dtype, reason = "bfloat16", " (float16 gradients overflow)"
@@ -81,9 +81,9 @@ def _lacking(dtype: str, device: torch.device) -> str | None:
 
 
 def _lacking_bfloat16() -> str | None:
-    """Why this CPU does not multiply bfloat16 natively, by its flags and by what switches its units off.
+    """Why this CPU does not multiply bfloat16 natively, from its flags and the variables that disable its units.
 
-    Timing a few products would ask the hardware itself, but on a busy machine it would answer differently each time.
+    Timing a few products would be more direct, but gives different answers on a busy machine.
     """
     import torch
 
@@ -92,11 +92,11 @@ def _lacking_bfloat16() -> str | None:
         return "the dtypes that this CPU multiplies natively are unknown"
     if not flags & {"avx512_bf16", "amx_bf16"} or not torch.backends.mkldnn.is_available():
         return "this CPU has no bfloat16 units"
-    name = next((name for name in _ONEDNN if os.environ.get(name)), _ONEDNN[0])
-    for switch, without in ((name, _ONEDNN_WITHOUT), (_ATEN, _ATEN_WITHOUT)):
-        value = os.environ.get(switch, "")
-        if (value if switch == _ATEN else value.lower()) in without:
-            return f"this CPU has no bfloat16 units under {switch}={value}"
+    onednn = next((variable for variable in _ONEDNN if os.environ.get(variable)), _ONEDNN[0])
+    for variable, disabling_values in ((onednn, _ONEDNN_WITHOUT), (_ATEN, _ATEN_WITHOUT)):
+        value = os.environ.get(variable, "")
+        if (value if variable == _ATEN else value.lower()) in disabling_values:
+            return f"this CPU has no bfloat16 units under {variable}={value}"
     return None
 
 
@@ -106,13 +106,13 @@ def cpu_name() -> str:
 
 
 def _entry(file: Path, name: str) -> str:
-    """The first value of that name in a file of Linux; empty where there is none."""
+    """The first value of a name in a file of ``NAME: VALUE`` lines; empty if there is none."""
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
 def describe() -> str:
-    """The GPU, or the processor and the threads that PyTorch uses of it."""
+    """The GPU, or the processor and PyTorch's number of threads."""
     import torch
 
     if torch.cuda.is_available():
@@ -126,7 +126,7 @@ def versions(*libraries: str) -> dict[str, str]:
 
 
 def reset_peak_memory() -> None:
-    """From here on :func:`peak_memory_mb` counts anew."""
+    """Resets what :func:`peak_memory_mb` reports."""
     import torch
 
     with contextlib.suppress(OSError):  # no /proc, or one that cannot be written
@@ -136,7 +136,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """The most that this process has held in memory, and on the GPU, in MiB."""
+    """The peak memory of this process, and on the GPU, in MiB."""
     import torch
 
     kib = _entry(PROCESS / "status", "VmHWM").split()
@@ -157,7 +157,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def in_halves(compute: Callable[[Any], list[R]], batch: Sequence[Any]) -> list[R]:
-    """What is computed of a batch, in halves where the whole does not fit on the GPU."""
+    """The results for a batch, computed in halves if the batch does not fit on the GPU."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""The options of the commands on a configuration, and what they mean together with the arguments."""
+"""The options of the commands that take a configuration, and the configuration from options and arguments."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ OPTIONS = {
     "debug": Debug,
 }
 KEYS = {"model": "model.path", "method": "prune.method", "pattern": "prune.pattern", "output": "run.dir"}
-KEYS |= {"limit": "eval.limit"}  # of the configuration, that options are short for
+KEYS |= {"limit": "eval.limit"}  # the configuration key that an option sets
 
 
 @dataclass(frozen=True)
 class Call:
-    """A command on a configuration."""
+    """A call of a command that takes a configuration."""
 
-    arguments: list[str]  # CONFIG, if there is one, and KEY=VALUE, also where an option was short for it
-    config: Config  # that they mean
+    arguments: list[str]  # CONFIG, if there is one, and KEY=VALUE, including those set by options
+    config: Config
     models: list[str] = field(default_factory=list)
     resume: bool = True
     force: bool = False
@@ -62,7 +62,7 @@ class Call:
 
 
 def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **options: Any) -> Call:
-    """What arguments and options (:data:`OPTIONS` by name; None: not used) mean together.
+    """The call with these arguments and options (:data:`OPTIONS` by name; None: not used).
 
     Raises:
         UserError: as of :func:`split` and :func:`sppctl.config.load.load_config`.
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
 
 
 def split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """The name of a file, if there is one, and KEY=VALUE; UserError if there are two names."""
+    """The name of a file, if there is one, and the KEY=VALUE arguments; UserError if there are two names."""
     names = [expand(argument) for argument in arguments or [] if "=" not in argument]
     if len(names) > 1:
         raise UserError(f"expected one CONFIG, found {', '.join(names)}; overrides are written KEY=VALUE")
@@ -87,7 +87,7 @@ def split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
 
 
 def with_options(function: Callable[[Call], None], names: Sequence[str]) -> Callable[..., None]:
-    """The function as Typer wants it, with a parameter for the arguments and for each of these options."""
+    """The function with the signature that Typer needs: a parameter for the arguments and one for each option."""
 
     def command(**values: Any) -> None:
         function(parse(**values))

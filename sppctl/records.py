@@ -1,4 +1,4 @@
-"""The records of the stages (stage.json, lines of the journal) as types, and the one way from and to their JSON."""
+"""The records of the stages (stage.json, lines of the journal) as types, and their conversion to and from JSON."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a stage is made from, finished or not."""
+    """The settings and inputs of a stage, finished or not."""
 
     settings: Settings  # the part of the configuration that its result depends on
-    inputs: dict[str, str]  # fingerprint of everything it reads, by what it is
+    inputs: dict[str, str]  # fingerprints of everything it reads, by name
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of both."""
+        """A short hash of settings and inputs."""
         text = json.dumps({"settings": self.settings, "inputs": self.inputs}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def as_in(self, before: Attempt) -> Attempt:
-        """With the choices of an earlier one where these settings leave them open: auto computes in its dtype."""
+        """This attempt with the compute dtype of an earlier one, if the settings leave it open (auto)."""
         model, recorded = self.settings.get("model", {}), before.settings.get("model", {})
         if model.get("compute_dtype") != "auto" or "compute_dtype" not in recorded:
             return self
         return self.computing_in(recorded["compute_dtype"])
 
     def computing_in(self, dtype: str) -> Attempt:
-        """With the dtype that is computed in instead of auto."""
+        """This attempt with a dtype in place of auto."""
         return Attempt(self.settings | {"model": self.settings["model"] | {"compute_dtype": dtype}}, self.inputs)
 
 
@@ -57,21 +57,21 @@ class StageRecord(Generic[M]):
     fingerprint: str  # of settings and inputs
     settings: Settings  # as of :class:`Attempt`
     inputs: dict[str, str]  # as of :class:`Attempt`
-    compute_dtype: str | None  # name of the dtype computed in; None: the stage loads no model
+    compute_dtype: str | None  # name of the dtype; None: the stage loads no model
     seed: int  # ``run.seed``
     created: str  # time in ISO 8601
-    wall_time_s: float  # seconds of the attempt that finished it
+    wall_time_s: float  # of the last attempt, without interrupted ones
     peak_memory_mb: dict[str, float]  # of the process, and on the GPU
-    hardware: str  # that it ran on
+    hardware: str  # GPU or CPU
     versions: dict[str, str]  # of sppctl, Python and libraries
-    command: str  # that made it
-    metrics: M  # what the stage itself reports
+    command: str  # command line of sppctl
+    metrics: M  # the stage's own record
     output: str  # fingerprint of the weights
     files: dict[str, str]  # hash of each file
 
     @property
     def attempt(self) -> Attempt:
-        """What it was made from."""
+        """The stage's settings and inputs."""
         return Attempt(self.settings, self.inputs)
 
 
@@ -91,23 +91,23 @@ class UnpackedRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What pruning did to one matrix."""
+    """The pruning of one matrix."""
 
-    name: str  # of the layer
+    name: str  # name of the layer
     shape: tuple[int, int]  # (out_features, in_features)
-    pattern: Pattern  # that was asked for
-    sparsity: float  # share of zeros now
+    pattern: Pattern  # the target
+    sparsity: float  # share of zeros
     # ||X (W - W_pruned)^T|| / ||X W^T|| on the first calibration inputs; None without inputs
     relative_output_error: float | None
     relative_weight_error: float  # ||W - W_pruned|| / ||W||
     damp: float | None  # damping that the Hessian needed; None without one
-    seconds: float  # for scores, mask and update, shared by layers that were solved together
-    fallback: str | None = None  # what an expert that saw too few tokens was pruned by; None: as all others
-    mask: str = ""  # digest of where the zeros are
+    seconds: float  # for scores, mask and update; split over layers that were solved together
+    fallback: str | None = None  # method used for an expert that received too few tokens; None: the configured one
+    mask: str = ""  # digest of the positions of the zeros
 
     @property
     def size(self) -> int:
-        """Weights of the matrix."""
+        """Number of weights."""
         return self.shape[0] * self.shape[1]
 
 
@@ -121,17 +121,17 @@ class BlockErrors:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """A finished block, a line of the journal."""
+    """A finished block: a line of the journal."""
 
     block: int  # its index
-    layers: list[LayerRecord]  # that were pruned in it
+    layers: list[LayerRecord]  # its pruned layers
     reconstruction: BlockErrors | None  # None: it was not tuned
     weights: dict[str, str]  # digest of each matrix by the layer's name
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which windows of which text: ``versions`` are those of the hub's data that was read."""
+    """The calibration text and windows; ``versions``: of the hub data that was read."""
 
     dataset: str
     windows: str
@@ -144,17 +144,17 @@ class Calibration:
 
 @dataclass(frozen=True)
 class PruneRecord:
-    """What pruning reports."""
+    """The results of pruning."""
 
-    method: str  # of pruning
-    pattern: str  # of most matrices, and of the others: ``2:4, 4:8 in 12 matrices``
+    method: str  # pruning method
+    pattern: str  # of most matrices, and exceptions: ``2:4, 4:8 in 12 matrices``
     order: str | None  # block or module; None: no inputs were needed
-    activations: str | None  # where the hidden states were; None: there were none
-    processes: int  # that shared the work
-    matrices: int  # number of them
-    fallbacks: int  # matrices of experts that saw too few tokens
-    pruned_weights: int  # weights of all these matrices
-    sparsity: float  # share of zeros among them
+    activations: str | None  # where hidden states were kept; None: there were none
+    processes: int  # number of processes
+    matrices: int  # number of pruned matrices
+    fallbacks: int  # number of matrices of experts that received too few tokens
+    pruned_weights: int  # number of weights of all pruned matrices
+    sparsity: float  # share of zeros among these weights
     mean_relative_output_error: float | None  # over the matrices that have one
     reconstruction: dict[int, BlockErrors] | None  # of each tuned block
     layers: list[LayerRecord]  # one entry for each matrix
@@ -176,7 +176,7 @@ class PruneRecord:
 
 @dataclass(frozen=True)
 class DistillationRecord:
-    """The teacher, the divergence from it (of the last and the mean logged step), and its share of the time."""
+    """The teacher, the KL divergence from it (last logged step, mean of logged steps), and its share of the time."""
 
     teacher: str
     weight: float
@@ -188,41 +188,41 @@ class DistillationRecord:
 
 @dataclass(frozen=True)
 class RefreshRecord:
-    """What refreshing the mask did."""
+    """The results of refreshing the mask."""
 
-    refreshes: list[dict[str, Any]]  # the trainer's log of each
-    changed_matrices: int  # number of matrices with another mask than pruning gave them
-    masks: dict[str, str]  # digest of their masks by the layer's name
-    regrown_share: float  # kept weights that pruning had made zero, as a share of all kept ones
-    base_weights: str  # which weights the adapter belongs to
+    refreshes: list[dict[str, Any]]  # the trainer's log of each refresh
+    changed_matrices: int  # number of matrices whose mask differs from the pruned one
+    masks: dict[str, str]  # digest of these masks by the layer's name
+    regrown_share: float  # share of the kept weights that pruning had set to zero
+    base_weights: str  # the weights that the adapter belongs to
 
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """What training reports."""
+    """The results of training."""
 
-    method: str  # of training
-    modules: list[str]  # names of the layers that were trained
+    method: str  # training method
+    modules: list[str]  # names of the trained layers
     trainable_parameters: int  # number of them
     trainable_share: float  # of all parameters
     steps: int  # optimizer steps
     epochs: float  # passes over the examples
     train_loss: float | None  # mean over all steps
     validation_loss: float | None  # of the held-out examples; None without any
-    examples: int  # that were trained on
-    validation_examples: int  # that were held out
-    datasets: dict[str, int]  # examples by data set
-    duplicates_of_held_out: int  # rows left out because they repeat a held-out one
-    versions: dict[str, str]  # of the hub's data that was read
+    examples: int  # number of training examples
+    validation_examples: int  # number of held-out examples
+    datasets: dict[str, int]  # number of examples by data set
+    duplicates_of_held_out: int  # number of rows left out because they repeat a held-out row
+    versions: dict[str, str]  # of the hub data that was read
     data_hash: str  # of the rows
-    examples_without_labels: int  # left out
-    validation_examples_without_labels: int  # left out
-    truncated_examples: int  # longer than ``train.data.seq_len``
-    padding_share: float  # of the positions of padded batches
-    tokens: int  # seen
+    examples_without_labels: int  # number left out
+    validation_examples_without_labels: int  # number left out
+    truncated_examples: int  # number longer than ``train.data.seq_len``
+    padding_share: float  # share of the positions of padded batches
+    tokens: int  # number of tokens processed
     seconds: float  # of training, all attempts together
     tokens_per_second: float  # over that time
-    dtype: str  # name of the dtype computed in
+    dtype: str  # name of the compute dtype
     distillation: DistillationRecord | None  # None without a teacher
     refresh: RefreshRecord | None  # None without a refresh of the mask
     history: list[dict[str, Any]]  # the trainer's log
@@ -233,20 +233,20 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class MatrixRecord:
-    """What merging did to one matrix."""
+    """The merge of one matrix."""
 
-    name: str  # of the tensor in the checkpoint
-    zeros: int  # weights that are zero after merging
-    kept: int  # weights that are not
-    moved: int  # of those, how many have another stored value than before
-    filled: int  # zeros of the pruned weight that are zero no more
-    lost: int  # weights that have become zero
+    name: str  # name of the tensor in the checkpoint
+    zeros: int  # zeros after merging
+    kept: int  # nonzero weights after merging
+    moved: int  # kept weights whose stored value changed
+    filled: int  # zeros of the pruned matrix that are no longer zero
+    lost: int  # weights that became zero
     relative_change: float  # ||merged - pruned|| / ||pruned||
 
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What merging reports: the mask rule, totals over the matrices, whether exactly the pruned weights are zero."""
+    """The results of merging: mask rule, totals over the matrices, whether exactly the pruned weights are zero."""
 
     method: str
     mask: str
@@ -270,7 +270,7 @@ METRICS: dict[str, type] = {"prune": PruneRecord, "train": TrainRecord, "merge":
 
 
 def to_json(record: Any) -> Any:
-    """Plain data of a record: what JSON can hold."""
+    """A record as plain data for JSON."""
     if dataclasses.is_dataclass(record) and not isinstance(record, Pattern | type):
         return {field.name: to_json(getattr(record, field.name)) for field in dataclasses.fields(record)}
     if isinstance(record, dict):
@@ -281,7 +281,7 @@ def to_json(record: Any) -> Any:
 
 
 def remedy(stage: str) -> str:
-    """What to do about a stage whose record or files are damaged, for an error."""
+    """The fix, for an error, of a stage whose record or files are damaged."""
     return f"sppctl {stage} --force redoes the stage"
 
 
@@ -289,7 +289,7 @@ def read(path: Path, stage: str) -> StageRecord[Any]:
     """The stage.json of a stage (prune, train or merge).
 
     Raises:
-        UserError: it cannot be read, is damaged, or is that of another stage.
+        UserError: the record cannot be read, is damaged, or belongs to another stage.
     """
     content = read_content(path, stage, remedy(stage))
     try:
@@ -299,7 +299,7 @@ def read(path: Path, stage: str) -> StageRecord[Any]:
 
 
 def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:
-    """The same as plain data, of which only the seal and the stage have been checked."""
+    """The same as plain data; only its seal and its stage are checked."""
     content = sealed.read(path, remedy)
     if content.get("stage") != stage:
         raise UserError(f"{path} is the record of another stage ({content.get('stage')}); {remedy}")
@@ -307,10 +307,10 @@ def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:
 
 
 def from_json(kind: type[R], content: Any, metrics: type | None = None) -> R:
-    """The record of a type (a dataclass) in its parsed JSON; ``metrics``: their type in a :class:`StageRecord`.
+    """A record (a dataclass) from its parsed JSON; ``metrics``: the type of the metrics of a :class:`StageRecord`.
 
     Raises:
-        ValueError: a value is missing, unknown or of another type; the message names it.
+        ValueError: a value, named in the message, is missing, unknown or of another type.
     """
     record: R = _parse(kind, content, "", metrics)
     return record
@@ -323,32 +323,32 @@ def _parse(hint: Any, value: Any, key: str, metrics: type | None) -> Any:
         return value
     if hint is Pattern:
         return Pattern.parse(value)
-    if origin in (types.UnionType, typing.Union):  # of a type and None
+    if origin in (types.UnionType, typing.Union):  # always a type or None
         return None if value is None else _parse(inner[0], value, key, metrics)
     is_record = dataclasses.is_dataclass(hint)
     expected: Any = dict if is_record else {float: (int, float), tuple: list}.get(origin or hint, origin or hint)
     if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"its {key or 'content'} is not what belongs there")
+        raise ValueError(f"its {key or 'content'} has the wrong type")
     if is_record:
         return _parse_fields(hint, value, key, metrics)
     if origin is dict:
         return {inner[0](name): _parse(inner[1], item, f"{key}.{name}", metrics) for name, item in value.items()}
     if origin in (list, tuple):
-        return origin(_parse(inner[0], item, f"{key}[{place}]", metrics) for place, item in enumerate(value))
+        return origin(_parse(inner[0], item, f"{key}[{index}]", metrics) for index, item in enumerate(value))
     return value
 
 
-_hints = functools.cache(typing.get_type_hints)  # which evaluates the text of every annotation
+_hints = functools.cache(typing.get_type_hints)  # slow: it evaluates the text of every annotation
 
 
 def _parse_fields(kind: Any, content: dict[str, Any], key: str, metrics: type | None) -> Any:
     hints, values = _hints(kind), {}
     if unknown := content.keys() - hints.keys():
-        raise ValueError(f"its {key or 'content'} has {min(unknown)}, which does not belong there")
+        raise ValueError(f"its {key or 'content'} has an unknown field {min(unknown)}")
     for field in dataclasses.fields(kind):
-        where = f"{key}.{field.name}".lstrip(".")
+        path = f"{key}.{field.name}".lstrip(".")
         if field.name in content:
-            values[field.name] = _parse(hints[field.name], content[field.name], where, metrics)
+            values[field.name] = _parse(hints[field.name], content[field.name], path, metrics)
         elif field.default is dataclasses.MISSING:
-            raise ValueError(f"it has no {where}")
+            raise ValueError(f"it has no {path}")
     return kind(**values)

@@ -1,4 +1,4 @@
-"""Records: to JSON and back, and what is said of one that is not what belongs there."""
+"""Records: to JSON and back, and the errors of one with wrong content."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_what_later_stages_take_from_pruning() -> None:
     [
         (lambda record: record.pop("inputs"), "it has no inputs"),
         (lambda record: record["metrics"]["layers"][1].pop("sparsity"), r"it has no metrics.layers\[1\].sparsity"),
-        (lambda record: record["metrics"].update(speed=3), "its metrics has speed, which does not belong there"),
-        (lambda record: record["metrics"].update(matrices="14"), "its metrics.matrices is not what belongs there"),
-        (lambda record: record["metrics"].update(matrices=True), "its metrics.matrices is not what belongs there"),
-        (lambda record: record.update(metrics=[]), "its metrics is not what belongs there"),
+        (lambda record: record["metrics"].update(speed=3), "its metrics has an unknown field speed"),
+        (lambda record: record["metrics"].update(matrices="14"), "its metrics.matrices has the wrong type"),
+        (lambda record: record["metrics"].update(matrices=True), "its metrics.matrices has the wrong type"),
+        (lambda record: record.update(metrics=[]), "its metrics has the wrong type"),
         (lambda record: record["metrics"]["layers"][0].update(pattern="4:2"), "pattern '4:2'"),
     ],
 )

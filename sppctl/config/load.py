@@ -1,6 +1,6 @@
-"""Reads and describes the configuration: YAML 1.2 files, over which ``key=value`` overrides win.
+"""Reads and describes the configuration: YAML 1.2 files and ``key=value`` overrides.
 
-Precedence: command line over YAML over the defaults of :mod:`sppctl.config.settings`. Every problem is reported in one
+Precedence: command line over YAML over the defaults of :mod:`sppctl.config.settings`. All problems are reported in one
 message.
 """
 
@@ -36,7 +36,7 @@ SEE_SCHEMA = "; see `sppctl config --schema`"
 
 
 def shipped_configs(*, sweeps: bool = False) -> dict[str, Path]:
-    """The configurations of runs, or the sweeps, that come with sppctl, by name."""
+    """The run configurations, or the sweeps, shipped with sppctl, by name."""
     package = Path(__file__).resolve().parents[1]
     folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.yaml"))}
@@ -44,7 +44,7 @@ def shipped_configs(*, sweeps: bool = False) -> dict[str, Path]:
 
 
 def find_file(name: str | None, *, sweep: bool = False) -> Path:
-    """The file that a CONFIG or SWEEP argument means: a path, or the name of a shipped one; None: quickstart.
+    """The file of a CONFIG or SWEEP argument: a path, or the name of a shipped file; None: quickstart.
 
     Raises:
         UserError: there is no such file.
@@ -66,7 +66,7 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration file and applies ``key=value`` overrides.
 
     Raises:
-        UserError: one message with every unknown key, wrong type, bad value and impossible combination.
+        UserError: a message with every unknown key, wrong type, bad value and impossible combination.
     """
     path = find_file(name)
     tree = read_yaml(path)
@@ -86,26 +86,26 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def quoted(value: Any) -> str:
-    """A value as YAML that cannot be taken for anything else (``--output 2024`` is a name); JSON is such YAML."""
+    """A value as unambiguous YAML, for which JSON serves: the 2024 of ``--output 2024`` must remain text."""
     return json.dumps(value, ensure_ascii=False)
 
 
 class _Reader:
-    """Makes the configuration of one file, and notes what is wrong and whether the command line said so."""
+    """Builds the configuration of one file, and collects problems, each with its source: file or command line."""
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.overridden: list[str] = []  # keys
+        self.overridden: list[str] = []  # keys given on the command line
         self.problems = Problems()
 
     def override(self, tree: dict[Any, Any], overrides: Sequence[str]) -> None:
-        """Puts the values of ``key=value`` into the tree of a file."""
-        given = [override.partition("=") for override in overrides]
-        if "model.path" in [key.strip() for key, _, _ in given] and isinstance(tree.get("model"), dict):
-            # a file name and a revision belong to the path they were written for
+        """Writes the values of ``key=value`` into the tree of a file."""
+        assignments = [override.partition("=") for override in overrides]
+        if "model.path" in [key.strip() for key, _, _ in assignments] and isinstance(tree.get("model"), dict):
+            # the file's gguf_file and revision belong to the file's path
             for key in ("gguf_file", "revision"):
                 tree["model"].pop(key, None)
-        for override, (key, equals, text) in zip(overrides, given, strict=True):
+        for override, (key, equals, text) in zip(overrides, assignments, strict=True):
             *parents, leaf = key.strip().split(".")
             if not (equals and key.strip()):
                 self.problems.add("command line", f"{override!r} is not KEY=VALUE")
@@ -122,66 +122,66 @@ class _Reader:
                     self.overridden.append(key.strip())
 
     def build(self, cls: type, tree: Any, prefix: str) -> Any:
-        """Makes a dataclass from a mapping; where there is a problem, the default stands in."""
+        """Builds a dataclass from a mapping; a value with a problem is replaced by the default."""
         if not isinstance(tree, dict | None):
             self._report(prefix.rstrip("."), f"expected a section with keys, found {shown(tree)}")
             return cls()
-        known, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+        fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
         values = {}
         for name, value in (tree or {}).items():
             key = f"{prefix}{name}"
-            if name not in known:
-                self._report(key, f"unknown key{_nearest(key)}")
-            elif not known[name].metadata:  # a section
+            if name not in fields:
+                self._report(key, f"unknown key{_suggestion(key)}")
+            elif not fields[name].metadata:  # a section
                 values[name] = self.build(hints[name], value, f"{key}.")
             else:
                 try:
                     converted = _convert(value, hints[name])
-                    if known[name].metadata["path"]:
+                    if fields[name].metadata["path"]:
                         converted = _expanded(converted)
-                    _check_bounds(converted, known[name].metadata["bounds"])
+                    _check_bounds(converted, fields[name].metadata["bounds"])
                     values[name] = converted
                 except ValueError as error:
                     self._report(key, str(error))
         return cls(**values)
 
     def _report(self, key: str, problem: str) -> None:
-        """Blames the command line if it gave this key, a part of it, or the section that it is in."""
+        """Adds a problem; its source is the command line if it set this key, a part of it, or its section."""
         related = [name for name in self.overridden if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
         self.problems.add("command line" if related else self.file, f"{key}: {problem}")
 
 
-def _nearest(key: str) -> str:
-    """The end of an error about an unknown key: the nearest one beside it, else the nearest anywhere."""
+def _suggestion(key: str) -> str:
+    """The end of an error about an unknown key: the most similar key of its section, else of all sections."""
     section, _, leaf = key.rpartition(".")
-    known = [name for name in config_keys() if section and name.startswith(f"{section}.")]
-    prefix = f"{section}." if known else ""
-    known = known or config_keys()
-    siblings = {name.removeprefix(prefix).partition(".")[0] for name in known}
-    leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+    keys = [name for name in config_keys() if section and name.startswith(f"{section}.")]
+    prefix = f"{section}." if keys else ""
+    keys = keys or config_keys()
+    siblings = {name.removeprefix(prefix).partition(".")[0] for name in keys}
+    leaves = {name.rpartition(".")[2]: name for name in reversed(keys)}
     close = "" if leaf in leaves else did_you_mean(leaf, {name: f"{prefix}{name}" for name in sorted(siblings)})
     return close or did_you_mean(leaf, leaves) or SEE_SCHEMA + (f", section {section}" if prefix else "")
 
 
-def did_you_mean(name: str, known: Mapping[str, str] | Iterable[str]) -> str:
-    """The end of an error about an unknown name: the most similar of the known ones (perhaps with what to print)."""
-    shown_as = dict(known) if isinstance(known, Mapping) else {each: each for each in known}
-    close = difflib.get_close_matches(name, shown_as, n=1, cutoff=0.6)
-    return f"; did you mean {shown_as[close[0]]}?" if close else ""
+def did_you_mean(name: str, names: Mapping[str, str] | Iterable[str]) -> str:
+    """The end of an error about an unknown name: the most similar valid name (of a mapping, the text for it)."""
+    texts = dict(names) if isinstance(names, Mapping) else {valid: valid for valid in names}
+    close = difflib.get_close_matches(name, texts, n=1, cutoff=0.6)
+    return f"; did you mean {texts[close[0]]}?" if close else ""
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as the type hint wants it, or ValueError."""
+    """The value converted to the type of a hint; raises ValueError if it is of another type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     mismatch = ValueError(f"expected {_type_name(hint)}, found {shown(value)}")
     if origin in (typing.Union, types.UnionType):
-        # choices first: `pruned` is one of them, not a list of one name
+        # literals first: `pruned` is a choice, not a list of one name
         for option in sorted(arguments, key=lambda option: getattr(option, "__origin__", None) is not Literal):
             with contextlib.suppress(ValueError):
                 return _convert(value, option)
         for option in arguments:
             if typing.get_origin(option) is list and isinstance(value, list):
-                _convert(value, option)  # which says what is wrong inside the list
+                _convert(value, option)  # raises a more specific error about an item of the list
         raise mismatch
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
@@ -201,13 +201,13 @@ def _convert(value: Any, hint: Any) -> Any:
         return Pattern.parse(value)
     if not isinstance(value, int | float if hint is float else hint) or value == "":
         raise mismatch
-    if isinstance(value, bool) and hint is not bool:  # which is an int to Python
+    if isinstance(value, bool) and hint is not bool:  # bool is a subclass of int
         raise mismatch
     return float(value) if hint is float else value
 
 
 def _expanded(value: Any) -> Any:
-    """A path, a list of paths or weights of paths with every ``~`` replaced, so that nobody else needs to."""
+    """A path, a list of paths or weights of paths, with every ``~`` expanded."""
     if isinstance(value, dict):
         weights = {expand(name): weight for name, weight in value.items()}
         if len(weights) < len(value):
@@ -222,18 +222,18 @@ def _check_bounds(value: Any, bounds: Mapping[str, float]) -> None:
     if math.isinf(value):
         raise ValueError(f"{value} is not a finite number")
     if isinstance(value, int) and abs(value) >= LARGEST:
-        raise ValueError(f"{value} is larger than any number that is computed with")
-    wrong = [
+        raise ValueError(f"{value} is too large (64 bits)")
+    violated = [
         f"{text} {bounds[name]:.10g}"
         for name, (holds, text) in BOUNDS.items()
-        if name in bounds and not holds(value, bounds[name])  # NaN holds no bound
+        if name in bounds and not holds(value, bounds[name])  # NaN violates every bound
     ]
-    if wrong:
-        raise ValueError(f"{value} must be {' and '.join(wrong)}")
+    if violated:
+        raise ValueError(f"{value} must be {' and '.join(violated)}")
 
 
 def _check_combinations(config: Config, problems: Problems) -> None:
-    """Notes what each key alone does not show."""
+    """Adds problems of keys that contradict each other."""
     prune, train = config.prune, config.train
     if config.model.path is None:
         problems.add("model.path", "not set", "name a hub id, a local directory or package:NAME (--model)")
@@ -244,7 +244,7 @@ def _check_combinations(config: Config, problems: Problems) -> None:
         problem = "needs the dense block's output, which prune.order module never computes"
         problems.add("prune.reconstruct_epochs", problem)
     if prune.mask_from is not None and prune.allocation != "uniform":
-        problem = "the mask of prune.mask_from says where the zeros are"
+        problem = "the mask of prune.mask_from already determines the zeros"
         problems.add("prune.allocation", problem, "leave out one of the two")
     for key, names in (("prune.targets", prune.targets), ("train.targets", train.targets)):
         if names == []:
@@ -255,12 +255,12 @@ def _check_combinations(config: Config, problems: Problems) -> None:
 
 
 def config_keys() -> list[str]:
-    """Every key with dots, in order."""
+    """Every key in dotted form, in order."""
     return list(flatten(to_dict(Config())))
 
 
 def schema() -> list[dict[str, Any]]:
-    """One entry per key: key, type, default, meaning."""
+    """An entry for each key: key, type, default, meaning."""
     return [entry for entry in _entries(Config(), "") if "type" in entry]
 
 
@@ -280,7 +280,7 @@ def schema_yaml() -> str:
 
 
 def _entries(config: Any, prefix: str) -> Iterator[dict[str, Any]]:
-    """Every section (key and meaning) and, after it, its keys."""
+    """An entry for each section (key and meaning), followed by those of its keys."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         key, value = f"{prefix}{f.name}", getattr(config, f.name)
@@ -293,7 +293,7 @@ def _entries(config: Any, prefix: str) -> Iterator[dict[str, Any]]:
 
 
 def to_dict(config: Any, *, results_only: bool = False) -> dict[str, Any]:
-    """Plain data: what YAML and JSON can hold; perhaps without the keys that cannot change a result."""
+    """The configuration as plain data for YAML and JSON; ``results_only``: without keys that cannot change a result."""
     plain: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -306,12 +306,12 @@ def to_dict(config: Any, *, results_only: bool = False) -> dict[str, Any]:
 
 
 def result_keys(config: Any) -> dict[str, Any]:
-    """Like to_dict, without the keys that cannot change a result (devices, batch sizes, logging)."""
+    """:func:`to_dict` without the keys that cannot change a result (devices, batch sizes, logging)."""
     return to_dict(config, results_only=True)
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that both 1.1 and 1.2 readers take alike."""
+    """The configuration as YAML that readers of 1.1 and 1.2 understand alike."""
     return dump_yaml(to_dict(config))
 
 
@@ -344,7 +344,7 @@ def _type_name(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value and its kind for an error, cut where it is long."""
+    """A value and its kind for an error, truncated if it is long."""
     kinds: dict[type, str] = {str: "the text ", list: "the list ", dict: "the section "}
     text = "null" if value is None else repr(value)
     return kinds.get(type(value), "") + (text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# what a number must be to its bound, and how an error says so
+# comparisons of a value with its bound, and their text in errors
 BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "low": (operator.ge, "at least"),
     "above": (operator.gt, "more than"),
@@ -34,7 +34,7 @@ def _key(default: Any, meaning: str, *, affects_result: bool = True, path: bool 
 
 
 def _runtime(default: Any, meaning: str, *, path: bool = False, **bounds: float) -> Any:
-    """A key that says how or where something is done, and cannot change a result."""
+    """A key that cannot change a result: how or where something is computed."""
     return _key(default, meaning, affects_result=False, path=path, **bounds)
 
 

@@ -1,6 +1,6 @@
-"""YAML 1.2 for people: 2:4 is text, 4e-3 a number, `no` a word; and what is written, both versions read alike.
+"""Reads YAML 1.2, where 2:4 is text, 4e-3 a number and `no` text, and writes YAML that 1.1 and 1.2 read alike.
 
-What is read is not trusted: its size, depth, aliases and numbers are bounded, so that no file keeps a command busy.
+Files are not trusted: size, depth, aliases and numbers are bounded, so that no file takes long to read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from sppctl.errors import UserError
 
 MOST_BYTES = 1 << 18
-MOST_VALUES = 10_000  # aliases count as all that they stand for
+MOST_VALUES = 10_000  # with every alias expanded
 DEEPEST = 32
 LONGEST_NUMBER = 40  # characters
 
@@ -25,10 +25,10 @@ def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, which PyYAML follows, takes 2:4 for the number 124, 4e-3 for text and `no` for false; 1.2 does not."""
+    """A loader of YAML 1.2; PyYAML follows 1.1, where 2:4 is the number 124, 4e-3 is text and `no` is false."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    # the types of YAML 1.2's core schema; of any other tag it is said that it is unknown
+    # the types of YAML 1.2's core schema; any other tag is an error
     yaml_constructors = {
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._values = 0
-        self._sizes: dict[int, int] = {}  # values in each node that is whole, by its id
+        self._sizes: dict[int, int] = {}  # number of values in each finished node, by its id
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event, before = self.peek_event(), self._values
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _error(f"*{event.anchor} inside what it stands for", event)
+                raise _error(f"*{event.anchor} refers to a node that contains it", event)
             self._values = before + self._sizes[id(node)]
         if self._values > MOST_VALUES:
             raise _error(f"more than {MOST_VALUES:,} values", event)
@@ -101,7 +101,7 @@ for _tag in ("int", "float", "str"):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would take for something else."""
+    """A dumper that quotes text which either version of YAML would read as another type."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {
         first: [
@@ -140,12 +140,12 @@ def parse_yaml(text: str, source: str) -> Any:
         if len(text) > MOST_BYTES:
             raise yaml.YAMLError(f"more than {MOST_BYTES:,} characters")
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # the latter of values that a tag does not fit
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # LookupError: a value that does not match its tag
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def dump_yaml(value: Any, *, flow: bool = False) -> str:
-    """Plain data as YAML that both 1.1 and 1.2 readers take alike; ``flow``: on one line."""
+    """Plain data as YAML that readers of 1.1 and 1.2 understand alike; ``flow``: on one line."""
     width = math.inf if flow else 120
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=width)
     return text.removesuffix("...\n")  # after a scalar

@@ -167,8 +167,8 @@ LEVELS = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
         (LEVELS.replace("'", ""), "more than 10,000 values"),
         ("[" * 70_000, "more than 32 levels"),
         ("- " * 70_000, "more than 32 levels"),
-        ("a: &x [1, *x]", "*x inside what it stands for"),
-        ("&x {run: *x}", "*x inside what it stands for"),
+        ("a: &x [1, *x]", "*x refers to a node that contains it"),
+        ("&x {run: *x}", "*x refers to a node that contains it"),
         ("? [run, seed]\n: 1", "a list or section as a key"),
         ("{{a: 1}: 1}", "a list or section as a key"),
         (f"a: {'7' * 5000}", "a number of 5,000 characters, more than 40"),
@@ -364,7 +364,7 @@ WRONG = {
     f"run.dir={'r/' * 1025}": LONG,
     f"eval.perplexity=[prose,{'é' * 128}]": LONG,
     f"train.data.dataset={{{'d' * 300}: 1}}": LONG,
-    f"train.rank={10**25}": f"{10**25} is larger than any number that is computed with",
+    f"train.rank={10**25}": f"{10**25} is too large (64 bits)",
 }
 
 
@@ -403,7 +403,7 @@ def test_combinations_that_cannot_work_are_found(load: Load) -> None:
         "model.path: not set; name a hub id, a local directory or package:NAME (--model)",
         "train.micro_batch_size: 4 does not divide train.batch_size 10",
         "prune.reconstruct_epochs: needs the dense block's output, which prune.order module never computes",
-        "prune.allocation: the mask of prune.mask_from says where the zeros are; leave out one of the two",
+        "prune.allocation: the mask of prune.mask_from already determines the zeros; leave out one of the two",
         "prune.targets: an empty list; name at least one layer",
     ]
 

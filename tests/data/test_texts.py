@@ -128,7 +128,8 @@ def test_unknown_names_are_told_what_there_is(name: str) -> None:
     with pytest.raises(UserError) as caught:
         documents(name)
     assert str(caught.value) == (
-        f"{KEY}: {name} is not a file, not one of c4, wikitext2, alpaca, instructions, prose, and not a hub id (OWNER/NAME)"
+        f"{KEY}: {name} is not a file, not one of c4, wikitext2, alpaca, instructions, prose, "
+        "and not a hub id (OWNER/NAME)"
     )
 
 
