@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. torch is imported only by the commands that need it."""
+"""The command line: parses, calls and prints. torch is imported only by the commands that need it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import typer
 
 from sppctl import __version__, console, distributed, launch, options, show
 from sppctl.config.load import schema, schema_yaml, to_dict, to_yaml
-from sppctl.errors import StageError, UserError, first_line, named_as_given
+from sppctl.errors import StageError, UserError, first_line, with_argument_names
 from sppctl.files.paths import expand
 from sppctl.options import Call, Debug, Json
 from sppctl.records import to_json
 from sppctl.run.directory import Run
 
-# commands on any checkpoint have no configuration; what its keys are called there
-AS_ARGUMENTS = {"model.path": "CHECKPOINT", "model.device": "--device"}
+# configuration keys in errors -> arguments of the commands that take a checkpoint instead of a configuration
+ARGUMENT_NAMES = {"model.path": "CHECKPOINT", "model.device": "--device"}
 Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")]
 F = TypeVar("F", bound=Callable[..., None])
 app = typer.Typer(
@@ -44,7 +44,7 @@ def command(function: F) -> F:
 
 
 def configured(*names: str) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
-    """Registers a command on a configuration, which has these of the :data:`sppctl.options.OPTIONS`."""
+    """Registers a command that takes a configuration and these of the :data:`sppctl.options.OPTIONS`."""
     return lambda function: command(options.with_options(function, names))
 
 
@@ -127,24 +127,24 @@ def merge(call: Call) -> None:
 
 
 def _do(name: str, call: Call) -> None:
-    """Checks and does a stage; all but merging in the configured number of processes."""
+    """Checks and does a stage, in the configured number of processes unless it is merging."""
     from sppctl.run import pipeline, stages
 
-    work = Run(call.config, force=call.force, resume=call.resume)
-    if name != "merge":  # which one process does, and which checks itself what it reads
+    run = Run(call.config, force=call.force, resume=call.resume)
+    if name != "merge":  # merging needs one process, and checks its inputs itself
         pipeline.join_processes(call.config)
-        pipeline.preflight(work, (name,))
-        if launch.needed(call.config):  # this very command in each of them
+        pipeline.preflight(run, (name,))
+        if launch.needed(call.config):  # each process runs this same command
             raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(call.config)))
-    with work.lock():
-        show.stage(work.do(stages.BY_NAME[name]), call.json)
+    with run.lock():
+        show.stage(run.do(stages.BY_NAME[name]), call.json)
 
 
 @configured("models", "tasks", "limit", "output", "force", "json", "debug")
 def _eval(call: Call) -> None:
     """Measure perplexity and benchmark accuracy of any checkpoint, into RUN/eval.
 
-    What was measured with the same settings on the same weights is not measured again.
+    Results with the same settings and the same weights are not measured again.
 
     Examples:
       sppctl eval                                 # the newest checkpoint of the run
@@ -157,18 +157,18 @@ def _eval(call: Call) -> None:
 
     pipeline.join_processes(call.config)
     models = [expand(model) for model in call.models]
-    found = pipeline.evaluate_some(Run(call.config, force=call.force), models, _starter(call))
-    show.results(found, call.config.run.seed, call.json)
+    contents = pipeline.evaluate_some(Run(call.config, force=call.force), models, _starter(call))
+    show.results(contents, call.config.run.seed, call.json)
 
 
 def _starter(call: Call) -> Callable[..., None] | None:
-    """What does a stage in the configured number of processes; None if this process is to do it."""
+    """A function that does a stage in the configured number of processes; None if this process does it."""
     if not launch.needed(call.config):
         return None
 
-    def do(stage: str, *more: str) -> None:
-        same = [stage, *call.arguments, *more, *["--force"] * call.force, *["--debug"] * call.debug]
-        code = launch.start(same, launch.num_processes(call.config), silent=True)
+    def do(stage: str, *options: str) -> None:
+        arguments = [stage, *call.arguments, *options, *["--force"] * call.force, *["--debug"] * call.debug]
+        code = launch.start(arguments, launch.num_processes(call.config), silent=True)
         if code:
             raise typer.Exit(code)
 
@@ -194,14 +194,14 @@ def report(
 
     More: docs/evaluation.md
     """
-    places = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
+    paths = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
     from sppctl.run import pipeline
 
-    show.report(pipeline.report(*places), json)
+    show.report(pipeline.report(*paths), json)
 
 
 def _expanded(path: Path) -> Path:
-    """The path without ``~``, which shells leave in --output=~/folder."""
+    """The path with ``~`` expanded, which shells do not do in --output=~/folder."""
     return Path(expand(str(path)))
 
 
@@ -233,27 +233,27 @@ def sweep(
     """
     name, overrides = options.split(arguments)
     if name is None:
-        raise UserError("which sweep? give its YAML file, or sweep-example")
+        raise UserError("no sweep given; name its YAML file, or sweep-example")
     from sppctl.sweep import grid, work
     from sppctl.sweep import slurm as jobs
 
-    read = grid.load_sweep(name, overrides)
+    loaded = grid.load_sweep(name, overrides)
     if dry_run or slurm is not None:
-        work.check(read, made=not dry_run)
-        entries = work.plan(read)
+        work.check(loaded, existing=not dry_run)
+        entries = work.plan(loaded)
         if slurm is not None and not dry_run:
-            console.note(f"sweep: {jobs.write(read, _expanded(slurm), overrides)} submits the jobs")
+            console.note(f"sweep: {jobs.write(loaded, _expanded(slurm), overrides)} submits the jobs")
         show.sweep(entries, work.totals(entries), json)
-        work.check_made(read)
+        work.check_existing(loaded)  # after the plan, so that a dry run prints it in any case
         return
-    study, failed = work.execute(read, only, debug)
+    study, failed = work.execute(loaded, only, debug)
     if study is not None:
         show.report(study, json)
     if failed:
         raise StageError("\n".join(f"{name} failed: {reason}" for name, reason in failed.items()))
 
 
-# --- any checkpoint, and what is there --------------------------------------------------------------------------------
+# --- checkpoints, runs and configurations -----------------------------------------------------------------------------
 
 
 @command
@@ -281,7 +281,7 @@ def inspect(
     from sppctl.inspect import inspect as stage
     from sppctl.model.checkpoint import locate_weights
 
-    with named_as_given(AS_ARGUMENTS):
+    with with_argument_names(ARGUMENT_NAMES):
         directory = locate_weights(expand(checkpoint))
     integrity.check_record(directory)
     matrices, summary = stage.measure(directory, expected)
@@ -307,9 +307,9 @@ def verify(
     """
     from sppctl.run import verify as stage
 
-    found = stage.execute(_expanded(run_dir))
-    show.files(str(run_dir), found, json)
-    problems = [file.problem for file in found if file.problem is not None]
+    files = stage.execute(_expanded(run_dir))
+    show.files(str(run_dir), files, json)
+    problems = [file.problem for file in files if file.problem is not None]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -339,12 +339,12 @@ def bench(
         raise UserError("--batch", f"{batch} is not a list of numbers", "write --batch 1,8,32") from error
     from sppctl.inspect import speed, speed_text
 
-    with named_as_given(AS_ARGUMENTS):
-        found = speed.execute(expand(checkpoint), speed.Settings(batches, prompt, new, repeats, device))
+    with with_argument_names(ARGUMENT_NAMES):
+        speeds = speed.execute(expand(checkpoint), speed.Settings(batches, prompt, new, repeats, device))
     if json:
-        console.show_json(asdict(found))
+        console.show_json(asdict(speeds))
     else:
-        show.tables(speed_text.tables(found), found.notes)
+        show.tables(speed_text.tables(speeds), speeds.notes)
 
 
 @configured("model", "method", "json", "debug")
@@ -410,7 +410,7 @@ def _run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not debug:
-        warnings.simplefilter("ignore")  # deprecations of the libraries below, of no use to those who run sppctl
+        warnings.simplefilter("ignore")  # deprecations in libraries, which users of sppctl cannot fix
     process = "" if distributed.is_main() else f"process {distributed.rank()}: "
     try:
         app()

@@ -91,7 +91,7 @@ def first_line(error: BaseException | str) -> str:
 
 
 @contextlib.contextmanager
-def named_as_given(names: dict[str, str]) -> Iterator[None]:
+def with_argument_names(names: dict[str, str]) -> Iterator[None]:
     """Replaces configuration keys in errors by the command's arguments: ``names`` maps one to the other."""
     try:
         yield

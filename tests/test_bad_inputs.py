@@ -288,7 +288,7 @@ run {config} --model model
     model has no usable tokenizer
 @ edit("model/tokenizer.json", pre_tokenizer={"type": "Telepathy"})
 run {config} --model model
-    model has no usable tokenizer ... tokenizer.json has a form that tokenizers ... pip install -U tokenizers
+    model has no usable tokenizer ... tokenizer.json has a format that tokenizers ... pip install -U tokenizers
 @ edit("model/tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
 run {config} --model model
     model has no usable tokenizer ... model.trust_remote_code=true
@@ -504,11 +504,11 @@ run tiny.yaml run.seed=5
 train tiny.yaml prune.pattern=4:8
     prune.pattern = 2:4, now 4:8 ... sppctl prune --force
 prune tiny.yaml --force --model run/pruned
-    model.path: run/pruned is made by this run itself
+    model.path: run/pruned is an output of this run
 prune tiny.yaml --force prune.method=sparsegpt prune.mask_from=run/pruned
-    prune.mask_from: run/pruned is made by this run itself
+    prune.mask_from: run/pruned is an output of this run
 train tiny.yaml --force train.distill.teacher=run/merged
-    train.distill.teacher: run/merged is made by this run itself
+    train.distill.teacher: run/merged is an output of this run
 eval tiny.yaml --model base --output other model.path=base model.revision=main
     model.revision: base is a local directory, which has no revision main
 report run model
@@ -526,7 +526,7 @@ eval tiny.yaml --output other --model base eval.divergence=run/pruned
     run/pruned/model.safetensors is damaged ... restore it
 @ lambda work: (work.root / "linked").symlink_to("run")
 eval tiny.yaml --model base model.path=run/../linked/adapter
-    model.path: run/../linked/adapter is made by this run itself
+    model.path: run/../linked/adapter is an output of this run
 @ write("run/pruned/stage.json", "{")
 train tiny.yaml
     pruned/stage.json is damaged ... --force

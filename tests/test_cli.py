@@ -157,7 +157,7 @@ def test_two_commands_do_not_share_a_run_directory(command: Command, here: Path)
         outcome = command("merge", "tiny.yaml")
         holder.communicate(b"\n")
     assert outcome.code == 2
-    assert "run: another sppctl command is working here; wait for it" in outcome.err
+    assert "run: another sppctl command is working in this directory; wait for it" in outcome.err
     assert command("merge", "tiny.yaml").code == 0
 
 

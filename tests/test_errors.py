@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from sppctl.errors import Problems, StageError, UserError, first_line, named_as_given
+from sppctl.errors import Problems, StageError, UserError, first_line, with_argument_names
 
 
 def test_the_three_parts_are_one_line_and_survive_the_way_to_another_process() -> None:
@@ -36,7 +36,7 @@ def test_problems_of_several_checks_are_one_error_each_named_once() -> None:
 
 def test_errors_name_the_argument_in_the_place_of_the_key() -> None:
     match = r"^--device: tpu is not usable; try auto$"
-    with pytest.raises(UserError, match=match), named_as_given({"model.device": "--device"}):
+    with pytest.raises(UserError, match=match), with_argument_names({"model.device": "--device"}):
         raise UserError("model.device", "tpu is not usable", "try auto")
 
 

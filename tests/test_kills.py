@@ -258,14 +258,14 @@ def test_killed_at_any_change_of_a_file_the_same_command_makes_the_same(name: st
     assert not wrong, "\n".join(wrong)
 
 
-COPY = r"model\.safetensors cannot be written: .* \(\d\d\d,\d+ bytes needed, [\d,]+ bytes free\).*nothing is left of it"
+COPY = r"model\.safetensors cannot be written: .* \(\d\d\d,\d+ bytes needed, [\d,]+ bytes free\).*output was deleted"
 # the size from which a file is too large, further arguments, and the error
 FULL: dict[str, tuple[int, tuple[str, ...], str]] = {
     "base": (50_000, (), r"\.base\.partial cannot be written: .* \([\d,]+ bytes free\)"),
     "prune": (50_000, (), COPY),
     "train": (8_000, (), r"checkpoint of step 1 cannot be written to .*there is no checkpoint yet"),
     "merge": (50_000, (), COPY),
-    "eval": (1_000, ("eval.divergence=null",), r"base\.json cannot be written: .* free\); .*measured before is kept"),
+    "eval": (1_000, ("eval.divergence=null",), r"base\.json cannot be written: .* free\); .*earlier results are kept"),
     "report": (3_000, (), r"report\.\w+ cannot be written: .* \([\d,]+ bytes needed, .* free\)"),
 }
 

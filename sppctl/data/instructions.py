@@ -135,9 +135,8 @@ def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: i
     """Training rows and held-out rows of one data set; their columns are checked."""
     if name == "instructions":
         return texts.built_in_rows("train"), texts.built_in_rows("heldout")
-    columns, short_names = texts.INSTRUCTION_COLUMNS, ("instructions", *HUB_NAMES)
-    options = {"columns": columns, "short_names": short_names}
-    rows, all_columns = texts.load_rows(HUB_NAMES.get(name, name), file, split, KEY, **options)
+    dataset, columns, short_names = HUB_NAMES.get(name, name), texts.INSTRUCTION_COLUMNS, ("instructions", *HUB_NAMES)
+    rows, all_columns = texts.load_rows(dataset, file, split, KEY, columns=columns, short_names=short_names)
     missing = [column for column in ("instruction", "output") if column not in all_columns]
     if all_columns and missing:
         raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(all_columns)}")

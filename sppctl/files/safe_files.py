@@ -285,7 +285,7 @@ class TensorFiles:
             raise UserError(f"{directory} holds no safetensors weights{_pickled(directory)}")
         missing = [name for name in names if name not in present]
         if missing:
-            raise UserError(f"{directory}: shard {missing[0]} of {INDEX_NAME} is missing; download it again")
+            raise UserError(f"{directory}: shard {missing[0]} is missing, but {INDEX_NAME} lists it; download it again")
         surplus = [name for name in present if _SHARD.fullmatch(name) and name not in names]
         if surplus and SINGLE_NAME in present:
             raise UserError(f"{directory}: {surplus[0]} is a shard beside {SINGLE_NAME}; remove one of them")

@@ -1,1 +1,1 @@
-"""One run: its directory, and its stages in their order."""
+"""One run: its directory and its stages."""

@@ -1,4 +1,4 @@
-"""Unfinished stages: what they are attempts at, what work they hold, and in what another attempt differs."""
+"""Attempts: the settings and inputs of unfinished stages, their work, and how two attempts differ."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def settings_of(config: Config, stage: str) -> Settings:
     if stage == "merge":
         return settings
     model = result_keys(config.model)
-    if stage == "train":  # which starts from what pruning made of all other keys
+    if stage == "train":  # the other keys of the model take effect in pruning
         model = {"compute_dtype": model["compute_dtype"]}
     return {"seed": config.run.seed, "model": model} | settings
 
 
 def read(partial: Path) -> Attempt | None:
-    """The attempt in a directory; None if there is none, or its note is damaged."""
+    """The attempt noted in a directory; None if there is no note, or it is damaged."""
     try:
         return from_json(Attempt, sealed.parse((partial / NOTE).read_bytes()))
     except (OSError, ValueError):
@@ -32,12 +32,12 @@ def read(partial: Path) -> Attempt | None:
 
 
 def write(partial: Path, attempt: Attempt) -> None:
-    """Notes what an attempt is made from."""
+    """Writes the note of an attempt."""
     sealed.write(partial / NOTE, to_json(attempt))
 
 
 def clean(partial: Path) -> None:
-    """Removes from a complete stage all that only an unfinished one needs."""
+    """Removes from a complete stage the files that only an unfinished one needs."""
     for name in WORKING:
         if (partial / name).is_dir():
             shutil.rmtree(partial / name)
@@ -46,21 +46,21 @@ def clean(partial: Path) -> None:
 
 
 def holds_work(partial: Path) -> bool:
-    """Whether an attempt has anything that another start would have to do again: a checkpoint, a finished block."""
+    """Whether an attempt has finished work: a training checkpoint or a pruned block."""
     journal = partial / JOURNAL
     return any(partial.glob(f"{CHECKPOINTS}/checkpoint-*/*")) or (journal.is_file() and b"\n" in journal.read_bytes())
 
 
 def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | None = None) -> str:
-    """The keys in which an attempt, finished or not, differs from one made now, with both values; empty if in none.
+    """The keys in which an attempt, finished or not, differs from a new one, with both values; empty if it does not.
 
-    ``inputs`` is None where those of now are not known yet, and taken for the same.
+    ``inputs`` of the new attempt; None: not known yet, and assumed to be unchanged.
     """
-    now = Attempt(settings, before.inputs if inputs is None else inputs).as_in(before)
-    if now == before:
+    current = Attempt(settings, before.inputs if inputs is None else inputs).as_in(before)
+    if current == before:
         return ""
-    old, new = flatten(before.settings), flatten(now.settings)
+    old, new = flatten(before.settings), flatten(current.settings)
     changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
-    contents = before.inputs | now.inputs
-    changed += [f"other {key} content" for key in contents if before.inputs.get(key) != now.inputs.get(key)]
+    names = before.inputs | current.inputs
+    changed += [f"other {name} content" for name in names if before.inputs.get(name) != current.inputs.get(name)]
     return "; ".join(changed) or "an older version of sppctl"

@@ -1,4 +1,4 @@
-"""The dense model of a run: where it is, unpacked from a GGUF file if need be, and without weights for the checks."""
+"""The dense model of a run: its directory, unpacked from a GGUF file if necessary, and its outline for checks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from sppctl.model.blocks import Skeleton
     from sppctl.run.directory import Run
 
-BASE = "base"  # the directory in the run
+BASE = "base"  # directory of an unpacked model in the run
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A model without weights, and its tokenizer (of transformers)."""
+    """A model without weights, and its tokenizer."""
 
     skeleton: Skeleton
     tokenizer: Any
 
 
-def located(config: Config) -> Path:
-    """The directory that model.path means (in it, perhaps, a GGUF file)."""
+def locate(config: Config) -> Path:
+    """The directory of model.path, which may hold the model as a GGUF file."""
     from sppctl.model import checkpoint
 
     model = config.model
@@ -43,10 +43,10 @@ def located(config: Config) -> Path:
 def base(run: Run) -> Path:
     """The dense checkpoint as safetensors; a GGUF file is unpacked into the run directory once.
 
-    All processes call this, the first time in a run.
+    All processes must make the first call in a run.
     """
     if run.base is None:
-        source = located(run.config)
+        source = locate(run.config)
         if run.config.model.gguf_file is None:
             run.base = source
         else:
@@ -68,10 +68,10 @@ def _unpack(run: Run, source: Path, target: Path) -> None:
     assert model.gguf_file is not None
     inputs = {"file": integrity.hashes(source, [model.gguf_file]), "dtype": model.dtype}
     record: UnpackedRecord | None = None
-    with contextlib.suppress(OSError, ValueError):  # no record, or a damaged one: once more
+    with contextlib.suppress(OSError, ValueError):  # no record, or a damaged one: unpack again
         record = from_json(UnpackedRecord, sealed.parse((target / RECORD).read_bytes()))
     if record is not None and record.inputs == inputs:
-        integrity.check(target, record.files, f"delete {target}, and it is unpacked again")
+        integrity.check(target, record.files, f"delete {target} to unpack it again")
         return
     console.note(f"base: unpacking {model.gguf_file} into {target}")
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def _unpack(run: Run, source: Path, target: Path) -> None:
 
 
 def outline(run: Run, directory: Path | None = None) -> Outline:
-    """The configured model, or the one in a directory, for checks; nothing is unpacked or written."""
+    """The configured model, or the model in a directory, without weights, for checks; unpacks and writes nothing."""
     from sppctl.files.safe_files import TensorFiles
     from sppctl.model import blocks, checkpoint, weights
 
@@ -96,10 +96,10 @@ def outline(run: Run, directory: Path | None = None) -> Outline:
     trust, gguf_file = model.trust_remote_code, model.gguf_file
     unpacked = run.directory / BASE
     if directory is None and gguf_file is not None and not unpacked.is_dir():
-        source = located(run.config)
+        source = locate(run.config)
         skeleton = blocks.Skeleton(checkpoint.load_gguf_config(source, gguf_file), trust_remote_code=trust)
         return Outline(skeleton, checkpoint.load_tokenizer(source, trust, gguf_file))
-    source = directory or (unpacked if gguf_file is not None else located(run.config))
+    source = directory or (unpacked if gguf_file is not None else locate(run.config))
     files = TensorFiles(source)
     skeleton = blocks.Skeleton(checkpoint.load_config(source, trust), trust_remote_code=trust)
     weights.check_weights(files, skeleton.model)
@@ -107,7 +107,7 @@ def outline(run: Run, directory: Path | None = None) -> Outline:
 
 
 def same_base(run: Run) -> Path:
-    """The dense checkpoint; UserError if the run has a pruned one that was made from another or from other weights."""
+    """The dense checkpoint; UserError if the run has a pruned checkpoint that was made from other weights."""
     from sppctl.evaluate import subjects
 
     directory, pruned = base(run), run.record("prune")

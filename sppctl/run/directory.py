@@ -1,7 +1,7 @@
-"""A run: what is up to date, what is an unfinished attempt, and doing a stage.
+"""A run: skips stages that are up to date, continues unfinished ones, and does the others.
 
-The record of a stage says what it was made from; the same again is skipped, anything else is refused until ``--force``.
-An attempt at the same is continued, one at something else is refused if it holds work.
+A stage is up to date if its record has the same settings and inputs; with others it is refused until ``--force``. An
+unfinished attempt with the same settings and inputs is continued; one with others is refused if it holds work.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Run(RunDirectory):
 
     force: bool = False  # redo stages that exist with other settings or inputs
     resume: bool = True  # continue an interrupted training
-    base: Path | None = None  # the dense checkpoint, once it has been found, and unpacked if need be
-    loaded: dense.Outline | None = None  # the dense model without weights, where it has been loaded already
-    # the stages that have been checked, by name, until they are done
+    base: Path | None = None  # the dense checkpoint, once located and unpacked
+    loaded: dense.Outline | None = None  # the dense model without weights, once loaded
+    # checked stages by name, until they are done
     prepared: dict[str, Prepared] = field(default_factory=dict)
 
     def outline(self) -> dense.Outline:
@@ -51,7 +51,7 @@ class Run(RunDirectory):
             self.loaded = dense.outline(self)
         return self.loaded
 
-    # --- what is there ------------------------------------------------------------------------------------------------
+    # --- published stages and attempts --------------------------------------------------------------------------------
 
     def record(self, stage: str) -> StageRecord[Any] | None:
         """The stage.json of a published stage; UserError if it is damaged."""
@@ -59,7 +59,7 @@ class Run(RunDirectory):
         return records.read(path / RECORD, stage) if path.is_dir() else None
 
     def verify(self, record: StageRecord[Any]) -> None:
-        """Raises UserError if the files of a published stage are not those of its record; each is named."""
+        """Raises UserError, with a line for each file, if files of a published stage do not match its record."""
         from sppctl.files import integrity
 
         path = self.path(record.stage)
@@ -71,10 +71,10 @@ class Run(RunDirectory):
         return differences(record.attempt, settings_of(self.config, record.stage))
 
     def needed(self, stage: str) -> StageRecord[Any]:
-        """The record of a stage that must be there, intact, and what the configuration describes; else UserError."""
+        """The record of a required stage; UserError if it is missing, damaged or made with another configuration."""
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.path(stage)} does not exist; make it first: sppctl {stage} (or sppctl run)")
+            raise UserError(f"{self.path(stage)} does not exist; run sppctl {stage} first (or sppctl run)")
         if changed := self.changes(record):
             fix = f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
@@ -82,38 +82,38 @@ class Run(RunDirectory):
         return record
 
     def will_do(self, stage: str) -> bool:
-        """Whether a command would work on a stage, as far as its settings tell."""
-        before = None if self.force else self.record(stage)
-        if before is None or not self.changes(before):
-            return before is None
+        """Whether a command would work on a stage, judging by its settings alone."""
+        record = None if self.force else self.record(stage)
+        if record is None or not self.changes(record):
+            return record is None
         unfinished = attempts.read(self.partial(DIRECTORIES[stage]))
         return unfinished is not None and not differences(unfinished, settings_of(self.config, stage))
 
     def check_attempt(self, stage: str, inputs: dict[str, str] | None = None) -> None:
-        """Raises UserError if doing a stage would destroy unfinished work with other settings, and nobody asked for it.
+        """Raises UserError if doing a stage would destroy unfinished work with other settings, unless requested.
 
-        Its inputs count where they are known.
+        ``inputs`` are compared, too, if given.
         """
         directory = self.partial(DIRECTORIES[stage])
-        asked = self.force if stage == "prune" else not self.resume
-        if asked or not attempts.holds_work(directory):
+        discards = self.force if stage == "prune" else not self.resume
+        if discards or not attempts.holds_work(directory):
             return
-        before = attempts.read(directory)
-        if before is None:
-            whose = f"whose settings are unknown ({NOTE} is damaged)"
-        elif changed := differences(before, settings_of(self.config, stage), inputs):
-            whose = f"with {changed}"
+        attempt = attempts.read(directory)
+        if attempt is None:
+            description = f"whose settings are unknown ({NOTE} is damaged)"
+        elif changed := differences(attempt, settings_of(self.config, stage), inputs):
+            description = f"with {changed}"
         else:
             return
         raise UserError(
-            f"{directory} holds the unfinished work of an attempt {whose}; its own settings continue it, another "
-            f"run.dir keeps it, {DISCARDING[stage]} discards it"
+            f"{directory} holds the unfinished work of an attempt {description}; continue it with its own settings, "
+            f"keep it by using another run.dir, or discard it with {DISCARDING[stage]}"
         )
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
     def prepare(self, stage: Stage[P, M_co]) -> P:
-        """Checks a stage; what its checks have loaded is kept until it is done."""
+        """Checks a stage; the data loaded by its checks is kept until the stage is done."""
         prepared = stage.prepare(self)
         self.prepared[stage.name] = prepared
         return prepared
@@ -122,27 +122,27 @@ class Run(RunDirectory):
         """Does a stage unless it is up to date, and publishes it with its record.
 
         Raises:
-            UserError: the stage exists with other settings or inputs, and force is off; or there is unfinished work
-                with other ones, which the command does not discard; or its checks find something.
+            UserError: the stage exists with other settings or inputs and force is off; there is unfinished work with
+                others, which the command does not discard; or its checks find problems.
             WriteError: the disk is full.
         """
         name, out = stage.name, self.partial(DIRECTORIES[stage.name])
         attempt = Attempt(settings_of(self.config, name), stage.inputs(self))
-        # one process looks: the others might see what it has changed since
-        before, continued = distributed.decide(partial(self._find, name, attempt))
+        # decided by one process: the others might already see its changes
+        published, unfinished = distributed.decide(partial(self._existing_work, name, attempt))
         prepared: Any = self.prepared.pop(name, None)
-        if before is not None:
+        if published is not None:
             console.note(f"{name}: up to date ({self.path(name)})")
-            return before
+            return published
         outdated = prepared is None or not prepared.sources.items() <= attempt.inputs.items()
-        compute = _as_before(attempt, continued) if continued else distributed.decide(partial(stage.compute, self))
+        compute = _compute_of(unfinished, attempt) if unfinished else distributed.decide(partial(stage.compute, self))
         dtype = "" if compute is None else compute.dtype
         if compute is not None:
             attempt = attempt.computing_in(dtype)
             console.note(f"{name}: {compute.text}")
         if outdated:
             prepared = stage.prepare(self)
-        if continued:
+        if unfinished:
             console.note(f"{name}: continuing an interrupted attempt")
         elif distributed.is_main():
             attempts.write(self.fresh_partial(DIRECTORIES[name]), attempt)
@@ -150,35 +150,37 @@ class Run(RunDirectory):
         machine.reset_peak_memory()
         started = time.perf_counter()
         with (
-            _keeping(name, out, continued is not None),
-            contextlib.redirect_stdout(sys.stderr),  # what libraries print is not a result
+            _discarding_on_error(name, out, unfinished is not None),
+            contextlib.redirect_stdout(sys.stderr),  # stdout is for results, not for messages of libraries
             disk.writing(out, reasons=disk.FULL),
         ):
             metrics = stage.do(self, prepared, out, dtype)
         distributed.barrier()
-        record = self._published(name, attempt, dtype, round(time.perf_counter() - started, 2), metrics)
+        record = self._publish_with_record(name, attempt, dtype, round(time.perf_counter() - started, 2), metrics)
         console.note(f"{name}: done in {record.wall_time_s:.0f} s ({self.path(name)})")
         return record
 
-    def _find(self, stage: str, attempt: Attempt) -> tuple[StageRecord[Any] | None, Attempt | None]:
-        """The record of the stage if there is nothing to do; else none, and the attempt that is continued, if any."""
+    def _existing_work(self, stage: str, attempt: Attempt) -> tuple[StageRecord[Any] | None, Attempt | None]:
+        """The record of the stage if it is up to date, else None; and the unfinished attempt to continue, if any."""
         directory = DIRECTORIES[stage]
-        before = None if self.force and directory not in self.finished else self.record(stage)
-        changed = before and differences(before.attempt, attempt.settings, attempt.inputs)
-        if before is not None and not changed:
-            self.verify(before)
-            return before, None
+        record = None if self.force and directory not in self.finished else self.record(stage)
+        changed = record and differences(record.attempt, attempt.settings, attempt.inputs)
+        if record is not None and not changed:
+            self.verify(record)
+            return record, None
         unfinished = attempts.read(self.partial(directory)) if stage in RESUMABLE and self.resume else None
         if unfinished is not None and not differences(unfinished, attempt.settings, attempt.inputs):
             return None, unfinished
-        if before is not None and not self.force:
+        if record is not None and not self.force:
             fix = "--force redoes it, another run.dir keeps it"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
         self.check_attempt(stage, attempt.inputs)
         return None, None
 
-    def _published(self, stage: str, attempt: Attempt, dtype: str, seconds: float, metrics: M_co) -> StageRecord[M_co]:
-        record: Callable[..., StageRecord[M_co]] = partial(
+    def _publish_with_record(
+        self, stage: str, attempt: Attempt, dtype: str, seconds: float, metrics: M_co
+    ) -> StageRecord[M_co]:
+        make_record: Callable[..., StageRecord[M_co]] = partial(
             StageRecord,
             stage=stage,
             fingerprint=attempt.fingerprint,
@@ -195,20 +197,20 @@ class Run(RunDirectory):
             metrics=metrics,
         )
         if not (distributed.is_main() or distributed.is_connected()):
-            return record(output="", files={})
-        return distributed.decide(partial(self.complete, DIRECTORIES[stage], record))
+            return make_record(output="", files={})
+        return distributed.decide(partial(self.complete, DIRECTORIES[stage], make_record))
 
 
-def _as_before(attempt: Attempt, before: Attempt) -> machine.Compute:
-    """The dtype of an attempt, which is continued in it on any machine."""
-    dtype = before.settings["model"]["compute_dtype"]
+def _compute_of(unfinished: Attempt, attempt: Attempt) -> machine.Compute:
+    """The dtype of an unfinished attempt, in which it is continued on any machine."""
+    dtype = unfinished.settings["model"]["compute_dtype"]
     why = "configured" if attempt.settings["model"]["compute_dtype"] != "auto" else "the interrupted attempt did"
     return machine.Compute(dtype, f"computing in {dtype} as {why}")
 
 
 @contextlib.contextmanager
-def _keeping(stage: str, partial: Path, continued: bool) -> Iterator[None]:
-    """Decides, where the stage inside ends with an error, whether its attempt is left for another command."""
+def _discarding_on_error(stage: str, partial: Path, continued: bool) -> Iterator[None]:
+    """Deletes the attempt if the stage fails, unless another command can continue it."""
     try:
         yield
     except BaseException as error:
@@ -217,13 +219,13 @@ def _keeping(stage: str, partial: Path, continued: bool) -> Iterator[None]:
             kept = False
         elif full:
             kept = attempts.holds_work(partial)
-        elif isinstance(error, UserError | StageError):  # its own; what can be continued is not lost
+        elif isinstance(error, UserError | StageError):  # the stage's own error; earlier work is kept
             kept = continued or (stage == "train" and attempts.holds_work(partial))
-        else:
+        else:  # an interrupt, or an error that is not the stage's own
             kept = True
         if distributed.is_main() and not kept:
             shutil.rmtree(partial, ignore_errors=True)
         if not full:
             raise
-        rest = "what is finished is kept, the same command continues" if kept else "nothing is left of it"
-        raise WriteError(f"{error}; make room, or name another run.dir; {rest}") from error
+        kept_work = "finished work is kept, the same command continues" if kept else "the partial output was deleted"
+        raise WriteError(f"{error}; free some space, or choose another run.dir; {kept_work}") from error

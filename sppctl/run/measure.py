@@ -1,4 +1,4 @@
-"""Measuring a run's checkpoints, and any others, into its results files."""
+"""Measures a run's checkpoints, and any others, into its results files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sppctl.run.stages import choose_dtype
 if TYPE_CHECKING:
     from sppctl.evaluate.perplexities import DenseModel
 
-MADE = {folder: stage for stage, folder in DIRECTORIES.items()}  # the run's checkpoints but base, and their stages
+STAGE_OF = {folder: stage for stage, folder in DIRECTORIES.items()}  # the stage of each of the run's own checkpoints
 
 
 def results_of(run: Run, label: str) -> Path:
@@ -27,14 +27,14 @@ def results_of(run: Run, label: str) -> Path:
 
 
 def share_results(source: Run, target: Run, label: str) -> None:
-    """Adds the results of a checkpoint in one run to those that another run has of it."""
+    """Adds one run's results of a checkpoint to another run's results of it."""
     from sppctl.evaluate import stage
 
     stage.take_over(results_of(source, label), results_of(target, label))
 
 
 def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Measures checkpoints and adapters by label; what has been measured before is not measured again."""
+    """Measures checkpoints and adapters by label; existing results are not measured again."""
     from sppctl.evaluate import perplexities, stage
     from sppctl.evaluate.results import Results
     from sppctl.evaluate.subjects import Subject
@@ -44,12 +44,12 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     for label, path in checkpoints.items():
         subject, results = Subject.at(label, path), results_of(run, label)
         # from the first process: the others may have read the file while it was written
-        known = distributed.broadcast_object([] if run.force else stage.known(run.config, subject, results), 0)
-        missing = stage.missing(run.config, subject, known, texts, reference)
+        measured = distributed.broadcast_object([] if run.force else stage.known(run.config, subject, results), 0)
+        missing = stage.missing(run.config, subject, measured, texts, reference)
         compute = distributed.decide(partial(choose_dtype, run.config, subject.directory))
         if missing:
             console.note(f"eval {label}: {compute.text}")
-        jobs.append(stage.Job(subject, results, compute.dtype, known, missing, reference))
+        jobs.append(stage.Job(subject, results, compute.dtype, measured, missing, reference))
     try:
         stage.prepare(run.config, jobs)
         for job in jobs:
@@ -61,7 +61,7 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
             contents[job.subject.label] = content.to_json()
             perplexities.release()
     except WriteError as error:
-        raise WriteError(f"{error}; make room: what was measured before is kept, the same command continues") from error
+        raise WriteError(f"{error}; free some space: earlier results are kept, the same command continues") from error
     finally:
         if reference is not None:
             reference.close()
@@ -71,35 +71,35 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
 def _dense_model(run: Run, checkpoints: dict[str, Path]) -> DenseModel | None:
     """The checkpoint whose predictions the others are compared with, if the configuration names one.
 
-    The run's dense model is the measure of what belongs to the run; a foreign checkpoint is compared only if asked.
+    The run's dense model is the reference only for the run's own checkpoints; others need an explicit reference.
     """
     from sppctl.evaluate.perplexities import DenseModel
     from sppctl.model import checkpoint
 
     name = run.config.eval.divergence
-    if name is None or not run.config.eval.perplexity or (name == "base" and not checkpoints.keys() & MADE.keys()):
+    if name is None or not run.config.eval.perplexity or (name == "base" and not checkpoints.keys() & STAGE_OF.keys()):
         return None
     directory = dense.same_base(run) if name == "base" else checkpoint.locate(name, key="eval.divergence")
     return DenseModel(name, directory, run.config.model.trust_remote_code, run.directory)
 
 
 def checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | None]:
-    """Labels and directories of checkpoints that are named on the command line; none named: the run's newest.
+    """Labels and directories of the checkpoints named on the command line; if none is, of the run's newest.
 
-    The base model has no directory here, since it may have to be unpacked first.
+    The base model has no directory yet, since it may have to be unpacked first.
     """
     from sppctl.model import checkpoint
 
     if not models:
-        models = [next((label for label in ("merged", "pruned") if run.record(MADE[label]) is not None), "base")]
-    places: dict[str, Path | None] = {}
+        models = [next((label for label in ("merged", "pruned") if run.record(STAGE_OF[label]) is not None), "base")]
+    directories: dict[str, Path | None] = {}
     for model in models:
         label, path = _checkpoint_to_measure(run, model)
-        taken = places.get(label)
-        if path is not None and taken is not None and taken.resolve() != path.resolve():
+        same_label = directories.get(label)
+        if path is not None and same_label is not None and same_label.resolve() != path.resolve():
             label = f"{label}-{checkpoint.fingerprint(path)[:6]}"
-        places[label] = path
-    return places
+        directories[label] = path
+    return directories
 
 
 def _checkpoint_to_measure(run: Run, model: str) -> tuple[str, Path | None]:
@@ -107,18 +107,18 @@ def _checkpoint_to_measure(run: Run, model: str) -> tuple[str, Path | None]:
 
     if model == "base":
         return model, None
-    if model in MADE and run.record(MADE[model]) is not None:
-        return model, run.path(MADE[model])
+    if model in STAGE_OF and run.record(STAGE_OF[model]) is not None:
+        return model, run.path(STAGE_OF[model])
     directory = checkpoint.locate(model, key="--model", adapters=True)
-    known = {(run.directory / name).resolve(): name for name in (dense.BASE, *MADE)}
-    return known.get(directory.resolve()) or _label(model, directory.resolve()), directory
+    labels = {(run.directory / name).resolve(): name for name in (dense.BASE, *STAGE_OF)}
+    return labels.get(directory.resolve()) or _label(model, directory.resolve()), directory
 
 
 def _label(model: str, directory: Path) -> str:
-    """A file name for a checkpoint that is not the run's own: its path below this folder, else its whole path."""
+    """A file name for a checkpoint that is not the run's own: its path below the current folder, else its full path."""
     if Path(model).is_dir():
-        here = Path.cwd()
-        model = str(directory.relative_to(here) if directory.is_relative_to(here) else directory)
+        current = Path.cwd()
+        model = str(directory.relative_to(current) if directory.is_relative_to(current) else directory)
     label = re.sub(r"[^\w.-]+", "-", model.replace("/", "--")).strip("-.")
-    reserved = not label or label in (dense.BASE, *MADE)
+    reserved = not label or label in (dense.BASE, *STAGE_OF)
     return paths.file_stem(f"{directory.parent.name}--{directory.name}" if reserved else label)

@@ -1,4 +1,4 @@
-"""The commands on a run: everything that is checked before any stage works, and the stages in their order."""
+"""The commands on a run: the checks before any stage starts, and the stages in order."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 STAGES = ("prune", "train", "merge", "eval", "report")
 MEASURED = ("base", "pruned", "merged")
-Starter = Callable[..., None]  # does a stage, given its name and options, in processes of its own
+Starter = Callable[..., None]  # does a stage, given its name and options, in separate processes
 
 
 def join_processes(config: Config) -> None:
-    """Under torchrun, meets the other processes; otherwise nothing."""
+    """Connects to the other processes under torchrun; does nothing in a single process."""
     if distributed.world_size() > 1:
         from sppctl.model import checkpoint
 
@@ -34,11 +34,11 @@ def join_processes(config: Config) -> None:
 
 
 def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, *, announce: bool = False) -> None:
-    """Everything that can be checked before anything is computed or written, for all stages that will run.
+    """Makes all checks of all stages that will run, before anything is computed or written.
 
     Args:
-        run: keeps what the checks have loaded.
-        stages: that will run.
+        run: the run; it keeps the data that the checks load.
+        stages: the stages that will run.
         directory: a checkpoint to measure; None: the configured model, which need not be unpacked yet.
         announce: print what will be done, and about how long it takes.
 
@@ -72,16 +72,16 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
 
 
 def _announce(run: Run, skeleton: Skeleton, work: dict[str, Work]) -> None:
-    """Prints what a run will do, and about how long each stage takes if this very process does it."""
+    """Prints what a run will do, and, if this process does the work, about how long each stage takes."""
     from sppctl.model import estimate
 
     if measure.results_of(run, "merged").is_file():
         work.pop("eval", None)
     if "eval" in work:
-        each = work["eval"]
-        work["eval"] = replace(each, text=f"base, pruned and merged on {each.text}", tokens=3 * each.tokens)
+        single = work["eval"]  # of one checkpoint
+        work["eval"] = replace(single, text=f"base, pruned and merged on {single.text}", tokens=3 * single.tokens)
     console.note(f"run: {run.directory}, on {machine.describe()}")
-    # a process that only starts others leaves the GPU to them
+    # a process that only starts others must not use the GPU
     for line in estimate.lines(work, None if launch.needed(run.config) else _seconds_per_token(run, skeleton)):
         console.note(line)
 
@@ -91,7 +91,7 @@ def _seconds_per_token(run: Run, skeleton: Skeleton) -> float:
     from sppctl.plan import run as plan
 
     model = run.config.model
-    directory, device = dense.located(run.config), checkpoint.pick_device(model.device)
+    directory, device = dense.locate(run.config), checkpoint.pick_device(model.device)
     stored = checkpoint.dtype_of(model.dtype, None) if model.gguf_file is not None else model.dtype
     choices = device, model.compute_dtype, model.trust_remote_code
     compute = checkpoint.choose_dtype(directory, *choices, stored=stored, training=True)
@@ -107,10 +107,10 @@ def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None 
 
 
 def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
-    """The whole pipeline; without ``start_stage`` in this process, or those it is one of.
+    """Runs all stages: with ``start_stage`` in separate processes, otherwise in this process and those it joined.
 
     Returns:
-        What the run has recorded; None in processes that have nothing left to do after the training.
+        The report's data; None in processes that have nothing to do after the training.
     """
     started = time.perf_counter()
     preflight(run, STAGES, announce=True)
@@ -119,7 +119,7 @@ def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
 
         evaluation.load_data(run.config)
     if start_stage is not None:
-        run.prepared.clear()  # the processes prepare for themselves
+        run.prepared.clear()  # the started processes prepare their own
         start_stage("prune")
         start_stage("train")
     with run.lock():
@@ -140,36 +140,36 @@ def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
 
 
 def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = None) -> dict[str, dict[str, Any]]:
-    """Measures checkpoints and adapters, as :func:`run_all` in this process or others; what ``sppctl eval`` does.
+    """Measures checkpoints and adapters: the command ``sppctl eval``.
 
     Args:
-        run: whose configuration says what is measured.
-        models: directories, hub ids, or base, pruned, adapter, merged of the run; none: its newest checkpoint.
-        start_stage: None: this process measures.
+        run: its configuration selects the measures.
+        models: directories, hub ids, or base, pruned, adapter, merged of the run; empty: its newest checkpoint.
+        start_stage: as in :func:`run_all`.
 
     Returns:
-        The content of the results file of each, by label.
+        The content of each results file, by label.
     """
     run.check_directory()
     if not (run.config.eval.perplexity or run.config.eval.tasks):
-        raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; name a text or a task")
+        raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; add a text or a task")
     from sppctl.evaluate import stage
     from sppctl.evaluate.results import Results
     from sppctl.evaluate.subjects import Subject
 
-    places = measure.checkpoints_to_measure(run, models)
-    for label, path in places.items():
+    directories = measure.checkpoints_to_measure(run, models)
+    for label, path in directories.items():
         subject = Subject.at(label, path) if path is not None else None
         preflight(run, ("eval",), subject.directory if subject is not None else None)
         if subject is not None:
             subject.check(run.config.model.trust_remote_code)
-    files = {label: measure.results_of(run, label) for label in places}
+    files = {label: measure.results_of(run, label) for label in directories}
     if distributed.world_size() == 1 and not all(path.is_file() for path in files.values()):
         stage.load_data(run.config)
     if start_stage is not None:
         start_stage("eval", *(f"--model={model}" for model in models))
         return {label: content.to_json() for label, path in files.items() if (content := Results.load(path))}
-    with run.lock(makes=False):
-        checkpoints = {label: path or dense.same_base(run) for label, path in places.items()}
+    with run.lock(only_measures=True):
+        checkpoints = {label: path or dense.same_base(run) for label, path in directories.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in checkpoints.items()))
         return measure.evaluate(run, checkpoints)

@@ -1,7 +1,7 @@
-"""The files of a run: one command at a time works in them, and a directory that exists is whole.
+"""The files of a run: one command at a time works in them, and directories are published atomically.
 
 A stage works in ``RUN/.NAME.partial`` and renames it to ``RUN/NAME`` when it is complete. ``stage.json`` is written
-last: a stage that was complete when its command was killed is published by the next command.
+last: if a command is killed between that and the rename, the next command publishes the stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sppctl.files.names import DIRECTORIES, RECORD, WORKING
 from sppctl.records import R, to_json
 from sppctl.run import attempts
 
-RESUMABLE = ("prune", "train")  # an interrupted attempt is continued; the others start again
+RESUMABLE = ("prune", "train")  # stages that continue an interrupted attempt; the others start again
 LOCK, RESOLVED = ".lock", "resolved.yaml"
 PUBLISHED = ("base", *DIRECTORIES.values())
 
@@ -33,11 +33,11 @@ class RunDirectory:
     """One run directory under one configuration."""
 
     config: Config
-    finished: set[str] = field(default_factory=set, kw_only=True)  # directories that an earlier command left to publish
+    finished: set[str] = field(default_factory=set, kw_only=True)  # directories completed by an earlier, killed command
 
     @property
     def directory(self) -> Path:
-        """Where everything of this run is."""
+        """The run directory."""
         return Path(self.config.run.dir)
 
     def path(self, stage: str) -> Path:
@@ -45,7 +45,7 @@ class RunDirectory:
         return self.directory / DIRECTORIES[stage]
 
     def partial(self, name: str) -> Path:
-        """Where a stage works until it is complete."""
+        """The directory in which a stage works until it is complete."""
         return self.directory / f".{name}.partial"
 
     def fresh_partial(self, name: str) -> Path:
@@ -55,10 +55,10 @@ class RunDirectory:
         path.mkdir(parents=True)
         return path
 
-    def complete(self, name: str, record: Callable[..., R]) -> R:
-        """Publishes a stage; from the moment that its record is there, the next command does so if this one cannot.
+    def complete(self, name: str, make_record: Callable[..., R]) -> R:
+        """Publishes a stage; once its record is written, the next command publishes it if this one is killed.
 
-        Its record is made of ``output``, the fingerprint of the weights, and ``files``, the hash of each.
+        ``make_record`` is called with ``output``, the fingerprint of the weights, and ``files``, the hash of each file.
         """
         from sppctl.files import integrity
         from sppctl.model import checkpoint
@@ -67,10 +67,10 @@ class RunDirectory:
         disk.sync_tree(partial)
         with console.working(f"hashing the files of {partial}"):
             files = integrity.hashes(partial, integrity.listing(partial, WORKING))
-        made = record(output=checkpoint.identity_of(files), files=files)
-        sealed.write(partial / RECORD, to_json(made))
+        record = make_record(output=checkpoint.identity_of(files), files=files)
+        sealed.write(partial / RECORD, to_json(record))
         self._publish(name)
-        return made
+        return record
 
     def _publish(self, name: str) -> None:
         partial, target, old = self.partial(name), self.directory / name, self._old(name)
@@ -86,17 +86,17 @@ class RunDirectory:
         return self.directory / f".{name}.old"
 
     def take_over(self, source: RunDirectory, name: str) -> None:
-        """Publishes here what another run has published; called in :meth:`lock`."""
+        """Publishes in this run a directory that another run has published; called in :meth:`lock`."""
         published, partial = source.directory / name, self.fresh_partial(name)
-        # a published directory is never written into, so its files may have several names
-        without = shutil.ignore_patterns(RECORD)
-        shutil.copytree(published, partial, copy_function=_link, ignore=without, dirs_exist_ok=True)
-        if (published / RECORD).is_file():  # last: it says that the others are there
+        # hard links are safe, because published files are never changed
+        ignored = shutil.ignore_patterns(RECORD)
+        shutil.copytree(published, partial, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
+        if (published / RECORD).is_file():  # last, because it marks the directory as complete
             _link(str(published / RECORD), str(partial / RECORD))
         self._publish(name)
 
     def _finish(self) -> None:
-        """Publishes what was complete when a command was killed, and removes what no command continues."""
+        """Publishes directories that a killed command had completed, and removes those that no command continues."""
         resumable = [DIRECTORIES[stage] for stage in RESUMABLE]
         for name in PUBLISHED:
             partial, old, target = self.partial(name), self._old(name), self.directory / name
@@ -107,62 +107,64 @@ class RunDirectory:
             elif name not in resumable:
                 shutil.rmtree(partial, ignore_errors=True)
             if old.is_dir() and not target.exists():
-                old.rename(target)  # nothing has taken its place
+                old.rename(target)  # killed before the new directory was in place
             shutil.rmtree(old, ignore_errors=True)
-        for left in self.directory.glob(".reference-*"):  # what the dense model predicted
-            shutil.rmtree(left)
+        for predictions in self.directory.glob(".reference-*"):  # of the dense model, from a killed evaluation
+            shutil.rmtree(predictions)
 
     @contextlib.contextmanager
-    def lock(self, *, makes: bool = True) -> Iterator[None]:
-        """Keeps two commands from working in one run directory at the same time, and notes the configuration.
+    def lock(self, *, only_measures: bool = False) -> Iterator[None]:
+        """Keeps other commands from working in the run directory, and writes the configuration to resolved.yaml.
 
-        A command that only measures (not ``makes``) does not describe a run that has stages.
+        A command that ``only_measures`` does not write the configuration of a run that has stages.
         """
         if not distributed.is_main():
-            distributed.barrier()  # until the first process has finished what an earlier command left
+            distributed.barrier()  # until the first process has cleaned up after an earlier command
             yield
             return
         self.check_directory()
-        made = [parent for parent in self.directory.absolute().parents if not parent.exists()]
+        new_parents = [parent for parent in self.directory.absolute().parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         resolved = self.directory / RESOLVED
         with (self.directory / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(f"{self.directory}: another sppctl command is working here; wait for it") from error
+                reason = f"{self.directory}: another sppctl command is working in this directory; wait for it"
+                raise UserError(reason) from error
             try:
                 self._finish()
-                notes = makes or not any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
-                if notes and not resolved.exists():
+                has_stages = any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
+                writes_config = not (only_measures and has_stages)
+                if writes_config and not resolved.exists():
                     disk.write(resolved, to_yaml(self.config))
                 distributed.barrier()
                 yield
-                if notes:
-                    disk.write(resolved, to_yaml(self.config))  # a refused command changes nothing here
+                if writes_config:
+                    disk.write(resolved, to_yaml(self.config))  # at the end: a refused command must not change it
             finally:
-                # a run that failed before it made anything leaves nothing; the last is of a command that was killed
+                # a run that failed before it made anything leaves no directory; a killed one may leave the partial file
                 if {path.name for path in self.directory.iterdir()} <= {LOCK, RESOLVED, f".{RESOLVED}.partial"}:
                     shutil.rmtree(self.directory)
-                    with contextlib.suppress(OSError):  # somebody else put something there
-                        for parent in made:
+                    with contextlib.suppress(OSError):  # another process has written to a parent
+                        for parent in new_parents:
                             parent.rmdir()
 
     def check_directory(self) -> None:
-        """Raises UserError if the run directory cannot be written, or if the run would be made from its own results."""
+        """Raises UserError if the run directory is not writable, or if an input of the run is one of its outputs."""
         path, config = self.directory, self.config
-        for key, name, later in (
+        for key, name, stages in (
             ("model.path", config.model.path, ("prune", "train", "merge")),
             ("prune.mask_from", config.prune.mask_from, ("prune", "train", "merge")),
             ("train.distill.teacher", config.train.distill.teacher, ("train", "merge")),
         ):
-            made = {self.path(stage).resolve() for stage in later}
-            if name is not None and made & {Path(name).resolve(), *Path(name).resolve().parents}:
-                fix = "name another checkpoint, or another run.dir"
-                raise UserError(key, f"{name} is made by this run itself", fix)
+            outputs = {self.path(stage).resolve() for stage in stages}
+            if name is not None and outputs & {Path(name).resolve(), *Path(name).resolve().parents}:
+                fix = "use another checkpoint, or another run.dir"
+                raise UserError(key, f"{name} is an output of this run", fix)
         disk.demand_directory(path, "run.dir")
-        if (path / "config.json").exists():  # what a run writes there would become part of the checkpoint
-            raise UserError("run.dir", f"{path} holds a checkpoint (config.json)", "name a directory of its own")
+        if (path / "config.json").exists():  # files of the run would become part of the checkpoint
+            raise UserError("run.dir", f"{path} holds a checkpoint (config.json)", "use a separate directory")
         for name in (*PUBLISHED, "eval"):
             disk.demand_directory(path / name, "run.dir")
             disk.demand_directory(self.partial(name), "run.dir")
@@ -173,5 +175,5 @@ class RunDirectory:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without hard links
+    except OSError:  # a different file system, or one without hard links
         shutil.copy2(source, target)

@@ -1,4 +1,4 @@
-"""The three stages that make a run's checkpoints: what each reads, checks, and does."""
+"""The three stages that make a run's checkpoints: their inputs, checks and work."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class Prepared(Protocol):
-    """A stage that has been checked: all that its checks have loaded, for the work."""
+    """A checked stage, with the data that its checks have loaded."""
 
     @property
     def sources(self) -> dict[str, str]:
-        """The inputs (as of :meth:`Stage.inputs`) that it was loaded from; where others count it is out of date."""
+        """The inputs (see :meth:`Stage.inputs`) that the data was loaded from; it is outdated if they have changed."""
 
     @property
     def work(self) -> Work | None:
-        """What the stage is about to do; None: nothing that takes long."""
+        """The work of the stage, for an estimate of its time; None: it takes little time."""
 
 
 P = TypeVar("P", bound=Prepared)
@@ -41,13 +41,13 @@ class Stage(Protocol[P, M_co]):
 
     @property
     def name(self) -> str:
-        """Prune, train or merge, in lower case."""
+        """The command: prune, train or merge, in lower case."""
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Fingerprints of everything that it reads; UserError if that is not what the configuration describes."""
+        """Fingerprints of everything that it reads; UserError if an input does not match the configuration."""
 
     def compute(self, run: Run) -> machine.Compute | None:
-        """The dtype that a new attempt computes in; None: no model is loaded."""
+        """The compute dtype of a new attempt; None: no model is loaded."""
 
     def prepare(self, run: Run) -> P:
         """Checks everything before anything is computed or written; UserError with a line for each problem."""
@@ -55,8 +55,8 @@ class Stage(Protocol[P, M_co]):
     def do(self, run: Run, prepared: P, out: Path, dtype: str) -> M_co:
         """Fills the directory ``out``, computing in ``dtype``, and returns the metrics of the record.
 
-        Of a stage that can be continued, ``out`` holds what an interrupted attempt left; all that it needs for that is
-        in :data:`sppctl.files.names.WORKING`.
+        If the stage is resumable, ``out`` may hold an interrupted attempt; the files that only the continuation needs
+        are named in :data:`sppctl.files.names.WORKING`.
         """
 
 
@@ -66,7 +66,7 @@ class Prune:
     name = "prune"
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Dense model, calibration text, tokenizer, and the checkpoint that the masks are from."""
+        """Dense model, calibration text, tokenizer, and the checkpoint of prune.mask_from."""
         from sppctl.evaluate import subjects
         from sppctl.model import checkpoint
 
@@ -82,7 +82,7 @@ class Prune:
 
     def compute(self, run: Run) -> machine.Compute:
         """The dtype for one block at a time."""
-        return choose_dtype(run.config, dense.base(run), whole=False, stored=run.config.model.dtype)
+        return choose_dtype(run.config, dense.base(run), whole_model=False, stored=run.config.model.dtype)
 
     def prepare(self, run: Run) -> pruning.Prepared:
         """Checks the pruning, and draws its windows."""
@@ -104,7 +104,7 @@ class Train:
     name = "train"
 
     def inputs(self, run: Run) -> dict[str, str]:
-        """Pruned checkpoint, data, and the dense model and the teacher where training reads them."""
+        """Pruned checkpoint, data, and the dense model and teacher if training reads them."""
         from sppctl.evaluate import subjects
         from sppctl.train import distill
 
@@ -120,7 +120,7 @@ class Train:
         return _hashes({f"data {dataset}": dataset for dataset in names_of(config.train.data.dataset)})
 
     def _base(self, run: Run) -> Path | None:
-        """The dense checkpoint, if training reads it: a teacher, regrown weights."""
+        """The dense checkpoint, if training reads it, as the teacher or for regrown weights."""
         from sppctl.train import distill
 
         train = run.config.train
@@ -128,7 +128,7 @@ class Train:
         return dense.base(run) if reads else None
 
     def compute(self, run: Run) -> machine.Compute:
-        """The dtype for gradients."""
+        """The dtype for training."""
         return choose_dtype(run.config, run.path("prune"), training=True)
 
     def prepare(self, run: Run) -> training.Prepared:
@@ -171,7 +171,7 @@ class Merge:
         """No model is loaded."""
 
     def prepare(self, run: Run) -> merging.Prepared:
-        """Opens both checkpoints and finds what belongs together."""
+        """Opens both checkpoints and matches the adapter's tensors with the pruned ones."""
         from sppctl.merge import stage
 
         pruned, trained = run.record("prune"), run.record("train")
@@ -191,26 +191,26 @@ PRUNE, TRAIN, MERGE = Prune(), Train(), Merge()
 BY_NAME: dict[str, Stage[Any, Any]] = {stage.name: stage for stage in (PRUNE, TRAIN, MERGE)}
 
 
-def choose_dtype(config: Config, directory: Path, *, whole: bool = True, **options: Any) -> machine.Compute:
-    """The dtype in which a checkpoint is computed on the configured device, and why.
+def choose_dtype(config: Config, directory: Path, *, whole_model: bool = True, **options: Any) -> machine.Compute:
+    """The compute dtype of a checkpoint on the configured device, and the reason.
 
-    Where all weights are in memory at a time (``whole``) and fit only as stored, the reason says so. Further options
-    are those of :func:`sppctl.model.checkpoint.choose_dtype`.
+    If the model is in memory at once (``whole_model``) and fits only in the stored dtype, the reason adds a hint.
+    Further options are those of :func:`sppctl.model.checkpoint.choose_dtype`.
     """
     from sppctl.model import checkpoint
 
     model, device = config.model, checkpoint.pick_device(config.model.device)
     chosen = checkpoint.choose_dtype(directory, device, model.compute_dtype, model.trust_remote_code, **options)
-    if whole and chosen.widened:
+    if whole_model and chosen.widened:
         needed, free = checkpoint.weight_bytes(directory, chosen.dtype), machine.free_memory(device)
         if needed // 2 <= free < needed:
-            takes = f"takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
-            return chosen._replace(text=f"{chosen.text}, which {takes}: model.compute_dtype=bfloat16 needs half")
+            sizes = f"takes {needed / 2**30:.1f} GiB for the weights; {free / 2**30:.1f} GiB are free"
+            return chosen._replace(text=f"{chosen.text}, which {sizes}: model.compute_dtype=bfloat16 needs half")
     return chosen
 
 
 def _newer_data(run: Run, stage: str) -> dict[str, str]:
-    """What has become of the hub's data in the cache since a stage read it, which it would read now."""
+    """Versions of hub data that have been cached since a stage read it, and that it would read now."""
     from sppctl.files import sources
 
     record = None if run.force else run.record(stage)
@@ -221,7 +221,7 @@ def _newer_data(run: Run, stage: str) -> dict[str, str]:
 
 
 def _hashes(datasets: dict[str, str]) -> dict[str, str]:
-    """Identifies local data by content; data known by name needs no more than its name."""
+    """Hashes of local data sets; others are identified by their name alone."""
     from sppctl.data import texts
 
     hashes = {key: texts.file_hash(dataset) for key, dataset in datasets.items()}

@@ -1,4 +1,4 @@
-"""A run's files, read anew, against what its records say."""
+"""Compares a run's files, read in full, with the hashes in its records."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from sppctl.report.records import no_run
 class Checked:
     """One file of a run."""
 
-    artefact: str  # the folder in the run that it belongs to
+    artefact: str  # its folder in the run
     file: str  # its path in that folder
-    state: str  # ``ok``, ``damaged``, ``missing``, or ``surplus``: not recorded, though it would be loaded
-    problem: str | None = None  # what is wrong and what to do; None: nothing
+    state: str  # ``ok``, ``damaged``, ``missing``, or ``surplus``: not recorded, but would be loaded
+    problem: str | None = None  # problem and fix; None: the file is ok
 
 
 def execute(run_dir: Path) -> list[Checked]:
-    """Reads every byte of what the stages of a run have published, and its results.
+    """Reads every byte of a run's published stages and results.
 
     Raises:
         UserError: there is no run, or a file cannot be read.
     """
-    unpacked = f"delete {run_dir / 'base'}, and it is unpacked again"
-    stages = {"base": ("base", unpacked)}
+    stages = {"base": ("base", f"delete {run_dir / 'base'} to unpack it again")}
     stages |= {folder: (stage, records.remedy(stage)) for stage, folder in DIRECTORIES.items()}
     checked = [file for folder, stage in stages.items() for file in _artefact(run_dir / folder, *stage)]
     checked += [file for path in sorted((run_dir / "eval").glob("*.json")) for file in _results(path)]
@@ -61,7 +60,7 @@ def _results(path: Path) -> list[Checked]:
         return [Checked("eval", path.name, DAMAGED, str(error))]
     assert content is not None
     samples = path.with_suffix(".samples")
-    lacking = [result.measure.task for result in content.tasks if not tasks.has_samples(result, samples)]
-    problem = f"{samples} does not hold the samples of {{}}; sppctl eval measures again"
-    missing = [Checked("eval", samples.name, DAMAGED, problem.format(task)) for task in lacking]
-    return [Checked("eval", path.name, OK), *missing]
+    incomplete = [result.measure.task for result in content.tasks if not tasks.has_samples(result, samples)]
+    problem = f"{samples} does not hold the samples of {{}}; sppctl eval measures them again"
+    damaged = [Checked("eval", samples.name, DAMAGED, problem.format(task)) for task in incomplete]
+    return [Checked("eval", path.name, OK), *damaged]

@@ -1,1 +1,1 @@
-"""Many runs: a grid of configurations, here or as Slurm jobs."""
+"""A grid of configurations, run in this process or as Slurm jobs."""

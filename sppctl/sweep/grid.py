@@ -1,7 +1,7 @@
-"""Reads the file of a sweep: a grid over configuration keys -> the runs, and what they share.
+"""Reads the file of a sweep: a grid over configuration keys -> the runs and their shared directories.
 
-A run has a directory of its own. Runs that prune alike share a directory with the pruned checkpoint, and all runs of a
-model one with the measures of the dense model. Each directory has a configuration by which the stages work in it.
+Each run has its own directory. Runs with the same pruning share a directory with the pruned checkpoint, and all runs of
+a model share one with the results of the dense model. Each directory has its own configuration.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from sppctl.files import paths
 Point = dict[str, Any]  # configuration key -> value
 KEYS = ("base", "dir", "grid", "overrides", "exclude")
 DENSE, PRUNED, REPORT = "dense", "pruned", "report"
-# what the checkpoints depend on; pruning draws calibration windows by the seed
+# keys that the checkpoints depend on; the seed, because pruning draws calibration windows with it
 DENSE_KEYS = ("model.",)
 PRUNED_KEYS = ("model.", "prune.", "run.seed")
 SHORT = {"prune.method": "", "prune.pattern": "", "train.method": "", "train.rank": "r", "run.seed": "s"}
 MOST_RUNS = 10_000
-OWN_DIRECTORY = "a sweep names the directories of its runs; `dir` is the folder that they share"
+OWN_DIRECTORY = "a sweep names the directories of its runs; set their parent folder with `dir`"
 
 
 @dataclass(frozen=True)
 class Member:
     """One directory of a sweep."""
 
-    name: str  # of the directory, in the sweep's
-    parent: str | None  # the member whose checkpoints and results it takes over
-    arguments: tuple[str, ...]  # CONFIG and KEY=VALUE by which ``sppctl`` works in it
-    config: Config  # what they mean
+    name: str  # name of the directory
+    parent: str | None  # the member whose checkpoints and results it uses
+    arguments: tuple[str, ...]  # CONFIG and KEY=VALUE for ``sppctl``
+    config: Config
 
 
 @dataclass(frozen=True)
@@ -53,48 +53,49 @@ class Sweep:
     runs: dict[str, Member] = field(default_factory=dict)
 
     def members(self) -> Iterator[Member]:
-        """Every member after its parent, and the runs of one pruned checkpoint together."""
+        """All members, each after its parent, and the runs of one pruned checkpoint together."""
         for dense in self.dense.values():
             yield dense
             for pruned in self.children(dense):
                 yield from (pruned, *self.children(pruned))
 
     def children(self, parent: Member) -> list[Member]:
-        """The members that take over what a member has made."""
+        """The members whose parent is this member."""
         return [member for member in (self.pruned | self.runs).values() if member.parent == parent.name]
 
     def runs_of(self, member: Member) -> list[Member]:
-        """The runs that rest on a member."""
-        below = self.children(member)
-        return [run for child in below for run in self.runs_of(child)] if below else [member]
+        """The runs that depend on a member; of a run, itself."""
+        children = self.children(member)
+        return [run for child in children for run in self.runs_of(child)] if children else [member]
 
 
 def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
-    """Reads the file of a sweep, or a shipped one, and resolves the configuration of every run.
+    """Reads a sweep file, or a shipped one, and resolves the configuration of every run.
 
-    The overrides, KEY=VALUE, are for all runs: a key of the grid leaves it, and run.dir is the directory of the sweep.
+    The overrides, KEY=VALUE, apply to all runs: an overridden key is removed from the grid, and run.dir sets the
+    directory of the sweep.
 
     Raises:
-        UserError: every problem of the file and of any of its configurations, one per line.
+        UserError: every problem of the file and of its configurations, one per line.
     """
     path = find_file(name, sweep=True)
     tree = read_yaml(path)
     problems = list(_problems(tree))
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    given = {text.partition("=")[0].strip(): text for text in overrides}
-    place = parse_yaml(given.pop("run.dir", "").partition("=")[2], "command line: run.dir")
-    if not isinstance(place, str | None):
-        raise UserError(f"command line: run.dir: expected text, found {shown(place)}")
-    directory = Path(paths.expand(place or tree.get("dir") or f"runs/{path.stem}"))
-    grid = {key: values for key, values in tree["grid"].items() if key not in given}
+    override_of = {text.partition("=")[0].strip(): text for text in overrides}
+    run_dir = parse_yaml(override_of.pop("run.dir", "").partition("=")[2], "command line: run.dir")
+    if not isinstance(run_dir, str | None):
+        raise UserError(f"command line: run.dir: expected text, found {shown(run_dir)}")
+    directory = Path(paths.expand(run_dir or tree.get("dir") or f"runs/{path.stem}"))
+    grid = {key: values for key, values in tree["grid"].items() if key not in override_of}
     if math.prod(map(len, grid.values())) > MOST_RUNS:
         raise UserError(f"{path}: grid: more than {MOST_RUNS:,} combinations; split it into several sweeps")
     points = expand(grid, tree.get("exclude") or [])
     if not points:
         raise UserError(f"{path}: exclude: leaves no run")
     sweep = Sweep(path, directory)
-    resolver = _Resolver(sweep, tree, given, [key for key, values in grid.items() if len(values) > 1])
+    resolver = _Resolver(sweep, tree, override_of, [key for key, values in grid.items() if len(values) > 1])
     for point in points:
         resolver.add(point)
     raise_problems(resolver.problems, len(points))
@@ -104,15 +105,15 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def expand(grid: Mapping[str, Sequence[Any]], exclude: Sequence[Point] = ()) -> list[Point]:
-    """Every combination of the grid's values, the last key fastest, without those that an exclusion describes."""
+    """All combinations of the grid's values, the last key varying fastest, without those that match an exclusion."""
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    # a key that is fixed on the command line is none of the grid's any more and cannot tell its runs apart
+    # a key fixed on the command line is no longer in the grid, so rules must not depend on it
     rules = [{key: value for key, value in rule.items() if key in grid} for rule in exclude]
     return [point for point in points if not any(rule and rule.items() <= point.items() for rule in rules)]
 
 
 def run_name(point: Mapping[str, Any], varying: Sequence[str]) -> str:
-    """The values of the keys that vary, such as wanda-2of4-spp-r16-s0; empty if none does."""
+    """The values of the keys that vary, such as wanda-2of4-spp-r16-s0; empty if no key varies."""
     order = [key for key in config_keys() if not key.startswith("run.")] + ["run.seed"]
     return paths.file_stem("-".join(_word(key, point[key]) for key in sorted(varying, key=order.index)))
 
@@ -176,24 +177,24 @@ def _rule_problems(rule: Any, grid: Mapping[str, Any]) -> Iterator[str]:
         if key not in grid:
             yield f"{key} is not in the grid{did_you_mean(str(key), list(grid))}"
         elif isinstance(grid[key], list) and value not in grid[key]:
-            yield f"{key}: {value!r} is none of the grid's {grid[key]!r}"
+            yield f"{key}: {value!r} is not in the grid's {grid[key]!r}"
 
 
-# --- its configurations -----------------------------------------------------------------------------------------------
+# --- configurations ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Resolver:
-    """Adds members to a sweep, and collects what is wrong with their configurations, with the runs concerned."""
+    """Adds members to a sweep, and collects the problems of their configurations."""
 
     sweep: Sweep
-    tree: Mapping[str, Any]  # the file
-    given: Mapping[str, str]  # KEY=VALUE of the command line, by key
-    varying: Sequence[str]  # keys
-    problems: dict[str, list[str]] = field(default_factory=dict)
+    tree: Mapping[str, Any]  # content of the file
+    override_of: Mapping[str, str]  # KEY=VALUE of the command line, by key
+    varying: Sequence[str]  # keys with several values
+    problems: dict[str, list[str]] = field(default_factory=dict)  # names of the runs by problem
 
     def add(self, point: Point) -> None:
-        """Adds a run and, if it is the first that needs them, what it shares with others."""
+        """Adds a run and, if they are new, the members that it shares with other runs."""
         sweep, names = self.sweep, {}
         for name, prefixes in ((DENSE, DENSE_KEYS), (PRUNED, PRUNED_KEYS)):
             keys = [key for key in self.varying if key.startswith(prefixes)]
@@ -202,15 +203,16 @@ class _Resolver:
         sweep.runs[run.name] = run
         for members, name, parent in ((sweep.dense, names[DENSE], None), (sweep.pruned, names[PRUNED], names[DENSE])):
             directory = str(sweep.directory / name)
-            place = dataclasses.replace(run.config.run, dir=directory)
+            run_config = dataclasses.replace(run.config.run, dir=directory)
             arguments = (*run.arguments[:-1], f"run.dir={quoted(directory)}")
-            members.setdefault(name, Member(name, parent, arguments, dataclasses.replace(run.config, run=place)))
+            members.setdefault(name, Member(name, parent, arguments, dataclasses.replace(run.config, run=run_config)))
 
     def _run(self, name: str, parent: str, point: Point) -> Member:
         values = [(self.tree.get("overrides") or {}).items(), point.items()]
         of_file, of_point = ([f"{key}={quoted(value)}" for key, value in items] for items in values)
         directory = f"run.dir={quoted(str(self.sweep.directory / name))}"
-        base, overrides = self.tree.get("base") or "quickstart", [*of_file, *self.given.values(), *of_point, directory]
+        base = self.tree.get("base") or "quickstart"
+        overrides = [*of_file, *self.override_of.values(), *of_point, directory]
         try:
             config = load_config(base, overrides)
         except UserError as error:
@@ -220,13 +222,14 @@ class _Resolver:
         return Member(name, parent, (base, *overrides), config)
 
     def _source(self, line: str) -> str:
-        """The overrides that the command line did not give are the sweep's."""
-        rest = line.removeprefix("command line: ")
-        return line if rest == line or rest.partition(":")[0] in self.given else f"{self.sweep.file}: {rest}"
+        """The line of a problem with its true source: overrides that are not on the command line are the sweep's."""
+        problem = line.removeprefix("command line: ")
+        from_file = problem != line and problem.partition(":")[0] not in self.override_of
+        return f"{self.sweep.file}: {problem}" if from_file else line
 
 
 def raise_problems(problems: Mapping[str, Sequence[str]], num_runs: int) -> None:
-    """Raises a UserError with every problem once, and the runs that have it unless all do."""
+    """Raises a UserError with a line for each problem, which lists the runs that have it unless all do."""
     if problems:
-        places = {line: "" if len(names) == num_runs else f" ({', '.join(names)})" for line, names in problems.items()}
-        raise UserError("\n".join(f"{line}{place}" for line, place in places.items()))
+        runs = {line: "" if len(names) == num_runs else f" ({', '.join(names)})" for line, names in problems.items()}
+        raise UserError("\n".join(f"{line}{names}" for line, names in runs.items()))

@@ -1,7 +1,7 @@
-"""A sweep as jobs of a cluster: one script per stage, and one that submits them in their order.
+"""A sweep as Slurm jobs: a script for each stage, and one that submits them in order.
 
-The scripts are the project's own (``scripts/slurm_*.sh``) with their arguments filled in, so a job that is preempted or
-out of time goes back into the queue as theirs do, and the settings of the site hold (``scripts/cluster.env``).
+The scripts call the project's own (``scripts/slurm_*.sh``), so a job that is preempted or out of time is requeued in
+the same way, and the settings of the site (``scripts/cluster.env``) apply.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sppctl.sweep.grid import REPORT, Sweep
 
 SUBMIT = "submit.sh"
 HEADER = """#!/usr/bin/env bash
-# Submits the jobs of SWEEP, each after those it rests on, and prints their ids.
+# Submits the jobs of SWEEP, each after those it depends on, and prints their ids.
 # DRY_RUN=1 prints the sbatch commands instead. NODES, GPUS_PER_NODE and the rest: scripts/cluster.env.example.
 # shellcheck disable=SC2154  # job and the options come from scripts/cluster.sh
 set -euo pipefail
@@ -33,18 +33,18 @@ ends=
 
 @dataclass(frozen=True)
 class Job:
-    """One job: the project's script it calls with which arguments, after which other job, with whose options."""
+    """One job."""
 
     name: str
-    script: str
-    arguments: tuple[str, ...]
-    after: str | None
-    options: str
+    script: str  # in scripts/
+    arguments: tuple[str, ...]  # of the script
+    after: str | None  # name of the job that it waits for
+    options: str  # prune, train or eval: whose sbatch options it gets
 
 
 def jobs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Job]:
     """The jobs of a sweep (read with these KEY=VALUE), each after the one it waits for; the report is the last."""
-    again = (str(sweep.file), *overrides, "--only")
+    only = (str(sweep.file), *overrides, "--only")
     of_members = []
     for member in sweep.members():
         if member.name in sweep.runs:
@@ -53,8 +53,8 @@ def jobs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Job]:
             of_members.append(Job(f"{member.name}.eval", "slurm_eval.sh", member.arguments, train, "eval"))
         else:
             options = "prune" if member.name in sweep.pruned else "eval"
-            of_members.append(Job(member.name, "slurm_sweep.sh", (*again, member.name), member.parent, options))
-    return [*of_members, Job(REPORT, "slurm_sweep.sh", (*again, REPORT), None, "eval")]
+            of_members.append(Job(member.name, "slurm_sweep.sh", (*only, member.name), member.parent, options))
+    return [*of_members, Job(REPORT, "slurm_sweep.sh", (*only, REPORT), None, "eval")]
 
 
 def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
@@ -64,12 +64,13 @@ def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
         The script that submits the jobs.
 
     Raises:
-        UserError: this is not the root of a checkout, whose scripts the jobs call.
+        UserError: the current directory is not the root of a checkout, whose scripts the jobs call.
     """
     checkout, all_jobs = Path.cwd(), jobs(sweep, overrides)
     missing = {job.script for job in all_jobs if not (checkout / "scripts" / job.script).is_file()}
     if missing:
-        raise UserError(f"--slurm: scripts/{min(missing)} is not here; call it from the root of a checkout of sppctl")
+        reason = f"--slurm: scripts/{min(missing)} does not exist; run sppctl from the root of its checkout"
+        raise UserError(reason)
     folder.mkdir(parents=True, exist_ok=True)
     for job in all_jobs:
         _save(folder / f"{job.name}.sh", _script(job, checkout))
@@ -79,7 +80,7 @@ def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def _script(job: Job, checkout: Path) -> str:
-    """The #SBATCH lines of the script it calls, under a name of its own, and the call."""
+    """A script with the #SBATCH lines of the project's script, the job's name, and the call."""
     text = (checkout / "scripts" / job.script).read_text(encoding="utf-8")
     header = "\n".join(re.findall(r"^#SBATCH.*", text, re.MULTILINE))
     header = re.sub(r"--job-name=.*", f"--job-name={job.name}", header)
@@ -90,7 +91,7 @@ def _script(job: Job, checkout: Path) -> str:
 
 def _submission(job: Job) -> str:
     if job.name == REPORT:
-        dependency = '"afterany$ends"'  # the runs that are complete have a table even if others failed
+        dependency = '"afterany$ends"'  # completed runs are reported even if others failed
     else:
         dependency = f'"afterok:${{id[{job.after}]}}"' if job.after is not None else "''"
     call = f'"${{{job.options}_options[@]}}" "$jobs/{job.name}.sh"'

@@ -1,7 +1,7 @@
-"""Does the runs of a sweep: what they share is made once and linked into their directories.
+"""Does the runs of a sweep: shared checkpoints are made once and linked into the runs' directories.
 
-Order: the dense model is measured, then each pruned checkpoint is made and measured, and after it its runs are trained,
-merged and measured. Whatever is up to date is skipped, so the same command continues a sweep that was stopped.
+Order: the dense model is measured; then each pruned checkpoint is made and measured, and its runs are trained, merged
+and measured. Work that is up to date is skipped, so the same command continues a sweep that was stopped.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from sppctl.report.study import Study
 
 
-def check(sweep: Sweep, made: bool = True) -> None:
-    """Everything that can be checked before the first stage of any run; ``made``: also the settings of what is there.
+def check(sweep: Sweep, existing: bool = True) -> None:
+    """Makes all checks of all runs before the first stage; ``existing``: also of the settings of existing stages.
 
     Raises:
         UserError: every problem, one per line, with the runs that have it.
@@ -38,37 +38,37 @@ def check(sweep: Sweep, made: bool = True) -> None:
             try:
                 if not (member.config.eval.perplexity or member.config.eval.tasks):
                     empty = "eval.perplexity and eval.tasks are both empty, there would be nothing to compare"
-                    raise UserError(f"{empty}; name a text or a task")
+                    raise UserError(f"{empty}; add a text or a task")
                 pipeline.preflight(Run(member.config, loaded=outline), pipeline.STAGES)
             except UserError as error:
                 for line in error.lines:
                     problems.setdefault(line, []).append(member.name)
-    if made:
-        problems |= _made_otherwise(sweep)
+    if existing:
+        problems |= _outdated_stages(sweep)
     raise_problems(problems, len(sweep.runs))
 
 
-def check_made(sweep: Sweep) -> None:
-    """Raises UserError, with a line for each, if stages that are there were made with other settings."""
-    raise_problems(_made_otherwise(sweep), len(sweep.runs))
+def check_existing(sweep: Sweep) -> None:
+    """Raises UserError, with a line for each stage, if existing stages were made with other settings."""
+    raise_problems(_outdated_stages(sweep), len(sweep.runs))
 
 
-def _made_otherwise(sweep: Sweep) -> dict[str, list[str]]:
+def _outdated_stages(sweep: Sweep) -> dict[str, list[str]]:
     lines = [line for member in sweep.members() for line in _changed(sweep, member).values()]
     return {line: list(sweep.runs) for line in lines}
 
 
 def _changed(sweep: Sweep, member: Member) -> dict[str, str]:
-    """The stages of a member that were made with other settings or rest on such, and how to redo them."""
+    """The stages of a member that were made with other settings, or depend on such a stage, and how to redo them."""
     run = Run(member.config)
     lines: dict[str, str] = {}
     for stage in [] if member.name in sweep.dense else DIRECTORIES:
         record = run.record(stage)
         changed = record and run.changes(record)
         if record is not None and (changed or lines):
-            made = f"was made with {changed}" if changed else "rests on that"
+            reason = f"was made with {changed}" if changed else "depends on that"
             redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
-            lines[stage] = f"{run.path(stage)} {made}; {redo} redoes it, another run.dir keeps it"
+            lines[stage] = f"{run.path(stage)} {reason}; {redo} redoes it, another run.dir keeps it"
     return lines
 
 
@@ -77,10 +77,10 @@ class Entry:
     """The work in one directory of a sweep."""
 
     directory: str  # its path
-    stages: list[str]  # that are done in it
-    made: list[str]  # those that are there
-    other_settings: list[str]  # those that are there, made with other settings
-    runs: list[str]  # that share it
+    stages: list[str]  # all stages done in it
+    made: list[str]  # those that exist
+    other_settings: list[str]  # those that exist, but were made with other settings
+    runs: list[str]  # names of the runs that share it
 
 
 def plan(sweep: Sweep) -> list[Entry]:
@@ -90,15 +90,15 @@ def plan(sweep: Sweep) -> list[Entry]:
         stages = ["train", "merge", "eval merged"]
         if member.name not in sweep.runs:
             stages = ["prune", "eval pruned"] if member.name in sweep.pruned else ["eval base"]
-        other = list(_changed(sweep, member))
-        made = [stage for stage in stages if _exists(Run(member.config), stage) and stage not in other]
+        outdated = list(_changed(sweep, member))
+        made = [stage for stage in stages if _exists(Run(member.config), stage) and stage not in outdated]
         runs = [run.name for run in sweep.runs_of(member)]
-        entries.append(Entry(member.config.run.dir, stages, made, other, runs))
+        entries.append(Entry(member.config.run.dir, stages, made, outdated, runs))
     return entries
 
 
 def totals(entries: list[Entry]) -> dict[str, int]:
-    """How often each stage of a plan is done."""
+    """The number of times that each stage of a plan is done."""
     return dict(Counter(stage for entry in entries for stage in entry.stages))
 
 
@@ -111,15 +111,15 @@ def _exists(run: Run, stage: str) -> bool:
 
 
 def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple[Study | None, dict[str, str]]:
-    """Does a sweep, or ``only`` one of its members or the report, as a job of a cluster does.
+    """Does a sweep, or ``only`` one of its members or the report, as in a cluster job.
 
-    An error of a run does not keep the others from working, except with ``debug``.
+    After an error in one run the others continue, except with ``debug``.
 
     Returns:
-        What the runs have recorded (None for a single member), and the reason of each failure by name.
+        The report's data (None for a single member), and the reason of each failure by name.
 
     Raises:
-        UserError: found before anything was done.
+        UserError: the checks found problems; nothing was done.
         Stopped: a signal ended a training, whose work is saved.
     """
     members = {member.name: member for member in sweep.members()}
@@ -171,16 +171,16 @@ def _work(sweep: Sweep, member: Member) -> None:
 
 
 def _start_stage(member: Member, stage: str, *options: str) -> None:
-    """Does a stage in processes of its own, one per GPU."""
+    """Does a stage in separate processes, one per GPU."""
     code = launch.start([stage, *member.arguments, *options], launch.num_processes(member.config), silent=True)
-    if code - 128 in launch.SIGNALS:  # not SIGKILL, by which the system ends what takes too much memory
+    if code - 128 in launch.SIGNALS:  # SIGKILL, which the system sends when memory runs out, is a failure
         raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues")
     if code:
         raise StageError(f"{stage} ended with exit code {code}")
 
 
 def _report(sweep: Sweep, failed: dict[str, str]) -> Study | None:
-    """The report over all runs that are complete."""
+    """The report on all complete runs."""
     runs = [Run(member.config) for name, member in sweep.runs.items() if name not in failed]
     measured = [run.directory for run in runs if _exists(run, "eval merged")]
     if not measured:
@@ -190,7 +190,7 @@ def _report(sweep: Sweep, failed: dict[str, str]) -> Study | None:
 
 
 def share(source: Run, target: Run, label: str) -> None:
-    """Gives a run what another has: its checkpoint of this name, unless it has one, and the results measured on it."""
+    """Links a run's checkpoint of this name into another run, unless it has one, and copies its results."""
     if (source.directory / label).is_dir() and not (target.directory / label).is_dir():
         with target.lock():
             target.take_over(source, label)

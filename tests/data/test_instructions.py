@@ -114,7 +114,7 @@ def test_rows_that_are_missing_are_found_before_training(
 
 @pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c", "missing.parquet"])
 def test_an_unknown_data_set(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is not a file and none of .*alpaca-gpt4, nor"):
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is not a file, not one of .*alpaca-gpt4, and"):
         load(name)
 
 

@@ -156,9 +156,9 @@ exclude: [{train.lr: 1}, {train.method: ste}, 3]
         "grid: train.rank: expected a list of values, found 4",
         "overrides: train.rank is in the grid too; leave it in one of them",
         "grid: run.seed: duplicate value in [0, 1, 0]",
-        "overrides: run.dir: a sweep names the directories of its runs; `dir` is the folder that they share",
+        "overrides: run.dir: a sweep names the directories of its runs; set their parent folder with `dir`",
         "exclude, entry 1: train.lr is not in the grid; did you mean train.rank?",
-        "exclude, entry 2: train.method: 'ste' is none of the grid's ['spp', 'lora']",
+        "exclude, entry 2: train.method: 'ste' is not in the grid's ['spp', 'lora']",
         "exclude, entry 3: expected KEY: VALUE of the grid, found 3",
     ]
 
@@ -251,9 +251,9 @@ def test_changed_settings_are_reported_all_at_once(sweep_file: Path, tmp_path: P
     errors = refused.err.strip().splitlines()
     assert [line.partition(" ")[2].partition(";")[0] for line in errors] == [
         f"{folder}/spp/adapter was made with train.max_steps = 2, now 3",
-        f"{folder}/spp/merged rests on that",
+        f"{folder}/spp/merged depends on that",
         f"{folder}/masked_lora/adapter was made with train.max_steps = 2, now 3",
-        f"{folder}/masked_lora/merged rests on that",
+        f"{folder}/masked_lora/merged depends on that",
     ]
     stage, *arguments, force = shlex.split(errors[0].partition("; sppctl ")[2].partition(" redoes it")[0])
     assert (stage, force) == ("train", "--force")
@@ -427,7 +427,7 @@ def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monke
 
 def test_jobs_are_written_in_a_checkout_only(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"--slurm: scripts/slurm_eval.sh is not here; call it from the root"):
+    with pytest.raises(UserError, match=r"--slurm: scripts/slurm_eval.sh does not exist; run sppctl from the root"):
         slurm.write(load_sweep(str(sweep_file)), tmp_path / "jobs")
     assert not (tmp_path / "jobs").exists()
 

@@ -155,8 +155,9 @@ def test_an_attempt_at_something_else_is_not_thrown_away(training: list[str], tm
         refused = sppctl([*training, *more])
         assert refused.returncode == 2
         assert (
-            f"error: {partial} holds the unfinished work of an attempt with train.lr = 0.01, now 0.001; its own "
-            "settings continue it, another run.dir keeps it, sppctl train --no-resume discards it" in refused.stderr
+            f"error: {partial} holds the unfinished work of an attempt with train.lr = 0.01, now 0.001; continue "
+            "it with its own settings, keep it by using another run.dir, or discard it with sppctl train --no-resume"
+            in refused.stderr
         )
     record = tmp_path / "run" / "pruned" / "stage.json"
     whole = record.read_text()
