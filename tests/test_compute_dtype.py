@@ -151,7 +151,7 @@ def test_results_stay_valid_unless_a_dtype_is_asked_for(
     assert names[0][0].endswith(", computed in bfloat16")
     assert names[1][0].endswith(", computed in float32")
     assert collected["comparisons"] == []
-    assert "is not one measure, and only equal ones are compared: base computed in bfloat16" in collected["notes"][0]
+    assert ": measured differently; only equal ones are compared (base computed in bfloat16" in collected["notes"][0]
 
 
 def test_float32_is_not_rounded_to_compute_unless_that_is_asked_for(work: Work, cpu: Cpu) -> None:

@@ -1,4 +1,4 @@
-"""The dense model's predictions on the same windows: what a sparse model is compared with."""
+"""The dense model's predictions on the same windows, with which a sparse model is compared."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sppctl.files.safe_files import reserve
 
 
 class Reference:
-    """A model's final hidden states on windows, in a mapped file; its output head turns them into logits again.
+    """A model's final hidden states on windows, in a memory-mapped file; its output head turns them into logits.
 
-    A hidden state is some hundred times smaller than a row of logits, so a long text fits on a disk, and the dense
-    model itself need not be in memory beside the one that is compared with it.
+    A hidden state is about a hundred times smaller than a row of logits, so a long text fits on disk, and the dense
+    model itself need not be in memory together with the model that is compared with it.
     """
 
     @torch.no_grad()
@@ -33,13 +33,13 @@ class Reference:
         file: Path,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """Runs a causal language model, of which only the head is kept, on all windows, (windows, seq_len) int64.
+        """Runs a causal language model on all windows, (windows, seq_len) int64, and keeps only its head.
 
-        ``file`` takes the hidden states, (windows, seq_len, hidden_size) in the model's dtype; ``advance`` is called
-        with the number of windows after every batch.
+        ``file`` receives the hidden states, (windows, seq_len, hidden_size) in the model's dtype; ``advance`` is called
+        after every batch with its number of windows.
 
         Raises:
-            UserError: the model does more to its logits than is known, so they cannot be made again.
+            UserError: the model's logits cannot be recomputed from its hidden states.
             StageError: the disk is too small.
         """
         probe = windows[:1, :8] if len(windows) else torch.arange(8)[None]
@@ -47,7 +47,7 @@ class Reference:
             kind = model.config.model_type
             raise UserError("eval.divergence", f"{kind} changes its logits after the output head", "set it to null")
         self.head, self.config = model.get_output_embeddings(), model.config
-        self.vocab_size = int(self.head.weight.shape[0])  # columns of its logits
+        self.vocab_size = int(self.head.weight.shape[0])  # of the logits
         shape = (*windows.shape, self.head.weight.shape[1])
         size = windows.numel() * shape[-1]
         _reserve(file, size * model.dtype.itemsize)
@@ -59,9 +59,9 @@ class Reference:
             advance(len(batch))
 
     def compare(self, window: int, start: int, stop: int, logits: Tensor) -> tuple[float, int]:
-        """Sum of KL(reference || model) in nats, and on how many positions both find the same token likeliest.
+        """Sum of KL(reference || model) in nats, and the number of positions where both predict the same token.
 
-        ``logits``: (stop - start, vocabulary) float32 of the model that is compared, for some positions of a window.
+        ``logits``: (stop - start, vocabulary) float32 of the compared model, for some positions of a window.
         """
         hidden = self.hidden[window, start:stop].to(self.head.weight.device)
         reference = F.log_softmax(capped(self.head(hidden), self.config), dim=-1).to(logits.device)
@@ -77,10 +77,10 @@ def _reserve(file: Path, size: int) -> None:
     except OSError as error:
         free = shutil.disk_usage(file.parent).free
         problem = (
-            f"the hidden states of the dense model take {size:,} bytes in {file.parent}, where {free:,} are free "
-            f"({error.strerror}); free some, or set eval.divergence to null"
+            f"the hidden states of the dense model need {size:,} bytes in {file.parent}, where {free:,} are free "
+            f"({error.strerror}); free some space, or set eval.divergence to null"
         )
-    problem = distributed.first_known(problem)  # all processes end together
+    problem = distributed.first_known(problem)  # so that all processes stop together
     if problem is not None:
         file.unlink(missing_ok=True)
         raise StageError(problem)

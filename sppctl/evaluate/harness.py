@@ -1,4 +1,4 @@
-"""Bridge to EleutherAI's lm-evaluation-harness: task groups, few-shot counts, and what to take from its results."""
+"""Bridge to EleutherAI's lm-evaluation-harness: task groups, few-shot counts and scores."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from sppctl.files import sources
 
 # the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
 ZEROSHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-SHOTS = {"zeroshot": 0, "mmlu": 5}  # the groups of these papers, and the examples in their prompts
-# where lm-eval defines these tasks and wikitext; its index of all 14,000 files takes a quarter of a minute
+SHOTS = {"zeroshot": 0, "mmlu": 5}  # few-shot examples of the groups in these papers
+# where lm-eval defines these tasks and wikitext; indexing all of its 14,000 files takes 15 seconds
 _FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default", "wikitext")
-BOOTSTRAP = 100  # samples, for the few metrics whose standard error has no formula
+BOOTSTRAP = 100  # resamples, for the few metrics whose standard error has no formula
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _task_manager(include_path: str | None, whole: bool) -> Any:
-    """lm-eval's index of tasks: the whole, or that of our own groups, which takes no time."""
+def _task_manager(include_path: str | None, complete: bool) -> Any:
+    """lm-eval's index of tasks: the complete one, or the tasks of our own groups only, which takes no time."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval.tasks
 
-    if whole:
+    if complete:
         return lm_eval.tasks.TaskManager(include_path=include_path)
     root = Path(lm_eval.tasks.__file__).parent
     folders = [str(root / folder) for folder in _FOLDERS] + ([include_path] if include_path else [])
@@ -45,23 +45,23 @@ def _task_manager(include_path: str | None, whole: bool) -> Any:
 
 
 def _manager_for(names: list[str], include_path: str | None) -> Any:
-    """The small index if it knows all about the names, else the whole."""
-    small = _task_manager(include_path, whole=False)
-    closed = all(_closed(name, small.task_index) for name in names)
-    return small if closed else _task_manager(include_path, whole=True)
+    """The small index if it defines all of the names, else the complete one."""
+    small = _task_manager(include_path, complete=False)
+    is_sufficient = all(_is_defined(name, small.task_index) for name in names)
+    return small if is_sufficient else _task_manager(include_path, complete=True)
 
 
-def _closed(name: str, index: Json) -> bool:
-    """Whether an index holds a task, or a group with all members; other files may add members to a tag."""
+def _is_defined(name: str, index: Json) -> bool:
+    """Whether an index holds a task, or a group with all its members; files outside it may add members to a tag."""
     entry = index.get(name)
     if entry is None or entry.kind.name == "TAG":
         return entry is not None and name.startswith("mmlu_")
     children = entry.cfg["task"] if entry.kind.name == "GROUP" else []
-    return all(isinstance(child, str) and _closed(child, index) for child in children)
+    return all(isinstance(child, str) and _is_defined(child, index) for child in children)
 
 
 def expanded(names: list[str], include_path: str | None = None) -> list[str]:
-    """Names without repetition; ``all``, and patterns such as ``blimp_*``, replaced by what they mean.
+    """Unique task names, with ``all`` and patterns such as ``blimp_*`` expanded.
 
     Raises:
         UserError: a pattern matches no task, tag or group of lm-eval.
@@ -70,7 +70,7 @@ def expanded(names: list[str], include_path: str | None = None) -> list[str]:
     for name in names:
         matching = [*SHOTS, "wikitext"] if name == "all" else [name]
         if set(name) & set("*?["):
-            matching = sorted(fnmatch.filter(_task_manager(include_path, whole=True).all_tasks, name))
+            matching = sorted(fnmatch.filter(_task_manager(include_path, complete=True).all_tasks, name))
             if not matching:
                 raise UserError("eval.tasks", f"{name} matches no lm-eval task", "`lm-eval ls tasks` lists them")
         tasks += matching
@@ -84,18 +84,18 @@ def check_tasks(names: list[str], include_path: str | None = None, tokenizer: An
         UserError: a task or folder is unknown, or a task needs an end-of-text token that the tokenizer does not have.
     """
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError("eval.include_path", f"{include_path} is not a folder", "give the one with your tasks' YAML")
-    others = [name for name in expanded(names, include_path) if name not in SHOTS]
-    if not others:
+        raise UserError("eval.include_path", f"{include_path} is not a folder", "give the folder of your tasks' YAML")
+    lm_eval_names = [name for name in expanded(names, include_path) if name not in SHOTS]
+    if not lm_eval_names:
         return
-    known = _manager_for(others, include_path).all_tasks
-    unknown = next((name for name in others if name not in known), None)
+    available = _manager_for(lm_eval_names, include_path).all_tasks
+    unknown = next((name for name in lm_eval_names if name not in available), None)
     if unknown is not None:
-        close = difflib.get_close_matches(unknown, [*SHOTS, *known], n=3)
+        close = difflib.get_close_matches(unknown, [*SHOTS, *available], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
         raise UserError("eval.tasks", f"{unknown} is neither zeroshot nor mmlu nor an lm-eval task", hint)
     without_end = tokenizer is not None and tokenizer.eos_token_id is None
-    for name in others:
+    for name in lm_eval_names:
         for task in members(name, include_path):
             definition = _definition(task, include_path) or {}
             if definition.get("unsafe_code"):
@@ -108,8 +108,8 @@ def check_tasks(names: list[str], include_path: str | None = None, tokenizer: An
                 kind == "generate_until" or (kind == "loglikelihood_rolling" and tokenizer.bos_token_id is None)
             ):
                 raise UserError(
-                    f"eval.tasks: {task} ({kind}) needs an end-of-text token, and the tokenizer has none; "
-                    "name it in the model's tokenizer_config.json (eos_token)"
+                    f"eval.tasks: {task} ({kind}) needs an end-of-text token, but the tokenizer has none; "
+                    "set eos_token in the model's tokenizer_config.json"
                 )
 
 
@@ -121,10 +121,11 @@ def _definition(name: str, include_path: str | None) -> Json | None:
     return load_yaml(entry.yaml_path, resolve_func=False) if entry.kind.name == "TASK" else None
 
 
-def alone(measure: TaskMeasure, include_path: str | None) -> TaskMeasure:
-    """The measure without its group, with the examples that prompts really have, and with a seed only if it counts.
+def without_group(measure: TaskMeasure, include_path: str | None) -> TaskMeasure:
+    """The measure without its group, with the actual number of examples, and with a seed only if it has an effect.
 
-    A seed counts where examples or answers are drawn. A group, or a task that is a Python class, cannot be looked into.
+    A seed has an effect where examples or answers are drawn. Groups, and tasks that are Python classes, have no
+    definition to read; they keep both.
     """
     definition = _definition(measure.task, include_path)
     if definition is None:
@@ -134,19 +135,19 @@ def alone(measure: TaskMeasure, include_path: str | None) -> TaskMeasure:
     return replace(measure, group=None, num_fewshot=count, seed=measure.seed if is_drawn else None)
 
 
-def _shots(by_default: int | None, asked: int | None) -> int:
-    """As lm-eval does: a task whose own count is 0 keeps it, one without a count has none."""
-    return by_default or 0 if asked is None or by_default == 0 else asked
+def _shots(default: int | None, configured: int | None) -> int:
+    """As in lm-eval: a task that defines 0 examples keeps 0; without any setting there are none."""
+    return default or 0 if configured is None or default == 0 else configured
 
 
 def load_tasks(names: list[str], include_path: str | None = None) -> None:
-    """Loads the data of tasks, which leaves it in the cache of ``datasets``; StageError if that fails."""
-    with _failing(", ".join(names)), _quiet(processes=True):
+    """Loads the data of tasks into the cache of ``datasets``; StageError if that fails."""
+    with _stage_errors(", ".join(names)), _quiet(processes=True):
         _load(names, include_path)
 
 
 def _load(names: list[str], include_path: str | None) -> tuple[Any, sources.Recorded]:
-    """Tasks as lm-eval loads them, and what was read to do so."""
+    """Tasks as lm-eval loads them, and the sources that were read."""
     manager = _manager_for(names, include_path)
     with sources.recording() as recorded:
         loaded = manager.load(names)
@@ -156,32 +157,32 @@ def _load(names: list[str], include_path: str | None) -> tuple[Any, sources.Reco
 
 
 def members(name: str, include_path: str | None = None) -> dict[str, Rules]:
-    """The tasks of a group, each of which can be run by itself without changing its numbers, with their own groups.
+    """The tasks of a group that can be run one by one with the same results, each with the groups that it is in.
 
-    A group that changes its tasks' settings, or averages only what a certain filter lets through, is one member.
+    A group that changes its tasks' settings, or averages the results of certain filters only, is one member.
     """
     if name == "zeroshot":
         return {task: {name: {}} for task in ZEROSHOT}
     index = _manager_for([name], include_path).task_index
     tasks: dict[str, Rules] = {}
     try:
-        for task, groups in _leaves(name, index, {}):  # one that is named twice is run once
+        for task, groups in _leaves(name, index, {}):  # a task that is listed twice is run once
             tasks[task] = tasks.get(task, {}) | groups
     except LookupError:
         return {name: {}}
     return tasks
 
 
-def _leaves(name: str, index: Json, above: Rules) -> Iterator[tuple[str, Rules]]:
+def _leaves(name: str, index: Json, outer_groups: Rules) -> Iterator[tuple[str, Rules]]:
     from lm_eval.tasks._factory import GROUP_FIELD_NAMES
 
     entry = index[name]
     if entry.kind.name not in ("GROUP", "TAG"):
-        yield name, above
+        yield name, outer_groups
         return
     if entry.kind.name == "TAG":
         children: list[Any] = sorted(entry.tags)
-        groups = above or {name: {}}
+        groups = outer_groups or {name: {}}
     else:
         children = entry.cfg["task"]
         rules = entry.cfg.get("aggregate_metric_list") or []
@@ -189,13 +190,13 @@ def _leaves(name: str, index: Json, above: Rules) -> Iterator[tuple[str, Rules]]
         special = any(rule.get("filter_list") or rule.get("aggregation", "mean") != "mean" for rule in rules)
         if special or set(entry.cfg) - GROUP_FIELD_NAMES or not all(isinstance(child, str) for child in children):
             raise LookupError(f"{name} is more than a list of tasks")
-        groups = above | {name: {rule["metric"]: rule.get("weight_by_size", True) for rule in rules}}
+        groups = outer_groups | {name: {rule["metric"]: rule.get("weight_by_size", True) for rule in rules}}
     for child in children:
         yield from _leaves(child, index, groups)
 
 
 def are_current(task: str, recorded: Json, include_path: str | None) -> bool:
-    """Whether a task would be made from what is recorded of an earlier run of it (``sources`` of its numbers)."""
+    """Whether the files and data of a task are those that an earlier run recorded (``sources`` of its numbers)."""
     return sources.are_current(recorded, _manager_for([task], include_path).task_index[task].yaml_path, include_path)
 
 
@@ -208,8 +209,8 @@ def evaluate(
     """Runs one task, or one group of lm-eval, on a loaded model; several processes share the work.
 
     Returns:
-        The numbers, without groups; and for each task what came of each of its samples, see :func:`_sample`; of
-        several filters the first.
+        The numbers, without groups; and for each task the records of its samples (see :func:`_sample`), of the first
+        filter if there are several.
 
     Raises:
         StageError: lm-eval failed, for example because a data set could not be loaded.
@@ -223,7 +224,7 @@ def evaluate(
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     seed = measure.seed or 0
-    with _failing(measure.task):
+    with _stage_errors(measure.task):
         with _quiet(processes=True):
             set_seed(seed)
             loaded, recorded = _load([measure.task], include_path)
@@ -245,16 +246,16 @@ def evaluate(
             )
             assert outcome is not None
             samples = {
-                task: [_sample(loaded["tasks"][task], one) for one in logged if one["filter"] == logged[0]["filter"]]
-                for task, logged in outcome["samples"].items()
+                task: [_sample(loaded["tasks"][task], log) for log in logs if log["filter"] == logs[0]["filter"]]
+                for task, logs in outcome["samples"].items()
             }
     truncated, summary = len(scorer.truncated), recorded.summary(include_path)
     return replace(task_numbers(outcome), truncated_prompts=truncated, sources=summary), samples
 
 
 @contextlib.contextmanager
-def _failing(name: str) -> Iterator[None]:
-    """Makes a StageError of whatever datasets, jinja or a task's own code raise inside."""
+def _stage_errors(name: str) -> Iterator[None]:
+    """Turns whatever datasets, jinja or a task's own code raise into a StageError."""
     try:
         yield
     except UserError:
@@ -267,18 +268,19 @@ def _failing(name: str) -> Iterator[None]:
 def _quiet(processes: bool = False) -> Iterator[None]:
     """Keeps stdout for results, and stderr clean of lm-eval's bars where it is not a terminal.
 
-    ``processes``: also of what other processes write: lm-eval calls `git` when it loads tasks. No progress is shown.
+    ``processes``: also silences subprocesses, such as the `git` that lm-eval calls when it loads tasks; then no
+    progress can be shown.
     """
-    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as nowhere:
+    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as devnull:
         if sys.stderr.isatty():
             yield
         elif not processes:
-            with contextlib.redirect_stderr(nowhere):
+            with contextlib.redirect_stderr(devnull):
                 yield
         else:
             sys.stderr.flush()
             saved = os.dup(2)
-            os.dup2(nowhere.fileno(), 2)
+            os.dup2(devnull.fileno(), 2)
             try:
                 yield
             finally:
@@ -291,7 +293,7 @@ def _quiet(processes: bool = False) -> Iterator[None]:
 
 
 def task_numbers(outcome: Json) -> TaskNumbers:
-    """Scores of each task in what lm-eval returns, and its own mean of a group that it defines, else the plain one."""
+    """The scores of each task that lm-eval returns, and its mean of a group that it defines, else the plain mean."""
     tasks = {}
     for task, metrics in outcome["results"].items():
         if task not in outcome["n-samples"]:  # a group
@@ -306,38 +308,39 @@ def task_numbers(outcome: Json) -> TaskNumbers:
             outcome["n-shot"].get(task),
             outcome["n-samples"][task]["effective"],
         )
-    inside = {member for members in outcome.get("group_subtasks", {}).values() for member in members}
-    outermost = [name for name in outcome["results"] if name in outcome.get("groups", {}) and name not in inside]
-    mean = _plain(outcome["results"][outermost[0]]) if outermost else plain_mean([one.scores for one in tasks.values()])
-    return TaskNumbers(tasks, mean)
+    subtasks = {member for members in outcome.get("group_subtasks", {}).values() for member in members}
+    outermost = [name for name in outcome["results"] if name in outcome.get("groups", {}) and name not in subtasks]
+    if outermost:
+        return TaskNumbers(tasks, _plain(outcome["results"][outermost[0]]))
+    return TaskNumbers(tasks, plain_mean([task_scores.scores for task_scores in tasks.values()]))
 
 
 def _plain(metrics: Json) -> dict[str, float]:
-    """``{"acc,none": 0.5, ...}`` without the filter's name; of several for one metric only the first loses it."""
+    """``{"acc,none": 0.5, ...}`` without the filter's name; where a metric has several, only the first loses it."""
     plain: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and "," in key:
-            metric, _, chosen = key.partition(",")
-            plain[f"{chosen} {metric}" if metric in plain else metric] = float(value)
+            metric, _, filter_name = key.partition(",")
+            plain[f"{filter_name} {metric}" if metric in plain else metric] = float(value)
     return plain
 
 
 def _sample(task: Any, sample: Json) -> Json:
-    """What came of one document.
+    """The record of one document.
 
     Returns:
         ``{"doc": its number, "hash": of its content, "chosen": index of the likeliest answer, "target": index of the
-        right one, metric: value, ...}``; None where there is no choice, or no single right one.
+        correct one, metric: value, ...}``; None where there is no choice, or no single correct answer.
     """
     chosen = target = None
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(sample["doc"])
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"][: len(choices)]]
         chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-        right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-        if isinstance(right, str):
-            right = choices.index(right) if right in choices else None
-        target = right if isinstance(right, int) else None
+        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        if isinstance(gold, str):
+            gold = choices.index(gold) if gold in choices else None
+        target = gold if isinstance(gold, int) else None
     record = {"doc": sample["doc_id"], "hash": sample["doc_hash"], "chosen": chosen, "target": target}
     for metric in sample["metrics"]:
         value = sample[metric]

@@ -29,7 +29,7 @@ CPU_BATCH, GPU_BATCH = 4, 16  # windows of text
 
 
 def contents(config: Config) -> dict[str, str]:
-    """Identifies the configured texts: a local file by its bytes, any other text by its content."""
+    """Hashes of the configured texts: of a local file its bytes, of any other text its documents."""
     return {
         name: texts.file_hash(name) or texts.content_hash(texts.load_text(name, "test", "eval.perplexity").documents)
         for name in config.eval.perplexity
@@ -38,17 +38,17 @@ def contents(config: Config) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """A text in windows, and which of them this process computes."""
+    """A text in windows, and those that this process computes."""
 
     tokens: Tensor  # (windows, seq_len) int64, all of them
-    # those that this process computes; whole batches, so that a window is in the same company as in a single process
+    # of this process; whole batches, so that each window is computed in the same batch as in a single process
     indices: Tensor
     batch_size: int  # windows at a time
     documents_hash: str  # of the text
 
 
 def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: torch.device) -> Windows:
-    """The windows of a text for a model on a device; as many at a time as configured, or as many as serve it well."""
+    """The windows of a text for a model on a device, in batches as configured or of a size that suits the device."""
     text = texts.load_text(measure.text, "test", "eval.perplexity")
     tokens = perplexity.windows_of_text(tokenizer, text, measure.seq_len, measure.max_tokens, measure.stride)
     share = math.ceil(len(tokens) / distributed.world_size())  # so that every process has a batch
@@ -60,58 +60,59 @@ def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: tor
 
 
 class DenseModel:
-    """The checkpoint that others are compared with: run once per text, and gone before another model is loaded."""
+    """The checkpoint that others are compared with: run once per text, and freed before another model is loaded."""
 
     def __init__(self, name: str, directory: Path, trust_remote_code: bool, scratch: Path) -> None:
-        """Loads nothing. ``name``: as configured; ``scratch``: an existing folder for its hidden states."""
+        """Loads nothing. ``name``: as configured; ``scratch``: an existing directory for its hidden states."""
         self.name, self.directory, self.trust = name, directory, trust_remote_code
         self.fingerprint = fingerprint(directory)
         self._folder = scratch / f".reference-{distributed.rank()}"
         self._references: dict[tuple[str, Windows], Reference] = {}
 
     def predict(self, texts: Iterable[tuple[str, Windows]], device: torch.device) -> None:
-        """Runs the model on the windows of this process, each in its dtype, and keeps what it predicts.
+        """Runs the model on the windows of this process, each text in its dtype, and keeps its predictions.
 
         It is loaded once for all texts of a dtype.
         """
-        todo = list(dict.fromkeys(texts))
+        unique_texts = list(dict.fromkeys(texts))
         self._folder.mkdir()
-        console.note(f"eval: what {self.directory} predicts, to compare others with it")
-        for dtype in dict.fromkeys(dtype for dtype, _ in todo):
+        console.note(f"eval: running {self.directory}, with which the others are compared")
+        for dtype in dict.fromkeys(dtype for dtype, _ in unique_texts):
             model = checkpoint.load_model(self.directory, device, dtype, self.trust, spread=True)
-            for number, (wanted, text) in enumerate(todo, start=1):
-                if wanted != dtype:
+            for number, (text_dtype, text) in enumerate(unique_texts, start=1):
+                if text_dtype != dtype:
                     continue
                 file = self._folder / f"{number}.bin"
-                with console.Progress(f"dense model: text {number} of {len(todo)}", len(text.indices)) as bar:
+                title = f"dense model: text {number} of {len(unique_texts)}"
+                with console.Progress(title, len(text.indices)) as bar:
                     windows, advance = text.tokens[text.indices], partial(bar.advance, "")
                     self._references[dtype, text] = Reference(model, windows, text.batch_size, file, advance)
             del model
             release()
 
-    def on(self, text: Windows, model: Any) -> Reference | None:
-        """Its predictions on the windows of this process, in the dtype of another model, if it has made them.
+    def reference_for(self, text: Windows, model: Any) -> Reference | None:
+        """Its predictions on the windows of this process, in the dtype of another model, if they have been computed.
 
         Raises:
-            UserError: the other model has another vocabulary.
+            UserError: the vocabulary of the other model is of another size.
         """
         reference = self._references.get((dtype_name(model.dtype), text))
         size = model.get_output_embeddings().weight.shape[0]
         if reference is not None and reference.vocab_size != size:
             raise UserError(
                 f"eval.divergence: {self.directory} has {reference.vocab_size} logits, this model {size}; "
-                "compare models of one family, or set it to null"
+                "compare models of the same family, or set it to null"
             )
         return reference
 
     def close(self) -> None:
-        """Removes what was kept."""
+        """Removes the predictions."""
         self._references.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def release() -> None:
-    """Frees the memory of models that nobody holds any longer."""
+    """Frees the memory of models that are no longer referenced."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -119,23 +120,23 @@ def release() -> None:
 def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dense: DenseModel | None) -> TextNumbers:
     """Perplexity on one text; several processes take batches in turn.
 
-    ``dense`` has predicted these windows where the measure names a reference. If there is none, this model may itself
-    be the dense one, and what it has predicted is not computed again.
+    If the measure names a reference, ``dense`` has predicted these windows. If not, this model may itself be the dense
+    one, and its hidden states are not computed again.
 
     Raises:
-        UserError: the dense model has another vocabulary.
-        StageError: the logits are not finite. An infinite loss is a result, of a bad model; NaN means a broken one.
+        UserError: the vocabulary of the dense model is of another size.
+        StageError: the loss is NaN: the weights are broken. An infinite loss is a result, of a bad model.
     """
     windows, indices = text.tokens, text.indices
     scored = perplexity.scored_tokens(len(windows), measure.seq_len, measure.stride)
-    known = None if dense is None else dense.on(text, model)
+    predicted = None if dense is None else dense.reference_for(text, model)
     reference = hidden = compared_with = None
     if measure.reference is not None:
         assert dense is not None
-        assert known is not None
-        reference, compared_with = known, None if dense.name == "base" else dense.name
-    elif known is not None:
-        hidden = known.hidden
+        assert predicted is not None
+        reference, compared_with = predicted, None if dense.name == "base" else dense.name
+    elif predicted is not None:
+        hidden = predicted.hidden
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)
     done = 0
     with console.Progress(f"{label}: perplexity of {measure.text}", len(indices)) as bar:
@@ -153,6 +154,7 @@ def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dens
             f"{label}: logits are not finite in window {broken[0] + 1} of {len(sums)} (dtype {dtype}); the weights are "
             f"damaged, or too large for {dtype}"
         )
-    losses = [round(loss, 4) for loss in sums[:, 0].tolist()]  # of thousands of tokens: enough to pair windows by
+    # sums over thousands of tokens: precise enough to pair windows
+    losses = [round(loss, 4) for loss in sums[:, 0].tolist()]
     numbers = perplexity.summarise(sums, windows.shape[1], measure.stride, reference is not None)
     return replace(numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)

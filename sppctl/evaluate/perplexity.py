@@ -20,43 +20,43 @@ from sppctl.evaluate.results import TextNumbers
 if TYPE_CHECKING:
     from sppctl.evaluate.divergence import Reference
 
-LOGIT_ROWS = 512  # logits are made for this many positions at a time, never for a whole batch of windows
-# on a CPU for fewer: up to 16 MiB are memory that malloc uses again, where larger blocks are mapped and cleared anew
-# every time, which costs more than the loss; and the loss is taken of 4 MiB, which stay in the cache
+LOGIT_ROWS = 512  # logits are computed for this many positions at a time, never for a whole batch of windows
+# fewer on a CPU: malloc reuses blocks of up to 16 MiB, but maps and clears larger ones anew every time, which costs
+# more than the loss; and the loss is computed on 4 MiB at a time, which stay in the cache
 CPU_LOGITS = 1 << 24  # bytes in the model's dtype
 CPU_LOSS = 1 << 20  # elements in float32
-MEMORY_SHARE = 0.5  # of what is free may be taken by logits of whole windows
+MEMORY_SHARE = 0.5  # of the free memory, for the logits of whole windows
 
 
 def text_windows(
     tokenizer: Any, text: str, seq_len: int, max_tokens: int | None, name: str, stride: int | None = None
 ) -> Tensor:
-    """One tokenisation of the whole text, cut into windows; the last partial one is dropped.
+    """Tokenises the whole text at once and cuts it into windows; the last partial one is dropped.
 
     Returns:
-        (windows, seq_len) int64, of the first ``max_tokens`` if they are set, a window every ``stride`` tokens; None:
-        ``seq_len``, no overlap.
+        (windows, seq_len) int64, of the first ``max_tokens`` if set, a window every ``stride`` tokens; None: every
+        ``seq_len``, without overlap.
 
     Raises:
-        UserError: not even one window; the text is called ``name``.
+        UserError: the text, called ``name`` in the message, is shorter than one window.
     """
     tokens = torch.tensor(tokenizer(text).input_ids)[:max_tokens]
     if max_tokens is not None and max_tokens < seq_len:
         raise UserError(
             "eval.max_tokens",
             f"{max_tokens} is less than one window of {seq_len}",
-            "raise it, or set a shorter eval.seq_len",
+            "raise it, or set a smaller eval.seq_len",
         )
     if len(tokens) < seq_len:
         problem = f"{name} has {len(tokens)} tokens, less than one window of {seq_len}"
-        raise UserError("eval.perplexity", problem, "set a shorter eval.seq_len")
+        raise UserError("eval.perplexity", problem, "set a smaller eval.seq_len")
     return tokens.unfold(0, seq_len, stride or seq_len)
 
 
 def windows_of_text(
     tokenizer: Any, text: Text, seq_len: int, max_tokens: int | None, stride: int | None = None
 ) -> Tensor:
-    """:func:`text_windows` of joined documents, of which the protocol may measure a number of windows only."""
+    """:func:`text_windows` of the joined documents; the protocol of a text may limit the number of windows."""
     limits = [count for count in (max_tokens, text.windows and text.windows * seq_len) if count]
     return text_windows(
         tokenizer, text.joiner.join(text.documents), seq_len, min(limits, default=None), text.name, stride
@@ -64,10 +64,10 @@ def windows_of_text(
 
 
 def scored_tokens(count: int, seq_len: int, stride: int | None = None) -> Tensor:
-    """(windows,) int64: predicted tokens that count in each window, the last ones of it.
+    """(windows,) int64: the number of tokens that are scored in each window, its last ones.
 
-    The first token of a window has nothing before it. Of windows that overlap, all but the first count only what no
-    window before them has predicted.
+    The first token of a window has no context. Where windows overlap, only tokens that no earlier window has scored
+    are scored.
     """
     scored = torch.full((count,), min(stride or seq_len, seq_len - 1))
     scored[:1] = seq_len - 1
@@ -90,20 +90,20 @@ def window_sums(
     whole: bool = False,
     hidden: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Sums over the predicted tokens of every window that count.
+    """Sums over the scored tokens of every window.
 
-    The output head runs on :func:`logit_rows` positions at a time in the model's dtype, the loss is taken in float32. A
-    model that does more to its logits than :func:`capped` knows is asked for whole windows of them instead, as many as
-    fit. A batch that does not fit on a GPU is halved.
+    The output head runs on :func:`logit_rows` positions at a time in the model's dtype, the loss in float32. A model
+    that changes its logits in ways that :func:`capped` does not cover computes whole windows of them instead, as many
+    as fit. A batch that does not fit on a GPU is halved.
 
     Args:
         model: a causal language model of transformers.
         windows: (windows, seq_len) int64.
         batch_size: windows at a time.
-        scored: (windows,) how many of a window's last tokens count; None: all but the first.
-        reference: what the model is compared with; made on the same windows.
-        whole: take the logits of whole windows in any case; a sharded model must be called as a whole.
-        hidden: (windows, seq_len, hidden_size), the model's final hidden states if they are known already.
+        scored: (windows,) how many of a window's last tokens are scored; None: all but the first.
+        reference: predictions on the same windows, with which the model is compared.
+        whole: compute the logits of whole windows in any case; a sharded model must be called as a whole.
+        hidden: (windows, seq_len, hidden_size), the model's final hidden states if they have been computed.
 
     Yields:
         (batch, 3) float64 for every batch: negative log-likelihood, KL divergence, agreements.
@@ -112,13 +112,13 @@ def window_sums(
         return
     chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
     if not (chunked or whole):  # the logits of these windows, and one copy of them, must fit into memory together
-        one = 2 * windows.shape[1] * _vocab_size(model) * model.dtype.itemsize
-        batch_size = min(batch_size, max(1, int(machine.free_memory(model.device) * MEMORY_SHARE / one)))
+        window_bytes = 2 * windows.shape[1] * _vocab_size(model) * model.dtype.itemsize
+        batch_size = min(batch_size, max(1, int(machine.free_memory(model.device) * MEMORY_SHARE / window_bytes)))
     counts = scored_tokens(*windows.shape) if scored is None else scored
     sums_of = partial(_sums, model, windows, counts.tolist(), reference, chunked, hidden)
     for first in range(0, len(windows), batch_size):
         batch = range(first, min(first + batch_size, len(windows)))
-        # the processes of a sharded model must make the same calls
+        # the processes of a sharded model must make the same calls, so none of them may halve a batch alone
         yield torch.stack(sums_of(batch) if whole else machine.in_halves(sums_of, batch))
 
 
@@ -160,7 +160,7 @@ def _vocab_size(model: Any) -> int:
 
 
 def logit_rows(model: Any, dtype: torch.dtype) -> int:
-    """Positions whose logits, in a dtype, are made at a time."""
+    """The number of positions whose logits, in a dtype, are computed at a time."""
     if model.device.type != "cpu":
         return LOGIT_ROWS
     return max(1, min(LOGIT_ROWS, CPU_LOGITS // (_vocab_size(model) * dtype.itemsize)))
@@ -169,13 +169,13 @@ def logit_rows(model: Any, dtype: torch.dtype) -> int:
 def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], Tensor]) -> float:
     """Summed negative log-likelihood in float32 of the tokens (positions,) under logits (positions, vocabulary)."""
     rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_LOSS // logits.shape[1])
-    # of a model that is spread over GPUs the head and the embedding are on different ones
+    # in a model that is spread over GPUs the head and the embedding are on different ones
     parts = zip(logits.split(rows), following.to(logits.device).split(rows), strict=True)
     return sum(F.cross_entropy(finish(part), tokens, reduction="sum").item() for part, tokens in parts)
 
 
 def capped(logits: Tensor, config: Any) -> Tensor:
-    """What the output head gives, in float32, with the scale (Cohere, Granite) and soft cap (Gemma 2) of the model."""
+    """The output of the head in float32, with the scale (Cohere, Granite) and soft cap (Gemma 2) of the model."""
     logits, text_config = logits.float(), config.get_text_config()
     factor, divisor = getattr(text_config, "logit_scale", None), getattr(text_config, "logits_scaling", None)
     if isinstance(factor, float):
@@ -188,18 +188,18 @@ def capped(logits: Tensor, config: Any) -> Tensor:
 
 @torch.no_grad()
 def head_is_last_step(model: Any, tokens: Tensor) -> bool:
-    """Whether the model's logits are what its output head and :func:`capped` make of its final hidden states."""
+    """Whether the output head and :func:`capped` reproduce the model's logits from its final hidden states."""
     hidden: list[Tensor] = []
     handle = model.base_model.register_forward_hook(lambda *call: hidden.append(call[-1][0]))
     try:
         logits = model(tokens, use_cache=False).logits.float()
     finally:
         handle.remove()
-    if not hidden:  # OPT calls a part of its base model
+    if not hidden:  # OPT calls only a part of its base model
         hidden.append(model.base_model(input_ids=tokens, use_cache=False)[0])
-    remade = capped(model.get_output_embeddings()(hidden[0]), model.config).to(logits.device)
+    recomputed = capped(model.get_output_embeddings()(hidden[0]), model.config).to(logits.device)
     tolerance = 1e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return logits.shape == remade.shape and torch.allclose(logits, remade, rtol=tolerance, atol=tolerance)
+    return logits.shape == recomputed.shape and torch.allclose(logits, recomputed, rtol=tolerance, atol=tolerance)
 
 
 def summarise(sums: Tensor, seq_len: int, stride: int | None = None, compared: bool = False) -> TextNumbers:

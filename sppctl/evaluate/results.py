@@ -1,7 +1,7 @@
-"""What is measured on a checkpoint, what came of it, and the results file in which it is found again.
+"""Measures, their results, and the results file of a checkpoint.
 
-A measure is a text or a benchmark task with every setting that changes its numbers. The JSON of results is read and
-written here alone; :mod:`sppctl.evaluate.values` makes numbers of results.
+A measure is a text or a benchmark task with every setting that changes its numbers. Only this module reads and writes
+the JSON of results; :mod:`sppctl.evaluate.values` derives numbers from results.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sppctl.files import sealed, strict_json
 
 T = TypeVar("T")
 Json = dict[str, Any]
-# groups of a task, the widest first; for each the metrics that lm-eval averages, and whether by samples (True) or by
-# tasks. No metric: the plain mean of the accuracies
+# the groups of a task, the largest first; for each the metrics that lm-eval averages, weighted by samples (True) or
+# over tasks. No metric: the plain mean of the accuracies
 Rules = dict[str, dict[str, bool]]
 REMEDY = "delete it and run sppctl eval again"
 
@@ -34,16 +34,16 @@ class TextMeasure:
     seq_len: int  # tokens in a window
     stride: int | None = None  # tokens from one window to the next; None: no overlap
     max_tokens: int | None = None
-    reference: str | None = None  # fingerprint of the model that is compared with
-    content: str | None = None  # identifies what the text contains
+    reference: str | None = None  # fingerprint of the model it is compared with
+    content: str | None = None  # hash of the text
 
     @property
     def windows(self) -> TextMeasure:
-        """Without what changes no perplexity of one version of the text."""
+        """Without the fields that do not change the perplexity on one version of the text."""
         return replace(self, reference=None, content=None)
 
     def supersedes(self, other: Measure) -> bool:
-        """Whether its result replaces another one: of a text, the last version and the last comparison are kept."""
+        """Whether its result replaces that of another: of a text the latest version and comparison are kept."""
         return isinstance(other, TextMeasure) and self.windows == other.windows
 
 
@@ -52,21 +52,21 @@ class TaskMeasure:
     """A benchmark task, or a group of tasks that lm-eval runs as one."""
 
     task: str  # its name in lm-eval
-    num_fewshot: int | None = None  # None: as the task has it
-    limit: int | None = None  # first documents
+    num_fewshot: int | None = None  # None: as the task defines it
+    limit: int | None = None  # number of documents, from the first
     seed: int | None = 0  # of few-shot sampling and of generation
-    group: str | None = None  # that it is measured for
+    group: str | None = None  # for which it is measured
     chat_template: bool = False
     system_prompt: str | None = None
-    batch_size: int | None = None  # if it is fixed: another one changes the last bits of likelihoods
+    batch_size: int | None = None  # if configured: it changes the last bits of likelihoods
 
     @property
     def family(self) -> TaskMeasure:
-        """What the tasks of a group have in common that are measured one by one; of any other task the task itself."""
+        """What the tasks of a group that are measured one by one have in common; any other task is its own family."""
         return self if self.group is None else replace(self, task="")
 
     def supersedes(self, other: Measure) -> bool:
-        """Whether its result replaces another one: the last batch size is kept."""
+        """Whether its result replaces that of another: the latest batch size is kept."""
         return isinstance(other, TaskMeasure) and replace(self, batch_size=None) == replace(other, batch_size=None)
 
 
@@ -78,51 +78,51 @@ Measure = TextMeasure | TaskMeasure
 
 @dataclass(frozen=True)
 class TextNumbers:
-    """What came of a text: its perplexity, and the distance to a reference model if there was one."""
+    """The numbers of a text: its perplexity, and the distance to a reference model if there was one."""
 
     value: float  # exp of the mean negative log-likelihood per predicted token
     nll: float  # that mean, in nats
     stderr: float | None  # standard error of nll over windows; None for a single one
-    tokens: int  # predicted ones
+    tokens: int  # predicted
     windows: int
     seq_len: int  # tokens in a window
     stride: int  # tokens from one window to the next
     kl: float | None = None  # mean KL(reference || model) per predicted token, in nats
     kl_stderr: float | None = None  # over windows
-    top1_agreement: float | None = None  # share of predicted tokens for which both models find the same one likeliest
+    top1_agreement: float | None = None  # share of tokens for which both models predict the same one
     documents_hash: str | None = None  # of the text
-    window_nll: list[float | None] = field(default_factory=list)  # summed loss of every window in nats, if it is finite
-    compared_with: str | None = None  # if it is not the run's dense model
+    window_nll: list[float | None] = field(default_factory=list)  # summed loss of every window in nats, if finite
+    compared_with: str | None = None  # the reference model, if it is not the run's dense model
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What came of one task."""
+    """The scores of one task."""
 
     scores: dict[str, float]  # by metric; standard errors as METRIC_stderr
-    metric: str | None = None  # that tables show
-    higher_is_better: bool | None = None  # of that metric, if lm-eval has it
+    metric: str | None = None  # the one that tables show
+    higher_is_better: bool | None = None  # of that metric, if lm-eval defines it
     version: float | str | None = None
-    num_fewshot: int | None = None  # that the prompts had
+    num_fewshot: int | None = None  # examples that the prompts had
     samples: int | None = None  # documents
 
 
 @dataclass(frozen=True)
 class TaskNumbers:
-    """What came of a task, or of a group that lm-eval ran as one."""
+    """The scores of a task, or of a group that lm-eval ran as one."""
 
     tasks: dict[str, TaskScores]
-    mean: dict[str, float] = field(default_factory=dict)  # lm-eval's own of a group that it defines, else the plain one
+    mean: dict[str, float] = field(default_factory=dict)  # lm-eval's of a group that it defines, else the plain mean
     truncated_prompts: int = 0
-    sources: Json | None = None  # what it was made from, see :meth:`sppctl.files.sources.Recorded.summary`
-    groups: Rules = field(default_factory=dict)  # that it is averaged in
-    members: int = 1  # tasks of the group that was asked for
+    sources: Json | None = None  # files and data of the tasks, see :meth:`sppctl.files.sources.Recorded.summary`
+    groups: Rules = field(default_factory=dict)  # in which it is averaged
+    members: int = 1  # number of tasks of the configured group
     samples_hash: dict[str, str] = field(default_factory=dict)  # of each task's file of samples
 
 
 @dataclass(frozen=True)
 class Result:
-    """One measure on one checkpoint, and how it was made."""
+    """The result of one measure on one checkpoint, and its provenance."""
 
     measure: Measure
     numbers: TextNumbers | TaskNumbers
@@ -137,7 +137,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TextResult(Result):
-    """Of a text."""
+    """The result of a text."""
 
     measure: TextMeasure
     numbers: TextNumbers
@@ -145,7 +145,7 @@ class TextResult(Result):
 
 @dataclass(frozen=True)
 class TaskResult(Result):
-    """Of a task."""
+    """The result of a task."""
 
     measure: TaskMeasure
     numbers: TaskNumbers
@@ -154,19 +154,19 @@ class TaskResult(Result):
 AnyResult = TextResult | TaskResult
 
 
-def unanswered(
-    wanted: list[Measure], known: list[AnyResult], is_placed: Callable[[TaskResult], bool] = lambda _: True
+def missing(
+    measures: list[Measure], results: list[AnyResult], has_current_groups: Callable[[TaskResult], bool] = lambda _: True
 ) -> list[Measure]:
-    """The measures that no known result answers; ``is_placed``: whether the task is in the groups of its result now."""
+    """The measures without a result; one of a task counts only if ``has_current_groups``."""
 
     def answers(result: AnyResult, measure: Measure) -> bool:
         if isinstance(result, TaskResult):
-            return result.measure == measure and is_placed(result)
-        # one that was compared serves where no comparison is asked for
-        is_alone = isinstance(measure, TextMeasure) and measure.reference is None
-        return measure == (replace(result.measure, reference=None) if is_alone else result.measure)
+            return result.measure == measure and has_current_groups(result)
+        # where no comparison is configured, a result with one counts too
+        is_plain = isinstance(measure, TextMeasure) and measure.reference is None
+        return measure == (replace(result.measure, reference=None) if is_plain else result.measure)
 
-    return [measure for measure in wanted if not any(answers(result, measure) for result in known)]
+    return [measure for measure in measures if not any(answers(result, measure) for result in results)]
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Results:
     """The results of one checkpoint: the content of ``eval/LABEL.json``."""
 
     label: str
-    checkpoint: str  # where it is
+    checkpoint: str  # its path
     fingerprint: str | None  # of its weights
     sparsity: Json  # summary of its zeros
     results: list[AnyResult] = field(default_factory=list)
@@ -227,7 +227,7 @@ class Results:
         return _record(cls, content | {"results": results})
 
     def to_json(self) -> Json:
-        """As in the file."""
+        """The content of the file."""
         content: Json = strict_json.finite(asdict(self))
         return content | {"results": [_entry(**result) for result in content["results"]]}
 
@@ -235,39 +235,39 @@ class Results:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _entry(measure: Json, numbers: Json, **made: Any) -> Json:
-    """A result as in the file."""
+def _entry(measure: Json, numbers: Json, **provenance: Any) -> Json:
+    """A result as it is written to the file."""
     if "text" in measure:
-        return {"settings": {"kind": "perplexity"} | measure, "metrics": numbers} | made
+        return {"settings": {"kind": "perplexity"} | measure, "metrics": numbers} | provenance
     tasks = {task: values.pop("scores") | values for task, values in numbers["tasks"].items()}
-    optional = ("group", "chat_template", "system_prompt", "batch_size")  # are left out where they are not set
-    chosen = {key: value for key, value in measure.items() if key not in optional or value not in (None, False)}
-    settings = {"kind": "tasks", "tasks": chosen.pop("task")} | chosen
-    return {"settings": settings, "metrics": numbers | {"tasks": tasks}} | made
+    optional = ("group", "chat_template", "system_prompt", "batch_size")  # left out where they are not set
+    content = {key: value for key, value in measure.items() if key not in optional or value not in (None, False)}
+    settings = {"kind": "tasks", "tasks": content.pop("task")} | content
+    return {"settings": settings, "metrics": numbers | {"tasks": tasks}} | provenance
 
 
 def _result(entry: Json) -> AnyResult:
     settings, metrics = entry["settings"], entry["metrics"]
     if settings["kind"] == "perplexity":
-        infinite = {key: math.inf for key in ("value", "nll") if metrics[key] is None}  # which JSON does not have
+        infinite = {key: math.inf for key in ("value", "nll") if metrics[key] is None}  # null in JSON
         numbers = _record(TextNumbers, metrics | infinite)
         return _record(TextResult, entry | {"measure": _record(TextMeasure, settings), "numbers": numbers})
-    names = {one.name for one in fields(TaskScores)}
+    field_names = {item.name for item in fields(TaskScores)}
     tasks = {}
     for task, values in metrics["tasks"].items():
-        scores = {name: value for name, value in values.items() if name not in names}
+        scores = {name: value for name, value in values.items() if name not in field_names}
         tasks[task] = _record(TaskScores, values | {"scores": scores})
     measure, numbers = settings | {"task": settings["tasks"]}, metrics | {"tasks": tasks}
-    made = entry | {"measure": _record(TaskMeasure, measure), "numbers": _record(TaskNumbers, numbers)}
-    return _record(TaskResult, made)
+    parts = {"measure": _record(TaskMeasure, measure), "numbers": _record(TaskNumbers, numbers)}
+    return _record(TaskResult, entry | parts)
 
 
 def _record(kind: type[T], content: Mapping[str, Any]) -> T:
-    """A dataclass from a mapping that may hold more; KeyError if a field without a default is missing."""
-    chosen = {}
-    for one in fields(kind):  # type: ignore[arg-type]
-        if one.name in content:
-            chosen[one.name] = content[one.name]
-        elif one.default is MISSING and one.default_factory is MISSING:
-            raise KeyError(one.name)
-    return kind(**chosen)
+    """A dataclass from a mapping that may hold more keys; KeyError if a field without a default is missing."""
+    arguments = {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        if item.name in content:
+            arguments[item.name] = content[item.name]
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise KeyError(item.name)
+    return kind(**arguments)

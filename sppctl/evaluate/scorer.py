@@ -1,8 +1,8 @@
 """lm-eval's transformers model with batches sized by memory, whose work several processes share.
 
-lm-eval itself gives each process documents of its own, so that a request is computed in other company than in a single
-process, and its score differs in the last bits. Here every process prepares all requests and makes the same batches;
-they compute these in turn. Any number of processes thus gives the numbers of one.
+lm-eval itself gives each process its own documents. The batches then differ from those of a single process, and scores
+differ in the last bits. Here every process prepares all requests and makes the same batches; they compute these in
+turn, so the numbers do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sppctl.data import vocabulary
 from sppctl.errors import StageError
 
 ALL = 1 << 30
-MEMORY_SHARE = 0.5  # of what is free may be taken by a batch
-LARGEST = {"cpu": 32, "cuda": 256}  # requests, beyond which a device gains nothing
-CPU_TOKENS = 2048  # in a batch, beyond which a CPU gains nothing
+MEMORY_SHARE = 0.5  # of the free memory, for a batch
+LARGEST = {"cpu": 32, "cuda": 256}  # requests in a batch; larger ones are not faster
+CPU_TOKENS = 2048  # in a batch; larger ones are not faster
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, tokens of the prompt, tokens of the answer
 
@@ -33,29 +33,29 @@ class Scorer(HFLM):
     """Scores requests and generates answers, longest first, like :class:`HFLM`.
 
     Attributes:
-        truncated: prompts that were too long for the model and lost their beginning, as lm-eval does it.
+        truncated: prompts that were too long for the model and were truncated on the left, as in lm-eval.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None, *, seed: int = 0, label: str = "") -> None:
         """Wraps a loaded model of transformers.
 
-        ``batch_size``: requests at a time, None: as many as fit; ``seed``: for generation that draws; ``label``: what
-        progress begins with.
+        ``batch_size``: requests at a time, None: as many as fit; ``seed``: for sampled generation; ``label``: prefix of
+        progress messages.
         """
-        rows = vocabulary.embeddings(model)
-        exceeds = vocabulary.may_exceed(tokenizer, rows)
-        self._embedded = rows if exceeds else None
+        num_embeddings = vocabulary.embeddings(model)
+        exceeds = vocabulary.may_exceed(tokenizer, num_embeddings)
+        self._num_embeddings = num_embeddings if exceeds else None
         if exceeds or (tokenizer.pad_token_id is None and tokenizer.eos_token_id is None):
-            # lm-eval would pad with a token beyond the model's, or add one
-            tokenizer.pad_token_id = vocabulary.pad_token_id(tokenizer, rows)
-        # with "auto" the library asks _detect_batch_size, and hands over all that is to be done at once
+            # lm-eval would pad with a token that the model does not embed, or add one
+            tokenizer.pad_token_id = vocabulary.pad_token_id(tokenizer, num_embeddings)
+        # with "auto" lm-eval calls _detect_batch_size, and so passes all requests at once
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size="auto")
         self.requests_at_a_time, self.seed, self._label = batch_size, seed, label
-        self._stderr = sys.stderr  # for progress, while lm-eval itself is kept from writing
+        self._stderr = sys.stderr  # for progress, while the output of lm-eval is suppressed
         self.truncated: set[str] = set()
         torch.cuda.empty_cache()
-        sharing = distributed.world_size() if self.device.type == "cpu" else 1
-        free = torch.tensor([-machine.free_memory(self.device) / sharing], device=self.device)
+        processes = distributed.world_size() if self.device.type == "cpu" else 1  # that share this memory
+        free = torch.tensor([-machine.free_memory(self.device) / processes], device=self.device)
         distributed.all_reduce_max(free)  # the process with the least decides for all
         self._room = -free.item() * MEMORY_SHARE
 
@@ -63,7 +63,7 @@ class Scorer(HFLM):
         return ALL
 
     def _batch_size_for(self, length: int) -> int:
-        """Requests of some tokens that fit into memory together."""
+        """The number of requests of a length in tokens that fit into memory together."""
         if self.requests_at_a_time is not None:
             return self.requests_at_a_time
         config = self.model.config.get_text_config()
@@ -83,8 +83,8 @@ class Scorer(HFLM):
                 bar.advance()
 
     def _check_tokens(self, tokens: list[int]) -> None:
-        if self._embedded is not None:
-            vocabulary.check(tokens, self.tokenizer, self._embedded, "eval.tasks")
+        if self._num_embeddings is not None:
+            vocabulary.check(tokens, self.tokenizer, self._num_embeddings, "eval.tasks")
 
     # --- log-likelihoods ----------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Scorer(HFLM):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each answer, and whether greedy decoding gives it."""
-        longest = self.max_length + 1  # the last token is predicted, not read
+        longest = self.max_length + 1  # the last token is only predicted
         for texts, context, answer in requests:
             if texts is not None and len(context) + len(answer) > longest:
                 self.truncated.add(texts[0])
@@ -134,8 +134,8 @@ class Scorer(HFLM):
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each prompt."""
-        lengths, kinds = [], defaultdict(list)
+        """Generates the text that follows each prompt."""
+        lengths, by_options = [], defaultdict(list)
         for index, request in enumerate(requests):
             prompt, options = request.args
             tokens = self.tok_encode(prompt)
@@ -143,22 +143,22 @@ class Scorer(HFLM):
             lengths.append(len(tokens))
             if len(tokens) > self.max_length - options.get("max_gen_toks", self.max_gen_toks):
                 self.truncated.add(prompt)
-            kinds[repr(options)].append(index)
+            by_options[repr(options)].append(index)
         batches = []
-        for kind in kinds.values():
-            kind.sort(key=lambda index: (-lengths[index], requests[index].args[0]))
-            answer = requests[kind[0]].args[1].get("max_gen_toks", self.max_gen_toks)
-            while kind:
-                size = self._batch_size_for(min(lengths[kind[0]] + answer, self.max_length))
-                batches.append(kind[:size])
-                kind = kind[size:]
+        for indices in by_options.values():
+            indices.sort(key=lambda index: (-lengths[index], requests[index].args[0]))
+            answer = requests[indices[0]].args[1].get("max_gen_toks", self.max_gen_toks)
+            while indices:
+                size = self._batch_size_for(min(lengths[indices[0]] + answer, self.max_length))
+                batches.append(indices[:size])
+                indices = indices[size:]
         texts: dict[int, str] = {}
         for batch in self._of_this_process(batches, "batches of texts"):
-            # what is drawn depends on the batch, not on how many processes there are and what they drew before
+            # sampling depends on the batch, not on the number of processes or on earlier batches
             torch.manual_seed(self.seed + batch[0])
             generate = partial(HFLM.generate_until, self, disable_tqdm=True)
             answers = machine.in_halves(generate, [requests[index] for index in batch])
             texts |= dict(zip(batch, answers, strict=True))
-        for others in distributed.gather_objects(texts):
-            texts |= others
+        for process_texts in distributed.gather_objects(texts):
+            texts |= process_texts
         return [texts[index] for index in range(len(requests))]

@@ -1,7 +1,7 @@
 """Any checkpoint -> perplexity and benchmark accuracy, with plain transformers and lm-eval.
 
-Each checkpoint has one JSON file of results. A result is found again by what was measured, with which settings, on
-which weights; asking twice costs nothing, and other measures are added beside it.
+Each checkpoint has one JSON file of results. A result is reused if the measure, its settings and the weights are the
+same; results of other measures are added to the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sppctl.model.estimate import CHARACTERS, Work
 from sppctl.model.weights import check_directory
 
 DEFAULT_WINDOW = 2048
-LOADED_AT_ONCE = 20  # tasks whose data is looked for before a run starts
+LOADED_AT_ONCE = 20  # tasks whose data is loaded before a run starts; for more that would take too long
 
 
 # --- before a run -----------------------------------------------------------------------------------------------------
@@ -43,10 +43,10 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     """Checks that texts can be loaded and tasks are known.
 
     Returns:
-        What evaluating one checkpoint will do; benchmark tasks are not counted.
+        The work of evaluating one checkpoint, without benchmark tasks.
 
     Raises:
-        UserError: with everything that is wrong.
+        UserError: with all problems.
     """
     problems, settings, tokens = Problems(), config.eval, 0.0
     limit = checkpoint.max_window(skeleton.config)
@@ -63,80 +63,81 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     with problems:
         harness.check_tasks(settings.tasks, settings.include_path, tokenizer)
     if settings.stride is not None and settings.stride > window:
-        problems.add("eval.stride", f"{settings.stride} would skip tokens between windows of {window}", "at most that")
+        problem = f"{settings.stride} would skip tokens between windows of {window}"
+        problems.add("eval.stride", problem, f"set at most {window}")
     problems.raise_all()
     return Work(", ".join([*settings.perplexity, *(f"{name} (not counted)" for name in settings.tasks)]), tokens)
 
 
 def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) -> float:
-    """About how many tokens a text has in all of its windows.
+    """The approximate number of tokens in all windows of a text.
 
     Raises:
-        UserError: it is not there, shorter than a window, or has tokens that the model does not embed.
+        UserError: it is missing, shorter than a window, or has tokens that the model does not embed.
     """
     text = texts.load_text(name, "test", "eval.perplexity")
     window, rows = _window(config, checkpoint.max_window(skeleton.config)), vocabulary.embeddings(skeleton.model)
-    whole = text.joiner.join(text.documents)
-    # the start shows whether it suffices; all tokens are looked at where some may be beyond
-    read = whole if vocabulary.may_exceed(tokenizer, rows) else whole[: 64 * window]
-    windows = perplexity.text_windows(tokenizer, read, window, config.eval.max_tokens, name)
+    content = text.joiner.join(text.documents)
+    # its start shows whether it is long enough; all tokens are checked only where the model may not embed some
+    start = content if vocabulary.may_exceed(tokenizer, rows) else content[: 64 * window]
+    windows = perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
     vocabulary.check(windows, tokenizer, rows, f"eval.perplexity: {name}")
-    most = config.eval.max_tokens or math.inf, text.windows * window if text.windows else math.inf
-    return min(len(whole) / CHARACTERS, *most) * window / (config.eval.stride or window)
+    limits = config.eval.max_tokens or math.inf, text.windows * window if text.windows else math.inf
+    return min(len(content) / CHARACTERS, *limits) * window / (config.eval.stride or window)
 
 
 def load_data(config: Config) -> None:
-    """Loads the data of the configured tasks, unless they are many; StageError if some of it could not be loaded."""
-    names = list(dict.fromkeys(measure.task for measure in tasks.wanted(config)))
+    """Loads the data of the configured tasks unless they are many; StageError if some could not be loaded."""
+    names = list(dict.fromkeys(measure.task for measure in tasks.configured(config)))
     if names and len(names) <= LOADED_AT_ONCE:
         harness.load_tasks(names, config.eval.include_path)
 
 
 def _check_reference(config: Config, skeleton: Any) -> None:
-    """A named reference is there, and has the model's vocabulary."""
+    """Checks that a reference given by name exists and has a vocabulary of the same size."""
     name = config.eval.divergence
     if name in (None, "base") or not config.eval.perplexity:
         return
     assert name is not None
     directory = checkpoint.locate(name, key="eval.divergence")
     reference = checkpoint.load_config(directory, config.model.trust_remote_code)
-    sizes = [int(one.get_text_config().vocab_size) for one in (reference, skeleton.config)]
+    sizes = [int(model.get_text_config().vocab_size) for model in (reference, skeleton.config)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"eval.divergence: {name} has a vocabulary of {sizes[0]}, this model of {sizes[1]}; compare models of one "
-            "family, or set it to null"
+            f"eval.divergence: {name} has a vocabulary of {sizes[0]}, this model of {sizes[1]}; compare models of the "
+            "same family, or set it to null"
         )
     check_directory(directory, config.model.trust_remote_code)
 
 
 def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
-    """The tokenizer has a chat template, and it takes the system prompt."""
+    """Checks that the tokenizer has a chat template, and that it accepts the system prompt."""
     if not config.eval.chat_template or not config.eval.tasks:
         return
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("eval.chat_template", "this model's tokenizer has no chat template", "set it to false")
     prompt = config.eval.system_prompt
     chat = [{"role": "user", "content": "Hello"}]
-    instructed = [{"role": "system", "content": prompt or ""}, *chat]
-    try_template(tokenizer, [chat, instructed] if prompt else [chat], "eval.chat_template")
+    with_system = [{"role": "system", "content": prompt or ""}, *chat]
+    try_template(tokenizer, [chat, with_system] if prompt else [chat], "eval.chat_template")
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it raises what it likes
-        problem = f"this model's chat template fails on a question: {first_line(error)}"
+    except Exception as error:  # a template can raise anything
+        problem = f"this model's chat template fails on a user message: {first_line(error)}"
         raise UserError("eval.chat_template", problem) from error
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     vocabulary.check(tokens, tokenizer, rows, "eval.chat_template")
     if prompt is None:
         return
     try:
-        is_taken = prompt.strip() in tokenizer.apply_chat_template(instructed, tokenize=False)
+        is_included = prompt.strip() in tokenizer.apply_chat_template(with_system, tokenize=False)
     except TemplateError:
-        is_taken = False
-    if not is_taken:
-        raise UserError("eval.system_prompt", "this model's chat template takes no system message", "set it to null")
+        is_included = False
+    if not is_included:
+        raise UserError("eval.system_prompt", "this model's chat template accepts no system message", "set it to null")
 
 
-# --- what there is to measure -----------------------------------------------------------------------------------------
+# --- existing and missing results -------------------------------------------------------------------------------------
 
 
 def window_of(config: Config, directory: Path) -> int:
@@ -148,49 +149,49 @@ def _window(config: Config, limit: int | None) -> int:
     return config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
 
 
-def known(config: Config, subject: Subject, path: Path) -> list[AnyResult]:
-    """What a results file holds for these weights and this tokenizer, as far as its samples are there.
+def valid_results(config: Config, subject: Subject, path: Path) -> list[AnyResult]:
+    """The results in a file that are of these weights and this tokenizer and whose samples exist.
 
-    Whatever dtype it was computed in will do, unless one is configured.
+    Any dtype is valid unless one is configured.
     """
-    before = Results.load(path)
-    if before is None or before.fingerprint != subject.fingerprint:
+    recorded = Results.load(path)
+    if recorded is None or recorded.fingerprint != subject.fingerprint:
         return []
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
     dtype = config.model.compute_dtype
-    asked = {measure.task for measure in tasks.wanted(config)}
+    configured = {measure.task for measure in tasks.configured(config)}
 
     def is_valid(result: AnyResult) -> bool:
         if result.tokenizer != tokenizer or dtype not in ("auto", result.dtype):
             return False
         if isinstance(result, TextResult):
             return True
-        is_asked = result.measure.task in asked
-        return is_asked and tasks.has_samples(result, _samples(path)) and tasks.is_current(config, result)
+        is_configured = result.measure.task in configured
+        return is_configured and tasks.has_samples(result, _samples(path)) and tasks.is_current(config, result)
 
-    return [result for result in before.results if is_valid(result)]
+    return [result for result in recorded.results if is_valid(result)]
 
 
 def missing(
-    config: Config, subject: Subject, known: list[AnyResult], contents: dict[str, str], dense: DenseModel | None
+    config: Config, subject: Subject, valid: list[AnyResult], contents: dict[str, str], dense: DenseModel | None
 ) -> list[Measure]:
-    """The configured measures, one per text and task, that no result of :func:`known` answers.
+    """The configured measures, one per text and task, that have no valid result.
 
-    ``contents``: of :func:`perplexities.contents`; ``dense``: what all checkpoints but itself are compared with.
+    ``contents``: from :func:`perplexities.contents`; ``dense``: the model that all other checkpoints are compared with.
     """
     reference = None if dense is None or dense.fingerprint == subject.fingerprint else dense.fingerprint
-    window, stride, most = window_of(config, subject.directory), config.eval.stride, config.eval.max_tokens
-    measures = [TextMeasure(name, window, stride, most, reference, content) for name, content in contents.items()]
-    return results.unanswered([*measures, *tasks.wanted(config)], known, partial(tasks.is_placed, config))
+    window, stride, max_tokens = window_of(config, subject.directory), config.eval.stride, config.eval.max_tokens
+    measures = [TextMeasure(name, window, stride, max_tokens, reference, content) for name, content in contents.items()]
+    return results.missing([*measures, *tasks.configured(config)], valid, partial(tasks.has_current_groups, config))
 
 
 def take_over(source: Path, target: Path) -> None:
-    """Adds what one results file holds, and its samples, to another of the same label, which may hold more."""
-    content, before = Results.load(source), Results.load(target)
+    """Adds the results and samples of one results file to another of the same label."""
+    content, previous = Results.load(source), Results.load(target)
     assert content is not None
-    if before is not None and before.fingerprint == content.fingerprint:
+    if previous is not None and previous.fingerprint == content.fingerprint:
         measures = [result.measure for result in content.results]
-        content.results += [old for old in before.results if not any(new.supersedes(old.measure) for new in measures)]
+        content.results += [old for old in previous.results if not any(new.supersedes(old.measure) for new in measures)]
     if _samples(source).is_dir():
         shutil.copytree(_samples(source), _samples(target), dirs_exist_ok=True)
     content.save(target)
@@ -205,57 +206,57 @@ def _samples(path: Path) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One checkpoint, and what is to be measured on it."""
+    """A checkpoint and the measures to run on it."""
 
     subject: Subject
     path: Path  # its results file
-    dtype: str  # that is computed in
-    known: list[AnyResult]  # of :func:`known`, which may serve where the same was measured for another group
-    measures: list[Measure]  # of :func:`missing`
-    dense: DenseModel | None  # that checkpoints are compared with, perhaps this one itself
-    windows: dict[TextMeasure, Windows] = field(default_factory=dict)  # of its texts, by :func:`prepare`
+    dtype: str  # of the computation
+    valid: list[AnyResult]  # from :func:`valid_results`; one that was measured for another group may be reused
+    measures: list[Measure]  # from :func:`missing`
+    dense: DenseModel | None  # the model that checkpoints are compared with, perhaps this one
+    windows: dict[TextMeasure, Windows] = field(default_factory=dict)  # of its texts, filled by :func:`prepare`
 
 
 def prepare(config: Config, jobs: Iterable[Job]) -> None:
-    """Makes the windows of all texts, and runs the dense model on those on which it will be compared.
+    """Makes the windows of all texts, and runs the dense model on those that are used for comparisons.
 
-    No other model is loaded before that one is gone. Checkpoints with the same tokenizer share their windows.
+    It is freed before another model is loaded. Checkpoints with the same tokenizer share their windows.
     """
     device, trust = checkpoint.pick_device(config.model.device), config.model.trust_remote_code
-    made: dict[tuple[str, TextMeasure], Windows] = {}
+    windows: dict[tuple[str, TextMeasure], Windows] = {}
     compared: dict[DenseModel, list[tuple[str, Windows]]] = {}
     for job in jobs:
         for measure in job.measures:
             if not isinstance(measure, TextMeasure):
                 continue
             key = checkpoint.tokenizer_fingerprint(job.subject.directory), measure.windows
-            if key not in made:
+            if key not in windows:
                 tokenizer = checkpoint.load_tokenizer(job.subject.directory, trust)
-                made[key] = perplexities.windows_of(config, tokenizer, measure, device)
-            job.windows[measure] = made[key]
+                windows[key] = perplexities.windows_of(config, tokenizer, measure, device)
+            job.windows[measure] = windows[key]
             if measure.reference is not None and job.dense is not None:
-                compared.setdefault(job.dense, []).append((job.dtype, made[key]))
-    for dense, windows in compared.items():
-        dense.predict(windows, device)
+                compared.setdefault(job.dense, []).append((job.dtype, windows[key]))
+    for dense, compared_texts in compared.items():
+        dense.predict(compared_texts, device)
 
 
 def execute(config: Config, job: Job) -> Results:
-    """Measures one checkpoint and adds to its results file after every measure; returns the file's content."""
+    """Measures one checkpoint and updates its results file after every measure; returns the file's content."""
     content: Results | None = distributed.broadcast_object(Results.load(job.path), 0)
     if content is None or content.fingerprint != job.subject.fingerprint:
         if distributed.is_main():
             shutil.rmtree(_samples(job.path), ignore_errors=True)
-        content = _none_yet(job.subject)
-    # a mean over a group would mix what was measured before and after its files changed
-    asked = {measure.task for measure in job.measures if isinstance(measure, TaskMeasure)}
-    outdated = [one for one in content.tasks if one.measure.task in asked and not tasks.is_current(config, one)]
+        content = _empty_results(job.subject)
+    # otherwise the mean of a group would mix results from before and after its files changed
+    pending = {measure.task for measure in job.measures if isinstance(measure, TaskMeasure)}
+    outdated = [old for old in content.tasks if old.measure.task in pending and not tasks.is_current(config, old)]
     content.results = [result for result in content.results if result not in outdated]
     model = tokenizer = None
-    shareable = [result for result in job.known if isinstance(result, TaskResult)]
+    shareable = [result for result in job.valid if isinstance(result, TaskResult)]
     for measure in job.measures:
         result: AnyResult | None = None
         if isinstance(measure, TaskMeasure):
-            result = tasks.shared(config, measure, shareable)
+            result = tasks.reused(config, measure, shareable)
         if result is None:
             if model is None:
                 device, trust = checkpoint.pick_device(config.model.device), config.model.trust_remote_code
@@ -269,8 +270,8 @@ def execute(config: Config, job: Job) -> Results:
     return content
 
 
-def _none_yet(subject: Subject) -> Results:
-    """The results of weights of which nothing has been measured."""
+def _empty_results(subject: Subject) -> Results:
+    """The results of a checkpoint before its first measure."""
     recorded = inspect.recorded_patterns(subject.directory) or {}
     with console.working(f"counting zeros in {subject.directory}"):
         _, sparsity = inspect.measure(subject.directory, *recorded.values())

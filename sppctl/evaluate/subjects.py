@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint, or a checkpoint under an adapter that is not merged."""
+"""What is measured: a checkpoint, or a checkpoint with an adapter that is not merged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sppctl.model import checkpoint
 from sppctl.model.refreshed import REFRESHED
 from sppctl.model.weights import empty_model
 
-AGAIN = "download the adapter again, or correct its adapter_config.json"
+REMEDY = "download the adapter again, or correct its adapter_config.json"
 CONFIG = "config.json"
 
 
@@ -34,44 +34,44 @@ class Subject:
         """The checkpoint or the adapter at ``path``.
 
         Raises:
-            UserError: the adapter has no weights as safetensors, or its base checkpoint is not beside it, nor where it
-            says, or holds other weights now; or files are not those that a record beside them says.
+            UserError: the adapter has no safetensors weights; or its base checkpoint is missing, or has other weights
+            than the adapter was trained on; or files differ from the record in their directory.
         """
         record = _verified(path)
         if not is_adapter(path):
             return cls(label, path)
         adapter_file(path)
-        named = str(adapter_settings(path).get("base_model_name_or_path") or "pruned")
+        base_name = str(adapter_settings(path).get("base_model_name_or_path") or "pruned")
         trained_on = record["inputs"]["pruned"] if record else None
-        # in a run directory that was moved or copied, what the adapter names is another run's
-        places = [place for place in (path.resolve().parent / "pruned", Path(named)) if (place / CONFIG).is_file()]
-        for base in places or [_from_the_hub(path, named)]:
+        # first the pruned checkpoint of the same run: after a copy, the adapter still names that of the original run
+        bases = [base for base in (path.resolve().parent / "pruned", Path(base_name)) if (base / CONFIG).is_file()]
+        for base in bases or [_from_the_hub(path, base_name)]:
             if trained_on in (None, fingerprint(base)):
                 _verified(base)
                 return cls(label, base, path)
         raise UserError(
-            f"{path} was trained on other weights than {places[0] if places else named} holds now; "
+            f"{path} was trained on other weights than {bases[0] if bases else base_name} holds now; "
             "train again (sppctl train --force)"
         )
 
     @property
     def place(self) -> Path:
-        """Where it is, for people."""
+        """The path of the adapter, or else of the checkpoint."""
         return self.adapter or self.directory
 
     @cached_property
     def fingerprint(self) -> str:
         """Of all weights."""
-        own = fingerprint(self.directory)
-        return own if self.adapter is None else f"{own}+{fingerprint(self.adapter)}"
+        weights = fingerprint(self.directory)
+        return weights if self.adapter is None else f"{weights}+{fingerprint(self.adapter)}"
 
     def check(self, trust_remote_code: bool) -> None:
-        """Shows on empty weights that the adapter's file holds what its configuration describes, and nothing else.
+        """Checks, without the model's weights, that the adapter's file holds exactly the tensors of its configuration.
 
-        PEFT itself loads it, so its renames hold. What is missing it would make up, and what is surplus leave out.
+        PEFT loads it here, so its renames apply. It initialises missing tensors and ignores surplus ones silently.
 
         Raises:
-            UserError: it does not, or PEFT cannot attach the adapter to the checkpoint.
+            UserError: the tensors differ, or PEFT cannot attach the adapter to the checkpoint.
         """
         if self.adapter is None:
             return
@@ -83,48 +83,48 @@ class Subject:
             with checkpoint.quiet_libraries():
                 config = PeftConfig.from_pretrained(str(self.adapter))
                 if hasattr(config, "init_lora_weights"):
-                    config.init_lora_weights = True  # others compute with the base weights
+                    config.init_lora_weights = True  # other values compute something from the base weights
                 adapted = PeftModel.from_pretrained(model, str(self.adapter), config=config, torch_device="cpu")
-                found = adapted.load_adapter(str(self.adapter), "default", torch_device="cpu", key_mapping=renames)
+                loaded = adapted.load_adapter(str(self.adapter), "default", torch_device="cpu", key_mapping=renames)
         except Exception as error:  # a wrong value raises wherever PEFT first uses it
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
             problem = f"{self.adapter} cannot be attached to {self.directory}: {reason.rstrip('.')}"
-            raise UserError(f"{problem}; {AGAIN}") from error
-        wrong = [f"holds no {name}" for name in found.missing_keys]
-        wrong += [f"holds {name}, which is not part of it" for name in found.unexpected_keys]
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+            raise UserError(f"{problem}; {REMEDY}") from error
+        problems = [f"holds no {name}" for name in loaded.missing_keys]
+        problems += [f"holds {name}, which is not part of it" for name in loaded.unexpected_keys]
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
             raise UserError(
                 f"{adapter_file(self.adapter)} is not the adapter that adapter_config.json describes: it "
-                f"{wrong[0]}{more}; {AGAIN}"
+                f"{problems[0]}{more}; {REMEDY}"
             )
 
     @torch.no_grad()
     def load(self, device: torch.device, dtype: str, trust_remote_code: bool) -> Any:
-        """The model, in evaluation mode; adapted layers in place of plain ones if there is an adapter."""
+        """The model in evaluation mode, with the adapter attached if there is one."""
         model = checkpoint.load_model(self.directory, device, dtype, trust_remote_code, spread=True)
         if self.adapter is None:
             return model
         from peft import PeftModel
 
         if (self.adapter / REFRESHED).is_file():
-            # masks that changed in training left these base weights behind, and the adapter belongs to them
+            # training changed the masks and wrote these base weights; the adapter is trained on them
             parameters, file = dict(model.named_parameters()), TensorFile(self.adapter / REFRESHED)
             for name in file.specs:
-                # a checkpoint of the bare model leaves out the prefix
-                full = name if name in parameters else f"{model.base_model_prefix}.{name}"
-                parameters[full].copy_(file.read(name))
+                # a checkpoint of the base model has names without the prefix
+                full_name = name if name in parameters else f"{model.base_model_prefix}.{name}"
+                parameters[full_name].copy_(file.read(name))
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
 
 
 def fingerprint(directory: Path) -> str:
-    """Of weights that one process reads for all, which must all ask."""
+    """The fingerprint of weights; one process reads them for all, so all must call this."""
     with console.working(f"hashing the weights in {directory}"):
         return distributed.decide(partial(checkpoint.fingerprint, directory))
 
 
 def _verified(directory: Path) -> dict[str, Any] | None:
-    """The record in a directory that a stage has published, whose files are as it says; None without a record."""
+    """The record of a directory that a stage has published, after checking its files; None without a record."""
     with console.working(f"checking the files of {directory}"):
         return distributed.decide(partial(integrity.check_record, directory))
 
@@ -133,5 +133,5 @@ def _from_the_hub(adapter: Path, name: str) -> Path:
     try:
         return checkpoint.locate(name)
     except UserError as error:
-        problem = f"{adapter} adapts {name}, which is not there"
-        raise UserError(f"{problem}; put the pruned checkpoint beside it as pruned/") from error
+        problem = f"{adapter} was trained on {name}, which was not found"
+        raise UserError(f"{problem}; put the pruned checkpoint next to it as pruned/") from error

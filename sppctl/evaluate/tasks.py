@@ -1,4 +1,4 @@
-"""Benchmark tasks of lm-eval: which are asked for, one result each.
+"""Benchmark tasks of lm-eval, with one result per task.
 
 A group is measured task by task, so that an interrupted evaluation continues with the next task. Its mean is computed
 from the results whenever it is shown.
@@ -21,7 +21,7 @@ from sppctl.evaluate.values import title_of
 from sppctl.files import disk, paths, strict_json
 
 
-def wanted(config: Config) -> list[TaskMeasure]:
+def configured(config: Config) -> list[TaskMeasure]:
     """The configured tasks, one measure per task."""
     settings = config.eval
     batch_size = None if settings.batch_size == "auto" else settings.batch_size
@@ -35,22 +35,22 @@ def wanted(config: Config) -> list[TaskMeasure]:
     return measures
 
 
-def is_placed(config: Config, result: TaskResult) -> bool:
-    """Whether a result names the groups that its task is in now, and their size."""
-    return (result.numbers.groups, result.numbers.members) == _place(config, result.measure)
+def has_current_groups(config: Config, result: TaskResult) -> bool:
+    """Whether a result records the groups that its task is in now, and their size."""
+    return (result.numbers.groups, result.numbers.members) == _groups_and_size(config, result.measure)
 
 
 def is_current(config: Config, result: TaskResult) -> bool:
-    """Whether a result of a configured task is of the files and data that the task is made from now."""
+    """Whether the files and data of a configured task are still those that its result recorded."""
     sources = result.numbers.sources
     return sources is not None and harness.are_current(result.measure.task, sources, config.eval.include_path)
 
 
 def has_samples(result: TaskResult, folder: Path) -> bool:
-    """Whether the files of samples are still those of a result, and not of the same task with other settings."""
+    """Whether the files of samples are those of a result, and not of the same task with other settings."""
     return all(
-        (path := folder / _samples_name(result.numbers, task)).is_file() and _content_hash(path.read_bytes()) == known
-        for task, known in result.numbers.samples_hash.items()
+        (path := folder / _samples_name(result.numbers, task)).is_file() and _content_hash(path.read_bytes()) == digest
+        for task, digest in result.numbers.samples_hash.items()
     )
 
 
@@ -61,17 +61,17 @@ def _content_hash(content: bytes) -> str:
 def measure(
     config: Config, model: Any, tokenizer: Any, measure: TaskMeasure, *, label: str, samples: Path
 ) -> TaskNumbers:
-    """Runs one task; every process of several takes part.
+    """Runs one task; all processes take part.
 
-    ``samples``: folder for what came of each sample, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
+    ``samples``: directory for the records of samples, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
     """
     name = measure.task
     console.note(f"{label}: {title_of(replace(measure, group=None))}")
     numbers, logged = harness.evaluate(model, tokenizer, measure, config.eval.include_path, f"{label}: {name}, ")
     if numbers.truncated_prompts:
         console.warn(
-            f"{name}: {numbers.truncated_prompts} prompts are longer than the model's context; lm-eval cuts off "
-            "their beginning"
+            f"{name}: {numbers.truncated_prompts} prompts are longer than the model's context; lm-eval truncates "
+            "them on the left"
         )
     hashes = {}
     for task, rows in logged.items():
@@ -79,32 +79,32 @@ def measure(
         if distributed.is_main():
             disk.write(samples / _samples_name(numbers, task), lines)
         hashes[task] = _content_hash(lines.encode())
-    groups, members = _place(config, measure)
+    groups, members = _groups_and_size(config, measure)
     return replace(numbers, groups=groups, members=members, samples_hash=hashes)
 
 
-def _place(config: Config, measure: TaskMeasure) -> tuple[Rules, int]:
-    """Groups of a task, and the number of tasks that were asked for with it."""
+def _groups_and_size(config: Config, measure: TaskMeasure) -> tuple[Rules, int]:
+    """The groups of a task, and the number of tasks in its configured group."""
     family = harness.members(measure.group or measure.task, config.eval.include_path)
     return family.get(measure.task, {}), len(family)
 
 
-def shared(config: Config, measure: TaskMeasure, known: Iterable[TaskResult]) -> TaskResult | None:
-    """The same measurement for another group, or for none, as a result of this measure that took no time.
+def reused(config: Config, measure: TaskMeasure, results: Iterable[TaskResult]) -> TaskResult | None:
+    """The result of the same measure for another group, or for none, as one of this measure that took no time.
 
-    ``known``: results for the same weights whose samples are there.
+    ``results``: of the same weights, with their samples.
     """
     folder = config.eval.include_path
-    for result in known:
-        of_task = result.measure.task == measure.task
-        if of_task and harness.alone(result.measure, folder) == harness.alone(measure, folder):
-            groups, members = _place(config, measure)
+    for result in results:
+        is_same_task = result.measure.task == measure.task
+        if is_same_task and harness.without_group(result.measure, folder) == harness.without_group(measure, folder):
+            groups, members = _groups_and_size(config, measure)
             numbers = replace(result.numbers, groups=groups, members=members)
             return replace(result, measure=measure, numbers=numbers, seconds=0.0)
     return None
 
 
 def _samples_name(numbers: TaskNumbers, task: str) -> str:
-    """The file of a task's samples: one for each number of examples, so that groups with several do not take turns."""
+    """The file of a task's samples, one per number of examples: groups may use the task with different numbers."""
     count = numbers.tasks[task].num_fewshot if task in numbers.tasks else None
     return paths.file_stem(re.sub(r"[^\w.:-]+", "-", task)) + (f".{count}-shot" if count else "") + ".jsonl"

@@ -1,9 +1,9 @@
-"""Results -> numbers, each with what it is a number of; renderers ask for names last.
+"""Results -> numbers, each with its quantity; only renderers make names of quantities.
 
-Quantities are equal where numbers may be compared: a perplexity on the same windows, an accuracy on the same task with
-the same number of examples. What changes a number but is rarely of interest (the seed of few-shot examples, the version
-of a text, the dense model of a divergence, the system prompt, the dtype) is kept beside it as circumstances, and
-becomes a part of the quantity only where results of one run differ in it (:func:`distinguish`).
+Two quantities are equal if their numbers may be compared: perplexities on the same windows, accuracies on the same task
+with the same number of examples. Settings that change a number but are rarely of interest (the seed of few-shot
+examples, the version of a text, the dense model of a divergence, the system prompt, the dtype) are kept apart as
+circumstances. They become a part of the quantity only where results of one run differ in them (:func:`distinguish`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from sppctl.evaluate.results import AnyResult, Json, TaskMeasure, TaskResult, TextResult
 
-SHOWN = 10  # tasks of a group in a table; of a larger one its parts, if it has any
-# what names leave out, and its text where it differs
+SHOWN = 10  # largest group whose tasks tables list; of larger groups they list the parts, if any
+# circumstances, and the text that is added to names where they differ
 CIRCUMSTANCES = {
     "text": "text {:.8}",
     "reference": "dense model {:.8}",
@@ -30,11 +30,11 @@ CIRCUMSTANCES = {
 SHARES = {"exact match", "quasi exact match", "prefix exact match", "quasi prefix exact match", "em", "f1"}
 
 
-# --- what a number is of ----------------------------------------------------------------------------------------------
+# --- quantities -------------------------------------------------------------------------------------------------------
 
 
 class Kind(StrEnum):
-    """What a number means, by which it is written, drawn and compared."""
+    """The kind of a number, which determines how it is written, drawn and compared."""
 
     PERPLEXITY = "perplexity"
     DIVERGENCE = "kl"
@@ -45,9 +45,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Metric:
-    """A kind of number."""
+    """What is measured, such as perplexity or acc."""
 
-    name: str  # of a column; lm-eval's name of a task's metric
+    name: str  # of its column; for a task lm-eval's name of the metric
     title: str  # in full; empty for acc, the usual one
     kind: Kind
     unit: str = ""
@@ -60,15 +60,15 @@ class Metric:
 
     @property
     def is_of_task(self) -> bool:
-        """Whether it is lm-eval's, of a task."""
+        """Whether it is a metric of lm-eval."""
         return self.kind in (Kind.ACCURACY, Kind.OTHER)
 
     @classmethod
     def of_task(cls, name: str, higher_is_better: bool | None = None) -> Metric:
         """A metric of lm-eval: accuracies, exact matches, F1 and pass rates are shares of the samples."""
-        words = name.replace("_", " ")
-        is_share = bool({"acc", "accuracy"} & set(words.split())) or words in SHARES or words.startswith("pass@")
-        title = "" if name == "acc" else words + (" (lm-eval)" if name.endswith("perplexity") else "")
+        text = name.replace("_", " ")
+        is_share = bool({"acc", "accuracy"} & set(text.split())) or text in SHARES or text.startswith("pass@")
+        title = "" if name == "acc" else text + (" (lm-eval)" if name.endswith("perplexity") else "")
         return cls(name, title, Kind.ACCURACY if is_share else Kind.OTHER, "", higher_is_better)
 
 
@@ -80,24 +80,24 @@ ACC = Metric.of_task("acc", higher_is_better=True)
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a number is of: a text, a task, or a group of tasks, as a whole or in part."""
+    """A metric on a text, a task, a group of tasks or a part of a group."""
 
     metric: Metric
     title: str  # the text, the group, or a task by itself, with every setting that limits it
     part: str | None = None  # of the group: a task, or a part of a large group
-    mean: str | None = None  # of the group: over which of its tasks
-    details: tuple[str, ...] = ()  # circumstances in which numbers of this name differ
+    mean: str | None = None  # of the group: the tasks that are averaged, as text
+    details: tuple[str, ...] = ()  # circumstances in which numbers of the same name differ
 
     @property
     def scope(self) -> str:
-        """The text or group with what limits it, which columns share; nothing for a task by itself."""
+        """The text or group with its limits, which columns share; empty for a single task."""
         if not self.metric.is_of_task:
             return ", ".join([self.title, *self.details])
         return self.title if self.part or self.mean else ""
 
     @property
     def name(self) -> str:
-        """What is its own in a column below the scope."""
+        """The name of a column below the scope."""
         return self._of_task(self.part or self.mean or self.title) if self.metric.is_of_task else self.metric.name
 
     @property
@@ -116,27 +116,27 @@ class Value:
     """One number of one checkpoint."""
 
     quantity: Quantity
-    number: float | None  # None where lm-eval gave none, or where it is not finite
-    stderr: float | None = None  # of the mean loss in nats for a perplexity
-    norm: float | None = None  # acc_norm beside an accuracy
+    number: float | None  # None if lm-eval returned none, or if it is not finite
+    stderr: float | None = None  # for a perplexity that of the mean loss, in nats
+    norm: float | None = None  # acc_norm, where the number is an accuracy
     circumstances: Mapping[str, str] = field(default_factory=dict)  # by the keys of CIRCUMSTANCES
 
     @property
     def dtype(self) -> str | None:
-        """That it was computed in, of a mean perhaps several; None where that is not recorded."""
+        """The dtype of the computation, several for some means; None if it is not recorded."""
         return self.circumstances.get("dtype")
 
     def to_json(self) -> Json:
-        """For reports."""
+        """The content of reports."""
         named = {"name": self.quantity.label, "kind": self.quantity.metric.kind, "value": self.number}
         return named | {"norm": self.norm, "stderr": self.stderr, "dtype": self.dtype}
 
 
-# --- of results -------------------------------------------------------------------------------------------------------
+# --- results -> values ------------------------------------------------------------------------------------------------
 
 
 def values_of(results: Iterable[AnyResult]) -> Iterator[Value]:
-    """Every number of a checkpoint that tables show: of texts, then of tasks with the means of their groups."""
+    """The numbers of a checkpoint that tables show: of texts, then of tasks with the means of their groups."""
     tasks = []
     for result in results:
         if isinstance(result, TextResult):
@@ -148,7 +148,7 @@ def values_of(results: Iterable[AnyResult]) -> Iterator[Value]:
 
 
 def families(results: list[TaskResult]) -> list[list[TaskResult]]:
-    """The tasks of a group that were measured one by one together, every other result by itself."""
+    """Results by family: the tasks of a group that were measured one by one are one, any other result is its own."""
     by_family: dict[TaskMeasure, list[TaskResult]] = {}
     for result in results:
         by_family.setdefault(result.measure.family, []).append(result)
@@ -156,7 +156,7 @@ def families(results: list[TaskResult]) -> list[list[TaskResult]]:
 
 
 def text_quantity(result: TextResult) -> Quantity:
-    """The perplexity of a text, cut to the tokens that windows covered."""
+    """The perplexity on a text; with ``max_tokens``, its name says how many tokens the windows cover."""
     measure, numbers = result.measure, result.numbers
     stride = f" stride {measure.stride}" if measure.stride else ""
     covered = (numbers.windows - 1) * numbers.stride + numbers.seq_len
@@ -166,34 +166,35 @@ def text_quantity(result: TextResult) -> Quantity:
 
 def _of_text(result: TextResult) -> Iterator[Value]:
     numbers, quantity = result.numbers, text_quantity(result)
-    own = {"text": numbers.documents_hash, "dtype": result.dtype}
+    circumstances = {"text": numbers.documents_hash, "dtype": result.dtype}
     finite = numbers.value if math.isfinite(numbers.value) else None
-    yield Value(quantity, finite, numbers.stderr, circumstances=_known(own))
+    yield Value(quantity, finite, numbers.stderr, circumstances=_without_none(circumstances))
     if numbers.kl is not None:
-        compared = _known(own | {"reference": result.measure.reference})  # which changes no perplexity
+        # the reference changes no perplexity
+        compared = _without_none(circumstances | {"reference": result.measure.reference})
         dense = "" if numbers.compared_with is None else f" (dense: {numbers.compared_with})"
         title = quantity.title + dense
         yield Value(Quantity(DIVERGENCE, title), numbers.kl, numbers.kl_stderr, circumstances=compared)
         yield Value(Quantity(AGREEMENT, title), numbers.top1_agreement, circumstances=compared)
 
 
-def _known(values: Mapping[str, str | None]) -> dict[str, str]:
+def _without_none(values: Mapping[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in values.items() if value is not None}
 
 
 def title_of(measure: TaskMeasure) -> str:
-    """The group, or the task by itself, with what limits it."""
-    words = [measure.group or measure.task]
-    words += [f"{measure.num_fewshot}-shot"] if measure.num_fewshot else []
-    words += ["chat"] if measure.chat_template else []
-    words += ["system prompt"] if measure.system_prompt else []
-    return " ".join(words) + (f", limit {measure.limit}" if measure.limit is not None else "")
+    """The group, or the single task, with the settings that its name shows."""
+    parts = [measure.group or measure.task]
+    parts += [f"{measure.num_fewshot}-shot"] if measure.num_fewshot else []
+    parts += ["chat"] if measure.chat_template else []
+    parts += ["system prompt"] if measure.system_prompt else []
+    return " ".join(parts) + (f", limit {measure.limit}" if measure.limit is not None else "")
 
 
 def family_title(family: list[TaskResult]) -> str:
-    """The title of results with settings as they came true.
+    """The title of results with the settings that took effect.
 
-    A task may insist on its own number of examples, and a limit that every task stays below cuts nothing.
+    A task may fix its number of examples, and a limit above the size of every task cuts nothing.
     """
     measure = family[0].measure
     tasks = [scores for result in family for scores in result.numbers.tasks.values()]
@@ -206,25 +207,25 @@ def family_title(family: list[TaskResult]) -> str:
 
 
 def _of_family(family: list[TaskResult]) -> Iterator[Value]:
-    """A task by itself; or the mean of a group, then its tasks, or the parts of a large one."""
+    """A single task; or the mean of a group, then its tasks, or the parts of a large group."""
     measure, numbers = family[0].measure, family[0].numbers
     title, tasks = family_title(family), [(task, result) for result in family for task in result.numbers.tasks]
     if measure.group is None and list(numbers.tasks) == [measure.task]:
         yield _of_task(title, None, measure.task, family[0])
         return
     if measure.group is None:  # lm-eval ran it as one
-        members, mean, measured = len(tasks), numbers.mean, "mean"
+        members, mean, mean_name = len(tasks), numbers.mean, "mean"
     else:
         members, mean = numbers.members, group_mean(family, measure.group)
-        measured = "mean" if len(family) == members else f"mean of {len(family)} of {members} tasks"
-    yield _mean(Quantity(ACC, title, mean=measured), mean, family)
+        mean_name = "mean" if len(family) == members else f"mean of {len(family)} of {members} tasks"
+    yield _mean(Quantity(ACC, title, mean=mean_name), mean, family)
     if members <= SHOWN:
         for task, result in tasks:
             yield _of_task(title, task, task, result)
         return
     for part in dict.fromkeys(part for result in family for part in list(result.numbers.groups)[1:]):
-        inside = [result for result in family if part in result.numbers.groups]
-        yield _mean(Quantity(ACC, title, part), group_mean(family, part), inside)
+        members_of_part = [result for result in family if part in result.numbers.groups]
+        yield _mean(Quantity(ACC, title, part), group_mean(family, part), members_of_part)
 
 
 def _of_task(title: str, part: str | None, task: str, result: TaskResult) -> Value:
@@ -235,26 +236,26 @@ def _of_task(title: str, part: str | None, task: str, result: TaskResult) -> Val
     return Value(quantity, scores.get(name), error, norm, _circumstances([result]))
 
 
-def _mean(quantity: Quantity, mean: Mapping[str, float], inside: list[TaskResult]) -> Value:
-    """With lm-eval's standard error, else with that of a mean of independent means."""
+def _mean(quantity: Quantity, mean: Mapping[str, float], results: list[TaskResult]) -> Value:
+    """The mean of these results, with lm-eval's standard error or else that of a mean of independent means."""
     name = headline(mean) or "acc"
     error = mean.get(f"{name}_stderr")
     if error is None:
-        tasks = [scores.scores for result in inside for scores in result.numbers.tasks.values()]
+        tasks = [scores.scores for result in results for scores in result.numbers.tasks.values()]
         errors = [scores[f"{name}_stderr"] for scores in tasks if f"{name}_stderr" in scores]
         error = math.hypot(*errors) / len(errors) if errors and len(errors) == len(tasks) else None
     quantity = replace(quantity, metric=Metric.of_task(name))
-    return Value(quantity, mean.get(name), error, mean.get("acc_norm"), _circumstances(inside))
+    return Value(quantity, mean.get(name), error, mean.get("acc_norm"), _circumstances(results))
 
 
 def _circumstances(results: list[TaskResult]) -> dict[str, str]:
-    """What the names of numbers that these results give do not say."""
+    """The circumstances of a number that is computed from these results."""
     measure = results[0].measure
     files = [result.numbers.sources["digest"] for result in results if result.numbers.sources is not None]
     if len(files) > 1:
         files = [hashlib.sha256("".join(sorted(files)).encode()).hexdigest()]
     prompt, dtypes = measure.system_prompt, {result.dtype for result in results if result.dtype is not None}
-    return _known(
+    return _without_none(
         {
             "seed": str(measure.seed) if any(draws_examples(result) for result in results) else None,
             "prompt": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
@@ -265,7 +266,7 @@ def _circumstances(results: list[TaskResult]) -> dict[str, str]:
 
 
 def draws_examples(result: TaskResult) -> bool:
-    """Whether the tasks of a result have few-shot examples; without any, its seed changes nothing."""
+    """Whether the tasks of a result have few-shot examples; without them its seed has no effect."""
     return any([result.measure.num_fewshot, *(scores.num_fewshot for scores in result.numbers.tasks.values())])
 
 
@@ -288,24 +289,24 @@ def plain_mean(tasks: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def group_mean(family: list[TaskResult], group: str) -> dict[str, float]:
-    """The mean of a group over those of its tasks that have been measured, its standard error if that is lm-eval's."""
-    inside = [result.numbers for result in family if group in result.numbers.groups]
-    tasks = [scores for numbers in inside for scores in numbers.tasks.values()]
-    rules = inside[0].groups[group]
+    """The mean of a group over its measured tasks; with the standard error where lm-eval defines one."""
+    members = [result.numbers for result in family if group in result.numbers.groups]
+    tasks = [scores for numbers in members for scores in numbers.tasks.values()]
+    rules = members[0].groups[group]
     if not rules:
         return plain_mean([scores.scores for scores in tasks])
     mean = {}
     for metric, by_samples in rules.items():
-        having = [task for task in tasks if metric in task.scores]
-        if not having:
+        scored = [task for task in tasks if metric in task.scores]
+        if not scored:
             continue
-        sizes = [task.samples or 0 for task in having]
-        weights = sizes if by_samples else [1] * len(having)
-        pairs = zip(weights, having, strict=True)
+        sizes = [task.samples or 0 for task in scored]
+        weights = sizes if by_samples else [1] * len(scored)
+        pairs = zip(weights, scored, strict=True)
         mean[metric] = sum(weight * task.scores[metric] for weight, task in pairs) / sum(weights)
-        errors = [task.scores[f"{metric}_stderr"] for task in having if f"{metric}_stderr" in task.scores]
-        if len(errors) == len(having):
-            # lm-eval's: of a mean of independent means, or of the pooled variance over all samples
+        errors = [task.scores[f"{metric}_stderr"] for task in scored if f"{metric}_stderr" in task.scores]
+        if len(errors) == len(scored):
+            # as in lm-eval: of a mean of independent means, or from the pooled variance over all samples
             mean[f"{metric}_stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
             if by_samples:
                 pooled = sum((size - 1) * size * error**2 for error, size in zip(errors, sizes, strict=True))
@@ -313,7 +314,7 @@ def group_mean(family: list[TaskResult], group: str) -> dict[str, float]:
     return mean
 
 
-# --- equal names are equal measures -----------------------------------------------------------------------------------
+# --- distinct measures get distinct names -----------------------------------------------------------------------------
 
 
 def distinguish(
@@ -321,31 +322,31 @@ def distinguish(
 ) -> tuple[dict[str, dict[Quantity, Value]], list[str]]:
     """The values of a run's checkpoints by quantity, so that equal quantities may be compared.
 
-    Where circumstances differ they become details of the quantity, but for the seed of the run.
+    Circumstances that differ become details of the quantity, except for the seed of the run.
 
     Returns:
         The values by checkpoint and quantity; and a note for each quantity whose circumstances differ.
     """
-    listed = [(checkpoint, value) for checkpoint, own in values.items() for value in own]
-    ways: dict[Quantity, list[Mapping[str, str]]] = {}
+    listed = [(checkpoint, value) for checkpoint, checkpoint_values in values.items() for value in checkpoint_values]
+    by_quantity: dict[Quantity, list[Mapping[str, str]]] = {}
     for _, value in listed:
-        ways.setdefault(value.quantity, []).append(value.circumstances)
+        by_quantity.setdefault(value.quantity, []).append(value.circumstances)
     differing = {
-        quantity: [key for key in CIRCUMSTANCES if len({way.get(key) for way in found}) > 1]
-        for quantity, found in ways.items()
+        quantity: [key for key in CIRCUMSTANCES if len({entry.get(key) for entry in circumstances}) > 1]
+        for quantity, circumstances in by_quantity.items()
     }
     named: dict[str, dict[Quantity, Value]] = {checkpoint: {} for checkpoint in values}
     differences: dict[Quantity, list[str]] = {}
     for checkpoint, value in listed:
-        way, keys = value.circumstances, differing[value.quantity]
-        details = {key: CIRCUMSTANCES[key].format(way.get(key, "unknown")) for key in keys}
+        circumstances, keys = value.circumstances, differing[value.quantity]
+        details = {key: CIRCUMSTANCES[key].format(circumstances.get(key, "unknown")) for key in keys}
         if details:
             differences.setdefault(value.quantity, []).append(f"{checkpoint} {' '.join(details.values())}")
-        known = [details[key] for key in keys if key in way and (key, way[key]) != ("seed", str(seed))]
-        quantity = replace(value.quantity, details=tuple(known))
+        unusual = [key for key in keys if key in circumstances and (key, circumstances[key]) != ("seed", str(seed))]
+        quantity = replace(value.quantity, details=tuple(details[key] for key in unusual))
         named[checkpoint][quantity] = replace(value, quantity=quantity)
     notes = [
-        f"{quantity.label} is not one measure, and only equal ones are compared: {', '.join(ways_of)}"
-        for quantity, ways_of in differences.items()
+        f"{quantity.label}: measured differently; only equal ones are compared ({', '.join(texts)})"
+        for quantity, texts in differences.items()
     ]
     return named, notes

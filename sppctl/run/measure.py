@@ -44,12 +44,12 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
     for label, path in checkpoints.items():
         subject, results = Subject.at(label, path), results_of(run, label)
         # from the first process: the others may have read the file while it was written
-        measured = distributed.broadcast_object([] if run.force else stage.known(run.config, subject, results), 0)
-        missing = stage.missing(run.config, subject, measured, texts, reference)
+        valid = distributed.broadcast_object([] if run.force else stage.valid_results(run.config, subject, results), 0)
+        missing = stage.missing(run.config, subject, valid, texts, reference)
         compute = distributed.decide(partial(choose_dtype, run.config, subject.directory))
         if missing:
             console.note(f"eval {label}: {compute.text}")
-        jobs.append(stage.Job(subject, results, compute.dtype, measured, missing, reference))
+        jobs.append(stage.Job(subject, results, compute.dtype, valid, missing, reference))
     try:
         stage.prepare(run.config, jobs)
         for job in jobs:

@@ -246,7 +246,7 @@ def test_an_adapter_anywhere(trained: Run, work: Work) -> None:
     with pytest.raises(UserError, match=r"mine/adapter_config.json is damaged"):
         measure(run, "mine")
     Path("mine/stage.json").unlink()  # an adapter without a record may name any base
-    with pytest.raises(UserError, match=r"mine adapts \./gone, which is not there"):
+    with pytest.raises(UserError, match=r"mine was trained on \./gone, which was not found"):
         measure(run, "mine")
 
 

@@ -35,7 +35,7 @@ def test_our_own_groups_need_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture(scope="module")
 def task_manager() -> Any:
     """The library's own, which takes seconds to make."""
-    return harness._task_manager(None, whole=True)
+    return harness._task_manager(None, complete=True)
 
 
 @pytest.mark.usefixtures("task_manager")
@@ -98,11 +98,11 @@ def test_the_examples_of_prompts_and_what_a_seed_can_change_are_known_beforehand
     task: str, asked: int | None, shots: int | None, is_drawn: bool, own_tasks: Path
 ) -> None:
     expected = TaskMeasure(task, shots, seed=4 if is_drawn else None)
-    assert harness.alone(TaskMeasure(task, asked, seed=4, group="g"), str(own_tasks)) == expected
+    assert harness.without_group(TaskMeasure(task, asked, seed=4, group="g"), str(own_tasks)) == expected
 
 
 def test_the_small_index_agrees_with_the_whole(task_manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = harness._task_manager(None, whole=False)
+    small = harness._task_manager(None, complete=False)
     assert {*ZEROSHOT, "wikitext", "mmlu_anatomy"} <= set(small.all_subtasks)
     for name in small.all_subtasks:
         assert small.task_index[name].yaml_path == task_manager.task_index[name].yaml_path
@@ -219,7 +219,7 @@ class Evaluate:
 
     def by(self, lm: Any, task: str) -> list[Any]:
         """What a model of lm-eval answers to each sample of a task."""
-        loaded = harness._task_manager(self.include_path, whole=False).load([task])
+        loaded = harness._task_manager(self.include_path, complete=False).load([task])
         results = lm_eval.evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)
         return [sample["resps"] for sample in results["samples"][task]]
 

@@ -10,7 +10,7 @@ import pytest
 from made_up_runs import MADE, results_of, task, text, with_numbers
 
 from sppctl.errors import UserError
-from sppctl.evaluate.results import Results, TaskMeasure, TextMeasure, unanswered
+from sppctl.evaluate.results import Results, TaskMeasure, TextMeasure, missing
 from sppctl.files import sealed
 
 TEXT = TextMeasure("prose", 64, None, 512, "base", "v1")
@@ -72,16 +72,16 @@ def test_only_the_last_version_comparison_and_batch_size_stay(
 def test_what_was_compared_serves_where_no_comparison_is_asked_for() -> None:
     plain, other = dataclasses.replace(TEXT, reference=None), dataclasses.replace(TEXT, reference="other")
     compared, alone = (dataclasses.replace(text(1.0), measure=measure) for measure in (TEXT, plain))
-    assert unanswered([TEXT, plain, other], [compared]) == [other]
-    assert unanswered([TEXT, plain], [alone]) == [TEXT]
+    assert missing([TEXT, plain, other], [compared]) == [other]
+    assert missing([TEXT, plain], [alone]) == [TEXT]
 
 
 def test_a_task_is_measured_again_for_another_group_or_where_its_groups_changed() -> None:
     known = dataclasses.replace(task(0.5), measure=TASK)
     alone = dataclasses.replace(TASK, group=None)
-    assert unanswered([TASK, alone, TEXT], [known]) == [alone, TEXT]
-    assert unanswered([TASK], [known], lambda result: result.numbers.members == 7) == [TASK]
-    assert unanswered([TASK], [with_numbers(known, members=7)], lambda result: result.numbers.members == 7) == []
+    assert missing([TASK, alone, TEXT], [known]) == [alone, TEXT]
+    assert missing([TASK], [known], lambda result: result.numbers.members == 7) == [TASK]
+    assert missing([TASK], [with_numbers(known, members=7)], lambda result: result.numbers.members == 7) == []
 
 
 @pytest.mark.parametrize(

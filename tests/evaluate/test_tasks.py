@@ -82,16 +82,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 
-def wanted(*overrides: str) -> list[TaskMeasure]:
-    return tasks.wanted(load_config(None, ["run.seed=4", *overrides]))
+def configured(*overrides: str) -> list[TaskMeasure]:
+    return tasks.configured(load_config(None, ["run.seed=4", *overrides]))
 
 
 def test_what_is_asked_for(own_tasks: Path) -> None:
-    assert wanted("eval.tasks=[wikitext]") == [TaskMeasure("wikitext", seed=4)]
+    assert configured("eval.tasks=[wikitext]") == [TaskMeasure("wikitext", seed=4)]
     options = ["eval.num_fewshot=2", "eval.chat_template=true", "eval.system_prompt=Add.", "eval.limit=7"]
     options += ["eval.tasks=[read]", f"eval.include_path={own_tasks}", "eval.batch_size=3"]
-    assert wanted(*options) == [TaskMeasure("read", 2, 7, 4, None, True, "Add.", 3)]
-    everything = [(measure.group, measure.num_fewshot) for measure in wanted("eval.tasks=[all, zeroshot]")]
+    assert configured(*options) == [TaskMeasure("read", 2, 7, 4, None, True, "Add.", 3)]
+    everything = [(measure.group, measure.num_fewshot) for measure in configured("eval.tasks=[all, zeroshot]")]
     assert everything == [("zeroshot", 0)] * 7 + [("mmlu", 5)] * 57 + [(None, None)]
 
 
@@ -245,7 +245,7 @@ def test_the_mean_of_a_group_is_that_of_the_library(measure: Measure, llama: Pat
 # --- before a run -----------------------------------------------------------------------------------------------------
 
 
-NO_SYSTEM = r"eval\.system_prompt: this model's chat template takes no system message"
+NO_SYSTEM = r"eval\.system_prompt: this model's chat template accepts no system message"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ NO_SYSTEM = r"eval\.system_prompt: this model's chat template takes no system me
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             r"eval\.chat_template: .*takes longer than 1 s",
         ),
-        ("{{ raise_exception('Not now.') }}", r"eval\.chat_template: .*fails on a question: Not now"),
+        ("{{ raise_exception('Not now.') }}", r"eval\.chat_template: .*fails on a user message: Not now"),
         (
             "{{ messages[0].content }}<|im_end|>",
             r"eval\.chat_template: token id 260 \('<\|im_end\|>'\) .* beyond the model's 260 embeddings",

@@ -195,7 +195,7 @@ def test_a_note_says_what_differs() -> None:
     versions = {"base": None, "merged": "b" * 16}
     values = {label: values_of([text(5.0, documents_hash=version)]) for label, version in versions.items()}
     assert distinguish(values, 0)[1] == [
-        "ppl prose @64 is not one measure, and only equal ones are compared: base text unknown, merged text bbbbbbbb"
+        "ppl prose @64: measured differently; only equal ones are compared (base text unknown, merged text bbbbbbbb)"
     ]
 
 
