@@ -1,6 +1,6 @@
-"""What a person sees and says: the command, progress on stderr, results on stdout, errors in one line.
+"""The terminal: the command line, notes and progress on stderr, results on stdout.
 
-rich is imported only when something is drawn, so that ``--help`` stays instant.
+rich is imported only when something is drawn, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from typing import Any, TextIO
 from sppctl import distributed
 from sppctl.files import strict_json
 
-PLAIN_SECONDS = 15  # between two lines of progress where stderr is not a terminal
-SILENT_SECONDS = 1.0  # that a step without a bar may take before it is named there
+PLAIN_SECONDS = 15  # between two lines of progress if stderr is not a terminal
+SILENT_SECONDS = 1.0  # before a step without a bar is named, if stderr is not a terminal
 
 
 def note(message: str, stream: TextIO | None = None) -> None:
-    """One line for the person who waits, on stderr; of several processes only the first prints."""
+    """Prints a message for the user on stderr; of several processes only the first prints."""
     if distributed.is_main():
         print(plain_lines(message), file=stream or sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """One line that should not be missed."""
+    """Prints a warning on stderr."""
     note(f"warning: {message}")
 
 
 def plain(text: str) -> str:
-    """Text for one line, with codes in place of all that does not print: line breaks, colours, what moves a cursor."""
+    """Text for one line, with escapes for unprintable characters: line breaks, colours, cursor movements."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain_lines(text: str) -> str:
-    """As :func:`plain`, but line breaks stay."""
+    """As :func:`plain`, but keeps line breaks."""
     return "\n".join(map(plain, text.split("\n")))
 
 
 def _markup(text: object) -> str:
-    """Text that rich shows as it is."""
+    """Escapes text for rich."""
     from rich.markup import escape
 
     return escape(plain(str(text)))
 
 
 def command_line() -> str:
-    """The command that this process does, to be pasted into a shell."""
+    """The command line of this process, to be pasted into a shell."""
     return shlex.join(["sppctl", *sys.argv[1:]])
 
 
 @contextmanager
 def working(label: str) -> Iterator[None]:
-    """Names a step that has no count, such as loading: a spinner on a terminal, elsewhere a line if it takes long."""
+    """Names a step of unknown length, such as loading: a spinner on a terminal, otherwise a line if it takes long."""
     stream = sys.stderr  # the step may redirect it, to silence a library
     if stream.isatty() and distributed.is_main():
         from rich.console import Console
@@ -73,11 +73,11 @@ def working(label: str) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at the start and every few seconds. Use as a context manager.
+    """A bar on a terminal; otherwise a line at the start and every few seconds. Use as a context manager.
 
     Args:
-        label: what is done.
-        total: steps of it.
+        label: name of the work.
+        total: number of steps.
         start: steps that were done before; the time left is estimated from the others.
     """
 
@@ -113,7 +113,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, message: str = "", steps: int = 1) -> None:
-        """Some steps are done; ``message`` is about the last one, such as its loss."""
+        """Counts steps as done; ``message`` is about the last one, such as its loss."""
         self.done += steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, message=_markup(message))
@@ -128,12 +128,12 @@ class Progress:
 
 
 def show_json(value: Any) -> None:
-    """Prints a result for programs."""
+    """Prints a result as JSON, for programs."""
     print(strict_json.dumps(value, indent=2, default=str))
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a result for people; the first column is left-aligned, the others right-aligned."""
+    """Prints a result as a table, for people; the first column is left-aligned, the others right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -142,5 +142,5 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]])
         table.add_column(_markup(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(_markup, row))
-    # no terminal (a log, a pipe): never break a table for a width that nobody has
+    # not a terminal (a log, a pipe): wide enough that tables are rarely broken
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)

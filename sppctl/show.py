@@ -16,50 +16,50 @@ if TYPE_CHECKING:
     from sppctl.sweep.work import Entry
 
 
-def tables(each: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]], sentences: Iterable[str]) -> None:
-    """Title, header and rows of tables, and sentences after them."""
-    for title, header, rows in each:
+def tables(contents: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]], sentences: Iterable[str]) -> None:
+    """Prints tables, each with title, header and rows, and then sentences."""
+    for title, header, rows in contents:
         console.show_table(title, header, rows)
     for sentence in sentences:
         print(console.plain(sentence))
 
 
 def matrices(
-    checkpoint: str, each: Sequence[MatrixSparsity], summary: dict[str, Any], violations: list[str], as_json: bool
+    checkpoint: str, records: Sequence[MatrixSparsity], summary: dict[str, Any], violations: list[str], as_json: bool
 ) -> None:
-    """The sparsity of every matrix of a checkpoint."""
+    """Prints the sparsity of every matrix of a checkpoint."""
     if as_json:
-        return console.show_json({"summary": summary, "violations": violations, "matrices": to_json(each)})
+        return console.show_json({"summary": summary, "violations": violations, "matrices": to_json(records)})
     from sppctl.inspect.inspect import sentence
 
-    rows = [(m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", " ".join(m.patterns) or "-") for m in each]
+    rows = [(m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", " ".join(m.patterns) or "-") for m in records]
     header = ("matrix", "shape", "sparsity", "N:M that hold")
     return tables([(checkpoint, header, rows)], [sentence(summary)])
 
 
-def files(run_dir: str, each: Sequence[Checked], as_json: bool) -> None:
-    """The state of every file of a run."""
+def files(run_dir: str, checked: Sequence[Checked], as_json: bool) -> None:
+    """Prints the state of every file of a run."""
     if as_json:
-        return console.show_json(to_json(each))
-    rows = [(file.artefact, file.file, file.state) for file in each]
+        return console.show_json(to_json(checked))
+    rows = [(file.artefact, file.file, file.state) for file in checked]
     return console.show_table(run_dir, ("artefact", "file", "state"), rows)
 
 
 def sweep(entries: Sequence[Entry], totals: dict[str, int], as_json: bool) -> None:
-    """The plan of a sweep."""
+    """Prints the plan of a sweep."""
     if as_json:
         console.show_json(to_json(entries))
         return
     rows = []
     for entry in entries:
-        there = [*entry.made, *(f"{stage} (other settings)" for stage in entry.other_settings)]
-        rows.append((entry.directory, ", ".join(entry.stages), ", ".join(there) or "-", ", ".join(entry.runs)))
-    console.show_table("plan", ("directory", "stages", "there", "for"), rows)
+        existing = [*entry.made, *(f"{stage} (other settings)" for stage in entry.other_settings)]
+        rows.append((entry.directory, ", ".join(entry.stages), ", ".join(existing) or "-", ", ".join(entry.runs)))
+    console.show_table("plan", ("directory", "stages", "existing", "for runs"), rows)
     print("; ".join(f"{stage}: {number}" for stage, number in totals.items()))
 
 
 def stage(record: StageRecord[Any], as_json: bool) -> None:
-    """The record of a stage."""
+    """Prints the record of a stage."""
     if not distributed.is_main():
         return
     content = to_json(record)
@@ -77,7 +77,7 @@ def _figure(value: Any) -> str:
 
 
 def results(by_label: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
-    """The results of checkpoints by label."""
+    """Prints the results of checkpoints by label."""
     if not distributed.is_main():
         return
     if as_json:
@@ -89,7 +89,7 @@ def results(by_label: dict[str, dict[str, Any]], seed: int, as_json: bool) -> No
 
 
 def report(study: Study, as_json: bool) -> None:
-    """What runs have recorded."""
+    """Prints the records of runs, or the summary of their report."""
     if as_json:
         console.show_json([run.to_json() for run in study.runs])
         return

@@ -1,7 +1,7 @@
-"""A report as a tree of sections, whatever it is rendered to: Markdown, HTML, LaTeX, CSV or a terminal.
+"""A report as a tree of sections, which is rendered to Markdown, HTML, LaTeX, CSV or a terminal.
 
-Cells are text as it is; each renderer escapes what means something to it. What a renderer must know of a column (what
-it shares with its neighbours, whether it is text, a number or code) is a property of the column.
+Cells are plain text; each renderer escapes its own special characters. What a renderer must know of a column (the head
+that it shares with its neighbours, whether it is text, a number or code) is a property of the column.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 PAIRED = (
     "Paired bootstrap over samples (10,000 resamples, fixed seed): the 95 % interval of the mean difference, in "
     "percentage points for accuracies, in nats per token for losses (over windows); p, two-sided, is how often a "
-    "resampled mean, centred on zero, is at least as far from zero. It is not corrected for the number of rows."
+    "resampled mean, centred on zero, is at least as far from zero. It is not corrected for multiple comparisons."
 )
-FLIPPED = "Answers whose likeliest choice is another one; a small difference of accuracies can hide many."
+FLIPPED = "Samples that the checkpoints answer differently; a small difference in accuracy can hide many of them."
 BETWEEN = "Merged checkpoints on the same samples, against the first run"
-OVER_SEEDS = "Mean ± standard deviation over the runs that differ in nothing but run.seed."
+OVER_SEEDS = "Mean ± standard deviation over runs that differ only in run.seed."
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Code:
 
     text: str
     language: str = ""  # for Markdown
-    folded: str | None = None  # the words that unfold it; None: it is shown
+    folded: str | None = None  # the summary that unfolds it; None: it is always shown
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Figure:
 
     caption: str
     draw: Callable[[], Drawing]  # called under the project's style
-    file: tuple[str, str] | None = None  # where it is also a file: its name, and a description
+    file: tuple[str, str] | None = None  # if it is also written to a file: its name, and a description
 
     @cached_property
     def svg(self) -> str:
-        """As an element of a page, drawn once."""
+        """The figure as an element of a page, drawn once."""
         return plots_results.element(self.draw, self.caption)
 
 
@@ -73,31 +73,31 @@ Item = Table | Figure | Note | Facts | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what belongs to it."""
+    """A heading and the items below it."""
 
     title: str
     items: Sequence[Item] = ()
     level: int = 2  # of the heading; 1 for the whole report
-    anchor: str = ""  # by which the page links to it
-    folder: str = ""  # where files of its figures are
-    is_summary: bool = False  # a terminal shows it
+    anchor: str = ""  # link target in the page
+    folder: str = ""  # of the files of its figures
+    is_summary: bool = False  # shown on a terminal
 
 
-def document(study: Study, chapters: Sequence[Sequence[Section]], place: str | Path = ".") -> list[Section]:
-    """The report in the directory ``place``: of several runs an overview, then the :func:`chapter` of each."""
+def document(study: Study, chapters: Sequence[Sequence[Section]], directory: str | Path = ".") -> list[Section]:
+    """The report in a directory: the :func:`chapter` of each run, of several runs after an overview."""
     if len(study.runs) == 1:
         return list(chapters[0])
     sections = [Section(f"{len(study.runs)} runs", level=1), *_overview(study)]
-    for at, (run, chapter_of_run) in enumerate(zip(study.runs, chapters, strict=True)):
-        folder = f"{os.path.relpath(run.directory, place)}/"
+    for index, (run, chapter_of_run) in enumerate(zip(study.runs, chapters, strict=True)):
+        folder = f"{os.path.relpath(run.directory, directory)}/"
         lower = [replace(section, level=section.level + 1, folder=folder) for section in chapter_of_run]
-        sections += [replace(lower[0], anchor=f"run{at}"), *lower[1:]]
+        sections += [replace(lower[0], anchor=f"run{index}"), *lower[1:]]
     return sections
 
 
 def _overview(study: Study) -> list[Section]:
     rows = study.rows
-    items = _noted(tables.over_runs(rows, tables.values), tables.HEADS_MEAN)
+    items = _noted(tables.over_runs(rows, tables.values), tables.COLUMN_NOTE)
     if rows:
         gaps = tables.over_runs([row for row in rows if row.difference], tables.gaps)
         items += [gaps, Note(tables.note_on_differences(rows))]
@@ -117,21 +117,21 @@ def chapter(run: RunStudy) -> list[Section]:
     facts = provenance.facts(run)
     top: list[Item] = [Facts(facts)] if facts else []
     if not run.rows:
-        top.append(Note("No checkpoint of this run has been measured yet; sppctl eval does."))
+        top.append(Note("No checkpoint of this run has been measured yet; run sppctl eval."))
     sections = [Section(run.directory, top, level=1, is_summary=True)]
     distance = _noted(tables.comparison_table(run.rows), tables.note_on_differences(run.rows))
     costs = plots_results.costs_of(run)
-    drawn = Figure("Time of each stage, size of each checkpoint", partial(plots_results.costs, costs))
+    costs_figure = Figure("Time of each stage, size of each checkpoint", partial(plots_results.costs, costs))
     for title, items in (
         ("Results", _results(run)),
         ("Distance to the dense model", distance),
         ("On the same samples", _noted(tables.significance_table(run.comparisons), PAIRED)),
-        ("", [Facts(run.notes, is_small=True)] if run.notes else []),  # belongs to the section before
+        ("", [Facts(run.notes, is_small=True)] if run.notes else []),  # added to the previous section
         ("Flipped answers", _noted(tables.flip_table(run.comparisons), FLIPPED)),
         ("Training", _training(run)),
         ("Pruning", _pruning(run)),
-        ("Time and size", [drawn] if costs else []),
-        ("How it was made", _made(run)),
+        ("Time and size", [costs_figure] if costs else []),
+        ("How it was made", _provenance(run)),
     ):
         if items and title:
             sections.append(Section(title, items, is_summary=title == "Results"))
@@ -169,9 +169,9 @@ def _pruning(run: RunStudy) -> list[Item]:
     return [Figure(caption, partial(plots.draw, run.layers), file), tables.type_table(run.layers)]
 
 
-def _made(run: RunStudy) -> list[Item]:
+def _provenance(run: RunStudy) -> list[Item]:
     commands = provenance.commands(run)
     items: list[Item] = [Code("\n".join(commands))] if commands else []
-    made = (provenance.stage_table, provenance.evaluation_table, provenance.version_table, provenance.fingerprint_table)
-    items += [table for table in (make(run) for make in made) if table.rows]
+    makers = provenance.stage_table, provenance.evaluation_table, provenance.version_table, provenance.fingerprint_table
+    items += [table for table in (make(run) for make in makers) if table.rows]
     return items + ([] if run.config is None else [Code(run.config.rstrip("\n"), "yaml", "Configuration")])

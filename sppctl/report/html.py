@@ -13,11 +13,11 @@ from sppctl import __version__, console
 from sppctl.report import plots_results
 from sppctl.report.document import Code, Facts, Figure, Note, Section
 
-LONG = 60  # characters from which the text of a cell is broken into lines
+LONG = 60  # characters; longer cells are broken into lines
 
 
 def to_html(sections: Sequence[Section]) -> str:
-    """The whole page."""
+    """Renders a report as a page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -29,7 +29,7 @@ def to_html(sections: Sequence[Section]) -> str:
     numbers = count(1)
 
     def drawn(figure: Figure) -> Markup:
-        """An SVG element with identifiers that no other figure of the page has."""
+        """An SVG element with identifiers that are unique in the page."""
         return Markup(plots_results.with_prefix(figure.svg, f"figure{next(numbers)}"))  # noqa: S704
 
     environment.filters |= {"shown": console.plain_lines, "drawn": drawn}

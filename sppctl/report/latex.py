@@ -5,40 +5,40 @@ from __future__ import annotations
 import re
 
 from sppctl import console
-from sppctl.report.tables import HEADS_MEAN, NOTHING, Table
+from sppctl.report.tables import COLUMN_NOTE, NOTHING, Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "|": r"\textbar{}",
-    "[": "{[}",  # after the end of a row it would begin an argument, and a star belong to it
+    "[": "{[}",  # after \\, brackets and stars would be taken as its arguments
     "]": "{]}",
     "*": "{*}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
 CAPTION = (
-    r"Perplexities; accuracies and sparsity in percent, their differences to the dense model (-- base) in "
+    r"Perplexities; accuracies and sparsity in percent, their differences from the dense model (-- base) in "
     r"percentage points. Gap recovered in percent: $(x - \mathrm{pruned}) / (\mathrm{base} - \mathrm{pruned})$, "
     r"of perplexities the logarithms. "
 )
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX sets as it is."""
+    """Escapes text for LaTeX."""
     return "".join(SPECIAL.get(character, character) for character in console.plain(text)).replace("--", "-{}-")
 
 
 def to_latex(table: Table) -> str:
-    """A table of the package booktabs; percentages without their sign, which the caption has."""
+    """Renders a table with booktabs; percentages without a sign, since the caption names the unit."""
     body = []
     for at, row in enumerate(table.rows):
         body += [r"\midrule"] if at in table.breaks else []
         body.append(" & ".join(map(_typeset, row)) + r" \\")
     # heads on several lines
     heads = [escape(column.name).replace(" (", r"\\ (").replace(", ", r",\\ ") for column in table.columns]
-    spans, rules, at = [], [], 1  # what neighbouring columns share is there once, above a rule
+    spans, rules, at = [], [], 1  # the head that neighbouring columns share is above a rule
     for name, size in table.spans:
         spans.append(rf"\multicolumn{{{size}}}{{c}}{{{escape(name)}}}")
         rules += [rf"\cmidrule(lr){{{at}-{at + size - 1}}}"] if name else []
@@ -49,7 +49,7 @@ def to_latex(table: Table) -> str:
             "% needs \\usepackage{booktabs,graphicx}; made by sppctl report",
             r"\begin{table*}",
             r"\centering",
-            rf"\caption{{{CAPTION}{escape(HEADS_MEAN)}}}",
+            rf"\caption{{{CAPTION}{escape(COLUMN_NOTE)}}}",
             r"\label{tab:sppctl}",
             r"\resizebox{\textwidth}{!}{%",
             rf"\begin{{tabular}}{{{''.join('l' if column.is_text else 'r' for column in table.columns)}}}",
@@ -67,7 +67,7 @@ def to_latex(table: Table) -> str:
 
 
 def _typeset(text: str) -> str:
-    """A cell in LaTeX: a dash for nothing, numbers with a minus that is one and without the sign of percent."""
+    """A cell in LaTeX: a dash if empty, numbers with a proper minus sign and without the percent sign."""
     if text == NOTHING:
         return "--"
     number = re.fullmatch(r"([+-]?)(\d[\d.e+]*)%?", text)

@@ -1,4 +1,4 @@
-"""What was done to make the numbers: commands, versions, seeds, machines, fingerprints."""
+"""The provenance of the numbers: commands, versions, seeds, machines, fingerprints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sppctl.report.tables import NOTHING, Column, Table, columns_of
 
 
 def facts(run: RunStudy) -> list[str]:
-    """What was done, one line per stage."""
+    """A summary of each stage in one line."""
     describe: dict[str, Callable[[Any], str]] = {"prune": _pruned, "train": _trained, "merge": _merged}
-    done = [(run.stages[stage], words) for stage, words in describe.items() if stage in run.stages]
-    return [f"{record.stage}: {words(record.metrics)}, {record.wall_time_s:.0f} s" for record, words in done]
+    records = [(run.stages[stage], summary) for stage, summary in describe.items() if stage in run.stages]
+    return [f"{record.stage}: {summary(record.metrics)}, {record.wall_time_s:.0f} s" for record, summary in records]
 
 
 def _pruned(record: PruneRecord) -> str:
@@ -40,14 +40,14 @@ def _merged(record: MergeRecord) -> str:
 
 
 def commands(run: RunStudy) -> list[str]:
-    """The exact commands that made the stages and the evaluations, each once, in this order."""
+    """The exact commands that ran the stages and the evaluations, in this order, without duplicates."""
     evaluations = [result.command for content in run.checkpoints.values() for result in content.results]
-    made = [*(record.command for record in run.stages.values()), *evaluations]
-    return list(dict.fromkeys(command for command in made if command is not None))
+    recorded = [*(record.command for record in run.stages.values()), *evaluations]
+    return list(dict.fromkeys(command for command in recorded if command is not None))
 
 
 def stage_table(run: RunStudy) -> Table:
-    """When, on what and with which seed every stage ran, how long, and with how much memory."""
+    """Finish time, duration, peak memory, seed and hardware of every stage."""
     columns = columns_of("<stage", "<finished", "seconds", "peak memory, MB", "seed", "<hardware")
     lines = []
     for stage, record in run.stages.items():
@@ -58,7 +58,7 @@ def stage_table(run: RunStudy) -> Table:
 
 
 def version_table(run: RunStudy) -> Table:
-    """A row per package; stages and evaluations whose versions are all the same share a column."""
+    """A row per package; stages and evaluations with the same versions share a column."""
     columns = {stage: record.versions for stage, record in run.stages.items()}
     for label, content in run.checkpoints.items():
         used: dict[str, list[str]] = {}
@@ -66,17 +66,17 @@ def version_table(run: RunStudy) -> Table:
             for name, version in result.versions.items():
                 used.setdefault(name, []).append(version)
         if used:
-            columns[f"eval {label}"] = {name: ", ".join(dict.fromkeys(each)) for name, each in used.items()}
+            columns[f"eval {label}"] = {name: ", ".join(dict.fromkeys(versions)) for name, versions in used.items()}
     titles: dict[frozenset[tuple[str, str]], list[str]] = {}
     for title, versions in columns.items():
         titles.setdefault(frozenset(versions.items()), []).append(title)
-    names = dict.fromkeys(name for versions in columns.values() for name in versions)
-    lines = [[name, *(dict(versions).get(name, NOTHING) for versions in titles)] for name in names]
-    return Table([*columns_of("<package"), *(Column(", ".join(each)) for each in titles.values())], lines, "Versions")
+    packages = dict.fromkeys(package for versions in columns.values() for package in versions)
+    lines = [[package, *(dict(versions).get(package, NOTHING) for versions in titles)] for package in packages]
+    return Table([*columns_of("<package"), *(Column(", ".join(names)) for names in titles.values())], lines, "Versions")
 
 
 def fingerprint_table(run: RunStudy) -> Table:
-    """Every identity that was recorded, of weights and of data."""
+    """Every recorded fingerprint and hash, of weights and of data."""
     lines = []
     for stage, record in run.stages.items():
         lines += [[stage, f"input {name}", value] for name, value in record.inputs.items()]
@@ -96,7 +96,7 @@ def fingerprint_table(run: RunStudy) -> Table:
 
 
 def evaluation_table(run: RunStudy) -> Table:
-    """On how much every number rests, with which few-shot count and task version, and how long it took."""
+    """Sample sizes, few-shot counts, task versions, dtypes, devices and duration of every evaluation."""
     columns = columns_of("<weights", "<text or tasks", "<measured on", "<dtype", "<device", "seconds")
     lines = []
     for label, content in run.checkpoints.items():
@@ -105,13 +105,13 @@ def evaluation_table(run: RunStudy) -> Table:
             *((family_title(family), _samples(family), family) for family in families(content.tasks)),
         ]
         for name, extent, results in measured:
-            made = [
+            details = [
                 ", ".join(dict.fromkeys(getattr(result, key) for result in results if getattr(result, key) is not None))
                 for key in ("dtype", "device")
             ]
             seconds = sum(result.seconds for result in results)
-            made.append(f"{seconds:.1f}" if seconds else "")
-            lines.append([label, name, extent, *(text or NOTHING for text in made)])
+            details.append(f"{seconds:.1f}" if seconds else "")
+            lines.append([label, name, extent, *(text or NOTHING for text in details)])
     return Table(columns, lines, "Evaluations")
 
 
@@ -122,16 +122,16 @@ def _windows(numbers: TextNumbers) -> str:
 
 def _samples(family: list[TaskResult]) -> str:
     tasks = {task: scores for result in family for task, scores in result.numbers.tasks.items()}
-    whole = f"{sum(scores.samples or 0 for scores in tasks.values()):,} samples of {len(tasks)} tasks"
-    shots = {task: f"{_known(scores.num_fewshot)}-shot" for task, scores in tasks.items()}
+    total = f"{sum(scores.samples or 0 for scores in tasks.values()):,} samples of {len(tasks)} tasks"
+    shots = {task: f"{_or_unknown(scores.num_fewshot)}-shot" for task, scores in tasks.items()}
     if len(tasks) > SHOWN:
-        return f"{whole}, {' or '.join(dict.fromkeys(shots.values()))}"
+        return f"{total}, {' or '.join(dict.fromkeys(shots.values()))}"
     details = []
     for task, scores in tasks.items():
         error = f", acc ± {scores.scores['acc_stderr']:.2%}" if "acc_stderr" in scores.scores else ""
-        details.append(f"{task} v{_known(scores.version)}, {shots[task]}{error}")
-    return f"{whole}: {'; '.join(details)}"
+        details.append(f"{task} v{_or_unknown(scores.version)}, {shots[task]}{error}")
+    return f"{total}: {'; '.join(details)}"
 
 
-def _known(value: float | str | None) -> float | str:
+def _or_unknown(value: float | str | None) -> float | str:
     return "?" if value is None else value

@@ -1,7 +1,7 @@
-"""What a run has recorded: read, checked for being whole, and without what belongs to weights that are gone.
+"""The records of a run, checked for damage, without those of weights that have since been replaced.
 
-A stage that is redone leaves the measures of its older weights behind, and the checkpoints that were made from them.
-Their numbers would appear under the new stage's name, so they are left out, and a note lists them.
+When a stage is redone, the results of its older weights remain, and the checkpoints that were made from them. Their
+numbers would appear under the name of the new stage, so they are left out, with a note for each.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sppctl.records import StageRecord
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
 ORDER = ("base", *STAGES)
 SPARSITY = ("sparsity", "patterns", "sparse_matrices", "bytes")
-# what is wrong with a stage whose input of this name has since been replaced
+# by the name of a stage's input: the problem if that input has since been replaced
 OUTDATED = {
-    "pruned": "was made from other weights than pruned/ holds",
-    "base": "was made with another dense model than pruned/",
-    "adapter": "was merged with another adapter than adapter/ holds",
+    "pruned": "was made from weights that differ from those in pruned/",
+    "base": "was made with a different dense model than pruned/",
+    "adapter": "was merged with an adapter that differs from adapter/",
 }
 
-Record = StageRecord[Any]  # with the metrics of its stage
+Record = StageRecord[Any]  # the type of its metrics depends on the stage
 
 
 def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str]]:
@@ -57,15 +57,15 @@ def no_run(run_dir: Path) -> UserError:
     return UserError(f"{run_dir} is not a run directory (no */stage.json, no eval/*.json); give the run.dir of a run")
 
 
-# --- of the weights that are there ------------------------------------------------------------------------------------
+# --- records of replaced weights --------------------------------------------------------------------------------------
 
 
 def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
-    """Removes stages that were made from other weights than those beside them, which tables would call theirs."""
-    held, notes = _fingerprints(stages), []
+    """Removes stages that were made from other weights than the run holds now; returns a note for each."""
+    current, notes = _fingerprints(stages), []
     for stage in ("train", "merge"):
         used = stages[stage].inputs if stage in stages else {}
-        problem = next((text for name, text in OUTDATED.items() if _differ(used.get(name), held[name])), None)
+        problem = next((text for name, text in OUTDATED.items() if _differ(used.get(name), current[name])), None)
         if problem is not None:
             del stages[stage]
             notes.append(f"{run_dir / DIRECTORIES[stage]} {problem}; sppctl {stage} --force")
@@ -73,18 +73,18 @@ def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
 
 
 def _leave_out_results(run_dir: Path, stages: dict[str, Record], results: dict[str, Results]) -> list[str]:
-    held, notes = _fingerprints(stages), []
-    if held["adapter"] is not None:  # is measured on the pruned weights
-        held["adapter"] = held["pruned"] and f"{held['pruned']}+{held['adapter']}"
+    current, notes = _fingerprints(stages), []
+    if current["adapter"] is not None:  # an adapter is measured on the pruned weights
+        current["adapter"] = current["pruned"] and f"{current['pruned']}+{current['adapter']}"
     for label, content in list(results.items()):
         compared = [result.measure.reference for result in content.texts if result.numbers.compared_with is None]
-        if _differ(content.fingerprint, held.get(label)):
-            what = "pruned/ was made from" if label == "base" else f"{label}/ holds"
-            problem = f"measures other weights than {what}; sppctl eval --model {label}"
+        if _differ(content.fingerprint, current.get(label)):
+            weights = "from which pruned/ was made" if label == "base" else f"in {label}/"
+            problem = f"measures weights that differ from those {weights}; sppctl eval --model {label}"
         elif label in STAGES and STAGES[label] not in stages and (run_dir / label / RECORD).is_file():
             problem = "measures weights that are left out with their stage"
-        elif any(_differ(reference, held["base"]) for reference in compared):
-            problem = f"compares with another dense model than was pruned; sppctl eval --model {label}"
+        elif any(_differ(reference, current["base"]) for reference in compared):
+            problem = f"compares with a different dense model than pruned/; sppctl eval --model {label}"
         else:
             continue
         del results[label]
@@ -93,11 +93,11 @@ def _leave_out_results(run_dir: Path, stages: dict[str, Record], results: dict[s
 
 
 def _fingerprints(stages: dict[str, Record]) -> dict[str, str | None]:
-    """Of the dense model that was pruned, and of what each stage made; None where a stage is missing."""
-    held = {folder: stages[stage].output if stage in stages else None for folder, stage in STAGES.items()}
-    return held | {"base": stages["prune"].inputs.get("base") if "prune" in stages else None}
+    """Fingerprints of the dense model that was pruned and of the output of each stage; None if a stage is missing."""
+    fingerprints = {folder: stages[stage].output if stage in stages else None for folder, stage in STAGES.items()}
+    return fingerprints | {"base": stages["prune"].inputs.get("base") if "prune" in stages else None}
 
 
-def _differ(one: str | None, other: str | None) -> bool:
-    """Where a stage is missing nothing is known to differ."""
-    return None not in (one, other) and one != other
+def _differ(recorded: str | None, current: str | None) -> bool:
+    """Whether two fingerprints differ; one of a missing stage, None, differs from none."""
+    return None not in (recorded, current) and recorded != current

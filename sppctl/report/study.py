@@ -1,7 +1,7 @@
-"""What runs have recorded and what follows from it: rows, differences, means over seeds, comparisons; computed once.
+"""The records of runs and what is computed from them once: rows, differences, means over seeds, comparisons.
 
-The share of the gap recovered is (merged - pruned) / (base - pruned), of accuracies as they are, of perplexities after
-taking logarithms: 0 is the pruned model, 1 the dense one. Where pruning did no harm there is no gap.
+The share of the gap recovered is (merged - pruned) / (base - pruned), for perplexities with their logarithms: 0 is the
+pruned model, 1 the dense one. Where pruning did no harm there is no gap.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sppctl.report import records, significance
 from sppctl.report.records import Record
 from sppctl.report.significance import Comparison, Measured, TaskSamples
 
-IN_ROWS = ("prune.method", "prune.pattern", "train.method")  # have columns of their own
-# the keys that a checkpoint depends on; later ones depend on all
+IN_ROWS = ("prune.method", "prune.pattern", "train.method")  # have their own columns
+# prefixes of the keys that a checkpoint depends on; later checkpoints depend on all keys
 DEPENDS = {"base": ("model.",), "pruned": ("model.", "prune.", "run.seed")}
 # each stage, and the checkpoints that depend on its record
 MADE_BY = {"prune": ("pruned", "adapter", "merged"), "train": ("adapter", "merged"), "merge": ("merged",)}
-PLAIN = ("base", "pruned")  # what runs may share
+SHAREABLE = ("base", "pruned")  # checkpoints that runs may share
 SEED, COMPUTED = "run.seed", "model.compute_dtype"
 
 
@@ -45,19 +45,19 @@ class Row:
     checkpoint: str  # base, pruned, adapter, merged, or another label
     method: str | None  # of the pruning; None for the dense model
     pattern: str | None
-    training: str | None  # its method; None before it
-    seed: int | None  # of the run, where a stage recorded it
+    training: str | None  # its method; None without training
+    seed: int | None  # of the run, if a stage recorded it
     fingerprint: str | None
     sparsity: Json  # summary of the checkpoint's zeros
     values: dict[Quantity, Value]
-    difference: dict[Quantity, float]  # value - base, for what both have
-    recovered: dict[Quantity, float]  # share of the gap, for what base, pruned and this one have
-    # beside other runs: the configuration keys in which they differ, of those that made this checkpoint
+    difference: dict[Quantity, float]  # value - base, for quantities that both have
+    recovered: dict[Quantity, float]  # share of the gap, for quantities that base, pruned and this one have
+    # among several runs: the configuration keys in which they differ, if this checkpoint depends on them
     settings: Json = field(default_factory=dict)
 
     def to_json(self) -> Json:
-        """For reports, with the names of quantities."""
-        content = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "values"}
+        """The content of reports, with the names of quantities."""
+        content = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "values"}
         for key in ("difference", "recovered"):
             content[key] = {quantity.label: number for quantity, number in content[key].items()}
         return content | {"measures": {quantity.label: value.to_json() for quantity, value in self.values.items()}}
@@ -78,18 +78,18 @@ def pattern_text(sparsity: Json) -> str:
 
 
 def quantities(rows: Iterable[Row]) -> list[Quantity]:
-    """Everything that rows have: perplexities, divergences, agreements, then tasks in order of appearance."""
+    """The quantities of rows: perplexities, divergences, agreements, then tasks in order of appearance."""
     first = (Kind.PERPLEXITY, Kind.DIVERGENCE, Kind.AGREEMENT)
     unique = dict.fromkeys(quantity for row in rows for quantity in row.values)
-    return sorted(unique, key=lambda one: (*first, one.metric.kind).index(one.metric.kind))
+    return sorted(unique, key=lambda quantity: (*first, quantity.metric.kind).index(quantity.metric.kind))
 
 
 def headlines(rows: Iterable[Row]) -> list[Quantity]:
-    """What a paper quotes: perplexities, and means over tasks, or the tasks where there is no mean."""
+    """The quantities that a paper quotes: perplexities, and means over tasks, or the tasks if there is no mean."""
     unique = quantities(rows)
-    accuracies = [one for one in unique if one.metric.kind == Kind.ACCURACY]
-    means = [one for one in accuracies if one.mean is not None]
-    return [one for one in unique if one.metric.kind == Kind.PERPLEXITY] + (means or accuracies)
+    accuracies = [quantity for quantity in unique if quantity.metric.kind == Kind.ACCURACY]
+    means = [quantity for quantity in accuracies if quantity.mean is not None]
+    return [quantity for quantity in unique if quantity.metric.kind == Kind.PERPLEXITY] + (means or accuracies)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -97,27 +97,27 @@ def headlines(rows: Iterable[Row]) -> list[Quantity]:
 
 @dataclass(frozen=True, eq=False)
 class RunStudy:
-    """Everything a run has recorded, in the order of the pipeline, and what follows from it."""
+    """The records of a run, in the order of the pipeline, and what is computed from them."""
 
     directory: str
-    config: str | None  # YAML; None if it is unknown
+    config: str | None  # YAML; None if unknown
     stages: dict[str, Record]
     checkpoints: dict[str, Results]
     comparisons: Sequence[Comparison] = ()  # of every checkpoint with the dense and the pruned one
-    left_out: Sequence[str] = ()  # a note for each record and file of samples
-    samples: Mapping[Measured, TaskSamples] = field(default_factory=dict)  # of the merged checkpoint, for other runs
+    left_out: Sequence[str] = ()  # a note for each record and file of samples that is left out
+    samples: Mapping[Measured, TaskSamples] = field(default_factory=dict)  # of the merged checkpoint, to compare runs
 
     @classmethod
     def of(cls, run_dir: Path) -> RunStudy:
         """Reads a run; UserError if a record is damaged.
 
-        Its configuration is what the stages were made with; of a run without stages what its last command was given.
+        Its configuration is that of its stages; of a run without stages that of its last command.
         """
         stages, checkpoints, notes = records.read(run_dir)
         samples = {}
         for label, content in checkpoints.items():
-            samples[label], foreign = significance.read_samples(run_dir / f"eval/{label}.samples", content.tasks)
-            notes += foreign
+            samples[label], unused_files = significance.read_samples(run_dir / f"eval/{label}.samples", content.tasks)
+            notes += unused_files
         settings: Json = {}
         for record in stages.values():
             settings |= record.settings
@@ -128,7 +128,7 @@ class RunStudy:
         elif (run_dir / "resolved.yaml").is_file():
             config = read_text(run_dir / "resolved.yaml")
         comparisons = []
-        for first, second in itertools.product(PLAIN, checkpoints):
+        for first, second in itertools.product(SHAREABLE, checkpoints):
             if first in checkpoints and second not in ("base", first):
                 entries = significance.compare_texts(checkpoints[first].texts, checkpoints[second].texts)
                 entries += significance.compare_tasks(samples[first], samples[second])
@@ -137,37 +137,37 @@ class RunStudy:
 
     @property
     def layers(self) -> list[LayerRecord]:
-        """The records of all layers that were pruned; none without pruning."""
+        """The records of all pruned layers; empty without pruning."""
         return self.stages["prune"].metrics.layers if "prune" in self.stages else []
 
     @property
     def seed(self) -> int | None:
-        """Where a stage recorded it."""
+        """The seed of the run, if a stage recorded it."""
         return next((record.seed for record in self.stages.values()), None)
 
     @cached_property
     def notes(self) -> list[str]:
-        """What is left out, and what cannot be compared."""
+        """Notes on what is left out and what cannot be compared."""
         pairs = [(f"{pair.first} and {pair.second}", entry) for pair in self.comparisons for entry in pair.entries]
-        of_pairs = [f"{names}, {entry.name}: {entry.note}" for names, entry in pairs if entry.note]
-        return [*self.left_out, *self._values[1], *of_pairs]
+        comparison_notes = [f"{names}, {entry.name}: {entry.note}" for names, entry in pairs if entry.note]
+        return [*self.left_out, *self._values[1], *comparison_notes]
 
     @cached_property
     def _values(self) -> tuple[dict[str, dict[Quantity, Value]], list[str]]:
-        """The numbers of each checkpoint, and a note for each quantity that is not one measure."""
+        """The numbers of each checkpoint, and a note for each quantity that was measured differently."""
         values = {label: values_of(content.results) for label, content in self.checkpoints.items()}
         return distinguish(values, self.seed)
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One for each checkpoint."""
+        """One row per checkpoint."""
         numbers = {
             label: {quantity: value.number for quantity, value in values.items() if value.number is not None}
             for label, values in self._values[0].items()
         }
         base, pruned = numbers.get("base", {}), numbers.get("pruned", {})
         rows = []
-        for label, known in numbers.items():
+        for label, current in numbers.items():
             prune, train, merge = (
                 self.stages[stage].metrics if stage in self.stages and label in labels else None
                 for stage, labels in MADE_BY.items()
@@ -184,20 +184,20 @@ class RunStudy:
                 fingerprint=self.checkpoints[label].fingerprint,
                 sparsity=sparsity,
                 values=self._values[0][label],
-                difference={key: known[key] - base[key] for key in known if key in base and label != "base"},
+                difference={key: current[key] - base[key] for key in current if key in base and label != "base"},
                 recovered={
                     key: share
-                    for key in known
-                    if label in MADE_BY["train"]  # the gap of this run is no other checkpoint's
+                    for key in current
+                    if label in MADE_BY["train"]  # checkpoints from elsewhere do not recover the gap of this run
                     if key in base and key in pruned
-                    if (share := gap_recovered(key.metric.kind, base[key], pruned[key], known[key])) is not None
+                    if (share := gap_recovered(key.metric.kind, base[key], pruned[key], current[key])) is not None
                 },
             )
             rows.append(row)
         return rows
 
     def to_json(self) -> Json:
-        """For ``report.json``."""
+        """The content of ``report.json``."""
         return {
             "run": self.directory,
             "config": self.config,
@@ -214,16 +214,16 @@ class RunStudy:
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """What checkpoints have in common that differ in nothing but the seed."""
+    """Statistics of checkpoints that differ only in the seed."""
 
-    row: Row  # one of them, for what they share; without their run's seed among its settings
+    row: Row  # of one of them, without run.seed in its settings
     seeds: int
-    numbers: dict[Quantity, tuple[float, float]]  # mean and standard deviation (n - 1) of those that all of them have
+    numbers: dict[Quantity, tuple[float, float]]  # mean and standard deviation (n - 1) of quantities that all have
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One or more runs side by side; a single one has nothing beside its own rows and comparisons."""
+    """One or more runs; a single one has only its own rows and comparisons."""
 
     runs: Sequence[RunStudy]
 
@@ -236,19 +236,19 @@ class Study:
     def rows(self) -> list[Row]:
         """The rows of all runs, with the settings in which the runs differ.
 
-        A dense model that runs share is there once, and so is a pruned checkpoint, if its numbers are the same. What
-        was trained is there for every run. Where rows were computed in different dtypes, the settings say so.
+        A dense or pruned checkpoint that runs share has one row if its numbers are the same; trained checkpoints have
+        one per run. If rows were computed in different dtypes, the settings include the dtype.
         """
         if len(self.runs) == 1:
             return self.runs[0].rows
         trees = [parse_yaml(run.config or "", f"{run.directory}/resolved.yaml") for run in self.runs]
         configs = [flatten(tree) if isinstance(tree, dict) else {} for tree in trees]
-        # of the keys that can change weights; what a number was computed in or measured with is told by the results
+        # only keys that can change weights: results record their dtype and their settings
         relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}
-        known = {key: [config[key] for config in configs if key in config] for key in config_keys() if key in relevant}
+        settings_of = {k: [config[k] for config in configs if k in config] for k in config_keys() if k in relevant}
         keys = [
             key
-            for key, values in known.items()
+            for key, values in settings_of.items()
             if not key.startswith("eval.") and any(value != values[0] for value in values)
         ]
         rows: list[Row] = []
@@ -258,29 +258,29 @@ class Study:
                 depends = DEPENDS.get(row.checkpoint, "")
                 settings = {key: config[key] for key in keys if key in config and key.startswith(depends)}
                 identity = (row.checkpoint, row.fingerprint, row.method, row.pattern, settings, row.values)
-                if row.fingerprint is None or row.checkpoint not in PLAIN or identity not in seen:
+                if row.fingerprint is None or row.checkpoint not in SHAREABLE or identity not in seen:
                     rows.append(replace(row, settings=settings))
                     seen.append(identity)
         dtypes = [" and ".join(sorted({value.dtype or "unknown" for value in row.values.values()})) for row in rows]
-        if len(set(dtypes)) == 1:  # within a run the names of quantities say it
+        if len(set(dtypes)) == 1:  # if dtypes differ within a run, the names of quantities say so
             return rows
         return [replace(row, settings=row.settings | {COMPUTED: name}) for row, name in zip(rows, dtypes, strict=True)]
 
     @cached_property
     def seeds(self) -> list[OverSeeds]:
-        """Means over the rows that differ in nothing but the seed, where there are several."""
+        """Means over rows that differ only in the seed, if there are several."""
         groups: dict[str, dict[str, Row]] = {}
         for row in (row for row in self.rows if SEED in row.settings):
-            rest = {key: value for key, value in row.settings.items() if key != SEED}
-            shared = str((row.checkpoint, row.method, row.pattern, row.training, rest))
-            # of a seed that is there twice the last
-            groups.setdefault(shared, {})[str(row.settings[SEED])] = replace(row, settings=rest)
+            settings = {key: value for key, value in row.settings.items() if key != SEED}
+            identity = str((row.checkpoint, row.method, row.pattern, row.training, settings))
+            # of several runs with the same seed the last counts
+            groups.setdefault(identity, {})[str(row.settings[SEED])] = replace(row, settings=settings)
         aggregated = []
         for group in (list(by_seed.values()) for by_seed in groups.values() if len(by_seed) > 1):
             numbers = {}
             for quantity in group[0].values:
-                known = [row.values[quantity].number for row in group if quantity in row.values]
-                finite = [number for number in known if number is not None]
+                numbers_of_rows = [row.values[quantity].number for row in group if quantity in row.values]
+                finite = [number for number in numbers_of_rows if number is not None]
                 if len(finite) == len(group):
                     numbers[quantity] = (statistics.fmean(finite), statistics.stdev(finite))
             aggregated.append(OverSeeds(group[0], len(group), numbers))
@@ -288,26 +288,26 @@ class Study:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """The merged checkpoint of every run against that of the first one that has one, as those within a run.
+        """The merged checkpoint of every run against that of the first run that has one.
 
-        Of tasks the means are compared, or the tasks where there is no mean; texts if their tokens are the same.
+        For tasks the means are compared, or the tasks if there is no mean; texts only with the same tokenizer.
         """
-        names = places(run.directory for run in self.runs)
+        names = relative_paths(run.directory for run in self.runs)
         merged = [run for run in self.runs if "merged" in run.checkpoints]
         comparisons = []
-        for other in merged[1:]:
-            first, texts = merged[0], merged[0].checkpoints["merged"].texts
-            tokenizers = {result.tokenizer for result in texts}  # windows of other tokens are no pairs
-            others = [text for text in other.checkpoints["merged"].texts if text.tokenizer in tokenizers]
-            tasks = significance.compare_tasks(first.samples, other.samples)
-            entries = significance.compare_texts(texts, others)
+        for second in merged[1:]:
+            first, first_texts = merged[0], merged[0].checkpoints["merged"].texts
+            tokenizers = {result.tokenizer for result in first_texts}  # windows of other tokens cannot be paired
+            second_texts = [text for text in second.checkpoints["merged"].texts if text.tokenizer in tokenizers]
+            tasks = significance.compare_tasks(first.samples, second.samples)
+            entries = significance.compare_texts(first_texts, second_texts)
             entries += [entry for entry in tasks if entry.is_mean] or tasks
             if entries:
-                comparisons.append(Comparison(names[first.directory], names[other.directory], entries))
+                comparisons.append(Comparison(names[first.directory], names[second.directory], entries))
         return comparisons
 
     def to_json(self) -> Json:
-        """For ``report.json``: of a single run what it recorded."""
+        """The content of ``report.json``; for a single run, that of the run."""
         if len(self.runs) == 1:
             return self.runs[0].to_json()
         return {
@@ -318,16 +318,16 @@ class Study:
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:
-    """The settings in which rows differ, and their short names: rank for train.rank, where only one key ends so."""
+    """The settings in which rows differ, and their short names: rank for train.rank, if no other key ends in rank."""
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     leaves = ["model" if key == "model.path" else key.rpartition(".")[2] for key in keys]
     return {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
 
 
-def places(runs: Iterable[str]) -> dict[str, str]:
-    """The directories of runs as seen from the folder that they share."""
+def relative_paths(runs: Iterable[str]) -> dict[str, str]:
+    """The directories of runs relative to the directory that contains them all."""
     runs = list(dict.fromkeys(runs))
     if len(runs) < 2:
         return {run: run for run in runs}
-    shared = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in runs])
-    return {run: os.path.relpath(run, shared) for run in runs}
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in runs])
+    return {run: os.path.relpath(run, common) for run in runs}

@@ -1,4 +1,4 @@
-"""Rows and comparisons -> tables whose columns say what they hold, so that no renderer guesses."""
+"""Rows and comparisons -> tables, whose columns tell renderers how to show them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sppctl.evaluate.values import Kind, Quantity
 from sppctl.records import LayerRecord
 from sppctl.report import plots
 from sppctl.report.significance import Comparison, Entry
-from sppctl.report.study import SEED, OverSeeds, Row, headlines, pattern_text, places, quantities, short_names
+from sppctl.report.study import SEED, OverSeeds, Row, headlines, pattern_text, quantities, relative_paths, short_names
 
-HEADS_MEAN = (
-    "ppl: perplexity; KL: divergence from the dense model, in nats per token; top-1: share of tokens that both models "
-    "find likeliest; mean: over the tasks beside it."
+COLUMN_NOTE = (
+    "ppl: perplexity; KL: divergence from the dense model, in nats per token; top-1: share of tokens for which both "
+    "models predict the same one; mean: over the tasks of the group."
 )
 NOTHING = "-"
 
@@ -24,14 +24,14 @@ NOTHING = "-"
 class Column:
     """A column and its head."""
 
-    name: str  # below the group, where there is one
-    group: str = ""  # what it shares with its neighbours
-    title: str = ""  # the whole head in one line, if not the name
-    kind: str = "number"  # to the right; text or code: to the left
+    name: str  # below the group, if any
+    group: str = ""  # the upper head, shared with its neighbours
+    title: str = ""  # the complete head in one line, if not the name
+    kind: str = "number"  # right-aligned; text and code are left-aligned
 
     @property
     def head(self) -> str:
-        """In one line."""
+        """The complete head in one line."""
         return self.title or self.name
 
     @property
@@ -45,17 +45,17 @@ class Table:
     """Cells by row."""
 
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]  # of text; in a table for programs any value
-    title: str = ""  # where the section's title does not say enough
+    rows: Sequence[Sequence[Any]]  # text; in a table for programs any value
+    title: str = ""  # if it needs one besides the section's
     parts: frozenset[int] = frozenset()  # rows that belong to the mean above them
     breaks: frozenset[int] = frozenset()  # rows that begin another run
-    is_wide: bool = False  # heads are broken into lines, below those that neighbours share
+    is_wide: bool = False  # heads are on several lines, below those that neighbours share
 
     @property
     def spans(self) -> list[tuple[str, int]]:
-        """The upper head: what neighbouring columns share, and how many they are; empty where none share anything."""
+        """The upper heads and how many columns share each; empty if there are none."""
         groups = [column.group for column in self.columns]
-        return [(name, len(list(own))) for name, own in groupby(groups)] if any(groups) else []
+        return [(name, len(list(columns))) for name, columns in groupby(groups)] if any(groups) else []
 
 
 def columns_of(*heads: str) -> list[Column]:
@@ -95,7 +95,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 
 def note_on_differences(rows: Iterable[Row]) -> str:
-    """What the numbers of :func:`comparison_table` and :func:`gaps` are."""
+    """Explains the numbers of :func:`comparison_table` and :func:`gaps`."""
     text = "Differences of accuracies are percentage points"
     if any(row.recovered for row in rows):
         text += (
@@ -106,7 +106,7 @@ def note_on_differences(rows: Iterable[Row]) -> str:
 
 
 def type_table(layers: list[LayerRecord]) -> Table:
-    """What pruning did, one row per module type, the experts of all blocks counted in one."""
+    """Pruned layers by module type; the experts of all blocks are one type."""
     key = plots.error_measure(layers)
     error = key.replace("_", " ")
     damped = any(layer.damp is not None for layer in layers)
@@ -116,7 +116,7 @@ def type_table(layers: list[LayerRecord]) -> Table:
     for name, points in plots.by_type(layers).items():
         members = [layer for block in points.values() for layer in block]
         worst = max(members, key=lambda layer: float(getattr(layer, key)))
-        sparsity, mean = (sum(getattr(layer, what) for layer in members) / len(members) for what in ("sparsity", key))
+        sparsity, mean = (sum(getattr(layer, name) for layer in members) / len(members) for name in ("sparsity", key))
         cells = [name, str(len(members)), f"{sparsity:.2%}", f"{mean:.3f}", f"{getattr(worst, key):.3f}", worst.name]
         damps = sorted(layer.damp for layer in members if layer.damp is not None)
         ends = dict.fromkeys(f"{damp:g}" for damp in damps[:1] + damps[-1:])
@@ -126,7 +126,7 @@ def type_table(layers: list[LayerRecord]) -> Table:
 
 
 def significance_table(comparisons: Iterable[Comparison]) -> Table:
-    """Differences on the same samples with their intervals; of losses in nats per token."""
+    """Differences on the same samples, with intervals; losses are in nats per token."""
     columns = columns_of("<comparison", "<measure", "samples", "first", "second", "difference", "<95 % interval", "p")
     lines = []
     for entry, names in _named(comparisons):
@@ -134,7 +134,7 @@ def significance_table(comparisons: Iterable[Comparison]) -> Table:
         if paired is not None:
             means = [f"{mean:.2%}" if is_share else f"{mean:.4f}" for mean in (entry.first, entry.second)]
             changes = (paired.difference, paired.low, paired.high)
-            difference, low, high = (f"{100 * one:+.2f}" if is_share else f"{one:+.4f}" for one in changes)
+            difference, low, high = (f"{100 * x:+.2f}" if is_share else f"{x:+.4f}" for x in changes)
             p = f"{paired.p:.4f}" if paired.p >= 0.001 else f"{paired.p:.1e}"
             name = f"{entry.name} {'acc' if is_share else 'loss, nats'}"
             lines.append([names, name, str(entry.samples), *means, difference, f"{low} to {high}", p])
@@ -142,7 +142,7 @@ def significance_table(comparisons: Iterable[Comparison]) -> Table:
 
 
 def flip_table(comparisons: Iterable[Comparison]) -> Table:
-    """Answers that differ between two checkpoints, and what became of them."""
+    """How many answers differ between two checkpoints, by whether they are correct."""
     columns = columns_of("<comparison", "<measure", "answers", "flipped")
     columns += columns_of("correct to wrong", "wrong to correct", "wrong to wrong")
     lines = []
@@ -165,15 +165,15 @@ Part = tuple[list[Column], list[list[str]]]  # columns of a table, and their cel
 
 
 def over_runs(rows: Sequence[Row], *parts: Callable[[Sequence[Row]], Part]) -> Table:
-    """The paper's shape: a row per checkpoint, how it was made, and then such parts as :func:`values`."""
-    names = places(row.run for row in rows)
+    """A table as in papers: a row per checkpoint, with its settings and then parts such as :func:`values`."""
+    names = relative_paths(row.run for row in rows)
     columns = columns_of("<run") if len(names) > 1 else []
     lines = [[names[row.run]] if len(names) > 1 else [] for row in rows]
-    for part in (_made, *parts):
-        more, cells = part(rows)
-        columns += more
-        lines = [[*line, *further] for line, further in zip(lines, cells, strict=True)]
-    breaks = frozenset(at for at in range(1, len(rows)) if rows[at].run != rows[at - 1].run)
+    for part in (_settings, *parts):
+        part_columns, part_rows = part(rows)
+        columns += part_columns
+        lines = [[*line, *cells] for line, cells in zip(lines, part_rows, strict=True)]
+    breaks = frozenset(index for index in range(1, len(rows)) if rows[index].run != rows[index - 1].run)
     return Table(columns, lines, breaks=breaks, is_wide=True)
 
 
@@ -181,13 +181,13 @@ def values(rows: Sequence[Row]) -> Part:
     """Sparsity, and a column per quantity."""
     measured = quantities(rows)
     scopes = list(dict.fromkeys(quantity.scope for quantity in measured))
-    measured.sort(key=lambda quantity: scopes.index(quantity.scope))  # columns of a text or a group are neighbours
+    measured.sort(key=lambda quantity: scopes.index(quantity.scope))  # keeps the columns of a text or a group together
     cells = [[_sparsity(row), *(_value(row, quantity) for quantity in measured)] for row in rows]
     return [Column("sparsity"), *map(_column, measured)], cells
 
 
 def gaps(rows: Sequence[Row]) -> Part:
-    """What is quoted, as difference to the dense model and as share of the gap recovered."""
+    """The headline quantities: their difference from the dense model, and the share of the gap recovered."""
     columns: list[Column] = []
     cells: list[list[str]] = [[] for _ in rows]
     for group, title, write in (
@@ -203,10 +203,10 @@ def gaps(rows: Sequence[Row]) -> Part:
 
 
 def seed_table(groups: Sequence[OverSeeds]) -> Table:
-    """Mean and standard deviation of what differs in nothing but the seed."""
+    """Mean and standard deviation over rows that differ only in the seed."""
     rows = [group.row for group in groups]
     measured = [quantity for quantity in quantities(rows) if any(quantity in group.numbers for group in groups)]
-    columns, lines = _made(rows)
+    columns, lines = _settings(rows)
     for group, line in zip(groups, lines, strict=True):
         line.append(str(group.seeds))
         for quantity in measured:
@@ -215,15 +215,17 @@ def seed_table(groups: Sequence[OverSeeds]) -> Table:
     return Table([*columns, Column("seeds"), *map(_column, measured)], lines, is_wide=True)
 
 
-def _made(rows: Sequence[Row]) -> Part:
-    """How checkpoints were made, with the settings in which they differ."""
-    texts = {key for row in rows for key, value in row.settings.items() if isinstance(value, str)}
+def _settings(rows: Sequence[Row]) -> Part:
+    """The methods by which checkpoints were made, and the settings in which they differ."""
+    text_keys = {key for row in rows for key, value in row.settings.items() if isinstance(value, str)}
     keys = short_names(rows)
     columns = columns_of("<checkpoint", "<method", "<pattern", "<training")
-    columns += [Column(name, kind="text" if key in texts else "number") for key, name in keys.items()]
-    made = [[row.checkpoint, row.method or NOTHING, row.pattern or NOTHING, row.training or NOTHING] for row in rows]
-    settings = [[str(row.settings.get(key, NOTHING)) for key in keys] for row in rows]
-    return columns, [[*one, *other] for one, other in zip(made, settings, strict=True)]
+    columns += [Column(name, kind="text" if key in text_keys else "number") for key, name in keys.items()]
+    lines = []
+    for row in rows:
+        methods = [row.checkpoint, row.method or NOTHING, row.pattern or NOTHING, row.training or NOTHING]
+        lines.append([*methods, *(str(row.settings.get(key, NOTHING)) for key in keys)])
+    return columns, lines
 
 
 def _column(quantity: Quantity) -> Column:
@@ -267,7 +269,7 @@ def _sparsity(row: Row) -> str:
 
 
 def long_table(rows: Sequence[Row]) -> Table:
-    """One row per checkpoint and quantity, unrounded; a checkpoint without numbers has one row.
+    """One row per checkpoint and quantity, unrounded; checkpoints without numbers have one row.
 
     Columns for the settings in which runs differ follow the fixed ones.
     """
@@ -276,11 +278,12 @@ def long_table(rows: Sequence[Row]) -> Table:
     numbers = ("measure", "kind", "value", "stderr", "acc_norm", "difference_to_base", "gap_recovered")
     lines: list[list[Any]] = []
     for row in rows:
-        known = vars(row) | row.sparsity  # whose own sparsity is the number
-        identity, settings = [known[key] for key in about], [row.settings.get(key) for key in keys]
-        for one, value in row.values.items():
-            named = [one.label, one.metric.kind.value, value.number, value.stderr, value.norm]
-            lines.append([*identity, *named, row.difference.get(one), row.recovered.get(one), *settings])
+        fields = vars(row) | row.sparsity  # "sparsity" becomes the number
+        identity, settings = [fields[key] for key in about], [row.settings.get(key) for key in keys]
+        for quantity, value in row.values.items():
+            cells = [quantity.label, quantity.metric.kind.value, value.number, value.stderr, value.norm]
+            changes = [row.difference.get(quantity), row.recovered.get(quantity)]
+            lines.append([*identity, *cells, *changes, *settings])
         if not row.values:
             lines.append([*identity, *[None] * len(numbers), *settings])
     return Table([Column(head) for head in (*about, *numbers, *keys)], lines)

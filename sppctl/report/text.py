@@ -21,7 +21,7 @@ from sppctl.report.tables import NOTHING, Table
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """The whole report; of figures those that are files. A section of other figures alone is left out."""
+    """The report, with figures only if they are files. Sections without other content are left out."""
     blocks = []
     for section in sections:
         contents = [block for item in section.items if (block := _block(item, section.folder))]
@@ -31,7 +31,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escapes text for Markdown."""
     return re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(console.plain(text), quote=False))
 
 
@@ -44,7 +44,7 @@ def _block(item: Item, folder: str) -> str:
         return escape(item.text)
     if isinstance(item, Figure):
         return "" if item.file is None else f"![{item.file[1]}]({quote(folder)}{item.file[0]})"
-    fence = "`" * (1 + max(2, *map(len, re.findall("`*", item.text))))  # which nothing in the text can end
+    fence = "`" * (1 + max(2, *map(len, re.findall("`*", item.text))))  # longer than any in the text
     block = f"{fence}{item.language}\n{console.plain_lines(item.text)}\n{fence}"
     if item.folded is None:
         return block
@@ -52,15 +52,15 @@ def _block(item: Item, folder: str) -> str:
 
 
 def grid(table: Table) -> list[str]:
-    """A table: text to the left, numbers to the right; names as code where nothing in them ends it."""
+    """The lines of a table: text left-aligned, numbers right-aligned, names as code unless they would break it."""
     lines = [[escape(column.head) for column in table.columns]]
     lines.append(["---" if column.is_text else "---:" for column in table.columns])
-    for at, row in enumerate(table.rows):
+    for index, row in enumerate(table.rows):
         cells = [
             f"`{text}`" if column.kind == "code" and re.fullmatch(r"[\w.:-]+", text) else escape(text)
             for text, column in zip(row, table.columns, strict=True)
         ]
-        lines.append([f"  {cells[0]}" if at in table.parts else cells[0], *cells[1:]])
+        lines.append([f"  {cells[0]}" if index in table.parts else cells[0], *cells[1:]])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -68,7 +68,7 @@ def grid(table: Table) -> list[str]:
 
 
 def to_csv(table: Table) -> str:
-    """A table with its heads; numbers as they are, and no text that a program takes for a formula."""
+    """A table with its heads; numbers are not rounded, and text cannot be taken for a formula."""
     text = io.StringIO()
     rows = ([column.head for column in table.columns], *table.rows)
     csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
@@ -85,7 +85,7 @@ def _cell(value: Any) -> Any:
 
 
 def show(study: Study) -> None:
-    """Prints the summary of a report: tables of results and what was done."""
+    """Prints the summary of a report: what was done, and tables of results."""
     for section in document(study, [chapter(run) for run in study.runs]):
         if not section.is_summary:
             continue
@@ -95,15 +95,15 @@ def show(study: Study) -> None:
             if isinstance(item, Facts):
                 print("\n".join(map(console.plain, item.lines)))
             elif isinstance(item, Table):
-                rows = [[f"  {row[0]}" if at in item.parts else row[0], *row[1:]] for at, row in enumerate(item.rows)]
+                rows = [[f"  {row[0]}" if i in item.parts else row[0], *row[1:]] for i, row in enumerate(item.rows)]
                 console.show_table(section.title, [column.head for column in item.columns], rows)
 
 
 def show_results(results: dict[str, Json], seed: int) -> None:
-    """Prints results files by label, their names without ``seed``, the configured one."""
+    """Prints results files by label; names do not show ``seed``, the configured one."""
     by_label = {label: Results.from_json(content) for label, content in results.items()}
-    named, _ = distinguish({label: values_of(content.results) for label, content in by_label.items()}, seed)
-    for label, values in named.items():
+    values_by_label, _ = distinguish({label: values_of(content.results) for label, content in by_label.items()}, seed)
+    for label, values in values_by_label.items():
         rows = []
         for quantity, value in values.items():
             is_share = value.number is None or quantity.metric.is_share

@@ -1,4 +1,4 @@
-"""Records of one or more runs -> a report: Markdown, CSV, JSON and one HTML page that needs nothing beside it."""
+"""Records of one or more runs -> a report: Markdown, CSV, JSON and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
     """Reads runs and writes their reports.
 
     Args:
-        run_dirs: each gets a report of its own, unless it is the only one and ``output`` is given.
-        output: where the report over all of them goes; None: the folder that they share.
-        latex: file for the table over all of them.
+        run_dirs: each gets its own report, except a single one with ``output``.
+        output: directory of the report on all of them; None: the directory that contains them.
+        latex: file for the table of all runs.
 
     Raises:
-        UserError: a directory holds no run, or a report cannot be written where it should go.
-        WriteError: the disk is full; files that are there are whole.
+        UserError: a directory is not a run, or a report cannot be written to its directory.
+        WriteError: the disk is full; every file is either complete or unchanged.
     """
-    run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # each once
+    run_dirs = list({path.resolve(): path for path in run_dirs}.values())  # without duplicates
     for path in run_dirs:
         if not [*path.glob(f"*/{RECORD}"), *path.glob("eval/*.json")]:
             raise records.no_run(path)
-    place = _place(run_dirs, output)
-    for directory in [*(run_dirs if len(run_dirs) > 1 else []), place]:
+    main_directory = _main_directory(run_dirs, output)
+    for directory in [*(run_dirs if len(run_dirs) > 1 else []), main_directory]:
         disk.demand_directory(directory, "--output")
         for name in FILES:
             disk.demand_file(directory / name, "--output")
@@ -47,35 +47,35 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
         disk.demand_file(latex, "--latex")
     study = Study.of(run_dirs)
     if latex is not None and not study.rows:
-        raise UserError(f"--latex {latex}: nothing has been measured yet; sppctl eval does")
+        raise UserError(f"--latex {latex}: nothing has been measured yet; run sppctl eval first")
     chapters = [chapter(run) for run in study.runs]
     if len(run_dirs) > 1:
         for path, run, sections in zip(run_dirs, study.runs, chapters, strict=True):
             _write(Study([run]), [sections], path)
-    _write(study, chapters, place)
-    console.note(f"report: {place / 'report.html'}")
+    _write(study, chapters, main_directory)
+    console.note(f"report: {main_directory / 'report.html'}")
     if latex is not None:
         disk.write(latex, to_latex(tables.over_runs(study.rows, tables.values, tables.gaps)))
         console.note(f"report: {latex}")
     return study
 
 
-def _place(run_dirs: Sequence[Path], output: Path | None) -> Path:
-    """The directory of the report over all runs."""
+def _main_directory(run_dirs: Sequence[Path], output: Path | None) -> Path:
+    """The directory of the report on all runs."""
     if len(run_dirs) == 1:
         return output or run_dirs[0]
-    place = output or Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
-    if output is None and place == Path(place.anchor):
-        raise UserError("these runs share no folder; name one for the report over all (--output)")
-    if place.resolve() in [path.resolve() for path in run_dirs]:
-        raise UserError(f"{place} is itself one of the runs; name a folder for the report over all (--output)")
-    return place
+    directory = output or Path(os.path.commonpath([path.resolve().parent for path in run_dirs]))
+    if output is None and directory == Path(directory.anchor):
+        raise UserError("these runs have no common directory; name one for the report on all of them with --output")
+    if directory.resolve() in [path.resolve() for path in run_dirs]:
+        raise UserError(f"{directory} is itself one of the runs; name another directory with --output")
+    return directory
 
 
 def _write(study: Study, chapters: Sequence[Sequence[Section]], directory: Path) -> None:
-    """Writes the files of a report; the figure of pruning only beside a single run."""
+    """Writes the files of a report; the pruning figure only for a single run."""
     sections = document(study, chapters, directory)
-    texts = {  # all, before the first is written
+    texts = {  # all are rendered before the first is written
         "report.md": to_markdown(sections),
         "report.csv": to_csv(tables.long_table(study.rows)),
         "report.json": strict_json.dumps(study.to_json(), indent=2, default=str) + "\n",

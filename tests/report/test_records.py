@@ -32,9 +32,9 @@ def test_another_pruning_does_not_get_the_numbers_of_the_one_before(run: Path) -
     stages, results, notes = read(run)
     assert (list(stages), list(results)) == (["prune"], ["base"])
     assert notes == [
-        f"{run}/adapter was made from other weights than pruned/ holds; sppctl train --force",
-        f"{run}/merged was made from other weights than pruned/ holds; sppctl merge --force",
-        f"{run}/eval/pruned.json measures other weights than pruned/ holds; sppctl eval --model pruned",
+        f"{run}/adapter was made from weights that differ from those in pruned/; sppctl train --force",
+        f"{run}/merged was made from weights that differ from those in pruned/; sppctl merge --force",
+        f"{run}/eval/pruned.json measures weights that differ from those in pruned/; sppctl eval --model pruned",
         f"{run}/eval/merged.json measures weights that are left out with their stage",
     ]
 
@@ -61,7 +61,7 @@ def test_an_adapter_that_was_trained_again_is_not_in_the_merged_weights(run: Pat
     change_record(run, "train", output="another")
     stages, results, notes = read(run)
     assert (list(stages), list(results)) == (["prune", "train"], ["base", "pruned"])
-    assert notes[0] == f"{run}/merged was merged with another adapter than adapter/ holds; sppctl merge --force"
+    assert notes[0] == f"{run}/merged was merged with an adapter that differs from adapter/; sppctl merge --force"
 
 
 def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
@@ -69,8 +69,8 @@ def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
     compared = with_measure(load(run, "merged").texts[0], reference="another")
     change_results(run, "merged", lambda content: content.add(compared))
     assert read(run)[2] == [
-        f"{run}/adapter was made with another dense model than pruned/; sppctl train --force",
-        f"{run}/eval/merged.json compares with another dense model than was pruned; sppctl eval --model merged",
+        f"{run}/adapter was made with a different dense model than pruned/; sppctl train --force",
+        f"{run}/eval/merged.json compares with a different dense model than pruned/; sppctl eval --model merged",
     ]
 
 

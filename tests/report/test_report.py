@@ -205,7 +205,7 @@ def test_the_report_of_several_runs_never_replaces_that_of_one(tmp_path: Path, m
     with pytest.raises(UserError, match=r"itself one of the runs.*--output"):
         pipeline.report(runs, output=tmp_path / "two/../one")
     monkeypatch.setattr("os.path.commonpath", lambda _: "/")
-    with pytest.raises(UserError, match=r"share no folder; name one .*--output"):
+    with pytest.raises(UserError, match=r"no common directory; name one .*--output"):
         pipeline.report(runs)
     assert not (tmp_path / "one/report.md").exists()
 
@@ -257,7 +257,7 @@ def test_notes_are_in_every_form(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     made_up_runs.change_record(one, "prune", output="others")
     pipeline.report([one])
-    note = f"{one}/eval/pruned.json measures other weights than pruned/ holds; sppctl eval --model pruned"
+    note = f"{one}/eval/pruned.json measures weights that differ from those in pruned/; sppctl eval --model pruned"
     for kind, shown in {"md": f"\n- {note}", "html": f'<p class="note">{note}</p>', "json": note}.items():
         assert shown in (one / f"report.{kind}").read_text()
 

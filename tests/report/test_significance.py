@@ -124,7 +124,7 @@ def test_samples_are_matched_by_their_hash_and_noted_where_they_have_no_partner(
     first = samples_of(sample("a", 1), sample("b", 1))
     entry, _, _ = compared(first, samples_of(sample("b", 0), sample("c", 0)))
     assert (entry.samples, entry.first, entry.second) == (1, 1, 0)
-    assert entry.note == "2 samples stand in one of the two files only and are left out"
+    assert entry.note == "2 samples are in only one of the two files and are left out"
     (entry,) = compare_tasks(first, samples_of(sample("c", 0)))
     assert (entry.samples, entry.paired) == (0, None)
     # equal documents one by one
@@ -182,12 +182,12 @@ def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> N
     samples, notes = significance.read_samples(tmp_path, results)
     assert notes == [f"{tmp_path / 'boolq.jsonl'} belongs to another evaluation and is left out"]
     grouped, alone = samples.values()
-    assert (grouped.name, grouped.alone, len(grouped.samples)) == ("rte, limit 5", False, 1)
+    assert (grouped.name, grouped.has_row, len(grouped.samples)) == ("rte, limit 5", False, 1)
     assert {(whole.group, whole.limit): group for whole, group in grouped.groups.items()} == {
         ("all", 5): Group(True, 57),
         ("part", 5): Group(False, 0),
     }
-    assert (alone.name, alone.alone, len(alone.samples), alone.groups) == ("own-task, limit 5", True, 2, {})
+    assert (alone.name, alone.has_row, len(alone.samples), alone.groups) == ("own-task, limit 5", True, 2, {})
     assert significance.read_samples(tmp_path / "nowhere", results) == ({}, [])
 
 
@@ -213,7 +213,7 @@ def test_a_task_alone_and_in_a_group_is_one_task(tmp_path: Path) -> None:
     alone = with_measure(result(tmp_path, "rte", group=None, groups={}), num_fewshot=None)  # its own, which is 0
     for results in ([in_group, alone], [alone, in_group]):
         (samples,) = significance.read_samples(tmp_path, results)[0].values()
-        assert (samples.alone, list(samples.groups)) == (True, [TaskMeasure("", 0, 5, group="all")])
+        assert (samples.has_row, list(samples.groups)) == (True, [TaskMeasure("", 0, 5, group="all")])
 
 
 def test_a_group_with_other_examples_or_prompts_is_another_mean(tmp_path: Path) -> None:
