@@ -74,9 +74,9 @@ def scored_tokens(count: int, seq_len: int, stride: int | None = None) -> Tensor
     return scored
 
 
-def window_losses(model: Any, windows: Tensor, batch_size: int, whole: bool = False) -> Iterator[Tensor]:
+def window_losses(model: Any, windows: Tensor, batch_size: int, whole_windows: bool = False) -> Iterator[Tensor]:
     """Summed negative log-likelihood of every window, (batch,) float64 for every batch; no overlap, no reference."""
-    for sums in window_sums(model, windows, batch_size, whole=whole):
+    for sums in window_sums(model, windows, batch_size, whole_windows=whole_windows):
         yield sums[:, 0]
 
 
@@ -87,7 +87,7 @@ def window_sums(
     batch_size: int,
     scored: Tensor | None = None,
     reference: Reference | None = None,
-    whole: bool = False,
+    whole_windows: bool = False,
     hidden: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Sums over the scored tokens of every window.
@@ -102,7 +102,7 @@ def window_sums(
         batch_size: windows at a time.
         scored: (windows,) how many of a window's last tokens are scored; None: all but the first.
         reference: predictions on the same windows, with which the model is compared.
-        whole: compute the logits of whole windows in any case; a sharded model must be called as a whole.
+        whole_windows: compute the logits of whole windows in any case; a sharded model needs calls of the full model.
         hidden: (windows, seq_len, hidden_size), the model's final hidden states if they have been computed.
 
     Yields:
@@ -110,8 +110,8 @@ def window_sums(
     """
     if not len(windows):
         return
-    chunked = not whole and head_is_last_step(model, windows[:1, :8].to(model.device))
-    if not (chunked or whole):  # the logits of these windows, and one copy of them, must fit into memory together
+    chunked = not whole_windows and head_is_last_step(model, windows[:1, :8].to(model.device))
+    if not (chunked or whole_windows):  # their logits, and one copy of these, must fit into memory
         window_bytes = 2 * windows.shape[1] * _vocab_size(model) * model.dtype.itemsize
         batch_size = min(batch_size, max(1, int(machine.free_memory(model.device) * MEMORY_SHARE / window_bytes)))
     counts = scored_tokens(*windows.shape) if scored is None else scored
@@ -119,7 +119,7 @@ def window_sums(
     for first in range(0, len(windows), batch_size):
         batch = range(first, min(first + batch_size, len(windows)))
         # the processes of a sharded model must make the same calls, so none of them may halve a batch alone
-        yield torch.stack(sums_of(batch) if whole else machine.in_halves(sums_of, batch))
+        yield torch.stack(sums_of(batch) if whole_windows else machine.in_halves(sums_of, batch))
 
 
 def _sums(

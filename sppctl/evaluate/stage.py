@@ -33,7 +33,7 @@ from sppctl.model.estimate import CHARACTERS, Work
 from sppctl.model.weights import check_directory
 
 DEFAULT_WINDOW = 2048
-LOADED_AT_ONCE = 20  # tasks whose data is loaded before a run starts; for more that would take too long
+LOADED_AT_ONCE = 20  # tasks whose data is loaded before a run starts; more would take too long
 
 
 # --- before a run -----------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class Subject:
             with checkpoint.quiet_libraries():
                 config = PeftConfig.from_pretrained(str(self.adapter))
                 if hasattr(config, "init_lora_weights"):
-                    config.init_lora_weights = True  # other values compute something from the base weights
+                    config.init_lora_weights = True  # other values initialise from the base weights
                 adapted = PeftModel.from_pretrained(model, str(self.adapter), config=config, torch_device="cpu")
                 loaded = adapted.load_adapter(str(self.adapter), "default", torch_device="cpu", key_mapping=renames)
         except Exception as error:  # a wrong value raises wherever PEFT first uses it

@@ -81,7 +81,7 @@ class PerplexityEvery(Hook):
         model.eval()
         sharded = isinstance(model, FSDPModule)
         called = model if sharded else model.get_base_model()
-        losses = torch.cat(list(window_losses(called, self.windows, self.batch_size, whole=sharded)))
+        losses = torch.cat(list(window_losses(called, self.windows, self.batch_size, whole_windows=sharded)))
         value = summarise(losses, self.windows.shape[1]).value
         console.note(f"step {step}: perplexity of {self.name} {value:.2f}")
         return {"perplexity": value, "text": self.name}

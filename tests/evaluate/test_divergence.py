@@ -105,7 +105,7 @@ def test_a_full_disk_is_reported_before_the_windows_are_computed(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    problem = rf"take 15,360 bytes in {tmp_path}, where [\d,]+ are free \(No space left on device\)"  # 5 x 24 x 32 x 4
+    problem = rf"need 15,360 bytes in {tmp_path}, where [\d,]+ are free \(No space left on device\)"  # 5 x 24 x 32 x 4
     with pytest.raises(StageError, match=problem):
         Reference(models[0], WINDOWS, 2, tmp_path / "hidden.bin", lambda _: pytest.fail("computed"))
     assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def test_a_folder_of_tasks_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_a_task_that_needs_an_end_of_text(task: str, starts: bool, refused: bool, own_tasks: Path) -> None:
     tokenizer = SimpleNamespace(eos_token_id=None, bos_token_id=1 if starts else None)
-    problem = rf"^eval\.tasks: {task} .* needs an end-of-text token, and the tokenizer has none"
+    problem = rf"^eval\.tasks: {task} .* needs an end-of-text token, but the tokenizer has none"
     with pytest.raises(UserError, match=problem) if refused else contextlib.nullcontext():
         check_tasks([task], str(own_tasks), tokenizer)
     check_tasks([task], str(own_tasks), SimpleNamespace(eos_token_id=2))
