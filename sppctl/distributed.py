@@ -1,4 +1,4 @@
-"""The processes of one job: who am I, sums over all, one does what only one may do. Without torchrun all is trivial."""
+"""The processes of one job: ranks, collectives, and work for one process only. A single process needs none of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Number of this process, 0 for the one that writes."""
+    """Rank of this process; 0 is the one that writes."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -28,12 +28,12 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine; where nobody says so (srun), all may be here."""
+    """Number of processes on this machine; if that is unknown (srun), of all machines."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and talks."""
+    """Whether this process is the one that writes and prints."""
     return rank() == 0
 
 
@@ -44,21 +44,21 @@ def connect(device: torch.device) -> None:
             import torch
 
             torch.cuda.set_device(device)
-        # one process may unpack, tokenise or write for long while the others wait
+        # a long timeout: one process may unpack, tokenise or write while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         _torch().init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def is_connected() -> bool:
-    """Whether this process has joined the others: what it meets from then on they need not meet alike."""
+    """Whether this process has joined the others; from then on, an error may occur in one process only."""
     return world_size() > 1 and bool(_torch().is_initialized())
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends a process that has joined the others, after what Python has registered for its end.
+    """Ends a process that has joined the others, after running Python's exit handlers.
 
-    Threads of the backends that still run when C++ tears its objects down abort the process (SIGABRT) now and then,
-    whatever its exit code should have been.
+    Backend threads that still run while C++ destroys its objects sometimes abort the process (SIGABRT), which would
+    replace its exit code.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -67,7 +67,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 def leave() -> bool:
-    """The end of the work in several processes: the first continues alone; whether this process is the first."""
+    """Ends the work in several processes; the first continues alone. Returns whether this is the first."""
     if world_size() == 1:
         return True
     _torch().barrier()
@@ -79,14 +79,14 @@ def leave() -> bool:
 
 
 def barrier() -> None:
-    """Waits for the others."""
+    """Waits for the other processes."""
     if is_connected():
         _torch().barrier()
 
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process does what is inside, then the others, who find in a cache what it has made."""
+    """Runs the body in the first process, then in the others, which find its results in a cache."""
     if not is_main():
         barrier()
     try:
@@ -104,7 +104,7 @@ def all_reduce_sum(*tensors: torch.Tensor) -> None:
 
 
 def summed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The sum of a tensor in RAM over the processes; it travels through their device, for NCCL sums on GPUs only."""
+    """The sum of a CPU tensor over the processes; computed on ``device``, because NCCL sums on GPUs only."""
     if world_size() == 1:
         return tensor
     shared = tensor.to(device)
@@ -113,7 +113,7 @@ def summed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Counted(Protocol):
-    """Sums over tokens, and how many these are."""
+    """Sums over tokens, and the number of tokens."""
 
     num_tokens: int
 
@@ -139,18 +139,18 @@ def all_reduce_max(tensor: torch.Tensor) -> None:
 
 
 def broadcast(tensor: torch.Tensor, source: int) -> None:
-    """Overwrites a tensor with that of process ``source``."""
+    """Overwrites a tensor with the one of process ``source``."""
     if world_size() > 1:
         _torch().broadcast(tensor, source)
 
 
 def first_known(value: T | None) -> T | None:
-    """The small value of the first process that has one, known to all; None where none has."""
-    return next((known for known in gather_objects(value) if known is not None), None)
+    """The (small) value of the first process whose value is not None, in all processes; None if all are None."""
+    return next((gathered for gathered in gather_objects(value) if gathered is not None), None)
 
 
 def broadcast_object(value: T, source: int) -> T:
-    """The small value that process ``source`` has."""
+    """The (small) value of process ``source``, in all processes."""
     values = [value]
     if world_size() > 1:
         _torch().broadcast_object_list(values, source)
@@ -158,7 +158,7 @@ def broadcast_object(value: T, source: int) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The small values of all processes, in their order."""
+    """The (small) values of all processes, by rank."""
     values = [value] * world_size()
     if world_size() > 1:
         _torch().all_gather_object(values, value)
@@ -166,7 +166,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def decide(choose: Callable[[], T], source: int = 0) -> T:
-    """What process ``source`` finds, known to all; an error that it meets ends all of them alike."""
+    """Calls ``choose`` in process ``source`` only; returns its result, or raises its error, in all processes."""
     if not is_connected():
         return choose()
     outcome: T | UserError | StageError | None = None
@@ -183,7 +183,7 @@ def decide(choose: Callable[[], T], source: int = 0) -> T:
 
 
 def _torch() -> Any:
-    """``torch.distributed``: a process that is alone never imports it, and commands start without torch."""
+    """``torch.distributed``: a single process never imports it, so that commands start without torch."""
     import torch.distributed as dist
 
     return dist

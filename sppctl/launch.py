@@ -1,7 +1,7 @@
 """Starting the processes of one command on this machine, or joining those that torchrun, accelerate or srun started.
 
 The processes learn their rank from the variables that torchrun sets. They are not started by torchrun itself: its
-agent turns every exit code into 1, ends at SIGUSR1, and kills after 30 seconds of grace whatever is still writing.
+agent turns every exit code into 1, is ended by SIGUSR1, and kills processes that are still writing after 30 seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 5  # after one process has failed, until the others are killed
 _PARENT = "SPPCTL_LAUNCHER"  # process id of the command that started this one
 _PR_SET_PDEATHSIG = 1
-# what gloo, NCCL and their store say in a process whose partner is gone
+# errors of gloo, NCCL and their store when another process is gone
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|store|DistBackendError", re.IGNORECASE)
 
 
@@ -35,16 +35,16 @@ _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|sto
 
 
 def adopt() -> None:
-    """Takes over what a launcher says about this process; called before anything else.
+    """Adopts the variables of a launcher for this process; called before anything else.
 
-    SIGUSR1, by which Slurm announces the end of a job's time, ends the process as SIGTERM does wherever nothing else
-    answers it: by itself it would look like a failure.
+    SIGUSR1, with which Slurm announces a job's time limit, ends the process as SIGTERM does unless something else
+    handles it: its default exit code would look like a failure.
     """
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
     os.environ.update(from_slurm(os.environ))
     parent = os.environ.pop(_PARENT, None)
     if parent is not None and sys.platform == "linux":
-        # a launcher that is killed outright cannot end its processes; they would go on and hold the run directory
+        # a launcher that is killed cannot end its processes; they would continue and hold the run directory
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(parent):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +53,7 @@ def adopt() -> None:
 def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables for a task of ``srun``; empty outside of one, or where they are set already.
 
-    Only srun sets SLURM_STEP_NUM_TASKS for its tasks; SLURM_NTASKS and SLURM_PROCID are there in a batch script too,
+    Only srun sets SLURM_STEP_NUM_TASKS for its tasks; SLURM_NTASKS and SLURM_PROCID are also set in a batch script,
     which is a single process.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
@@ -65,7 +65,7 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20000 + job % 20000),  # the same in all tasks, another one for the job beside this one
+        "MASTER_PORT": str(20000 + job % 20000),  # the same in all tasks, different for other jobs
     }
     return {name: value for name, value in variables.items() if name not in environment}
 
@@ -81,7 +81,7 @@ def first_host(nodes: str) -> str:
 
 
 def num_processes(config: Config) -> int:
-    """The processes that share the work: those that are there, else those that :func:`start` would start.
+    """The number of processes that share the work: the existing ones, else those that :func:`start` would start.
 
     Raises:
         UserError: the configuration wants several machines, which only a launcher can start.
@@ -102,7 +102,7 @@ def num_processes(config: Config) -> int:
 
 
 def configured_processes(config: Config) -> int:
-    """The processes of a job on all its machines, wherever it is started; ``auto``: one for each GPU that is used."""
+    """The number of processes of a job on all its machines; ``auto`` is one for each visible GPU."""
     launch = config.launch
     if launch.num_processes != "auto":
         return launch.num_processes * launch.num_machines
@@ -117,7 +117,7 @@ def accumulation(train: TrainConfig, processes: int) -> int:
     """Micro-batches of each process in a step, so that ``train.batch_size`` holds for any number of processes.
 
     Raises:
-        UserError: it does not come out even.
+        UserError: it is not a multiple of micro-batch size x processes.
     """
     step = train.micro_batch_size * processes
     if train.batch_size % step:
@@ -138,8 +138,8 @@ def needed(config: Config) -> bool:
 def start(arguments: list[str], number: int, silent: bool = False) -> int:
     """Runs ``sppctl ARGUMENTS`` in several processes of this machine and waits for them.
 
-    SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to all of them. If one fails, the others have GRACE_SECONDS to
-    fail by themselves. ``silent`` drops what they print on stdout.
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP are forwarded to all of them. If one fails, the others have GRACE_SECONDS to
+    end by themselves. ``silent`` discards their stdout.
 
     Returns:
         The exit code of the process that failed first, 128 + the number of the signal that ended it; 0 if none failed.
@@ -151,15 +151,15 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
     command = [sys.executable, "-m", "sppctl", *arguments]
     with contextlib.ExitStack() as stack:
         shared["MASTER_PORT"] = str(stack.enter_context(held_port()))
-        # what the others say is shown only if they are the first to fail
+        # stderr of the other ranks is shown only for one that fails first
         errors: list[IO[bytes] | None] = [None]
         errors += [stack.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]
         processes: list[subprocess.Popen[bytes]] = []
-        with _passed_on(processes):
+        with _forwarding_signals(processes):
             for rank, stderr in enumerate(errors):
                 variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 stdout = subprocess.DEVNULL if silent else None
-                # in a session of their own, so that Ctrl-C on a terminal reaches them once, through this process
+                # each in its own session, so that Ctrl-C on a terminal reaches them once, through this process
                 process = subprocess.Popen(command, env=variables, stdout=stdout, stderr=stderr, start_new_session=True)  # noqa: S603
                 processes.append(process)
             failures = _failures(processes)
@@ -170,8 +170,8 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
     code = processes[failed].returncode
     sys.stderr.write(texts[failed])
     if code < 0 and -code not in SIGNALS:
-        console.note(f"error: process {failed} of {number} was ended by {signal.Signals(-code).name}")
-    if code == -signal.SIGUSR1:  # before the process could answer
+        console.note(f"error: process {failed} of {number} was killed by {signal.Signals(-code).name}")
+    if code == -signal.SIGUSR1:  # before the process could handle it
         return 128 + signal.SIGTERM
     return code if code > 0 else 128 - code
 
@@ -184,23 +184,23 @@ def _content(file: IO[bytes] | None) -> str:
 
 
 @contextlib.contextmanager
-def _passed_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Inside, signals go to the processes instead of ending this one."""
+def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Forwards signals to the processes instead of ending this one."""
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _failures(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Waits for all; the numbers of those that failed by themselves, the first to fail first."""
+    """Waits for all processes; returns the ranks that failed by themselves, the first to fail first."""
     failed: list[int] = []
     deadline = float("inf")
     while True:
@@ -218,24 +218,24 @@ def _failures(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _cause(failed: list[int], processes: list[subprocess.Popen[bytes]], texts: list[str]) -> int:
-    """Of the processes that failed, the one that knows why: those who lose their connection to it may end sooner."""
+    """The rank that failed first in fact: processes that only lost their connection to it may end sooner."""
     for rank in failed:
         code = processes[rank].returncode
         if code > 1 or (code < 0 and -code not in SIGNALS):
-            return rank  # it reported a problem itself, or somebody killed it
+            return rank  # it reported a problem itself, or was killed
         errors = re.findall(r"^error: .*", texts[rank], re.MULTILINE)
         if errors and not _LOST.search(errors[-1]):
             return rank
-    return 0 if 0 in failed else failed[0]  # what the first says has been shown
+    return 0 if 0 in failed else failed[0]  # stderr of rank 0 has been shown already
 
 
 @contextlib.contextmanager
 def held_port() -> Iterator[int]:
-    """A port for the store of the processes, which no other program is given in the meantime.
+    """A port for the store of the processes, reserved until they use it.
 
-    Nobody listens at it here, so the store, which allows the address to be reused as this does, can.
+    This socket does not listen, and both allow the address to be reused, so the store can listen on it.
     """
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]

@@ -19,7 +19,7 @@ class Pattern:
         """Reads ``"2:4"``, ``0.5`` or ``"0.5"``.
 
         Raises:
-            ValueError: the value is neither a ratio between 0 and 1 nor N:M with 0 < N < M.
+            ValueError: the value is invalid a ratio between 0 and 1 nor N:M with 0 < N < M.
         """
         if isinstance(value, Pattern):
             return value
@@ -28,13 +28,13 @@ class Pattern:
             if not 0 < keep < group:
                 raise ValueError(f"pattern {value!r}: N:M keeps N of every M weights, so 0 < N < M (2:4, 4:8)")
             return cls(keep=keep, group=group)
-        neither = ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)")
+        invalid = ValueError(f"pattern {value!r} is invalid N:M (2:4) nor a ratio of zeros (0.5)")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise neither
+            raise invalid
         try:
             ratio = float(value)
         except ValueError:
-            raise neither from None
+            raise invalid from None
         if not 0 < ratio < 1:
             raise ValueError(f"pattern {value!r}: a ratio is the share of zeros, between 0 and 1 (0.5 = half of them)")
         return cls(ratio=ratio)
@@ -56,11 +56,11 @@ class Pattern:
         """How many of ``count`` weights that are compared with each other become zero."""
         return int(count * self.sparsity + 1e-9)  # 100 * 0.29 is 28.999999999999996
 
-    def check_in_features(self, in_features: int, where: str) -> None:
-        """Raises ValueError if N:M groups do not fit into ``in_features``; ``where`` names the layer."""
+    def check_in_features(self, in_features: int, layer: str) -> None:
+        """Raises ValueError if ``in_features`` is not a multiple of M; ``layer`` names the layer."""
         if self.group is not None and in_features % self.group:
             raise ValueError(
-                f"pattern {self}: {where} has {in_features} input features, not a multiple of {self.group}; "
+                f"pattern {self}: {layer} has {in_features} input features, not a multiple of {self.group}; "
                 "choose another pattern or leave the layer out of prune.targets"
             )
 

@@ -75,7 +75,7 @@ for part in sys.argv[1].split(";"):
         ("0,0,1,Connection closed by peer;1,0,2,process 1: no memory", 2, "process 1: no memory"),
         ("0,0,1,;1,0.3,1,process 1: half a shard", 1, "process 1: half a shard"),
         ("0,0.3,1,broken loss;1,0,1,process 1: Connection reset by peer", 1, "broken loss"),
-        ("0,0.3,1,Connection closed by peer;1,0,-9,", 137, "process 1 of 2 was ended by SIGKILL"),
+        ("0,0.3,1,Connection closed by peer;1,0,-9,", 137, "process 1 of 2 was killed by SIGKILL"),
         ("0,0,-10,;1,0,-10,", 143, ""),
     ],
 )

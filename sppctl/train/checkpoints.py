@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written so that they are whole or absent, and which of them an interrupted one resumes."""
+"""Training checkpoints: written atomically, verified, and found again to resume from."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from sppctl.files import integrity, sealed
 from sppctl.files.disk import sync, sync_tree
 from sppctl.files.safe_files import hides_full_disk
 
-# beside the checkpoints: the one that is being written, and when the first of them was begun
+# next to the checkpoints: the one being written, and the start time of the first attempt
 SAVING, BEGAN = "saving", "began"
-# in a checkpoint, with the adapter: steps, tokens and history; random generators of each process; hashes of all files
+# in a checkpoint, with the adapter: optimizer, schedule, progress, random state of each process, hashes of all files
 OPTIMIZER, SCHEDULER, STATE, RANDOM = "optimizer.pt", "scheduler.pt", "state.json", "rng_state_{}.pth"
 HASHES = "files.json"
 
 
-def began(checkpoints: Path, resume: bool) -> datetime:
-    """When the attempt began: a chat template that prints the date prints the same one when training is resumed."""
-    note = checkpoints / BEGAN
+def start_time(checkpoints: Path, resume: bool) -> datetime:
+    """When the first attempt started: a chat template that prints the date prints the same one after a resume."""
+    path = checkpoints / BEGAN
     with contextlib.suppress(OSError, ValueError):
         if resume:
-            return datetime.fromisoformat(note.read_text())
+            return datetime.fromisoformat(path.read_text())
     checkpoints.mkdir(parents=True, exist_ok=True)
     now = datetime.now()
-    note.write_text(now.isoformat())
+    path.write_text(now.isoformat())
     return now
 
 
 def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
-    """Writes a checkpoint aside, and names it once all processes have their parts of it on the disk. All must call it.
+    """Writes a checkpoint to a temporary directory and renames it when complete. All processes must call it.
 
-    ``write`` puts this process's part into a directory; of all checkpoints the newest ``keep`` stay.
+    ``write`` writes this process's part into a directory; only the newest ``keep`` checkpoints are kept.
 
     Raises:
         StageError: one of the processes cannot write its part; no checkpoint is lost.
@@ -60,24 +60,24 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int)
             sealed.write(draft / HASHES, {"checkpoint": final.name, "files": files})
             sync_tree(draft)
 
-    # none begins before all have ended what comes before it, because each asks the others for their problems
+    # the processes exchange their problems after each step, so none starts a step before all have finished the last
     problem = _problem(begin) or _problem(lambda: write(draft)) or _problem(complete)
     if problem is not None:
         shutil.rmtree(draft, ignore_errors=True)
         raise SharedError(
-            f"the checkpoint of step {step} cannot be written to {checkpoints}: {problem}; {rest(checkpoints)}"
+            f"the checkpoint of step {step} cannot be written to {checkpoints}: {problem}; {resume_advice(checkpoints)}"
         )
     if distributed.is_main():
         shutil.rmtree(final, ignore_errors=True)
         os.rename(draft, final)
-        sync(checkpoints)  # the name is on the disk before an older checkpoint goes
+        sync(checkpoints)  # the new name must be on disk before an older checkpoint is removed
         for _, older in _by_step(checkpoints)[keep:]:
             shutil.rmtree(older)
     distributed.barrier()
 
 
 def _problem(write: Callable[[], None]) -> str | None:
-    """Why this process, or the first of the others, cannot write its part of a checkpoint; None: all have."""
+    """Runs ``write`` and returns the error of the first process that has one; None if all succeeded."""
     problem = None
     try:
         write()
@@ -97,7 +97,7 @@ def save_random_state(directory: Path) -> None:
 
 
 def load_random_state(directory: Path) -> None:
-    """Takes up that state; a process that did not exist then, or on another kind of device, draws new numbers."""
+    """Restores that state. A new process, or a new kind of device, keeps its freshly seeded generator."""
     path = directory / RANDOM.format(distributed.rank())
     if not path.is_file():
         return
@@ -115,10 +115,10 @@ def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def newest(checkpoints: Path, strategy: str | None) -> Path | None:
-    """The newest checkpoint that is intact; None if there is none at all. Damaged ones are renamed, with a warning.
+    """The newest intact checkpoint; None if there are no checkpoints. Newer, damaged ones are renamed, with a warning.
 
     Raises:
-        UserError: all are damaged, or it was written under a strategy that this one cannot continue from.
+        UserError: all are damaged, or it was written under a strategy that this one cannot resume from.
     """
     damaged: dict[Path, str] = {}
     for _, path in _by_step(checkpoints):
@@ -128,48 +128,50 @@ def newest(checkpoints: Path, strategy: str | None) -> Path | None:
         problem = _damage(path)
         if problem is None:
             demand_files(path, strategy)
-            for other, reason in damaged.items():
-                aside = other.rename(other.with_name(f"damaged-{other.name}-{time.time_ns()}"))
-                console.warn(f"{other} is damaged ({reason}) and now called {aside.name}; continuing from {path.name}")
+            for broken, reason in damaged.items():
+                renamed = broken.rename(broken.with_name(f"damaged-{broken.name}-{time.time_ns()}"))
+                console.warn(
+                    f"{broken} is damaged ({reason}) and was renamed to {renamed.name}; continuing from {path.name}"
+                )
             return path
         damaged[path] = problem
     if damaged:
         path, reason = next(iter(damaged.items()))
         raise UserError(
-            f"no checkpoint in {checkpoints} is intact: {path.name} is damaged ({reason}); restore it, or start the "
-            "training again, which discards them (sppctl train --no-resume)"
+            f"no checkpoint in {checkpoints} is intact: {path.name} is damaged ({reason}); restore it, or start "
+            "again, which discards all checkpoints (sppctl train --no-resume)"
         )
     return None
 
 
-def rest(checkpoints: Path) -> str:
-    """What an error leaves: the newest checkpoint."""
+def resume_advice(checkpoints: Path) -> str:
+    """How to continue after an error: from the newest checkpoint, if there is one."""
     for _, path in _by_step(checkpoints):
         return f"{path} is intact: the same command continues from there"
     return "there is no checkpoint yet"
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None: nothing."""
+    """What is wrong with the files of a checkpoint; None if they are intact."""
     try:
         record = sealed.parse((checkpoint / HASHES).read_bytes())
     except (OSError, ValueError) as error:
         return f"{HASHES}: {getattr(error, 'strerror', error)}"
     if record["checkpoint"] != checkpoint.name:
-        return f"{HASHES} is that of {record['checkpoint']}"
+        return f"{HASHES} belongs to {record['checkpoint']}"
     states, wrong = integrity.compare(checkpoint, record["files"]), (integrity.DAMAGED, integrity.MISSING)
     return ", ".join(f"{name} is {state}" for name, state in states.items() if state in wrong) or None
 
 
 def demand_files(checkpoint: Path, strategy: str | None) -> None:
-    """Raises UserError if a checkpoint lacks what a training under a strategy continues from."""
-    of_deepspeed = any(checkpoint.glob("global_step*"))
+    """Raises UserError if a checkpoint lacks files that are needed to resume under a strategy."""
+    is_deepspeed = any(checkpoint.glob("global_step*"))
     needed = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
     missing = [name for name in [*needed, STATE] if not (checkpoint / name).is_file()]
-    if not missing and (strategy != "zero3" or of_deepspeed):
+    if not missing and (strategy != "zero3" or is_deepspeed):
         return
-    other = "launch.strategy=zero3" if of_deepspeed else "ddp or fsdp"
-    reason = f": it was written under {other}" if of_deepspeed != (strategy == "zero3") else ""
+    writer = "launch.strategy=zero3" if is_deepspeed else "ddp or fsdp"
+    reason = f": it was written under {writer}" if is_deepspeed != (strategy == "zero3") else ""
     raise UserError(
         f"{checkpoint} lacks {', '.join(missing) or 'global_step*'}, which training under {strategy or 'one process'} "
         f"continues from{reason}; resume with the original strategy, remove this checkpoint, or start again "

@@ -35,35 +35,35 @@ BASE = "base"
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
-    """Checks that the teacher is there and predicts the same tokens.
+    """Checks that the teacher exists and has the vocabulary of the model.
 
     Raises:
-        UserError: no such checkpoint, another vocabulary or none, or a strategy that would take the teacher apart.
+        UserError: no such checkpoint, a missing or different vocabulary, or a strategy that would shard the teacher.
     """
     teacher = config.train.distill.teacher
     if teacher is None:
         return
     if config.launch.strategy == "zero3":
-        raise UserError("train.distill.teacher: not under launch.strategy zero3, which shards every model; use fsdp")
+        raise UserError("train.distill.teacher: launch.strategy=zero3 would shard the teacher; use fsdp")
     if teacher == BASE:
         return
     directory, trust = locate(teacher), config.model.trust_remote_code
     sizes = [c.get_text_config().vocab_size for c in (checkpoint.load_config(directory, trust), skeleton.config)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"train.distill.teacher: {teacher} has a vocabulary of {sizes[0]} tokens, the model one of {sizes[1]}; "
+            f"train.distill.teacher: {teacher} has a vocabulary of {sizes[0]} tokens, the model {sizes[1]}; "
             "the teacher must be of the same family"
         )
     check_directory(directory, trust)
     integrity.check_record(directory)
     try:
-        other = checkpoint.load_tokenizer(directory, trust)
+        teacher_tokenizer = checkpoint.load_tokenizer(directory, trust)
     except UserError as error:
-        raise UserError(f"train.distill.teacher: {error}; copy the model's own there if it is the same") from error
-    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
+        raise UserError(f"train.distill.teacher: {error}; copy the model's tokenizer there if they share it") from error
+    ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     # added tokens (special ones, mostly) may be missing: instruction-tuned models rename reserved ones
-    added = tokenizer.get_added_vocab().keys() | other.get_added_vocab().keys()
-    different = {token for token, _ in ids.items() ^ other_ids.items()} - (added & (ids.keys() ^ other_ids.keys()))
+    added = tokenizer.get_added_vocab().keys() | teacher_tokenizer.get_added_vocab().keys()
+    different = {token for token, _ in ids.items() ^ teacher_ids.items()} - (added & (ids.keys() ^ teacher_ids.keys()))
     if different:
         raise UserError(
             f"train.distill.teacher: {teacher} assigns different ids to {len(different)} tokens than the model, "
@@ -77,9 +77,9 @@ def locate(teacher: str) -> Path:
 
 
 def load(config: Config, base: Path | None, device: torch.device, dtype: str) -> Distillation | None:
-    """The configured distillation with its teacher on the device, in the student's dtype; None if there is none.
+    """The configured distillation with its teacher on the device, in the student's dtype; None if none is configured.
 
-    ``base`` is the run's dense checkpoint, where that is the teacher.
+    ``base`` is the run's dense checkpoint, needed if that is the teacher.
     """
     settings = config.train.distill
     if settings.teacher is None:
@@ -92,18 +92,18 @@ def load(config: Config, base: Path | None, device: torch.device, dtype: str) ->
 
 
 class Distillation:
-    """A teacher, the divergence from it, and what both cost."""
+    """A teacher, the divergence from it, and the time spent on both."""
 
     def __init__(self, teacher: nn.Module, settings: DistillConfig) -> None:
         self.teacher, self.settings = teacher, settings
         self.watch = Stopwatch(next(teacher.parameters()).device)
         self._responses = 1
-        self._divergence: Tensor | float = 0.0  # of this process, added up since the last report
+        self._divergence: Tensor | float = 0.0  # summed in this process since the last report
         self._steps = 0
 
     def start_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Counts the response tokens of an optimizer step, over its micro-batches and all processes."""
-        # the first token of a row is predicted by nothing
+        # nothing predicts the first token of a row
         responses = sum(int(batch["response_mask"][:, 1:].sum()) for batch in batches)
         count = torch.tensor(responses, device=device)
         distributed.all_reduce_sum(count)
@@ -114,11 +114,11 @@ class Distillation:
         """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
 
         Args:
-            loss: its cross-entropy, over the tokens of the optimizer step, times the processes, whose gradients are
-                averaged.
+            loss: its cross-entropy divided by the tokens of the optimizer step, times the number of processes, because
+                their gradients are averaged.
             logits: (batch, tokens, vocabulary) of the student.
-            inputs: that the student was given.
-            responses: (batch, tokens) boolean, the tokens of the responses.
+            inputs: of the student.
+            responses: (batch, tokens) boolean, True for tokens of the responses.
         """
         with self.watch.span():
             positions = F.pad(responses[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
@@ -139,9 +139,9 @@ class Distillation:
         return mean
 
     def record(self, state: State, seconds: float) -> DistillationRecord:
-        """What is recorded of a training whose last attempt took so many seconds.
+        """The record of a training whose last attempt took ``seconds``.
 
-        Of these, the share without the divergence's part of the backward pass is measured.
+        The measured share of them leaves out the divergence's part of the backward pass.
         """
         return DistillationRecord(
             teacher=self.settings.teacher or "",
@@ -154,7 +154,7 @@ class Distillation:
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, positions: Tensor, temperature: float, scale: float) -> Tensor:
-    """The scaled sum of KL(teacher || student) over some positions; its gradient flows to the student alone.
+    """The scaled sum of KL(teacher || student) over some positions; the gradient flows to the student only.
 
     Computed in float32, and the gradient rounded once to the dtype of the logits.
 
@@ -169,7 +169,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, positions: Tensor, temperatu
 
 
 class _Divergence(torch.autograd.Function):
-    """Computed for a few positions at a time; the gradient (p_student - p_teacher) s / T takes the teacher's place."""
+    """Works on a few positions at a time; the gradient (p_student - p_teacher) s / T overwrites teacher logits."""
 
     @staticmethod
     def forward(
@@ -199,7 +199,7 @@ class _Divergence(torch.autograd.Function):
 
 
 class Stopwatch:
-    """Adds up the time spent in its spans; on a GPU by events, so that nothing waits for the device."""
+    """Adds up the time spent in its spans; on a GPU with events, so that nothing waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -207,7 +207,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
-        """Times what is done inside."""
+        """Times the body of a ``with`` block."""
         start = self._now()
         yield
         self._spans.append((start, self._now()))
@@ -220,7 +220,7 @@ class Stopwatch:
         return event
 
     def seconds(self) -> float:
-        """The time so far."""
+        """The total time of all spans."""
         if not self._on_gpu:
             return sum(end - start for start, end in self._spans)
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""How instruction data reaches the model: rows, tokens, their order, and the batches they are put in."""
+"""From instruction data to batches: rows, tokens, their order, and collation."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from sppctl.train import scope
 
 Collator = Callable[[list[Example]], Batch]
 
-CHECKED_TOKENS = 16  # of each of two examples that must not see each other
+CHECKED_TOKENS = 16  # of each of two packed examples, which must not attend to each other
 
 
 class Feed:
-    """The tokenised examples of a training, with all that turns them into batches.
+    """The tokenised examples of a training, and how they become batches.
 
     Attributes:
         train, held_out: examples to train on, and for the validation loss.
-        collator, padded: make the training batches, and the validation batches.
-        padding_share: share of the positions of padded batches that padding fills, in the order of the first epoch if
-            examples are grouped by length, otherwise in a random one. Packing avoids it.
+        collator, padded: collators of the training and of the validation batches.
+        padding_share: share of padding in padded batches, in the order of the first epoch if examples are grouped by
+            length, otherwise in a random one. Packing avoids it.
 
     Raises:
         UserError: the data could not be loaded, or leaves nothing to learn from.
@@ -43,7 +43,7 @@ class Feed:
     def __init__(self, config: Config, tokenizer: Any, vocab_size: int, today: datetime | None = None) -> None:
         """Loads and tokenises the rows, for a model that embeds ``vocab_size`` tokens.
 
-        ``today`` is that of :func:`sppctl.data.prompts.style`.
+        ``today`` is passed on to :func:`sppctl.data.prompts.style`.
         """
         train, self.seed = config.train, config.run.seed
         self.settings = train
@@ -67,7 +67,7 @@ class Feed:
         with distributed.first_process_first():
             examples = tokenised(self.rows.train), tokenised(self.rows.held_out)
         distils = train.distill.teacher is not None
-        # a step or a validation of others alone would be 0/0
+        # a step or a validation without any such example would divide 0 by 0
         self.train = examples[0].having("response" if distils else "labelled")
         self.held_out = examples[1].having("labelled")
         self.unlabelled = len(examples[0]) - len(self.train), len(examples[1]) - len(self.held_out)
@@ -82,41 +82,41 @@ class Feed:
         self.packing = train.data.packing
         self.collator: Collator = batches.PackCollator(distils) if self.packing else self.padded
         self.filler = Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, [False])
-        some = random.Random(self.seed).sample(range(len(self.train)), len(self.train))
-        order = self.order(0) if train.data.group_by_length else some
+        shuffled = random.Random(self.seed).sample(range(len(self.train)), len(self.train))
+        order = self.order(0) if train.data.group_by_length else shuffled
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
 
-    def tell(self) -> None:
-        """Prints where the examples are from, what was cut, and what had to be left out."""
+    def report(self) -> None:
+        """Prints where the examples come from, and how many were truncated or left out."""
         seq_len = self.settings.data.seq_len
         if len(self.rows.taken) > 1:
             taken = ", ".join(f"{count} of {name}" for name, count in self.rows.taken.items())
             console.note(f"{len(self.train)} examples: {taken}")
         if self.rows.left_out:
-            console.note(f"{self.rows.left_out} rows have the text of a held-out row and are not trained on")
+            console.note(f"{self.rows.left_out} rows repeat the text of a held-out row and are left out")
         for count, kind in zip(self.unlabelled, ("training", "validation"), strict=True):
             if count:
                 reason = f"no response within {seq_len} tokens (train.data.seq_len)"
                 console.note(f"{count} {kind} examples have {reason} and are left out")
         if not self.style.ends:
             console.warn(
-                "train.data.prompt: the chat template writes nothing after a response, so no end of it is learned"
+                "train.data.prompt: the chat template writes nothing after a response; the model cannot learn to end it"
             )
         if self.train.truncated:
             cut, count = self.train.truncated, len(self.train)
-            console.note(f"{cut} of {count} examples ({cut / count:.1%}) are longer than {seq_len} tokens and were cut")
+            console.note(f"{cut} of {count} examples ({cut / count:.1%}) are truncated to {seq_len} tokens")
         if self.packing:
-            console.note(f"packing: {self.padding_share:.1%} of the positions of padded batches would be padding")
+            console.note(f"packing: padded batches would be {self.padding_share:.1%} padding")
 
     def order(self, epoch: int) -> list[int]:
-        """The numbers of the training examples in the order of an epoch: the same for any number of processes."""
+        """The indices of the training examples in the order of an epoch, the same for any number of processes."""
         if self.settings.data.group_by_length:
             return batches.grouped_order(self.train.lengths, self.settings.batch_size, self.seed, epoch)
         return batches.random_order(len(self.train), self.seed, epoch)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in a pass over the training examples; the last one may have fewer of them."""
+        """Optimizer steps of an epoch; the last one may have fewer examples."""
         return math.ceil(len(self.train) / self.settings.batch_size)
 
     @property
@@ -129,30 +129,30 @@ class Feed:
         return launch.accumulation(self.settings, distributed.world_size())
 
     def epochs(self, step: int) -> float:
-        """Passes over the training examples after an optimizer step, in micro-batches of all processes."""
-        epoch, done = divmod(step, self.steps_per_epoch)
+        """Epochs completed after an optimizer step, counted in micro-batches of all processes."""
+        epoch, steps = divmod(step, self.steps_per_epoch)
         size = self.settings.micro_batch_size * distributed.world_size()
-        return epoch + done * self._accumulation / math.ceil(len(self.train) / size)
+        return epoch + steps * self._accumulation / math.ceil(len(self.train) / size)
 
-    def steps(self, first: int) -> Iterator[list[Batch]]:
-        """The micro-batches of this process for one optimizer step after the other, endlessly; ``first`` are done."""
-        first_epoch, done = divmod(first, self.steps_per_epoch)
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """Yields this process's micro-batches, a list per optimizer step, endlessly, from step ``start`` on."""
+        first_epoch, skipped = divmod(start, self.steps_per_epoch)
         for epoch in itertools.count(first_epoch):
-            order = self.order(epoch)[done * self.settings.batch_size :]
+            order = self.order(epoch)[skipped * self.settings.batch_size :]
             micro_batches = iter(self._loader(self.train, order, self.collator))
             while step := list(itertools.islice(micro_batches, self._accumulation)):
                 yield step
-            done = 0
+            skipped = 0
 
     def validation(self) -> Iterable[Batch]:
-        """The batches of this process for the validation loss, padded always."""
+        """The batches of this process for the validation loss, always padded."""
         return self._loader(self.held_out, range(len(self.held_out)), self.padded)
 
     def _loader(self, examples: Sequence[Example], order: Sequence[int], collator: Collator) -> Iterable[Batch]:
         """This process's share of the examples, in micro-batches: of P processes, every P-th.
 
-        Where they do not come out even, examples without labels are put in, so that all processes have as many
-        micro-batches. accelerate would repeat examples, and the last step would not be that of one process.
+        If they cannot be split evenly, fillers without labels are added, so that all processes have as many
+        micro-batches. accelerate would repeat examples, and the last step would differ from that of one process.
         """
         size, processes = self.settings.micro_batch_size, distributed.world_size()
         missing = -len(order) % (size * processes) if processes > 1 else 0
@@ -161,7 +161,7 @@ class Feed:
         def collate(numbers: list[int | None]) -> Batch:
             return collator([self.filler if number is None else examples[number] for number in numbers])
 
-        # the micro-batches stand in the place of a data set
+        # the list of micro-batches is the data set
         return DataLoader(share, batch_size=None, collate_fn=collate, pin_memory=torch.cuda.is_initialized())  # type: ignore[arg-type]
 
     def check_packing(self, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -169,13 +169,12 @@ class Feed:
         if not self.packing:
             return
         model.eval()
-        # one from its start, one to its end: instructions begin alike
+        # the start of one and the end of another, because instructions begin alike
         first, second = self.train[0].input_ids[:CHECKED_TOKENS], self.train[len(self.train) - 1].input_ids
-        for who, packed in {"model": model, "teacher": teacher}.items():
-            error = 0.0 if packed is None else batches.packing_error(packed, first, second[-CHECKED_TOKENS:])
+        for role, module in {"model": model, "teacher": teacher}.items():
+            error = 0.0 if module is None else batches.packing_error(module, first, second[-CHECKED_TOKENS:])
             if error > batches.EXACT:
                 raise UserError(
-                    f"train.data.packing: this {who} does not keep packed examples apart (one changes the other by "
-                    f"{error:.0%} of what it does without borders); set train.data.packing to false, and "
-                    "train.data.group_by_length to true to save padding"
+                    f"train.data.packing: packed examples attend to each other in this {role} (leakage {error:.0%}); "
+                    "set train.data.packing to false, and train.data.group_by_length to true to reduce padding"
                 )

@@ -1,7 +1,7 @@
-"""The training loop: micro-batches, backward, clipping, update, schedule; and what is due between two steps.
+"""The training loop: micro-batches, backward, clipping, update, schedule; logging, validation and checkpoints.
 
 accelerate wraps model and optimizer for one process, DDP, FSDP2 or ZeRO-3. Everything else is written out here, so
-that the steps are the same ones for any number of processes and after any interruption.
+that the steps do not depend on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from sppctl.files.safe_files import saving
 from sppctl.train import checkpoints, shards
 from sppctl.train.distill import Distillation
 from sppctl.train.feed import Feed
-from sppctl.train.watch import Figures, Hook, State, StopSignals, demand_finite
+from sppctl.train.watch import Hook, Metrics, State, StopSignals, demand_finite
 
 
 @dataclass
 class Loop:
-    """One training: its model and optimizer under accelerate, and how far it is."""
+    """One training: its model and optimizer under accelerate, and its progress."""
 
     train: TrainConfig
     accelerator: Accelerator
     peft: Any  # the model with its adapter, in the state of the checkpoint that is resumed from
     feed: Feed
     folder: Path  # of the checkpoints
-    resumed: Path | None  # one of them
+    resumed: Path | None  # the one to resume from
     distillation: Distillation | None
     hooks: Sequence[Hook]
-    trackers: Sequence[GeneralTracker]  # where figures go besides the history
+    trackers: Sequence[GeneralTracker]  # where metrics are also logged
 
     def __post_init__(self) -> None:
         train, max_steps = self.train, self.feed.max_steps
         optimizer = torch.optim.AdamW(
-            self._trained().values(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+            self._trainable_parameters().values(), lr=train.lr, weight_decay=train.weight_decay, fused=True
         )
         self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
         self.peft = self.accelerator.unwrap_model(self.model)
@@ -65,15 +65,15 @@ class Loop:
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         self.state = State() if self.resumed is None else self._load(self.resumed)
-        self.bar, self._text = console.Progress("training", max_steps, self.state.step), ""  # shown beside it
-        self._started, self.before = time.perf_counter(), replace(self.state)  # this attempt, and those before it
-        # of this process, added up since the last report
-        self._loss, self._reported = torch.zeros((), device=self.accelerator.device), self.state.step
+        self.bar, self._text = console.Progress("training", max_steps, self.state.step), ""  # its text
+        self._started, self.before = time.perf_counter(), replace(self.state)  # this attempt, and the state before it
+        # summed in this process since the last report
+        self._loss, self._reported_step = torch.zeros((), device=self.accelerator.device), self.state.step
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """All steps that are left.
+        """Runs the remaining steps.
 
         Raises:
             UserError: the model mixes packed examples.
@@ -84,7 +84,7 @@ class Loop:
         self.feed.check_packing(self.model, None if self.distillation is None else self.distillation.teacher)
         steps = self.feed.steps(state.step)
         if self.resumed:
-            # each pass over the data begins with a draw, by torch's DataLoader: within one it was made before the save
+            # torch's DataLoader draws a random number when an epoch starts: within an epoch, that was before the save
             if state.step % self.feed.steps_per_epoch:
                 steps = itertools.chain([next(steps)], steps)
             checkpoints.load_random_state(self.resumed)
@@ -95,12 +95,12 @@ class Loop:
                 state.step += 1
                 self.bar.advance(self._text)
                 for hook in self.hooks:
-                    if figures := hook.after_step(self.peft, state.step):
-                        self._log(figures)
+                    if metrics := hook.after_step(self.peft, state.step):
+                        self._log(metrics)
                 is_last = state.step == self.feed.max_steps
                 stop = None if is_last else signals.agreed(self.accelerator.device)
                 save = is_last or stop or state.step % train.save_steps == 0
-                # before each checkpoint, too, which does not hold the losses since the last report
+                # also before each checkpoint, which does not store the losses since the last report
                 if save or state.step == 1 or state.step % train.log_steps == 0:
                     self._report(norm, rate)
                 if train.eval_steps and self.feed.held_out and (is_last or state.step % train.eval_steps == 0):
@@ -111,18 +111,18 @@ class Loop:
         if stop:
             raise Stopped(
                 f"stopped by {signal.Signals(stop).name} after step {state.step} of {self.feed.max_steps}; a "
-                "checkpoint is written, the same command continues (under Slurm: requeue)"
+                "checkpoint is written; the same command continues (under Slurm: requeue)"
             )
 
     def _step(self, batches: list[Batch]) -> tuple[float, float]:
-        """One optimizer step; returns the norm of the gradient, before it was clipped, and the learning rate."""
+        """One optimizer step; returns the gradient norm before clipping, and the learning rate."""
         tokens = self._count(batches)
         for hook in self.hooks:
             hook.before_step(self.state.step + 1)
         self.model.train()
         losses = []
         for number, batch in enumerate(batches, 1):
-            self.accelerator.sync_gradients = number == len(batches)  # DeepSpeed's update is part of that backward
+            self.accelerator.sync_gradients = number == len(batches)  # DeepSpeed updates in the last backward
             synced = self.accelerator.sync_gradients or self.is_deepspeed
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.model):
                 loss = self._loss_of(batch, tokens)
@@ -140,7 +140,7 @@ class Loop:
         return norm, rate
 
     def _count(self, batches: list[Batch]) -> Tensor:
-        """Tokens that a step's examples predict, over all micro-batches and processes; counts those that it sees."""
+        """Predicted tokens of a step over all micro-batches and processes; adds the tokens seen to the state."""
         predicted = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         seen = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
         counts = torch.tensor([predicted, seen], device=self.accelerator.device)
@@ -154,7 +154,7 @@ class Loop:
         """A micro-batch's part of the loss per token of the whole step, distilled if there is a teacher."""
         inputs = self._inputs(batch)
         logits = self.model(**inputs).logits
-        # times the processes: their gradients are averaged, and should be added up
+        # times the number of processes: their gradients are averaged, but should be summed
         loss = cross_entropy(logits, batch, tokens) * distributed.world_size()
         if self.distillation is None:
             return loss
@@ -164,46 +164,46 @@ class Loop:
         names = ("input_ids", "attention_mask", "position_ids")
         return {name: batch[name].to(self.accelerator.device) for name in names if name in batch}
 
-    # --- figures ------------------------------------------------------------------------------------------------------
+    # --- metrics ------------------------------------------------------------------------------------------------------
 
-    def _log(self, figures: Figures) -> None:
-        """Adds a line to the history, which is stored as JSON, and tells the trackers."""
+    def _log(self, metrics: Metrics) -> None:
+        """Adds a line to the history, which is stored as JSON, and logs it to the trackers."""
         step = self.state.step
-        line = figures | {"epoch": self.feed.epochs(step), "num_input_tokens_seen": self.state.tokens}
+        line = metrics | {"epoch": self.feed.epochs(step), "num_input_tokens_seen": self.state.tokens}
         self.state.history.append(strict_json.finite(line | {"step": step}))
-        # in the sections of transformers' own callbacks
+        # grouped as by transformers' own callbacks
         named = {f"train/{name}".replace("train/eval_", "eval/"): value for name, value in line.items()}
         for tracker in self.trackers:
             tracker.log({name: value for name, value in named.items() if not isinstance(value, str)}, step=step)
 
     def _report(self, norm: float, rate: float) -> None:
-        """The mean loss since the last report."""
+        """Logs the mean loss since the last report."""
         distributed.all_reduce_sum(self._loss)
-        loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported)
+        loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported_step)
         self._loss.zero_()
-        self._reported = self.state.step
+        self._reported_step = self.state.step
         divergence = {} if self.distillation is None else {"kl": self.distillation.report()}
         seconds = self._seconds()
-        figures: Figures = {"loss": loss, "grad_norm": norm, "learning_rate": rate, **divergence}
-        self._log(figures | {"seconds": round(self.before.seconds + seconds, 2)})
+        metrics: Metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, **divergence}
+        self._log(metrics | {"seconds": round(self.before.seconds + seconds, 2)})
         speed = (self.state.tokens - self.before.tokens) / seconds
         self._text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
 
     def _seconds(self) -> float:
-        """Of this attempt."""
+        """The time of this attempt."""
         return time.perf_counter() - self._started
 
     @torch.no_grad()
     def validate(self) -> float:
         """The mean loss of all predicted held-out tokens, however they are batched; StageError if it is not finite."""
-        # DDP would synchronise; DeepSpeed gathers parameters from its first forward on, which may be this one
+        # DDP's wrapper would synchronise; DeepSpeed's must run, because it gathers parameters from its first forward on
         model = self.model if self.is_deepspeed or self.is_fsdp else self.peft
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.feed.validation():
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             loss = float(cross_entropy(model(**self._inputs(batch)).logits, batch))
-            if count:  # fillers alone have no mean
+            if count:  # a batch of fillers has no mean
                 total += torch.tensor([loss * count, count], dtype=torch.float64)
         total = total.to(self.accelerator.device)
         distributed.all_reduce_sum(total)
@@ -212,14 +212,14 @@ class Loop:
             raise SharedError(f"the validation loss is {mean} at step {self.state.step}; lower train.lr")
         self._log({"eval_loss": mean})
         self._text = f"validation loss {mean:.3f}"
-        if self.state.step < self.feed.max_steps:  # that after the last step is in the record
+        if self.state.step < self.feed.max_steps:  # the one after the last step is in the record
             console.note(f"step {self.state.step}: {self._text}")
         return mean
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _load(self, checkpoint: Path) -> State:
-        """Takes up optimizer and schedule, and returns where they are."""
+        """Restores optimizer and schedule, and returns the progress."""
         if self.is_deepspeed:
             self.model.load_checkpoint(str(checkpoint), load_module_strict=False)
         else:
@@ -229,9 +229,9 @@ class Loop:
         return State(**json.loads((checkpoint / checkpoints.STATE).read_text()))
 
     def _save(self) -> None:
-        """A checkpoint; one under ZeRO-3 has DeepSpeed's own format, all others do not know who wrote them."""
+        """Writes a checkpoint: in DeepSpeed's format under ZeRO-3, else in one that does not depend on the strategy."""
         self.state.seconds = self.before.seconds + self._seconds()
-        # gathered before anything is written: a process whose disk is full must not miss the others
+        # gathered before anything is written: a process whose disk is full must still take part in the collectives
         adapter = self._adapter()
         optimizer = None if self.is_deepspeed else shards.gathered_state(self.optimizer)
 
@@ -250,35 +250,35 @@ class Loop:
         checkpoints.save(self.folder, self.state.step, write, self.train.keep_checkpoints)
 
     def finish(self, directory: Path) -> float | None:
-        """Stores the adapter as PEFT does, with what hooks save; StageError if it is not finite. All must call it.
+        """Saves the adapter as PEFT does, with the hooks' files; StageError if it is not finite. All must call it.
 
         Returns:
-            The validation loss; None: nothing is held out.
+            The validation loss; None if nothing is held out.
         """
         with console.working(f"validation loss of {len(self.feed.held_out)} examples"):
             validation = self.validate() if self.feed.held_out else None
         adapter, broken = self._adapter(), None
         if distributed.is_main():
-            trained = adapter or self._trained()
+            trained = adapter or self._trainable_parameters()
             broken = next((name for name, tensor in trained.items() if not tensor.isfinite().all()), None)
         broken = distributed.first_known(broken)
         if broken is not None:
             raise SharedError(f"the adapter is not finite after step {self.state.step}: {broken}; lower train.lr")
         if distributed.is_main():
-            (directory / "README.md").unlink(missing_ok=True)  # PEFT would keep one that a killed process wrote by half
+            (directory / "README.md").unlink(missing_ok=True)  # PEFT would keep one half written by a killed process
             with saving(directory):
                 self._write_adapter(directory, adapter)
         return validation
 
     def _adapter(self) -> dict[str, Tensor] | None:
-        """The adapter's tensors, gathered in the first process; None where the model itself has them whole."""
+        """The adapter's tensors, gathered in the first process; None where the model holds them unsharded."""
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            return {name: safe_get_full_fp32_param(p).cpu() for name, p in self._trained().items()}
-        return shards.gathered(self._trained()) if self.is_fsdp else None
+            return {name: safe_get_full_fp32_param(p).cpu() for name, p in self._trainable_parameters().items()}
+        return shards.gathered(self._trainable_parameters()) if self.is_fsdp else None
 
-    def _trained(self) -> dict[str, Tensor]:
+    def _trainable_parameters(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
 
     def _write_adapter(self, directory: Path, adapter: dict[str, Tensor] | None) -> None:
@@ -290,8 +290,8 @@ class Loop:
 def cross_entropy(logits: Tensor, batch: Batch, tokens: Tensor | None = None) -> Tensor:
     """The sum over a batch divided by ``tokens``; by default the mean over its predicted tokens.
 
-    Not the model's own loss: that of some is the mean of a micro-batch whatever it is given, and that of mixtures of
-    experts has a term for each micro-batch, so that steps would depend on how they are accumulated.
+    Not the model's own loss: some models always average over the micro-batch, and mixtures of experts add a term for
+    each micro-batch, so that steps would depend on the accumulation.
     """
     loss: Tensor = ForCausalLMLoss(logits, batch["labels"].to(logits.device), logits.shape[-1], tokens)
     return loss
@@ -299,7 +299,7 @@ def cross_entropy(logits: Tensor, batch: Batch, tokens: Tensor | None = None) ->
 
 @contextlib.contextmanager
 def reporting_to(train: TrainConfig, out: Path) -> Iterator[list[GeneralTracker]]:
-    """TensorBoard, whose files are in OUT/logs, and W&B, with the run directory's name, where they are wanted."""
+    """The trackers of ``train.report_to``: TensorBoard (files in OUT/logs), W&B (named after the run directory)."""
     project = os.environ.get("WANDB_PROJECT", "sppctl")
     makers: dict[str, Callable[[], GeneralTracker]] = {
         "tensorboard": lambda: TensorBoardTracker("logs", out),

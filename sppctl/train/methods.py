@@ -1,4 +1,4 @@
-"""The methods of training by name: which PEFT configuration each of them means, and what it does between steps."""
+"""Training methods by name: their PEFT configurations, and what they do between steps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sppctl.config.settings import TrainConfig
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
-from sppctl.train.watch import Figures, Hook
+from sppctl.train.watch import Hook, Metrics
 
 Patterns = Mapping[str, Pattern]
 
 
 def ignored(train: TrainConfig) -> list[str]:
-    """Which keys were changed to no effect, one line for each reason."""
+    """Changed keys that have no effect, one line per reason."""
     unused = set().union(*(method.keys for method in METHODS.values())) - METHODS[train.method].keys
     sections: list[tuple[str, Any, set[str], str]] = [("", train, unused, f"with train.method={train.method}")]
     if train.distill.teacher is None:
@@ -33,8 +33,8 @@ def ignored(train: TrainConfig) -> list[str]:
         sections.append(("refresh.", train.refresh, {"until", "cycles"}, "without train.refresh.steps"))
     lines = []
     for prefix, section, keys, reason in sections:
-        usual = type(section)()
-        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(usual, key))
+        defaults = type(section)()
+        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(defaults, key))
         if changed:
             lines.append(f"{', '.join(changed)}: no effect {reason}")
     return lines
@@ -42,17 +42,17 @@ def ignored(train: TrainConfig) -> list[str]:
 
 def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
     """The PEFT configuration of ``train.method`` for linear layers by their full names, some pruned by ``patterns``."""
-    trained = {name: patterns[name] for name in target_modules if name in patterns}
-    config: Any = METHODS[train.method].config(train, trained)
+    target_patterns = {name: patterns[name] for name in target_modules if name in patterns}
+    config: Any = METHODS[train.method].config(train, target_patterns)
     config.task_type = "CAUSAL_LM"
     config.target_modules = set(target_modules)
     return config
 
 
 def start_at_stored(model: PeftModel, pruned: Path, prefix: str) -> None:
-    """Starts trained copies of weights at what ``pruned`` stores, where the model was converted: it holds them rounded.
+    """Starts trained copies of weights at the values in ``pruned``, where a converted model holds them rounded.
 
-    ``prefix`` is what a headless checkpoint's names lack.
+    ``prefix`` is missing from the names in a headless checkpoint.
     """
     files = TensorFiles(pruned)
     for name, layer in model.get_base_model().named_modules():
@@ -64,7 +64,7 @@ def start_at_stored(model: PeftModel, pruned: Path, prefix: str) -> None:
 
 
 def hooks(train: TrainConfig, max_steps: int) -> list[Hook]:
-    """What the method does around the optimizer steps."""
+    """The method's hooks around the optimizer steps."""
     return [MaskSelection(train.mask_steps, train.mask_decay, max_steps)] if train.method == "ste" else []
 
 
@@ -72,15 +72,15 @@ def hooks(train: TrainConfig, max_steps: int) -> list[Hook]:
 class Method:
     """One way of training."""
 
-    keys: set[str]  # those that it uses of the keys of ``train`` that not every method uses
-    config: Callable[[TrainConfig, Patterns], Any]  # makes its PEFT configuration of section and patterns of the layers
+    keys: set[str]  # keys of ``train`` that it uses and some other method does not
+    config: Callable[[TrainConfig, Patterns], Any]  # (section, patterns of the layers) -> PEFT configuration
 
 
 def _branch(train: TrainConfig) -> dict[str, Any]:
     return {"r": train.rank, "scale": train.scale, "dropout": train.dropout}
 
 
-# PEFT asks for a whole alpha and only ever divides it by r
+# PEFT annotates lora_alpha as an integer, but only divides it by r
 METHODS = {
     "spp": Method(
         {"rank", "scale", "dropout", "beta", "init"},
@@ -105,24 +105,24 @@ METHODS = {
 
 
 class MaskSelection(Hook):
-    """Dynamic masks: the decay of pruned weights in every optimizer step, a new selection after every so many."""
+    """Dynamic masks: decays pruned weights in every optimizer step, and re-selects the masks every ``steps`` steps."""
 
     def __init__(self, steps: int, decay: float, max_steps: int) -> None:
         self.steps, self.decay, self.max_steps = steps, decay, max_steps
 
     def before_update(self, model: PeftModel) -> None:
-        """Adds the decay once per step, whatever the accumulation, and after the gradient's norm was limited."""
+        """Adds the decay once per optimizer step, after gradient clipping."""
         for layer in _ste_layers(model):
             for name in layer.active_adapters:
                 layer.add_decay(name, self.decay)
 
-    def after_step(self, model: PeftModel, step: int) -> Figures:
-        """Selects before a checkpoint is written; not after the last step, for nothing would be trained under it."""
+    def after_step(self, model: PeftModel, step: int) -> Metrics:
+        """Re-selects before a checkpoint is written; not after the last step, since no training follows."""
         if step % self.steps or step >= self.max_steps:
             return {}
-        left = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
-        console.note(f"step {step}: {left:,} weights left the mask for others")
-        return {"mask_changes": left}
+        dropped = sum(layer.select_mask(name) for layer in _ste_layers(model) for name in layer.active_adapters)
+        console.note(f"step {step}: {dropped:,} weights of the masks were exchanged")
+        return {"mask_changes": dropped}
 
 
 def _ste_layers(model: PeftModel) -> list[SteLinear]:

@@ -1,4 +1,4 @@
-"""A training that runs out of memory: one line with what it was given, what is planned for that, and what helps."""
+"""A training that runs out of memory: one line with its settings, the planned memory, and the fix."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 from sppctl.config.settings import Config
 from sppctl.errors import StageError
-from sppctl.train.checkpoints import rest
+from sppctl.train.checkpoints import resume_advice
 
 # cuBLAS, NCCL and the CPU's allocator raise plain RuntimeErrors
-_WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_failed", re.IGNORECASE)
+_MESSAGES = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_failed", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def explained(config: Config, checkpoints: Path, planned: Callable[[], int | None]) -> Iterator[None]:
-    """Turns what libraries raise inside when memory runs out into a StageError for people.
+    """Turns the out-of-memory errors of libraries into a StageError with a fix.
 
     ``planned`` estimates the bytes that the training needs on each device.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or _WORDS.search(str(error))
-        if isinstance(error, StageError) or not known:
+        is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or _MESSAGES.search(str(error))
+        if isinstance(error, StageError) or not is_out_of_memory:
             raise
         train, estimate = config.train, planned()
         request = re.search(r"tried to allocate ([\d.,]+ ?\w+)", str(error), re.IGNORECASE)
@@ -35,13 +35,13 @@ def explained(config: Config, checkpoints: Path, planned: Callable[[], int | Non
         plan = (
             "" if estimate is None else f", for which sppctl plan estimates {estimate / 2**30:.2f} GiB on each device"
         )
-        helps = ["lower train.micro_batch_size"] if train.micro_batch_size > 1 else []
-        helps += [] if train.gradient_checkpointing else ["set train.gradient_checkpointing=true"]
+        fixes = ["lower train.micro_batch_size"] if train.micro_batch_size > 1 else []
+        fixes += [] if train.gradient_checkpointing else ["set train.gradient_checkpointing=true"]
         change = "lower train.data.seq_len, or split the weights (launch.strategy=fsdp)"
-        if helps:
-            change = f"{' or '.join(helps)}, which change no result"
+        if fixes:
+            change = f"{' or '.join(fixes)}, which do not change the result"
         raise StageError(
             f"out of memory{amount} with train.micro_batch_size={train.micro_batch_size} and "
             f"train.gradient_checkpointing={str(train.gradient_checkpointing).lower()}{plan}; {change}; "
-            f"{rest(checkpoints)}"
+            f"{resume_advice(checkpoints)}"
         ) from error

@@ -1,14 +1,14 @@
-"""Mask refresh: while SPP trains, pruned and kept weights change places inside the sparsity budget.
+"""Mask refresh: while SPP trains, pruned and kept weights are exchanged within the sparsity budget.
 
-Every so many optimizer steps DSnoT's exchanges (sppctl.pruners.dsnot) run on every adapted matrix, with the inputs that
-the layers had in that step. What counts as the value of a weight is, for a kept one, its trained value
-W (1 + s alpha beta), and for a pruned one the dense model's. A weight that is given up becomes exactly zero, one that
-is taken back gets the base weight under which the adapter makes its dense value of it, dense / (1 + s alpha beta); all
-others and the adapter stay as they are. Every row, and every group of M under N:M, keeps its number of zeros.
+Every ``train.refresh.steps`` optimizer steps, DSnoT's exchanges (sppctl.pruners.dsnot) run on every adapted matrix,
+with the layers' inputs in that step. A kept weight counts with its trained value W (1 + s alpha beta), a pruned one
+with its dense value. A dropped weight becomes exactly zero. A regrown one gets the base weight that the adapter
+turns into its dense value, dense / (1 + s alpha beta). All others and the adapter do not change. Every row, and every
+group of M under N:M, keeps its number of zeros.
 
 From then on the adapter belongs to the refreshed base weights: they are saved with each checkpoint and with the adapter
-(``refreshed.safetensors``), and merging reads them in the place of the pruned checkpoint's. They have the dtype of the
-pruned checkpoint, whatever dtype the model is trained in, so that weights that are kept stay what they were.
+(``refreshed.safetensors``), and merging reads them instead of the pruned checkpoint's. They have the dtype of the
+pruned checkpoint, whatever dtype the model is trained in, so that kept weights do not change.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ from sppctl.pattern import Pattern
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
 from sppctl.records import RefreshRecord
-from sppctl.train.watch import Figures, Hook
+from sppctl.train.watch import Hook, Metrics
 
 ADAPTER = "default"
-SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| where a weight can be taken back: its base weight is divided by that
+SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| for a weight to be regrown: its base weight is divided by that
 
 
 def check(config: Config, problems: Problems) -> None:
-    """Notes what forbids the configured refresh of the mask."""
+    """Adds what forbids the configured refresh of the mask to ``problems``."""
     train, strategy = config.train, config.launch.strategy
     if train.refresh.steps is None:
         return
     if train.method != "spp":
-        problem = f"only spp trains under a mask that is refreshed, not {train.method}"
+        problem = f"only spp can refresh its mask, not {train.method}"
         problems.add("train.refresh.steps", problem, "set train.method=spp, or train.refresh.steps=null")
     if strategy != "ddp" and launch.num_processes(config) > 1:
-        problem = f"launch.strategy={strategy} shards the weights, a refresh needs them whole"
+        problem = f"launch.strategy={strategy} shards the weights, but a refresh needs full matrices"
         problems.add("train.refresh.steps", problem, "set launch.strategy=ddp, or train.refresh.steps=null")
 
 
 class MaskRefresh(Hook):
-    """Gathers the inputs of a step's micro-batches, and exchanges weights after it.
+    """Collects the inputs of a step's micro-batches, and exchanges weights after the step.
 
     Args:
-        model: under SPP, still on the CPU.
+        model: with its SPP adapter, still on the CPU.
         pruned: the checkpoint that it was loaded from.
         dense: the checkpoint that was pruned.
-        patterns: by which each layer was pruned.
+        patterns: of the pruned layers.
         resumed: the checkpoint that training continues from.
 
     Attributes:
         layers: those that are trained and were pruned, by name.
         stored: their weights' names in checkpoints.
-        steps: the optimizer steps after which the mask is refreshed; never after the last, which nothing would follow.
+        steps: the optimizer steps after which the mask is refreshed; never the last one.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class MaskRefresh(Hook):
         self.layers = {name: m for name, m in base.named_modules() if isinstance(m, SppLinear) and name in patterns}
         self.stored = {name: stored_name(self.dense, f"{name}.weight", prefix) for name in self.layers}
         self.changed: set[str] = set()
-        self._unrounded: dict[str, Tensor] = {}  # changed matrices as stored, on the CPU, if the model's differ
+        self._unrounded: dict[str, Tensor] = {}  # changed matrices as stored, on the CPU, if the model rounds them
         self._statistics: dict[str, InputMoments] = {}
         self._hooks: list[Any] = []
-        self._real: Tensor | None = None
-        self._gathering = False
+        self._attended: Tensor | None = None
+        self._collecting = False
         interval, until = self.settings.steps, self.settings.until
         assert interval is not None
         self.steps = range(interval, min(int(until * max_steps + 1e-9), max_steps - 1) + 1, interval)
@@ -110,37 +110,37 @@ class MaskRefresh(Hook):
             file = TensorFile(resumed / REFRESHED)
             for name, key in self.stored.items():
                 if key in file.specs:
-                    self._put(name, file.read(key))
+                    self._replace_weight(name, file.read(key))
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
-        """Before a step that a refresh follows: starts to gather."""
+        """Starts to collect inputs before a step that a refresh follows."""
         if step in self.steps:
             for name, layer in self.layers.items():
                 self._statistics[name] = InputMoments(layer.in_features, layer.weight.device)
-                self._hooks.append(layer.register_forward_pre_hook(partial(self._take, name)))
-            self._hooks.append(self.model.register_forward_pre_hook(self._open, with_kwargs=True))
-            self._hooks.append(self.model.register_forward_hook(self._close))
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._collect, name)))
+            self._hooks.append(self.model.register_forward_pre_hook(self._start_collecting, with_kwargs=True))
+            self._hooks.append(self.model.register_forward_hook(self._stop_collecting))
 
-    def _open(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        real = kwargs.get("attention_mask")  # none where nothing is padded
-        self._real = None if real is None else real.bool().flatten()
-        self._gathering = True
+    def _start_collecting(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")  # absent without padding
+        self._attended = None if mask is None else mask.bool().flatten()
+        self._collecting = True
 
-    def _close(self, *_: Any) -> None:
-        self._gathering = False  # checkpointing runs the layers again in the backward pass
+    def _stop_collecting(self, *_: Any) -> None:
+        self._collecting = False  # checkpointing runs the layers again in the backward pass
 
-    def _take(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self._gathering:
+    def _collect(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._collecting:
             inputs = args[0].detach().flatten(0, -2)
-            self._statistics[name].update(inputs if self._real is None else inputs[self._real])
+            self._statistics[name].update(inputs if self._attended is None else inputs[self._attended])
 
     # --- exchanges ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def after_step(self, model: PeftModel, step: int) -> Figures:
-        """After such a step: exchanges weights, before anything is measured or saved.
+    def after_step(self, model: PeftModel, step: int) -> Metrics:
+        """Exchanges weights after such a step, before anything is measured or saved.
 
         Each process computes its share of the layers and sends the results.
         """
@@ -156,27 +156,27 @@ class MaskRefresh(Hook):
             after = before.clone()
             source = index % distributed.world_size()
             if distributed.rank() == source:
-                after.copy_(self._exchanged(name, layer, before, statistics))
+                after.copy_(self._exchange(name, layer, before, statistics))
             distributed.broadcast(after, source)
             pattern = self.patterns[name]
             assert torch.equal(kept_per_group(after, pattern), kept_per_group(before, pattern)), name
             regrown = int(((after != 0) & (before == 0)).sum())
             if regrown:
-                self._put(name, after)
+                self._replace_weight(name, after)
             swaps += regrown
             total += after.numel()
-        self._hooks, self._statistics, self._real = [], {}, None
+        self._hooks, self._statistics, self._attended = [], {}, None
         share = 2 * swaps / total
         console.note(f"step {step}: {swaps:,} exchanges change {share:.3%} of the mask")
         return {"swaps": swaps, "changed_share": share, "seconds": time.perf_counter() - started}
 
-    def _exchanged(self, name: str, layer: SppLinear, weight: Tensor, statistics: InputMoments) -> Tensor:
-        """The base weight of a layer under its next mask."""
+    def _exchange(self, name: str, layer: SppLinear, weight: Tensor, statistics: InputMoments) -> Tensor:
+        """The base weight of a layer after its exchanges."""
         kept = weight != 0
         adapter = *layer.factors(ADAPTER), layer.scaling[ADAPTER]
         dense = self.dense.read(self.stored[name]).to(weight.device, torch.float32)
         factor = effective_weight(torch.ones_like(dense), *adapter, torch.float32)
-        # where the adapter leaves next to nothing of a weight there is none to take back
+        # a weight that the adapter scales to almost nothing cannot be regrown
         dense.masked_fill_(factor.abs() < SMALLEST_FACTOR, 0)
         values = torch.where(kept, effective_weight(weight, *adapter, torch.float32), dense)
         mask = dsnot.update_mask(values, kept, statistics, self.patterns[name], max_cycles=self.settings.cycles)
@@ -184,14 +184,14 @@ class MaskRefresh(Hook):
         return torch.where(kept, weight, regrown).masked_fill_(~mask, 0)
 
     def base_weight(self, name: str) -> Tensor:
-        """A layer's base weight on the layer's device as it is stored, which the model may hold rounded."""
+        """A layer's base weight on the layer's device, in its stored dtype; the model may hold it rounded."""
         weight, key = self.layers[name].weight.data, self.stored[name]
         if weight.dtype == self.pruned.spec(key).dtype:
             return weight
         stored = self._unrounded[name] if name in self._unrounded else self.pruned.read(key)
         return stored.to(weight.device)
 
-    def _put(self, name: str, stored: Tensor) -> None:
+    def _replace_weight(self, name: str, stored: Tensor) -> None:
         weight = self.layers[name].weight.data
         weight.copy_(stored)
         self.changed.add(name)
@@ -201,7 +201,7 @@ class MaskRefresh(Hook):
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
-        """Writes the changed base weights under their names in checkpoints; no file where nothing has changed."""
+        """Writes the changed base weights under their names in checkpoints; no file if nothing has changed."""
         weights = {key: self.base_weight(name) for name, key in self.stored.items() if name in self.changed}
         if weights:
             layout = {key: (weight.dtype, tuple(weight.shape)) for key, weight in weights.items()}
@@ -210,7 +210,7 @@ class MaskRefresh(Hook):
                 file.write(key, weight)
 
     def record(self, history: list[dict[str, Any]]) -> RefreshRecord:
-        """What is recorded of a training with this history."""
+        """The record of the refreshes, with the lines of ``history`` that report them."""
         regrown = kept = 0
         masks = {}
         for name in self.layers:

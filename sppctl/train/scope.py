@@ -19,12 +19,12 @@ def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
     """
     train, prune = config.train, config.prune
     if train.targets == "pruned":
-        chosen = skeleton.targets(prune.targets, prune.skip)
+        selected = skeleton.targets(prune.targets, prune.skip)
     else:
-        chosen = skeleton.targets(train.targets, key="train.targets")
-    targets = {name: target for name, target in chosen.items() if target.is_linear}
+        selected = skeleton.targets(train.targets, key="train.targets")
+    targets = {name: target for name, target in selected.items() if target.is_linear}
     if not targets:
-        raise UserError("train.targets", "sppctl trains nn.Linear layers only, and none of these is one")
+        raise UserError("train.targets", "none of these is an nn.Linear layer, the only kind that sppctl trains")
     for name, target in targets.items():
         if train.method == "spp" and train.rank > target.out_features:
             raise UserError("train.rank", f"{train.rank} exceeds the {target.out_features} output features of {name}")
@@ -32,7 +32,7 @@ def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
 
 
 def num_steps(train: TrainConfig, examples: int) -> int:
-    """Optimizer steps over so many examples."""
+    """Optimizer steps of a training on a number of examples."""
     return train.max_steps or math.ceil(train.epochs * math.ceil(examples / train.batch_size))
 
 

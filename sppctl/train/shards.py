@@ -1,4 +1,4 @@
-"""A model in several processes: its weights in memory once (DDP) or sharded (FSDP2), what was trained gathered."""
+"""A model in several processes: weights in memory once (DDP) or sharded (FSDP2), trained parameters gathered."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from sppctl import distributed, launch
 from sppctl.config.settings import Config
 from sppctl.model.blocks import Skeleton
 
-LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # where transformers looks
+LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # read by transformers
 DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
 
 
 def make_accelerator(config: Config, device: torch.device, model: Any) -> Accelerator:
-    """accelerate's handle of the processes and of the way in which they share a model, by its decoder blocks.
+    """The accelerator of the configured strategy, which shards a model by its decoder blocks.
 
-    Of the device its kind counts; of several GPUs each process takes its own.
+    Only the kind of ``device`` matters; with several GPUs, each process uses its own.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one (a sweep, the tests)
-    state = PartialState(cpu=device.type == "cpu")  # not by Accelerator, which shards on no CPU that it is told of
+    state = PartialState(cpu=device.type == "cpu")  # not left to Accelerator: with cpu=True it does not shard
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     plugins: dict[str, Any] = {}
     if strategy == "fsdp":
         if state.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate takes the wish for FSDP from kinds of processes in a list without CPUs (AcceleratorState), and
-            # turns the kind into FSDP at once: nothing afterwards sees the one named here. The device stays the CPU
+            # AcceleratorState enables FSDP for a list of distributed types without CPUs, and replaces the type by FSDP
+            # at once, so that nothing else sees the one set here. The device stays the CPU
             state.distributed_type = DistributedType.MULTI_GPU
         plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -51,7 +51,7 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
         )
     if strategy == "zero3":
         plugins["deepspeed_plugin"] = _deepspeed(config, model.dtype)
-    # no autocast, whatever `accelerate launch` says, but DeepSpeed's own dtype
+    # no autocast, whatever `accelerate launch` sets; DeepSpeed has a dtype setting of its own
     accelerator = Accelerator(mixed_precision="no", **plugins)
     sharded = {"fsdp": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
     assert sharded.get(strategy or "") in (None, accelerator.distributed_type), "not sharded"
@@ -61,9 +61,9 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
 def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
     from deepspeed import ops
 
-    # DeepSpeed would compile collectives of its own for CPUs, which takes minutes where there are few cores. A process
-    # that is killed in the meantime leaves a lock behind for which all later ones wait for ever, and in the compiled
-    # ones processes wait for ever for one that is gone; gloo's serve
+    # DeepSpeed would compile its own collectives for CPUs, which takes minutes on a few cores. A process killed in the
+    # meantime leaves a lock that blocks all later ones, and the compiled collectives wait forever for a process that
+    # is gone. gloo's are good enough
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     train = config.train
     settings = json.loads(DEEPSPEED.read_text()) | {
@@ -71,7 +71,7 @@ def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
         "gradient_accumulation_steps": launch.accumulation(train, distributed.world_size()),
         "train_batch_size": train.batch_size,
         "gradient_clipping": train.max_grad_norm,
-        # it converts the whole model: to float32 unless told that it is bfloat16
+        # it converts the whole model: to float32 unless bfloat16 is enabled
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
     return DeepSpeedPlugin(hf_ds_config=settings)
@@ -92,28 +92,28 @@ def load_in_one_process() -> Iterator[None]:
 
 
 def keep_frozen_weights(model: nn.Module) -> None:
-    """Keeps DDP from broadcasting what all processes have read from the same files.
+    """Keeps DDP from broadcasting frozen weights, which all processes have read from the same files.
 
-    Writing a weight that is mapped from a file would give each process a copy of its own.
+    Writing to a memory-mapped weight would give each process a copy of its own.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def gathered(parameters: dict[str, Tensor]) -> dict[str, Any] | None:
-    """Parameters, whole, on the CPU of the first process; None in the others. All must call it."""
-    whole = {name: _whole(parameter.detach()) for name, parameter in parameters.items()}
-    return whole if distributed.is_main() else None
+    """Full parameters on the CPU of the first process; None in the others. All processes must call it."""
+    full = {name: _full(parameter.detach()) for name, parameter in parameters.items()}
+    return full if distributed.is_main() else None
 
 
 def gathered_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state as one process would store it, in the first process. All must call it."""
-    state: dict[str, Any] = tree_map_only(DTensor, _whole, optimizer.state_dict())
+    """The optimizer's state as one process would store it, in the first process. All processes must call it."""
+    state: dict[str, Any] = tree_map_only(DTensor, _full, optimizer.state_dict())
     return state
 
 
 def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Puts what :func:`gathered_state` gave, known to all processes, into an optimizer, sharded or not."""
+    """Loads a state of :func:`gathered_state`, given in all processes, into an optimizer, sharded or not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def shard(value: Any, parameter: Any) -> Any:
@@ -128,6 +128,6 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({"state": states, "param_groups": state["param_groups"]})
 
 
-def _whole(tensor: Tensor) -> Tensor | None:
+def _full(tensor: Tensor) -> Tensor | None:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.cpu() if distributed.is_main() else None

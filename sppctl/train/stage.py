@@ -33,24 +33,24 @@ from sppctl.train.feed import Feed
 from sppctl.train.loop import Loop, reporting_to
 from sppctl.train.watch import PerplexityEvery
 
-# lines of the history that the record keeps
+# the record keeps the lines of the history that have one of these
 RECORDED = {"loss", "eval_loss", "perplexity", "mask_changes"}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training that has been checked."""
+    """A checked training."""
 
     feed: Feed  # its examples, tokenised
-    tokenizer: Any  # that they were made with
-    work: Work  # what will be done
+    tokenizer: Any  # that produced their tokens
+    work: Work  # how much there is to do
     sources: dict[str, str]  # hashes of the local files that the examples are from
 
 
 def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[str, str] | None = None) -> Prepared:
     """Checks targets, rank, batch, prompt, refresh, data and teacher, and tokenises the examples.
 
-    Keys that were changed to no effect are warned of.
+    Warns of changed keys that have no effect.
 
     Args:
         config: the configuration.
@@ -58,7 +58,7 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
         sources: hashes of the local files that are read.
 
     Raises:
-        UserError: with everything that is wrong, one problem per line.
+        UserError: with all problems, one per line.
     """
     train, problems = config.train, Problems()
     feed: Feed | None = None
@@ -93,19 +93,19 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
 
 
 def _check_keys(config: Config, skeleton: Skeleton, problems: Problems) -> None:
-    """Notes what the model, the machine and the installed libraries do not allow."""
+    """Adds what the model, the machine and the installed libraries do not allow to ``problems``."""
     train, device, strategy = config.train, config.model.device, config.launch.strategy
     if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
         problems.add("launch.strategy", "zero3 needs DeepSpeed: pip install 'sppctl[deepspeed]', or choose fsdp")
     if train.method == "ste" and strategy != "ddp":
-        problem = f"ste chooses masks from whole matrices, launch.strategy {strategy} shards them"
+        problem = f"ste selects masks on full matrices, but launch.strategy={strategy} shards them"
         problems.add("train.method", problem, "use ddp")
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
         problems.add("train.data.seq_len", f"{train.data.seq_len} exceeds the model's {limit} positions")
     if re.fullmatch(r"cuda:0*[1-9]\d*", device):
-        fix = f"call CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda"
-        problems.add("model.device", f"training runs on the first GPU it sees, not on {device}", fix)
+        fix = f"run CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda"
+        problems.add("model.device", f"training runs on the first visible GPU, not on {device}", fix)
     if train.gradient_checkpointing and not getattr(skeleton.model, "supports_gradient_checkpointing", True):
         kind = skeleton.config.model_type
         problems.add("train.gradient_checkpointing", f"{kind} does not support it in transformers", "set it to false")
@@ -126,14 +126,14 @@ def execute(
     base: Path | None = None,
     planned: Callable[[], int | None] = lambda: None,
 ) -> TrainRecord:
-    """Trains an adapter on the checkpoint ``pruned``, which is only read, and saves it into ``out`` as PEFT does.
+    """Trains an adapter on the checkpoint ``pruned``, which is only read, and saves it to ``out`` in PEFT's format.
 
     Args:
-        pruned, record: the pruned checkpoint and what was recorded of it.
+        pruned, record: the pruned checkpoint and its record.
         out: directory that may hold checkpoints of an interrupted training; ``resume`` continues from the newest.
-        dtype: name of the dtype to compute in.
+        dtype: name of the compute dtype.
         base: the dense checkpoint, for distillation from it and for refreshing the mask.
-        planned: estimates the bytes that the training needs on each device; None: they are not known.
+        planned: estimates the bytes that the training needs on each device; None if they are unknown.
 
     Raises:
         UserError: no usable data.
@@ -157,7 +157,7 @@ def execute(
         if train.perplexity_steps is not None:
             hooks.append(PerplexityEvery(config, pruned, tokenizer))
         accelerator = shards.make_accelerator(config, device, model.get_base_model())
-        # each process drops out other inputs; the first one those of one process alone
+        # dropout differs between processes; the first one draws as a single process would
         set_seed(config.run.seed + distributed.rank())
         with reporting_to(train, out) as trackers:
             loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
@@ -167,17 +167,17 @@ def execute(
 
 
 def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, folder: Path, resume: bool) -> Feed:
-    """The examples that were prepared, if they are still right.
+    """The prepared examples, or new ones if their date or tokenizer has to change.
 
-    A chat template that prints the date prints that of the first attempt, and the pruned checkpoint's tokenizer counts.
+    A chat template that prints the date prints that of the first attempt; the tokenizer is the pruned checkpoint's.
     """
     dated = prompts.is_dated(config.train.data.prompt, tokenizer)
-    today = distributed.decide(partial(checkpoints.began, folder, resume)) if dated else None
+    today = distributed.decide(partial(checkpoints.start_time, folder, resume)) if dated else None
     feed = prepared.feed
     if today is not None or not cache.same_tokenizer(prepared.tokenizer, tokenizer):
-        embedded = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
-        feed = Feed(config, tokenizer, embedded, today)
-    feed.tell()
+        vocab_size = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
+        feed = Feed(config, tokenizer, vocab_size, today)
+    feed.report()
     return feed
 
 
@@ -189,26 +189,26 @@ def _adapted(
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
         model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
     model.config.use_cache = False
-    set_seed(config.run.seed)  # the same adapter in all processes, and whatever their number
+    set_seed(config.run.seed)  # the same initial adapter in all processes, however many there are
     layers = list(patterns if train.targets == "pruned" else train.targets)
     skeleton = Skeleton(model.config, trust_remote_code=config.model.trust_remote_code)
     targets = skeleton.targets(layers, key="train.targets").values()
     names = [target.name for target in targets if target.is_linear]
     if len(names) < len(targets):
-        console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and stay as they are")
+        console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and are not trained")
     adapted = get_peft_model(model, methods.adapter_config(train, names, patterns))
     methods.start_at_stored(adapted, pruned, skeleton.base_prefix)
     if strategy == "ddp":
         shards.keep_frozen_weights(adapted)
     if train.gradient_checkpointing:
-        with warnings.catch_warnings():  # newer versions of transformers prefer another name for it
+        with warnings.catch_warnings():  # deprecated in newer versions of transformers
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
 
 
 def _resume(model: PeftModel, folder: Path, strategy: str | None) -> Path | None:
-    """The checkpoint that training continues from, after its adapter was put into the model; None: there is none."""
+    """Loads the adapter of the newest checkpoint into the model; returns the checkpoint, None if there is none."""
     newest = distributed.decide(partial(checkpoints.newest, folder, strategy))
     if newest:
         console.note(f"resuming from {newest}")
@@ -217,7 +217,7 @@ def _resume(model: PeftModel, folder: Path, strategy: str | None) -> Path | None
 
 
 def _record(loop: Loop, dtype: str, counts: tuple[int, int], validation: float | None) -> TrainRecord:
-    """What is recorded of a training: ``counts`` are its trained and all parameters."""
+    """The record of a training; ``counts`` are the trainable and all parameters."""
     state, feed, distillation = loop.state, loop.feed, loop.distillation
     refreshing = next((hook for hook in loop.hooks if isinstance(hook, refresh.MaskRefresh)), None)
     return TrainRecord(

@@ -1,4 +1,4 @@
-"""Around the steps of a training: how far it is, hooks, what is not finite, and the signals that ask it to stop."""
+"""Around the steps of a training: progress, hooks, the check for non-finite values, and stop signals."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from sppctl.evaluate.perplexity import summarise, window_losses, windows_of_text
 from sppctl.evaluate.stage import window_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-NAMED_EXAMPLES = 16  # of those in which a gradient may have gone wrong
+NAMED_EXAMPLES = 16  # listed at most in an error
 
-Figures = dict[str, float | str]
+Metrics = dict[str, float | str]
 
 
 @dataclass
 class State:
-    """How far a training is, as its checkpoints store it."""
+    """The progress of a training, as its checkpoints store it."""
 
-    step: int = 0  # optimizer steps that are done
+    step: int = 0  # completed optimizer steps
     tokens: int = 0  # seen so far, without padding
     seconds: float = 0.0  # of all attempts
     history: list[dict[str, Any]] = field(default_factory=list)  # a line for each report, with its ``step``
 
     def mean(self, name: str) -> float | None:
-        """Mean of a figure over all steps; each line has that since the line before, which no checkpoint parts."""
+        """Mean of a metric over all steps; each line covers the steps since the line before, checkpoint or not."""
         total, last = 0.0, 0
         for line in self.history:
             if name in line:
@@ -49,7 +49,7 @@ class State:
 
 
 class Hook:
-    """What a method or an option does around each optimizer step; by default nothing. All processes call it alike."""
+    """What a method or an option does around each optimizer step; by default nothing. All processes call it."""
 
     def before_step(self, step: int) -> None:
         """Before the first micro-batch of a step, numbered from 1."""
@@ -57,16 +57,16 @@ class Hook:
     def before_update(self, model: PeftModel) -> None:
         """When the gradient is complete and clipped, before the optimizer uses it."""
 
-    def after_step(self, model: PeftModel, step: int) -> Figures:
-        """After the optimizer's update, before anything is measured or saved; returns what goes to the history."""
+    def after_step(self, model: PeftModel, step: int) -> Metrics:
+        """After the optimizer's update, before anything is measured or saved; returns metrics for the history."""
         return {}
 
     def save(self, directory: Path) -> None:
-        """Puts what belongs to the adapter in this state beside it; the first process calls it."""
+        """Writes the files that belong to the adapter next to it; only the first process calls it."""
 
 
 class PerplexityEvery(Hook):
-    """The perplexity of the evaluation's first text every so many optimizer steps."""
+    """Measures perplexity on the first text of ``eval.perplexity`` every ``train.perplexity_steps`` steps."""
 
     def __init__(self, config: Config, pruned: Path, tokenizer: Any) -> None:
         self.steps, self.batch_size = config.train.perplexity_steps, config.train.micro_batch_size
@@ -74,23 +74,23 @@ class PerplexityEvery(Hook):
         text, window = texts.load_text(self.name, "test", "eval.perplexity"), window_of(config, pruned)
         self.windows = windows_of_text(tokenizer, text, window, config.eval.max_tokens)
 
-    def after_step(self, model: PeftModel, step: int) -> Figures:
+    def after_step(self, model: PeftModel, step: int) -> Metrics:
         """Measures on all processes alike: under FSDP each forward needs all of them."""
         if self.steps is None or step % self.steps:
             return {}
         model.eval()
         sharded = isinstance(model, FSDPModule)
-        called = model if sharded else model.get_base_model()
-        losses = torch.cat(list(window_losses(called, self.windows, self.batch_size, whole_windows=sharded)))
+        measured = model if sharded else model.get_base_model()
+        losses = torch.cat(list(window_losses(measured, self.windows, self.batch_size, whole_windows=sharded)))
         value = summarise(losses, self.windows.shape[1]).value
         console.note(f"step {step}: perplexity of {self.name} {value:.2f}")
         return {"perplexity": value, "text": self.name}
 
 
 def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: float, step: int) -> None:
-    """Looks at a step before its update spoils the weights. All processes call it.
+    """Checks a step before its update can spoil the weights. All processes must call it.
 
-    ``losses`` are those of this process's micro-batches, ``norm`` is of the gradient of all processes.
+    ``losses`` are those of this process's micro-batches, ``norm`` is the gradient norm over all processes.
 
     Raises:
         StageError: a loss or the gradient is not finite; it names step and examples.
@@ -108,15 +108,15 @@ def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: floa
     elif norm_broken:
         collected = distributed.gather_objects([number for batch in batches for number in batch["examples"]])
         numbers = sorted({number for part in collected for number in part})
-        problem = f"the norm of the gradient is {norm} at step {step}, of training examples "
+        problem = f"the gradient norm is {norm} at step {step}, of training examples "
     else:
         return
     named = ", ".join(map(str, numbers[:NAMED_EXAMPLES])) + ", ..." * (len(numbers) > NAMED_EXAMPLES)
-    raise SharedError(f"{problem}{named}; lower train.lr, or look at these examples")
+    raise SharedError(f"{problem}{named}; lower train.lr, or check these examples")
 
 
 class StopSignals:
-    """SIGTERM or SIGUSR1 (preemption by Slurm): a checkpoint after the running step, then the end of the training."""
+    """SIGTERM or SIGUSR1 (preemption by Slurm): a checkpoint after the current step, then the training ends."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
@@ -125,15 +125,15 @@ class StopSignals:
         def catch(number: int, frame: FrameType | None) -> None:
             self.caught = number
 
-        self._before = {number: signal.signal(number, catch) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, catch) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def agreed(self, device: torch.device) -> int | None:
-        """The signal that any of the processes has caught, so that all stop after the same step."""
+        """The signal that any process has caught, in all processes, so that all stop after the same step."""
         flag = torch.tensor(self.caught or 0, device=device)
         distributed.all_reduce_max(flag)
         return int(flag) or None

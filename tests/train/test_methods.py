@@ -249,7 +249,7 @@ def test_keys_without_effect_are_warned_of(
 def test_a_model_without_linear_layers(configure: Configure, make_checkpoint: Callable[..., Path]) -> None:
     config = configure("prune.targets=all-linear", "train.method=lora")
     message = problems(config, make_checkpoint("gpt2"))
-    assert "sppctl trains nn.Linear layers only, and none of these is one" in message
+    assert "none of these is an nn.Linear layer, the only kind that sppctl trains" in message
 
 
 def test_ablations_reach_the_adapter(prepare: Prepare) -> None:

@@ -206,7 +206,7 @@ def test_nothing_but_the_examples_enters_the_statistics(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.method=hira"], "only spp trains under a mask that is refreshed"),
+        (["train.method=hira"], "only spp can refresh its mask, not hira"),
         (["launch.strategy=fsdp", "launch.num_processes=2"], "launch.strategy=fsdp shards the weights"),
         (["launch.strategy=fsdp", "launch.num_processes=1"], ""),  # one process holds whole weights
     ],
