@@ -336,7 +336,7 @@ prune {config} prune.allocation=owl
 prune {config} prune.allocation=[0.5,0.6]
     prune.allocation: splits a ratio over the blocks, but prune.pattern is 2:4
 prune {config} prune.pattern=0.5 prune.allocation=[0.5,0.5,0.5]
-    prune.allocation: 3 ratios for 2 blocks ... give one for each
+    prune.allocation: 3 ratios for 2 blocks ... give one per block
 prune {config} prune.pattern=0.5 prune.allocation=[0.5,1.5]
     prune.allocation: pattern 1.5 ... between 0 and 1
 prune {config} prune.pattern=0.5 prune.allocation=owl prune.owl_lambda=0.99

@@ -1,1 +1,1 @@
-"""pruned + adapter -> merged, with the proof of the zeros."""
+"""pruned + adapter -> merged, with verified zeros."""

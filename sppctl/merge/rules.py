@@ -39,7 +39,7 @@ def check_mask(kind: str, mask: str) -> None:
     """Refuses a ``merge.mask`` that cannot be kept with this PEFT type, before anything is computed.
 
     Raises:
-        UserError: with the reason and the ways out.
+        UserError: with the reason and the alternatives.
     """
     zeros = MERGERS[kind].zeros
     if zeros == "filled" and mask == "keep":
@@ -53,7 +53,7 @@ def check_mask(kind: str, mask: str) -> None:
         raise UserError(
             "merge.mask",
             f"reapply would undo the masks that train.method {kind.lower()} has chosen",
-            "merge.mask=keep keeps them, and proves their pattern",
+            "merge.mask=keep keeps them and verifies their pattern",
         )
 
 
@@ -68,18 +68,18 @@ def merged_weight(
 
 
 def prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, pattern: Pattern | None) -> MatrixRecord:
-    """Proves what ``merge.mask`` promises of a merged matrix, read back from its file.
+    """Verifies what ``merge.mask`` promises about a merged matrix, read back from its file.
 
     Args:
         kind: PEFT type of the adapter.
-        mask: ``merge.mask``; of the zeros nothing is promised with ``dense``.
+        mask: ``merge.mask``; ``dense`` promises nothing about the zeros.
         name: of the matrix.
         weight: (m, n), before.
         written: (m, n), after.
-        pattern: N:M that an adapter with masks of its own has promised; None: as many zeros in each row as before.
+        pattern: N:M of an adapter with masks of its own; None: as many zeros in each row as before.
 
     Raises:
-        StageError: it is not so, or a value is not finite.
+        StageError: the promise is broken, or a value is not finite.
     """
     if not torch.isfinite(written).all():
         raise StageError(

@@ -1,4 +1,4 @@
-"""pruned + adapter -> merged: tensor by tensor in float32, rounded once, with proof of the pattern."""
+"""pruned + adapter -> merged: tensor by tensor in float32, rounded once, the pattern verified."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter and a pruned checkpoint that have been found to belong together."""
+    """An adapter and the pruned checkpoint that it was checked to belong to."""
 
     pruned: Path  # directory of the checkpoint
-    source: RefreshedFiles  # the checkpoint, with the matrices that training has refreshed in the place of its own
+    source: RefreshedFiles  # the checkpoint, with refreshed matrices instead of its own
     adapter: Adapter  # what to merge
     stored: dict[str, str]  # the checkpoint's name of each adapted module's weight
     masks: dict[str, str]  # recorded digest of each pruned matrix's mask by module; of refreshed ones the last
@@ -96,10 +96,10 @@ def prepare(
     adapter = Adapter.open(trained)
     check_mask(adapter.kind, config.merge.mask)
     source = RefreshedFiles(pruned, trained)
-    if lost := sorted(set(train_record.modules) - adapter.modules.keys()):
+    if missing := sorted(set(train_record.modules) - adapter.modules.keys()):
         raise UserError(
-            f"{trained} lacks {len(lost)} of the {len(train_record.modules)} matrices that were trained, "
-            f"{lost[0]} among them; train again (sppctl train --force)"
+            f"{trained} lacks {len(missing)} of the {len(train_record.modules)} matrices that were trained, "
+            f"{missing[0]} among them; train again (sppctl train --force)"
         )
     stored = _match(source, adapter, config, pruned)
     if source.refreshed:
@@ -130,7 +130,7 @@ def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
     totals = ("kept", "moved", "zeros", "filled", "lost")
     kept, moved, zeros, filled, lost = (sum(getattr(record, name) for record in records) for name in totals)
     if filled:
-        console.note(f"merge: {filled:,} zeros were filled, {lost:,} other weights are zero now (merge.mask {mask})")
+        console.note(f"merge: {filled:,} zeros were filled, {lost:,} other weights are zero now (merge.mask={mask})")
     return MergeRecord(
         method=adapter.kind.lower(),
         mask=mask,
@@ -149,13 +149,13 @@ def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
 
 
 def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype: finite where it was, and zero only where it was, so that pruned matrices keep masks.
+    """A tensor in another dtype: finite where it was, and zero only where it was, so that masks are kept.
 
     Raises:
         StageError: the dtype cannot hold it.
     """
     if name in adapted:
-        return tensor.to(dtype)  # to be overwritten, and proved then
+        return tensor.to(dtype)  # to be overwritten, and verified then
     result = round_under_mask(tensor, tensor, dtype)
     if not torch.equal(result.isfinite(), tensor.isfinite()):
         raise StageError(
@@ -167,7 +167,7 @@ def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype)
 
 
 def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) -> dict[str, str]:
-    """The checkpoint's tensor for each adapted module, with shapes that fit."""
+    """The checkpoint's tensor for each adapted module, with matching shapes."""
     trust = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust)
     check_weights(TensorFiles(pruned), skeleton.model)
@@ -177,14 +177,16 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
         try:
             name = stored_name(source, f"{module}.weight", prefix)
         except UserError as error:
-            raise UserError(f"the adapter adapts {module}, which {pruned} does not have: another model's?") from error
+            raise UserError(
+                f"the adapter adapts {module}, which {pruned} does not have; is it another model's?"
+            ) from error
         shape = source.spec(name).shape
         shapes = {part: adapter.files.specs[key].shape for part, key in parts.items()}
         if len(shape) != 2 or shapes != MERGERS[adapter.kind].shapes(adapter.settings, *shape):
             tensors = ", ".join(f"{part} {'x'.join(map(str, size))}" for part, size in sorted(shapes.items()))
             raise UserError(
-                f"the adapter's {module} has {tensors}, which does not fit the {'x'.join(map(str, shape))} weight of "
-                f"{pruned}: another model's adapter?"
+                f"the adapter's {module} has {tensors}, which does not match the {'x'.join(map(str, shape))} weight of "
+                f"{pruned}; is it another model's adapter?"
             )
         stored[module] = name
     return stored
@@ -192,7 +194,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
 
 @torch.no_grad()
 def _merge_matrix(prepared: Prepared, module: str, out: OwnFiles, mask: str) -> MatrixRecord:
-    """Merges one matrix into ``out``, which holds a copy of the pruned checkpoint, and proves what was written."""
+    """Merges one matrix into ``out``, which holds a copy of the pruned checkpoint, and verifies what was written."""
     source, adapter, name = prepared.source, prepared.adapter, prepared.stored[module]
     weight = source.read(name)
     if prepared.masks.get(module, digest := integrity.mask_digest(weight)) != digest:

@@ -42,7 +42,7 @@ class Activations:
         self._calls: dict[int, list[BlockCall]] = {}
         for rows in self.batches:
             hidden, calls = stack.record(windows[rows].to(stack.device))
-            # windows are never padded, so what a block is given besides its input depends on the shape alone
+            # windows are never padded, so a block's other arguments depend on the shape alone
             self._calls.setdefault(len(hidden), calls)
             self.store(rows, hidden)
 
@@ -58,12 +58,12 @@ class Activations:
         except OSError as error:
             raise StageError(
                 f"prune.memory: no room for the hidden states, {size / 2**20:.0f} MiB, in {path} ({error.strerror}); "
-                "free some, set prune.memory=ram, or lower prune.calibration.samples"
+                "free disk space, set prune.memory=ram, or lower prune.calibration.samples"
             ) from error
         return place, torch.from_file(str(path), shared=True, size=count, dtype=stack.dtype).view(shape)
 
     def second_buffer(self) -> Tensor:
-        """Room for the hidden states of another point of the model, (samples, tokens, width): always the same."""
+        """A second buffer for hidden states (samples, tokens, width), allocated once, such as for dense outputs."""
         if self._second is None:
             path = self._path.with_name(f"{self._path.name}.second")
             _, self._second = self._allocate(tuple(self._hidden.shape), path)
@@ -79,7 +79,7 @@ class Activations:
         self.store(rows, self.output(index, rows))
 
     def output(self, index: int, rows: slice, block: Callable[..., Any] | None = None) -> Tensor:
-        """What the loaded block ``index``, or another one called as it is, makes of some windows' hidden states."""
+        """The output for some windows of the loaded block ``index``, or of ``block`` called with the same arguments."""
         call = self._calls[rows.stop - rows.start][index]
         return call(block or self.stack.blocks[index], self._hidden[rows].to(self.stack.device))
 

@@ -1,4 +1,4 @@
-"""One loaded block: gathering what its layers are given, and pruning them in place, in either order."""
+"""One loaded block: collects the inputs of its layers and prunes them in place, in block or module order."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sppctl.prune.reconstruct import reconstruct
 from sppctl.pruners import PRUNERS, InputNorms, Pruner, check_weight
 from sppctl.records import BlockErrors, LayerRecord
 
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module, and what it is called with
-# which layers are given the very same tensor, the one that is run first in front; by all layers of a kind of block
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module, its arguments and its named arguments
+# layers that share one input tensor, the first to run in front; by the names of all layers of a kind of block
 Groups = dict[frozenset[str], list[list[str]]]
 
-MIN_EXPERT_TOKENS = 32  # an expert that saw fewer is pruned by a fall-back
+MIN_EXPERT_TOKENS = 32  # an expert that saw fewer is pruned by a fallback
 
 
 class BlockWork:
@@ -53,11 +53,11 @@ class BlockWork:
             if target.expert is not None:
                 self.experts.setdefault(target.owner, []).append(target)
         self.inputs: dict[str, LayerInputs] = {}  # by the target's name
-        self.all_tokens: dict[str, LayerInputs] = {}  # of a mixture's experts together
+        self.all_tokens: dict[str, LayerInputs] = {}  # of all experts of a mixture together
         self.reconstruction: BlockErrors | None = None
-        self._leaders: dict[str, str] = {}  # the first layer that was given the same tensor
+        self._leaders: dict[str, str] = {}  # the first layer with the same input tensor
         self._seen: dict[int, tuple[Tensor, str]] = {}
-        self._turn = 0
+        self._num_groups = 0  # pruned so far, by the processes in turn
 
     # --- orders -------------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ class BlockWork:
         if activations is None:
             return self._prune_all()
         if settings.order == "module":
-            return self._prune_on_the_way(activations)
+            return self._prune_in_module_order(activations)
         dense = activations.second_buffer() if settings.reconstruct_epochs else None
         self.gather(dense=dense)
         records = self._prune_all()
@@ -76,11 +76,11 @@ class BlockWork:
             self.reconstruction = reconstruct(self.stack, self.index, self.targets, activations, dense, settings)
             for target in self.targets.values():
                 weight = target.view(self.stack.model)
-                weight.copy_(self._as_written(target, weight))
+                weight.copy_(self._as_stored(target, weight))
         return records
 
     def gather(self, keep: bool = False, dense: Tensor | None = None) -> None:
-        """Runs the dense block on all windows and collects what each target is given.
+        """Runs the dense block on all windows and collects the inputs of each target.
 
         Its outputs (windows, tokens, width) go into ``dense``, and with ``keep`` become the next block's inputs.
         """
@@ -88,7 +88,7 @@ class BlockWork:
         for owner, targets in self.experts.items():
             self._prepare_experts(owner, targets)
         with contextlib.ExitStack() as hooks:
-            self._watch(hooks, self._collect)
+            self._observe(hooks, self._collect)
             for owner in self.experts:
                 self._hook(hooks, owner, partial(self._collect_experts, owner))
             for rows in self.activations.batches:
@@ -97,13 +97,13 @@ class BlockWork:
                     self.activations.store(rows, output)
                 if dense is not None:
                     dense[rows] = output.to(dense.device)
-        self._learn_groups()
+        self._set_groups()
         for name, target in self.plain.items():
             self.inputs[target.name] = self.inputs[self.plain[self._leaders[name]].name]
         self._reduce()
 
-    def _prune_on_the_way(self, activations: Activations) -> list[LayerRecord]:
-        """One forward, all micro-batches in step: where they meet, a group of layers is pruned."""
+    def _prune_in_module_order(self, activations: Activations) -> list[LayerRecord]:
+        """One forward, all micro-batches in step: a group of layers is pruned when all of them have reached it."""
         if self.kind not in self.groups:
             self._find_groups(activations)
         places: dict[str, Callable[[list[Call]], list[LayerRecord]]] = {}  # by the module where they meet
@@ -124,17 +124,17 @@ class BlockWork:
         return records
 
     def _find_groups(self, activations: Activations) -> None:
-        """Once for blocks of a kind: which layers share inputs is seen only by running one, on as little as needed."""
+        """Finds which layers share inputs by running the block on as few windows as needed; once per kind of block."""
         with contextlib.ExitStack() as hooks:
-            self._watch(hooks, self._leads)
+            self._observe(hooks, self._is_leader)
             for rows in activations.batches:
                 if self.plain.keys() == self._leaders.keys():
                     break
                 self._run(activations, rows)
-        self._learn_groups()
+        self._set_groups()
 
     def _prune_arrived(self, targets: list[Target], calls: list[Call]) -> list[LayerRecord]:
-        inputs = self._no_inputs(targets[0].in_features)
+        inputs = self._new_inputs(targets[0].in_features)
         for _, args, _ in calls:
             inputs.update(args[0])
         inputs.reduce(targets[0].name, self.stack.dtype)
@@ -142,7 +142,7 @@ class BlockWork:
 
     def _prune_arrived_experts(self, owner: str, calls: list[Call]) -> list[LayerRecord]:
         records = []
-        # gate and up first: down is given what the pruned ones make of the tokens
+        # gate and up first: the inputs of down come from the pruned ones
         for parts in (("gate_proj", "up_proj"), ("down_proj",)):
             if targets := [target for target in self.experts[owner] if target.name.endswith(parts)]:
                 self._prepare_experts(owner, targets)
@@ -156,11 +156,11 @@ class BlockWork:
     # --- inputs -------------------------------------------------------------------------------------------------------
 
     def _hook(self, hooks: contextlib.ExitStack, owner: str, hook: Callable[..., None]) -> None:
-        """Calls ``hook`` with module, arguments and named arguments before a module runs, until ``hooks`` end."""
+        """Calls ``hook`` with module, arguments and named arguments before a module runs, until ``hooks`` is closed."""
         module = self.stack.model.get_submodule(owner)
         hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _no_inputs(self, in_features: int) -> LayerInputs:
+    def _new_inputs(self, in_features: int) -> LayerInputs:
         make = PRUNERS[self.plan.settings.method].statistics or InputNorms
         return LayerInputs(make, in_features, self.stack.device)
 
@@ -169,23 +169,23 @@ class BlockWork:
         self._seen.clear()
         return output
 
-    def _watch(self, hooks: contextlib.ExitStack, see: Callable[[str, Tensor], object]) -> None:
-        """Calls ``see`` with the name and the input of every layer outside of experts that is run."""
+    def _observe(self, hooks: contextlib.ExitStack, callback: Callable[[str, Tensor], object]) -> None:
+        """Calls ``callback`` with the name and the input of every layer outside experts that runs."""
 
         def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
-            see(name, args[0])
+            callback(name, args[0])
 
         for name, target in self.plain.items():
             self._hook(hooks, target.owner, partial(hook, name))
 
-    def _leads(self, name: str, inputs: Tensor) -> bool:
-        """Whether a layer is the first of those that are given this very tensor."""
+    def _is_leader(self, name: str, inputs: Tensor) -> bool:
+        """Whether a layer is the first of those with this very tensor as input."""
         if name not in self._leaders:
-            # q, k and v receive the very same tensor; holding on to it keeps its identity from being reused
+            # q, k and v receive the very same tensor; a reference to it keeps its id from being reused
             _, self._leaders[name] = self._seen.setdefault(id(inputs), (inputs, name))
         return self._leaders[name] == name
 
-    def _learn_groups(self) -> None:
+    def _set_groups(self) -> None:
         for name, target in self.plain.items():
             if name not in self._leaders:
                 problem = "received no calibration input; leave it out (prune.skip) or use magnitude"
@@ -196,7 +196,7 @@ class BlockWork:
         self.groups[self.kind] = list(groups.values())
 
     def _reduce(self) -> None:
-        """Adds up what all processes have seen: once for layers that share their inputs."""
+        """Sums the statistics over all processes, once for layers that share their inputs."""
         distinct: dict[int, tuple[str, LayerInputs]] = {}
         for name, inputs in [*self.inputs.items(), *self.all_tokens.items()]:
             distinct.setdefault(id(inputs), (name, inputs))
@@ -204,26 +204,26 @@ class BlockWork:
             inputs.reduce(name, self.stack.dtype)
 
     def _collect(self, name: str, inputs: Tensor) -> None:
-        if self._leads(name, inputs):
+        if self._is_leader(name, inputs):
             target = self.plain[name]
             if target.name not in self.inputs:
-                self.inputs[target.name] = self._no_inputs(target.in_features)
+                self.inputs[target.name] = self._new_inputs(target.in_features)
             self.inputs[target.name].update(inputs)
 
     def _prepare_experts(self, owner: str, targets: list[Target]) -> None:
-        self.all_tokens[owner] = self._no_inputs(self.stack.width)
+        self.all_tokens[owner] = self._new_inputs(self.stack.width)
         for target in targets:
             partner = target.name.replace(".up_proj", ".gate_proj")  # they share their input
-            self.inputs[target.name] = self.inputs.get(partner) or self._no_inputs(target.in_features)
+            self.inputs[target.name] = self.inputs.get(partner) or self._new_inputs(target.in_features)
 
     def _collect_experts(self, owner: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = ("hidden_states", "top_k_index")
-        hidden, chosen = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        hidden, experts = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
         hidden = hidden.reshape(-1, hidden.shape[-1])
         self.all_tokens[owner].update(hidden)
         gate_up = module.get_parameter("gate_up_proj")
         for expert in range(len(gate_up)):
-            tokens = hidden[(chosen == expert).any(dim=-1)]
+            tokens = hidden[(experts == expert).any(dim=-1)]
             gate, up, down = (
                 self.inputs.get(f"{owner}.{expert}.{part}") for part in ("gate_proj", "up_proj", "down_proj")
             )
@@ -246,12 +246,12 @@ class BlockWork:
         return sorted(records, key=lambda record: order.index(record.name))
 
     def _prune_experts(self, targets: list[Target]) -> list[LayerRecord]:
-        needed = PRUNERS[self.plan.settings.method].statistics is not None
-        pending: dict[int, list[Target]] = {}  # those that share their inputs
+        needs_inputs = PRUNERS[self.plan.settings.method].statistics is not None
+        pending: dict[int, list[Target]] = {}  # layers that share their inputs
         records = []
         for target in targets:
             inputs = self.inputs.get(target.name)
-            if not needed or inputs is None or inputs.statistics.num_tokens >= MIN_EXPERT_TOKENS:
+            if not needs_inputs or inputs is None or inputs.statistics.num_tokens >= MIN_EXPERT_TOKENS:
                 pending.setdefault(id(inputs or target), []).append(target)
                 continue
             seen = f"saw {inputs.statistics.num_tokens} tokens"
@@ -270,15 +270,15 @@ class BlockWork:
         started = time.perf_counter()
         weights = [target.view(self.stack.model) for target in targets]
         before = [weight.clone() for weight in weights]
-        process = self._turn % distributed.world_size()
-        self._turn += 1
+        process = self._num_groups % distributed.world_size()
+        self._num_groups += 1
         pruner = PRUNERS[method or self.plan.settings.method]
-        damp = distributed.decide(lambda: self._prune_here(pruner, targets, weights, inputs), process)
+        damp = distributed.decide(lambda: self._prune_weights(pruner, targets, weights, inputs), process)
         if distributed.world_size() > 1:
             for weight in weights:
-                whole = weight.contiguous()
-                distributed.broadcast(whole, process)
-                weight.copy_(whole)
+                contiguous = weight.contiguous()
+                distributed.broadcast(contiguous, process)
+                weight.copy_(contiguous)
         seconds = round((time.perf_counter() - started) / len(targets), 4)
         result = {"damp": damp, "seconds": seconds, "fallback": fallback}
         return [
@@ -286,10 +286,10 @@ class BlockWork:
             for target, old, new in zip(targets, before, weights, strict=True)
         ]
 
-    def _prune_here(
+    def _prune_weights(
         self, pruner: Pruner, targets: list[Target], weights: list[Tensor], inputs: LayerInputs | None
     ) -> float | None:
-        """Prunes ``weights`` in place; the damping that they needed."""
+        """Prunes ``weights`` in place; returns the damping that they needed."""
         patterns = [self.plan.patterns[target.name] for target in targets]
         options = {name: getattr(self.plan.settings, name) for name in pruner.options}
         masks = None
@@ -302,9 +302,9 @@ class BlockWork:
         except ValueError as error:
             raise StageError(f"{targets[0].name}: {error}") from error
         for target, weight, result in zip(targets, weights, pruned, strict=True):
-            weight.copy_(self._as_written(target, result))
+            weight.copy_(self._as_stored(target, result))
         return damp
 
-    def _as_written(self, target: Target, weight: Tensor) -> Tensor:
-        """A weight in the dtype of the files: what follows is then the same whether this run goes on or another."""
+    def _as_stored(self, target: Target, weight: Tensor) -> Tensor:
+        """A weight in the dtype of the files, so that later blocks are the same if another run resumes from them."""
         return weight if self.out is None else weight.to(self.stack.stored_dtype(target, self.out))

@@ -1,4 +1,4 @@
-"""The calibration windows of a run, drawn once: by the checks, for the pruning."""
+"""The calibration windows of a run, drawn once by the checks and used by the pruning."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Drawn:
     """Calibration windows."""
 
     tokens: Tensor  # (samples, seq_len) int64
-    record: Calibration  # what is recorded of them
-    tokenizer: Any  # that they were made with
+    record: Calibration  # of these windows
+    tokenizer: Any  # that produced their tokens
 
 
 def calibration_text(prune: PruneConfig) -> texts.Text:
-    """The text that the configuration names, or its beginning where that will do."""
+    """The configured text, or only its beginning where that is enough."""
     settings = prune.calibration
     column = None if settings.column == "auto" else settings.column
     texts.check_split("prune.calibration.split", settings.split, settings.dataset)
@@ -38,7 +38,7 @@ def draw(config: Config, tokenizer: Any) -> Drawn:
         UserError: the text could not be loaded, or is too short.
     """
     settings = config.prune.calibration
-    with sources.noting() as seen:
+    with sources.noting() as noted:
         text = calibration_text(config.prune)
     sizes = {"samples": settings.samples, "seq_len": settings.seq_len}
     windows = calibration_windows(tokenizer, text, seed=config.run.seed, windows=settings.windows, **sizes)
@@ -47,7 +47,7 @@ def draw(config: Config, tokenizer: Any) -> Drawn:
         windows=windows.kind,
         documents_hash=texts.content_hash(text.documents),
         windows_hash=windows.hash,
-        versions=seen.versions,
+        versions=noted.versions,
         **sizes,
     )
     return Drawn(windows.tokens, record, tokenizer)

@@ -1,4 +1,4 @@
-"""What is checked before any weight is read or written: configuration, headers, memory, text."""
+"""Checks before any weight is written: configuration, file headers, disk, memory, calibration text."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from sppctl.pattern import Pattern
 from sppctl.prune import calibrate, given_masks
 from sppctl.prune.choose import GPU_SHARE, check_prunes, inside_a_block, is_overridden, needs_inputs, planned_patterns
 
-# over all windows, as benchmarks/prune.py measures them on a CPU
+# cost of a pruning in forward passes over all windows, measured on a CPU by benchmarks/prune.py
 PASSES = {
     "magnitude": {"block": 1.0, "module": 1.0},
     "wanda": {"block": 2.1, "module": 1.2},
     "dsnot": {"block": 2.2, "module": 1.3},
     "sparsegpt": {"block": 3.1, "module": 2.3},
 }
-MEAN_TOLERANCE = 0.005  # by which the mean of a list of ratios may differ from the pattern that a run is known by
+MEAN_TOLERANCE = 0.005  # between prune.pattern and the mean of a list of ratios
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pruning that has been checked."""
+    """A checked pruning."""
 
     targets: dict[str, Target]  # the matrices, by name
-    patterns: dict[str, Pattern]  # of each; OWL changes them when it has seen the outliers
+    patterns: dict[str, Pattern]  # of each; OWL changes them once it has measured the outliers
     drawn: calibrate.Drawn | None  # the calibration windows; None: no inputs are needed
-    work: Work  # what will be done
+    work: Work  # how much there is to do
     sources: dict[str, str]  # hashes of the local files that the windows are from
 
 
 def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[str, str] | None = None) -> Prepared:
-    """Checks all that needs no weights of the dense model, and draws the calibration windows.
+    """Checks everything that needs no weights of the dense model, and draws the calibration windows.
 
     Raises:
-        UserError: with everything that is wrong, one problem per line.
+        UserError: with all problems, one per line.
     """
     prune, problems = config.prune, Problems()
     targets: dict[str, Target] = {}
@@ -95,7 +95,7 @@ def _check_allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: 
         return
     if prune.pattern.ratio is None:
         raise UserError("prune.allocation", f"splits a ratio over the blocks, but prune.pattern is {prune.pattern}")
-    sizes = [0] * len(skeleton.blocks)  # weights that no override has taken out
+    sizes = [0] * len(skeleton.blocks)  # of each block, without overridden matrices
     for name, target in targets.items():
         if not is_overridden(prune, name):
             block = name.removeprefix(f"{skeleton.blocks_name}.").partition(".")[0]
@@ -109,14 +109,14 @@ def _check_allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: 
             raise UserError(
                 "prune.allocation",
                 f"the ratios' mean over all weights is {mean:.4g}, but prune.pattern is {prune.pattern}",
-                f"give prune.pattern={mean:.4g}, or other ratios",
+                f"set prune.pattern={mean:.4g}, or other ratios",
             )
 
 
 def _check_owl(spread: float, ratio: float, sizes: list[int]) -> None:
-    """Whether the ratios must leave (0, 1): whichever blocks have more outliers, they span twice the spread.
+    """Raises UserError if ratios must leave (0, 1), wherever the outliers are: they span twice the spread.
 
-    Their mean is the ratio, so at the least the smallest block alone is at one end and all others at the other.
+    Their mean is fixed, so they deviate least if the smallest block is at one end and all others at the other.
     """
     if len(sizes) < 2:
         return
@@ -134,9 +134,9 @@ def _check_processes(config: Config, problems: Problems) -> None:
         return
     samples, processes = config.prune.calibration.samples, launch.num_processes(config)
     if samples < processes:
-        problems.add("prune.calibration.samples", f"{samples} are fewer than the {processes} processes")
+        problems.add("prune.calibration.samples", f"{samples} windows are too few for {processes} processes")
     if config.prune.reconstruct_epochs and processes > 1:
-        problems.add("prune.reconstruct_epochs", "tunes in one process", "set launch.num_processes=1")
+        problems.add("prune.reconstruct_epochs", "needs a single process", "set launch.num_processes=1")
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _check_processes(config: Config, problems: Problems) -> None:
 def _check_mask(
     prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern], skeleton: Skeleton
 ) -> None:
-    """Whether the zeros of prune.mask_from are a mask of the pattern; reading them is quick beside pruning by them."""
+    """Checks that the zeros of prune.mask_from have the pattern; reading them is fast compared with pruning."""
     if prune.mask_from is None:
         return
     try:
@@ -160,7 +160,7 @@ def _check_mask(
 
 
 def _check_files(config: Config, skeleton: Skeleton) -> None:
-    """The checkpoint's kind, the disk for its copy, and memory for an order that needs much."""
+    """Checks that the checkpoint is not quantised, disk space for its copy, and the memory of module order."""
     model, files = config.model, None
     if model.gguf_file is None:
         parts = (skeleton.config, skeleton.config.get_text_config())
@@ -169,12 +169,12 @@ def _check_files(config: Config, skeleton: Skeleton) -> None:
             settings = quantised if isinstance(quantised, dict) else vars(quantised)
             method = settings.get("quant_method", "by an unknown method")
             problem = f"{model.path} is quantised ({getattr(method, 'value', method)}), which cannot be pruned"
-            raise UserError("model.path", problem, "give the unquantised model")
+            raise UserError("model.path", problem, "use the unquantised model")
         assert model.path is not None
         files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
         refuse_quantised(files)
         needed = checkpoint.weight_bytes(files.directory, model.dtype)
-    else:  # unpacked, and copied
+    else:  # GGUF: unpacked, then copied
         itemsize = machine.torch_dtype(checkpoint.dtype_of(model.dtype, None)).itemsize
         needed = 2 * itemsize * sum(parameter.numel() for parameter in skeleton.model.parameters())
     demand_space(Path(config.run.dir), needed, "the pruned checkpoint", ".pruned.partial/*.safetensors")
@@ -183,7 +183,7 @@ def _check_files(config: Config, skeleton: Skeleton) -> None:
 
 
 def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
-    """Module order: the pass stops at each layer until all windows are there."""
+    """Module order needs memory for all windows at once: they wait at each layer for the others."""
     prune, device = config.prune, checkpoint.pick_device(config.model.device)
     samples = -(-prune.calibration.samples // launch.num_processes(config))
     free = machine.free_memory(device)
@@ -197,7 +197,7 @@ def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None)
         raise UserError(
             "prune.order",
             f"module holds all windows inside a block, some {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free",
-            f"use order block, or fewer or shorter windows{narrower}",
+            f"set prune.order=block, or fewer or shorter windows{narrower}",
         )
 
 

@@ -1,4 +1,4 @@
-"""What pruning will do, from the configuration and shapes alone: patterns, whether it needs inputs, its memory."""
+"""Patterns, need for inputs, and memory of a pruning, from the configuration and shapes alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def needs_inputs(prune: PruneConfig) -> bool:
 
 
 def windows_at_a_time(batch_size: int | str, samples: int, seq_len: int) -> int:
-    """Windows that run through a block together; ``auto`` is as on a CPU, a GPU may take more."""
+    """Windows that run through a block together; ``auto`` gives the number for a CPU, a GPU may use more."""
     return min(samples, batch_size if isinstance(batch_size, int) else max(1, CPU_TOKENS // seq_len))
 
 
@@ -29,7 +29,7 @@ def inside_a_block(prune: PruneConfig, samples: int, hidden: int, running: int |
     """Bytes of the activations inside a block, in module order also of the windows that wait there.
 
     Args:
-        prune: how windows run.
+        prune: order, batch size and window length.
         samples: windows in this process.
         hidden: bytes of the hidden state of a token.
         running: bytes of the windows that run, if they are not those of :func:`windows_at_a_time`.
@@ -47,7 +47,7 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
     if isinstance(prune.allocation, list):
         if len(prune.allocation) != len(blocks):
             raise UserError(
-                "prune.allocation", f"{len(prune.allocation)} ratios for {len(blocks)} blocks", "give one for each"
+                "prune.allocation", f"{len(prune.allocation)} ratios for {len(blocks)} blocks", "give one per block"
             )
         for prefix, ratio in zip(blocks, prune.allocation, strict=True):
             try:

@@ -21,13 +21,13 @@ def check(mask: Tensor, target: Target, pattern: Pattern) -> None:
     zeros = mask.numel() - int(mask.sum())
     if zeros < mask.numel() * pattern.sparsity - _rounding(mask.shape):
         raise UserError(
-            f"{target.name}: the mask of prune.mask_from is not {pattern}: a share of {zeros / mask.numel():.4g} is "
-            "zero; set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
+            f"{target.name}: the mask of prune.mask_from is not {pattern}: its share of zeros is "
+            f"{zeros / mask.numel():.4g}; set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
         )
 
 
 def warn_of_sparser(layers: Sequence[LayerRecord]) -> None:
-    """Warns of layers whose masks have clearly more zeros than the pattern asks for; their records hold the share."""
+    """Warns of layers whose masks have clearly more zeros than the pattern asks for; the records hold their share."""
     sparser = [
         f"{layer.name} has {layer.sparsity:.4g}, {layer.pattern} asks for {layer.pattern.sparsity:.4g}"
         for layer in layers
@@ -39,5 +39,5 @@ def warn_of_sparser(layers: Sequence[LayerRecord]) -> None:
 
 
 def _rounding(shape: Sequence[int]) -> int:
-    """Zeros more or fewer that say nothing: methods round the count down in every row, or every block of columns."""
+    """Tolerated difference in zeros: methods round the count down in every row, or every block of columns."""
     return max(shape)

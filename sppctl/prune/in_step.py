@@ -1,7 +1,7 @@
-"""Micro-batches that go through a block in step: each waits at a layer until the others have come as far.
+"""Micro-batches that go through a block in step: each waits at a layer until the others have reached it.
 
-A forward cannot be left and entered again, so each runs on a stack of its own (a greenlet). All are on one thread: a
-thread each would bring its own pool of OpenMP workers and its own memory arena, a fifth of a forward in all.
+A forward cannot be suspended, so each runs on its own stack (a greenlet). All run in one thread: with a thread each,
+their pools of OpenMP workers and memory arenas would cost a fifth of a forward.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from greenlet import getcurrent, greenlet
 
 
 @torch.no_grad()
-def in_step(works: list[Callable[[], None]], serve: Callable[[int, list[Any]], None]) -> None:
-    """Runs every work from one :func:`wait_at` to the next until all are done.
+def in_step(forwards: list[Callable[[], None]], serve: Callable[[int, list[Any]], None]) -> None:
+    """Runs every forward from one :func:`wait_at` to the next until all are done.
 
     Args:
-        works: forwards of the micro-batches, without gradients.
-        serve: called, when every work that is not done waits, with the first place where some do (the smallest number)
-            and what each of those brought there (a tuple), in the order of ``works``; then they continue.
+        forwards: of the micro-batches, without gradients.
+        serve: called when every unfinished forward waits, with the first place where some do (the smallest number) and
+            the arguments that each of those passed there (a tuple), in the order of ``forwards``; then they continue.
 
     Raises:
-        Exception: the first that a work or ``serve`` raises; all other works are ended where they wait.
+        Exception: the first that a forward or ``serve`` raises; all other forwards are ended where they wait.
     """
-    walkers = [greenlet(work) for work in works]
+    greenlets = [greenlet(forward) for forward in forwards]
     try:
-        stops = {walker: walker.switch() for walker in walkers}
-        while stops := {walker: stop for walker, stop in stops.items() if not walker.dead}:
+        stops = {waiter: waiter.switch() for waiter in greenlets}
+        while stops := {waiter: stop for waiter, stop in stops.items() if not waiter.dead}:
             first = min(place for place, _ in stops.values())
-            waiting = [walker for walker, (place, _) in stops.items() if place == first]
-            serve(first, [stops[walker][1] for walker in waiting])
-            for walker in waiting:
-                stops[walker] = walker.switch()
+            waiting = [waiter for waiter, (place, _) in stops.items() if place == first]
+            serve(first, [stops[waiter][1] for waiter in waiting])
+            for waiter in waiting:
+                stops[waiter] = waiter.switch()
     finally:
-        for walker in walkers:
-            if walker:  # started, and not at its end
-                walker.throw()
+        for waiter in greenlets:
+            if waiter:  # started, and not at its end
+                waiter.throw()
 
 
-def wait_at(place: int, *brought: Any) -> None:
-    """Called inside a work: stops it until this place was served."""
+def wait_at(place: int, *arguments: Any) -> None:
+    """Called inside a forward: stops it until this place has been served."""
     caller = getcurrent().parent
     assert caller is not None
-    caller.switch((place, brought))
+    caller.switch((place, arguments))

@@ -18,12 +18,12 @@ from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.records import LayerRecord
 
-ERROR_ROWS = 256  # inputs of a layer kept to measure how far its output moves
+ERROR_ROWS = 256  # inputs of a layer kept to measure the error of its output
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """How every matrix is to be pruned."""
+    """How each matrix is pruned."""
 
     settings: PruneConfig
     targets: dict[str, Target]  # the matrices, by name
@@ -37,7 +37,7 @@ class PrunePlan:
 
 
 class LayerInputs:
-    """Statistics of what a layer (or several that share their input) is given, and a few rows of it."""
+    """Input statistics of a layer (or of several that share their input), and a few rows of the input."""
 
     def __init__(self, make: Callable[..., Any], in_features: int, device: torch.device) -> None:
         self.statistics = make(in_features, device)
@@ -53,7 +53,7 @@ class LayerInputs:
             self.sample = rows[:ERROR_ROWS].clone()
 
     def reduce(self, name: str, dtype: torch.dtype) -> None:
-        """Adds up the statistics of all processes; StageError if they are not finite, naming a layer."""
+        """Adds up the statistics of all processes; StageError if they are not finite, naming the layer."""
         distributed.all_reduce_counted(self.statistics)
         if not all(torch.isfinite(total).all() for total in self.statistics.totals()):
             raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")
@@ -62,23 +62,23 @@ class LayerInputs:
 def measure(
     before: Tensor, after: Tensor, inputs: LayerInputs | None, name: str, pattern: Pattern, **result: Any
 ) -> LayerRecord:
-    """The record of a matrix (out_features, in_features): ``result`` of its pruning, and what that changed."""
-    # in the weights' dtype: a record of three digits is not worth float32 products of whole matrices
+    """The record of a matrix (out_features, in_features): ``result`` of its pruning, and its errors."""
+    # in the weights' dtype: three digits of a record are not worth float32 products of full matrices
     difference = before - after
     output_error = None
     if inputs is not None and inputs.sample is not None:
-        output_error = _ratio(inputs.sample @ difference.t(), inputs.sample @ before.t())
+        output_error = _relative_norm(inputs.sample @ difference.t(), inputs.sample @ before.t())
     return LayerRecord(
         name=name,
         shape=(before.shape[0], before.shape[1]),
         pattern=pattern,
         sparsity=int((after == 0).sum()) / after.numel(),
         relative_output_error=output_error,
-        relative_weight_error=_ratio(difference, before),
+        relative_weight_error=_relative_norm(difference, before),
         **result,
     )
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in (part, whole)]
+def _relative_norm(difference: Tensor, reference: Tensor) -> float:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in (difference, reference)]
     return (norms[0] / norms[1].clamp_min(1e-30)).item()

@@ -1,4 +1,4 @@
-"""Tuning a pruned block's kept weights on the dense block's output, the mask fixed (as EBFT does, arXiv 2402.12419)."""
+"""Tuning a pruned block's kept weights on the dense block's output, the mask fixed (as in EBFT, arXiv 2402.12419)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reconstruct(
         index: of the block.
         targets: its pruned matrices.
         activations: the block's inputs.
-        dense: what the dense block made of them, (windows, tokens, width).
+        dense: the dense block's outputs, (windows, tokens, width).
         settings: passes over the windows and learning rate.
 
     Returns:
@@ -74,7 +74,7 @@ def _functional(block: nn.Module, weights: dict[str, Tensor], *args: Any, **kwar
 
 
 def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[str, Tensor]:
-    """Which weights of each parameter are tuned; a mixture's fused ones hold matrices that are no targets as well."""
+    """Masks of the tuned weights by parameter; fused experts also hold matrices that are not targets."""
     kept: dict[str, Tensor] = {}
     for target in targets.values():
         name = f"{target.owner.removeprefix(prefix)}.{target.parameter}"

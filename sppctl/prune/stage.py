@@ -30,10 +30,10 @@ ACTIVATIONS = "activations.bin"
 
 
 def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype: str) -> PruneRecord:
-    """Prunes the checkpoint ``base`` into the directory ``out``, continuing what an interrupted attempt left there.
+    """Prunes the checkpoint ``base`` into the directory ``out``, resuming an interrupted attempt.
 
-    ``out`` also holds the notes by which the next call would find what is done; who publishes it removes them
-    (:func:`sppctl.run.attempts.clean`). ``dtype`` is the name of the one to compute in.
+    ``out`` also holds the journal of what is done, which is removed on publication (:func:`sppctl.run.attempts.clean`).
+    ``dtype`` is the name of the compute dtype.
 
     Raises:
         StageError: broken weights, or an architecture whose blocks cannot be replayed.
@@ -76,9 +76,9 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
 
 
 def _copy(config: Config, stack: BlockStack, prepared: Prepared, out: Path) -> None:
-    """A copy of the checkpoint, once what pruning never loads is known to be finite.
+    """Copies the checkpoint, after checking that the tensors that pruning never loads are finite.
 
-    A copy that was interrupted is made again.
+    An interrupted copy is started again.
     """
     if not (out / COPIED).exists():
         stack.check_rest(prepared.targets.values())
@@ -102,7 +102,7 @@ def _summary(
     fallbacks = [f"{layer.name} by {layer.fallback}" for layer in layers if layer.fallback]
     if fallbacks:
         first = fallbacks[0] + (", ..." if len(fallbacks) > 1 else "")
-        console.warn(f"{len(fallbacks)} matrices of experts that saw too few tokens had a fall-back: {first}")
+        console.warn(f"{len(fallbacks)} matrices of experts that saw too few tokens were pruned by a fallback: {first}")
     return PruneRecord(
         method=prune.method,
         pattern=_pattern_text(prune, layers),
@@ -121,13 +121,13 @@ def _summary(
 
 
 def _pattern_text(prune: PruneConfig, layers: list[LayerRecord]) -> str:
-    """The patterns that matrices were given, most of them first: ``2:4, 4:8 in 12 matrices``.
+    """The patterns of the matrices, the most frequent first: ``2:4, 4:8 in 12 matrices``.
 
-    Ratios that differ by block are one pattern, their mean, which is what ``prune.pattern`` says.
+    Ratios that differ by block count as one pattern, their mean, which is ``prune.pattern``.
     """
-    spread = {"uniform": "", "owl": " by outliers"}.get(str(prune.allocation), " by block")
+    suffix = {"uniform": "", "owl": " by outliers"}.get(str(prune.allocation), " by block")
     counts = Counter(
-        str(layer.pattern) if is_overridden(prune, layer.name) else f"{prune.pattern}{spread}" for layer in layers
+        str(layer.pattern) if is_overridden(prune, layer.name) else f"{prune.pattern}{suffix}" for layer in layers
     ).most_common()
     return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
 
@@ -135,22 +135,23 @@ def _pattern_text(prune: PruneConfig, layers: list[LayerRecord]) -> str:
 def _owl(stack: BlockStack, plan: PrunePlan, windows: Tensor, out: Path) -> dict[str, Pattern]:
     """Ratios by the share of outliers in each dense block: one more pass over the windows; overrides stay."""
     prune, patterns = plan.settings, dict(plan.patterns)
-    free = {name: target for name, target in plan.targets.items() if not is_overridden(prune, name)}
-    if not free:
+    adjustable = {name: target for name, target in plan.targets.items() if not is_overridden(prune, name)}
+    if not adjustable:
         return patterns
-    plan = replace(plan, settings=replace(prune, method="wanda"), targets=free)  # whose scores have the outliers
-    saved = out / ALLOCATION
-    if saved.exists():
-        ratios = sealed.read(saved, START_AGAIN)
+    # OWL counts the outliers of Wanda's scores
+    plan = replace(plan, settings=replace(prune, method="wanda"), targets=adjustable)
+    path = out / ALLOCATION
+    if path.exists():
+        ratios = sealed.read(path, START_AGAIN)
     else:
         ratios = _owl_ratios(stack, plan, _embed(stack, windows, prune, out))
         if distributed.is_main():
-            sealed.write(saved, ratios)
+            sealed.write(path, ratios)
         distributed.barrier()
     blocks = plan.by_block(stack)
     for index, ratio in ratios.items():
         patterns |= dict.fromkeys(blocks[int(index)], Pattern(ratio=ratio))
-    for name, target in free.items():
+    for name, target in adjustable.items():
         try:
             check_prunes(prune, target, patterns[name])
         except ValueError as error:
@@ -163,7 +164,7 @@ def _owl_ratios(stack: BlockStack, plan: PrunePlan, activations: Activations) ->
     prune = plan.settings
     assert prune.pattern.ratio is not None
     blocks, shares, sizes = [], [], []
-    with console.Progress("weighing outliers (OWL)", len(stack)) as bar:
+    with console.Progress("measuring outliers (OWL)", len(stack)) as bar:
         for index, scores in enumerate(dense_scores(stack, plan, activations)):
             if scores:
                 blocks.append(str(index))

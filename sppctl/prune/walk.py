@@ -1,4 +1,4 @@
-"""The loop over blocks: load, prune, write, note as finished, run again to feed the next."""
+"""The loop over blocks: load, prune, write, record, run again for the next block's inputs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ START_AGAIN = "sppctl prune --force starts the stage again"
 
 
 class Journal:
-    """Which blocks are finished, with their records: one line of JSON each, written after the block's weights."""
+    """The finished blocks with their records: one line of JSON each, written after the block's weights."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what an interrupted run left; a torn last line is not a finished block.
+        """Reads the journal of an interrupted run; an incomplete last line is not a finished block.
 
         Raises:
             UserError: another line is damaged.
@@ -43,17 +43,17 @@ class Journal:
                 try:
                     entry = from_json(BlockRecord, sealed.parse(line))
                     if entry.block != number:
-                        raise ValueError(f"it is of block {entry.block}, not {number}")
+                        raise ValueError(f"it records block {entry.block}, not {number}")
                 except ValueError as error:
                     raise UserError(f"{path}: line {number + 1} is damaged ({error}); {START_AGAIN}") from error
                 self.blocks.append(entry)
-            # what follows the last whole line would spoil the next one
+            # an incomplete line would corrupt the next one
             if lines[-1]:
                 with path.open("r+b") as file:
                     file.truncate(sum(len(line) + 1 for line in lines[:-1]))
 
     def append(self, entry: BlockRecord) -> None:
-        """Notes a finished block, on the disk before this returns."""
+        """Records a finished block; it is on the disk when this returns."""
         self.blocks.append(entry)
         if distributed.is_main():
             with self.path.open("a") as file:
@@ -70,16 +70,16 @@ def prune_blocks(
 
     Args:
         stack: the checkpoint to prune.
-        plan: how.
+        plan: patterns and settings.
         activations: the embedded calibration windows; None for methods that need no inputs.
-        out: files that hold a copy of the checkpoint, pruned as far as the journal says.
-        journal: of finished blocks; those are only run, not pruned.
+        out: files of a copy of the checkpoint, in which the journal's blocks are pruned.
+        journal: of the finished blocks, which are run but not pruned.
 
     Yields:
-        The record of each block; digests of masks and weights are in those of the first process.
+        The record of each block; only the first process's records have digests of masks and weights.
 
     Raises:
-        UserError: the copy does not hold what the journal says.
+        UserError: the copy does not match the journal.
     """
     groups: Groups = {}
     blocks = plan.by_block(stack)
@@ -102,7 +102,7 @@ def prune_blocks(
                 entry = _write(stack, entry, targets, out)
         distributed.barrier()
         journal.append(entry)
-        # in module order the pass that pruned the block has fed the next
+        # in module order the pass that pruned the block has computed the next one's inputs
         if feeding is not None and (plan.settings.order == "block" or not targets):
             feeding.run(index)
         stack.release_block(index)
@@ -112,20 +112,20 @@ def prune_blocks(
 
 
 def _last(blocks: list[dict[str, Target]]) -> int:
-    """The last block that is pruned: nobody reads what it and later ones give."""
+    """The last block that is pruned: its outputs, and those of later blocks, are not needed."""
     return max(index for index, targets in enumerate(blocks) if targets)
 
 
 def _replay(
     stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], feeding: Activations | None, out: OwnFiles
 ) -> None:
-    """Compares a finished block with the journal, and runs it, pruned, if the next one needs its output."""
+    """Compares a finished, pruned block with the journal, and runs it if the next one needs its output."""
     if feeding is not None:
         stack.load_block(entry.block)
     for name, target in targets.items():
         weight = stack.matrix(target, out)
         if integrity.tensor_digest(weight) != entry.weights[name]:
-            raise UserError(f"{out.directory}: {name} is not what was pruned; {START_AGAIN}")
+            raise UserError(f"{out.directory}: {name} does not match the journal; {START_AGAIN}")
         if feeding is not None:
             target.view(stack.model).copy_(weight)
     if feeding is not None:
@@ -134,7 +134,7 @@ def _replay(
 
 
 def _write(stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], out: OwnFiles) -> BlockRecord:
-    """Writes a pruned block, on the disk before this returns; its record with the digests of what was written."""
+    """Writes a pruned block to the disk; returns its record with the digests of what was written."""
     for target in {(t.owner, t.parameter): t for t in targets.values()}.values():
         stack.write(target, out)
     out.sync({name for target in targets.values() for name in stack.homes(target)})

@@ -1,4 +1,4 @@
-"""Pruners: pure functions of a weight, what is known of its inputs, and a pattern.
+"""Pruners: pure functions of a weight, the statistics of its inputs, and a pattern.
 
 A new pruner is one function and one line in ``PRUNERS``.
 """
@@ -28,14 +28,14 @@ Pruned = tuple[list[Tensor], float | None]  # the weights of several layers, and
 class Pruner:
     """One method."""
 
-    statistics: type[Statistics] | None  # what it needs to know of the inputs of layers that share them
+    statistics: type[Statistics] | None  # of the inputs of layers that share them; None: it needs no inputs
     # takes the weights of those layers, their statistics, a pattern for each, masks or None, and options
     prune: Callable[..., Pruned]
     options: tuple[str, ...] = ()  # their names
 
 
 def _by_mask(choose: Callable[..., Tensor], improve: Callable[..., Tensor] | None = None) -> Callable[..., Pruned]:
-    """A method that only chooses a mask, or improves one: where masks are given, there is nothing to choose."""
+    """A method that only chooses a mask, unless masks are given, and may improve it."""
 
     def prune(
         weights: list[Tensor], statistics: Any, patterns: list[Pattern], masks: list[Tensor] | None = None
@@ -60,7 +60,7 @@ PRUNERS = {
 
 
 def check_weight(weight: Tensor, pattern: Pattern, name: str = "weight") -> None:
-    """Raises ValueError if a weight is not a finite matrix that the pattern fits."""
+    """Raises ValueError if a weight is not a finite matrix that can have the pattern."""
     if weight.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected (out_features, in_features)")
     pattern.check_in_features(weight.shape[1], name)
@@ -81,10 +81,10 @@ def prune_linear(
 
     Args:
         weight: (out_features, in_features), any float dtype.
-        inputs: (tokens, in_features) or (..., in_features), what the layer was given; magnitude needs none.
+        inputs: (tokens, in_features) or (..., in_features), the layer's inputs; magnitude needs none.
         method: a key of ``PRUNERS``.
         pattern: N:M with N kept in every M (``"2:4"``), or the ratio of zeros (``0.5``).
-        mask: boolean, True = kept: SparseGPT repairs the weights under it, DSnoT starts from it, the others apply it.
+        mask: boolean, True = kept: SparseGPT updates the weights under it, DSnoT starts from it, the others apply it.
         options: of the method: ``damp`` and ``block_size`` for SparseGPT.
 
     Returns:
@@ -104,7 +104,7 @@ def prune_linear(
         if inputs is None or inputs.numel() == 0:
             raise ValueError(f"method {method} needs the layer's inputs, (tokens, in_features)")
         if inputs.shape[-1] != weight.shape[1]:
-            raise ValueError(f"inputs have {inputs.shape[-1]} features, the weight takes {weight.shape[1]}")
+            raise ValueError(f"inputs have {inputs.shape[-1]} features, the weight has {weight.shape[1]}")
         if not torch.isfinite(inputs).all():
             raise ValueError("inputs hold values that are not finite (NaN or infinity)")
         statistics = pruner.statistics(weight.shape[1], weight.device)

@@ -14,7 +14,7 @@ from sppctl.pruners.stats import InputMoments
 from sppctl.pruners.wanda import wanda_scores
 
 MAX_CYCLES = 50
-# of |eps| per token; the release compares 0.1 with eps summed over the 2,048 tokens of a window
+# of |eps| per token; the authors' code compares 0.1 with eps summed over the 2,048 tokens of a window
 THRESHOLD = 0.1 / 2048
 CHUNK_ELEMENTS = 1 << 22
 
@@ -37,16 +37,16 @@ def update_mask(
 
     The weight to regrow is the pruned one with the largest contribution against the sign of eps, divided by its input's
     variance; the one to prune is the kept one with the smallest Wanda score (in the same group of M for N:M) among
-    those that leave \\|eps\\| smaller than it was. So \\|eps\\| falls with every swap. A weight that was given up, or
-    tried in vain, is not regrown; an attempt in vain counts as a cycle.
+    those that leave \\|eps\\| smaller than it was. So \\|eps\\| falls with every swap. A dropped weight, or one
+    without a partner to drop, is not regrown; a failed attempt counts as a cycle.
 
     Args:
         weight: (out_features, in_features) dense weight.
         mask: the mask to start from, of any method; a new one is returned.
         statistics: of the layer's inputs.
         pattern: decides within which weights a swap may happen.
-        max_cycles: swaps, or attempts in vain, of a row at most.
-        threshold: a row whose \\|eps\\|, per token, is not above this is left alone.
+        max_cycles: maximum number of swaps and failed attempts per row.
+        threshold: rows whose \\|eps\\| per token does not exceed this are left unchanged.
     """
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     parts = zip(weight.split(step), mask.split(step), strict=True)
@@ -61,7 +61,7 @@ def _update_rows(
     gain = contribution / statistics.variance().clamp_min(1e-12)
     score = wanda_scores(weight, statistics)
     change = expected_change(weight, mask, statistics.mean())
-    blocked = torch.zeros_like(mask)  # regrowing these helps no more
+    blocked = torch.zeros_like(mask)  # not to be regrown
     row = torch.arange(len(weight), device=weight.device)
     width = pattern.group or weight.shape[1]
     members = torch.arange(width, device=weight.device)
@@ -72,14 +72,14 @@ def _update_rows(
         if not active.any():
             break
         group = (grown // width * width).unsqueeze(1) + members
-        left = (change + contribution[row, grown]).unsqueeze(1) - contribution.gather(1, group)
-        allowed = mask.gather(1, group) & (left.abs() < change.abs().unsqueeze(1))
+        remaining = (change + contribution[row, grown]).unsqueeze(1) - contribution.gather(1, group)
+        allowed = mask.gather(1, group) & (remaining.abs() < change.abs().unsqueeze(1))
         cheapest, place = score.gather(1, group).masked_fill(~allowed, torch.inf).min(dim=1)
         swaps = active & torch.isfinite(cheapest)
         blocked[row[active & ~swaps], grown[active & ~swaps]] = True
         chosen, dropped = row[swaps], group[row, place][swaps]
         mask[chosen, grown[swaps]] = True
         mask[chosen, dropped] = False
-        blocked[chosen, dropped] = True  # a weight that was given up is not taken back
-        change = torch.where(swaps, left[row, place], change)
+        blocked[chosen, dropped] = True  # a dropped weight is not regrown
+        change = torch.where(swaps, remaining[row, place], change)
     return mask

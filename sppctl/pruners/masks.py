@@ -12,7 +12,7 @@ CPU_CHUNK = 1 << 18
 
 
 def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
-    """Keeps all but the ``num_pruned`` smallest scores of each row (rows, columns); of equal ones the first go."""
+    """Prunes the ``num_pruned`` smallest scores of each row (rows, columns); among equal scores, the first ones."""
     if num_pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     mask = torch.empty_like(scores, dtype=torch.bool)
@@ -29,7 +29,7 @@ def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
 
 
 def keep_largest_of_rows(scores: Tensor, num_pruned: Tensor) -> Tensor:
-    """As :func:`keep_largest`, with a number for each row: (rows,) int64."""
+    """As :func:`keep_largest`, with a number per row, (rows,) int64."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     places = torch.arange(scores.shape[-1], device=scores.device)
     step = max(1, CHUNK_ELEMENTS // scores.shape[-1])
@@ -42,11 +42,11 @@ def keep_largest_of_rows(scores: Tensor, num_pruned: Tensor) -> Tensor:
 def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     """Keeps the ``keep`` largest of every ``group`` consecutive scores of a row (N:M = keep:group).
 
-    A score's rank is counted against the others of its group, for all groups at once; of equal scores the later is
-    kept. (rows, columns), columns a multiple of ``group``.
+    A score's rank is counted against the others of its group, for all groups at once; among equal scores the later
+    is kept. (rows, columns), columns a multiple of ``group``.
     """
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    # as planes of equal place in the group: contiguous to compare, and few enough at a time for a CPU's cache
+    # one plane per position in the group: contiguous to compare, and few enough at a time for a CPU's cache
     chunk = CPU_CHUNK if scores.device.type == "cpu" else CHUNK_ELEMENTS // group
     step = max(1, chunk // scores.shape[1])
     for start in range(0, scores.shape[0], step):
@@ -58,7 +58,7 @@ def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
 
 
 def _ranks_in_pairs(planes: Tensor) -> Tensor:
-    """How many scores of its group each of (group, columns) is above, one pair of planes after the other."""
+    """The number of scores of its group below each of (group, columns), one pair of planes after the other."""
     ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=planes.device)
     for place in range(len(planes)):
         for later in range(place + 1, len(planes)):
@@ -76,7 +76,7 @@ def _ranks_at_once(planes: Tensor) -> Tensor:
 
 
 def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The mask of a pattern; for a ratio, ``floor(in_features * ratio)`` of each row (out_features, in_features) go."""
+    """The mask of a pattern; a ratio prunes ``floor(in_features * ratio)`` of each row (out_features, in_features)."""
     if pattern.keep is not None and pattern.group is not None:
         return keep_largest_in_groups(scores, pattern.keep, pattern.group)
     return keep_largest(scores, pattern.num_pruned(scores.shape[1]))

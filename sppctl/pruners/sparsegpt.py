@@ -1,4 +1,4 @@
-"""SparseGPT: pruning with compensation of the error by the weights that remain (Frantar, Alistarh 2023, 2301.00774)."""
+"""SparseGPT: pruning that compensates the error with the remaining weights (Frantar, Alistarh 2023, 2301.00774)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def prune_sparsegpt(
 
     Each layer's mask is chosen by itself, per block of ``block_size`` columns over all its rows (ratio) or per group of
     M (N:M), by w^2 / [U_jj]^2 on the weights as updated so far; the error of each column is spread over the columns to
-    its right. Weights of inputs that never fired go first, and cost nothing where they stay.
+    its right. Weights of inputs that never fired are pruned first, and cost nothing if kept.
 
     Args:
         weights: (out_features, in_features) of each layer, any float dtype; computed in float32.
-        statistics: second moment of their common inputs.
+        statistics: second moment of their shared inputs.
         patterns: of each layer; a ratio is that of zeros in every block of columns.
         masks: of each layer, True = kept; None chooses them.
         damp: share of the mean Hessian diagonal added to the diagonal.

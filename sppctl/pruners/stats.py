@@ -1,4 +1,4 @@
-"""What a pruner has to know about a layer's inputs, gathered batch by batch in float32."""
+"""Statistics of a layer's inputs for the pruners, accumulated batch by batch in float32."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24  # converted to float32 at a time
-CPU_CHUNK = 1 << 20  # fits a cache: a tenth of the time of a matrix that does not
-STRIPS = 8  # of a symmetric product, whose other half is copied: nearly half the work of the whole
-MIN_STRIP = 256  # columns; narrower products are slower than what they save
-MAX_DAMP = 1.0  # of the mean diagonal; beyond it the Hessian says nothing any more
+CPU_CHUNK = 1 << 20  # fits a cache: ten times as fast as a matrix that does not
+STRIPS = 8  # of a symmetric product, of which one half is computed and the other copied
+MIN_STRIP = 256  # columns; narrower strips cost more than they save
+MAX_DAMP = 1.0  # of the mean diagonal; beyond it the Hessian no longer matters
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ class InputNorms:
         self.squares += rows.square().sum(dim=0)
 
     def totals(self) -> list[Tensor]:
-        """The sums that several processes add up, each over its own inputs, before anything is derived from them."""
+        """The sums, which are added up over all processes before anything is derived from them."""
         return [self.squares]
 
     def norms(self) -> Tensor:
@@ -125,7 +125,7 @@ class Hessian:
             boolean, and the damping that was needed.
 
         Raises:
-            ValueError: even ``MAX_DAMP`` does not make it positive definite (not finite inputs, for example).
+            ValueError: even ``MAX_DAMP`` does not make it positive definite (for example, inputs are not finite).
         """
         if damp in self._factors:
             return self._factors[damp]

@@ -86,8 +86,8 @@ def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
         (["prune.calibration.samples=2000"], "2000 windows of 64 need 128000; "),
         (["prune.calibration.windows=random-document"], "has 1 documents longer than 64 tokens"),
         (["prune.calibration.split=test"], "prune.calibration.split: "),
-        (["launch.num_processes=5"], "prune.calibration.samples: 4 are fewer than the 5 processes"),
-        (["launch.num_processes=2", "prune.reconstruct_epochs=1"], "prune.reconstruct_epochs: tunes in one process"),
+        (["launch.num_processes=5"], "prune.calibration.samples: 4 windows are too few for 5 processes"),
+        (["launch.num_processes=2", "prune.reconstruct_epochs=1"], "prune.reconstruct_epochs: needs a single process"),
     ],
 )
 def test_what_is_found(overrides: list[str], message: str, configure: Callable[..., Config]) -> None:
@@ -134,7 +134,7 @@ def test_a_quantised_checkpoint(configure: Callable[..., Config], llama: Path, t
         model = copied(llama, tmp_path / str(number), quantization_config=settings)
         method = settings["quant_method"]
         assert problems(configure(f"model.path={model}")) == [
-            f"model.path: {model} is quantised ({method}), which cannot be pruned; give the unquantised model"
+            f"model.path: {model} is quantised ({method}), which cannot be pruned; use the unquantised model"
         ]
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: each is pruned by the tokens that it received, with a fall-back where these are too few."""
+"""Mixtures of experts: each is pruned by the tokens that it received, with a fallback where these are too few."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ def test_an_expert_that_saw_too_few_tokens(
     assert agreement(by_all, after, by_all) > 0.995
     found = {layer.name: layer.fallback for layer in record.layers}
     assert found == dict.fromkeys(found) | expected
-    # a fall-back has an error like all others, where there is an input to measure it on
+    # a fallback has an error like all others, where there is an input to measure it on
     silent = [f"model.layers.0.mlp.experts.{e}.down_proj" for e, count in enumerate(counts) if count == 0]
     assert [layer.name for layer in record.layers if layer.relative_output_error is None] == silent
     number = sum(how is not None for how in expected.values())
     assert record.fallbacks == number > 0
-    warning = f"warning: {number} matrices of experts that saw too few tokens had a fall-back: "
+    warning = f"warning: {number} matrices of experts that saw too few tokens were pruned by a fallback: "
     assert warning in capsys.readouterr().err
 
 

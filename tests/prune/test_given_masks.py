@@ -64,7 +64,7 @@ def test_other_methods_take_a_given_mask_as_it_is(method: str, prune: Prune, lla
     ("mask", "pattern", "message"),
     [
         ("0.5", "2:4", r"layers\.0\..*the mask of prune\.mask_from is not 2:4"),
-        ("0.1", "0.5", r"is not 0\.5: a share of 0\.09375 is zero; set prune\.pattern"),  # 3 of 32
+        ("0.1", "0.5", r"is not 0\.5: its share of zeros is 0\.09375; set prune\.pattern"),  # 3 of 32
     ],
 )
 def test_a_mask_of_another_pattern_is_refused(mask: str, pattern: str, message: str, prune: Prune) -> None:

@@ -114,5 +114,5 @@ def test_what_the_second_process_finds_wrong_is_reported(config_file: Path) -> N
 def test_fewer_windows_than_processes(start: str, config_file: Path, tmp_path: Path) -> None:
     done = in_processes([str(config_file), "prune.calibration.samples=1"], 2, start)
     assert done.returncode != 0
-    assert "prune.calibration.samples: 1 are fewer than the 2 processes" in done.stderr
+    assert "prune.calibration.samples: 1 windows are too few for 2 processes" in done.stderr
     assert not (tmp_path / "run" / "pruned").exists()

@@ -131,7 +131,7 @@ def test_a_torn_line_is_cut_off_before_the_next_one(tmp_path: Path) -> None:
         (lambda lines: [lines[0][:9], *lines[1:]], "line 1 is damaged"),
         (lambda lines: [lines[0], lines[1].replace("0.5", "0.7"), lines[2]], "line 2 is damaged (its content does not"),
         (lambda lines: [*lines[:2], "[3]"], "line 3 is damaged (it is not a JSON object)"),
-        (lambda lines: [lines[0], lines[2]], "line 2 is damaged (it is of block 2, not 1)"),
+        (lambda lines: [lines[0], lines[2]], "line 2 is damaged (it records block 2, not 1)"),
         (
             lambda lines: [lines[0], json.dumps(sealed.seal({"block": 1, "layers": [], "reconstruction": None}))],
             "line 2 is damaged (it has no weights)",
@@ -158,7 +158,7 @@ def test_a_finished_block_that_was_changed_since_is_not_continued_from(
     out = interrupt(f"prune.method={method}", base=deep)
     name = "model.layers.1.mlp.down_proj"
     OwnFiles(out).write(f"{name}.weight", TensorFiles(out).read(f"{name}.weight") * 2)  # under the same mask
-    with pytest.raises(UserError, match=rf"{out.name}: {name} is not what was pruned; sppctl prune --force starts"):
+    with pytest.raises(UserError, match=rf"{out.name}: {name} does not match the journal; sppctl prune --force starts"):
         prune(f"prune.method={method}", base=deep, out=out)
 
 

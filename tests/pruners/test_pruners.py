@@ -197,7 +197,7 @@ def test_sparsegpt_solves_layers_together_as_each_alone(
         ({"method": "wnada"}, "wnada"),
         ({"inputs": None}, "wanda needs the layer's inputs"),
         ({"inputs": torch.zeros(0, 8)}, "needs the layer's inputs"),
-        ({"inputs": torch.ones(4, 7)}, "7 features, the weight takes 8"),
+        ({"inputs": torch.ones(4, 7)}, "7 features, the weight has 8"),
         ({"inputs": torch.full((4, 8), float("nan"))}, "not finite"),
         ({"weight": torch.full((4, 8), float("inf"))}, "not finite"),
         ({"weight": torch.ones(8)}, "expected \\(out_features, in_features\\)"),

@@ -151,7 +151,7 @@ def test_a_broken_low_rank_adapter_is_refused(lora: Fit) -> None:
     with pytest.raises(StageError, match=r"q_proj.weight gives values that are not finite"):
         lora.merge("merge.mask=reapply")
     save_file(content | {name: torch.zeros(16, 40)}, path, {"format": "pt"})
-    with pytest.raises(UserError, match=r"lora_A.weight 16x40.*does not fit the 32x32 weight.*another model's"):
+    with pytest.raises(UserError, match=r"lora_A.weight 16x40.*does not match the 32x32 weight.*another model's"):
         lora.merge("merge.mask=reapply", into="other")
 
 
