@@ -1,3 +1,3 @@
-"""Ways of training a pruned model that leave it sparse, as PEFT methods."""
+"""PEFT methods that train a pruned model and keep it sparse."""
 
-import peft  # noqa: F401  # first of all: as soon as it is there, all methods are registered (sppctl/__init__.py)
+import peft  # noqa: F401  # first: importing it registers all methods (sppctl/__init__.py)

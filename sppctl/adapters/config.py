@@ -1,4 +1,4 @@
-"""What the configurations of the methods hold, and their types for PEFT."""
+"""The fields that the configurations of the methods share, and their PEFT types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 
 
 class Method(enum.StrEnum):
-    """PEFT's own enumeration of types is closed; a string enumeration of our own hashes and serialises alike."""
+    """PEFT's enumeration of types cannot be extended; this string enumeration hashes and serialises alike."""
 
     SPP = "SPP"
     MASKED_LORA = "MASKED_LORA"
@@ -21,12 +21,12 @@ class Method(enum.StrEnum):
 
 @dataclass
 class SparseConfig(PeftConfig):
-    """What the configurations of all methods hold.
+    """The fields of all configurations.
 
     Args:
         target_modules: names of the linear layers to adapt, or a regular expression, or ``"all-linear"``.
         exclude_modules: names to leave out, or a regular expression.
-        modules_to_save: further modules to train and store whole (for example a classifier head).
+        modules_to_save: further modules to train and store in full (for example a classifier head).
     """
 
     method: ClassVar[Method]
@@ -49,7 +49,7 @@ class SparseConfig(PeftConfig):
 
 @dataclass
 class BranchConfig(SparseConfig):
-    """What the configurations of methods hold that add a branch to the layer.
+    """The fields of methods that add a branch to the layer.
 
     Args:
         r: rank, at least 1.

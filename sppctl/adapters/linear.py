@@ -1,4 +1,4 @@
-"""What all adapters of a pruned linear layer have in common: PEFT's bookkeeping, and merging without losing a bit."""
+"""What all adapters of a pruned linear layer share: PEFT's bookkeeping, merging, and bit-exact unmerging."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
 
     Of the base layer an adapter reads ``weight`` (out_features, in_features) and ``bias``, PEFT's properties; only
     merging writes. A subclass names its parameters in ``adapter_layer_names`` (the first of them exists for every
-    adapter), what else it keeps by adapter in ``other_param_names``, and says in :meth:`create`,
-    :meth:`effective_weight` and :meth:`adapted` what they are and do.
+    adapter) and its other values per adapter in ``other_param_names``, and implements :meth:`create`,
+    :meth:`effective_weight` and :meth:`adapted`.
     """
 
     buffer_names: tuple[str, ...] = ()  # of other_param_names: tensors, which are stored with the adapter
@@ -44,12 +44,12 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: C) -> None:
-        """Adds an adapter, or starts one anew."""
+        """Adds an adapter, or resets an existing one."""
         self.create(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def create(self, adapter_name: str, config: C) -> None:
-        """Makes an adapter's tensors as they are before training, in float32: bfloat16 would lose small steps."""
+        """Creates an adapter's initial tensors, in float32: bfloat16 would lose small steps."""
         raise NotImplementedError
 
     def effective_weight(self, weight: Tensor, names: list[str]) -> Tensor:
@@ -60,13 +60,13 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         """(..., in_features) to (..., out_features), under the named adapters."""
         raise NotImplementedError
 
-    def _known(self, names: list[str]) -> list[str]:
-        """Those of the adapters that this layer has."""
+    def _present(self, names: list[str]) -> list[str]:
+        """The named adapters that this layer has."""
         parameters = getattr(self, self.adapter_layer_names[0])
         return [name for name in names if name in parameters]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own gives the adapter the dtype of the layer too, and so rounds a loaded one to bfloat16
+        # PEFT's version also casts the adapter to the layer's dtype, which would round a loaded one to bfloat16
         target = self.weight.device if device is None else device
         for part in (*self.adapter_layer_names, *self.buffer_names):
             tensors = getattr(self, part)
@@ -80,7 +80,7 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         Raises:
             ValueError: ``safe_merge``, and a value is not finite.
         """
-        names = self._known(check_adapters_to_merge(self, adapter_names))
+        names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         source = self.weight.data if self._weight_before_merge is None else self._weight_before_merge
@@ -105,7 +105,7 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         """(..., in_features) to (..., out_features), under the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = self._known(self.active_adapters)
+        active = self._present(self.active_adapters)
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         return self.adapted(x, active)
@@ -123,13 +123,13 @@ class BranchLinear(SparseLinear[B]):
     dropout: dict[str, float]
 
     def update_layer(self, adapter_name: str, config: B) -> None:
-        """Adds an adapter, or starts one anew."""
+        """Adds an adapter, or resets an existing one."""
         self.r[adapter_name], self.scaling[adapter_name] = config.r, config.scale
         self.dropout[adapter_name] = config.dropout
         super().update_layer(adapter_name, config)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Its two factors, in the order of ``adapter_layer_names``."""
+        """The two factors of an adapter, in the order of ``adapter_layer_names``."""
         first, second = (getattr(self, part)[adapter] for part in self.adapter_layer_names)
         return first, second
 

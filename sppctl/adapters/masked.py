@@ -22,8 +22,8 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
 def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` rounded to ``dtype``, with zeros exactly where ``mask`` has them.
 
-    A kept weight that lands on zero becomes the smallest number of the dtype, with its own sign: of billions of weights
-    that cross zero some hit it exactly, and would leave the mask, which is ``weight != 0``.
+    A kept weight that rounds to zero becomes the smallest number of the dtype, with its own sign: of billions of
+    weights that cross zero, some hit it exactly, and would leave the mask, which is ``weight != 0``.
 
     Args:
         values: (rows, n) of any float dtype.
@@ -31,7 +31,7 @@ def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
         dtype: of the result (rows, n).
     """
     rounded, info = values.to(dtype), torch.finfo(dtype)
-    # hardware may take subnormal numbers for zero, but not float16's, whose smallest normal one, 6e-5, is not small
+    # hardware may flush subnormal numbers to zero, but not float16's, whose smallest normal number, 6e-5, is too large
     tiny = info.tiny * info.eps if dtype == torch.float16 else info.tiny
     smallest = torch.tensor(tiny, dtype=dtype, device=rounded.device)
     rounded = torch.where(rounded == 0, smallest.copysign(rounded), rounded)

@@ -1,7 +1,7 @@
-"""The products of a linear layer whose weight a method makes anew in each pass; its backward keeps nothing but x.
+"""Products of a linear layer whose weight a method recomputes in each pass; only x is kept for the backward pass.
 
-With W_eff (m, n) what the method makes of its tensors, y = x W_eff^T + bias and dx = dy W_eff. An adapter's branch with
-dropout is a product of its own, y = x W^T + bias + dropout(x) W_branch^T; its places are drawn again from a seed.
+With W_eff (m, n) computed from the method's tensors, y = x W_eff^T + bias and dx = dy W_eff. An adapter's branch with
+dropout is a product of its own, y = x W^T + bias + dropout(x) W_branch^T; dropped places are drawn again from a seed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Branch = tuple[Tensor, Tensor, float, float]  # an active adapter's two factors,
 
 @dataclass(frozen=True)
 class Rule:
-    """How a method makes its weight of tensors, of which the first is (m, n).
+    """How a method computes its weight from tensors, the first of which is (m, n).
 
     Attributes:
         scale: s, of an adapter's branch.
         dropout: probability of zeroing an input of the branch.
-        base: whether the product contains that of W, the first of the tensors, too.
+        base: whether the product includes that of W, the first of the tensors.
     """
 
     scale: float = 1.0
@@ -36,7 +36,7 @@ class Rule:
 
     @property
     def branch_scale(self) -> float:
-        """s, with what makes up for the inputs that dropout zeroes."""
+        """s, scaled up for the inputs that dropout zeroes."""
         return self.scale / (1 - self.dropout)
 
     def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
@@ -46,7 +46,7 @@ class Rule:
     def gradients(
         self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        """The weight of :meth:`weight` where it is made in passing, and the gradients of the tensors.
+        """The weight of :meth:`weight` if it is a by-product, else None; and the gradients of the tensors.
 
         Args:
             dy: (tokens, m).
@@ -98,7 +98,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(rule: Rule, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-    """The product (..., m) of x (..., n) with the weight that a rule makes of tensors; a branch alone has no bias."""
+    """The product (..., m) of x (..., n) with the weight that a rule computes; a branch alone has no bias."""
     return cast(Tensor, _Product.apply(rule, x, bias, *tensors))
 
 
@@ -120,10 +120,10 @@ def autocast_inputs(
 
 
 def moment_of(grad_output: Tensor, inputs: Tensor) -> Tensor:
-    """dy^T x (m, n) in their dtype, of dy (tokens, m) and x (tokens, n): the product that a frozen layer does not have.
+    """dy^T x (m, n) in their dtype, of dy (tokens, m) and x (tokens, n): the extra matmul of the weight gradient.
 
     oneDNN's kernel for AMX takes 2.6 times as long for a left side that is transposed as for one that is contiguous;
-    copying it costs a fifth of what that saves.
+    the copy costs a fifth of the time that it saves.
     """
     if grad_output.dtype == torch.bfloat16 and grad_output.device.type == "cpu" and has_amx():
         # in strips: PyTorch's own copy of a transpose reads whole columns and misses the cache

@@ -69,7 +69,7 @@ class SparseTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT enters around every forward pass; a batch whose rows have adapters of their own is refused."""
+        """What PEFT enters around every forward pass; a batch with different adapters per row is refused."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"adapter_names: {type(self).__name__} has the same adapters for all rows of a batch; call the model "

@@ -1,4 +1,4 @@
-"""Any safetensors checkpoint -> which sparsity it really has, matrix by matrix."""
+"""Any safetensors checkpoint -> its actual sparsity, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class MatrixSparsity:
     shape: tuple[int, ...]  # as stored
     zeros: int
     sparsity: float  # share of zeros
-    # the N:M patterns that hold along the input features: at most N non-zero in every M. They are the last dimension,
-    # or, where nothing holds along it, the first (Conv1D is stored transposed)
+    # the N:M patterns that hold along the input features: at most N non-zero in every M. These are the last dimension,
+    # or the first where no pattern holds along the last (Conv1D is stored transposed)
     patterns: tuple[str, ...]
 
     @property
@@ -38,9 +38,9 @@ class MatrixSparsity:
         return self.sparsity >= DENSE_BELOW
 
 
-def matrices(files: TensorFiles, *also: Pattern | None) -> Iterator[MatrixSparsity]:
+def matrices(files: TensorFiles, *extra: Pattern | None) -> Iterator[MatrixSparsity]:
     """Measures every matrix of a checkpoint, one in memory at a time; embeddings and the output head included."""
-    patterns = list(dict.fromkeys([*CERTIFIED, *(p for p in also if p is not None and p.is_structured)]))
+    patterns = list(dict.fromkeys([*CERTIFIED, *(p for p in extra if p is not None and p.is_structured)]))
     for name in files:
         spec = files.spec(name)
         if len(spec.shape) not in (2, 3) or 0 in spec.shape or not spec.dtype.is_floating_point:
@@ -50,16 +50,16 @@ def matrices(files: TensorFiles, *also: Pattern | None) -> Iterator[MatrixSparsi
             weight = weight.to(torch.bfloat16)
         zeros = int((weight == 0).sum())
         sparsity = zeros / weight.numel()
-        likely = [p for p in patterns if sparsity >= p.sparsity - 1e-9]
-        holding = [str(p) for p in likely if holds(weight, p)]
-        if not holding and weight.dim() == 2:
+        candidates = [p for p in patterns if sparsity >= p.sparsity - 1e-9]
+        matching = [str(p) for p in candidates if holds(weight, p)]
+        if not matching and weight.dim() == 2:
             # Conv1D of the GPT-2 family is stored (in, out)
-            holding = [str(p) for p in likely if holds(weight.t(), p)]
-        yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(holding))
+            matching = [str(p) for p in candidates if holds(weight.t(), p)]
+        yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(matching))
 
 
-def measure(directory: Path, *also: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
-    """Every matrix of a checkpoint directory, and the totals; ``also``: patterns to look for besides the common ones.
+def measure(directory: Path, *extra: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
+    """Every matrix of a checkpoint directory, and the totals; ``extra``: patterns to check besides the common ones.
 
     Returns:
         The matrices; and ``matrices``, ``sparse_matrices``, ``weights`` and ``zeros`` of the sparse ones, ``sparsity``
@@ -67,7 +67,7 @@ def measure(directory: Path, *also: Pattern | None) -> tuple[list[MatrixSparsity
         ``parameters``, ``bytes``.
     """
     files = TensorFiles(directory)
-    measured = list(matrices(files, *also))
+    measured = list(matrices(files, *extra))
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     weights = sum(math.prod(matrix.shape) for matrix in sparse)
     zeros = sum(matrix.zeros for matrix in sparse)
@@ -98,7 +98,7 @@ def _tightest(patterns: list[Pattern]) -> list[str]:
 
 
 def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:
-    """One line for each matrix that does not keep to a pattern though it should.
+    """One line for each matrix that does not have a pattern though it should.
 
     A ratio is met by a matrix with at least that share of zeros, up to one weight per row. ``layers`` are the modules
     that were pruned; if they are not known, a dense matrix should be sparse where those of its name in other blocks
@@ -116,13 +116,13 @@ def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterab
             problems.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
     # a checkpoint of the bare model leaves out the prefix
     pruned = None if layers is None else {name for layer in layers for name in _endings(layer)}
-    like = {_in_any_block(matrix.name): matrix.name for matrix in sparse}
+    sparse_names = {_in_any_block(matrix.name): matrix.name for matrix in sparse}
     for name in (matrix.name for matrix in measured if not matrix.is_sparse):
         if pruned is not None:
             if name.removesuffix(".weight") in pruned:
                 problems.append(f"{name}: dense, though its record says that it was pruned")
-        elif _in_any_block(name) in like:
-            problems.append(f"{name}: dense, though {like[_in_any_block(name)]} is sparse")
+        elif _in_any_block(name) in sparse_names:
+            problems.append(f"{name}: dense, though {sparse_names[_in_any_block(name)]} is sparse")
     return problems
 
 
@@ -137,19 +137,19 @@ def _in_any_block(name: str) -> str:
 
 
 def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
-    """The modules that were pruned and how, if a checkpoint or its run has the record of that; else None."""
+    """The pattern of each pruned module, from the record of a checkpoint or its run; None if there is no record."""
     record = directory / RECORD
     for path in (record, directory.parent / DIRECTORIES["prune"] / RECORD) if record.is_file() else ():
         try:
             layers = json.loads(path.read_text())["metrics"]["layers"]
             return {str(layer["name"]): Pattern.parse(layer["pattern"]) for layer in layers}
         except (OSError, ValueError, LookupError, TypeError):
-            continue  # none, or that of a stage that prunes nothing
+            continue  # no record, or one of another stage
     return None
 
 
 def sentence(summary: dict[str, Any]) -> str:
-    """The totals in words."""
+    """The totals as a sentence."""
     size = f"{summary['parameters']:,} parameters, {summary['bytes'] / 1e6:.1f} MB"
     if not summary["sparse_matrices"]:
         return f"dense: none of {summary['matrices']} matrices is sparse; {size}"

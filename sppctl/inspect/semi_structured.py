@@ -20,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def no_kernel(device_type: str, capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why a 2:4 kernel cannot run at all with a GPU's compute capability and a model's dtype; None: it can."""
+    """Why no 2:4 kernel runs with a GPU's compute capability and a model's dtype; None if one does."""
     if device_type != "cuda":
         return (
             f"no sparse kernel on this device ({device_type}): PyTorch multiplies zeros like any other weight, so a "
@@ -28,7 +28,7 @@ def no_kernel(device_type: str, capability: tuple[int, int], dtype: torch.dtype)
         )
     if capability < AMPERE:
         return (
-            f"this GPU has no sparse tensor cores (compute capability {'.'.join(map(str, capability))}; they begin "
+            f"this GPU has no sparse tensor cores (compute capability {'.'.join(map(str, capability))}; they start "
             "with 8.0, Ampere): zeros are multiplied like any other weight; dense timings only"
         )
     if dtype not in DTYPES:
@@ -36,8 +36,8 @@ def no_kernel(device_type: str, capability: tuple[int, int], dtype: torch.dtype)
     return None
 
 
-def takes(shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether the kernel that ``to_sparse_semi_structured`` chooses takes a weight of (out_features, in_features)."""
+def supports_shape(shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether the kernel that ``to_sparse_semi_structured`` chooses supports (out_features, in_features)."""
     forced = SparseSemiStructuredTensor._FORCE_CUTLASS
     kernel = SparseSemiStructuredTensorCUTLASS if forced else SparseSemiStructuredTensorCUSPARSELT
     limits = kernel._DTYPE_SHAPE_CONSTRAINTS[dtype]
@@ -46,7 +46,7 @@ def takes(shape: torch.Size, dtype: torch.dtype) -> bool:
 
 @dataclass
 class TwoWeights:
-    """Linear layers with their weight dense (their own parameter) and in the 2:4 format; one of both is in use."""
+    """Linear layers with their weight dense (their own parameter) and in the 2:4 format; one of the two is in use."""
 
     layers: list[tuple[nn.Linear, Tensor, Tensor]] = field(default_factory=list)  # with both weights
 
@@ -58,7 +58,7 @@ class TwoWeights:
         """
         weight = layer.weight
         converted: Any = to_sparse_semi_structured(weight.detach().contiguous())
-        if not self.layers:  # some GPUs refuse only now
+        if not self.layers:  # some GPUs fail only here
             nn.functional.linear(weight.new_zeros(8, weight.shape[1]), converted, layer.bias)
         self.layers.append((layer, weight, nn.Parameter(converted, requires_grad=False)))
 
@@ -72,6 +72,6 @@ class TwoWeights:
 
 
 def _of_rows(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer on (..., in_features): the 2:4 formats of PyTorch multiply matrices only."""
+    """The layer on (..., in_features): PyTorch's 2:4 formats multiply matrices only."""
     rows = nn.functional.linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
     return rows.view(*x.shape[:-1], -1)

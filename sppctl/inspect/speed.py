@@ -1,4 +1,4 @@
-"""Any checkpoint -> how fast it runs, with dense weights and with 2:4 kernels, and what it takes to store."""
+"""Any checkpoint -> how fast it runs, with dense weights and with 2:4 kernels, and its size on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sppctl import console
 from sppctl.errors import UserError, first_line
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.inspect import measure
-from sppctl.inspect.semi_structured import TwoWeights, no_kernel, takes
+from sppctl.inspect.semi_structured import TwoWeights, no_kernel, supports_shape
 from sppctl.inspect.speed_text import BatchSpeed, Bench, Kernel, notes
 from sppctl.inspect.storage import storage
 from sppctl.machine import cpu_name
@@ -60,7 +60,7 @@ def execute(path: str, settings: Settings) -> Bench:
             "tokens; give shorter ones"
         )
     device = checkpoint.pick_device(settings.device)
-    fingerprint = checkpoint.fingerprint(directory)  # which finds damage before anything is measured
+    fingerprint = checkpoint.fingerprint(directory)  # finds damage before anything is measured
     measured, summary = measure(directory)
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     compute = checkpoint.choose_dtype(directory, device, "auto")
@@ -88,7 +88,7 @@ def execute(path: str, settings: Settings) -> Bench:
 
 
 def two_weights(model: Any) -> tuple[TwoWeights, Kernel]:
-    """The 2:4 layers of a model with both kinds of weights, as far as there is a kernel for them."""
+    """The 2:4 layers of a model with both kinds of weights, where a kernel supports them."""
     weights = TwoWeights()
     capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else (0, 0)
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -100,11 +100,9 @@ def two_weights(model: Any) -> tuple[TwoWeights, Kernel]:
         # transformers' Conv1D stores (in, out)
         conv1ds = [layer.get_parameter("weight") for layer in model.modules() if type(layer).__name__ == "Conv1D"]
         if any(holds(weight.detach().t(), TWO_FOUR) for weight in conv1ds):
-            reason = (
-                "the 2:4 layers are Conv1D (GPT-2), whose weights no 2:4 kernel takes as stored; dense timings only"
-            )
+            reason = "the 2:4 layers are Conv1D (GPT-2), whose stored layout no 2:4 kernel supports; dense timings only"
     if reason is None:
-        refused = [name for name, layer in semi.items() if not takes(layer.weight.shape, model.dtype)]
+        refused = [name for name, layer in semi.items() if not supports_shape(layer.weight.shape, model.dtype)]
         try:
             for name in [name for name in semi if name not in refused]:
                 weights.add(semi[name])
@@ -170,7 +168,7 @@ def _row(
 def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
     """Prefills a prompt and decodes what follows it, one token at a time with the KV cache.
 
-    The likeliest token is taken as greedy decoding would, but the next one of ``tokens`` is fed, so that every run does
+    The likeliest token is computed as in greedy decoding, but the next one of ``tokens`` is fed, so that every run does
     the same work and its logits can be compared. ``tokens`` are (batch, prompt + new).
 
     Returns:
@@ -178,19 +176,19 @@ def run(model: Any, tokens: Tensor, prompt: int) -> tuple[float, float, Tensor]:
         prompt and every new token.
     """
     # as generation does: the prefill needs the logits of its last position alone
-    known = signatures.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    cache = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
+    parameters = signatures.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    cache = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
     started = _now(model.device)
-    output = model(input_ids=tokens[:, :prompt], use_cache=True, **last)
+    output = model(input_ids=tokens[:, :prompt], use_cache=True, **last_only)
     logits = [output.logits[:, -1]]
     logits[-1].argmax(-1)
-    filled = _now(model.device)
+    prefilled = _now(model.device)
     for place in range(prompt, tokens.shape[1]):
         output = model(input_ids=tokens[:, place : place + 1], use_cache=True, **{cache: output[cache]})
         logits.append(output.logits[:, -1])
         logits[-1].argmax(-1)
-    return filled - started, _now(model.device) - filled, torch.stack(logits, dim=1)
+    return prefilled - started, _now(model.device) - prefilled, torch.stack(logits, dim=1)
 
 
 def _now(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""What a bench measured: its types, and the tables and sentences that say where sparsity gains nothing."""
+"""The results of a bench: types, tables, and notes on where sparsity gains nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sppctl.inspect.storage import Storage
 
 @dataclass(frozen=True)
 class Kernel:
-    """Which linear layers the 2:4 kernel multiplies."""
+    """The linear layers that the 2:4 kernel multiplies."""
 
     layers: int
     not_2_4: int  # linear layers with other weights
@@ -64,17 +64,17 @@ def notes(kernel: Kernel, rows: list[BatchSpeed], sparse: list[MatrixSparsity]) 
         )
         yield (
             "decode at small batch is bound by reading the weights: in 16 bits the 2:4 format has 9/16 of their bytes, "
-            "so the layers that are sparse gain 1.8x at the very most, and fewer than 8 rows are padded to 8; the time "
+            "so the layers that are sparse gain at most 1.8x, and fewer than 8 rows are padded to 8; the time "
             "to launch kernels from Python is part of these numbers, and a small model is bound by it"
         )
     if kernel.shapes_not_taken:
-        count, some = len(kernel.shapes_not_taken), ", ".join(kernel.shapes_not_taken[:3])
-        yield f"left dense, of shapes that the 2:4 kernel does not take: {count} 2:4 layers ({some}, ...)"
+        count, examples = len(kernel.shapes_not_taken), ", ".join(kernel.shapes_not_taken[:3])
+        yield f"left dense: {count} 2:4 layers of shapes that the 2:4 kernel does not support ({examples}, ...)"
     if not sparse:
         yield "the checkpoint is dense: no zeros to skip, nothing to pack"
         return
     if not all(matrix.patterns for matrix in sparse):
-        yield "unstructured zeros, with no N:M pattern: they save storage, not time, on a GPU as on a CPU"
+        yield "unstructured zeros, with no N:M pattern: they save storage but not time, on GPUs and on CPUs"
     elif not all("2:4" in matrix.patterns for matrix in sparse):
         yield "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save storage alone"
     yield "storage: by formula from shapes and zeros; packed weights are unpacked to run, which saves disk only"

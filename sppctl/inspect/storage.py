@@ -28,7 +28,7 @@ class Storage:
 
 
 def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> Storage:
-    """What the tensors of a checkpoint take on disk, of which the sparse matrices are given."""
+    """The size on disk of a checkpoint's tensors, given its sparse matrices."""
     stored = packed = masked = 0
     for matrix in sparse:
         itemsize, count = files.spec(matrix.name).dtype.itemsize, math.prod(matrix.shape)
@@ -48,7 +48,7 @@ def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> Storage:
 
 
 def _structured_bytes(count: int, itemsize: int, pattern: Pattern) -> int:
-    """Bytes of an N:M matrix without its zeros; groups with more zeros than M - N take no less."""
+    """Bytes of an N:M matrix without its zeros; groups with more zeros than M - N are not smaller."""
     assert pattern.keep is not None
     assert pattern.group is not None
     kept = count // pattern.group * pattern.keep

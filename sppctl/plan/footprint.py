@@ -15,17 +15,17 @@ from sppctl.model.targets import Target
 
 FLOAT = 4  # bytes of a float32
 KERNEL_CHUNK = 1 << 24  # elements that the kernels on a GPU hold in float32 at a time
-GPU_SIZES = (24, 40, 80)  # GB as sold, of which nearly as many GiB are there
+GPU_SIZES = (24, 40, 80)  # GB as sold; nearly as many GiB are available
 RESERVED = 1 << 30  # for the CUDA context and the libraries' workspaces
 USABLE = 0.95  # of the rest, what fragmentation leaves
-# the projections out of a module whose other projections share their input; else it is the last one
+# output projections of modules, whose other projections share one input; without such a name, the last one
 _OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "w2")
 _STOCK = ("lora", "hira")  # PEFT's own layers, which convert their input to the adapter's float32
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is on a device at a time."""
+    """The examples on a device at a time."""
 
     rows: int  # examples
     seq_len: int  # tokens of each, padding included
@@ -43,8 +43,8 @@ class Activations:
     """Bytes kept for the backward pass."""
 
     blocks: int  # by all blocks together
-    largest_block: int  # by the largest of them; recomputed at a time under gradient checkpointing
-    inputs: int  # the hidden states before every block, all that checkpointing keeps of them
+    largest_block: int  # by the largest of them; gradient checkpointing recomputes one at a time
+    inputs: int  # the hidden states before every block, all that checkpointing keeps of the blocks
     head: int  # norms after the blocks, and labels
     logits: int  # log-probabilities of the loss, float32
 
@@ -55,9 +55,9 @@ class Activations:
     def peak(self, checkpointing: bool, kernel: int, widest: int) -> int:
         """At the worst moment of a step.
 
-        Either in the loss, when its two gradients, as large as the logits in float32, come on top of all that is kept;
-        or in a block's backward, when the logits are gone and a recomputed block, the kernel's own buffers and a few
-        gradients of the widest activation (``widest`` bytes each) are there.
+        Either in the loss, when its two gradients, as large as the logits in float32, are added to all that is kept;
+        or in a block's backward, when the logits are freed and a recomputed block, the kernel's buffers and a few
+        gradients of the widest activation (``widest`` bytes each) are added.
         """
         kept = self.kept(checkpointing)
         in_loss = kept + 2 * self.logits
@@ -82,24 +82,24 @@ def activations(
     Per token, a block keeps (frozen weights need no input of their layer, adapted ones do):
 
     - d n for every distinct input (n features) of adapted layers: q, k, v share one, gate and up another; SPP, the
-      masked methods and full tuning keep nothing else. PEFT's lora and hira keep copies of
-      their own for each layer.
+      masked methods and full tuning keep nothing else. PEFT's lora and hira keep copies for each
+      layer.
     - attention (SDPA): d (H + 2 K) for queries, keys and values, H = heads x head_dim; K = H where a mask makes
       transformers repeat the keys and values of grouped heads, else their own width; d H for its output, which is the
       output projection's input; 4 heads for the log-sum-exp; with a mask d S, its row of S tokens.
-    - MLP: d i each for what the activation is given, what it gives and what that is multiplied with, i the
-      intermediate size; their product is the down projection's input. Without a gate, the first and the last only.
-    - norms: RMSNorm 4 width + 4 (its input in float32), LayerNorm d width + 8. The first of all is not kept, for
-      nothing before it is trained.
+    - MLP: d i each for the activation's input, its output and the factor that multiplies it, i the intermediate
+      size; their product is the down projection's input. Without a gate, the first and the last only.
+    - norms: RMSNorm 4 width + 4 (its input in float32), LayerNorm d width + 8. The first of all is not kept,
+      because nothing before it is trained.
 
     The head keeps the last norm, 8 for the label, and 4 V: the log-probabilities, V the size of the vocabulary.
     Experts of a mixture and eager attention (soft-capping) keep more than this.
     """
     blocks = [_block(skeleton, index, adapted, batch, method, dropout) for index in range(len(skeleton.blocks))]
     config = skeleton.config.get_text_config()
-    tokens, inside = batch.tokens, f"{skeleton.blocks_name}."
+    tokens, prefix = batch.tokens, f"{skeleton.blocks_name}."
     first = next((kept for _, _, kept in _norms(skeleton.blocks[0], batch)), 0)
-    ends = [kept for name, _, kept in _norms(skeleton.model, batch) if not name.startswith(inside)]
+    ends = [kept for name, _, kept in _norms(skeleton.model, batch) if not name.startswith(prefix)]
     return Activations(
         blocks=sum(blocks) - tokens * first,
         largest_block=max(blocks),
@@ -116,7 +116,7 @@ def _block(
     config, d = skeleton.config.get_text_config(), batch.itemsize
     heads = config.num_attention_heads
     linears = {prefix + name: m for name, m in block.named_modules() if isinstance(m, nn.Linear) and m.out_features > 1}
-    per_token = whole = 0
+    per_token = fixed = 0
     for inputs, out in projections(linears):
         for group in (inputs, [out]):
             if any(name in adapted for name in group):
@@ -128,8 +128,8 @@ def _block(
             per_token += d * batch.seq_len if batch.masked else 0
             per_token += 0 if out in adapted else d * inner  # attention keeps its output itself
         elif inputs:
-            before = sum(linears[name].out_features for name in inputs)
-            per_token += d * (before + inner if before > inner else before)
+            projected = sum(linears[name].out_features for name in inputs)
+            per_token += d * (projected + inner if projected > inner else projected)
     for name, width, kept in _norms(block, batch):
         # applied once to a token, or to each head of the projection that it is named after (q_norm)
         kind = name.rpartition(".")[2].removesuffix("_norm").removesuffix("_layernorm")
@@ -140,8 +140,8 @@ def _block(
         linear = linears[name]
         per_token += FLOAT * linear.in_features if dropout or d != FLOAT else 0
         per_token += linear.in_features if dropout else 0
-        whole += FLOAT * linear.weight.numel() if method == "hira" else 0  # W * (B A)
-    return batch.tokens * per_token + whole
+        fixed += FLOAT * linear.weight.numel() if method == "hira" else 0  # W * (B A)
+    return batch.tokens * per_token + fixed
 
 
 def _norms(module: nn.Module, batch: Batch) -> Iterator[tuple[str, int, int]]:
@@ -158,8 +158,8 @@ def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropou
 
     spp and masked_lora: the effective weight, d m n, and at most ``KERNEL_CHUNK`` of its elements in float32; in the
     backward pass such a slice of dy^T x instead, in d and in float32; with dropout the dropped input (T, n) and its
-    mask. hira: its matrix's gradient in float32, twice. masked_full and ste: the effective weight in d. lora: none to
-    speak of.
+    mask. hira: its matrix's gradient in float32, twice. masked_full and ste: the effective weight in d. lora:
+    negligible.
     """
     sizes, d = [], batch.itemsize
     for target in adapted.values():
@@ -174,5 +174,5 @@ def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropou
 
 
 def fits(total: int) -> list[int]:
-    """The sizes of GPU (in GB) that have room for ``total`` bytes besides CUDA's own and some fragmentation."""
+    """The sizes of GPU (in GB) with room for ``total`` bytes besides CUDA's context and some fragmentation."""
     return [size for size in GPU_SIZES if total <= (size * 2**30 - RESERVED) * USABLE]

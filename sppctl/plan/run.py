@@ -31,7 +31,7 @@ KNOWN_ROWS = dict.fromkeys(("alpaca", "tatsu-lab/alpaca", "alpaca-gpt4", "vicgal
 
 @dataclass(frozen=True)
 class Model:
-    """The model: where it was found, and the dtypes that it is stored and computed in."""
+    """The model: its source, and the dtypes that it is stored and computed in."""
 
     path: str
     source: str
@@ -81,7 +81,7 @@ class OnGpu:
 
 @dataclass(frozen=True)
 class AsStored:
-    """Bytes on each GPU in the stored dtype, and in the wider one that is computed in here."""
+    """Bytes on each GPU in the stored dtype, and in the wider compute dtype of this machine."""
 
     dtype: str
     per_gpu: list[OnGpu]
@@ -90,7 +90,7 @@ class AsStored:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training, whole and per GPU."""
+    """Bytes of a training, in total and per GPU."""
 
     weights: int
     adapter: int
@@ -116,13 +116,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Steps:
-    """Batch, and the number of steps; None where the number of examples is not known."""
+    """Batch, and the number of steps; None where the number of examples is unknown."""
 
     processes: int
     batch_size: int
     micro_batch_size: int
     accumulation: int
-    accumulation_by_gpus: dict[int, int | None]  # None where the batch cannot be shared by so many
+    accumulation_by_gpus: dict[int, int | None]  # None where the batch cannot be split over so many
     examples: int | None
     epochs: float
     steps: int | None
@@ -162,13 +162,13 @@ def execute(config: Config) -> Plan:
     trainable = _trainable(config.train, targets, parameters)
     compute = _computed_in(config, stored, training=True)
     memory = partial(_memory, config, skeleton, targets, trainable.parameters, processes)
-    # what a machine that multiplies it natively would train in, as GPUs are taken to do where none is here to be asked
+    # the dtype of a machine with native support, which GPUs are assumed to have if this machine has none to ask
     narrow = "bfloat16" if stored == "float16" else stored
-    absent = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
+    no_gpu = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
     as_stored = None
     if narrow != compute.dtype:
         as_stored = AsStored(narrow, memory(narrow).per_gpu, memory(compute.dtype).per_gpu)
-    on_gpus = narrow if absent else compute.dtype
+    on_gpus = narrow if no_gpu else compute.dtype
     computing = compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}"
     return Plan(
         model=Model(model.path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
@@ -181,12 +181,12 @@ def execute(config: Config) -> Plan:
 
 
 def bytes_on_each_device(config: Config) -> int | None:
-    """The memory that a training in the processes that there are needs on each device; None: it is not known."""
+    """The memory that a training in the existing processes needs on each device; None if it is unknown."""
     processes = distributed.world_size()
-    there = replace(config.launch, num_processes=processes, num_machines=1)
-    strategy = there.strategy if processes > 1 else "ddp"
+    existing = replace(config.launch, num_processes=processes, num_machines=1)
+    strategy = existing.strategy if processes > 1 else "ddp"
     with contextlib.suppress(UserError):
-        memory = execute(replace(config, launch=there)).memory
+        memory = execute(replace(config, launch=existing)).memory
         return memory.on(processes, strategy, config.train.gradient_checkpointing).total
     return None
 
@@ -195,20 +195,20 @@ def bytes_on_each_device(config: Config) -> int | None:
 
 
 def _computed_in(config: Config, stored: str, *, training: bool = False) -> machine.Compute:
-    """The dtype that a stage will compute in; a device that is not here is taken to multiply 16 bits natively."""
-    chosen = config.model.compute_dtype
+    """The dtype that a stage will compute in; a missing device is assumed to support 16 bits natively."""
+    configured = config.model.compute_dtype
     try:
         device = checkpoint.pick_device(config.model.device)
     except UserError:
-        dtype = stored if chosen == "auto" else chosen
-        if training and (chosen, stored) == ("auto", "float16"):
+        dtype = stored if configured == "auto" else configured
+        if training and (configured, stored) == ("auto", "float16"):
             dtype = "bfloat16"
-        return machine.Compute(dtype, f"computing in {dtype}, if {config.model.device} has units for it")
-    return machine.choose_dtype(chosen, stored, device, training=training)
+        return machine.Compute(dtype, f"computing in {dtype}, if {config.model.device} supports it")
+    return machine.choose_dtype(configured, stored, device, training=training)
 
 
 def num_parameters(skeleton: Skeleton) -> int:
-    """Parameters of a model; on the meta device an output head that is tied to the embeddings stands by itself."""
+    """Parameters of a model; on the meta device, an output head tied to the embeddings is a separate parameter."""
     total = sum(parameter.numel() for parameter in skeleton.model.parameters())
     head = skeleton.model.get_output_embeddings()
     tied = skeleton.config.get_text_config().tie_word_embeddings
@@ -232,12 +232,12 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
     method = "spp without beta" if train.method == "spp" and not train.beta else train.method
     modules = []
     for (kind, m, n), members in kinds.items():
-        each = num_trainable(method, train.rank, members[0])
-        modules.append(Module(kind, (m, n), len(members), each, len(members) * each))
+        per_layer = num_trainable(method, train.rank, members[0])
+        modules.append(Module(kind, (m, n), len(members), per_layer, len(members) * per_layer))
     by_method = {name: sum(num_trainable(name, train.rank, target) for target in targets.values()) for name in METHODS}
     trained = by_method[method]
-    whole = parameters if method in ("masked_full", "ste") else parameters + trained
-    return Trainable(method, train.rank, modules, trained, trained / whole, by_method)
+    total = parameters if method in ("masked_full", "ste") else parameters + trained
+    return Trainable(method, train.rank, modules, trained, trained / total, by_method)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -246,31 +246,31 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
 def _memory(
     config: Config, skeleton: Skeleton, targets: dict[str, Target], trainable: int, processes: int, dtype: str
 ) -> Memory:
-    """Bytes of a training, whole and per GPU.
+    """Bytes of a training, in total and per GPU.
 
     Adapter and gradients are float32, and so are AdamW's two moments; weights and activations have the dtype that is
-    computed in. Rows are as long as ``train.data.seq_len``, so that real batches of shorter examples take less. With
+    computed in. Rows are as long as ``train.data.seq_len``, so that batches of shorter examples need less. With
     packing they are one row.
     """
     train, d = config.train, machine.torch_dtype(dtype).itemsize
     batch = Batch(train.micro_batch_size, train.data.seq_len, d)
     if train.data.packing:
         batch = Batch(1, batch.tokens, d)
-    kept = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
+    activations = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
     kernel = footprint.kernel_buffers(targets, batch, train.method, train.dropout)
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
     weights, adapter = num_parameters(skeleton) * d, FLOAT * trainable
     # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks, a byte for each weight
     masks = trainable if train.method == "ste" else 0
     # the teacher's weights, and its and the student's distributions over the vocabulary
-    teacher = weights + 2 * kept.logits if train.distill.teacher is not None else 0
+    teacher = weights + 2 * activations.logits if train.distill.teacher is not None else 0
     blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     per_gpu = []
     for gpus in sorted({*GPUS, processes}):
         for strategy in STRATEGIES if gpus > 1 else ("ddp",):
             share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, gpus, strategy)
             for checkpointing in (False, True):
-                peak = kept.peak(checkpointing, kernel, widest) + teacher
+                peak = activations.peak(checkpointing, kernel, widest) + teacher
                 total = share + state + masks + peak
                 fits = footprint.fits(total)
                 per_gpu.append(OnGpu(gpus, strategy, checkpointing, share, state + masks, peak, total, fits))
@@ -282,7 +282,7 @@ def _memory(
         masks=masks,
         teacher=teacher,
         tokens_on_device=batch.tokens,
-        activations={"without": kept.kept(False), "with": kept.kept(True), "logits": kept.logits},
+        activations={"without": activations.kept(False), "with": activations.kept(True), "logits": activations.logits},
         kernel=kernel,
         free=machine.free_memory(torch.device("cpu")),
         per_gpu=per_gpu,
@@ -293,8 +293,8 @@ def _memory(
 def _shares(weights: int, outside: int, block: int, adapter: int, gpus: int, strategy: str) -> tuple[int, int]:
     """Bytes of weights, and of adapter, gradients and optimizer, on each of several GPUs.
 
-    ddp: all of them, and the gradients once more in the buckets that are reduced. fsdp and zero3: a share of
-    everything, and whole what is at work: embeddings and head (``outside``), the running block and the next.
+    ddp: all of them, and the gradients again in the buckets that are reduced. fsdp and zero3: a share of everything,
+    and unsharded what is in use: embeddings and head (``outside``), the running block and the next.
     """
     if strategy == "ddp":
         return weights, (4 if gpus == 1 else 5) * adapter
@@ -306,7 +306,7 @@ def _steps(config: Config, processes: int) -> Steps:
     accumulation = launch.accumulation(train, processes)
     by_gpus: dict[int, int | None] = dict.fromkeys(sorted({*GPUS, processes}))
     for gpus in by_gpus:
-        with contextlib.suppress(UserError):  # the batch cannot be shared by so many
+        with contextlib.suppress(UserError):  # the batch cannot be split over so many
             by_gpus[gpus] = launch.accumulation(train, gpus)
     examples = num_examples(config)
     steps = train.max_steps if examples is None else scope.num_steps(train, examples)
@@ -324,11 +324,11 @@ def _steps(config: Config, processes: int) -> Steps:
 
 
 def num_examples(config: Config) -> int | None:
-    """Training rows, where they are known without the network: Alpaca's, the built-in ones, those of a local file."""
+    """Training rows, if known without the network: of Alpaca, the built-in instructions, or a local file."""
     section = config.train.data
     files = instructions.find(names_of(section.dataset), section.split)
     if not isinstance(section.dataset, str):
-        return None  # of a mixture, what the weights make of it
+        return None  # of a mixture, this depends on the weights
     if section.dataset == "instructions":
         rows: int | None = len(texts.built_in_rows("train"))
     elif (path := files[section.dataset]) is not None:
@@ -337,7 +337,7 @@ def num_examples(config: Config) -> int | None:
         rows = _rows_of_split(KNOWN_ROWS.get(section.dataset), section.split)
     if rows is None:
         return None
-    if section.dataset != "instructions":  # which holds out rows of its own
+    if section.dataset != "instructions":  # whose held-out rows are separate
         rows -= section.val_size
     if rows < 1:
         raise UserError("train.data.val_size", f"{section.val_size} leaves no row of {section.dataset} to train on")

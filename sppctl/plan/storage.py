@@ -1,4 +1,4 @@
-"""What pruning holds in memory, and what a run directory takes on the disk, from the model's shapes alone."""
+"""Memory of pruning, and disk space of a run directory, from the model's shapes alone."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     """Bytes of the pruning stage in one process that computes in a dtype: one block at a time.
 
     - embeddings and norms outside the blocks, and the largest block
-    - hidden states of all windows, which ``prune.memory`` may keep elsewhere than on the device
+    - hidden states of all windows, which ``prune.memory`` may keep off the device
     - activations inside a block (``BLOCK_WIDTHS`` hidden states) for the windows that run together; batch_size ``auto``
       is counted as ``CPU_TOKENS`` tokens, on a GPU it takes up to a quarter of what is free; in module order all
-      windows wait inside a block besides (``WAITING_WIDTHS`` hidden states)
+      windows also wait inside a block (``WAITING_WIDTHS`` hidden states)
     - statistics of every distinct input (n features): wanda 4 n, dsnot 8 n, sparsegpt 4 n^2 and the inputs in float32
     - solving: the layers that share an input, before and after; their scores in float32 and mask; for sparsegpt the
       weights in float32 and four matrices (n, n) of the factorisation instead
@@ -44,10 +44,10 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     prune, d, statistics = config.prune, torch_dtype(dtype).itemsize, PRUNERS[config.prune.method].statistics
     samples, seq_len = prune.calibration.samples, prune.calibration.seq_len
     targets = skeleton.targets(prune.targets, prune.skip)
-    first = {name: target for name, target in targets.items() if name.startswith(f"{skeleton.blocks_name}.0.")}
+    first_block = {name: target for name, target in targets.items() if name.startswith(f"{skeleton.blocks_name}.0.")}
     groups = [
         (targets[group[0]].in_features, sum(targets[name].out_features for name in group))
-        for inputs, out in footprint.projections(first or targets)
+        for inputs, out in footprint.projections(first_block or targets)
         for group in filter(None, (inputs, [out]))
     ]
     counted = [FLOAT * {None: 0, InputNorms: n, InputMoments: 2 * n, Hessian: n * n}[statistics] for n, _ in groups]
@@ -71,7 +71,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
         "running": running,
         "tuning": tuning,
     }
-    # gathering and solving are different times of a block
+    # inputs are gathered and layers solved at different times
     return Pruning(prune.method, windows, **parts, peak=sum(parts.values()) - min(running, solving))
 
 

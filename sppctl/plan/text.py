@@ -60,7 +60,8 @@ def _training(memory: Memory) -> Table:
         ("total", plain.total, saved.total),
     ]
     title = f"Training on one GPU, GiB: {memory.tokens_on_device:,} tokens at a time"
-    return title, ("", "plain", "gradient checkpointing"), [(name, gib(one), gib(other)) for name, one, other in sizes]
+    rows = [(name, gib(size), gib(checkpointed)) for name, size, checkpointed in sizes]
+    return title, ("", "plain", "gradient checkpointing"), rows
 
 
 def _gpus(plan: Plan) -> Table:
@@ -116,12 +117,12 @@ def sentences(plan: Plan, config: Config) -> Iterator[str]:
     yield from _as_stored(plan.memory, plan.memory.on(processes, strategies[0], chosen))
     yield (
         f"Pruning needs {gib(pruning.peak)} GiB, {gib(pruning.peak - pruning.hidden_states)} if the hidden "
-        f"states wait elsewhere (prune.memory); the run directory needs {gib(plan.disk['total'])} GiB."
+        f"states are kept off the device (prune.memory); the run directory needs {gib(plan.disk['total'])} GiB."
     )
 
 
 def _as_stored(memory: Memory, entry: OnGpu) -> Iterator[str]:
-    """Where the model has room only if it is computed in a dtype as narrow as the stored one."""
+    """Where the model fits only if it is computed in a dtype as narrow as the stored one."""
     if memory.as_stored is None:
         return
     place = memory.per_gpu.index(entry)
@@ -135,10 +136,10 @@ def _as_stored(memory: Memory, entry: OnGpu) -> Iterator[str]:
 
 
 def _verdict(entry: OnGpu) -> str:
-    room, none = entry.fits_gb, [size for size in GPU_SIZES if size not in entry.fits_gb]
+    room, too_small = entry.fits_gb, [size for size in GPU_SIZES if size not in entry.fits_gb]
     parts = [f"fits on {_joined(room)} GB"] if room else []
-    if none:
-        parts.append(f"{'not on' if room else 'fits on none of'} {_joined(none)} GB")
+    if too_small:
+        parts.append(f"{'not on' if room else 'fits on none of'} {_joined(too_small)} GB")
     return f"{gib(entry.total)} GiB, {', '.join(parts)}."
 
 

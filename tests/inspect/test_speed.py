@@ -16,7 +16,7 @@ from sppctl.errors import UserError
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.inspect import semi_structured, speed
 from sppctl.inspect.inspect import matrices
-from sppctl.inspect.semi_structured import no_kernel, takes
+from sppctl.inspect.semi_structured import no_kernel, supports_shape
 from sppctl.inspect.speed import Settings, execute
 from sppctl.inspect.speed_text import Bench, Kernel
 from sppctl.inspect.storage import Storage, storage
@@ -160,11 +160,11 @@ def test_where_a_kernel_is(device: str, capability: tuple[int, int], dtype: torc
 
 
 def test_shapes_that_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert takes(torch.Size((32, 48)), torch.bfloat16)
-    assert not takes(torch.Size((30, 48)), torch.bfloat16)
+    assert supports_shape(torch.Size((32, 48)), torch.bfloat16)
+    assert not supports_shape(torch.Size((30, 48)), torch.bfloat16)
     monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
-    assert takes(torch.Size((32, 64)), torch.bfloat16)
-    assert not takes(torch.Size((32, 48)), torch.bfloat16)
+    assert supports_shape(torch.Size((32, 64)), torch.bfloat16)
+    assert not supports_shape(torch.Size((32, 48)), torch.bfloat16)
 
 
 def test_both_kinds_of_weights_take_turns(pruned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_on_a_gpu_sparse_weights_give_the_same_logits(pruned: Callable[..., Path
     shutil.copytree(pruned("2:4", torch.bfloat16), tmp_path, dirs_exist_ok=True)
     torch.manual_seed(0)
     config = AutoModelForCausalLM.from_pretrained(tmp_path).config
-    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64  # shapes that every kernel takes
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64  # every kernel supports these shapes
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
         for name, weight in model.named_parameters():

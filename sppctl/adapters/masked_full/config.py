@@ -9,6 +9,6 @@ from sppctl.adapters.config import Method, SparseConfig
 
 @dataclass
 class MaskedFullConfig(SparseConfig):
-    """Configuration of masked full tuning: nothing but the layers, chosen as :class:`SparseConfig` says."""
+    """Configuration of masked full tuning: only the layers, selected as in :class:`SparseConfig`."""
 
     method = Method.MASKED_FULL

@@ -3,7 +3,7 @@
 V (m, n) float32 is trained, M the mask, W_eff = M * V rounded once to the model's dtype, y = x W_eff^T + bias:
 
     dx = dy W_eff          dV = M * (dy^T x)          (Eq. 3 of arXiv 2405.16057: the mask is fixed)
-                           dV = dy^T x                (Eq. 2: straight through a mask that will be chosen again)
+                           dV = dy^T x                (Eq. 2: straight through a mask that will be re-selected)
 
 The gradient of V is float32 and as large as V.
 """
@@ -31,7 +31,7 @@ def effective_weight(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
 
 @dataclass(frozen=True)
 class _Masked(Rule):
-    """Of V and its mask; ``straight_through``: the gradient reaches weights outside the mask too."""
+    """The rule of V and its mask; ``straight_through``: the gradient also reaches weights outside the mask."""
 
     straight_through: bool = False
 

@@ -13,7 +13,7 @@ from sppctl.adapters.masked_full.kernel import effective_weight, masked_linear
 class MaskedFullLinear(SparseLinear[SparseConfig]):
     """``base_layer`` (linear, frozen: the mask is ``weight != 0``) and a float32 copy V (out, in) of its weight.
 
-    Only one adapter of a layer can be active: weights that replace each other have no sum.
+    Only one adapter of a layer can be active: weights that replace each other cannot be summed.
     """
 
     adapter_layer_names: tuple[str, ...] = ("masked_full_weight",)
@@ -25,7 +25,7 @@ class MaskedFullLinear(SparseLinear[SparseConfig]):
         return values
 
     def mask(self, adapter_name: str, weight: Tensor) -> Tensor:
-        """Its mask (out, in), kept where it is not zero: that of the pruned weight."""
+        """An adapter's mask (out, in), kept where it is not zero: the pruned weight itself."""
         return weight
 
     def create(self, adapter_name: str, config: SparseConfig) -> None:
@@ -55,7 +55,7 @@ class MaskedFullLinear(SparseLinear[SparseConfig]):
 
 
 def _only(names: list[str]) -> str:
-    """The one adapter that is active; raises ValueError where several would each replace the whole weight."""
+    """The name of the only active adapter; raises ValueError if several would each replace the whole weight."""
     if len(names) > 1:
         raise ValueError(f"adapters {', '.join(names)} each replace the whole weight; activate one of them")
     return names[0]

@@ -9,7 +9,7 @@ training sees the weight that merging writes in it. Gradients pass the rounding 
 
     dB = s P A^T          dA = s B^T P          dx = dy W_eff
 
-B A and P are made for a few rows at a time; no float32 matrix of W's shape ever exists.
+B A and P are computed a few rows at a time; no float32 matrix of W's shape ever exists.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def delta_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torc
 
 
 class _LowRank(Rule):
-    """Of W, A and B. The gradients are added up in float32 and have the dtypes of A and B: ZeRO-3 rounds those."""
+    """The rule of W, A and B. Gradients are summed in float32 and have the dtypes of A and B, which ZeRO-3 rounds."""
 
     def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
         weight, a, b = tensors

@@ -10,7 +10,7 @@ from sppctl.adapters.config import BranchConfig, Method
 
 @dataclass
 class SppConfig(BranchConfig):
-    """Configuration of SPP (Eq. 5), with what :class:`BranchConfig` and :class:`SparseConfig` hold.
+    """Configuration of SPP (Eq. 5), with the fields of :class:`BranchConfig` and :class:`SparseConfig`.
 
     Args:
         r: rows of alpha; output features are split into r groups that share one row each. ``1 <= r <= out_features``

@@ -1,4 +1,4 @@
-"""Whether a weight's device can use SPP's Triton kernels: they are tried there once, on a small matrix."""
+"""Whether a weight's device can use SPP's Triton kernels: each device is tested once, on a small matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fused_for(weight: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _fused_on(device: torch.device) -> ModuleType | None:
-    """The kernels, if they run on the device and are right there; else None, after a warning."""
+    """The kernels, if they run on the device and give the right results; else None, after a warning."""
     try:
         from sppctl.adapters.spp import triton_kernels
 
@@ -51,8 +51,8 @@ def check(kernels: ModuleType, device: torch.device | str) -> None:
             torch.zeros(alpha.shape, dtype=torch.float64).index_add_(0, group, product * scaled.double()),
             (product * alpha.double()[group]).sum(1, keepdim=True),
         )
-        for one, other in zip(gradients, sums, strict=True):
-            torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-4)
-        for one in (result, written):
+        for gradient, expected_sum in zip(gradients, sums, strict=True):
+            torch.testing.assert_close(gradient.cpu().double(), expected_sum, rtol=1e-4, atol=1e-4)
+        for output in (result, written):
             # a unit in the last place: rounded to the nearest on a GPU, cut off by Triton's interpreter
-            torch.testing.assert_close(one.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            torch.testing.assert_close(output.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

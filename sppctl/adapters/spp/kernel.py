@@ -43,7 +43,7 @@ def effective_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, 
     """W * (1 + s alpha[g] beta), computed in float32 and rounded once, for merging; no gradient flows through it.
 
     A kept weight that rounds to zero becomes the smallest number instead (:func:`round_under_mask`). The forward pass
-    spares itself that search.
+    skips that search.
 
     Args:
         weight: (m, n) pruned weight, any float dtype.
@@ -71,13 +71,13 @@ def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: t
     if fused := fused_for(weight):
         fused.write(result, weight, alpha.float(), scaled, base)
         return result
-    for rows, alpha_rows, values, room in _pieces(weight, alpha):
-        _write_rows(result[rows], values, alpha_rows, scaled[rows], room, base)
+    for rows, alpha_rows, values, buffer in _pieces(weight, alpha):
+        _write_rows(result[rows], values, alpha_rows, scaled[rows], buffer, base)
     return result
 
 
 def _write_rows(out: Tensor, values: Tensor, alpha_rows: Tensor, scaled: Tensor, factor: Tensor, base: bool) -> None:
-    """values * alpha * s beta, plus values where ``base``, into ``out``; ``factor`` is room for as much in float32."""
+    """values * alpha * s beta, plus values where ``base``, into ``out``; ``factor`` is a float32 buffer as large."""
     shape = (alpha_rows.shape[0], -1, values.shape[1])
     values, factor, out = values.view(shape), factor.view(shape), out.view(shape)
     # one product per call: PyTorch vectorises two operands of which one is broadcast, not three
@@ -94,13 +94,13 @@ def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor, Tens
     Yields:
         A slice; the rows of alpha (k, n) that serve it (its rows, viewed as (k, rows / k, n), belong to them in order:
         whole groups or a part of one where r divides m, else one row of alpha for each row); its values in a dtype
-        that gives float32 results at full speed; and room for as many results in float32.
+        that gives float32 results at full speed; and a float32 buffer of the same size.
     """
     (num_rows, n), r = weight.shape, alpha.shape[0]
     budget, size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // n), num_rows // r
     group = row_groups(num_rows, r, weight.device) if num_rows % r else None
     converts = weight.dtype != torch.float32 and not weight.is_cuda  # a GPU converts within its kernels
-    # reused: memory that is asked for anew for each slice costs more than the work
+    # reused: allocating memory for each slice would cost more than the computation
     buffers = torch.empty(1 + converts, min(budget, num_rows), n, dtype=torch.float32, device=weight.device)
     start = 0
     while start < num_rows:
@@ -121,7 +121,7 @@ def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor, Tens
 
 
 class SppBranch(Rule):
-    """Of W, alpha and beta."""
+    """The rule of W, alpha and beta."""
 
     def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
         """s W', or W + s W'."""
@@ -131,7 +131,7 @@ class SppBranch(Rule):
     def gradients(
         self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        """Those of alpha and beta, in float32; the weight that dx needs takes the place of dy^T x."""
+        """The gradients of alpha and beta, in float32; the weight that dx needs overwrites dy^T x."""
         weight, alpha, beta = tensors
         scaled = beta.float() * self.branch_scale
         moment, fused = moment_of(dy, x), fused_for(weight)
@@ -147,13 +147,13 @@ def _eager_gradients(
     grad_alpha = torch.zeros(alpha.shape, dtype=torch.float32, device=alpha.device)
     grad_beta = torch.empty(scaled.shape, dtype=torch.float32, device=scaled.device)
     group = row_groups(weight.shape[0], alpha.shape[0], weight.device)
-    for rows, alpha_rows, values, room in _pieces(weight, alpha):
-        elementwise = room.copy_(moment[rows]).mul_(values).view(alpha_rows.shape[0], -1, weight.shape[1])
+    for rows, alpha_rows, values, buffer in _pieces(weight, alpha):
+        elementwise = buffer.copy_(moment[rows]).mul_(values).view(alpha_rows.shape[0], -1, weight.shape[1])
         # a transposed row, not a column: MKL's batched product is ten times as fast with these strides
         grad_beta[rows] = torch.bmm(elementwise, alpha_rows.unsqueeze(1).mT).view(-1, 1)
-        served = torch.bmm(scaled[rows].view(elementwise.shape[0], 1, -1), elementwise).squeeze(1)
-        grad_alpha.index_add_(0, group[rows][:: elementwise.shape[1]], served)
-        _write_rows(moment[rows], values, alpha_rows, scaled[rows], room, base)
+        group_sums = torch.bmm(scaled[rows].view(elementwise.shape[0], 1, -1), elementwise).squeeze(1)
+        grad_alpha.index_add_(0, group[rows][:: elementwise.shape[1]], group_sums)
+        _write_rows(moment[rows], values, alpha_rows, scaled[rows], buffer, base)
     return grad_alpha, grad_beta
 
 

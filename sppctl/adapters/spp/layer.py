@@ -12,7 +12,7 @@ from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp.config import SppConfig
 from sppctl.adapters.spp.kernel import delta_weight, effective_weight, spp_linear
 
-NO_BETA = "ones"  # a buffer, or every forward pass would make one anew and keep it for the backward pass
+NO_BETA = "ones"  # a buffer: otherwise every forward pass would allocate one and keep it for the backward pass
 
 
 class SppLinear(BranchLinear[SppConfig]):
@@ -23,7 +23,7 @@ class SppLinear(BranchLinear[SppConfig]):
     spp_beta: nn.ParameterDict
 
     def create(self, adapter_name: str, config: SppConfig) -> None:
-        """Starts as :class:`SppConfig` says of ``init_weights``.
+        """Initialises alpha and beta as described in :class:`SppConfig` (``init_weights``).
 
         Raises:
             ValueError: r is larger than out_features.
@@ -47,7 +47,7 @@ class SppLinear(BranchLinear[SppConfig]):
         self.spp_beta[adapter_name] = nn.Parameter(beta)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """alpha (r, in) and beta (out, 1); without a beta of its own an adapter has ones that are not trained."""
+        """alpha (r, in) and beta (out, 1); an adapter without beta has ones that are not trained."""
         beta = self.spp_beta[adapter] if adapter in self.spp_beta else getattr(self, NO_BETA)
         return self.spp_alpha[adapter], beta
 

@@ -3,8 +3,8 @@
 PyTorch's eager operations read and write float32 buffers of W's size several times, which takes a GPU longer than the
 matrix products. Here every tile of W is read once and its result written once. Notation as in :mod:`kernel`.
 
-Sums over tiles use no atomic additions: each tile's share has a place of its own in a buffer that is summed afterwards,
-so that the same inputs give the same bits. Triton compiles annotations, too: its functions have none but its own.
+Sums over tiles use no atomic additions: each tile has its own place in a buffer that is summed afterwards, so that the
+same inputs give the same bits. Triton compiles annotations, so these functions have only Triton's own.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ TILE_ROWS, TILE_COLUMNS, WARPS = tl.constexpr(32), tl.constexpr(256), 8
 
 @triton.jit
 def _tile(weight, alpha, scaled, m, n, r, parts):
-    """This program's rows and columns, which of them exist, and of them W, the group's alpha and s beta, in float32."""
+    """This program's rows and columns, masks of those that exist, and W, the group's alpha and s beta, in float32."""
     group = (tl.program_id(0) // parts).to(tl.int64)
     start = (group * m + r - 1) // r + (tl.program_id(0) % parts) * TILE_ROWS
     stop = ((group + 1) * m + r - 1) // r
     rows = start + tl.arange(0, TILE_ROWS)
     columns = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    row_there, column_there = rows < stop, columns < n
-    there = row_there[:, None] & column_there[None, :]
-    values = tl.load(weight + rows[:, None] * n + columns[None, :], mask=there, other=0.0).to(tl.float32)
-    alpha_row = tl.load(alpha + group * n + columns, mask=column_there, other=0.0)
-    scaled_rows = tl.load(scaled + rows, mask=row_there, other=0.0)
-    return rows, columns, row_there, column_there, values, alpha_row, scaled_rows
+    row_mask, column_mask = rows < stop, columns < n
+    tile_mask = row_mask[:, None] & column_mask[None, :]
+    values = tl.load(weight + rows[:, None] * n + columns[None, :], mask=tile_mask, other=0.0).to(tl.float32)
+    alpha_row = tl.load(alpha + group * n + columns, mask=column_mask, other=0.0)
+    scaled_rows = tl.load(scaled + rows, mask=row_mask, other=0.0)
+    return rows, columns, row_mask, column_mask, values, alpha_row, scaled_rows
 
 
 @triton.jit
@@ -43,27 +43,23 @@ def _rescaled(values, alpha_row, scaled_rows, base: tl.constexpr):
 
 @triton.jit
 def _write_kernel(out, weight, alpha, scaled, m, n, r, parts, base: tl.constexpr):
-    rows, columns, row_there, column_there, values, alpha_row, scaled_rows = _tile(
-        weight, alpha, scaled, m, n, r, parts
-    )
+    rows, columns, row_mask, column_mask, values, alpha_row, scaled_rows = _tile(weight, alpha, scaled, m, n, r, parts)
     result = _rescaled(values, alpha_row, scaled_rows, base).to(out.dtype.element_ty)
-    tl.store(out + rows[:, None] * n + columns[None, :], result, mask=row_there[:, None] & column_there[None, :])
+    tl.store(out + rows[:, None] * n + columns[None, :], result, mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
 def _gradient_kernel(moment, weight, alpha, scaled, alpha_sums, beta_sums, m, n, r, parts, base: tl.constexpr):
-    rows, columns, row_there, column_there, values, alpha_row, scaled_rows = _tile(
-        weight, alpha, scaled, m, n, r, parts
-    )
+    rows, columns, row_mask, column_mask, values, alpha_row, scaled_rows = _tile(weight, alpha, scaled, m, n, r, parts)
     places = moment + rows[:, None] * n + columns[None, :]
-    there = row_there[:, None] & column_there[None, :]
-    product = tl.load(places, mask=there, other=0.0).to(tl.float32) * values
+    tile_mask = row_mask[:, None] & column_mask[None, :]
+    product = tl.load(places, mask=tile_mask, other=0.0).to(tl.float32) * values
     over_rows = tl.sum(product * scaled_rows[:, None], 0)
     over_columns = tl.sum(product * alpha_row[None, :], 1)
-    tl.store(alpha_sums + tl.program_id(0).to(tl.int64) * n + columns, over_rows, mask=column_there)
-    tl.store(beta_sums + tl.program_id(1).to(tl.int64) * m + rows, over_columns, mask=row_there)
+    tl.store(alpha_sums + tl.program_id(0).to(tl.int64) * n + columns, over_rows, mask=column_mask)
+    tl.store(beta_sums + tl.program_id(1).to(tl.int64) * m + rows, over_columns, mask=row_mask)
     result = _rescaled(values, alpha_row, scaled_rows, base).to(moment.dtype.element_ty)
-    tl.store(places, result, mask=there)
+    tl.store(places, result, mask=tile_mask)
 
 
 def write(out: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool) -> None:

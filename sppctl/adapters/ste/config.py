@@ -10,7 +10,7 @@ from sppctl.pattern import Pattern
 
 @dataclass
 class SteConfig(SparseConfig):
-    """Configuration of dynamic masks; the layers are chosen as :class:`SparseConfig` says.
+    """Configuration of dynamic masks; the layers are selected as in :class:`SparseConfig`.
 
     Args:
         pattern: N:M of the masks; None: as many weights in each row as the pruned row has.

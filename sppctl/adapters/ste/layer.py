@@ -1,9 +1,9 @@
-"""A linear layer whose mask is chosen again while it trains.
+"""A linear layer whose mask is re-selected during training.
 
 V float32 is dense and trained, the mask M keeps its largest magnitudes: N of every M, or as many in each row as the
 pruned weight has. The layer computes with M * V; the gradient reaches all of V as if there were no mask (the
 straight-through estimator of Eq. 2, arXiv 2405.16057), and V outside the mask is pulled towards zero (SR-STE, arXiv
-2102.04010), so that a mask, once chosen, is left only for good reason.
+2102.04010), which keeps the mask stable.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SteLinear(MaskedFullLinear):
     pattern: dict[str, Pattern | None]
 
     def mask(self, adapter_name: str, weight: Tensor) -> Tensor:
-        """The adapter's own."""
+        """The adapter's stored mask."""
         mask: Tensor = self.ste_mask[adapter_name]
         return mask
 
@@ -42,7 +42,7 @@ class SteLinear(MaskedFullLinear):
         assert isinstance(config, SteConfig)
         super().create(adapter_name, config)
         self.pattern[adapter_name] = None if config.pattern is None else Pattern.parse(config.pattern)
-        # of the weight, because V has no memory where PEFT is about to load it
+        # from the weight, because V is on the meta device while PEFT loads an adapter
         self.ste_mask[adapter_name] = self._first_mask(adapter_name, self.weight.detach().float())
 
     @torch.no_grad()
@@ -53,16 +53,16 @@ class SteLinear(MaskedFullLinear):
 
     @torch.no_grad()
     def select_mask(self, adapter_name: str) -> int:
-        """Chooses the mask anew by the magnitudes of V.
+        """Selects the mask again by the magnitudes of V.
 
         Returns:
-            How many weights have left the mask. As many have entered, and at the first selection as many more as there
-            were zeros in the places that N:M keeps.
+            The number of weights that left the mask. As many entered it; at the first selection also those that were
+            zero in places that N:M keeps.
         """
         mask = self._largest(adapter_name, self.values(adapter_name))
-        left = int((self.ste_mask[adapter_name] & ~mask).sum())
+        dropped = int((self.ste_mask[adapter_name] & ~mask).sum())
         self.ste_mask[adapter_name].copy_(mask)
-        return left
+        return dropped
 
     def _largest(self, adapter_name: str, values: Tensor) -> Tensor:
         pattern = self.pattern[adapter_name]
