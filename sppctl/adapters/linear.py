@@ -53,7 +53,7 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         raise NotImplementedError
 
     def effective_weight(self, weight: Tensor, names: list[str]) -> Tensor:
-        """The weight (out_features, in_features) that the named adapters make of ``weight``, in its dtype."""
+        """The weight (out_features, in_features) of ``weight`` under the named adapters, in its dtype."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor, names: list[str]) -> Tensor:

@@ -94,7 +94,7 @@ def _tightest(patterns: list[Pattern]) -> list[str]:
         return a != b and b_group % a_group == 0 and a_keep * (b_group // a_group) <= b_keep
 
     # both directions hold for no two different patterns, so nothing drops out together
-    return sorted(str(p) for p in patterns if not any(implies(other, p) for other in patterns))
+    return sorted(str(p) for p in patterns if not any(implies(stricter, p) for stricter in patterns))
 
 
 def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:

@@ -74,14 +74,14 @@ class Prepared:
     stored: dict[str, str]  # the checkpoint's name of each adapted module's weight
     masks: dict[str, str]  # recorded digest of each pruned matrix's mask by module; of refreshed ones the last
     work: None = None  # nothing that takes long
-    # the checkpoint and the adapter are read anew in every attempt
+    # the checkpoint and the adapter are read again in every attempt
     sources: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(
     config: Config, pruned: Path, trained: Path, prune_record: PruneRecord, train_record: TrainRecord, out: Path
 ) -> Prepared:
-    """Checks that an adapter can be merged into a checkpoint as ``merge.mask`` says, and that both are as recorded.
+    """Checks that an adapter can be merged into a checkpoint as ``merge.mask`` asks, and that both are as recorded.
 
     Args:
         config: the configuration.

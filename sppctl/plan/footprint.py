@@ -133,7 +133,7 @@ def _block(
     for name, width, kept in _norms(block, batch):
         # applied once to a token, or to each head of the projection that it is named after (q_norm)
         kind = name.rpartition(".")[2].removesuffix("_norm").removesuffix("_layernorm")
-        projection = next((m for other, m in linears.items() if other.endswith(f".{kind}_proj")), None)
+        projection = next((m for linear_name, m in linears.items() if linear_name.endswith(f".{kind}_proj")), None)
         per_token += kept * (1 if projection is None else projection.out_features // width)
     # PEFT's own layers also keep their input in float32 where it is not that already, after dropout its mask (a byte)
     for name in linears.keys() & adapted.keys() if method in _STOCK else ():

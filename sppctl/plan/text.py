@@ -107,14 +107,14 @@ def sentences(plan: Plan, config: Config) -> Iterator[str]:
     )
     yield f"{trainable.method} trains {trainable.parameters:,} parameters, {trainable.share:.2%} of the model."
     yield _steps(plan.steps, config)
-    processes, chosen = plan.steps.processes, config.train.gradient_checkpointing
+    processes, configured = plan.steps.processes, config.train.gradient_checkpointing
     strategies = ("ddp",) if processes == 1 else (config.launch.strategy, "ddp", "fsdp", "zero3")
     for strategy in dict.fromkeys(strategies):
         where = "One GPU" if processes == 1 else f"{processes} GPUs under {strategy}"
-        for checkpointing in (chosen, not chosen):
+        for checkpointing in (configured, not configured):
             verdict = _verdict(plan.memory.on(processes, strategy, checkpointing))
             yield f"{where}, {'with' if checkpointing else 'without'} gradient checkpointing: {verdict}"
-    yield from _as_stored(plan.memory, plan.memory.on(processes, strategies[0], chosen))
+    yield from _as_stored(plan.memory, plan.memory.on(processes, strategies[0], configured))
     yield (
         f"Pruning needs {gib(pruning.peak)} GiB, {gib(pruning.peak - pruning.hidden_states)} if the hidden "
         f"states are kept off the device (prune.memory); the run directory needs {gib(plan.disk['total'])} GiB."

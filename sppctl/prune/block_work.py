@@ -254,11 +254,11 @@ class BlockWork:
             if not needs_inputs or inputs is None or inputs.statistics.num_tokens >= MIN_EXPERT_TOKENS:
                 pending.setdefault(id(inputs or target), []).append(target)
                 continue
-            seen = f"saw {inputs.statistics.num_tokens} tokens"
+            note = f"saw {inputs.statistics.num_tokens} tokens"
             if target.name.endswith("down_proj"):
-                records += self._prune_group([target], inputs, f"magnitude: {seen}", method="magnitude")
+                records += self._prune_group([target], inputs, f"magnitude: {note}", method="magnitude")
             else:
-                records += self._prune_group([target], self.all_tokens[target.owner], f"inputs of all experts: {seen}")
+                records += self._prune_group([target], self.all_tokens[target.owner], f"inputs of all experts: {note}")
         for group in pending.values():
             records += self._prune_group(group, self.inputs.get(group[0].name))
         return records

@@ -94,7 +94,7 @@ def prune_linear(
         ValueError: unknown method, bad pattern, inputs that are missing, empty, of another width or not finite.
     """
     if method not in PRUNERS:
-        raise ValueError(f"unknown pruning method {method!r}; there are {', '.join(PRUNERS)}")
+        raise ValueError(f"unknown pruning method {method!r}; choose one of {', '.join(PRUNERS)}")
     parsed = Pattern.parse(pattern)
     check_weight(weight, parsed)
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):

@@ -77,9 +77,9 @@ def _update_rows(
         cheapest, place = score.gather(1, group).masked_fill(~allowed, torch.inf).min(dim=1)
         swaps = active & torch.isfinite(cheapest)
         blocked[row[active & ~swaps], grown[active & ~swaps]] = True
-        chosen, dropped = row[swaps], group[row, place][swaps]
-        mask[chosen, grown[swaps]] = True
-        mask[chosen, dropped] = False
-        blocked[chosen, dropped] = True  # a dropped weight is not regrown
+        swapped, dropped = row[swaps], group[row, place][swaps]
+        mask[swapped, grown[swaps]] = True
+        mask[swapped, dropped] = False
+        blocked[swapped, dropped] = True  # a dropped weight is not regrown
         change = torch.where(swaps, remaining[row, place], change)
     return mask

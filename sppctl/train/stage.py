@@ -83,8 +83,8 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
     for line in methods.ignored(train):
         console.warn(line)
     examples = len(feed.train)
-    seen = train.max_steps * train.batch_size if train.max_steps else train.epochs * examples
-    tokens = sum(feed.train.lengths) / examples * seen
+    repeated = train.max_steps * train.batch_size if train.max_steps else train.epochs * examples
+    tokens = sum(feed.train.lengths) / examples * repeated
     if not feed.packing:
         tokens /= 1 - feed.padding_share
     passes = 3 + train.gradient_checkpointing + (train.distill.teacher is not None)  # a backward pass is two

@@ -54,7 +54,7 @@ class _Masked(Rule):
 def masked_linear(
     x: Tensor, values: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, *, straight_through: bool = False
 ) -> Tensor:
-    """One linear layer with a trained weight under a mask, as :func:`autocast_inputs` says.
+    """One linear layer with a trained weight under a mask, in the dtype of :func:`autocast_inputs`.
 
     Args:
         x: (..., n).

@@ -74,7 +74,7 @@ class _LowRank(Rule):
 
 
 def masked_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Branch]) -> Tensor:
-    """One linear layer under its active adapters, as :func:`autocast_inputs` says.
+    """One linear layer under its active adapters, in the dtype of :func:`autocast_inputs`.
 
     Args:
         x: (..., n).

@@ -158,7 +158,7 @@ def _eager_gradients(
 
 
 def spp_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Branch]) -> Tensor:
-    """One linear layer under its active adapters (Eq. 5), as :func:`autocast_inputs` says.
+    """One linear layer under its active adapters (Eq. 5), in the dtype of :func:`autocast_inputs`.
 
     Args:
         x: (..., n).
