@@ -19,7 +19,7 @@ class Pattern:
         """Reads ``"2:4"``, ``0.5`` or ``"0.5"``.
 
         Raises:
-            ValueError: the value is invalid a ratio between 0 and 1 nor N:M with 0 < N < M.
+            ValueError: the value is neither a ratio between 0 and 1 nor N:M with 0 < N < M.
         """
         if isinstance(value, Pattern):
             return value
@@ -28,7 +28,7 @@ class Pattern:
             if not 0 < keep < group:
                 raise ValueError(f"pattern {value!r}: N:M keeps N of every M weights, so 0 < N < M (2:4, 4:8)")
             return cls(keep=keep, group=group)
-        invalid = ValueError(f"pattern {value!r} is invalid N:M (2:4) nor a ratio of zeros (0.5)")
+        invalid = ValueError(f"pattern {value!r} is neither N:M (2:4) nor a ratio of zeros (0.5)")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise invalid
         try:

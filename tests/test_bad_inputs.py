@@ -247,7 +247,7 @@ merge {config} train.method=lora
 run {config} train.method=ste merge.mask=reapply
     merge.mask: reapply ... would undo the masks ... merge.mask=keep
 run {config} train.method=ste launch.strategy=fsdp
-    train.method: ste ... launch.strategy fsdp ... use ddp
+    train.method: ste ... launch.strategy=fsdp ... use ddp
 @ write("model/a.gguf", "GGUF")
 run {config} --model model/a.gguf
     model.path ... a.gguf ... model.gguf_file

@@ -332,7 +332,7 @@ def test_gpus_are_planned_as_gpus_compute_where_none_is_here(
 def test_a_device_that_is_elsewhere_is_taken_to_be_native(planned: Planned, cpu: Cpu) -> None:
     cpu(AVX2)
     result = planned("model.dtype=bfloat16", "model.device=xpu").model
-    assert result.computing == "computing in bfloat16, if xpu has units for it"
+    assert result.computing == "computing in bfloat16, if xpu supports it"
 
 
 def test_one_sentence_says_that_it_fits_only_as_stored(

@@ -75,7 +75,7 @@ def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
         (["prune.allocation=owl"], "prune.allocation: splits a ratio"),
         (
             [RATIO, "prune.allocation=[0.9, 0.9]"],
-            "mean over all weights is 0.9, but prune.pattern is 0.5; give prune.p",
+            "mean over all weights is 0.9, but prune.pattern is 0.5; set prune.p",
         ),
         ([RATIO, "prune.allocation=owl", "prune.owl_lambda=0.5"], "OWL with a spread of 0.5 around 0.5"),
         (["prune.pattern=0.97", "prune.allocation=owl"], "OWL with a spread of 0.08 around 0.97"),

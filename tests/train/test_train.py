@@ -431,5 +431,5 @@ def test_other_targets(fit: Fit) -> None:
 
 
 def test_another_gpu_than_the_first_is_refused_with_the_fix(configure: Configure, llama: Path) -> None:
-    with pytest.raises(UserError, match=r"not on cuda:1; call CUDA_VISIBLE_DEVICES=1 sppctl \.\.\. model\.device=cuda"):
+    with pytest.raises(UserError, match=r"not on cuda:1; run CUDA_VISIBLE_DEVICES=1 sppctl \.\.\. model\.device=cuda"):
         preflight(configure("model.device=cuda:1"), llama)
