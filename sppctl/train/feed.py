@@ -50,7 +50,7 @@ class Feed:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "train: the tokenizer has no end-of-text token, which every response needs; "
-                "name it in the model's tokenizer_config.json (eos_token)"
+                "set eos_token in the model's tokenizer_config.json"
             )
         weights = {train.data.dataset: 1.0} if isinstance(train.data.dataset, str) else train.data.dataset
         self.rows = instructions.load_instructions(

@@ -282,6 +282,9 @@ class Loop:
         return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
 
     def _write_adapter(self, directory: Path, adapter: dict[str, Tensor] | None) -> None:
+        for config in self.peft.peft_config.values():
+            if isinstance(config.target_modules, set):  # which PEFT would write in an order that changes between runs
+                config.target_modules = sorted(config.target_modules)  # type: ignore[assignment]
         self.peft.save_pretrained(str(directory), state_dict=adapter)
         for hook in self.hooks:
             hook.save(directory)

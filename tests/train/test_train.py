@@ -49,6 +49,9 @@ def test_the_loss_falls_and_the_record_says_so(fit: Fit) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    names = json.loads((fit.root / "adapter/adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)  # so that the same training writes the same file
+    assert len(names) > 5
 
 
 def test_figures_go_to_tensorboard_and_to_the_record(fit: Fit) -> None:
