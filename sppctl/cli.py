@@ -347,6 +347,67 @@ def bench(
         show.tables(speed_text.tables(speeds), speeds.notes)
 
 
+@command
+def push(
+    directory: Annotated[str, typer.Argument(metavar="RUN", help="Run (its merged checkpoint), or RUN/pruned, ...")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Made if it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Visible to everybody; default: private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: main.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Where the pruned weights of an adapter are on the hub.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files with their sizes; upload nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a checkpoint or an adapter with its model card to the hub, privately by default.
+
+    The files are checked against the hashes in the record first. The token is that of HF_TOKEN or hf auth login.
+
+    Examples:
+      sppctl push runs/quickstart OWNER/NAME --dry-run
+      sppctl push runs/quickstart/merged OWNER/NAME --public
+      sppctl push runs/quickstart/adapter OWNER/NAME --base-model OWNER/PRUNED
+
+    More: docs/serving.md
+    """
+    from sppctl.publish import push as pushing
+
+    path, options = Path(expand(directory)), {"public": public, "revision": revision, "dry_run": dry_run}
+    show.upload(pushing.execute(path, repository, pruned=base_model, **options), json)  # type: ignore[arg-type]
+
+
+@command
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or any checkpoint or adapter.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeatable; default: three short ones.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens written after each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of drawn tokens.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template where there is one.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the base, pruned and merged checkpoint of a run write after the same prompts.
+
+    Examples:
+      sppctl generate runs/quickstart --prompt "Why is the sky blue?"
+      sppctl generate runs/quickstart/merged --prompt "Once upon a time" --max-new-tokens 100 --no-chat
+
+    More: docs/serving.md
+    """
+    from sppctl.publish import generate as generating
+
+    settings = generating.Settings(max_new_tokens, temperature, seed, chat, device)
+    with with_argument_names(ARGUMENT_NAMES):
+        subjects = generating.subjects_of(expand(run))
+        samples = generating.generate(subjects, prompt or generating.PROMPTS, settings)
+    show.samples(samples, json)
+
+
 @configured("model", "method", "json", "debug")
 def plan(call: Call) -> None:
     """Estimate parameters, memory, disk and steps without loading weights.

@@ -144,3 +144,15 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]])
         table.add_row(*map(_markup, row))
     # not a terminal (a log, a pipe): wide enough that tables are rarely broken
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def show_texts(title: str, header: Sequence[str], texts: Sequence[str]) -> None:
+    """Prints texts of several lines side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=_markup(title), title_justify="left", expand=True)
+    for name in header:
+        table.add_column(_markup(name), overflow="fold", ratio=1)
+    table.add_row(*("\n".join(map(_markup, text.strip().split("\n"))) for text in texts))
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)

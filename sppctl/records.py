@@ -143,6 +143,16 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class BaseModel:
+    """The dense model as a model card names it."""
+
+    name: str  # hub id, else the last part of its path, or the name of its GGUF file
+    is_on_hub: bool
+    revision: str | None = None  # commit of the hub
+    license: dict[str, str] = dataclasses.field(default_factory=dict)  # as in its own card or configuration
+
+
+@dataclass(frozen=True)
 class PruneRecord:
     """The results of pruning."""
 
@@ -159,6 +169,7 @@ class PruneRecord:
     reconstruction: dict[int, BlockErrors] | None  # of each tuned block
     layers: list[LayerRecord]  # one entry for each matrix
     calibration: Calibration | None = None  # None: no text was needed
+    base: BaseModel | None = None  # the dense model, where it is known
 
     @property
     def patterns(self) -> dict[str, Pattern]:
@@ -263,6 +274,28 @@ class MergeRecord:
     records: list[MatrixRecord]
 
 
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a checkpoint writes after a prompt."""
+
+    checkpoint: str  # its label
+    text: str
+    tokens: int
+    is_finished: bool  # by a token that ends the text; else it was cut
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What several checkpoints write after the same prompt."""
+
+    prompt: str
+    chat_template: bool  # the prompt was a message of a user in the tokenizer's chat template
+    completions: list[Completion]
+
+
 METRICS: dict[str, type] = {"prune": PruneRecord, "train": TrainRecord, "merge": MergeRecord}
 
 
@@ -349,6 +382,6 @@ def _parse_fields(kind: Any, content: dict[str, Any], key: str, metrics: type | 
         path = f"{key}.{field.name}".lstrip(".")
         if field.name in content:
             values[field.name] = _parse(hints[field.name], content[field.name], path, metrics)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"it has no {path}")
     return kind(**values)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed
 from sppctl.config.load import flatten
-from sppctl.records import StageRecord, to_json
+from sppctl.records import Sample, StageRecord, to_json
 
 if TYPE_CHECKING:
     from sppctl.inspect.inspect import MatrixSparsity
+    from sppctl.publish.push import Upload
     from sppctl.report.study import Study
     from sppctl.run.verify import Checked
     from sppctl.sweep.work import Entry
@@ -74,6 +75,26 @@ def _figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def upload(made: Upload, as_json: bool) -> None:
+    """The files of an upload, and where they are."""
+    if as_json:
+        return console.show_json(to_json(made))
+    title = f"{made.directory} -> {made.repository} ({made.revision})"
+    rows = [*((file.file, f"{file.bytes:,}") for file in made.files)]
+    rows.append((f"{len(made.files)} files", f"{sum(file.bytes for file in made.files):,}"))
+    return tables([(title, ("file", "bytes"), rows)], ["nothing was uploaded" if made.url is None else made.url])
+
+
+def samples(each: Sequence[Sample], as_json: bool) -> None:
+    """What checkpoints wrote, side by side."""
+    if as_json:
+        return console.show_json(to_json(each))
+    for sample in each:
+        texts = [(one.text.strip() or "(nothing)") + " ..." * (not one.is_finished) for one in sample.completions]
+        console.show_texts(sample.prompt, [one.checkpoint for one in sample.completions], texts)
+    return None
 
 
 def results(by_label: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:

@@ -19,12 +19,14 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # each room imports only rooms further down, of those only what stands behind it
 ROOMS = """
 __main__     cli
-cli          options sweep run show plan inspect model launch config files console distributed records errors pattern
+cli          options sweep run show publish plan inspect model launch config files console distributed records errors \
+             pattern
 options      config files errors
-show         sweep run report inspect config console distributed records
+show         sweep run publish report inspect config console distributed records
 sweep        run report launch config files console distributed errors
-run          report plan merge train prune evaluate data model launch config files console distributed machine records \
-             errors
+run          publish report plan merge train prune evaluate data model launch config files console distributed machine \
+             records errors
+publish      report evaluate data model config files console records errors
 report       evaluate config files console records errors
 plan         train prune pruners data model launch config distributed machine errors
 merge        adapters pruners model config files console machine records errors pattern
@@ -49,7 +51,7 @@ errors
 """
 TABLE = {room: below.split() for room, _, below in (line.partition(" ") for line in ROOMS.strip().splitlines())}
 CONFIGURED = {"options", "cli", "sweep", "run", "show", "report", "merge", "train", "plan", "prune", "evaluate"}
-CONFIGURED |= {"launch", "config"}
+CONFIGURED |= {"launch", "config", "publish"}
 BIGGEST = 1 / 8  # of the code, for a room
 # imported when a command starts, so without the libraries that take seconds
 LIGHT = ("__main__", "options", "cli", "config", "console", "distributed", "errors", "launch", "machine", "pattern")
@@ -62,7 +64,8 @@ LIGHT_FILES |= {
 
 
 # rooms that do not import a library, not even in functions
-NO_TORCH, NO_HUB = {"config", "console", "errors", "pattern"}, {*TABLE} - {"data", "evaluate", "files", "model"}
+NO_TORCH = {"config", "console", "errors", "pattern"}
+NO_HUB = {*TABLE} - {"data", "evaluate", "files", "model", "publish"}
 WITHOUT = {
     "torch": NO_TORCH,
     "transformers": NO_TORCH,

@@ -28,6 +28,8 @@ C4_FIRST_SHARD = {
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
 C4_DOCUMENTS = {"train": 20_000, "validation": 1_100}
+# hub ids of the known texts that are on the hub
+HUB_TEXTS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "alpaca": "tatsu-lab/alpaca"}
 C4_WINDOWS = 256  # windows of the validation split in the literature
 # limits of what calibration reads from a source: enough web pages for hundreds of windows of long documents
 MOST_DOCUMENTS = 20_000
@@ -124,22 +126,22 @@ def _c4(split: str) -> Text:
 
     split = "train" if split == "train" else "validation"
     first, count = C4_FIRST_SHARD[split], C4_DOCUMENTS[split]
-    shard = try_to_load_from_cache("allenai/c4", first, repo_type="dataset")
+    shard = try_to_load_from_cache(HUB_TEXTS["c4"], first, repo_type="dataset")
     if isinstance(shard, str):
         with gzip.open(shard, "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in itertools.islice(file, count)]
     elif datasets.config.HF_DATASETS_OFFLINE:
-        rows = load_hub("allenai/c4", split, "en")
+        rows = load_hub(HUB_TEXTS["c4"], split, "en")
         rows = rows.select(range(min(count, len(rows))))
     else:
-        rows = load_hub("allenai/c4", split, data_files={split: first}, streaming=True).take(count)
+        rows = load_hub(HUB_TEXTS["c4"], split, data_files={split: first}, streaming=True).take(count)
     with _loading(f"allenai/c4 ({split})"):
         documents = [row["text"] for row in rows]
     return Text("c4", documents) if split == "train" else Text("c4", documents, joiner=" ", windows=C4_WINDOWS)
 
 
 def _wikitext2(split: str) -> Text:
-    rows = load_hub("Salesforce/wikitext", split, "wikitext-2-raw-v1")
+    rows = load_hub(HUB_TEXTS["wikitext2"], split, "wikitext-2-raw-v1")
     return Text("wikitext2", list(rows["text"]), running=True)
 
 
@@ -166,7 +168,7 @@ def _instructions(split: str) -> Text:
 _TEXTS: dict[str, Callable[[str], Text]] = {
     "c4": _c4,
     "wikitext2": _wikitext2,
-    "alpaca": lambda split: Text("alpaca", [formatted(row) for row in load_hub("tatsu-lab/alpaca", split)]),
+    "alpaca": lambda split: Text("alpaca", [formatted(row) for row in load_hub(HUB_TEXTS["alpaca"], split)]),
     "instructions": _instructions,
     "prose": _prose,
 }

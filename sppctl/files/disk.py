@@ -102,6 +102,18 @@ def existing(path: Path) -> Path:
     return next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
 
 
+def apply_umask(directory: Path) -> None:
+    """Gives all files below a directory the permissions of new files.
+
+    Libraries that write through temporary files leave theirs readable by the owner alone.
+    """
+    mask = os.umask(0o077)  # which can only be read by setting it
+    os.umask(mask)
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 def sync_tree(directory: Path) -> None:
     """Waits until all files below a directory, and their names, are on the disk."""
     for path in [directory, *directory.rglob("*")]:

@@ -160,7 +160,7 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
         )
 
     try:
-        directory = fetch(*SIDE_FILES, gguf_file or SINGLE_NAME)
+        directory = fetch(*SIDE_FILES, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
         fetch(TEMPLATES, folders=True)
         if gguf_file is None and not (directory / SINGLE_NAME).is_file():
             index = directory / INDEX_NAME
@@ -240,9 +240,11 @@ def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out
         )
         weights.refuse_random(gguf_file, info)
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
-        # transformers still treats the unpacked model as quantised, and would refuse to save it
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        # transformers still treats the unpacked model as quantised, and would refuse to save it; the other key is the
+        # title in the GGUF file, which no loader reads
+        for key in ("quantization_config", "_model_name_or_path"):
+            if hasattr(model.config, key):
+                delattr(model.config, key)
         model.hf_quantizer = None
         model.is_quantized = False
         model.save_pretrained(out)

@@ -100,10 +100,14 @@ def _seconds_per_token(run: Run, skeleton: Skeleton) -> float:
 
 
 def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None = None) -> Study:
-    """Writes the reports of runs; see :func:`sppctl.report.write.report`."""
+    """Writes the reports of runs, see :func:`sppctl.report.write.report`, and their model cards."""
+    from sppctl.publish import card
     from sppctl.report import write
 
-    return write.report(run_dirs, output, latex)
+    study = write.report(run_dirs, output, latex)
+    for run in study.runs:
+        card.update(run)
+    return study
 
 
 def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
@@ -172,4 +176,17 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
     with run.lock(only_measures=True):
         checkpoints = {label: path or dense.same_base(run) for label, path in directories.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in checkpoints.items()))
-        return measure.evaluate(run, checkpoints)
+        results = measure.evaluate(run, checkpoints)
+        if distributed.is_main():
+            _update_cards(run.directory)
+        return results
+
+
+def _update_cards(run_dir: Path) -> None:
+    """Writes the model cards of a run with its new results, which are kept whatever is wrong with other records."""
+    from sppctl.publish import card
+
+    try:
+        card.update(card.study_of(run_dir))
+    except UserError as error:
+        console.warn(f"the model cards of {run_dir} stay as they were: {error}")

@@ -20,7 +20,7 @@ from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.files import disk, sealed
 from sppctl.files.names import DIRECTORIES, RECORD, WORKING
-from sppctl.records import R, to_json
+from sppctl.records import R, StageRecord, to_json
 from sppctl.run import attempts
 
 RESUMABLE = ("prune", "train")  # stages that continue an interrupted attempt; the others start again
@@ -62,12 +62,16 @@ class RunDirectory:
         """
         from sppctl.files import integrity
         from sppctl.model import checkpoint
+        from sppctl.publish import card
 
         partial = self.partial(name)
+        disk.apply_umask(partial)
         disk.sync_tree(partial)
         with console.working(f"hashing the files of {partial}"):
             files = integrity.hashes(partial, integrity.listing(partial, WORKING))
         record = make_record(output=checkpoint.identity_of(files), files=files)
+        if isinstance(record, StageRecord):
+            card.write_new(self.directory, record, partial)
         sealed.write(partial / RECORD, to_json(record))
         self._publish(name)
         return record
@@ -88,7 +92,7 @@ class RunDirectory:
     def take_over(self, source: RunDirectory, name: str) -> None:
         """Publishes in this run a directory that another run has published; called in :meth:`lock`."""
         published, partial = source.directory / name, self.fresh_partial(name)
-        # hard links are safe, because published files are never changed
+        # hard links are safe, because published files are never changed in place
         ignored = shutil.ignore_patterns(RECORD)
         shutil.copytree(published, partial, copy_function=_link, ignore=ignored, dirs_exist_ok=True)
         if (published / RECORD).is_file():  # last, because it marks the directory as complete

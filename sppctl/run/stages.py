@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -94,8 +95,10 @@ class Prune:
     def do(self, run: Run, prepared: pruning.Prepared, out: Path, dtype: str) -> PruneRecord:
         """Prunes."""
         from sppctl.prune import stage
+        from sppctl.publish import card_data
 
-        return stage.execute(run.config, prepared, dense.base(run), out, dtype=dtype)
+        record = stage.execute(run.config, prepared, dense.base(run), out, dtype=dtype)
+        return replace(record, base=card_data.base_of(run.config.model, dense.locate(run.config)))
 
 
 class Train:

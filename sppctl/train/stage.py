@@ -196,6 +196,7 @@ def _adapted(
     names = [target.name for target in targets if target.is_linear]
     if len(names) < len(targets):
         console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and are not trained")
+    model.name_or_path = str(pruned.absolute())  # PEFT stores it, for loaders that work elsewhere
     adapted = get_peft_model(model, methods.adapter_config(train, names, patterns))
     methods.start_at_stored(adapted, pruned, skeleton.base_prefix)
     if strategy == "ddp":

@@ -266,11 +266,11 @@ def test_an_adapter_whose_file_is_not_what_its_configuration_describes(trained: 
     refused("it holds more, which is not part of it", own | {"more": torch.ones(2)})
     refused(r"it holds no .*lora_A\.default\.weight \(and \d+ more\)", peft_type="LORA")
     refused(r"it holds .*spp_alpha, which is not part of it \(and \d+ more\)", target_modules=["down_proj"])
-    refused("mine cannot be attached to run/pruned: .*size mismatch", r=2)
-    refused("mine cannot be attached to run/pruned: .*not supported between", scale="large")
+    refused("mine cannot be attached to .*run/pruned: .*size mismatch", r=2)
+    refused("mine cannot be attached to .*run/pruned: .*not supported between", scale="large")
     change()
     weights.write_bytes(b"")
-    with pytest.raises(UserError, match=r"mine cannot be attached to run/pruned: .*header"):
+    with pytest.raises(UserError, match=r"mine cannot be attached to .*run/pruned: .*header"):
         measure(run, "mine")
 
 
