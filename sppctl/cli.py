@@ -24,6 +24,7 @@ from sppctl.run.directory import Run
 # configuration keys in errors -> arguments of the commands that take a checkpoint instead of a configuration
 ARGUMENT_NAMES = {"model.path": "CHECKPOINT", "model.device": "--device"}
 Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 F = TypeVar("F", bound=Callable[..., None])
 app = typer.Typer(
     add_completion=False,
@@ -293,9 +294,7 @@ def inspect(
 
 
 @command
-def verify(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], json: Json = False, debug: Debug = False
-) -> None:
+def verify(run_dir: RunDir, json: Json = False, debug: Debug = False) -> None:
     """Compare every file of a run with the hashes in its records.
 
     Exits with code 2 if a file is damaged, missing or not recorded.
@@ -450,6 +449,54 @@ def config(
         console.show_json(schema() if resolved is None else to_dict(resolved))
     else:
         print(schema_yaml() if resolved is None else to_yaml(resolved), end="")
+
+
+@command
+def clean(
+    run_dir: RunDir,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: leftovers, base, cache (these by default), unfinished, weights."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; otherwise nothing is changed.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what can be freed in a run directory, with sizes and consequences; --yes deletes it.
+
+    Examples:
+      sppctl clean runs/quickstart                # lists everything, deletes nothing
+      sppctl clean runs/quickstart --yes          # what the next command makes again by itself
+      sppctl clean runs/quickstart --kinds weights,unfinished --yes
+
+    More: docs/cluster.md
+    """
+    from sppctl.run import clean as cleaning
+
+    place, chosen = _expanded(run_dir), cleaning.kinds_of(kinds)
+    show.pieces(str(run_dir), cleaning.free(place, chosen) if yes else cleaning.find(place), chosen, yes, json)
+
+
+@command
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Report what this installation and machine can do, and how to fix what is missing.
+
+    Versions, dtypes that the device computes in natively, kernels and their self-tests, memory, disks, caches, hub.
+    Exits with code 1 if something will fail.
+
+    Examples:
+      sppctl doctor
+      sppctl doctor --json
+
+    More: README.md, docs/hardware.md
+    """
+    from sppctl import doctor as checks
+
+    found = checks.examine()
+    show.findings(found, json)
+    problems = [finding for finding in found if finding.state is checks.State.PROBLEM]
+    if problems:
+        raise StageError("\n".join(f"{each.subject}: {each.text}; {each.advice}" for each in problems))
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

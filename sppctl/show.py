@@ -10,9 +10,11 @@ from sppctl.config.load import flatten
 from sppctl.records import Sample, StageRecord, to_json
 
 if TYPE_CHECKING:
+    from sppctl.doctor import Finding
     from sppctl.inspect.inspect import MatrixSparsity
     from sppctl.publish.push import Upload
     from sppctl.report.study import Study
+    from sppctl.run.clean import Kind, Piece
     from sppctl.run.verify import Checked
     from sppctl.sweep.work import Entry
 
@@ -44,6 +46,28 @@ def files(run_dir: str, checked: Sequence[Checked], as_json: bool) -> None:
         return console.show_json(to_json(checked))
     rows = [(file.artefact, file.file, file.state) for file in checked]
     return console.show_table(run_dir, ("artefact", "file", "state"), rows)
+
+
+def pieces(run_dir: str, each: Sequence[Piece], chosen: Sequence[Kind], deleted: bool, as_json: bool) -> None:
+    """What can be freed of a run, or what was."""
+    if as_json:
+        return console.show_json(to_json(each))
+    rows = [(piece.path, piece.kind, f"{piece.size / 1e6:,.1f}", piece.cost) for piece in each]
+    console.show_table(run_dir, ("path", "kind", "MB", "deleting it costs"), rows)
+    size = sum(piece.size for piece in each if piece.kind in chosen) / 1e6
+    verb = "deleted" if deleted else "--yes deletes"
+    return print(f"{verb} {size:,.1f} MB ({', '.join(chosen)})")
+
+
+def findings(each: Sequence[Finding], as_json: bool) -> None:
+    """What was found about the installation and the machine."""
+    if as_json:
+        return console.show_json(to_json(each))
+    for finding in each:
+        print(console.plain(f"{finding.state:8} {finding.subject:14} {finding.text}"))
+        if finding.advice:
+            print(console.plain(f"{'':23} -> {finding.advice}"))
+    return None
 
 
 def sweep(entries: Sequence[Entry], totals: dict[str, int], as_json: bool) -> None:

@@ -19,10 +19,10 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # each room imports only rooms further down, of those only what stands behind it
 ROOMS = """
 __main__     cli
-cli          options sweep run show publish plan inspect model launch config files console distributed records errors \
-             pattern
+cli          options sweep run show publish plan doctor inspect model launch config files console distributed records \
+             errors pattern
 options      config files errors
-show         sweep run publish report inspect config console distributed records
+show         sweep run publish report doctor inspect config console distributed records
 sweep        run report launch config files console distributed errors
 run          publish report plan merge train prune evaluate data model launch config files console distributed machine \
              records errors
@@ -33,6 +33,7 @@ merge        adapters pruners model config files console machine records errors 
 train        evaluate adapters pruners data model launch config files console distributed records errors pattern
 prune        pruners data model launch config files console distributed machine records errors pattern
 evaluate     inspect data model config files console distributed machine errors
+doctor       inspect adapters files machine errors
 inspect      pruners model files console machine errors pattern
 __init__     adapters pruners pattern
 adapters     pruners pattern
@@ -65,7 +66,7 @@ LIGHT_FILES |= {
 
 # rooms that do not import a library, not even in functions
 NO_TORCH = {"config", "console", "errors", "pattern"}
-NO_HUB = {*TABLE} - {"data", "evaluate", "files", "model", "publish"}
+NO_HUB = {*TABLE} - {"data", "doctor", "evaluate", "files", "model", "publish"}
 WITHOUT = {
     "torch": NO_TORCH,
     "transformers": NO_TORCH,

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+FOLDERS = ("windows", "examples")  # of calibration, of training
+
 
 def root() -> Path | None:
     """``$SPPCTL_CACHE`` or ``~/.cache/sppctl``; None if there is no home directory."""

@@ -28,6 +28,17 @@ LOCK, RESOLVED = ".lock", "resolved.yaml"
 PUBLISHED = ("base", *DIRECTORIES.values())
 
 
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Inside, no other command works in a run directory; UserError if one does already."""
+    with (directory / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{directory}: another sppctl command is working in this directory; wait for it") from error
+        yield
+
+
 @dataclass
 class RunDirectory:
     """One run directory under one configuration."""
@@ -130,12 +141,7 @@ class RunDirectory:
         new_parents = [parent for parent in self.directory.absolute().parents if not parent.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         resolved = self.directory / RESOLVED
-        with (self.directory / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                reason = f"{self.directory}: another sppctl command is working in this directory; wait for it"
-                raise UserError(reason) from error
+        with exclusive(self.directory):
             try:
                 self._finish()
                 has_stages = any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
