@@ -16,6 +16,7 @@ from typing import Any
 from sppctl import records
 from sppctl.config.yaml12 import dump_yaml
 from sppctl.data.texts import is_hub_id
+from sppctl.evaluate.results import Json
 from sppctl.evaluate.values import Quantity
 from sppctl.files import disk
 from sppctl.files.names import DIRECTORIES, RECORD
@@ -257,12 +258,12 @@ def _without_places(run: RunStudy, rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _public(run: RunStudy) -> dict[str, Any]:
+def _public(run: RunStudy) -> Json:
     """The settings of the stages; of paths their last parts."""
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     for record in run.stages.values():
         settings = settings | {key: own for key, own in record.settings.items() if key not in settings}
-    shown: dict[str, Any] = _shortened(settings)
+    shown: Json = _shortened(settings)
     return shown
 
 

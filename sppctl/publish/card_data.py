@@ -12,6 +12,7 @@ from sppctl.config.settings import ModelConfig, names_of
 from sppctl.config.yaml12 import parse_yaml
 from sppctl.data.instructions import HUB_NAMES
 from sppctl.data.texts import HUB_TEXTS, is_hub_id
+from sppctl.evaluate.results import Json
 from sppctl.evaluate.values import Kind
 from sppctl.files.names import DIRECTORIES
 from sppctl.records import BaseModel, MergeRecord, PruneRecord
@@ -42,7 +43,7 @@ def base_of(model: ModelConfig, directory: Path) -> BaseModel:
 
 def _license(directory: Path) -> dict[str, str]:
     """The licence in the front matter of a model's card, else in its configuration; empty where neither has one."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     for name in ("config.json", CARD):
         try:
             path = directory / name
@@ -80,7 +81,7 @@ def metadata(run: RunStudy, stage: str, rows: Sequence[Row], name: str, pruned: 
     on_hub = base.name if base is not None and base.is_on_hub else None
     relation = {"train": "adapter", "merge": "finetune"}.get(stage)  # the hub has no word for pruning
     named = pruned if pruned is not None and stage == "train" else on_hub
-    licensed: dict[str, Any] = dict(base.license) if base is not None else {}
+    licensed: Json = dict(base.license) if base is not None else {}
     return ModelCardData(
         base_model=named,
         base_model_relation=relation if named is not None else None,
