@@ -294,7 +294,7 @@ run {config} --model model
     model has no usable tokenizer ... model.trust_remote_code=true
 @ edit_tokenizer(forget_the_end)
 run {config} --model model
-    train: the tokenizer has no end-of-text token ... tokenizer_config.json (eos_token)
+    train: the tokenizer has no end-of-text token ... set eos_token in the model's tokenizer_config.json
 @ quantise
 prune {config} --model model
     model holds no floating-point weights ... before it was quantised
