@@ -218,7 +218,7 @@ def lasting(value: Any) -> Any:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """What is below a folder, by path: of a record what lasts, by its keys; of other files, cards without times, a hash."""
+    """What is below a folder, by path: of a record what lasts, by its keys; else a hash, of cards without times."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
