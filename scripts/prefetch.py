@@ -38,7 +38,7 @@ def prefetch(path: str) -> None:
     if not offline and texts.is_hub_id(calibration.dataset) and not Path(calibration.dataset).is_file():
         texts.load_hub(calibration.dataset, calibration.split)
     pipeline.preflight(Run(config, force=True), ("prune", "train", "eval"))
-    wanted = [measure.task for measure in tasks.wanted(config)]
+    wanted = [measure.task for measure in tasks.configured(config)]
     if wanted:
         console.note(f"{'opening offline' if offline else 'downloading'}: {len(wanted)} tasks")
         harness.load_tasks(wanted, config.eval.include_path)

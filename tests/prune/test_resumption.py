@@ -57,7 +57,10 @@ def test_a_killed_run_continues_to_the_same_bytes(
     directories = [tmp_path / name / "pruned" for name in ("killed", "whole")]
     assert shards(directories[0]) == shards(directories[1])
     for directory in directories:
-        assert {path.name for path in directory.iterdir()} == {path.name for path in deep.iterdir()} | {"stage.json"}
+        assert {path.name for path in directory.iterdir()} == {path.name for path in deep.iterdir()} | {
+            "stage.json",
+            "README.md",
+        }
     records = [json.loads((directory / "stage.json").read_text())["metrics"]["layers"] for directory in directories]
     for layer in [*records[0], *records[1]]:
         del layer["seconds"]
