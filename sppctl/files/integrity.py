@@ -42,7 +42,7 @@ def listing(directory: Path, without: Collection[str] = ()) -> list[str]:
     for path in directory.rglob("*"):
         name = path.relative_to(directory)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not hidden and name.parts[0] not in ignored and path.suffix != ".md":
+        if path.is_file() and not hidden and name.parts[0] not in ignored and path.name != "README.md":
             names.append(name.as_posix())
     return sorted(names)
 

@@ -42,6 +42,7 @@ from sppctl.files.safe_files import (
 # weights are written tensor by tensor; all other files that a checkpoint needs to load are copied unchanged
 TEMPLATES = "additional_chat_templates/*.jinja"  # named templates of a tokenizer: its only folder
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
+TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # most must go with the weights
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
 # the files that identify a model: weights, index and configuration
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json")
@@ -144,7 +145,7 @@ def check_files(directory: Path) -> None:
     """Raises UserError if a file that is read or copied is a pipe, a directory, a broken link or not readable."""
     if not os.access(directory, os.R_OK | os.X_OK):
         raise UserError(f"{directory} cannot be read (permission denied); change its permissions")
-    for pattern in (*SIDE_FILES, "*.py", "*.safetensors"):
+    for pattern in (*SIDE_FILES, *TERMS, "*.py", "*.safetensors"):
         for path in sorted(directory.glob(pattern)):
             demand_readable(path)
 
@@ -160,7 +161,7 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
         )
 
     try:
-        directory = fetch(*SIDE_FILES, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
+        directory = fetch(*SIDE_FILES, *TERMS, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
         fetch(TEMPLATES, folders=True)
         if gguf_file is None and not (directory / SINGLE_NAME).is_file():
             index = directory / INDEX_NAME
@@ -428,8 +429,8 @@ def _tokenizer_problem(error: Exception) -> str:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copies configuration, tokenizer and chat templates: all files except weights and sppctl's own records."""
-    for pattern in (*SIDE_FILES, "*.py"):
+    """Copies configuration, tokenizer, chat templates and licence: not weights, cards and sppctl's own records."""
+    for pattern in (*SIDE_FILES, *TERMS, "*.py"):
         for path in source.glob(pattern):
             if path.name not in NOT_SIDE_FILES and not path.name.endswith(".index.json"):
                 target = out / path.relative_to(source)

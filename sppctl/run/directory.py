@@ -219,8 +219,8 @@ def _discarding_on_error(stage: str, partial: Path, continued: bool) -> Iterator
             kept = False
         elif full:
             kept = attempts.holds_work(partial)
-        elif isinstance(error, UserError | StageError):  # the stage's own error; earlier work is kept
-            kept = continued or (stage == "train" and attempts.holds_work(partial))
+        elif isinstance(error, UserError | StageError):  # the stage's own error; finished work is kept
+            kept = continued or attempts.holds_work(partial)
         else:  # an interrupt, or an error that is not the stage's own
             kept = True
         if distributed.is_main() and not kept:

@@ -116,11 +116,19 @@ def test_every_kind_of_damage_is_named_in_one_line(tmp_path: Path) -> None:
 
 
 def test_folders_beside_the_weights_count_and_logs_do_not(tmp_path: Path) -> None:
-    for name in ("a.json", "additional_chat_templates/tool.jinja", "logs/events", "README.md", ".hidden", "stage.json"):
+    for name in (
+        "a.json",
+        "additional_chat_templates/tool.jinja",
+        "logs/events",
+        "NOTICE.md",
+        "README.md",
+        ".hidden",
+        "stage.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    assert listing(tmp_path) == ["a.json", "additional_chat_templates/tool.jinja"]
-    assert listing(tmp_path, {"additional_chat_templates"}) == ["a.json"]
+    assert listing(tmp_path) == ["NOTICE.md", "a.json", "additional_chat_templates/tool.jinja"]
+    assert listing(tmp_path, {"additional_chat_templates"}) == ["NOTICE.md", "a.json"]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

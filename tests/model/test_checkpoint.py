@@ -232,15 +232,18 @@ def test_only_floating_point_is_converted(llama: Path, tmp_path: Path) -> None:
     assert files.read("model.norm.weight").dtype == torch.float16
 
 
-def test_records_of_other_stages_are_left_behind(llama: Path, tmp_path: Path) -> None:
+def test_licences_are_copied_and_records_of_other_stages_are_not(llama: Path, tmp_path: Path) -> None:
     source, out = copy(llama, tmp_path / "source"), tmp_path / "out"
     out.mkdir()
     for name in ("stage.json", "adapter_config.json", INDEX_NAME, "pytorch_model.bin.index.json", "training_args.bin"):
         (source / name).write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
-    (source / "modeling_tiny.py").write_text("")
+    for name in ("modeling_tiny.py", "LICENSE", "NOTICE.md", "README.md"):
+        (source / name).write_text("")
     copy_side_files(source, out)
     assert {path.name for path in out.iterdir()} == {
+        "LICENSE",
+        "NOTICE.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",

@@ -15,7 +15,7 @@ from deaths import DEATHS, DONE, START
 from processes import Process
 from stage_calls import blank
 
-from sppctl.errors import UserError
+from sppctl.errors import StageError, UserError
 from sppctl.files import sealed
 from sppctl.files.names import ALLOCATION, JOURNAL
 from sppctl.files.safe_files import OwnFiles, TensorFiles
@@ -67,15 +67,16 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert records[0] == records[1]
 
 
+@pytest.mark.parametrize("error", [OSError, StageError])
 def test_finished_blocks_are_not_thrown_away(
-    config_file: Path, deep: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], config_file: Path, deep: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["prune", str(config_file), f"model.path={deep}", "prune.method=wanda"]
     append = walk.Journal.append
 
     def then_stop(self: walk.Journal, entry: BlockRecord) -> None:
         append(self, entry)
-        raise OSError("the machine goes down")
+        raise error("the machine goes down")
 
     with monkeypatch.context() as patch:
         patch.setattr(walk.Journal, "append", then_stop)
