@@ -407,7 +407,7 @@ prune {config} prune.calibration.dataset=plain.txt prune.calibration.column=body
     prune.calibration ... plain.txt has no columns ... leave out column body
 @ write("rows.jsonl", '{"question": "a", "answer": "b"}\n')
 run {config} train.data.dataset=rows.jsonl
-    train.data.dataset ... lacks instruction and output ... its columns: question, answer
+    columns of rows.jsonl are question, answer ... train.data.columns={instruction: question, output: answer}
 @ write("rows.jsonl", 6 * ROWS + '{"instruction": "a"}\n')
 run {config} train.data.dataset=rows.jsonl
     train.data.dataset ... rows.jsonl ... row 7 ... output
@@ -423,9 +423,9 @@ run {config} train.data.dataset=rows.jsonl
 @ write("rows.jsonl", '"text"\n')
 run {config} train.data.dataset=rows.jsonl
     train.data.dataset ... one JSON object per row
-@ write("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}], "id": 1}\n')
+@ write("rows.jsonl", '{"messages": [{"role": "narrator", "content": "a"}], "id": 1}\n')
 run {config} train.data.dataset=rows.jsonl
-    train.data.dataset ... lacks instruction and output ... its columns: messages, id
+    train.data.dataset: rows.jsonl: row 1, message 1, has the role 'narrator', which is not one of system, developer
 @ edit_tokenizer(add_two_tokens)
 @ write("it.txt", "<more> <image>" * 200)
 prune {config} --model model prune.calibration.dataset=it.txt

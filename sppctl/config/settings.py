@@ -86,7 +86,7 @@ class CalibrationConfig:
     dataset: str = _key(
         "instructions",
         "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
-        ".txt, .jsonl, .json or .parquet file",
+        "txt, json, jsonl, csv, tsv or parquet file",
         path=True,
     )
     split: str = _key("train", "split of a hub data set")
@@ -134,24 +134,34 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class TrainDataConfig:
-    """Instruction data: rows with instruction, input and output."""
+    """Training data: instructions, conversations, prompts with completions, or plain text."""
 
     dataset: str | dict[str, float] = _key(
         "instructions",
-        "instructions (built in), alpaca, alpaca-gpt4, a hub id, a local json, jsonl or parquet file; or several of "
-        "these with a weight each: {alpaca: 3, own.jsonl: 1}",
+        "instructions (built in), alpaca, alpaca-gpt4, a hub id, a local json, jsonl, csv, tsv, parquet or txt file, "
+        "or a folder of these; or several with a weight each: {alpaca: 3, own.jsonl: 1}",
         path=True,
     )
-    split: str = _key("train", "split expression of a hub dataset, such as train[:1000]")
+    columns: dict[str, str] = _key(
+        {}, "the data set's columns, if they have other names: {instruction: question, output: answer}"
+    )
+    split: str = _key("train", "split of a hub data set (also train[:1000]) or of a folder")
     prompt: str = _key(
         "alpaca",
         "alpaca; chat (the tokenizer's chat template); or a text with {instruction} and {input} that ends where the "
-        "response starts",
+        "response starts; conversations use the chat template if there is one",
     )
-    seq_len: int = _key(512, "maximum tokens in an example; longer ones are truncated, counted and reported", low=8)
+    seq_len: int = _key(
+        512,
+        "maximum tokens in an example; longer ones are truncated, counted and reported; plain text is cut into windows "
+        "of this size",
+        low=8,
+    )
     val_size: int = _key(0, "rows held out for the validation loss (instructions: its own 64 are used)", low=0)
     max_rows: int | None = _key(None, "use only the first rows, after shuffling", low=1)
-    train_on_inputs: bool = _key(True, "compute the loss on the prompt, too (as published), or on the response alone")
+    train_on_inputs: bool = _key(
+        True, "compute the loss on the prompts of instructions, too (as published); conversations: never"
+    )
     group_by_length: bool = _key(False, "batch examples of similar length: less padding, a different order")
     packing: bool = _runtime(
         False, "concatenate the examples of a batch without padding, each attending only to itself"

@@ -1,10 +1,12 @@
-"""Instruction data: rows of one or several data sets, mixed by weight, and their tokens and labels."""
+"""Training data: rows of one or several data sets, mixed by weight, and their tokens and labels."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +16,21 @@ import torch
 from torch import Tensor
 
 from sppctl import console
-from sppctl.data import texts
-from sppctl.data.prompts import Row, Style, shared_prefix
+from sppctl.data import formats, texts
+from sppctl.data.formats import KEY, KINDS, content, kind_of
+from sppctl.data.prompts import Kind, Row, Style, shared_prefix
+from sppctl.data.texts import HUB_ROWS
 from sppctl.errors import UserError
 from sppctl.files import cache, sources
 
-KEY = "train.data.dataset"
 IGNORED = -100  # the label that the loss leaves out
-HUB_NAMES = {"alpaca": "tatsu-lab/alpaca", "alpaca-gpt4": "vicgalle/alpaca-gpt4"}
 CACHE_FORMAT = 3  # raised when examples are made in another way, so that older cache files are not used
+
+
+AT_ONCE = 1000  # documents tokenised in one call
+
+# cuts the documents of a data set into windows; its name is for messages
+Cut = Callable[[str, Sequence[str]], list[Row]]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -30,7 +38,7 @@ CACHE_FORMAT = 3  # raised when examples are made in another way, so that older 
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows to train on and rows held out."""
+    """Rows to train on and rows held out, both ordered by kind (:data:`sppctl.data.formats.KINDS`)."""
 
     train: list[Row]  # none repeats the text of a held-out row
     held_out: list[Row]  # for the validation loss
@@ -40,16 +48,22 @@ class Instructions:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies all rows, in their order, by instruction, input and output."""
-        columns = texts.INSTRUCTION_COLUMNS
-        parts = ([row.get(name) or "" for row in rows for name in columns] for rows in (self.train, self.held_out))
+        """Identifies all rows, in their order, by what is trained on."""
+        parts = ([part for row in rows for part in content(row)] for rows in (self.train, self.held_out))
         return texts.content_hash([texts.content_hash(part) for part in parts])
 
 
 def load_instructions(
-    weights: Mapping[str, float], split: str, *, val_size: int, max_rows: int | None, seed: int
+    weights: Mapping[str, float],
+    split: str,
+    *,
+    columns: Mapping[str, str],
+    cut: Cut,
+    val_size: int,
+    max_rows: int | None,
+    seed: int,
 ) -> Instructions:
-    """Rows with instruction, input and output.
+    """Rows of one of the formats of :data:`sppctl.data.formats.FORMATS`; a window of plain text counts as a row.
 
     Several data sets are sampled without replacement until one is used up: of data set i, with n_i training rows and
     weight w_i, floor(k w_i) rows are used, where k = min_i n_i / w_i. So the shares follow the weights, and no row is
@@ -58,14 +72,16 @@ def load_instructions(
 
     Args:
         weights: data sets and the weights of their rows: ``instructions``, ``alpaca``, ``alpaca-gpt4``, a hub id, or a
-            local .json, .jsonl or .parquet file. The weight of a single data set has no effect.
-        split: split of hub data sets.
+            local file or folder. The weight of a single data set has no effect.
+        split: split of hub data sets and folders.
+        columns: columns of the data sets that have other names, by the names of the format.
+        cut: cuts plain text into windows.
         val_size: number of rows to hold out; ``instructions`` always holds out its own.
         max_rows: maximum number of training rows, all data sets together.
         seed: seed of the choice of rows.
 
     Raises:
-        UserError: a data set does not exist, lacks columns, is empty or has no split of that name; nothing is left to
+        UserError: a data set does not exist, is of no format, is empty or has no split of that name; nothing is left to
             train on; or a weight is impossible.
     """
     if not weights:
@@ -76,7 +92,12 @@ def load_instructions(
     files = find(weights, split)
     shares = _proportional(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
     with sources.noting() as recorded:
-        parts = {name: _split_rows(name, files[name], split, shares.get(name, 0), seed) for name in weights}
+        loaded = {name: _load(name, files[name], split, columns) for name in weights}
+    formats.check_mapping(columns, {name: names for name, (_, names) in loaded.items()})
+    parts = {}
+    for name in weights:
+        rows, names = loaded.pop(name)
+        parts[name] = _split_rows(name, _standard(name, rows, names, columns, cut), shares.get(name, 0), seed)
     left_out = _remove_duplicates_of_held_out(parts)
     rows_per_weight = min(len(train) / weights[name] for name, (train, _) in parts.items())
     if max_rows is not None:
@@ -91,29 +112,32 @@ def load_instructions(
         mixed.train.extend(train[:count])
         mixed.held_out.extend(held_out)
         mixed.taken[name] = count
+    for rows in (mixed.train, mixed.held_out):
+        rows.sort(key=lambda row: list(KINDS).index(kind_of(row)))
     return mixed
 
 
 def find(names: Collection[str], split: str) -> dict[str, Path | None]:
-    """The local file of each data set; None if it is built in or on the hub.
+    """The local file or folder of each data set; None if it is built in or on the hub.
 
     Raises:
-        UserError: a name is that of a directory, or a split is given and no data set is on the hub.
+        UserError: a name is that of a folder without data, or a split is given and no data set is on the hub.
     """
-    texts.check_split("train.data.split", split, *(HUB_NAMES.get(name, name) for name in names))
-    return {name: None if name in ("instructions", *HUB_NAMES) else texts.local_file(name, KEY) for name in names}
+    texts.check_split("train.data.split", split, *(HUB_ROWS.get(name, name) for name in names))
+    short = ("instructions", *HUB_ROWS)
+    return {name: None if name in short else texts.local_file(name, KEY, folders=True) for name in names}
 
 
 def _remove_duplicates_of_held_out(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
     """Removes training rows that repeat the text of a held-out row; returns their number."""
 
-    def content(row: Row) -> tuple[str, ...]:
-        return tuple((row.get(name) or "").strip() for name in texts.INSTRUCTION_COLUMNS)
+    def stripped(row: Row) -> tuple[str, ...]:
+        return tuple(part.strip() for part in content(row))
 
-    held_out_contents = {content(row) for _, held_out in parts.values() for row in held_out}
+    held_out_contents = {stripped(row) for _, held_out in parts.values() for row in held_out}
     left_out = 0
     for name, (train, held_out) in parts.items():
-        kept = [row for row in train if content(row) not in held_out_contents]
+        kept = [row for row in train if stripped(row) not in held_out_contents]
         if not kept:
             raise UserError(f"{KEY}: every row of {name} is held out too; hold out fewer (train.data.val_size)")
         left_out += len(train) - len(kept)
@@ -131,25 +155,81 @@ def _proportional(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     return shares
 
 
-def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows of one data set; their columns are checked."""
+def _load(name: str, file: Path | None, split: str, mapping: Mapping[str, str]) -> tuple[list[Row], list[str]]:
+    """The rows of a data set as they are, and all its columns."""
     if name == "instructions":
-        return texts.built_in_rows("train"), texts.built_in_rows("heldout")
-    dataset, columns, short_names = HUB_NAMES.get(name, name), texts.INSTRUCTION_COLUMNS, ("instructions", *HUB_NAMES)
-    rows, all_columns = texts.load_rows(dataset, file, split, KEY, columns=columns, short_names=short_names)
-    missing = [column for column in ("instruction", "output") if column not in all_columns]
-    if all_columns and missing:
-        raise UserError(f"{KEY}: {name} lacks {' and '.join(missing)}; its columns: {', '.join(all_columns)}")
+        return texts.built_in_rows("train"), list(texts.INSTRUCTION_COLUMNS)
+    columns, short_names = (*formats.READ, *mapping.values()), ("instructions", *HUB_ROWS)
+    return texts.load_rows(HUB_ROWS.get(name, name), file, split, KEY, columns=columns, short_names=short_names)
+
+
+def _standard(name: str, rows: list[Row], columns: list[str], mapping: Mapping[str, str], cut: Cut) -> list[Row]:
+    """The rows of a data set in the columns of their format, documents as windows."""
     if not rows:
         raise UserError(f"{KEY}: {name} holds no rows")
-    texts.check_texts(rows, name, KEY, ("instruction", "output"), ("input",))
+    if name == "instructions":
+        return rows
+    rows = formats.standard_rows(rows, columns, mapping, name)
+    if rows and "text" not in rows[0]:
+        return rows
+    windows = cut(name, [row["text"] for row in rows])
+    if not windows:
+        raise UserError(f"{KEY}: {name} holds no text")
+    return windows
+
+
+def _split_rows(name: str, rows: list[Row], val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows of one data set."""
+    if name == "instructions":
+        return rows, texts.built_in_rows("heldout")
     random.Random(seed).shuffle(rows)
     if val_size >= len(rows):
+        what = "windows" if kind_of(rows[0]) == "window" else "rows"
         raise UserError(
-            f"train.data.val_size: {val_size} leaves nothing of the {len(rows)} rows of {name} to train on; "
+            f"train.data.val_size: {val_size} leaves nothing of the {len(rows)} {what} of {name} to train on; "
             "hold out fewer"
         )
     return rows[val_size:], rows[:val_size]
+
+
+def cut_windows(tokenizer: Any, seq_len: int, name: str, documents: Sequence[str]) -> list[Row]:
+    """Plain text as windows of ``seq_len`` tokens; the last one may be shorter.
+
+    Documents follow one another in their order, each with the tokenizer's special tokens and an end-of-text token, so a
+    window may hold parts of several. Tokens are cached.
+
+    Args:
+        tokenizer: the model's tokenizer, with an end-of-text token.
+        seq_len: tokens in a window.
+        name: the data set's name, for messages.
+        documents: none of them blank.
+
+    Returns:
+        Rows with ``tokens``, an array of C integers.
+    """
+    depends_on = {
+        "format": CACHE_FORMAT,
+        "documents": texts.content_hash(documents),
+        "tokenizer": cache.tokenizer_identity(tokenizer),
+        "end": tokenizer.eos_token_id,
+    }
+    path = cache.entry("examples", depends_on)
+    tensors, _ = cache.read(path)
+    tokens = array("i", tensors["tokens"].numpy().tobytes() if tensors else b"")
+    if not tensors:
+        end = [tokenizer.eos_token_id]
+        with console.working(f"tokenising {len(documents):,} documents of {name}"):
+            for first in range(0, len(documents), AT_ONCE):
+                part = list(documents[first : first + AT_ONCE])
+                for ids in tokenizer(part, padding=False, truncation=False).input_ids:
+                    tokens.extend(ids if ids[-1:] == end else ids + end)
+        cache.write(path, {"tokens": _int32(tokens)})
+    starts = range(0, len(tokens) - 1, seq_len)  # no token predicts one that is alone in the last window
+    return [{"tokens": tokens[start : start + seq_len]} for start in starts]
+
+
+def _int32(tokens: array[int]) -> Tensor:
+    return torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0, dtype=torch.int32)
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -157,7 +237,7 @@ def _split_rows(name: str, file: Path | None, split: str, val_size: int, seed: i
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised instruction."""
+    """A tokenised row."""
 
     input_ids: list[int]
     labels: list[int]  # IGNORED: not in the loss
@@ -167,7 +247,7 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Tokenised instructions, kept as five tensors.
+    """Tokenised rows, kept as five tensors.
 
     Args:
         tensors: ``tokens`` (all tokens, one example after the other) int32; for each token whether it is ``labelled``
@@ -215,16 +295,45 @@ class Examples(Sequence[Example]):
         return Examples(tensors, [number for number, keep in zip(self.numbers, kept.tolist(), strict=True) if keep])
 
 
+def examples(
+    tokenizer: Any, rows: Sequence[Row], styles: Mapping[Kind, Style], *, seq_len: int, train_on_inputs: bool
+) -> Examples:
+    """Rows of all kinds, ordered by kind, as examples: see :func:`tokenize`.
+
+    The loss covers windows as a whole, and of conversations and completions the responses alone; ``train_on_inputs`` is
+    about instructions.
+    """
+    parts = []
+    for kind, part in itertools.groupby(rows, key=kind_of):
+        if kind == "window":
+            parts.append(_examples_of_windows([row["tokens"] for row in part]))
+        else:
+            on_inputs = train_on_inputs and kind == "instruction"
+            parts.append(tokenize(tokenizer, list(part), styles[kind], seq_len=seq_len, train_on_inputs=on_inputs))
+    if len(parts) < 2:
+        return parts[0] if parts else _examples_of_windows([])
+    return Examples({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+def _examples_of_windows(windows: list[array[int]]) -> Examples:
+    tokens = _int32(array("i", b"".join(window.tobytes() for window in windows)))
+    lengths = torch.tensor([len(window) for window in windows], dtype=torch.int64)
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    tensors = {"tokens": tokens, "labelled": every, "response": every, "lengths": lengths}
+    return Examples(tensors | {"truncated": torch.zeros_like(lengths, dtype=torch.bool)})
+
+
 def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
     """Prompt, response and end-of-text of each row as tokens, from the cache if the same text was tokenised before.
 
     The prompt and the full text are tokenised separately, as in the published code, so that merges across the end of
     the prompt are those that a model sees; the labels start after the prompt's tokens. In a chat, whose text is not
-    simply prompt and response, they start with the first token that differs from the prompt's.
+    simply prompt and response, they start with the first token that differs from the prompt's. Responses that do not
+    end the text end with the last token that they share with the text up to there.
 
     Args:
         tokenizer: the model's tokenizer, with an end-of-text token.
-        rows: rows with instruction, input and output.
+        rows: rows of one kind, not windows.
         style: how rows become text.
         seq_len: maximum number of tokens in an example; longer ones are truncated.
         train_on_inputs: whether the prompt has labels, too.
@@ -232,7 +341,7 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
     marked = [style.text(row) for row in rows]
     depends_on = {
         "format": CACHE_FORMAT,
-        "texts": texts.content_hash([f"{start} {text}" for text, start in marked]),
+        "texts": texts.content_hash([f"{','.join(map(str, borders))} {text}" for text, borders in marked]),
         "special_tokens": style.special_tokens,
         "marks": None if style.marked is None else tokenizer.get_chat_template(),
         "tokenizer": cache.tokenizer_identity(tokenizer),
@@ -259,21 +368,30 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
 
 
 def _tokenised(
-    tokenizer: Any, rows: Sequence[Row], marked: Sequence[tuple[str, int]], style: Style
+    tokenizer: Any, rows: Sequence[Row], marked: Sequence[tuple[str, list[int]]], style: Style
 ) -> list[tuple[list[int], Tensor]]:
-    """The tokens of each row, and for each of them whether it belongs to the response."""
+    """The tokens of each row, and for each of them whether it belongs to a response."""
     if style.marked is not None:
         return [(tokens, torch.tensor(marks, dtype=torch.bool)) for tokens, marks in map(style.marked, rows)]
-    if not rows:  # fast tokenizers fail on an empty list
-        return []
     options = {"padding": False, "truncation": False, "add_special_tokens": style.special_tokens}
-    full_texts = tokenizer([text for text, _ in marked], **options).input_ids
-    prompts = tokenizer([text[:start] for text, start in marked], **options).input_ids
-    if style.special_tokens:
-        end = [tokenizer.eos_token_id]
-        # some tokenizers add the end-of-text token themselves
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        encoded: list[list[int]] = tokenizer(texts, **options).input_ids if texts else []  # some fail on an empty list
+        return encoded
+
+    full_texts = ids([text for text, _ in marked])
+    beginnings = iter(ids([text[:border] for text, borders in marked for border in borders]))
+    end = [tokenizer.eos_token_id]
+    if style.special_tokens:  # some tokenizers add the end-of-text token themselves
         full_texts = [tokens if tokens[-1:] == end else tokens + end for tokens in full_texts]
-        starts = [len(tokens) - int(tokens[-1:] == end) for tokens in prompts]
-    else:
-        starts = [shared_prefix(*pair) for pair in zip(prompts, full_texts, strict=True)]
-    return [(tokens, torch.arange(len(tokens)) >= start) for tokens, start in zip(full_texts, starts, strict=True)]
+    tokenised = []
+    for tokens, (_, borders) in zip(full_texts, marked, strict=True):
+        positions, response = torch.arange(len(tokens)), torch.zeros(len(tokens), dtype=torch.bool)
+        for number, beginning in enumerate(itertools.islice(beginnings, len(borders))):
+            if style.special_tokens and number % 2 == 0:  # a start
+                border = len(beginning) - int(beginning[-1:] == end)
+            else:
+                border = shared_prefix(beginning, tokens)
+            response ^= positions >= border
+        tokenised.append((tokens, response))
+    return tokenised

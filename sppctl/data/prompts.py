@@ -1,4 +1,4 @@
-"""Prompts: the text made from an instruction and its response."""
+"""Prompts: the text made from a row, an instruction and its response or a whole conversation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
 
 from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
 
 Row = dict[str, Any]  # a row of a data set: values by column
+Messages = list[dict[str, Any]]  # of a conversation: role, content, and weight 0 if it is not learned from
+Kind = Literal["instruction", "completion", "conversation", "window"]  # of a row, see sppctl.data.formats
 
 KEY = "train.data.prompt"
 
@@ -47,43 +51,79 @@ def formatted(row: Row) -> str:
 class Style:
     """How rows become text."""
 
-    # returns the full text of a row, and the number of characters before the response
-    text: Callable[[Row], tuple[str, int]]
+    # returns the full text of a row, and the numbers of characters before each start and end of a response; the last
+    # one is the end of the text unless it is given
+    text: Callable[[Row], tuple[str, list[int]]]
     # whether the tokenizer's special tokens and an end-of-text token are added; a chat template writes its own
     special_tokens: bool = True
-    # returns the tokens of a row, and for each whether it belongs to the response (1 or 0), if a chat template marks
+    # returns the tokens of a row, and for each whether it belongs to a response (1 or 0), if a chat template marks
     # it (``{% generation %}``)
     marked: Callable[[Row], tuple[list[int], list[int]]] | None = None
+    is_chat: bool = False  # written by a chat template
     ends: bool = True  # whether anything follows the response, so that the model learns where to end it
 
 
-def style(prompt: str, tokenizer: Any, today: datetime | None = None) -> Style:
-    """The style that ``train.data.prompt`` names.
+def style(prompt: str, tokenizer: Any, today: datetime | None = None, kind: Kind = "instruction") -> Style:
+    """The style that ``train.data.prompt`` names, for rows of one kind.
+
+    Conversations are written by the tokenizer's chat template, whatever ``prompt`` is; without a template, each message
+    of a user as an instruction. Completions follow their prompts directly, except with ``chat``.
 
     Args:
         prompt: ``alpaca``, ``chat``, or a text with {instruction} and optionally {input}.
-        tokenizer: the model's tokenizer, for ``chat``.
+        tokenizer: the model's tokenizer, for chats.
         today: the date for chat templates that print it; None: now.
+        kind: the kind of rows.
 
     Raises:
         UserError: the text has other fields or no {instruction}, or the tokenizer has no usable chat template.
     """
-    if prompt == "chat":
+    if prompt == "chat" or (kind == "conversation" and has_template(tokenizer)):
         return _chat(tokenizer, today or datetime.now())
     if prompt != "alpaca":
         _check_template(prompt)
 
-    def text(row: Row) -> tuple[str, int]:
+    def question(row: Row) -> str:
         fields = {"instruction": row["instruction"], "input": row.get("input") or ""}
-        question = prompt_of(row) if prompt == "alpaca" else prompt.format_map(fields)
-        return question + row["output"], len(question)
+        return prompt_of(row) if prompt == "alpaca" else prompt.format_map(fields)
 
-    return Style(text)
+    def text(row: Row) -> tuple[str, list[int]]:
+        asked = row["prompt"] if kind == "completion" else question(row)
+        return asked + row["completion" if kind == "completion" else "output"], [len(asked)]
+
+    return Style(partial(_exchanges, question, tokenizer.eos_token) if kind == "conversation" else text)
 
 
-def is_dated(prompt: str, tokenizer: Any) -> bool:
-    """Whether the text of a prompt depends on the date."""
-    return prompt == "chat" and bool(DATE.search(str(getattr(tokenizer, "chat_template", None))))
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def is_dated(tokenizer: Any) -> bool:
+    """Whether the text of a tokenizer's chat template depends on the date."""
+    return bool(DATE.search(str(getattr(tokenizer, "chat_template", None))))
+
+
+def _exchanges(question: Callable[[Row], str], end: str, row: Row) -> tuple[str, list[int]]:
+    """A conversation without a chat template: users' messages as instructions, end-of-text after each answer.
+
+    The end after the last answer is left out, because it is added to every text.
+    """
+    text, borders = "", []
+    for message in row["messages"]:
+        if message["role"] == "assistant":
+            answer = message["content"] + end
+            borders += [len(text), len(text + answer)] if message.get("weight") != 0 else []
+            text += answer
+        elif message["role"] == "user":
+            text += question({"instruction": message["content"]})
+        elif message["role"] == "tool":
+            raise UserError(KEY, "a conversation has messages of a tool, but the tokenizer has no chat template")
+        else:
+            text += message["content"] + "\n\n"
+    if row["messages"][-1]["role"] == "assistant":
+        text = text.removesuffix(end)
+    return text, [border for border in borders if border <= len(text)]
 
 
 def _check_template(prompt: str) -> None:
@@ -103,51 +143,125 @@ def _check_template(prompt: str) -> None:
 
 
 def _chat(tokenizer: Any, today: datetime) -> Style:
-    """The tokenizer's own chat template: the user gives instruction and input, the assistant the response.
+    """The tokenizer's own chat template: it writes the messages of a row, see :func:`_messages`.
 
-    The response starts where the template's generation prompt ends. Templates that prompt for reasoning, but leave it
-    out of a finished chat, differ from the generation prompt earlier; then the response starts at the difference.
+    A response starts where the template's generation prompt ends. Templates that prompt for reasoning, but leave it
+    out of a finished chat, differ from the generation prompt earlier; then the response starts at the difference. The
+    last response ends with the text, others with what the template writes after them at the end of a chat.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
+    if not has_template(tokenizer):
         raise UserError(
             f"{KEY}: chat, but the tokenizer has no chat template; use alpaca or a text with {{instruction}}"
         )
 
-    def render(row: Row, messages: Any, **options: Any) -> Any:
+    def render(messages: Messages, **options: Any) -> Any:
         try:
             dated = DATE.sub(lambda call: repr(today.strftime(call[2])), tokenizer.get_chat_template())
-            return tokenizer.apply_chat_template(messages, **({"tokenize": False, "chat_template": dated} | options))
+            options = {"tokenize": False, "chat_template": dated} | options
+            spoken = [{name: message[name] for name in ("role", "content")} for message in messages]
+            return tokenizer.apply_chat_template(spoken, **options)
         except Exception as error:  # a template is a program and can raise anything
-            reason = f"{first_line(error)} ({row['instruction'][:60]!r})"
+            reason = f"{first_line(error)} ({_shown(messages)!r})"
             raise UserError(KEY, f"the tokenizer's chat template fails on an instruction: {reason}") from error
 
-    def text(row: Row) -> tuple[str, int]:
-        chat, question = render(row, _chat_of(row)), render(row, _chat_of(row)[:1], add_generation_prompt=True)
-        if chat.startswith(question):
-            return chat, len(question)
-        other_answer = render(row, _chat_of(row | {"output": "y" if row["output"].startswith("x") else "x"}))
-        start = shared_prefix(chat, question, other_answer)
-        if start < len(render(row, _chat_of(row)[:1]).rstrip()):
-            raise UserError(
-                f"{KEY}: the tokenizer's chat template writes a question differently once it is answered, so where the "
-                f"response starts cannot be determined ({row['instruction'][:60]!r}); use another prompt"
-            )
-        return chat, start
+    def text(row: Row) -> tuple[str, list[int]]:
+        return _borders(render, _messages(row))
 
     def marked(row: Row) -> tuple[list[int], list[int]]:
-        encoding = render(row, _chat_of(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return encoding["input_ids"], encoding["assistant_masks"]
+        messages = _messages(row)
+        encoding = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return encoding["input_ids"], _weighted(encoding["assistant_masks"], messages)
 
-    try_template(tokenizer, [_chat_of(PROBE), _chat_of(PROBE)[:1]], KEY)
-    chat, other_answer = (render(PROBE, _chat_of(PROBE | {"output": output})) for output in (PROBE["output"], "x"))
+    def identified(row: Row) -> tuple[str, list[int]]:
+        """The text that identifies the tokens of a marked row, with the messages that are not learned from."""
+        messages = _messages(row)
+        return render(messages), [0, *(i for i, message in enumerate(messages) if message.get("weight") == 0)]
+
+    probe = _messages(PROBE)
+    try_template(tokenizer, [probe, probe[:1]], KEY)
+    chat, other_answer = render(probe), render(_with_content(probe, 1, "x"))
     if chat == other_answer:
         raise UserError(f"{KEY}: the tokenizer's chat template leaves out the assistant's response; use another prompt")
     ends = bool(chat.rpartition(PROBE["output"])[2].strip())
     if MARK.search(tokenizer.get_chat_template()) and getattr(tokenizer, "is_fast", False):
-        return Style(lambda row: (render(row, _chat_of(row)), 0), special_tokens=False, marked=marked, ends=ends)
+        return Style(identified, special_tokens=False, marked=marked, is_chat=True, ends=ends)
     text(PROBE)
-    return Style(text, special_tokens=False, ends=ends)
+    return Style(text, special_tokens=False, is_chat=True, ends=ends)
+
+
+def _borders(render: Callable[..., str], messages: Messages) -> tuple[str, list[int]]:
+    """A chat, and the numbers of characters before each start and end of a response that is learned from."""
+    chat, borders = render(messages), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        start = _start(render, chat, messages, number)
+        borders.append(start)
+        if number < len(messages) - 1:
+            borders.append(_end(render, chat, messages, number))
+    if borders != sorted(borders):
+        raise _unclear(messages)
+    return chat, borders
+
+
+def _start(render: Callable[..., str], chat: str, messages: Messages, number: int) -> int:
+    """Where the response that is message ``number`` starts in a chat."""
+    before = messages[:number]
+    question = render(before, add_generation_prompt=True) if before else ""  # many templates need a message
+    if question and chat.startswith(question):
+        return len(question)
+    start = shared_prefix(*filter(None, (chat, question, render(_other(messages, number)))))
+    if before and start < len(render(before).rstrip()):
+        raise _unclear(messages)
+    return start
+
+
+def _end(render: Callable[..., str], chat: str, messages: Messages, number: int) -> int:
+    """Where the response that is message ``number``, and not the last one, ends in a chat."""
+    answered = render(messages[: number + 1])
+    if chat.startswith(answered):
+        return len(answered)
+    # templates may write the last response differently (with reasoning), but end it alike
+    end = len(chat) - _shared_suffix(chat, render(_other(messages, number)))
+    after = _shared_suffix(answered, render(_other(messages[: number + 1], number)))
+    return end + shared_prefix(chat[end:], answered[len(answered) - after :])
+
+
+def _other(messages: Messages, number: int) -> Messages:
+    """The messages with another content of one of them, whose first and last characters differ."""
+    content = messages[number]["content"].strip()
+    first, last = ("y" if same else "x" for same in (content.startswith("x"), content.endswith("x")))
+    return _with_content(messages, number, first + last)
+
+
+def _with_content(messages: Messages, number: int, content: str) -> Messages:
+    return [*messages[:number], messages[number] | {"content": content}, *messages[number + 1 :]]
+
+
+def _unclear(messages: Messages) -> UserError:
+    return UserError(
+        f"{KEY}: the tokenizer's chat template writes a question differently once it is answered, so where the "
+        f"response starts cannot be determined ({_shown(messages)!r}); mark the responses in the template with "
+        "{% generation %} and {% endgeneration %}, or use another prompt"
+    )
+
+
+def _shown(messages: Messages) -> str:
+    """The beginning of a conversation, for errors."""
+    first = next((message for message in messages if message["role"] == "user"), messages[0])
+    return str(first["content"].partition("\n")[0][:60])
+
+
+def _weighted(marks: list[int], messages: Messages) -> list[int]:
+    """The marks of a template without those of messages that are not learned from."""
+    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if all(weights):
+        return marks
+    parts = [(mark, len(list(part))) for mark, part in groupby(marks)]
+    if sum(mark for mark, _ in parts) != len(weights):
+        raise _unclear(messages)
+    remaining = iter(weights)
+    return [kept for mark, count in parts for kept in [next(remaining) if mark else 0] * count]
 
 
 def shared_prefix(*sequences: Sequence[Any]) -> int:
@@ -156,6 +270,18 @@ def shared_prefix(*sequences: Sequence[Any]) -> int:
     return next((i for i, items in columns if any(item != items[0] for item in items)), min(map(len, sequences)))
 
 
-def _chat_of(row: Row) -> list[dict[str, str]]:
-    question = row["instruction"] + (f"\n\n{row['input']}" if (row.get("input") or "").strip() else "")
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+def _shared_suffix(first: str, second: str) -> int:
+    """Length of the longest common suffix of two texts."""
+    return shared_prefix(first[::-1], second[::-1])
+
+
+def _messages(row: Row) -> Messages:
+    """A row as a conversation: the user gives instruction and input, the assistant the response."""
+    if "messages" in row:
+        return list(row["messages"])
+    if "completion" in row:
+        question, answer = row["prompt"], row["completion"]
+    else:
+        question = row["instruction"] + (f"\n\n{row['input']}" if (row.get("input") or "").strip() else "")
+        answer = row["output"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

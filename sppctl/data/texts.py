@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import glob
 import gzip
 import hashlib
 import itertools
@@ -10,16 +13,16 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from sppctl.data.prompts import Row, formatted
-from sppctl.errors import UserError
+from sppctl.errors import UserError, first_line
 from sppctl.files import sources
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TEXT_FILES = (".txt",)  # each is one document
 PACKED_FILES = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz")  # unsupported: anything but gzip of one file
 INSTRUCTION_COLUMNS = ("instruction", "input", "output")
 # all of C4 would be a download of 300 GB; the literature measures on 1,100 documents of the validation split
@@ -28,7 +31,8 @@ C4_FIRST_SHARD = {
     "validation": "en/c4-validation.00000-of-00008.json.gz",
 }
 C4_DOCUMENTS = {"train": 20_000, "validation": 1_100}
-# hub ids of the known texts that are on the hub
+# hub ids of the known texts and instruction rows that are on the hub
+HUB_ROWS = {"alpaca": "tatsu-lab/alpaca", "alpaca-gpt4": "vicgalle/alpaca-gpt4"}
 HUB_TEXTS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "alpaca": "tatsu-lab/alpaca"}
 C4_WINDOWS = 256  # windows of the validation split in the literature
 # limits of what calibration reads from a source: enough web pages for hundreds of windows of long documents
@@ -51,7 +55,7 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     """The documents behind a name.
 
     Args:
-        name: a short name; a local file, plain or .gz (.jsonl, .json, .parquet: the ``text`` or instruction columns;
+        name: a short name; a local file, plain or .gz (the formats of READERS: the ``text`` or instruction columns;
             anything else: one text); or a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, with such columns.
         split: ``train`` or ``test``, where the source has splits.
         key: the configuration key, for errors.
@@ -104,12 +108,17 @@ def check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str] = ()
         if wrong:
             raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
         for column in (*needed, *optional):
-            surrogate = re.search("[\ud800-\udfff]", row.get(column) or "")
-            if surrogate:
-                raise UserError(
-                    f"{key}: {name}: row {number}: {column} has half of a surrogate pair ({surrogate[0]!r}), which is "
-                    "not a character; write the full pair, or remove it"
-                )
+            check_characters(row.get(column) or "", f"{key}: {name}: row {number}: {column}")
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raises UserError if a text has half of a surrogate pair, which cannot be encoded."""
+    surrogate = re.search("[\ud800-\udfff]", text)
+    if surrogate:
+        raise UserError(
+            f"{where} has half of a surrogate pair ({surrogate[0]!r}), which is not a character; write the full pair, "
+            "or remove it"
+        )
 
 
 # --- texts with short names -------------------------------------------------------------------------------------------
@@ -182,17 +191,22 @@ def built_in_rows(split: str) -> list[Row]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def local_file(name: str, key: str) -> Path | None:
-    """The local file of that name; None if there is none, so that the name may be a hub id.
+def local_file(name: str, key: str, *, folders: bool = False) -> Path | None:
+    """The local file of that name, or folder of files if ``folders`` are allowed.
+
+    None if there is none, so that the name may be a hub id.
 
     Raises:
         UserError: the name is that of a directory, of something else than a file, or of an archive.
     """
     path = Path(name)
+    if path.is_dir() and folders:
+        splits_of(path, key)
+        return path
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.is_file())
         inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
-        raise UserError(f"{key}: {name} is a directory; name one file in it (.txt, .jsonl, .json, .parquet){inside}")
+        raise UserError(f"{key}: {name} is a directory; name one file in it ({', '.join(FORMS)}){inside}")
     if os.path.lexists(path) and not path.is_file():
         raise UserError(f"{key}: {name} is neither a file nor a link to one")
     if path.is_file() and _form(path) in PACKED_FILES:
@@ -202,15 +216,44 @@ def local_file(name: str, key: str) -> Path | None:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name looks like ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, and not like a missing file."""
-    is_file = _form(Path(name)) in (".txt", *READERS) or name.endswith(".gz")
+    is_file = _form(Path(name)) in FORMS or name.endswith(".gz")
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)) and not is_file
 
 
 def check_split(key: str, split: str, *names: str) -> None:
-    """Raises UserError if a split is chosen though none of the data sets is on the hub: only those have splits."""
-    on_hub = any(is_hub_id(name) and not os.path.lexists(name) for name in names)
-    if split != "train" and not on_hub:
+    """Raises UserError if a split is chosen though no data set is on the hub or in a folder: only those have splits."""
+    have_splits = any(Path(name).is_dir() or (is_hub_id(name) and not os.path.lexists(name)) for name in names)
+    if split != "train" and not have_splits:
         raise UserError(f"{key}: {names[0]} has no split {split}; only hub data sets (OWNER/NAME) have splits")
+
+
+def splits_of(folder: Path, key: str) -> dict[str, list[Path]]:
+    """The data files in a folder and its subfolders by split, each split in the order of their paths.
+
+    As in datasets: files or subfolders with ``train``, ``validation`` or ``test`` in their names are these splits;
+    without such names, every file belongs to ``train``.
+
+    Raises:
+        UserError: there is no data file.
+    """
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    base, splits = glob.escape(str(folder.absolute())), {}
+    try:
+        for split, patterns in get_data_patterns(base).items():
+            files = set()
+            for pattern in patterns:
+                with contextlib.suppress(FileNotFoundError):  # nothing has such a name
+                    files |= {Path(name) for name in resolve_pattern(pattern, base)}
+            if data := sorted(file for file in files if _form(file) in FORMS):
+                splits[str(split)] = data
+    except FileNotFoundError:  # no file at all
+        pass
+    except ValueError as error:  # what looks like a part of a split has no split's name
+        raise UserError(f"{key}: {folder}: {first_line(error)}") from error
+    if not splits:
+        raise UserError(f"{key}: {folder} holds no data file ({', '.join(FORMS)}, plain or .gz)")
+    return splits
 
 
 def load_rows(
@@ -227,8 +270,9 @@ def load_rows(
 
     Args:
         name: name of the data set.
-        path: its file, see :func:`local_file`; formats other than those of READERS are read as JSON or JSON lines.
-        split: split of a hub dataset.
+        path: its file or folder, see :func:`local_file`; plain text is one row, with the column ``text``; formats
+            other than those of FORMS are read as JSON or JSON lines.
+        split: split of a hub dataset or a folder.
         key: the configuration key, for errors.
         columns: the columns to read.
         short_names: names that the key accepts besides files and hub datasets, for errors.
@@ -239,7 +283,10 @@ def load_rows(
     """
     rows: Iterable[Row]
     if path is not None:
-        rows, all_columns = READERS.get(_form(path), READERS[".json"])(path, key, columns)
+        files = _files_of_split(path, split, key) if path.is_dir() else [path]
+        parts = [_reader(file)(file, key, columns) for file in files]
+        rows = itertools.chain.from_iterable(rows for rows, _ in parts)
+        all_columns = None if any(names is None for _, names in parts) else _union(names or () for _, names in parts)
         loaded = list(_first(rows) if part else rows)
     elif is_hub_id(name):
         import datasets
@@ -255,7 +302,18 @@ def load_rows(
     else:
         names = ", ".join(short_names)
         raise UserError(f"{key}: {name} is not a file, not one of {names}, and not a hub id (OWNER/NAME)")
-    return loaded, list(all_columns or dict.fromkeys(column for row in loaded for column in row))
+    return loaded, all_columns or _union(loaded)
+
+
+def _union(columns: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(columns)))
+
+
+def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
+    splits = splits_of(folder, key)
+    if split not in splits:
+        raise UserError(f"{key}: {folder} has no split {split}; its splits: {', '.join(splits)}")
+    return splits[split]
 
 
 def load_hub(repository: str, split: str, config: str | None = None, **options: Any) -> Any:
@@ -281,7 +339,7 @@ def load_hub(repository: str, split: str, config: str | None = None, **options: 
         return dataset
 
 
-@contextmanager
+@contextlib.contextmanager
 def _loading(dataset: str) -> Iterator[None]:
     """Turns errors of loading a hub dataset into a UserError; around reading, too, as streamed rows load lazily."""
     try:
@@ -363,6 +421,37 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
         raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
 
 
+def csv_rows(path: Path, key: str) -> Iterator[Row]:
+    """The rows of a CSV or TSV file with a header, read lazily; every value is text.
+
+    A CSV file whose header has semicolons and no comma is separated by semicolons.
+
+    Raises:
+        UserError: the file is neither, has two columns of one name, or a row has more or fewer values than the header.
+    """
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 128 KiB
+    try:
+        with _opened(path) as file:
+            header = file.readline()
+            file.seek(0)
+            in_csv = ";" if ";" in header and "," not in header else ","
+            reader = csv.DictReader(file, delimiter="\t" if _form(path) == ".tsv" else in_csv, strict=True)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise UserError(f"{key}: {path} has two columns of the same name: {', '.join(names)}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{key}: {path}, line {reader.line_num}, has {'more' if None in row else 'fewer'} values than "
+                        "the header; put values that contain the separator in quotes"
+                    )
+                yield row
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
+        raise UserError(f"{key}: {path} cannot be read as {_form(path)[1:].upper()}: {error}") from error
+
+
 def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Row], list[str]]:
     import pyarrow
     import pyarrow.parquet
@@ -380,13 +469,28 @@ def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Ro
 READERS: dict[str, Callable[[Path, str, Sequence[str]], tuple[Iterable[Row], list[str] | None]]] = {
     ".jsonl": lambda path, key, _: (json_rows(path, key), None),
     ".json": lambda path, key, _: (json_rows(path, key), None),
+    ".csv": lambda path, key, _: (csv_rows(path, key), None),
+    ".tsv": lambda path, key, _: (csv_rows(path, key), None),
     ".parquet": _parquet_file,
 }
+FORMS = (*TEXT_FILES, *READERS)  # suffixes of data files
+
+
+def _reader(path: Path) -> Callable[[Path, str, Sequence[str]], tuple[Iterable[Row], list[str] | None]]:
+    """The reader of a file of training data."""
+    if _form(path) in TEXT_FILES:
+        return lambda path, key, _: ([{"text": _plain_text(path, key)}], ["text"])
+    return READERS.get(_form(path), READERS[".json"])
 
 
 def file_hash(name: str) -> str | None:
-    """A hash of a local file's content; None for data that is identified by its name."""
-    return sources.content_hash(Path(name)) if Path(name).is_file() else None
+    """A hash of the content of a local file, or of a folder's data files; None for data identified by its name."""
+    path = Path(name)
+    if path.is_dir() and name not in {*_TEXTS, *HUB_ROWS}:
+        with contextlib.suppress(UserError):  # without data files; whatever reads it says so
+            files = itertools.chain.from_iterable(splits_of(path, name).values())
+            return content_hash([f"{file.relative_to(path.absolute())} {sources.content_hash(file)}" for file in files])
+    return sources.content_hash(path) if path.is_file() else None
 
 
 def content_hash(documents: Sequence[str]) -> str:

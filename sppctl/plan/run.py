@@ -12,7 +12,7 @@ import torch
 
 from sppctl import distributed, launch, machine
 from sppctl.config.settings import Config, TrainConfig, names_of
-from sppctl.data import instructions, texts
+from sppctl.data import formats, instructions, texts
 from sppctl.errors import UserError
 from sppctl.model import architecture, checkpoint
 from sppctl.model.blocks import Skeleton
@@ -332,7 +332,7 @@ def num_examples(config: Config) -> int | None:
     if section.dataset == "instructions":
         rows: int | None = len(texts.built_in_rows("train"))
     elif (path := files[section.dataset]) is not None:
-        rows = _rows_of_file(path)
+        rows = _rows_of_file(path, config)
     else:
         rows = _rows_of_split(KNOWN_ROWS.get(section.dataset), section.split)
     if rows is None:
@@ -344,16 +344,21 @@ def num_examples(config: Config) -> int | None:
     return rows if section.max_rows is None else min(rows, section.max_rows)
 
 
-def _rows_of_file(path: Path) -> int:
+def _rows_of_file(path: Path, config: Config) -> int | None:
+    """The rows of a file or folder; None for plain text, whose windows are counted in tokens."""
+    data, key = config.train.data, "train.data.dataset"
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         try:
-            return int(pyarrow.parquet.read_metadata(path).num_rows)
+            count, columns = pyarrow.parquet.read_metadata(path).num_rows, pyarrow.parquet.read_schema(path).names
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError("train.data.dataset", f"{path} cannot be read as parquet: {error}") from error
-    return sum(1 for _ in texts.json_rows(path, "train.data.dataset"))
+            raise UserError(key, f"{path} cannot be read as parquet: {error}") from error
+    else:
+        rows, columns = texts.load_rows(str(path), path, data.split, key, columns=formats.READ, short_names=())
+        count = len(rows)
+    return None if count and formats.is_text(columns, data.columns, str(path)) else int(count)
 
 
 def _rows_of_split(rows: int | None, split: str) -> int | None:

@@ -10,8 +10,7 @@ from typing import Any
 
 from sppctl.config.settings import ModelConfig, names_of
 from sppctl.config.yaml12 import parse_yaml
-from sppctl.data.instructions import HUB_NAMES
-from sppctl.data.texts import HUB_TEXTS, is_hub_id
+from sppctl.data.texts import HUB_ROWS, HUB_TEXTS, is_hub_id
 from sppctl.evaluate.results import Json
 from sppctl.evaluate.values import Kind
 from sppctl.files.names import DIRECTORIES
@@ -119,7 +118,7 @@ def _tags(run: RunStudy, stage: str) -> list[str]:
 
 def _datasets(run: RunStudy) -> Iterator[str]:
     """Hub ids of what was calibrated with and trained on, each once; local data has none."""
-    known = HUB_TEXTS | HUB_NAMES
+    known = HUB_TEXTS | HUB_ROWS
     names: dict[str, Mapping[str, str]] = {}
     if "prune" in run.stages and (calibration := run.stages["prune"].metrics.calibration) is not None:
         inputs = run.stages["prune"].inputs

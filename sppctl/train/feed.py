@@ -1,4 +1,4 @@
-"""From instruction data to batches: rows, tokens, their order, and collation."""
+"""From training data to batches: rows, tokens, their order, and collation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
-from sppctl.data import batches, instructions, prompts, vocabulary
+from sppctl.data import batches, formats, instructions, prompts, vocabulary
 from sppctl.data.batches import Batch
 from sppctl.data.instructions import Example
 from sppctl.errors import UserError
@@ -53,18 +53,27 @@ class Feed:
                 "set eos_token in the model's tokenizer_config.json"
             )
         weights = {train.data.dataset: 1.0} if isinstance(train.data.dataset, str) else train.data.dataset
-        self.rows = instructions.load_instructions(
-            weights, train.data.split, val_size=train.data.val_size, max_rows=train.data.max_rows, seed=self.seed
-        )
-        self.style = prompts.style(train.data.prompt, tokenizer, today)
-        tokenised = partial(
-            instructions.tokenize,
-            tokenizer,
-            style=self.style,
-            seq_len=train.data.seq_len,
-            train_on_inputs=train.data.train_on_inputs,
-        )
         with distributed.first_process_first():
+            self.rows = instructions.load_instructions(
+                weights,
+                train.data.split,
+                columns=train.data.columns,
+                cut=partial(instructions.cut_windows, tokenizer, train.data.seq_len),
+                val_size=train.data.val_size,
+                max_rows=train.data.max_rows,
+                seed=self.seed,
+            )
+            kinds = dict.fromkeys(map(formats.kind_of, self.rows.train + self.rows.held_out))
+            self.styles: dict[prompts.Kind, prompts.Style] = {
+                kind: prompts.style(train.data.prompt, tokenizer, today, kind) for kind in kinds if kind != "window"
+            }
+            tokenised = partial(
+                instructions.examples,
+                tokenizer,
+                styles=self.styles,
+                seq_len=train.data.seq_len,
+                train_on_inputs=train.data.train_on_inputs,
+            )
             examples = tokenised(self.rows.train), tokenised(self.rows.held_out)
         distils = train.distill.teacher is not None
         # a step or a validation without any such example would divide 0 by 0
@@ -78,6 +87,7 @@ class Feed:
             )
         for part in (self.train, self.held_out):
             vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
+        self.is_dated = prompts.is_dated(tokenizer) and any(style.is_chat for style in self.styles.values())
         self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distils)
         self.packing = train.data.packing
         self.collator: Collator = batches.PackCollator(distils) if self.packing else self.padded
@@ -98,7 +108,12 @@ class Feed:
             if count:
                 reason = f"no response within {seq_len} tokens (train.data.seq_len)"
                 console.note(f"{count} {kind} examples have {reason} and are left out")
-        if not self.style.ends:
+        if "conversation" in self.styles and not self.styles["conversation"].is_chat:
+            console.note(
+                "the tokenizer has no chat template: each message of a user is written in train.data.prompt, and each "
+                "answer ends with the end-of-text token"
+            )
+        if not all(style.ends for style in self.styles.values()):
             console.warn(
                 "train.data.prompt: the chat template writes nothing after a response; the model cannot learn to end it"
             )

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
-from sppctl.data import prompts, vocabulary
+from sppctl.data import vocabulary
 from sppctl.errors import Problems, UserError
 from sppctl.evaluate import stage as evaluate
 from sppctl.files import cache
@@ -171,9 +171,8 @@ def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, fold
 
     A chat template that prints the date prints that of the first attempt; the tokenizer is the pruned checkpoint's.
     """
-    dated = prompts.is_dated(config.train.data.prompt, tokenizer)
-    today = distributed.decide(partial(checkpoints.start_time, folder, resume)) if dated else None
     feed = prepared.feed
+    today = distributed.decide(partial(checkpoints.start_time, folder, resume)) if feed.is_dated else None
     if today is not None or not cache.same_tokenizer(prepared.tokenizer, tokenizer):
         vocab_size = checkpoint.load_config(pruned, config.model.trust_remote_code).get_text_config().vocab_size
         feed = Feed(config, tokenizer, vocab_size, today)

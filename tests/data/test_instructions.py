@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from conftest import ALPACA, byte_tokenizer
-from test_prompts import TEMPLATES, WITHOUT_INPUT
+from test_prompts import CHAT, TEMPLATES, WITHOUT_INPUT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +31,8 @@ ROW = {"instruction": "Add.", "input": "", "output": "No."}
 
 def load(*names: Path | str, weights: list[float] | None = None, **options: Any) -> Instructions:
     wanted = dict(zip(map(str, names), weights or [1.0] * len(names), strict=True))
-    defaults: dict[str, Any] = {"split": "train", "val_size": 0, "max_rows": None, "seed": 0}
+    defaults: dict[str, Any] = {"split": "train", "columns": {}, "val_size": 0, "max_rows": None, "seed": 0}
+    defaults["cut"] = partial(instructions.cut_windows, byte_tokenizer(), 16)
     return instructions.load_instructions(wanted, **(defaults | options))
 
 
@@ -48,11 +53,19 @@ def write_as(form: str, path: Path, rows: list[dict[str, Any]]) -> None:
     if form == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
         return
+    if form.startswith(("csv", "tsv")):
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="," if form.startswith("csv") else "\t")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = file.getvalue()
+        path.write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
+        return
     text = json.dumps(rows) if "jsonl" not in form else "\n".join(map(json.dumps, rows))
     path.write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "json.gz", "jsonl.gz"])
+@pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "json.gz", "jsonl.gz", "csv", "tsv", "csv.gz"])
 def test_files_of_all_forms(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"rows.{form}"
     write_as(form, path, [row | {"text": "all of it"} for row in ALPACA])
@@ -69,7 +82,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     def load_hub(*arguments: str) -> Any:
         calls.append(arguments)
-        rows = [{"messages": ["Add."], "id": 1}] if arguments[0] == "other/columns" else ALPACA
+        rows = [{"question": "Add.", "id": 1}] if arguments[0] == "other/columns" else ALPACA
         return datasets.Dataset.from_list([row | {"text": "all of it"} for row in rows])
 
     monkeypatch.setattr(texts, "load_hub", load_hub)
@@ -89,16 +102,19 @@ def test_hub_rows(name: str, repository: str, hub: list[tuple[str, str]]) -> Non
 
 @pytest.mark.usefixtures("hub")
 def test_columns_of_a_hub_data_set_are_listed() -> None:
-    with pytest.raises(UserError, match=r"other/columns lacks instruction and output; its columns: messages, id, text"):
-        load("other/columns")
+    """One of them is that of another format, plain text."""
+    with pytest.raises(UserError, match=r"no data set has the columns answer: other/columns has question, id, text$"):
+        load("other/columns", columns={"output": "answer"})
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-@pytest.mark.parametrize("row", [{"question": "1 + 1?", "answer": "2"}, {"conversations": ["Hello"], "id": 1}])
+@pytest.mark.parametrize("row", [{"question": "1 + 1?", "answer": "2"}, {"speech": ["Hello"], "id": 1}])
 def test_columns_of_a_file_are_listed(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
     path = tmp_path / f"rows.{form}"
     write_as(form, path, [row])
-    with pytest.raises(UserError, match=rf"lacks instruction and output; its columns: {', '.join(row)}$"):
+    with pytest.raises(
+        UserError, match=rf"the columns of {path} are {', '.join(row)}; needed are .*; map them, such as "
+    ):
         load(path)
 
 
@@ -123,7 +139,7 @@ def test_what_is_neither_file_nor_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "own" / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^train\.data\.dataset: own/rows is a directory; "):
+    with pytest.raises(UserError, match=r"^train\.data\.dataset: own/rows holds no data file \(\.txt, "):
         load("own/rows")
     with pytest.raises(UserError, match=r"^train\.data\.dataset: own/link is neither a file nor a link to one$"):
         load("own/link")
@@ -245,6 +261,131 @@ def test_held_out_rows_are_shared_out_by_weight(tmp_path: Path) -> None:
 def test_settings_that_no_data_has(names: list[str], options: dict[str, Any], message: str, alpaca_file: Path) -> None:
     with pytest.raises(UserError, match=rf"^train\.data\.{message}"):
         load(*(alpaca_file if name == "ALPACA" else name for name in names), **options)
+
+
+def test_own_columns(tmp_path: Path) -> None:
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1), "input": "unused"} for n in range(6)]
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    found = load(path, columns={"instruction": "question", "output": "answer"})
+    assert said(found.train) == {(row["question"], "unused", row["answer"]) for row in rows}
+
+
+def test_a_folder_is_the_rows_of_its_files(tmp_path: Path) -> None:
+    """Files are of several forms; those of another split are left out, and so is what is not data."""
+    (tmp_path / "data").mkdir()
+    for number, form in enumerate(("jsonl", "csv", "parquet")):
+        write_as(form, tmp_path / "data" / f"train-{number}.{form}", ALPACA[8 * number : 8 * number + 8])
+    write_as("json", tmp_path / "data" / "test-0.json", ALPACA[:5])
+    (tmp_path / "README.md").write_text("not data")
+    assert sorted(asked(load(tmp_path).train)) == sorted(asked(ALPACA))
+    assert sorted(asked(load(tmp_path, split="test").train)) == sorted(asked(ALPACA[:5]))
+    with pytest.raises(
+        UserError, match=rf"^train\.data\.dataset: {tmp_path} has no split dev; its splits: train, test$"
+    ):
+        load(tmp_path, split="dev")
+
+
+def test_the_hash_of_a_folder_covers_its_data_files(tmp_path: Path) -> None:
+    first, other = numbered(tmp_path, "a", 3), tmp_path / "notes.pdf"
+    before = texts.file_hash(str(tmp_path))
+    other.write_text("no data")
+    assert texts.file_hash(str(tmp_path)) == before
+    numbered(tmp_path, "a", 4)
+    changed = texts.file_hash(str(tmp_path))
+    first.rename(tmp_path / "b.jsonl")
+    assert len({before, changed, texts.file_hash(str(tmp_path))}) == 3
+
+
+def windows(found: Instructions) -> list[str]:
+    return [byte_tokenizer().decode(list(row["tokens"])) for row in found.train if "tokens" in row]
+
+
+def test_text_is_cut_into_windows_in_its_order(tmp_path: Path) -> None:
+    """21 characters, and an end after each document, make 24 tokens: windows of 16 and 8."""
+    path = write_rows(
+        tmp_path / "own.jsonl", [{"text": text, "url": "x"} for text in ("0123456789", " ", "abcdefgh", "xyz")]
+    )
+    found = load(path)
+    assert sorted(windows(found)) == ["0123456789</s>abcde", "fgh</s>xyz</s>"]
+    assert found.taken == {str(path): 2}
+    assert len(load(path, val_size=1).held_out) == 1
+    with pytest.raises(UserError, match=rf"^train\.data\.val_size: 2 leaves nothing of the 2 windows of {path} to "):
+        load(path, val_size=2)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("One.\n\nTwo.\n")
+    assert windows(load(path)) == ["One.\n\nTwo.\n</s>"]
+    path.write_text(" \n")
+    with pytest.raises(UserError, match="holds no text"):
+        load(path)
+
+
+def test_text_is_mixed_with_rows_by_weight(tmp_path: Path) -> None:
+    """10 windows of text and 8 rows in the ratio 1 to 2: 4 windows; the windows come last, in whatever order named."""
+    text = tmp_path / "own.txt"
+    text.write_text("".join(map(chr, range(97, 97 + 26))) * 6)  # 156 and the end: 10 windows
+    rows = numbered(tmp_path, "a", 8)
+    found = load(text, rows, weights=[1, 2])
+    assert found.taken == {str(text): 4, str(rows): 8}
+    assert ["tokens" in row for row in found.train] == [False] * 8 + [True] * 4
+    assert found == load(text, rows, weights=[1, 2])
+    assert found.hash != load(text, rows, weights=[1, 2], seed=1).hash
+
+
+def test_windows_are_learned_whole_and_conversations_in_their_answers(tmp_path: Path) -> None:
+    """The kinds of rows become examples side by side; train_on_inputs is about instructions."""
+    chatting = byte_tokenizer()
+    chatting.chat_template = CHAT
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c?"}]
+    rows: list[dict[str, Any]] = [
+        ROW,
+        {"prompt": "1 + 1 =", "completion": " 2"},
+        {"messages": [*talk, {"role": "assistant", "content": "d"}]},
+        *instructions.cut_windows(chatting, 8, "own", ["0123456789"]),
+    ]
+    kinds: list[Any] = ["instruction", "completion", "conversation"]
+    styles = {kind: style("alpaca", chatting, kind=kind) for kind in kinds}
+    found = instructions.examples(chatting, rows, styles, seq_len=512, train_on_inputs=True)
+
+    def learned(example: Example) -> str:
+        return chatting.decode([label for label in example.labels if label != IGNORED])
+
+    assert learned(found[0]) == WITHOUT_INPUT + "No.</s>"
+    assert chatting.decode(found[1].input_ids) == "1 + 1 = 2</s>"
+    assert learned(found[1]) == " 2</s>"
+    assert learned(found[2]) == "b<|end|>\nd<|end|>\n"
+    assert [learned(example) for example in list(found)[3:]] == ["01234567", "89</s>"]
+    assert all(all(example.response) for example in list(found)[3:])
+    assert [example.number for example in found] == list(range(5))
+    assert len(instructions.examples(chatting, [], {}, seq_len=8, train_on_inputs=True)) == 0
+
+
+def test_without_a_chat_template_a_conversation_is_a_sequence_of_instructions(tokenizer: Any) -> None:
+    def made(*contents: str, system: str = "") -> Example:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [
+            {"role": "assistant" if number % 2 else "user", "content": content}
+            for number, content in enumerate(contents)
+        ]
+        own = style("Q: {instruction} A:", tokenizer, kind="conversation")
+        return instructions.tokenize(tokenizer, [{"messages": messages}], own, seq_len=512, train_on_inputs=False)[0]
+
+    single = made("Add.", "No.")
+    assert single == replace(tokenize(tokenizer, prompt="Q: {instruction} A:"), number=0)
+    several = made("Add.", "No.", "Why?", "So.", "Oh?", system="Be short.")
+    assert tokenizer.decode(several.input_ids) == "Be short.\n\nQ: Add. A:No.</s>Q: Why? A:So.</s>Q: Oh? A:</s>"
+    assert tokenizer.decode([label for label in several.labels if label != IGNORED]) == "No.</s>So.</s>"
+
+
+def test_documents_are_tokenised_once(counting: Counting, cache: Path) -> None:
+    first = instructions.cut_windows(counting, 8, "own", ["0123456789", "abc"])
+    assert counting.texts == 2
+    assert instructions.cut_windows(counting, 8, "own", ["0123456789", "abc"]) == first
+    assert len(instructions.cut_windows(counting, 4, "own", ["0123456789", "abc"])) == 4
+    assert counting.texts == 2
+    assert len(list(cache.iterdir())) == 1
 
 
 def tokenize(tokenizer: Any, row: dict[str, Any] = ROW, prompt: str = "alpaca", **options: Any) -> Example:
@@ -443,7 +584,7 @@ def test_templates_that_print_the_date_share_no_entry_between_days(cache: Path) 
 def test_alpaca_of_the_mirror(from_mirror: Callable[[str], Any]) -> None:
     expression = (
         "vars(instructions.load_instructions({'alpaca': 3, 'instructions': 1}, 'train[:2000]', "
-        "val_size=20, max_rows=100, seed=0))"
+        "columns={}, cut=None, val_size=20, max_rows=100, seed=0))"
     )
     found = from_mirror(expression)
     assert found["taken"] == {"alpaca": 75, "instructions": 25}

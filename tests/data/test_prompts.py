@@ -79,7 +79,7 @@ def test_the_two_prompts() -> None:
 
 def prompt(found: Style, row: dict[str, Any]) -> str:
     """What is in front of the response, which must be the rest."""
-    text, start = found.text(row | {"output": "3"})
+    text, (start,) = found.text(row | {"output": "3"})
     assert text[start:] == "3"
     return text[:start]
 
@@ -121,7 +121,7 @@ def test_texts_that_cannot_be_prompts(text: str, words: str) -> None:
 def test_chat_speaks_as_the_template_does() -> None:
     chatty = style("chat", chatting())
     asked, answered = "<|user|>\nAdd.\n\n1 and 2<|end|>\n<|assistant|>\n", "3<|end|>\n"
-    assert chatty.text(ROW) == (asked + answered, len(asked))
+    assert chatty.text(ROW) == (asked + answered, [len(asked)])
     assert chatty.text(ROW | {"input": " "})[0] == "<|user|>\nAdd.<|end|>\n<|assistant|>\n3<|end|>\n"
     assert not chatty.special_tokens
     assert chatty.ends
@@ -132,7 +132,7 @@ def test_chat_speaks_as_the_template_does() -> None:
 def test_a_response_that_begins_as_the_prompt_goes_on_is_whole(output: str) -> None:
     """The prompt asks for reasoning (<think>) that the template leaves out once there is an answer."""
     chatty = style("chat", chatting(TEMPLATES["asked to reason, which is left out"][0]))
-    text, start = chatty.text(ROW | {"output": output})
+    text, (start,) = chatty.text(ROW | {"output": output})
     assert text[start:] == f"{output}<|end|>\n"
 
 
@@ -160,3 +160,65 @@ def test_tokenizers_that_cannot_chat(template: str | None, words: str, monkeypat
     monkeypatch.setattr(chat, "SECONDS", 1)
     with pytest.raises(UserError, match=rf"^train\.data\.prompt: .*{words}"):
         style("chat", chatting(template))
+
+
+def said(found: Style, messages: list[dict[str, Any]]) -> list[str]:
+    """The responses of a conversation."""
+    text, borders = found.text({"messages": messages})
+    ends = [*borders[1::2], len(text)]
+    return [text[start:end] for start, end in zip(borders[::2], ends, strict=False)]
+
+
+def talk(*contents: str, roles: str = "ua") -> list[dict[str, Any]]:
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    return [{"role": names[role], "content": content} for role, content in zip(roles * 9, contents, strict=False)]
+
+
+# history is written without the reasoning block that the last answer starts with
+REASONING = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHAT, ["b<|end|>\n", "xdx<|end|>\n"]),
+        (REASONING, ["b<|end|>\n", "<think>\n\n</think>\n\nxdx<|end|>\n"]),
+        (TEMPLATES["a blank in front"][0], [" b </s>", " xdx </s>"]),
+        (TEMPLATES["rewritten"][0], ["B<|end|>\n", "XDX<|end|>\n"]),
+        (TEMPLATES["asked to reason, which is left out"][0], ["b<|end|>\n", "xdx<|end|>\n"]),
+    ],
+)
+def test_every_answer_of_a_conversation_is_a_response(template: str, expected: list[str]) -> None:
+    assert said(style("alpaca", chatting(template), kind="conversation"), talk("a?", "b", "c?", "xdx")) == expected
+
+
+def test_messages_of_weight_0_and_a_last_question_are_no_responses() -> None:
+    chatty = style("chat", chatting(), kind="conversation")
+    messages = talk("Be short.", "a?", "b", "c?", "d", "e?", roles="suauau")
+    assert said(chatty, messages) == ["b<|end|>\n", "d<|end|>\n"]
+    messages[2]["weight"] = 0
+    assert said(chatty, messages) == ["d<|end|>\n"]
+    assert said(chatty, messages[:2]) == []
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_marked_messages_of_weight_0_are_no_responses(weight: int) -> None:
+    tokenizer = chatting(TEMPLATES["marked"][0])
+    chatty = style("chat", tokenizer, kind="conversation")
+    assert chatty.marked is not None
+    messages = talk("a?", "b", "c?", "d")
+    messages[1]["weight"] = weight
+    tokens, marks = chatty.marked({"messages": messages})
+    response = tokenizer.decode([token for token, mark in zip(tokens, marks, strict=True) if mark])
+    assert response == "b<|end|>" * weight + "d<|end|>"
+    assert len(chatty.text({"messages": messages})[1]) == 2 - weight
+
+
+def test_completions_follow_their_prompts_directly_unless_chat_is_chosen() -> None:
+    row = {"prompt": "1 + 1 =", "completion": " 2"}
+    assert style("alpaca", chatting(), kind="completion").text(row) == ("1 + 1 = 2", [7])
+    asked = "<|user|>\n1 + 1 =<|end|>\n<|assistant|>\n"
+    assert style("chat", chatting(), kind="completion").text(row) == (asked + " 2<|end|>\n", [len(asked)])

@@ -46,6 +46,10 @@ def documents(name: Path | str, column: str | None = None, **options: Any) -> li
             ["one\u2028line", "next\x85line"],
         ),
         ("a.jsonl", lines({"text": "One."}, {"text": None}), None, ["One.", ""]),
+        ("a.csv", '\ufefftext,id\n"One, ""two"".\nThree.",1\nNA,2\n\n', None, ['One, "two".\nThree.', "NA"]),
+        ("a.csv", "id;text\r\n1;One, two.\r\n", None, ["One, two."]),
+        ("a.tsv", "id\ttext\n1\tOne; two.\n", None, ["One; two."]),
+        ("a.csv", "instruction,input,output\nAdd.,,What?\n", None, [formatted(SUMS[1])]),
         ("a.jsonl", lines(*SUMS), None, [formatted(row) for row in SUMS]),
         ("a.jsonl", lines({"text": "One.", "story": "1"}, {"text": "Two.", "story": "2"}), "story", ["1", "2"]),
     ],
@@ -85,6 +89,12 @@ def test_documents_of_a_file(
         ("a.jsonl", lines({"text": ["One."]}), None, "row 1 has no text in text$"),
         ("a.jsonl", lines({"instruction": "Add.", "output": {"a": "b"}}), None, "row 1 has no text in output$"),
         ("a.parquet", "text", None, "cannot be read as parquet: "),
+        ("a.csv", "text,id\nOne.\n", None, "line 2, has fewer values than the header; put values that contain"),
+        ("a.csv", "text\nOne.\nTwo, three.\n", None, "line 3, has more values than the header"),
+        ("a.csv", "text,text\nOne.,Two.\n", None, "has two columns of the same name: text, text$"),
+        ("a.csv", b"text\nZw\xf6lf\n", None, "cannot be read as CSV: "),
+        ("a.tsv", 'text\n"One.\n', None, "cannot be read as TSV: "),
+        ("a.csv", "", None, "holds no text"),
         *((f"a.{form}.gz", "no gzip", None, "cannot be read") for form in ("txt", "jsonl", "json")),
         *(
             (f"a.{form}.gz", gzip.compress(b"One.", mtime=0)[:-9], None, "cannot be read")

@@ -379,7 +379,7 @@ def test_a_model_that_is_nowhere_is_one_line_with_the_fix(command: Command) -> N
         (("model.path=./nowhere",), "model.path: ./nowhere does not exist"),
         (("model.compute_dtype=float16",), "model.compute_dtype: float16 gradients overflow"),
         (("train.data={dataset: instructions, split: test}",), "train.data.split: instructions has no split test"),
-        (("train.data.dataset={alpaca: 1, .: 1}",), "is a directory; name one file in it"),
+        (("train.data.dataset={alpaca: 1, /dev/null: 1}",), "is neither a file nor a link to one"),
     ],
 )
 def test_bad_inputs_name_the_key(planned: Planned, overrides: tuple[str, ...], words: str) -> None:

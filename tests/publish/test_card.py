@@ -238,9 +238,12 @@ def test_texts_are_named_without_their_folders(tmp_path: Path) -> None:
 def test_settings_on_a_card_leave_out_where_files_were(run: Path) -> None:
     study = card.study_of(run)
     record = study.stages["train"]
-    data = record.settings["train"]["data"] | {"dataset": {"/secret/rows.jsonl": 1.0, "tatsu-lab/alpaca": 2.0}}
+    mixture = {"/secret/rows.jsonl": 1.0, "tatsu-lab/alpaca": 2.0, "own/corpus": 1.0}  # the last one is a folder
+    data = record.settings["train"]["data"] | {"dataset": mixture}
     settings = record.settings | {"train": record.settings["train"] | {"data": data}}
-    stages = study.stages | {"train": dataclasses.replace(record, settings=settings, inputs={})}
+    stages = study.stages | {
+        "train": dataclasses.replace(record, settings=settings, inputs={"data own/corpus": "hash"})
+    }
     text = card.render(dataclasses.replace(study, stages=stages), "merge")
     assert "/secret" not in text
     assert "rows.jsonl: 1.0" in text

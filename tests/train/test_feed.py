@@ -61,3 +61,41 @@ def share_of_validation(feed: Feed, rank: int, monkeypatch: pytest.MonkeyPatch) 
 def test_the_epochs_are_counted_in_micro_batches(configure: Configure, llama: Path) -> None:
     feed = Feed(configure(), checkpoint.load_tokenizer(llama), 260)
     assert [feed.epochs(step) for step in (0, 1, 2, 3, 8)] == pytest.approx([0, 4 / 11, 8 / 11, 1, 2 + 8 / 11])
+
+
+def test_text_and_rows_resume_after_any_step(
+    configure: Configure, llama: Path, text_file: Path, alpaca_file: Path
+) -> None:
+    """Windows of 64 tokens and rows, as many of each: the batches after an interruption are those without one."""
+    options = [f"train.data.dataset={{{text_file}: 1, {alpaca_file}: 1}}", "train.data.seq_len=64"]
+    feeds = [Feed(configure(*options), checkpoint.load_tokenizer(llama), 260) for _ in range(2)]
+    feed = feeds[0]
+    assert len(set(feed.rows.taken.values())) == 1
+    windows = [row for row in feed.rows.train if "tokens" in row]
+    assert len(windows) == len(feed.train) / 2
+    assert all(len(window["tokens"]) == 64 for window in windows)
+    whole = [step_tokens(step) for step in itertools.islice(feed.steps(0), 12)]
+    for done in (1, 5, 6, 11):
+        assert [step_tokens(step) for step in itertools.islice(feeds[1].steps(done), 12 - done)] == whole[done:]
+
+
+def step_tokens(step: list[dict[str, Any]]) -> list[list[list[int]]]:
+    return [batch["input_ids"].tolist() for batch in step]
+
+
+def test_conversations_without_a_chat_template_are_reported(
+    configure: Configure, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text(
+        "".join(
+            f'{{"conversations": [{{"from": "human", "value": "Add {n}."}}, {{"from": "gpt", "value": "{n}"}}]}}\n'
+            for n in range(8)
+        )
+    )
+    feed = Feed(
+        configure(f"train.data.dataset={path}", "train.data.seq_len=256"), checkpoint.load_tokenizer(llama), 260
+    )
+    feed.report()
+    printed = "".join(capsys.readouterr())
+    assert "no chat template: each message of a user is written in train.data.prompt" in " ".join(printed.split())

@@ -1,0 +1,216 @@
+"""Training data as people have it: the columns of common formats, and the rows that sppctl trains on.
+
+A row is one of four kinds, which its columns show:
+
+- an instruction: ``instruction``, ``output`` and perhaps ``input``
+- a completion: ``prompt`` and ``completion``, used without any text around them (TRL's convention)
+- a conversation: ``messages``, each with ``role`` and ``content``, and with ``weight`` 0 if it is not learned from
+- a window: ``tokens`` of plain text, see :mod:`sppctl.data.instructions`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sppctl.data.prompts import Kind, Row
+from sppctl.data.texts import INSTRUCTION_COLUMNS, check_characters, check_texts
+from sppctl.errors import UserError
+
+KEY = "train.data.dataset"
+COLUMNS_KEY = "train.data.columns"
+
+# the kinds of rows in the order in which they are trained on, and a column that only they have
+KINDS: dict[Kind, str] = {
+    "instruction": "instruction",
+    "completion": "completion",
+    "conversation": "messages",
+    "window": "tokens",
+}
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# names of roles in ShareGPT data
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+OTHER_ROLES |= {"model": "assistant", "ai": "assistant", "bot": "assistant"}
+# common names of columns, for hints
+OTHER_NAMES = {
+    "instruction": ("question", "query", "problem", "user"),
+    "input": ("context",),
+    "output": ("answer", "response", "solution", "target", "assistant"),
+    "messages": ("conversation", "dialogue", "dialog", "chat"),
+    "text": ("content", "document", "story", "body"),
+}
+
+
+def kind_of(row: Row) -> Kind:
+    """The kind of a row."""
+    return next(kind for kind, column in KINDS.items() if column in row)
+
+
+def content(row: Row) -> list[str]:
+    """Texts that identify a row by what is trained on."""
+    kind = kind_of(row)
+    if kind == "window":
+        return [hashlib.sha256(row["tokens"].tobytes()).hexdigest()]
+    if kind == "conversation":
+        return [json.dumps(row["messages"])]
+    return [
+        row.get(name) or "" for name in (INSTRUCTION_COLUMNS if kind == "instruction" else ("prompt", "completion"))
+    ]
+
+
+def check_mapping(mapping: Mapping[str, str], columns: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError if ``train.data.columns`` has unknown names, or columns that none of the data sets has.
+
+    Args:
+        mapping: columns of data sets by the names in :data:`FORMATS`.
+        columns: all columns of each data set.
+    """
+    for own, theirs in mapping.items():
+        if own not in READ:
+            swapped = f"write {{{theirs}: {own}}}" if theirs in READ else None
+            raise UserError(COLUMNS_KEY, f"{own} is not one of {', '.join(READ)}", swapped)
+    if mapping and not any(set(mapping.values()) <= set(names) for names in columns.values()):
+        found = "; ".join(f"{name} has {', '.join(names)}" for name, names in columns.items())
+        raise UserError(COLUMNS_KEY, f"no data set has the columns {', '.join(mapping.values())}: {found}")
+
+
+def standard_rows(rows: list[Row], columns: Sequence[str], mapping: Mapping[str, str], name: str) -> list[Row]:
+    """Rows of one of the formats as the rows that sppctl trains on; documents keep their only column, ``text``.
+
+    Args:
+        rows: the rows of a data set.
+        columns: all its columns.
+        mapping: columns by the names in :data:`FORMATS` (``train.data.columns``), used if it has all of them.
+        name: its name, for errors.
+
+    Raises:
+        UserError: the columns are those of no format, or a row is not of the format.
+    """
+    theirs = mapping if set(mapping.values()) <= set(columns) else {}
+    format_ = _format(columns, theirs, name)
+    own = {column: theirs.get(column, column) for column in format_.columns}
+    renamed = [{column: row[other] for column, other in own.items() if other in row} for row in rows]
+    return format_.read(renamed, name)
+
+
+def is_text(columns: Sequence[str], mapping: Mapping[str, str], name: str) -> bool:
+    """Whether a data set with these columns is plain text, see :func:`standard_rows`."""
+    theirs = mapping if set(mapping.values()) <= set(columns) else {}
+    return _format(columns, theirs, name).needed == ("text",)
+
+
+def _format(columns: Sequence[str], theirs: Mapping[str, str], name: str) -> Format:
+    """The first format whose columns a data set has, some of them under other names (``theirs``)."""
+    present = (set(columns) - set(theirs.values())) | set(theirs)
+    for format_ in FORMATS:
+        if present >= set(format_.needed) and set(theirs) <= set(format_.columns):
+            return format_
+    known = " | ".join(", ".join((*format_.needed, *map("({})".format, format_.optional))) for format_ in FORMATS)
+    problem = f"the columns of {name} are {', '.join(columns)}; needed are {known}"
+    raise UserError(KEY, problem, f"map them, such as {_hint(columns)}")
+
+
+def _hint(columns: Sequence[str]) -> str:
+    """How the columns of a data set may be mapped: by common names, else an example."""
+    guessed = {
+        own: column for own, others in OTHER_NAMES.items() for column in columns if column.lower() in (own, *others)
+    }
+    choices = [format_.columns for format_ in FORMATS if set(format_.needed) <= set(guessed)]
+    if choices:
+        pairs = {own: guessed[own] for own in choices[0] if own in guessed}
+    elif len(columns) > 1:
+        pairs = {"instruction": columns[0], "output": columns[1]}
+    else:
+        pairs = {"text": columns[0] if columns else "COLUMN"}
+    return f"{COLUMNS_KEY}={{{', '.join(f'{own}: {column}' for own, column in pairs.items())}}}"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _instructions(rows: list[Row], name: str) -> list[Row]:
+    check_texts(rows, name, KEY, ("instruction", "output"), ("input",))
+    return rows
+
+
+def _conversations(rows: list[Row], name: str) -> list[Row]:
+    column = "messages" if any("messages" in row for row in rows) else "conversations"
+    return [
+        {"messages": _messages(row.get(column), f"{KEY}: {name}: row {number}")} for number, row in enumerate(rows, 1)
+    ]
+
+
+def _completions(rows: list[Row], name: str) -> list[Row]:
+    """Prompts and completions: both texts, or both lists of messages, of which the completion's are learned."""
+    if not any(isinstance(row.get("prompt"), list) for row in rows):
+        check_texts(rows, name, KEY, ("prompt", "completion"))
+        return rows
+    read = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{KEY}: {name}: row {number}"
+        prompt, completion = (_messages(row.get(column), where) for column in ("prompt", "completion"))
+        read.append({"messages": [message | {"weight": 0} for message in prompt] + completion})
+    return read
+
+
+def _documents(rows: list[Row], name: str) -> list[Row]:
+    check_texts(rows, name, KEY, optional=("text",))
+    return [{"text": row["text"]} for row in rows if (row.get("text") or "").strip()]
+
+
+def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where} has no list of messages")
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """A message with ``role`` and ``content`` (OpenAI) or ``from`` and ``value`` (ShareGPT)."""
+    if not isinstance(message, dict):
+        raise UserError(f"{where}, has neither role and content nor from and value")
+    role, text = (
+        message[name] if message.get(name) is not None else message.get(other)
+        for name, other in (("role", "from"), ("content", "value"))
+    )
+    role = OTHER_ROLES.get(str(role), role)
+    if role not in ROLES:
+        names = ", ".join((*ROLES, *OTHER_ROLES))
+        raise UserError(f"{where}, has the role {role!r}, which is not one of {names}")
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise UserError(f"{where}, has {name}, which are not supported; remove such rows")
+    if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+        text = "".join(str(part.get("text") or "") for part in text)
+    if not isinstance(text, str):
+        raise UserError(f"{where}, has no text as its content")
+    check_characters(text, where)
+    return {"role": role, "content": text} | ({"weight": 0} if message.get("weight") == 0 else {})
+
+
+@dataclass(frozen=True)
+class Format:
+    """A common format of training data."""
+
+    needed: tuple[str, ...]  # columns
+    read: Callable[[list[Row], str], list[Row]]  # rows with these columns and the data set's name -> standard rows
+    optional: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of the format."""
+        return (*self.needed, *self.optional)
+
+
+# in the order in which they are tried: Alpaca on the hub has a column text as well, UltraChat a column prompt
+FORMATS = (
+    Format(("instruction", "output"), _instructions, ("input",)),
+    Format(("messages",), _conversations),
+    Format(("conversations",), _conversations),
+    Format(("prompt", "completion"), _completions),
+    Format(("text",), _documents),
+)
+READ = tuple(dict.fromkeys(column for format_ in FORMATS for column in format_.columns))

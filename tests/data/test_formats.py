@@ -1,0 +1,136 @@
+"""The formats of training data: what their columns become, and errors that say what there is and how to map it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sppctl.data import formats
+from sppctl.data.formats import KEY
+from sppctl.errors import UserError
+
+USER = {"role": "user", "content": "1 + 1?"}
+ANSWER = {"role": "assistant", "content": "2"}
+SHAREGPT = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+
+
+def standard(*rows: dict[str, Any], **mapping: str) -> list[dict[str, Any]]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    formats.check_mapping(mapping, {"own": columns})
+    return formats.standard_rows(list(rows), columns, mapping, "own")
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1", "output": "2", "text": "whole"}, {}, ("instruction", "input", "output")),
+        ({"question": "Add.", "answer": "2"}, {"instruction": "question", "output": "answer"}, None),
+        (
+            {"instruction": "Add.", "output": "2", "context": "1"},
+            {"input": "context"},
+            {"instruction": "Add.", "output": "2", "input": "1"},
+        ),
+        # a mapped column decides on the format
+        ({"instruction": "Add.", "output": "2", "body": "Prose."}, {"text": "body"}, {"text": "Prose."}),
+        ({"prompt": "1 + 1 =", "completion": " 2"}, {}, ("prompt", "completion")),
+        ({"prompt": "1 + 1?", "messages": [USER, ANSWER]}, {}, {"messages": [USER, ANSWER]}),
+        ({"chat": [USER, ANSWER], "id": 1}, {"messages": "chat"}, {"messages": [USER, ANSWER]}),
+        ({"conversations": SHAREGPT}, {}, {"messages": [USER, ANSWER]}),
+        ({"conversations": [USER, ANSWER]}, {}, {"messages": [USER, ANSWER]}),
+        # columns that a hub data set has for other rows are null
+        ({"messages": [USER | {"tool_calls": None, "from": None}, ANSWER]}, {}, {"messages": [USER, ANSWER]}),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, {}, {"messages": [USER, ANSWER | {"weight": 0}]}),
+        ({"messages": [USER, ANSWER | {"weight": 1}]}, {}, {"messages": [USER, ANSWER]}),
+        (
+            {"messages": [USER | {"content": [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]}]},
+            {},
+            {"messages": [USER]},
+        ),
+        # of conversational prompts only the completion is learned
+        (
+            {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
+            {},
+            {"messages": [USER | {"weight": 0}, ANSWER | {"weight": 0}, USER | {"weight": 0}, ANSWER]},
+        ),
+        ({"text": "Prose.", "url": "x"}, {}, {"text": "Prose."}),
+    ],
+)
+def test_rows_of_all_formats(row: dict[str, Any], mapping: dict[str, str], expected: Any) -> None:
+    if expected is None:
+        expected = {"instruction": "Add.", "output": "2"}
+    elif isinstance(expected, tuple):
+        expected = {name: row[name] for name in expected}
+    assert standard(row, **mapping) == [expected]
+
+
+def test_blank_documents_are_left_out() -> None:
+    assert standard({"text": "One."}, {"text": " \n"}, {"text": None}, {"text": "Two."}) == [
+        {"text": "One."},
+        {"text": "Two."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (("question", "answer", "id"), "instruction: question, output: answer"),
+        (("Question", "context", "response"), "instruction: Question, output: response, input: context"),
+        (("dialogue",), "messages: dialogue"),
+        (("content", "url"), "text: content"),
+        (("a", "b", "c"), "instruction: a, output: b"),
+        (("a",), "text: a"),
+        (("prompt", "answer"), "instruction: prompt, output: answer"),
+    ],
+)
+def test_unknown_columns_are_named_with_a_way_to_map_them(columns: tuple[str, ...], hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        standard(dict.fromkeys(columns, "x"))
+    text = str(caught.value)
+    assert text.startswith(
+        f"{KEY}: the columns of own are {', '.join(columns)}; needed are instruction, output, (input) |"
+    )
+    assert text.endswith(f"map them, such as train.data.columns={{{hint}}}")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"instruction": "question"}, "no data set has the columns question: own has instruction, output$"),
+        ({"answer": "output"}, r"answer is not one of instruction, .*; write \{output: answer\}$"),
+        ({"system": "x"}, "system is not one of instruction, output, input, messages, .*, text$"),
+    ],
+)
+def test_mappings_that_do_not_match_the_data(mapping: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.data\.columns: {message}"):
+        standard({"instruction": "Add.", "output": "2"}, **mapping)
+
+
+def test_a_mapping_is_for_those_data_sets_of_a_mixture_that_have_its_columns() -> None:
+    mapping = {"instruction": "question", "output": "answer"}
+    formats.check_mapping(mapping, {"a": ["question", "answer"], "b": ["messages"]})
+    rows = [{"messages": [USER, ANSWER]}]
+    assert formats.standard_rows(rows, ["messages"], mapping, "b") == rows
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "Hello."}, "row 2 has no list of messages"),
+        ({"messages": []}, "row 2 has no list of messages"),
+        ({"messages": ["Hello."]}, "row 2, message 1, has neither role and content nor from and value"),
+        (
+            {"messages": [USER, {"role": "narrator", "content": "x"}]},
+            "message 2, has the role 'narrator', which is not",
+        ),
+        ({"messages": [{"content": "x"}]}, "message 1, has the role None"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "message 2, has tool_calls, which are not"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1, has no text as its content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1, has no text as its content"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "message 1 has half of a surrogate pair"),
+    ],
+)
+def test_a_bad_message_is_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: own: .*{message}"):
+        standard({"messages": [USER, ANSWER]}, row)
