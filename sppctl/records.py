@@ -286,6 +286,11 @@ class Completion:
     tokens: int
     is_finished: bool  # by a token that ends the text; else it was cut
 
+    @property
+    def shown(self) -> str:
+        """The text, with a mark where it was cut."""
+        return (self.text.strip() or "(nothing)") + " ..." * (not self.is_finished)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -294,6 +299,16 @@ class Sample:
     prompt: str
     chat_template: bool  # the prompt was a message of a user in the tokenizer's chat template
     completions: list[Completion]
+
+
+@dataclass(frozen=True)
+class SamplesRecord:
+    """The samples of a run, for its report."""
+
+    settings: Settings  # how texts were generated
+    weights: dict[str, str]  # fingerprint of each checkpoint by its label
+    command: str  # command line of sppctl
+    samples: list[Sample]
 
 
 METRICS: dict[str, type] = {"prune": PruneRecord, "train": TrainRecord, "merge": MergeRecord}

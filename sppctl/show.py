@@ -116,8 +116,8 @@ def samples(each: Sequence[Sample], as_json: bool) -> None:
     if as_json:
         return console.show_json(to_json(each))
     for sample in each:
-        texts = [(one.text.strip() or "(nothing)") + " ..." * (not one.is_finished) for one in sample.completions]
-        console.show_texts(sample.prompt, [one.checkpoint for one in sample.completions], texts)
+        labels, texts = zip(*((one.checkpoint, one.shown) for one in sample.completions), strict=True)
+        console.show_texts(sample.prompt, labels, texts)
     return None
 
 

@@ -248,6 +248,7 @@ eval:
   perplexity: [{text}]
   seq_len: 64
   max_tokens: 512
+  prompts: []
 """
 # of a run that takes two seconds
 SHORT = (

@@ -396,6 +396,8 @@ prune {config} prune.calibration.dataset=short.txt
     prune.calibration ... short.txt has ... 4 windows of 64 need 256 ... fewer samples
 run {config} eval.perplexity=[short.txt]
     eval.perplexity ... short.txt has ... one window of 64 ... smaller eval.seq_len
+run {config} "eval.prompts=[Why, ' ']"
+    eval.prompts: expected text
 @ write("rows.jsonl", f'{{"text": "{80 * "long "}"}}\n' + 20 * '{"text": "Short."}\n')
 prune {config} prune.calibration.dataset=rows.jsonl prune.calibration.windows=random-document
     prune.calibration.windows ... rows.jsonl has 1 documents longer than 64 ... needs 4 ... concatenate or auto

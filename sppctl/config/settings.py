@@ -274,6 +274,14 @@ class EvalConfig:
     include_path: str | None = _key(None, "folder with your own lm-eval tasks (YAML)", path=True)
     batch_size: int | Auto = _runtime("auto", "requests per batch", low=1)
     limit: int | None = _key(None, "use only the first N examples of each task; results are labelled with it", low=1)
+    prompts: list[str] = _runtime(
+        [
+            "Explain in one sentence why the sky is blue.",
+            "List three things to check before a long drive.",
+            "Write a short story about a lighthouse keeper.",
+        ],
+        "base, pruned and merged continue each of these for the report; []: no samples",
+    )
 
 
 @dataclass(frozen=True)

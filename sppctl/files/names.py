@@ -7,5 +7,6 @@ JOURNAL = "journal.jsonl"  # pruning: one line per finished block
 COPIED = "copied"  # pruning: exists once the dense checkpoint has been copied
 ALLOCATION = "allocation.json"  # pruning: the allocated ratios
 CHECKPOINTS = "checkpoints"  # training
+SAMPLES = "samples.json"  # what the checkpoints of a run write after a few prompts
 # deleted when a stage is complete; the note last, because it identifies the other files
 WORKING = (JOURNAL, COPIED, ALLOCATION, CHECKPOINTS, NOTE)

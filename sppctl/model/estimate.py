@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import torch
 from sppctl.machine import torch_dtype
 
 ROWS, WIDEST = 512, 2048  # shape of the timed product
-TIMED = 0.2  # seconds of products: long enough that waiting for a busy core does not count many times over
 OVERHEAD = 2.2  # time of a stage over that of its matrix products: norms, softmax, elementwise work, loading
 CHARACTERS = 4  # per token, for text that has not been tokenised
 
@@ -40,14 +40,14 @@ def seconds_per_token(parameters: int, width: int, dtype: str, device: torch.dev
 
 
 def _multiplications_per_second(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The speed of products as large as a layer's, one after the other."""
+    """The speed of a product as large as a layer's, the median of three."""
     inputs, weight = (torch.rand(size, width, dtype=dtype, device=device) for size in (ROWS, 2 * width))
-    (inputs @ weight.t())[0, 0].item()  # loads libraries
-    started, products, seconds = time.perf_counter(), 0, 0.0
-    while seconds < TIMED:
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
         (inputs @ weight.t())[0, 0].item()  # waits for a GPU
-        products, seconds = products + 1, time.perf_counter() - started
-    return products * ROWS * 2 * width * width / seconds
+        seconds.append(time.perf_counter() - started)
+    return ROWS * 2 * width * width / statistics.median(seconds[1:])  # the first one loads libraries
 
 
 def duration(seconds: float) -> str:

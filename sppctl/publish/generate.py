@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sppctl import console, records
+from sppctl.config.settings import EvalConfig
 from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
 from sppctl.evaluate.subjects import Subject
@@ -17,11 +18,7 @@ from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.model import checkpoint
 from sppctl.records import Completion, Sample
 
-PROMPTS = (
-    "Explain in one sentence why the sky is blue.",
-    "List three things to check before a long drive.",
-    "Write a short story about a lighthouse keeper.",
-)
+PROMPTS = EvalConfig().prompts
 
 
 @dataclass(frozen=True)

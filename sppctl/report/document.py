@@ -7,18 +7,16 @@ that it shares with its neighbours, whether it is text, a number or code) is a p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sppctl.report import plots, plots_results, provenance, tables
+from sppctl.records import Sample
+from sppctl.report import plots, plots_results, provenance, tables, verdict
+from sppctl.report.plots import Figure
 from sppctl.report.study import RunStudy, Study
 from sppctl.report.tables import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
+from sppctl.report.verdict import Verdict
 
 PAIRED = (
     "Paired bootstrap over samples (10,000 resamples, fixed seed): the 95 % interval of the mean difference, in "
@@ -27,6 +25,11 @@ PAIRED = (
 )
 FLIPPED = "Samples that the checkpoints answer differently; a small difference in accuracy can hide many of them."
 BETWEEN = "Merged checkpoints on the same samples, against the first run"
+PROVENANCE = "How it was made"
+SAMPLED = (
+    "Each checkpoint continues the prompt with its likeliest tokens, in the tokenizer's chat template if it has one. "
+    "Dots are where a text was cut. A few samples show how a model writes, not how good it is."
+)
 OVER_SEEDS = "Mean ± standard deviation over runs that differ only in run.seed."
 
 
@@ -55,20 +58,13 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A drawing."""
+class Samples:
+    """What checkpoints wrote after the same prompts, side by side."""
 
-    caption: str
-    draw: Callable[[], Drawing]  # called under the project's style
-    file: tuple[str, str] | None = None  # if it is also written to a file: its name, and a description
-
-    @cached_property
-    def svg(self) -> str:
-        """The figure as an element of a page, drawn once."""
-        return plots_results.element(self.draw, self.caption)
+    samples: Sequence[Sample]
 
 
-Item = Table | Figure | Note | Facts | Code
+Item = Samples | Verdict | Table | Figure | Note | Facts | Code
 
 
 @dataclass(frozen=True)
@@ -81,13 +77,14 @@ class Section:
     anchor: str = ""  # link target in the page
     folder: str = ""  # of the files of its figures
     is_summary: bool = False  # shown on a terminal
+    is_folded: bool = False  # a page shows its heading alone until it is unfolded
 
 
 def document(study: Study, chapters: Sequence[Sequence[Section]], directory: str | Path = ".") -> list[Section]:
     """The report in a directory: the :func:`chapter` of each run, of several runs after an overview."""
     if len(study.runs) == 1:
         return list(chapters[0])
-    sections = [Section(f"{len(study.runs)} runs", level=1), *_overview(study)]
+    sections = [Section(f"{len(study.runs)} runs", [verdict.of_study(study)], 1, is_summary=True), *_overview(study)]
     for index, (run, chapter_of_run) in enumerate(zip(study.runs, chapters, strict=True)):
         folder = f"{os.path.relpath(run.directory, directory)}/"
         lower = [replace(section, level=section.level + 1, folder=folder) for section in chapter_of_run]
@@ -97,13 +94,11 @@ def document(study: Study, chapters: Sequence[Sequence[Section]], directory: str
 
 def _overview(study: Study) -> list[Section]:
     rows = study.rows
-    items = _noted(tables.over_runs(rows, tables.values), tables.COLUMN_NOTE)
+    items: list[Item] = list(plots_results.result_figures(rows))
+    items += _noted(tables.over_runs(rows, tables.values), tables.COLUMN_NOTE)
     if rows:
         gaps = tables.over_runs([row for row in rows if row.difference], tables.gaps)
         items += [gaps, Note(tables.note_on_differences(rows))]
-    if plots_results.bar_quantities(rows):
-        caption = "Perplexity and divergence from the dense model, all runs"
-        items.append(Figure(caption, partial(plots_results.bars, rows)))
     sections = [
         Section("All runs", items, is_summary=True),
         Section("Over seeds", _noted(tables.seed_table(study.seeds), OVER_SEEDS), 3),
@@ -114,27 +109,28 @@ def _overview(study: Study) -> list[Section]:
 
 def chapter(run: RunStudy) -> list[Section]:
     """The report of one run."""
-    facts = provenance.facts(run)
-    top: list[Item] = [Facts(facts)] if facts else []
+    facts, found = provenance.facts(run), verdict.of_run(run)
+    top: list[Item] = [found] if found.findings or found.warnings else []
+    top += [Facts(facts)] if facts else []
     if not run.rows:
         top.append(Note("No checkpoint of this run has been measured yet; run sppctl eval."))
     sections = [Section(run.directory, top, level=1, is_summary=True)]
     distance = _noted(tables.comparison_table(run.rows), tables.note_on_differences(run.rows))
-    costs = plots_results.costs_of(run)
-    costs_figure = Figure("Time of each stage, size of each checkpoint", partial(plots_results.costs, costs))
     for title, items in (
         ("Results", _results(run)),
         ("Distance to the dense model", distance),
+        ("Generated text", _samples(run)),
         ("On the same samples", _noted(tables.significance_table(run.comparisons), PAIRED)),
         ("", [Facts(run.notes, is_small=True)] if run.notes else []),  # added to the previous section
         ("Flipped answers", _noted(tables.flip_table(run.comparisons), FLIPPED)),
         ("Training", _training(run)),
         ("Pruning", _pruning(run)),
-        ("Time and size", [costs_figure] if costs else []),
-        ("How it was made", _provenance(run)),
+        ("Time and size", list(plots_results.cost_figures(run))),
+        (PROVENANCE, _provenance(run)),
     ):
         if items and title:
-            sections.append(Section(title, items, is_summary=title == "Results"))
+            is_last = title == PROVENANCE
+            sections.append(Section(title, items, is_summary=title == "Results", is_folded=is_last))
         elif items:
             sections[-1] = replace(sections[-1], items=[*sections[-1].items, *items])
     return sections
@@ -145,28 +141,23 @@ def _noted(table: Table, note: str) -> list[Item]:
 
 
 def _results(run: RunStudy) -> list[Item]:
-    items: list[Item] = [tables.table(run.rows)] if run.rows else []
-    if plots_results.bar_quantities(run.rows):
-        caption = "Perplexity and divergence from the dense model; whiskers are one standard error over windows"
-        items.append(Figure(caption, partial(plots_results.bars, run.rows)))
-    if plots_results.dot_quantities(run.rows):
-        caption = "Accuracies and agreement with the dense model; whiskers: one standard error"
-        items.append(Figure(caption, partial(plots_results.dots, run.rows)))
-    return items
+    measured = [tables.table(run.rows)] if run.rows else []
+    return [*plots_results.result_figures(run.rows), *measured]
+
+
+def _samples(run: RunStudy) -> list[Item]:
+    return [Samples(run.samples), Note(SAMPLED)] if run.samples else []
 
 
 def _training(run: RunStudy) -> list[Item]:
-    curves = plots_results.loss_curves(run.stages["train"].metrics) if "train" in run.stages else {}
-    return [Figure(f"By optimizer step: {', '.join(curves)}", partial(plots_results.losses, curves))] if curves else []
+    return list(plots_results.loss_figures(run.stages["train"].metrics)) if "train" in run.stages else []
 
 
 def _pruning(run: RunStudy) -> list[Item]:
     if not run.layers:
         return []
-    error = plots.error_measure(run.layers).replace("_", " ")
-    file = plots.FIGURE, f"{error} and sparsity by block"
-    caption = f"{error.capitalize()} and sparsity by block and module type"
-    return [Figure(caption, partial(plots.draw, run.layers), file), tables.type_table(run.layers)]
+    figure = plots.pruning(run.layers)
+    return [*([figure] if figure is not None else []), tables.type_table(run.layers)]
 
 
 def _provenance(run: RunStudy) -> list[Item]:

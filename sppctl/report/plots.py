@@ -1,22 +1,25 @@
-"""Records of pruned layers -> one figure: error and sparsity by depth, a line per module type.
+"""Figures, and the one of pruned layers: error by depth, a line per module type, and sparsity where it differs.
 
-The figure suits paper and screens: the colours of Okabe and Ito (Color Universal Design, 2008), which colour-blind
-people can tell apart, a different marker for every line, text that stays text. The same records give the same bytes.
+Figures suit paper and screens: the colours of Okabe and Ito (Color Universal Design, 2008), which colour-blind people
+can tell apart, a different marker for every line, text that stays text. The same records give the same bytes.
 matplotlib is imported only when something is drawn.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sppctl.records import LayerRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
     from matplotlib.lines import Line2D
 
 FIGURE = "pruning.svg"
@@ -41,9 +44,40 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sppctl",  # otherwise identifiers in the file are random
 }
-WIDTH = 7.0  # inches: the text width of a page
+WIDTH = 7.0  # inches: the text width of a printed page
+NARROW = 4.2  # inches: on a telephone its letters are hardly made smaller, and wide screens show several side by side
+ON_PAGES = {  # colours that a page sets: its ink, its paper, and those that a dark one needs lighter
+    "#000000": "currentColor",
+    "#ffffff": "var(--page)",
+    "#d9d9d9": "var(--grid)",
+    "#0072b2": "var(--blue)",
+}
 
 Points = dict[int, list[LayerRecord]]  # block index -> its layers of one module type
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, with its numbers for those who cannot see it."""
+
+    caption: str
+    numbers: str
+    draw: Callable[[], Drawing]  # called under the project's style
+    file: tuple[str, str] | None = None  # if it is also written to a file: its name, and a description
+
+    @cached_property
+    def svg(self) -> str:
+        """The figure as an element of a page, drawn once: no declaration, no background, colours of the page."""
+        text = svg(self.draw, **{"savefig.transparent": True})
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+        text = re.sub(r"<[^>]+>", lambda tag: re.sub("#[0-9a-f]{6}", _on_page, tag[0]), text)
+        label = f"{self.caption.rstrip('.')}. {self.numbers}"
+        label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+        return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).rstrip()
+
+
+def _on_page(colour: re.Match[str]) -> str:
+    return ON_PAGES.get(colour[0], colour[0])
 
 
 def error_measure(layers: list[LayerRecord]) -> str:
@@ -74,7 +108,7 @@ def by_type(layers: list[LayerRecord]) -> dict[str, Points]:
     return named
 
 
-def svg(make: Callable[[], Figure], **options: str) -> str:
+def svg(make: Callable[[], Drawing], **options: Any) -> str:
     """A figure as SVG, in the project's style with these options of matplotlib; equal figures give equal text."""
     from matplotlib import style
 
@@ -84,21 +118,51 @@ def svg(make: Callable[[], Figure], **options: str) -> str:
     return text.getvalue()
 
 
-def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of this height in inches, and (rows, columns) axes in it."""
-    from matplotlib.figure import Figure
+def panels(height: float, rows: int = 1, width: float = NARROW, **options: Any) -> tuple[Drawing, Any]:
+    """A figure of this size in inches, and (rows, 1) axes in it."""
+    from matplotlib.figure import Figure as Drawing
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    figure = Drawing(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, squeeze=False, **options)
 
 
-def draw(layers: list[LayerRecord]) -> Figure:
-    """The figure: error by depth above, sparsity by depth below. Experts of one block are averaged."""
+def with_legend(figure: Drawing, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Puts a legend above the axes, in as many columns as there is room for, and makes the figure higher by it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper right", ncols=columns, handlelength=2.6)
+        box = legend.get_window_extent(renderer)  # type: ignore[arg-type]
+        if box.width <= figure.bbox.width or columns == 1:
+            figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + box.height / figure.dpi)
+            return
+        legend.remove()
+
+
+def pruning(layers: list[LayerRecord]) -> Figure | None:
+    """The figure of pruned layers; None of a single block, which a table shows as well."""
+    types = {name: _means(points, error_measure(layers)) for name, points in by_type(layers).items()}
+    if len({block for values in types.values() for block in values}) < 2:
+        return None
+    error = error_measure(layers).replace("_", " ")
+    shown = f"{error} and sparsity" if _sparsity_differs(layers) else error
+    ranges = {name: (min(errors.values()), max(errors.values())) for name, errors in types.items()}
+    numbers = [f"{name} from {low:.3f} to {high:.3f}" for name, (low, high) in ranges.items()]
+    caption = f"{shown.capitalize()} by block and module type"
+    return Figure(caption, "; ".join(numbers), lambda: draw(layers, NARROW), (FIGURE, f"{shown} by block"))
+
+
+def draw(layers: list[LayerRecord], width: float = WIDTH) -> Drawing:
+    """The figure: error by depth above, sparsity by depth below if it differs. Experts of one block are averaged."""
     from matplotlib.ticker import MaxNLocator
 
     error = error_measure(layers)
     types = by_type(layers)
-    figure, ((above,), (below,)) = panels(4.8, 2, sharex=True, height_ratios=(3, 1))
+    has_sparsity = _sparsity_differs(layers)
+    ratios = (3, 1)[: 1 + has_sparsity]
+    figure, grid = panels(4.4 if has_sparsity else 3.2, len(ratios), width, sharex=True, height_ratios=ratios)
+    above, below = grid[0, 0], grid[-1, 0]
     errors, sparsities = ([_means(points, key) for points in types.values()] for key in (error, "sparsity"))
     lines = _lines(above, errors)
     kind = error.split("_")[1]  # weight or output
@@ -106,18 +170,25 @@ def draw(layers: list[LayerRecord]) -> Figure:
     all_errors = [value for values in errors for value in values.values()]
     if min(all_errors) < max(all_errors) / 2:  # otherwise an axis from zero would hide small differences
         above.set_ylim(bottom=0)
-    _sparsity_lines(below, [{block: 100 * value for block, value in values.items()} for values in sparsities])
-    below.set_ylabel("sparsity\n(% zeros)")
+    if has_sparsity:
+        _sparsity_lines(below, [{block: 100 * value for block, value in values.items()} for values in sparsities])
+        below.set_ylabel("sparsity\n(% zeros)")
+        below.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     below.set_xlabel("block index (0 = nearest to the input)")
-    below.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     labels = []
     for name, points in types.items():
         num_experts = max(map(len, points.values()))
         labels.append(name if num_experts == 1 else f"{name}\n(mean of {num_experts})")
-    figure.legend(lines, labels, loc="outside right upper", handlelength=2.6)
+    with_legend(figure, lines, labels)
     figure.align_ylabels()
     return figure
+
+
+def _sparsity_differs(layers: list[LayerRecord]) -> bool:
+    """Whether it is worth a drawing: a flat line is not."""
+    by_layer = [100 * layer.sparsity for layer in layers]
+    return max(by_layer) - min(by_layer) >= SAME
 
 
 def _means(points: Points, key: str) -> dict[int, float]:

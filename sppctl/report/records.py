@@ -6,14 +6,17 @@ numbers would appear under the name of the new stage, so they are left out, with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sppctl import records as stage_records
 from sppctl.errors import UserError
 from sppctl.evaluate.results import REMEDY, Results
-from sppctl.files.names import DIRECTORIES, RECORD
-from sppctl.records import StageRecord
+from sppctl.files import sealed
+from sppctl.files.names import DIRECTORIES, RECORD, SAMPLES
+from sppctl.records import Sample, SamplesRecord, StageRecord
 
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
 ORDER = ("base", *STAGES)
@@ -50,6 +53,36 @@ def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str
         results[path.stem] = loaded
     notes = _leave_out_stages(run_dir, stages)
     return stages, results, notes + _leave_out_results(run_dir, stages, results)
+
+
+def stored_samples(run_dir: Path) -> SamplesRecord | None:
+    """The file of samples of a run; None without one, UserError if it is damaged."""
+    path = run_dir / SAMPLES
+    if not path.is_file():
+        return None
+    try:
+        return stage_records.from_json(SamplesRecord, sealed.read(path, REMEDY))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
+
+
+def read_samples(run_dir: Path, stages: Mapping[str, Record]) -> tuple[list[Sample], list[str]]:
+    """What the checkpoints of a run wrote, and a note for each whose weights have since been replaced."""
+    stored = stored_samples(run_dir)
+    if stored is None:
+        return [], []
+    current = _fingerprints(stages)
+    kept = {label for label, weights in stored.weights.items() if weights == current.get(label)}
+    notes = [
+        f"{run_dir / SAMPLES}: what {label} wrote is of weights that the run does not hold any more; sppctl eval"
+        for label in stored.weights
+        if label not in kept
+    ]
+    samples = [
+        replace(sample, completions=[one for one in sample.completions if one.checkpoint in kept])
+        for sample in stored.samples
+    ]
+    return [sample for sample in samples if sample.completions], notes
 
 
 def no_run(run_dir: Path) -> UserError:
@@ -92,7 +125,7 @@ def _leave_out_results(run_dir: Path, stages: dict[str, Record], results: dict[s
     return notes
 
 
-def _fingerprints(stages: dict[str, Record]) -> dict[str, str | None]:
+def _fingerprints(stages: Mapping[str, Record]) -> dict[str, str | None]:
     """Fingerprints of the dense model that was pruned and of the output of each stage; None if a stage is missing."""
     fingerprints = {folder: stages[stage].output if stage in stages else None for folder, stage in STAGES.items()}
     return fingerprints | {"base": stages["prune"].inputs.get("base") if "prune" in stages else None}

@@ -20,7 +20,7 @@ from sppctl.config.settings import Config
 from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
 from sppctl.evaluate.results import Json, Results
 from sppctl.evaluate.values import Kind, Quantity, Value, distinguish, values_of
-from sppctl.records import LayerRecord, to_json
+from sppctl.records import LayerRecord, Sample, to_json
 from sppctl.report import records, significance
 from sppctl.report.records import Record
 from sppctl.report.significance import Comparison, Measured, TaskSamples
@@ -105,7 +105,9 @@ class RunStudy:
     checkpoints: dict[str, Results]
     comparisons: Sequence[Comparison] = ()  # of every checkpoint with the dense and the pruned one
     left_out: Sequence[str] = ()  # a note for each record and file of samples that is left out
-    samples: Mapping[Measured, TaskSamples] = field(default_factory=dict)  # of the merged checkpoint, to compare runs
+    # of the tasks of the merged checkpoint, to compare runs
+    task_samples: Mapping[Measured, TaskSamples] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()  # what the checkpoints wrote
 
     @classmethod
     def of(cls, run_dir: Path) -> RunStudy:
@@ -133,12 +135,22 @@ class RunStudy:
                 entries = significance.compare_texts(checkpoints[first].texts, checkpoints[second].texts)
                 entries += significance.compare_tasks(samples[first], samples[second])
                 comparisons += [Comparison(first, second, entries)] if entries else []
-        return cls(str(run_dir), config, stages, checkpoints, comparisons, notes, samples.get("merged", {}))
+        written, outdated = records.read_samples(run_dir, stages)
+        of_tasks = samples.get("merged", {})
+        return cls(str(run_dir), config, stages, checkpoints, comparisons, notes + outdated, of_tasks, written)
 
     @property
     def layers(self) -> list[LayerRecord]:
         """The records of all pruned layers; empty without pruning."""
         return self.stages["prune"].metrics.layers if "prune" in self.stages else []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The time of every stage and evaluation that took any."""
+        seconds = {stage: record.wall_time_s for stage, record in self.stages.items()}
+        for label, content in self.checkpoints.items():
+            seconds[f"eval {label}"] = sum(result.seconds for result in content.results)
+        return {name: value for name, value in seconds.items() if value}
 
     @property
     def seed(self) -> int | None:
@@ -205,6 +217,7 @@ class RunStudy:
             "checkpoints": {label: content.to_json() for label, content in self.checkpoints.items()},
             "comparisons": [asdict(pair) for pair in self.comparisons],
             "notes": self.notes,
+            "samples": to_json(self.samples),
             "table": [row.to_json() for row in self.rows],
         }
 
@@ -299,7 +312,7 @@ class Study:
             first, first_texts = merged[0], merged[0].checkpoints["merged"].texts
             tokenizers = {result.tokenizer for result in first_texts}  # windows of other tokens cannot be paired
             second_texts = [text for text in second.checkpoints["merged"].texts if text.tokenizer in tokenizers]
-            tasks = significance.compare_tasks(first.samples, second.samples)
+            tasks = significance.compare_tasks(first.task_samples, second.task_samples)
             entries = significance.compare_texts(first_texts, second_texts)
             entries += [entry for entry in tasks if entry.is_mean] or tasks
             if entries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +28,7 @@ class Column:
     group: str = ""  # the upper head, shared with its neighbours
     title: str = ""  # the complete head in one line, if not the name
     kind: str = "number"  # right-aligned; text and code are left-aligned
+    is_setting: bool = False  # of how the row was made, which a narrow page shows below its head
 
     @property
     def head(self) -> str:
@@ -50,6 +51,10 @@ class Table:
     parts: frozenset[int] = frozenset()  # rows that belong to the mean above them
     breaks: frozenset[int] = frozenset()  # rows that begin another run
     is_wide: bool = False  # heads are on several lines, below those that neighbours share
+    # for each row the head that it shares with its neighbours, and a short one below it, for renderers that have room
+    # for both in place of the first ``num_heads`` columns
+    heads: Sequence[tuple[str, str]] = ()
+    num_heads: int = 1
 
     @property
     def spans(self) -> list[tuple[str, int]]:
@@ -75,10 +80,24 @@ def table(rows: Sequence[Row]) -> Table:
         ["sparse matrices", *(str(row.sparsity["sparse_matrices"]) for row in rows)],
         ["size, MB", *(f"{row.sparsity['bytes'] / 1e6:.1f}" for row in rows)],
     ]
-    measured = quantities(rows)
+    heads = [("", str(line[0])) for line in lines]
+    measured = by_scope(rows)
     parts = frozenset(at for at, quantity in enumerate(measured, len(lines)) if quantity.part is not None)
     lines += [[quantity.label, *(_value(row, quantity, with_norm=True) for row in rows)] for quantity in measured]
-    return Table([Column("", kind="text"), *(Column(row.checkpoint) for row in rows)], lines, parts=parts)
+    heads += map(_row_head, measured)
+    columns = [Column("", kind="text"), *(Column(row.checkpoint) for row in rows)]
+    return Table(columns, lines, parts=parts, heads=heads)
+
+
+def by_scope(rows: Iterable[Row]) -> list[Quantity]:
+    """The quantities of rows; those of a text or a group together."""
+    measured = quantities(rows)
+    scopes = list(dict.fromkeys(quantity.scope for quantity in measured))
+    return sorted(measured, key=lambda quantity: scopes.index(quantity.scope))
+
+
+def _row_head(quantity: Quantity) -> tuple[str, str]:
+    return quantity.scope, quantity.name if quantity.metric.is_of_task else quantity.metric.title
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:
@@ -87,11 +106,13 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         columns += [(f"{row.checkpoint} - base", row, _difference)] if row.difference or row.recovered else []
         columns += [("gap recovered", row, _recovered)] if row.recovered else []
-    lines = []
-    for quantity in quantities(row for _, row, _ in columns):
+    lines, heads = [], []
+    for quantity in by_scope(row for _, row, _ in columns):
         cells = [write(row, quantity) for _, row, write in columns]
-        lines += [[quantity.label, *cells]] if set(cells) != {NOTHING} else []
-    return Table([*columns_of("<measure"), *(Column(head) for head, _, _ in columns)], lines)
+        if set(cells) != {NOTHING}:
+            lines.append([quantity.label, *cells])
+            heads.append(_row_head(quantity))
+    return Table([*columns_of("<measure"), *(Column(head) for head, _, _ in columns)], lines, heads=heads)
 
 
 def note_on_differences(rows: Iterable[Row]) -> str:
@@ -138,7 +159,7 @@ def significance_table(comparisons: Iterable[Comparison]) -> Table:
             p = f"{paired.p:.4f}" if paired.p >= 0.001 else f"{paired.p:.1e}"
             name = f"{entry.name} {'acc' if is_share else 'loss, nats'}"
             lines.append([names, name, str(entry.samples), *means, difference, f"{low} to {high}", p])
-    return Table(columns, lines)
+    return Table(columns, lines, heads=[(line[0], line[1]) for line in lines], num_heads=2)
 
 
 def flip_table(comparisons: Iterable[Comparison]) -> Table:
@@ -152,7 +173,7 @@ def flip_table(comparisons: Iterable[Comparison]) -> Table:
             share = f"{flips.flipped} ({flips.flipped / flips.answers:.2%})"
             kinds = (flips.correct_to_wrong, flips.wrong_to_correct, flips.wrong_to_wrong)
             lines.append([names, entry.name, str(flips.answers), share, *map(str, kinds)])
-    return Table(columns, lines)
+    return Table(columns, lines, heads=[(line[0], line[1]) for line in lines], num_heads=2)
 
 
 def _named(comparisons: Iterable[Comparison]) -> Iterator[tuple[Entry, str]]:
@@ -174,14 +195,13 @@ def over_runs(rows: Sequence[Row], *parts: Callable[[Sequence[Row]], Part]) -> T
         columns += part_columns
         lines = [[*line, *cells] for line, cells in zip(lines, part_rows, strict=True)]
     breaks = frozenset(index for index in range(1, len(rows)) if rows[index].run != rows[index - 1].run)
-    return Table(columns, lines, breaks=breaks, is_wide=True)
+    heads = [(names[row.run] if len(names) > 1 else "", row.checkpoint) for row in rows]
+    return Table(columns, lines, breaks=breaks, is_wide=True, heads=heads, num_heads=1 + (len(names) > 1))
 
 
 def values(rows: Sequence[Row]) -> Part:
     """Sparsity, and a column per quantity."""
-    measured = quantities(rows)
-    scopes = list(dict.fromkeys(quantity.scope for quantity in measured))
-    measured.sort(key=lambda quantity: scopes.index(quantity.scope))  # keeps the columns of a text or a group together
+    measured = by_scope(rows)
     cells = [[_sparsity(row), *(_value(row, quantity) for quantity in measured)] for row in rows]
     return [Column("sparsity"), *map(_column, measured)], cells
 
@@ -210,7 +230,7 @@ def seed_table(groups: Sequence[OverSeeds]) -> Table:
     for group, line in zip(groups, lines, strict=True):
         line.append(str(group.seeds))
         for quantity in measured:
-            numbers = [_written(quantity.metric.kind, number) for number in group.numbers.get(quantity, ())]
+            numbers = [written(quantity, number) for number in group.numbers.get(quantity, ())]
             line.append(" ± ".join(numbers) or NOTHING)
     return Table([*columns, Column("seeds"), *map(_column, measured)], lines, is_wide=True)
 
@@ -221,6 +241,7 @@ def _settings(rows: Sequence[Row]) -> Part:
     keys = short_names(rows)
     columns = columns_of("<checkpoint", "<method", "<pattern", "<training")
     columns += [Column(name, kind="text" if key in text_keys else "number") for key, name in keys.items()]
+    columns[1:] = [replace(column, is_setting=True) for column in columns[1:]]
     lines = []
     for row in rows:
         methods = [row.checkpoint, row.method or NOTHING, row.pattern or NOTHING, row.training or NOTHING]
@@ -240,10 +261,14 @@ def _value(row: Row, quantity: Quantity, with_norm: bool = False) -> str:
     if value is None or value.number is None:
         return NOTHING
     norm = f" (norm {value.norm:.2%})" if with_norm and value.norm is not None else ""
-    return _written(quantity.metric.kind, value.number) + norm
+    return written(quantity, value.number) + norm
 
 
-def _written(kind: Kind, number: float) -> str:
+def written(quantity: Quantity, number: float | None) -> str:
+    """A number as tables show it."""
+    kind = quantity.metric.kind
+    if number is None:
+        return NOTHING
     if kind == Kind.PERPLEXITY:
         return f"{number:.2f}" if number < 1e5 else f"{number:.3g}"
     formats = {Kind.DIVERGENCE: ".4f", Kind.OTHER: ".2f"}

@@ -6,16 +6,19 @@ import csv
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from sppctl import console
 from sppctl.evaluate.results import Json, Results
 from sppctl.evaluate.values import distinguish, values_of
-from sppctl.report.document import Facts, Figure, Item, Note, Section, chapter, document
+from sppctl.records import Sample
+from sppctl.report.document import Facts, Item, Note, Samples, Section, chapter, document
+from sppctl.report.plots import Figure
 from sppctl.report.study import Study
 from sppctl.report.tables import NOTHING, Table
+from sppctl.report.verdict import Verdict
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
@@ -38,17 +41,30 @@ def escape(text: str) -> str:
 def _block(item: Item, folder: str) -> str:
     if isinstance(item, Table):
         return (f"**{escape(item.title)}**\n\n" if item.title else "") + "\n".join(grid(item))
-    if isinstance(item, Facts):
+    if isinstance(item, Verdict | Facts):
         return "\n".join(f"- {escape(line)}" for line in item.lines)
     if isinstance(item, Note):
         return escape(item.text)
+    if isinstance(item, Samples):
+        return "\n\n".join(block for sample in item.samples for block in _sample(sample))
     if isinstance(item, Figure):
         return "" if item.file is None else f"![{item.file[1]}]({quote(folder)}{item.file[0]})"
-    fence = "`" * (1 + max(2, *map(len, re.findall("`*", item.text))))  # longer than any in the text
-    block = f"{fence}{item.language}\n{console.plain_lines(item.text)}\n{fence}"
+    block = _fenced(item.text, item.language)
     if item.folded is None:
         return block
     return f"<details><summary>{escape(item.folded)}</summary>\n\n{block}\n\n</details>"
+
+
+def _fenced(text: str, language: str = "") -> str:
+    fence = "`" * (1 + max(2, *map(len, re.findall("`*", text))))  # longer than any in the text
+    return f"{fence}{language}\n{console.plain_lines(text)}\n{fence}"
+
+
+def _sample(sample: Sample) -> Iterator[str]:
+    yield f"**{escape(sample.prompt)}**"
+    for one in sample.completions:
+        yield f"{escape(one.checkpoint)}:"
+        yield _fenced(one.shown)
 
 
 def grid(table: Table) -> list[str]:
@@ -92,7 +108,7 @@ def show(study: Study) -> None:
         if not any(isinstance(item, Table) for item in section.items):
             print(console.plain(section.title))
         for item in sorted(section.items, key=lambda item: isinstance(item, Table)):  # tables last
-            if isinstance(item, Facts):
+            if isinstance(item, Verdict | Facts):
                 print("\n".join(map(console.plain, item.lines)))
             elif isinstance(item, Table):
                 rows = [[f"  {row[0]}" if i in item.parts else row[0], *row[1:]] for i, row in enumerate(item.rows)]

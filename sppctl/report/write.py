@@ -81,7 +81,7 @@ def _write(study: Study, chapters: Sequence[Sequence[Section]], directory: Path)
         "report.json": strict_json.dumps(study.to_json(), indent=2, default=str) + "\n",
         "report.html": to_html(sections),
     }
-    if len(study.runs) == 1 and study.runs[0].layers:
+    if len(study.runs) == 1 and plots.pruning(study.runs[0].layers) is not None:
         texts[plots.FIGURE] = plots.svg(partial(plots.draw, study.runs[0].layers))
     for name, text in texts.items():
         disk.write(directory / name, text)

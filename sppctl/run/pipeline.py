@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed, launch, machine
 from sppctl.config.settings import Config
-from sppctl.errors import Problems, UserError
+from sppctl.errors import Problems, StageError, UserError, first_line
 from sppctl.run import dense, measure
 from sppctl.run.directory import Run
 from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN
@@ -136,6 +136,7 @@ def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
         run.do(MERGE)
         if start_stage is None:
             measure.evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
+            _write_samples(run)
     if start_stage is not None:
         start_stage("eval", *(f"--model={label}" for label in MEASURED))
     study = report([run.directory])
@@ -177,8 +178,10 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
         checkpoints = {label: path or dense.same_base(run) for label, path in directories.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in checkpoints.items()))
         results = measure.evaluate(run, checkpoints)
-        if distributed.is_main():
+        if distributed.leave():
             _update_cards(run.directory)
+            if "merged" in checkpoints:
+                _write_samples(run)
         return results
 
 
@@ -190,3 +193,16 @@ def _update_cards(run_dir: Path) -> None:
         card.update(card.study_of(run_dir))
     except UserError as error:
         console.warn(f"the model cards of {run_dir} stay as they were: {error}")
+
+
+def _write_samples(run: Run) -> None:
+    """Writes the samples for the report; without them the results of the evaluation are as good."""
+    from sppctl.publish import samples
+
+    model = run.config.model
+    try:
+        samples.update(run.directory, run.config.eval.prompts, model.device, model.trust_remote_code)
+    except (UserError, RuntimeError) as error:  # out of memory is a RuntimeError
+        if isinstance(error, StageError):
+            raise
+        console.warn(f"no samples for the report: {first_line(error)}; eval.prompts=[] does without")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from made_up_runs import stage_of, study_of, task, text, write_run
 
+from sppctl.evaluate.values import Kind
 from sppctl.report import plots_results
 from sppctl.report.document import chapter
 from sppctl.report.html import to_html
@@ -81,16 +83,18 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(runs: Path, name: str) 
     assert all(later <= before + 1 for before, later in itertools.pairwise(levels))  # none is skipped
 
 
-@pytest.mark.parametrize(("name", "figures"), [("one/report.html", 5), ("report.html", 1 + 2 * 5)])
+@pytest.mark.parametrize(("name", "figures"), [("one/report.html", 8), ("report.html", 3 + 2 * 8)])
 def test_every_figure_is_well_formed_and_has_a_size_and_a_name(runs: Path, name: str, figures: int) -> None:
     drawn = re.findall(r"<svg .*?</svg>", (runs / name).read_text(), re.DOTALL)
     assert len(drawn) == figures
     for figure in drawn:
         element = ET.fromstring(figure)
         assert all(float(str(element.get(key)).removesuffix("pt")) > 50 for key in ("width", "height"))
-        assert element.get("aria-label")
+        assert re.search(r"\. .*\d", str(element.get("aria-label")))  # the caption, then numbers
         assert sum(1 for _ in element.iter("{http://www.w3.org/2000/svg}path")) > 10
-        assert not list(element.iter("{http://www.w3.org/2000/svg}text"))  # letters are paths
+        words = "".join("".join(node.itertext()) for node in element.iter("{http://www.w3.org/2000/svg}text"))
+        assert re.search(r"\d.*[a-z]", words)  # letters are text
+        assert not re.search("#000000|#ffffff", figure)  # these are the page's, which may be dark
 
 
 def test_the_page_says_what_was_measured_and_how_it_was_made(runs: Path) -> None:
@@ -139,11 +143,12 @@ def written(axes: Any) -> list[str]:
 
 
 def bars(**perplexities: float) -> Any:
-    return plots_results.bars(study_of(**{label: [text(value)] for label, value in perplexities.items()}).rows).axes[0]
+    rows = study_of(**{label: [text(value)] for label, value in perplexities.items()}).rows
+    return plots_results.bars(rows, Kind.PERPLEXITY).axes[0]
 
 
 def test_a_bar_for_each_perplexity_with_its_number(rows: list[Row]) -> None:
-    perplexity, divergence = plots_results.bars(rows).axes
+    (perplexity,), (divergence,) = (plots_results.bars(rows, kind).axes for kind in (Kind.PERPLEXITY, Kind.DIVERGENCE))
     assert names(perplexity) == ["base", "pruned", "merged"]
     widths = [bar.get_width() for bar in perplexity.patches]  # type: ignore[attr-defined]
     assert written(perplexity) == [f"{width:.2f}" for width in widths]
@@ -155,7 +160,7 @@ def test_a_bar_for_each_perplexity_with_its_number(rows: list[Row]) -> None:
 def test_perplexities_far_apart_have_a_logarithmic_axis_and_infinite_ones_are_not_drawn() -> None:
     axes = bars(base=9.0, pruned=9000.0)
     assert axes.get_xscale() == "log"
-    assert axes.get_xlabel() == "perplexity, lower is better, logarithmic axis"
+    assert axes.get_xlabel() == "perplexity, logarithmic axis"
     assert names(bars(base=9.0, pruned=float("inf"), merged=10.0)) == ["base", "merged"]
 
 
@@ -164,13 +169,31 @@ def test_perplexities_far_apart_have_a_logarithmic_axis_and_infinite_ones_are_no
 )
 def test_divergences_of_a_panel_have_equal_decimals(values: tuple[float, float], numbers: list[str]) -> None:
     pruned, merged = ([text(9.0, kl=value, top1_agreement=0.5)] for value in values)
-    axes = plots_results.bars(study_of(pruned=pruned, merged=merged).rows).axes[1]
+    (axes,) = plots_results.bars(study_of(pruned=pruned, merged=merged).rows, Kind.DIVERGENCE).axes
     assert written(axes) == numbers
-    assert axes.get_xlabel() == "nats per token, lower is better"
+    assert axes.get_xlabel() == "nats per token"
+
+
+def test_what_shows_nothing_is_not_drawn() -> None:
+    """Bars of equal length, a single bar, a point that is no curve, checkpoints of the same size."""
+    same = {label: [text(5.0)] for label in ("base", "pruned", "merged")}
+    run = study_of(**same)
+    assert not list(plots_results.result_figures(run.rows))
+    assert not list(plots_results.result_figures(study_of(base=[text(5.0), text(6.0, 128)]).rows))
+    drawn = list(plots_results.result_figures(study_of(base=[text(5.0)], pruned=[text(6.0)]).rows))
+    assert [(one.caption, one.numbers) for one in drawn] == [
+        ("Perplexity, lower is better; whiskers: one standard error over windows", "prose @64: base 5.00, pruned 6.00")
+    ]
+    assert not list(plots_results.loss_figures(stage_of("train", {"steps": 10, "validation_loss": 2.5}).metrics))
+    assert not list(plots_results.cost_figures(run))
+    times = {"prune": stage_of("prune", wall_time_s=3.0), "merge": stage_of("merge", wall_time_s=2.0)}
+    assert [one.numbers for one in plots_results.cost_figures(study_of(stages=times))] == ["prune 3.0 s, merge 2.0 s"]
 
 
 def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
-    assert names(plots_results.bars(Study.of([runs / "one", runs / "two"]).rows).axes[0]) == [
+    rows = Study.of([runs / "one", runs / "two"]).rows
+    (panel,) = plots_results.bar_panels(rows, Kind.PERPLEXITY)
+    expected = [
         "base dense (one)",
         "pruned wanda 2:4 seed 0",
         "merged wanda 2:4 spp seed 0",
@@ -178,13 +201,18 @@ def test_bars_of_several_runs_say_how_they_were_made(runs: Path) -> None:
         "pruned wanda 4:8 seed 1",
         "merged wanda 4:8 masked_full seed 1",
     ]
+    assert panel.names == expected
+    (axes,) = plots_results.bars(rows, Kind.PERPLEXITY).axes
+    assert [words for words in written(axes) if words in expected] == expected  # above the bars
 
 
 def test_long_titles_and_labels_stay_inside(rows: list[Row]) -> None:
     name = "/a/long/way/to/the/text/that/was/read.txt"
     own = {row.checkpoint: [text(5.0, name=name, kl=0.5)] for row in rows}
-    figure = plots_results.bars(Study([study_of(**own), replace(study_of(1, **own), directory="runs/other")]).rows)
+    other = replace(study_of(1, **own | {"base": [text(6.0, name=name)]}), directory="runs/" + "other" * 20)
+    figure = plots_results.bars(Study([study_of(**own), other]).rows, Kind.PERPLEXITY)
     figure.savefig(io.BytesIO())
+    assert all(words.get_window_extent().x1 <= figure.bbox.width for axes in figure.axes for words in axes.texts)
     for axes in figure.axes:
         assert axes.get_title(loc="left").replace("\n", "").replace(" ", "").count("/a/long/way") == 1
         assert axes._left_title.get_window_extent().x1 <= figure.bbox.width  # type: ignore[attr-defined]
@@ -197,7 +225,8 @@ def many(rows: list[Row], number: int) -> list[Row]:
 
 @pytest.mark.parametrize("number", [0, 2, 6, 20])
 def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(rows: list[Row], number: int) -> None:
-    figure = plots_results.dots(many(rows, number))
+    checkpoints = many(rows, number)
+    figure = plots_results.dots(checkpoints, plots_results.dot_groups(checkpoints)["zeroshot, limit 200"])
     figure.savefig(io.BytesIO())  # lays it out
     (legend,) = figure.legends
     box = legend.get_window_extent()
@@ -209,14 +238,16 @@ def test_the_legend_of_accuracies_is_inside_and_no_two_checkpoints_look_alike(ro
 
 
 def test_whiskers_of_accuracies_are_their_standard_errors() -> None:
-    axes = plots_results.dots(study_of(pruned=[task(0.485), task(0.5, "boolq")]).rows).axes[0]
+    rows = study_of(pruned=[task(0.485), task(0.5, "boolq")]).rows
+    (axes,) = plots_results.dots(rows, plots_results.dot_groups(rows)[""]).axes
     assert names(axes) == ["rte", "boolq"]
     ends = [line[:, 0] for line in axes.containers[0][2][0].get_segments()]  # type: ignore[index]
     assert ends[0] == pytest.approx([48.5 - 3, 48.5 + 3])
 
 
 def test_bars_fill_their_panel_however_many_there_are(rows: list[Row]) -> None:
-    assert plots_results.bars(many(rows, 40)).axes[0].get_ylim() == pytest.approx((43 - 0.4, -0.6))
+    (axes,) = plots_results.bars(many(rows, 40), Kind.PERPLEXITY).axes
+    assert axes.get_ylim() == pytest.approx((43 - 0.4, -0.9))
 
 
 def curves(history: list[dict[str, Any]], steps: int, last: float | None) -> dict[str, list[tuple[int, float]]]:
@@ -245,9 +276,11 @@ def test_losses_of_a_training() -> None:
     assert (curves([], 10, None), curves([], 10, 2.5)) == ({}, {"validation": [(10, 2.5)]})
 
 
-def test_perplexities_of_a_training_are_a_panel_of_their_own() -> None:
-    drawn = curves([{"loss": 3.0, "step": 1}, {"perplexity": 40.0, "step": 1}], 1, None)
-    assert [axes.get_ylabel() for axes in plots_results.losses(drawn).axes] == ["loss (nats per token)", "perplexity"]
+def test_perplexities_of_a_training_are_a_figure_of_their_own() -> None:
+    history = [{key: value / step, "step": step} for step in (1, 2) for key, value in (("loss", 3), ("perplexity", 40))]
+    drawn = list(plots_results.loss_figures(stage_of("train", {"history": history, "steps": 2}).metrics))
+    assert [figure.draw().axes[0].get_ylabel() for figure in drawn] == ["loss (nats per token)", "perplexity"]
+    assert drawn[0].numbers == "training from 3.000 at step 1 to 1.500 at step 2"
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------
@@ -278,6 +311,67 @@ def test_a_browser_opens_the_page_in_silence(runs: Path, name: str, tmp_path: Pa
     assert (console, addresses) == ([], set())
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 50_000  # a page of tables and figures; an empty one has a few thousand bytes
+
+
+MEASURE = """
+const page = document.querySelector("iframe").contentDocument, view = page.defaultView;
+const width = page.documentElement.clientWidth;
+const left = element => element.getBoundingClientRect().left, right = element => element.getBoundingClientRect().right;
+const all = (selector, inside = page) => [...inside.querySelectorAll(selector)];
+const results = all("table").find(table => table.querySelector("tbody tr:last-child td"));
+const wide = all(".scroll").find(one => one.scrollWidth > one.clientWidth + 50);
+if (wide) wide.scrollLeft = 50;
+const selected = all("figure svg").map(figure => {
+  view.getSelection().selectAllChildren(figure); return view.getSelection().toString(); });
+document.body.textContent = JSON.stringify({
+  overflow: page.documentElement.scrollWidth - width,
+  hidden: all(".verdict dd, figure svg").filter(one => right(one) > width).length,
+  cut: all("td", results).filter(cell => right(cell) > width).length,
+  fixed: wide ? left(wide) - left(wide.querySelector("tr:not(.group) th[scope=row]")) : null,
+  selected,
+  letters: Math.min(...all("figure svg text").map(one => one.getBoundingClientRect().height)),
+  page: view.getComputedStyle(page.body).backgroundColor,
+  ink: view.getComputedStyle(page.querySelector("svg text")).fill,
+  folded: all("details").every(one => !one.open),
+});
+"""
+
+
+def measured(page: Path, folder: Path, width: int, *, is_dark: bool) -> dict[str, Any]:
+    """What a browser makes of a page in a frame of this many pixels."""
+    frame = (
+        f'<iframe style="border: 0; width: {width}px; height: 800px" srcdoc="{html.escape(page.read_text())}"></iframe>'
+    )
+    (folder / "frame.html").write_text(
+        f"<!DOCTYPE html><meta charset=utf-8><body>{frame}<script>onload = () => {{{MEASURE}}}</script>"
+    )
+    scheme = f"--blink-settings=preferredColorScheme={0 if is_dark else 1}"
+    command = [str(BROWSER), *QUIET, scheme, f"--user-data-dir={folder / 'profile'}", "--dump-dom", "--hide-scrollbars"]
+    command.append((folder / "frame.html").as_uri())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    body = re.search(r"<body>(.*)</body>", done.stdout, re.DOTALL)
+    assert body is not None
+    found: dict[str, Any] = json.loads(html.unescape(body[1]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@PAGES
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_telephone_shows_every_value_in_light_and_dark(runs: Path, name: str, is_dark: bool, tmp_path: Path) -> None:
+    found = measured(runs / name, tmp_path, 390, is_dark=is_dark)
+    assert (found["overflow"], found["hidden"]) == (0, 0)
+    assert found["cut"] == 0 or name == "report.html"  # a table of several runs is scrolled below a fixed first column
+    assert found["fixed"] == 0
+    assert found["letters"] > 9
+    assert all(
+        re.search(r"base\s|prune", words) for words in found["selected"] if "step" not in words and "block" not in words
+    )
+    assert found["folded"]
+    dark, light = "rgb(20, 24, 29)", "rgb(255, 255, 255)"
+    assert found["page"] == (dark if is_dark else light)
+    assert found["ink"] == ("rgb(230, 233, 237)" if is_dark else "rgb(27, 31, 36)")
 
 
 @pytest.mark.slow

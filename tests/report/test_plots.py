@@ -68,7 +68,7 @@ def test_layers_are_sorted_by_type_and_block() -> None:
 
 def test_a_line_of_errors_for_each_module_type_from_zero_unless_they_are_close_together() -> None:
     layers = llama(2)
-    errors, _ = plots.draw([*layers[:-1], replace(layers[-1], relative_output_error=0.75)]).axes
+    (errors,) = plots.draw([*layers[:-1], replace(layers[-1], relative_output_error=0.75)]).axes
     assert len(errors.lines) == 7
     assert errors.lines[-1].get_xydata().tolist() == [[0, 0.25], [1, 0.75]]  # type: ignore[union-attr]
     assert errors.get_ylim()[0] == 0
@@ -87,11 +87,17 @@ def test_experts_of_a_block_are_averaged() -> None:
     assert list(below.lines[0].get_ydata()) == pytest.approx([65, 65])
 
 
-def test_equal_sparsity_is_one_line_and_different_sparsity_one_for_each_module_type() -> None:
+def test_equal_sparsity_is_not_drawn_and_that_of_blocks_is_one_line() -> None:
     layers = llama()
-    _, sparsity = plots.draw(layers).axes
+    assert len(plots.draw(layers).axes) == 1
+    made = plots.pruning(layers)
+    assert made is not None
+    assert made.caption == "Relative output error by block and module type"
+    assert made.numbers.startswith("q_proj from 0.250 to 0.250; ")
+    assert plots.pruning(llama(1)) is None  # a table shows as much
+    _, sparsity = plots.draw([replace(one, sparsity=0.25) if ".2." in one.name else one for one in layers]).axes
     (line,) = sparsity.lines
-    assert list(line.get_ydata()) == [50, 50, 50]
+    assert list(line.get_ydata()) == [50, 50, 25]
     assert [text.get_text() for text in sparsity.texts] == ["all module types"]
     _, sparsity = plots.draw([replace(layers[0], sparsity=0.75), *layers[1:]]).axes
     assert len(sparsity.lines) == 7
@@ -123,8 +129,9 @@ def test_every_module_type_and_what_the_axes_mean_are_named(error: float | None,
     layers = llama(error=error)
     names = {name.rpartition(".")[2] for name in PROJECTIONS}
     axes = {f"relative {whole} error", f"(share of the {whole} norm)", "sparsity", "(% zeros)"}
-    assert names | axes <= set(texts(svg(layers)))
     assert list(plots.draw(layers).axes[0].lines[0].get_ydata()) == [error or 0.5] * 3
+    layers[0] = replace(layers[0], sparsity=0.25)
+    assert names | axes <= set(texts(svg(layers)))
 
 
 def test_the_same_records_give_the_same_bytes_under_any_matplotlibrc() -> None:

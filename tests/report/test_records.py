@@ -7,7 +7,9 @@ from made_up_runs import change_record, change_results, load, results_of, save, 
 
 from sppctl.errors import UserError
 from sppctl.files import sealed
+from sppctl.records import Completion, Sample, SamplesRecord, to_json
 from sppctl.report.records import read
+from sppctl.report.study import RunStudy
 
 
 @pytest.fixture
@@ -87,3 +89,24 @@ def test_records_that_are_not_whole_are_named(run: Path) -> None:
     (run / "adapter/stage.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter/stage.json is damaged .*; sppctl train --force redoes the stage"):
         read(run)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_shows_what_the_weights_wrote_that_the_run_holds(run: Path) -> None:
+    weights = {"base": "b" * 16, "pruned": "pone", "merged": "mone"}
+    sample = Sample("Why?", False, [Completion(label, f"{label} says", 2, True) for label in weights])
+
+    def shown(**changed: str) -> tuple[list[str], list[str]]:
+        sealed.write(run / "samples.json", to_json(SamplesRecord({}, weights | changed, "sppctl run", [sample])))
+        found = RunStudy.of(run)
+        return [one.text for each in found.samples for one in each.completions], found.notes
+
+    assert shown() == (["base says", "pruned says", "merged says"], [])
+    note = f"{run}/samples.json: what merged wrote is of weights that the run does not hold any more; sppctl eval"
+    assert shown(merged="old") == (["base says", "pruned says"], [note])
+    assert shown(base="x", pruned="y", merged="z")[0] == []
+    sealed.write(run / "samples.json", {"settings": {}})
+    with pytest.raises(UserError, match=r"samples\.json is damaged \(it has no weights\); delete it"):
+        RunStudy.of(run)

@@ -70,6 +70,11 @@ def test_a_report_in_markdown() -> None:
     made = """\
 # runs/mine
 
+- Pattern: 2:4 in 14 matrices (pruned, not merged yet)
+- Perplexity prose @64: 5.00 -&gt; 6.00 (base -&gt; pruned)
+- Time and memory: 12 s
+- warning: few windows (3): prose @64; one standard error is up to 10% of a perplexity
+
 - prune: wanda 2:4, 14 matrices, mean relative output error 0.123, 12 s
 
 ## Results
@@ -91,8 +96,6 @@ def test_a_report_in_markdown() -> None:
 Differences of accuracies are percentage points.
 
 ## Pruning
-
-![relative output error and sparsity by block](pruning.svg)
 
 | module type | matrices | mean sparsity | mean relative output error | worst | worst layer | seconds |
 | --- | ---: | ---: | ---: | ---: | --- | ---: |
@@ -175,7 +178,7 @@ def test_one_run_has_its_report_in_itself_or_elsewhere(tmp_path: Path) -> None:
     assert {path.name for path in one.iterdir()} == before | FILES | {"pruning.svg"}
     assert not (tmp_path / "report.md").exists()
     assert json.loads((one / "report.json").read_text()) == found
-    assert found.keys() == {"run", "config", "stages", "checkpoints", "comparisons", "notes", "table"}
+    assert found.keys() == {"run", "config", "stages", "checkpoints", "comparisons", "notes", "samples", "table"}
     assert (one / "report.md").read_text() == (tmp_path / "there/report.md").read_text()
 
 
@@ -235,7 +238,7 @@ def test_an_unfinished_run_and_one_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run directory"):
         pipeline.report([tmp_path])
     write_record(tmp_path, "prune", PRUNE)
-    nothing = {"config": None, "checkpoints": {}, "comparisons": [], "notes": [], "table": []}
+    nothing = {"config": None, "checkpoints": {}, "comparisons": [], "notes": [], "samples": [], "table": []}
     assert RunStudy.of(tmp_path).to_json() == {"run": str(tmp_path), "stages": {"prune": to_json(PRUNE)}} | nothing
     with pytest.raises(UserError, match=r"--latex .*: nothing has been measured yet"):
         pipeline.report([tmp_path], latex=tmp_path / "a.tex")
