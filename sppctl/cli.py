@@ -13,11 +13,11 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from sppctl import __version__, console, distributed, launch, options, show
+from sppctl import __version__, console, distributed, launch, options, plugins, show
 from sppctl.config.load import schema, schema_yaml, to_dict, to_yaml
 from sppctl.errors import StageError, UserError, first_line, with_argument_names
 from sppctl.files.paths import expand
-from sppctl.options import Call, Debug, Json
+from sppctl.options import Call, Debug, Imports, Json
 from sppctl.records import to_json
 from sppctl.run.directory import Run
 
@@ -114,13 +114,14 @@ def train(call: Call) -> None:
     _do("train", call)
 
 
-@configured("output", "force", "json", "debug")
+@configured("adapter", "output", "force", "json", "debug")
 def merge(call: Call) -> None:
     """Merge RUN/pruned and RUN/adapter into RUN/merged, and verify that every zero is still zero.
 
     Examples:
       sppctl merge llama7b
       sppctl merge my.yaml merge.mask=reapply     # for method lora, whose merge fills the zeros
+      sppctl merge my.yaml --adapter DIRECTORY merge.mask=reapply     # a LoRA trained elsewhere on RUN/pruned
 
     More: docs/training.md
     """
@@ -222,6 +223,7 @@ def sweep(
     ] = None,
     json: Json = False,
     debug: Debug = False,
+    imports: Imports = None,
 ) -> None:
     """Run a grid of configurations; shared stages are computed once.
 
@@ -232,6 +234,8 @@ def sweep(
 
     More: docs/evaluation.md, docs/cluster.md
     """
+    for module in imports or []:
+        plugins.import_module(module)
     name, overrides = options.split(arguments)
     if name is None:
         raise UserError("no sweep given; name its YAML file, or sweep-example")
@@ -435,6 +439,7 @@ def config(
     ] = False,
     json: Json = False,
     debug: Debug = False,
+    imports: Imports = None,
 ) -> None:
     """Print the configuration that a run would use, or the schema of all keys.
 
@@ -444,7 +449,7 @@ def config(
 
     More: README.md
     """
-    resolved = None if show_schema else options.parse(arguments).config
+    resolved = None if show_schema else options.parse(arguments, imports=imports).config
     if json:
         console.show_json(schema() if resolved is None else to_dict(resolved))
     else:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-from sppctl import console, distributed
+from sppctl import console, distributed, plugins
 from sppctl.config.settings import Config, TrainConfig
 from sppctl.errors import UserError
 
@@ -148,7 +148,7 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
     shared[_PARENT] = str(os.getpid())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // number)))
-    command = [sys.executable, "-m", "sppctl", *arguments]
+    command = [sys.executable, "-m", "sppctl", *arguments, *plugins.flags()]
     with contextlib.ExitStack() as stack:
         shared["MASTER_PORT"] = str(stack.enter_context(held_port()))
         # stderr of the other ranks is shown only for one that fails first

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sppctl import plugins
 from sppctl.config.load import load_config, quoted
 from sppctl.config.settings import Config
 from sppctl.errors import UserError
@@ -19,6 +20,14 @@ Arguments = Annotated[
     typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file or shipped configuration, and overrides."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a Python module first, which registers pruners or allocations (repeatable).",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -43,9 +52,11 @@ OPTIONS = {
     "force": _option(bool, "Redo completed stages.", "--force"),
     "json": Json,
     "debug": Debug,
+    "imports": Imports,
+    "adapter": _option(str | None, "PEFT adapter, trained anywhere; default: RUN/adapter (merge.adapter)."),
 }
 KEYS = {"model": "model.path", "method": "prune.method", "pattern": "prune.pattern", "output": "run.dir"}
-KEYS |= {"limit": "eval.limit"}  # the configuration key that an option sets
+KEYS |= {"limit": "eval.limit", "adapter": "merge.adapter"}  # the configuration key that an option sets
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
     Raises:
         UserError: as of :func:`split` and :func:`sppctl.config.load.load_config`.
     """
+    for module in options.pop("imports", None) or []:
+        plugins.import_module(module)
     name, overrides = split(arguments)
     options = {option: value for option, value in options.items() if value is not None}
     overrides += [f"{key}={quoted(options.pop(option))}" for option, key in KEYS.items() if option in options]
@@ -93,7 +106,7 @@ def with_options(function: Callable[[Call], None], names: Sequence[str]) -> Call
         function(parse(**values))
 
     defaults = {option: getattr(Call, option) for option in ("resume", "force", "json", "debug")}
-    kinds = {"arguments": Arguments} | {name: OPTIONS[name] for name in names}
+    kinds = {"arguments": Arguments} | {name: OPTIONS[name] for name in (*names, "imports")}
     parameters = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=kind)
         for name, kind in kinds.items()

@@ -104,6 +104,7 @@ class LayerRecord:
     seconds: float  # for scores, mask and update; split over layers that were solved together
     fallback: str | None = None  # method used for an expert that received too few tokens; None: the configured one
     mask: str = ""  # digest of the positions of the zeros
+    zeros_before: int = 0  # number of zeros that it had before, all of them kept (``prune.keep_zeros``)
 
     @property
     def size(self) -> int:
@@ -170,6 +171,7 @@ class PruneRecord:
     layers: list[LayerRecord]  # one entry for each matrix
     calibration: Calibration | None = None  # None: no text was needed
     base: BaseModel | None = None  # the dense model, where it is known
+    zeros_before: int = 0  # number of zeros that the matrices had before, all of them kept (``prune.keep_zeros``)
 
     @property
     def patterns(self) -> dict[str, Pattern]:
@@ -272,6 +274,8 @@ class MergeRecord:
     pattern_unchanged: bool
     refreshed_matrices: int
     records: list[MatrixRecord]
+    # names of further tensors that the adapter stores in full (modules_to_save, biases)
+    replaced_tensors: list[str] = dataclasses.field(default_factory=list)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

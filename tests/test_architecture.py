@@ -20,10 +20,11 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 ROOMS = """
 __main__     cli
 cli          options sweep run show publish plan doctor inspect model launch config files console distributed records \
-             errors pattern
-options      config files errors
+             plugins errors pattern
+options      config files plugins errors
 show         sweep run publish report doctor inspect config console distributed records
-sweep        run report launch config files console distributed errors
+sweep        run report launch config files console distributed plugins errors
+__init__     prune merge evaluate adapters pruners pattern
 run          publish report plan merge train prune evaluate data model launch config files console distributed machine \
              records errors
 publish      report evaluate data model config files console records errors
@@ -35,17 +36,17 @@ prune        pruners data model launch config files console distributed machine 
 evaluate     inspect data model config files console distributed machine errors
 doctor       inspect adapters files machine errors
 inspect      pruners model files console machine errors pattern
-__init__     adapters pruners pattern
-adapters     pruners pattern
-pruners      pattern
+adapters     pruners files pattern
+pruners      plugins pattern errors
 data         files console errors
 model        files console distributed machine errors pattern
-launch       config console distributed errors
-config       files errors pattern
+launch       config console distributed plugins errors
+config       files plugins errors pattern
 records      files errors pattern
 console      files distributed
 files        errors
 distributed  errors
+plugins      errors
 machine
 pattern
 errors
@@ -56,7 +57,7 @@ CONFIGURED |= {"launch", "config", "publish"}
 BIGGEST = 1 / 8  # of the code, for a room
 # imported when a command starts, so without the libraries that take seconds
 LIGHT = ("__main__", "options", "cli", "config", "console", "distributed", "errors", "launch", "machine", "pattern")
-LIGHT += ("records", "show", "sweep")
+LIGHT += ("plugins", "records", "show", "sweep")
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
 LIGHT_FILES = {f"files/{name}.py" for name in ("disk", "names", "paths", "sealed", "strict_json")}
 LIGHT_FILES |= {

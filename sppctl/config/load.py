@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sppctl import plugins
 from sppctl.config.settings import BOUNDS, Config
 from sppctl.config.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 from sppctl.errors import Problems, UserError
@@ -76,7 +77,16 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {shown(tree)}")
     if "grid" in tree:
         raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
-    reader = _Reader(str(path))
+    return config_of(tree, str(path), overrides)
+
+
+def config_of(tree: dict[Any, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of plain data, with ``key=value`` overrides; ``source`` is named in errors.
+
+    Raises:
+        UserError: as of :func:`load_config`.
+    """
+    reader = _Reader(source)
     reader.override(tree, overrides)
     config: Config = reader.build(Config, tree, "")
     if not reader.problems.lines:
@@ -136,7 +146,7 @@ class _Reader:
                 values[name] = self.build(hints[name], value, f"{key}.")
             else:
                 try:
-                    converted = _convert(value, hints[name])
+                    converted = _known_or_converted(value, hints[name], fields[name].metadata["plugins"])
                     if fields[name].metadata["path"]:
                         converted = _expanded(converted)
                     _check_bounds(converted, fields[name].metadata["bounds"])
@@ -204,6 +214,19 @@ def _convert(value: Any, hint: Any) -> Any:
     if isinstance(value, bool) and hint is not bool:  # bool is a subclass of int
         raise mismatch
     return float(value) if hint is float else value
+
+
+def _known_or_converted(value: Any, hint: Any, group: str | None) -> Any:
+    """As :func:`_convert`; a name of the group of plugins is valid, too."""
+    try:
+        return _convert(value, hint)
+    except ValueError as error:
+        if group is None or not isinstance(value, str):
+            raise
+        if plugins.has(group, value):
+            return value
+        hint_of_plugins = "" if "did you mean" in str(error) else "; for one of your own, --import its module"
+        raise ValueError(f"{error}{hint_of_plugins}") from error
 
 
 def _expanded(value: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sppctl.pattern import Pattern
+from sppctl.plugins import ALLOCATIONS, PRUNERS
 
 AllLinear = Literal["all-linear"]
 Auto = Literal["auto"]
@@ -25,9 +26,27 @@ BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
 }
 
 
-def _key(default: Any, meaning: str, *, affects_result: bool = True, path: bool = False, **bounds: float) -> Any:
-    """A key: default, meaning, whether its value changes results, whether it may be a path, and its :data:`BOUNDS`."""
-    metadata = {"meaning": meaning, "affects_result": affects_result, "path": path, "bounds": bounds}
+def _key(
+    default: Any,
+    meaning: str,
+    *,
+    affects_result: bool = True,
+    path: bool = False,
+    plugins: str | None = None,
+    **bounds: float,
+) -> Any:
+    """A key of the configuration.
+
+    Args:
+        default: its default.
+        meaning: for the schema.
+        affects_result: whether its value changes results.
+        path: whether it may be a path.
+        plugins: the group of :mod:`sppctl.plugins` whose names are valid, too.
+        bounds: its :data:`BOUNDS`.
+    """
+    metadata = {"meaning": meaning, "affects_result": affects_result, "path": path, "plugins": plugins}
+    metadata["bounds"] = bounds
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -35,7 +54,7 @@ def _key(default: Any, meaning: str, *, affects_result: bool = True, path: bool 
 
 def _runtime(default: Any, meaning: str, *, path: bool = False, **bounds: float) -> Any:
     """A key that cannot change a result: how or where something is computed."""
-    return _key(default, meaning, affects_result=False, path=path, **bounds)
+    return _key(default, meaning, affects_result=False, path=path, plugins=None, **bounds)
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,9 @@ class CalibrationConfig:
 class PruneConfig:
     """How weights are chosen for removal."""
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "dsnot"] = _key("wanda", "pruning method")
+    method: Literal["magnitude", "wanda", "sparsegpt", "dsnot"] = _key(
+        "wanda", "pruning method; or the name of a pruner of another package (--import)", plugins=PRUNERS
+    )
     pattern: Pattern = _key(Pattern(keep=2, group=4), "N:M (N weights KEPT in every M) or a ratio of zeros (0.5)")
     targets: list[str] | AllLinear = _key(list(PROJECTIONS), "names of linear layers, or all-linear")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -113,11 +134,18 @@ class PruneConfig:
         {}, "other sparsity patterns by layer name or pattern: {down_proj: 0.4}; the last match wins"
     )
     allocation: Literal["uniform", "owl"] | list[float] = _key(
-        "uniform", "how a ratio is distributed over blocks: uniform, owl (by outliers), or a list of one ratio each"
+        "uniform",
+        "how a ratio is distributed over blocks: uniform, owl (by outliers), a list of one ratio each, or the name of "
+        "an allocation of another package (--import)",
+        plugins=ALLOCATIONS,
     )
     owl_lambda: float = _key(0.08, "OWL: largest deviation of a block's ratio from prune.pattern", above=0, below=1)
     mask_from: str | None = _key(
         None, "checkpoint whose zeros are the mask: sparsegpt compensates for it, dsnot starts from it", path=True
+    )
+    keep_zeros: bool = _key(
+        False,
+        "zeros of the model stay zero and count towards the pattern: prunes a sparse model further (2:4 to 2:8)",
     )
     order: Literal["block", "module"] = _key(
         "block", "block: as published, two passes per block; module: one pass, layers pruned as their inputs arrive"
@@ -234,6 +262,9 @@ class MergeConfig:
     """How adapter and pruned weights become one checkpoint."""
 
     dtype: DType = _key("auto", "dtype of all floating-point tensors of merged/; auto: as in the pruned checkpoint")
+    adapter: str | None = _runtime(
+        None, "PEFT adapter to merge, trained anywhere (directory or hub id); null: that of the run", path=True
+    )
     mask: Literal["keep", "reapply", "dense"] = _key(
         "keep",
         "keep: refuse a merge that would fill zeros; reapply: apply the old mask to the merged weights (the paper's "

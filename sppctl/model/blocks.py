@@ -34,10 +34,12 @@ class Skeleton:
         Raises:
             UserError: the model is not a causal language model, or has no list of decoder blocks.
         """
-        self.config = config
-        self.model = empty_model(config, dtype, trust_remote_code)
+        self._find_blocks(empty_model(config, dtype, trust_remote_code))
+
+    def _find_blocks(self, model: Any) -> None:
+        self.model, self.config = model, model.config
         self.base_prefix: str = self.model.base_model_prefix
-        depth = config.get_text_config().num_hidden_layers
+        depth = self.config.get_text_config().num_hidden_layers
         lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
         names = [name for name in lists if name.startswith(self.base_prefix)]
         if not names:
@@ -73,106 +75,44 @@ class Skeleton:
         return stored_parts(files, self.model, f"{target.owner}.{target.parameter}")
 
 
-class BlockStack(Skeleton):
-    """The decoder of a checkpoint whose blocks are loaded one at a time."""
+class Decoder(Skeleton):
+    """The decoder of a model whose weights are in memory, to be run block by block; it shares the model's weights."""
 
-    def __init__(self, directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False) -> None:
-        """Builds the model without weights, to compute in ``dtype`` on ``device``, and opens the files that hold them.
+    def __init__(self, model: Any) -> None:
+        """Takes a causal language model of transformers, in evaluation mode.
 
         Raises:
-            UserError: the files are damaged or do not belong to the model, or it is not a causal language model with
-                decoder blocks.
+            UserError: it has no list of decoder blocks, or its weights are quantised, missing, or on several devices.
         """
-        self.files, self.device, self.dtype = TensorFiles(directory), device, torch_dtype(dtype)
-        refuse_quantised(self.files)
-        config = load_config(directory, trust_remote_code)
-        super().__init__(config, self.dtype, trust_remote_code)
-        check_weights(self.files, self.model)
-        self.width: int = config.get_text_config().hidden_size
+        weights = list(model.parameters())
+        devices = {weight.device for weight in weights}
+        if len(devices) > 1 or "meta" in {device.type for device in devices}:
+            places = ", ".join(sorted(map(str, devices)))
+            raise UserError("model", f"its weights are on {places}", "load it on one device, without a device_map")
+        if getattr(model, "is_quantized", False):
+            raise UserError("model", "quantised weights cannot be pruned", "load the unquantised model")
+        self._find_blocks(model)
+        self.device = weights[0].device
+        self.dtype: torch.dtype = next(self.blocks.parameters()).dtype
+        self._prepare_to_run()
+
+    def _prepare_to_run(self) -> None:
+        self.width: int = self.config.get_text_config().hidden_size
         self._blocks_return_tuples = False
-        self._heap = Heap()
         self.base = getattr(self.model, self.base_prefix)
-        for name in _stored_tensors(self.base):  # fails early if a tensor is missing
-            stored_parts(self.files, self.model, f"{self.base_prefix}.{name}")
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def load_embeddings(self) -> None:
-        """Loads everything outside the blocks but the output head: embeddings, norms, position tables."""
-        for name, buffer in self.base.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            self.base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
-        for name in (f"{self.base_prefix}.{name}" for name in _stored_tensors(self.base)):
-            if not name.startswith(f"{self.blocks_name}."):
-                self._load(name)
+        """Loads what is outside the blocks; here everything is loaded."""
 
-    def load_block(self, index: int, files: TensorFiles | None = None) -> nn.Module:
-        """Loads the weights of one block, from the checkpoint or other ``files`` like it; release it afterwards."""
-        block = self.blocks[index]
-        for name in _stored_tensors(block):
-            self._load(f"{self.blocks_name}.{index}.{name}", files)
-        return block
-
-    def write(self, target: Target, files: OwnFiles) -> None:
-        """Writes the parameter that holds a target to ``files``, a copy of the checkpoint.
-
-        Weights that differ from the stored ones only by rounding to the compute dtype keep their stored value.
-        """
-        for part in self._parts_of(target, self.files):
-            values, stored = part.of(target.stored_parameter(self.model)), self.files.spec(part.name).dtype
-            if torch.promote_types(values.dtype, stored) != values.dtype:
-                original = self.files.read(part.name).to(values.device)
-                values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
-            files.write(part.name, values)
-
-    def stored_dtype(self, target: Target, files: TensorFiles) -> torch.dtype:
-        """The dtype in which ``files``, a copy of the checkpoint, hold a target."""
-        return files.spec(self._parts_of(target, self.files)[0].name).dtype
-
-    def homes(self, target: Target) -> set[str]:
-        """The files that hold a target's parameter."""
-        return {self.files.home[part.name] for part in self._parts_of(target, self.files)}
+    def load_block(self, index: int) -> nn.Module:
+        """One block with its weights; release it afterwards."""
+        return self.blocks[index]
 
     def release_block(self, index: int) -> None:
-        """Frees the weights of one block; its buffers, which are small, stay loaded."""
-        for module in self.blocks[index].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        self._heap.give_back()
-
-    def _load(self, name: str, files: TensorFiles | None = None) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        expected = getattr(module, leaf)
-        # the dtype that transformers would load it in: some models keep single modules in float32
-        in_float32 = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
-        dtype = torch.float32 if in_float32 and expected.dtype.is_floating_point else expected.dtype
-        loaded = torch.empty(expected.shape, dtype=dtype, device=self.device)
-        for part in stored_parts(self.files, self.model, name):
-            tensor, view = (files or self.files).read(part.name), part.of(loaded)
-            if tensor.shape != view.shape:
-                raise UserError(
-                    f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
-                    f"the model's is {tuple(view.shape)}; the files do not belong together"
-                )
-            self._check_finite(part.name, tensor)
-            view.copy_(tensor)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
-        else:
-            module._buffers[leaf] = loaded
-
-    def check_rest(self, targets: Iterable[Target]) -> None:
-        """Raises StageError if a tensor outside the targets, which pruning may never load, is not finite."""
-        loaded = {part.name for target in targets for part in self._parts_of(target, self.files)}
-        for name in sorted(set(self.files) - loaded):
-            self._check_finite(name, self.files.read(name))
-
-    def _check_finite(self, name: str, tensor: Tensor) -> None:
-        if not torch.isfinite(tensor).all():
-            raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; the checkpoint is broken")
+        """Frees the weights of one block; here they stay."""
 
     @torch.no_grad()
     def record(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -273,6 +213,102 @@ class BlockStack(Skeleton):
 
     def _forward(self, input_ids: Tensor) -> None:
         self.base(input_ids=input_ids, use_cache=False)
+
+
+class BlockStack(Decoder):
+    """The decoder of a checkpoint whose blocks are loaded one at a time."""
+
+    def __init__(self, directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False) -> None:
+        """Builds the model without weights, to compute in ``dtype`` on ``device``, and opens the files that hold them.
+
+        Raises:
+            UserError: the files are damaged or do not belong to the model, or it is not a causal language model with
+                decoder blocks.
+        """
+        self.files, self.device, self.dtype = TensorFiles(directory), device, torch_dtype(dtype)
+        refuse_quantised(self.files)
+        Skeleton.__init__(self, load_config(directory, trust_remote_code), self.dtype, trust_remote_code)
+        check_weights(self.files, self.model)
+        self._heap = Heap()
+        self._prepare_to_run()
+        for name in _stored_tensors(self.base):  # fails early if a tensor is missing
+            stored_parts(self.files, self.model, f"{self.base_prefix}.{name}")
+
+    def load_embeddings(self) -> None:
+        """Loads everything outside the blocks but the output head: embeddings, norms, position tables."""
+        for name, buffer in self.base.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self.base.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
+        for name in (f"{self.base_prefix}.{name}" for name in _stored_tensors(self.base)):
+            if not name.startswith(f"{self.blocks_name}."):
+                self._load(name)
+
+    def load_block(self, index: int, files: TensorFiles | None = None) -> nn.Module:
+        """Loads the weights of one block, from the checkpoint or other ``files`` like it; release it afterwards."""
+        block = self.blocks[index]
+        for name in _stored_tensors(block):
+            self._load(f"{self.blocks_name}.{index}.{name}", files)
+        return block
+
+    def write(self, target: Target, files: OwnFiles) -> None:
+        """Writes the parameter that holds a target to ``files``, a copy of the checkpoint.
+
+        Weights that differ from the stored ones only by rounding to the compute dtype keep their stored value.
+        """
+        for part in self._parts_of(target, self.files):
+            values, stored = part.of(target.stored_parameter(self.model)), self.files.spec(part.name).dtype
+            if torch.promote_types(values.dtype, stored) != values.dtype:
+                original = self.files.read(part.name).to(values.device)
+                values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
+            files.write(part.name, values)
+
+    def stored_dtype(self, target: Target, files: TensorFiles) -> torch.dtype:
+        """The dtype in which ``files``, a copy of the checkpoint, hold a target."""
+        return files.spec(self._parts_of(target, self.files)[0].name).dtype
+
+    def homes(self, target: Target) -> set[str]:
+        """The files that hold a target's parameter."""
+        return {self.files.home[part.name] for part in self._parts_of(target, self.files)}
+
+    def release_block(self, index: int) -> None:
+        """Frees the weights of one block; its buffers, which are small, stay loaded."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self._heap.give_back()
+
+    def _load(self, name: str, files: TensorFiles | None = None) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        expected = getattr(module, leaf)
+        # the dtype that transformers would load it in: some models keep single modules in float32
+        in_float32 = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        dtype = torch.float32 if in_float32 and expected.dtype.is_floating_point else expected.dtype
+        loaded = torch.empty(expected.shape, dtype=dtype, device=self.device)
+        for part in stored_parts(self.files, self.model, name):
+            tensor, view = (files or self.files).read(part.name), part.of(loaded)
+            if tensor.shape != view.shape:
+                raise UserError(
+                    f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
+                    f"the model's is {tuple(view.shape)}; the files do not belong together"
+                )
+            self._check_finite(part.name, tensor)
+            view.copy_(tensor)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
+        else:
+            module._buffers[leaf] = loaded
+
+    def check_rest(self, targets: Iterable[Target]) -> None:
+        """Raises StageError if a tensor outside the targets, which pruning may never load, is not finite."""
+        loaded = {part.name for target in targets for part in self._parts_of(target, self.files)}
+        for name in sorted(set(self.files) - loaded):
+            self._check_finite(name, self.files.read(name))
+
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not torch.isfinite(tensor).all():
+            raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; the checkpoint is broken")
 
 
 def _stored_tensors(module: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sppctl.config.settings import Config
 from sppctl.machine import torch_dtype
@@ -10,7 +11,8 @@ from sppctl.model.blocks import Skeleton
 from sppctl.plan import footprint
 from sppctl.plan.footprint import FLOAT
 from sppctl.prune.choose import inside_a_block, needs_inputs, windows_at_a_time
-from sppctl.pruners import PRUNERS, Hessian, InputMoments, InputNorms
+from sppctl.pruners import Hessian, InputMoments
+from sppctl.pruners.registry import find_pruner
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     - solving: the layers that share an input, before and after; their scores in float32 and mask; for sparsegpt the
       weights in float32 and four matrices (n, n) of the factorisation instead
     """
-    prune, d, statistics = config.prune, torch_dtype(dtype).itemsize, PRUNERS[config.prune.method].statistics
+    prune, d = config.prune, torch_dtype(dtype).itemsize
+    statistics: Any = find_pruner(prune.method).statistics
     samples, seq_len = prune.calibration.samples, prune.calibration.seq_len
     targets = skeleton.targets(prune.targets, prune.skip)
     first_block = {name: target for name, target in targets.items() if name.startswith(f"{skeleton.blocks_name}.0.")}
@@ -50,7 +53,8 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
         for inputs, out in footprint.projections(first_block or targets)
         for group in filter(None, (inputs, [out]))
     ]
-    counted = [FLOAT * {None: 0, InputNorms: n, InputMoments: 2 * n, Hessian: n * n}[statistics] for n, _ in groups]
+    # statistics from outside the package are counted as norms
+    counted = [FLOAT * {None: 0, InputMoments: 2 * n, Hessian: n * n}.get(statistics, n) for n, _ in groups]
     factors = [16 * n * n if statistics is Hessian else 0 for n, _ in groups]
     solving = max((2 * d + FLOAT + 1) * n * m + factor for (n, m), factor in zip(groups, factors, strict=True))
     windows = windows_at_a_time(prune.batch_size, samples, seq_len)

@@ -14,7 +14,7 @@ from sppctl import distributed, machine
 from sppctl.errors import StageError
 from sppctl.files.safe_files import reserve
 from sppctl.model.block_call import BlockCall
-from sppctl.model.blocks import BlockStack
+from sppctl.model.blocks import Decoder
 from sppctl.prune.choose import BLOCK_WIDTHS, GPU_SHARE, windows_at_a_time
 
 RAM_SHARE = 0.5  # of the available memory
@@ -23,7 +23,7 @@ RAM_SHARE = 0.5  # of the available memory
 class Activations:
     """The hidden states (samples, tokens, width) of all windows, in micro-batches, advanced block by block."""
 
-    def __init__(self, stack: BlockStack, windows: Tensor, batch_size: int | str, memory: str, path: Path) -> None:
+    def __init__(self, stack: Decoder, windows: Tensor, batch_size: int | str, memory: str, path: Path) -> None:
         """Embeds windows (samples, seq_len).
 
         ``memory`` is where to keep the hidden states: ``device``, ``ram``, ``disk`` (in a mapped file at ``path``), or
@@ -88,7 +88,7 @@ class Activations:
         self._hidden[rows] = hidden.to(self._hidden.device)
 
 
-def _place(stack: BlockStack, needed: int, memory: str) -> str:
+def _place(stack: Decoder, needed: int, memory: str) -> str:
     if memory != "auto":
         return "ram" if memory == "device" and stack.device.type == "cpu" else memory
     if stack.device.type == "cuda" and needed < GPU_SHARE * machine.free_memory(stack.device):

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from sppctl import distributed
 from sppctl.errors import StageError
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model.blocks import BlockStack
+from sppctl.model.blocks import BlockStack, Decoder
 from sppctl.model.targets import Target, gated
+from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.in_step import in_step, wait_at
 from sppctl.prune.layers import LayerInputs, PrunePlan, measure
 from sppctl.prune.reconstruct import reconstruct
 from sppctl.pruners import PRUNERS, InputNorms, Pruner, check_weight
+from sppctl.pruners.masks import shortfall
+from sppctl.pruners.registry import find_pruner
 from sppctl.records import BlockErrors, LayerRecord
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module, its arguments and its named arguments
@@ -34,7 +37,7 @@ class BlockWork:
 
     def __init__(
         self,
-        stack: BlockStack,
+        stack: Decoder,
         index: int,
         targets: dict[str, Target],
         plan: PrunePlan,
@@ -161,7 +164,7 @@ class BlockWork:
         hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _new_inputs(self, in_features: int) -> LayerInputs:
-        make = PRUNERS[self.plan.settings.method].statistics or InputNorms
+        make = find_pruner(self.plan.settings.method).statistics or InputNorms
         return LayerInputs(make, in_features, self.stack.device)
 
     def _run(self, activations: Activations, rows: slice) -> Tensor:
@@ -246,7 +249,7 @@ class BlockWork:
         return sorted(records, key=lambda record: order.index(record.name))
 
     def _prune_experts(self, targets: list[Target]) -> list[LayerRecord]:
-        needs_inputs = PRUNERS[self.plan.settings.method].statistics is not None
+        needs_inputs = find_pruner(self.plan.settings.method).statistics is not None
         pending: dict[int, list[Target]] = {}  # layers that share their inputs
         records = []
         for target in targets:
@@ -272,7 +275,7 @@ class BlockWork:
         before = [weight.clone() for weight in weights]
         process = self._num_groups % distributed.world_size()
         self._num_groups += 1
-        pruner = PRUNERS[method or self.plan.settings.method]
+        pruner = find_pruner(method or self.plan.settings.method)
         damp = distributed.decide(lambda: self._prune_weights(pruner, targets, weights, inputs), process)
         if distributed.world_size() > 1:
             for weight in weights:
@@ -281,9 +284,10 @@ class BlockWork:
                 weight.copy_(contiguous)
         seconds = round((time.perf_counter() - started) / len(targets), 4)
         result = {"damp": damp, "seconds": seconds, "fallback": fallback}
+        kept = [int((old == 0).sum()) if self.plan.settings.keep_zeros else 0 for old in before]
         return [
-            measure(old, new, inputs, target.name, self.plan.patterns[target.name], **result)
-            for target, old, new in zip(targets, before, weights, strict=True)
+            measure(old, new, inputs, target.name, self.plan.patterns[target.name], zeros_before=zeros, **result)
+            for target, old, new, zeros in zip(targets, before, weights, kept, strict=True)
         ]
 
     def _prune_weights(
@@ -302,9 +306,30 @@ class BlockWork:
         except ValueError as error:
             raise StageError(f"{targets[0].name}: {error}") from error
         for target, weight, result in zip(targets, weights, pruned, strict=True):
+            if pruner not in PRUNERS.values():
+                _check_result(self.plan.settings.method, target, result, self.plan.patterns[target.name])
+            if self.plan.settings.keep_zeros:  # whatever the method does with them
+                result = result.masked_fill(weight == 0, 0)
             weight.copy_(self._as_stored(target, result))
         return damp
 
     def _as_stored(self, target: Target, weight: Tensor) -> Tensor:
         """A weight in the dtype of the files, so that later blocks are the same if another run resumes from them."""
-        return weight if self.out is None else weight.to(self.stack.stored_dtype(target, self.out))
+        if self.out is None:
+            return weight
+        assert isinstance(self.stack, BlockStack)
+        return weight.to(self.stack.stored_dtype(target, self.out))
+
+
+def _check_result(method: str, target: Target, weight: Any, pattern: Pattern) -> None:
+    """Raises StageError if a pruner from outside the package did not return a finite matrix with the pattern."""
+    shape = (target.out_features, target.in_features)
+    if not isinstance(weight, Tensor) or weight.shape != shape:
+        kind = tuple(weight.shape) if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+        problem = f"is {kind}, expected {shape}"
+    elif not weight.isfinite().all():
+        problem = "is not finite"
+    else:
+        problem = shortfall(weight, pattern)
+    if problem:
+        raise StageError(f"{target.name}: the result of prune.method {method} {problem}")

@@ -14,13 +14,23 @@ from sppctl.errors import Problems, UserError
 from sppctl.files.disk import demand_space
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model import checkpoint
-from sppctl.model.blocks import Skeleton, refuse_quantised
+from sppctl.model.blocks import Decoder, Skeleton, refuse_quantised
 from sppctl.model.estimate import Work
 from sppctl.model.targets import Target
 from sppctl.model.weights import misfits
 from sppctl.pattern import Pattern
 from sppctl.prune import calibrate, given_masks
-from sppctl.prune.choose import GPU_SHARE, check_prunes, inside_a_block, is_overridden, needs_inputs, planned_patterns
+from sppctl.prune.choose import (
+    GPU_SHARE,
+    check_prunes,
+    inside_a_block,
+    is_overridden,
+    measures_blocks,
+    needs_inputs,
+    planned_patterns,
+)
+from sppctl.pruners.allocate import MEAN_TOLERANCE
+from sppctl.pruners.registry import find_allocation, find_pruner
 
 # cost of a pruning in forward passes over all windows, measured on a CPU by benchmarks/prune.py
 PASSES = {
@@ -29,7 +39,6 @@ PASSES = {
     "dsnot": {"block": 2.2, "module": 1.3},
     "sparsegpt": {"block": 3.1, "module": 2.3},
 }
-MEAN_TOLERANCE = 0.005  # between prune.pattern and the mean of a list of ratios
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,21 @@ class Prepared:
     sources: dict[str, str]  # hashes of the local files that the windows are from
 
 
-def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[str, str] | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    skeleton: Skeleton,
+    tokenizer: Any,
+    sources: dict[str, str] | None = None,
+    drawn: calibrate.Drawn | None = None,
+) -> Prepared:
     """Checks everything that needs no weights of the dense model, and draws the calibration windows.
+
+    Args:
+        config: the configuration.
+        skeleton: the dense model; a :class:`Decoder` is in memory, so there are no files to check.
+        tokenizer: of the dense model.
+        sources: hashes of the local files that the windows are from.
+        drawn: windows to use instead of drawing them.
 
     Raises:
         UserError: with all problems, one per line.
@@ -52,7 +74,8 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
     prune, problems = config.prune, Problems()
     targets: dict[str, Target] = {}
     patterns: dict[str, Pattern] = {}
-    drawn: calibrate.Drawn | None = None
+    with problems:
+        _check_options(prune)
     with problems:
         targets = skeleton.targets(prune.targets, prune.skip)
         with problems:
@@ -64,20 +87,33 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
         _check_processes(config, problems)
     with problems:
         _check_mask(prune, targets, patterns, skeleton)
-    with problems:
-        _check_files(config, skeleton)
-    with problems:
-        drawn = _calibration(config, skeleton, tokenizer, problems)
+    if not isinstance(skeleton, Decoder):
+        with problems:
+            _check_files(config, skeleton)
+    if drawn is None:
+        with problems:
+            drawn = _calibration(config, skeleton, tokenizer, problems)
     problems.raise_all()
     work = Work(f"{prune.method} {prune.pattern}, {len(targets)} matrices", 0)
     if drawn is not None:
-        passes = PASSES[prune.method][prune.order] + (prune.allocation == "owl") + 3 * prune.reconstruct_epochs
+        method = prune.method if prune.method in PASSES else "wanda"  # of a pruner from outside, only its inputs
+        passes = PASSES[method][prune.order] + measures_blocks(prune) + 3 * prune.reconstruct_epochs
         samples, length = drawn.tokens.shape
         work = Work(f"{work.text}, {samples} windows of {length} tokens", passes * samples * length)
     return Prepared(targets, patterns, drawn, work, sources or {})
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def _check_options(prune: PruneConfig) -> None:
+    """Checks that the options of a pruner or an allocation from outside the package are keys of ``prune``."""
+    chosen: list[tuple[str, tuple[str, ...]]] = [("prune.method", find_pruner(prune.method).options)]
+    if measures_blocks(prune):
+        chosen.append(("prune.allocation", find_allocation(str(prune.allocation)).options))
+    for key, options in chosen:
+        if unknown := [option for option in options if not hasattr(prune, option)]:
+            raise UserError(key, f"its option {unknown[0]} is not a key of prune", "leave it out of its options")
 
 
 def _check_patterns(prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern]) -> None:
@@ -102,7 +138,7 @@ def _check_allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: 
             sizes[int(block)] += target.out_features * target.in_features
     if prune.allocation == "owl":
         _check_owl(prune.owl_lambda, prune.pattern.ratio, [size for size in sizes if size])
-    elif len(prune.allocation) == len(sizes) and any(sizes):
+    elif isinstance(prune.allocation, list) and len(prune.allocation) == len(sizes) and any(sizes):
         ratios = zip(prune.allocation, sizes, strict=True)
         mean = math.fsum(ratio * size for ratio, size in ratios) / sum(sizes)
         if 0 < mean < 1 and abs(mean - prune.pattern.ratio) > MEAN_TOLERANCE:

@@ -7,7 +7,7 @@ from sppctl.errors import UserError
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import Target, matches
 from sppctl.pattern import Pattern
-from sppctl.pruners import PRUNERS
+from sppctl.pruners.registry import find_pruner
 
 CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
 GPU_SHARE = 0.25  # of the free GPU memory, for hidden states and for a micro-batch each
@@ -17,7 +17,12 @@ WAITING_WIDTHS = 12  # held by a window that waits inside a block, in hidden sta
 
 def needs_inputs(prune: PruneConfig) -> bool:
     """Whether calibration text has to be run through the model."""
-    return PRUNERS[prune.method].statistics is not None or prune.allocation == "owl" or prune.reconstruct_epochs > 0
+    return find_pruner(prune.method).statistics is not None or measures_blocks(prune) or prune.reconstruct_epochs > 0
+
+
+def measures_blocks(prune: PruneConfig) -> bool:
+    """Whether the ratios of the blocks depend on their weights and inputs (OWL, or an allocation from outside)."""
+    return isinstance(prune.allocation, str) and prune.allocation != "uniform"
 
 
 def windows_at_a_time(batch_size: int | str, samples: int, seq_len: int) -> int:

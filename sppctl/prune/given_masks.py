@@ -10,20 +10,15 @@ from sppctl import console
 from sppctl.errors import UserError
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
-from sppctl.pruners.masks import holds
+from sppctl.pruners.masks import rounding, shortfall
 from sppctl.records import LayerRecord
 
 
 def check(mask: Tensor, target: Target, pattern: Pattern) -> None:
     """Raises UserError if a mask (out_features, in_features), True = kept, does not have a layer's pattern."""
-    if pattern.is_structured and not holds(mask, pattern):
-        raise UserError(f"{target.name}: the mask of prune.mask_from is not {pattern}")
-    zeros = mask.numel() - int(mask.sum())
-    if zeros < mask.numel() * pattern.sparsity - _rounding(mask.shape):
-        raise UserError(
-            f"{target.name}: the mask of prune.mask_from is not {pattern}: its share of zeros is "
-            f"{zeros / mask.numel():.4g}; set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
-        )
+    if problem := shortfall(mask, pattern):
+        fix = "set prune.pattern (or prune.overrides, prune.allocation) to what the mask has"
+        raise UserError(f"{target.name}: the mask of prune.mask_from {problem}; {fix}")
 
 
 def warn_of_sparser(layers: Sequence[LayerRecord]) -> None:
@@ -31,13 +26,8 @@ def warn_of_sparser(layers: Sequence[LayerRecord]) -> None:
     sparser = [
         f"{layer.name} has {layer.sparsity:.4g}, {layer.pattern} asks for {layer.pattern.sparsity:.4g}"
         for layer in layers
-        if layer.size * layer.sparsity > layer.size * layer.pattern.sparsity + _rounding(layer.shape)
+        if layer.size * layer.sparsity > layer.size * layer.pattern.sparsity + rounding(layer.shape)
     ]
     if sparser:
         first = sparser[0] + (", ..." if len(sparser) > 1 else "")
         console.warn(f"{len(sparser)} masks of prune.mask_from have more zeros than prune.pattern: {first}")
-
-
-def _rounding(shape: Sequence[int]) -> int:
-    """Tolerated difference in zeros: methods round the count down in every row, or every block of columns."""
-    return max(shape)

@@ -13,7 +13,7 @@ from sppctl import distributed
 from sppctl.config.settings import PruneConfig
 from sppctl.errors import StageError
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model.blocks import BlockStack, overflow_advice
+from sppctl.model.blocks import Decoder, overflow_advice
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.records import LayerRecord
@@ -30,7 +30,7 @@ class PrunePlan:
     patterns: dict[str, Pattern]  # of each
     masks: TensorFiles | None = None  # a checkpoint whose zeros are the masks
 
-    def by_block(self, stack: BlockStack) -> list[dict[str, Target]]:
+    def by_block(self, stack: Decoder) -> list[dict[str, Target]]:
         """The targets of each block."""
         blocks = [f"{stack.blocks_name}.{index}." for index in range(len(stack))]
         return [{name: t for name, t in self.targets.items() if name.startswith(prefix)} for prefix in blocks]

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sppctl.config.settings import PruneConfig
-from sppctl.model.blocks import BlockStack
+from sppctl.model.blocks import Decoder
 from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
 from sppctl.records import BlockErrors
 
 
 def reconstruct(
-    stack: BlockStack,
+    stack: Decoder,
     index: int,
     targets: dict[str, Target],
     activations: Activations,
@@ -73,7 +73,7 @@ def _functional(block: nn.Module, weights: dict[str, Tensor], *args: Any, **kwar
     return functional_call(block, weights, args, kwargs)
 
 
-def _kept(stack: BlockStack, targets: dict[str, Target], prefix: str) -> dict[str, Tensor]:
+def _kept(stack: Decoder, targets: dict[str, Target], prefix: str) -> dict[str, Tensor]:
     """Masks of the tuned weights by parameter; fused experts also hold matrices that are not targets."""
     kept: dict[str, Tensor] = {}
     for target in targets.values():

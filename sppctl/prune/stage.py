@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +16,20 @@ from sppctl.files import cache, sealed
 from sppctl.files.names import ALLOCATION, COPIED, JOURNAL
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.model import checkpoint
-from sppctl.model.blocks import BlockStack
+from sppctl.model.blocks import BlockStack, Decoder
 from sppctl.pattern import Pattern
 from sppctl.prune import calibrate
 from sppctl.prune.activations import Activations
 from sppctl.prune.checks import Prepared
-from sppctl.prune.choose import check_prunes, is_overridden
+from sppctl.prune.choose import check_prunes, is_overridden, measures_blocks
 from sppctl.prune.layers import PrunePlan
 from sppctl.prune.walk import START_AGAIN, Journal, dense_scores, prune_blocks
 from sppctl.pruners import allocate
+from sppctl.pruners.registry import find_allocation
 from sppctl.records import BlockRecord, LayerRecord, PruneRecord
 
 ACTIVATIONS = "activations.bin"
+Callback = Callable[[LayerRecord, int, int], object]
 
 
 def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype: str) -> PruneRecord:
@@ -38,39 +41,73 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
     Raises:
         StageError: broken weights, or an architecture whose blocks cannot be replayed.
     """
-    prune = config.prune
     device = checkpoint.pick_device(config.model.device)
     distributed.connect(device)
-    stack = BlockStack(base, device, dtype, config.model.trust_remote_code)
-    if unsupported := stack.unsupported_experts():
-        console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unsupported}")
-    drawn, windows = prepared.drawn, None
+    stack, drawn = BlockStack(base, device, dtype, config.model.trust_remote_code), prepared.drawn
     if drawn is not None:
         tokenizer = checkpoint.load_tokenizer(base, config.model.trust_remote_code)
         drawn = drawn if cache.same_tokenizer(drawn.tokenizer, tokenizer) else calibrate.draw(config, tokenizer)
-        windows = drawn.tokens[distributed.rank() :: distributed.world_size()]
-        stack.load_embeddings()
-        with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
-            stack.check_replay(windows[:1].to(device), lambda _: bar.advance())
+    check_blocks(stack, drawn)
     distributed.decide(lambda: _copy(config, stack, prepared, out))
+    return prune_decoder(config.prune, prepared, stack, drawn, out, OwnFiles(out))
+
+
+def check_blocks(stack: Decoder, drawn: calibrate.Drawn | None) -> None:
+    """Loads the embeddings, and checks that replayed blocks equal the model; nothing if no inputs are needed.
+
+    Raises:
+        StageError: they differ, or give values that are not finite.
+    """
+    if unsupported := stack.unsupported_experts():
+        console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unsupported}")
+    if drawn is not None:
+        stack.load_embeddings()
+        first = drawn.tokens[distributed.rank()].unsqueeze(0).to(stack.device)
+        with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
+            stack.check_replay(first, lambda _: bar.advance())
+
+
+def prune_decoder(
+    prune: PruneConfig,
+    prepared: Prepared,
+    stack: Decoder,
+    drawn: calibrate.Drawn | None,
+    folder: Path,
+    out: OwnFiles | None,
+    callback: Callback | None = None,
+) -> PruneRecord:
+    """Prunes block by block.
+
+    Args:
+        prune: the settings.
+        prepared: the matrices and their patterns.
+        stack: the model, with its embeddings loaded.
+        drawn: the calibration windows of all processes.
+        folder: for hidden states that do not fit into memory and, if there is ``out``, the journal.
+        out: files of a copy of the checkpoint; None: only the model in memory is pruned.
+        callback: called after each matrix with its record, the number of pruned matrices, and that of all.
+    """
     masks = None if prune.mask_from is None else TensorFiles(checkpoint.locate(prune.mask_from))
     plan = PrunePlan(prune, prepared.targets, prepared.patterns, masks)
-    if prune.allocation == "owl":
+    windows = None if drawn is None else drawn.tokens[distributed.rank() :: distributed.world_size()]
+    if measures_blocks(prune):
         assert windows is not None
-        plan = replace(plan, patterns=_owl(stack, plan, windows, out))
-    activations = None if windows is None else _embed(stack, windows, prune, out)
-    journal = Journal(out / JOURNAL)
+        plan = replace(plan, patterns=_allocated(stack, plan, windows, folder))
+    activations = None if windows is None else _embed(stack, windows, prune, folder)
+    journal = Journal(None if out is None else folder / JOURNAL)
     if journal.blocks:
         console.note(f"prune: {len(journal.blocks)} of {len(stack)} blocks are done")
     blocks = []
     with console.Progress(f"pruning {prune.method} {prune.pattern}", len(plan.targets)) as bar:
-        for entry in prune_blocks(stack, plan, activations, OwnFiles(out), journal):
+        for entry in prune_blocks(stack, plan, activations, out, journal):
             blocks.append(entry)
             for layer in entry.layers:
                 error = layer.relative_output_error
                 bar.advance(layer.name if error is None else f"{layer.name} error {error:.3f}")
+                if callback is not None:
+                    callback(layer, bar.done, bar.total)
     if distributed.is_main():
-        for path in out.glob(f"{ACTIVATIONS}.*"):
+        for path in folder.glob(f"{ACTIVATIONS}.*"):
             path.unlink(missing_ok=True)
     return _summary(prune, blocks, activations, drawn)
 
@@ -89,8 +126,8 @@ def _copy(config: Config, stack: BlockStack, prepared: Prepared, out: Path) -> N
         (out / COPIED).touch()
 
 
-def _embed(stack: BlockStack, windows: Tensor, prune: PruneConfig, out: Path) -> Activations:
-    return Activations(stack, windows, prune.batch_size, prune.memory, out / f"{ACTIVATIONS}.{distributed.rank()}")
+def _embed(stack: Decoder, windows: Tensor, prune: PruneConfig, folder: Path) -> Activations:
+    return Activations(stack, windows, prune.batch_size, prune.memory, folder / f"{ACTIVATIONS}.{distributed.rank()}")
 
 
 def _summary(
@@ -117,6 +154,7 @@ def _summary(
         reconstruction={block.block: block.reconstruction for block in blocks if block.reconstruction} or None,
         layers=layers,
         calibration=None if drawn is None else drawn.record,
+        zeros_before=sum(layer.zeros_before for layer in layers),
     )
 
 
@@ -132,19 +170,19 @@ def _pattern_text(prune: PruneConfig, layers: list[LayerRecord]) -> str:
     return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
 
 
-def _owl(stack: BlockStack, plan: PrunePlan, windows: Tensor, out: Path) -> dict[str, Pattern]:
-    """Ratios by the share of outliers in each dense block: one more pass over the windows; overrides stay."""
+def _allocated(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path) -> dict[str, Pattern]:
+    """Ratios by what an allocation measures in each dense block: one more pass over the windows; overrides stay."""
     prune, patterns = plan.settings, dict(plan.patterns)
     adjustable = {name: target for name, target in plan.targets.items() if not is_overridden(prune, name)}
     if not adjustable:
         return patterns
-    # OWL counts the outliers of Wanda's scores
+    # the scores are Wanda's, whatever the method
     plan = replace(plan, settings=replace(prune, method="wanda"), targets=adjustable)
-    path = out / ALLOCATION
+    path = folder / ALLOCATION
     if path.exists():
         ratios = sealed.read(path, START_AGAIN)
     else:
-        ratios = _owl_ratios(stack, plan, _embed(stack, windows, prune, out))
+        ratios = _ratios(stack, plan, _embed(stack, windows, prune, folder))
         if distributed.is_main():
             sealed.write(path, ratios)
         distributed.barrier()
@@ -159,20 +197,23 @@ def _owl(stack: BlockStack, plan: PrunePlan, windows: Tensor, out: Path) -> dict
     return patterns
 
 
-def _owl_ratios(stack: BlockStack, plan: PrunePlan, activations: Activations) -> dict[str, float]:
+def _ratios(stack: Decoder, plan: PrunePlan, activations: Activations) -> dict[str, float]:
     """The ratio of each block that has something to prune, by its index."""
     prune = plan.settings
     assert prune.pattern.ratio is not None
-    blocks, shares, sizes = [], [], []
-    with console.Progress("measuring outliers (OWL)", len(stack)) as bar:
+    allocation = find_allocation(str(prune.allocation))
+    blocks, values, sizes = [], [], []
+    with console.Progress(f"measuring blocks ({prune.allocation})", len(stack)) as bar:
         for index, scores in enumerate(dense_scores(stack, plan, activations)):
             if scores:
                 blocks.append(str(index))
-                shares.append(allocate.outlier_share(scores))
+                values.append(allocation.measure(scores))
                 sizes.append(sum(score.numel() for score in scores))
-            bar.advance(f"{shares[-1]:.4f}" if scores else "")
+            bar.advance(f"{values[-1]:.4f}" if scores else "")
+    options = {name: getattr(prune, name) for name in allocation.options}
     try:
-        ratios = allocate.owl(shares, sizes, prune.pattern.ratio, prune.owl_lambda)
+        ratios = allocation.ratios(values, sizes, prune.pattern.ratio, **options)
+        allocate.check_ratios(ratios, sizes, prune.pattern.ratio)
     except ValueError as error:
         raise StageError(f"prune.allocation: {error}") from error
     return dict(zip(blocks, ratios, strict=True))

@@ -14,7 +14,7 @@ from sppctl import distributed
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed, strict_json
 from sppctl.files.safe_files import OwnFiles
-from sppctl.model.blocks import BlockStack
+from sppctl.model.blocks import BlockStack, Decoder
 from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
 from sppctl.prune.block_work import BlockWork, Groups
@@ -29,15 +29,17 @@ START_AGAIN = "sppctl prune --force starts the stage again"
 class Journal:
     """The finished blocks with their records: one line of JSON each, written after the block's weights."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         """Reads the journal of an interrupted run; an incomplete last line is not a finished block.
+
+        Without a path, which is for a model in memory, nothing is written.
 
         Raises:
             UserError: another line is damaged.
         """
         self.path = path
         self.blocks: list[BlockRecord] = []
-        if path.is_file():
+        if path is not None and path.is_file():
             lines = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines[:-1]):
                 try:
@@ -55,7 +57,7 @@ class Journal:
     def append(self, entry: BlockRecord) -> None:
         """Records a finished block; it is on the disk when this returns."""
         self.blocks.append(entry)
-        if distributed.is_main():
+        if self.path is not None and distributed.is_main():
             with self.path.open("a") as file:
                 file.write(strict_json.dumps(sealed.seal(to_json(entry))) + "\n")
                 file.flush()
@@ -64,15 +66,16 @@ class Journal:
 
 @torch.no_grad()
 def prune_blocks(
-    stack: BlockStack, plan: PrunePlan, activations: Activations | None, out: OwnFiles, journal: Journal
+    stack: Decoder, plan: PrunePlan, activations: Activations | None, out: OwnFiles | None, journal: Journal
 ) -> Iterator[BlockRecord]:
     """Prunes every block in turn and writes its layers to ``out``.
 
     Args:
-        stack: the checkpoint to prune.
+        stack: the model to prune, a :class:`BlockStack` if there are files to write to.
         plan: patterns and settings.
         activations: the embedded calibration windows; None for methods that need no inputs.
-        out: files of a copy of the checkpoint, in which the journal's blocks are pruned.
+        out: files of a copy of the checkpoint, in which the journal's blocks are pruned; None: the model in memory is
+            all there is.
         journal: of the finished blocks, which are run but not pruned.
 
     Yields:
@@ -89,6 +92,8 @@ def prune_blocks(
     for index, targets in enumerate(blocks):
         feeding = activations if index < last else None
         if index < len(journal.blocks):
+            assert isinstance(stack, BlockStack)
+            assert out is not None
             _replay(stack, journal.blocks[index], targets, feeding, out)
             yield journal.blocks[index]
             continue
@@ -98,7 +103,11 @@ def prune_blocks(
         if targets:
             work = BlockWork(stack, index, targets, plan, activations, groups, out)
             entry = BlockRecord(index, work.prune(), work.reconstruction, {})
-            if distributed.is_main():
+            if out is None:
+                masks = {name: integrity.mask_digest(target.view(stack.model)) for name, target in targets.items()}
+                entry = replace(entry, layers=[replace(layer, mask=masks[layer.name]) for layer in entry.layers])
+            elif distributed.is_main():
+                assert isinstance(stack, BlockStack)
                 entry = _write(stack, entry, targets, out)
         distributed.barrier()
         journal.append(entry)
@@ -147,7 +156,7 @@ def _write(stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], ou
 
 
 @torch.no_grad()
-def dense_scores(stack: BlockStack, plan: PrunePlan, activations: Activations) -> Iterator[list[Tensor]]:
+def dense_scores(stack: Decoder, plan: PrunePlan, activations: Activations) -> Iterator[list[Tensor]]:
     """Runs the dense model once and yields, per block, the Wanda scores of its targets (out_features, in_features).
 
     It ends with the last block that has targets.

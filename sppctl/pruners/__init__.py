@@ -1,6 +1,6 @@
 """Pruners: pure functions of a weight, the statistics of its inputs, and a pattern.
 
-A new pruner is one function and one line in ``PRUNERS``.
+A new pruner is one function and one line in ``PRUNERS``; outside the package, :func:`sppctl.register_pruner`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sppctl import plugins
 from sppctl.pattern import Pattern
 from sppctl.pruners.dsnot import update_mask
 from sppctl.pruners.magnitude import magnitude_mask
@@ -54,7 +55,7 @@ def _by_mask(choose: Callable[..., Tensor], improve: Callable[..., Tensor] | Non
 PRUNERS = {
     "magnitude": Pruner(None, _by_mask(lambda weight, _, pattern: magnitude_mask(weight, pattern))),
     "wanda": Pruner(InputNorms, _by_mask(wanda_mask)),
-    "sparsegpt": Pruner(Hessian, prune_sparsegpt, ("damp", "block_size")),
+    "sparsegpt": Pruner(Hessian, prune_sparsegpt, ("damp", "block_size", "keep_zeros")),
     "dsnot": Pruner(InputMoments, _by_mask(wanda_mask, update_mask)),
 }
 
@@ -82,10 +83,11 @@ def prune_linear(
     Args:
         weight: (out_features, in_features), any float dtype.
         inputs: (tokens, in_features) or (..., in_features), the layer's inputs; magnitude needs none.
-        method: a key of ``PRUNERS``.
+        method: magnitude, wanda, sparsegpt, dsnot, or a registered pruner.
         pattern: N:M with N kept in every M (``"2:4"``), or the ratio of zeros (``0.5``).
         mask: boolean, True = kept: SparseGPT updates the weights under it, DSnoT starts from it, the others apply it.
-        options: of the method: ``damp`` and ``block_size`` for SparseGPT.
+        options: of the method: ``damp``, ``block_size`` and ``keep_zeros`` for SparseGPT, in whose result zeros of
+            the weight may otherwise be filled.
 
     Returns:
         The pruned weight, a new tensor of the same shape and dtype.
@@ -93,13 +95,13 @@ def prune_linear(
     Raises:
         ValueError: unknown method, bad pattern, inputs that are missing, empty, of another width or not finite.
     """
-    if method not in PRUNERS:
+    if method not in PRUNERS and not plugins.has(plugins.PRUNERS, method):
         raise ValueError(f"unknown pruning method {method!r}; choose one of {', '.join(PRUNERS)}")
     parsed = Pattern.parse(pattern)
     check_weight(weight, parsed)
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; expected bool {tuple(weight.shape)}")
-    pruner, statistics = PRUNERS[method], None
+    pruner, statistics = PRUNERS.get(method) or plugins.find(plugins.PRUNERS, method), None
     if pruner.statistics is not None:
         if inputs is None or inputs.numel() == 0:
             raise ValueError(f"method {method} needs the layer's inputs, (tokens, in_features)")

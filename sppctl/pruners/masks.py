@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,21 @@ def mask_by_row(scores: Tensor, pattern: Pattern) -> Tensor:
     if pattern.keep is not None and pattern.group is not None:
         return keep_largest_in_groups(scores, pattern.keep, pattern.group)
     return keep_largest(scores, pattern.num_pruned(scores.shape[1]))
+
+
+def shortfall(weight: Tensor, pattern: Pattern) -> str:
+    """How a weight, or a mask, fails to have the zeros of a pattern; empty if it has them, or more."""
+    if pattern.is_structured and not holds(weight, pattern):
+        return f"is not {pattern}"
+    zeros = weight.numel() - int(weight.count_nonzero())
+    if zeros < weight.numel() * pattern.sparsity - rounding(weight.shape):
+        return f"is not {pattern}: its share of zeros is {zeros / weight.numel():.4g}"
+    return ""
+
+
+def rounding(shape: Sequence[int]) -> int:
+    """Tolerated difference in zeros: methods round the count down in every row, or every block of columns."""
+    return max(shape)
 
 
 def holds(weight: Tensor, pattern: Pattern) -> bool:

@@ -24,6 +24,7 @@ def prune_sparsegpt(
     *,
     damp: float = 0.01,
     block_size: int = 128,
+    keep_zeros: bool = False,
 ) -> tuple[list[Tensor], float]:
     """Solves layers that share their inputs, column by column (Algorithm 1 of the paper), their rows together.
 
@@ -38,6 +39,8 @@ def prune_sparsegpt(
         masks: of each layer, True = kept; None chooses them.
         damp: share of the mean Hessian diagonal added to the diagonal.
         block_size: columns updated lazily together; rounded up to a multiple of every M.
+        keep_zeros: weights that are zero are pruned first and never kept, so a row or group that has more of them than
+            the pattern asks for stays sparser.
 
     Returns:
         The pruned weights (same shapes and dtypes), and the damping that the factorisation needed.
@@ -54,10 +57,13 @@ def prune_sparsegpt(
     layers = [slice(stop - len(weight), stop) for stop, weight in zip(stops, weights, strict=True)]
     kept = torch.empty_like(work, dtype=torch.bool) if masks is None else torch.cat(masks)
     choices = list(zip(layers, patterns, strict=True)) if masks is None else []
+    zeros = work == 0 if keep_zeros else None
+    if zeros is not None and masks is not None:
+        kept &= ~zeros
     for start in range(0, work.shape[1], block_size):
         columns = slice(start, min(start + block_size, work.shape[1]))
         part = work[:, columns], factor[columns, columns], scale[columns], kept[:, columns]
-        errors = _Block(*part, choices).solve(tile)
+        errors = _Block(*part, choices, None if zeros is None else zeros[:, columns]).solve(tile)
         work[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
     work.masked_fill_(~kept, 0)
@@ -73,14 +79,15 @@ class _Block:
     scale: Tensor  # (columns,) its diagonal; infinite for inputs that never fired
     kept: Tensor  # (rows, columns) the mask
     choices: list[tuple[slice, Pattern]]  # rows whose mask is to be chosen, and how
+    zeros: Tensor | None  # (rows, columns) weights that must stay zero
 
     def solve(self, tile: int) -> Tensor:
         """Prunes the columns; returns their scaled errors (rows, columns)."""
         for rows, pattern in self.choices:
             if not pattern.is_structured:
-                scores = (self.work[rows] / self.scale).square()
+                scores = self._without_zeros((self.work[rows] / self.scale).square(), rows, slice(None))
                 mask = keep_largest(scores.reshape(1, -1), pattern.num_pruned(scores.numel()))
-                self.kept[rows] = mask.view(scores.shape)
+                self.kept[rows] = mask.view(scores.shape) & (scores >= 0)
         errors = torch.empty_like(self.work)
         for start in range(0, self.work.shape[1], tile):
             stop = min(start + tile, self.work.shape[1])
@@ -88,6 +95,10 @@ class _Block:
             rest = slice(stop, self.work.shape[1])
             self.work[:, rest].addmm_(errors[:, start:stop], self.upper[start:stop, rest], alpha=-1)
         return errors
+
+    def _without_zeros(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The scores (rows, columns), none of which is negative, with -1 for weights that must stay zero."""
+        return scores if self.zeros is None else scores.masked_fill_(self.zeros[rows, columns], -1)
 
     def _solve_tile(self, columns: slice, errors: Tensor) -> None:
         # a column-major copy: every column is contiguous
@@ -98,9 +109,11 @@ class _Block:
             for rows, pattern in self.choices:
                 if pattern.keep is not None and pattern.group is not None and column % pattern.group == 0:
                     group = slice(place, place + pattern.group)
-                    scores = (tile[group, rows].t() / self.scale[column : column + pattern.group]).square()
-                    mask = keep_largest_in_groups(scores.contiguous(), pattern.keep, pattern.group)
-                    self.kept[rows, column : column + pattern.group] = mask
+                    places = slice(column, column + pattern.group)
+                    scores = (tile[group, rows].t() / self.scale[places]).square().contiguous()
+                    scores = self._without_zeros(scores, rows, places)
+                    mask = keep_largest_in_groups(scores, pattern.keep, pattern.group)
+                    self.kept[rows, places] = mask & (scores >= 0)
             error = torch.div(tile[place], self.upper[column, column], out=tile_errors[place])
             error.masked_fill_(self.kept[:, column], 0)
             tile[place:].addr_(self.upper[column, column : columns.stop], error, alpha=-1)

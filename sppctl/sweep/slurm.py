@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sppctl import plugins
 from sppctl.errors import UserError
 from sppctl.sweep.grid import REPORT, Sweep
 
@@ -44,13 +45,14 @@ class Job:
 
 def jobs(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Job]:
     """The jobs of a sweep (read with these KEY=VALUE), each after the one it waits for; the report is the last."""
-    only = (str(sweep.file), *overrides, "--only")
+    imports = tuple(plugins.flags())
+    only = (str(sweep.file), *overrides, *imports, "--only")
     of_members = []
     for member in sweep.members():
         if member.name in sweep.runs:
             train = f"{member.name}.train"
-            of_members.append(Job(train, "slurm_train.sh", member.arguments, member.parent, "train"))
-            of_members.append(Job(f"{member.name}.eval", "slurm_eval.sh", member.arguments, train, "eval"))
+            of_members.append(Job(train, "slurm_train.sh", (*member.arguments, *imports), member.parent, "train"))
+            of_members.append(Job(f"{member.name}.eval", "slurm_eval.sh", (*member.arguments, *imports), train, "eval"))
         else:
             options = "prune" if member.name in sweep.pruned else "eval"
             of_members.append(Job(member.name, "slurm_sweep.sh", (*only, member.name), member.parent, options))

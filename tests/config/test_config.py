@@ -327,7 +327,7 @@ WRONG = {
     "prune.targets=7": "expected a list of names or all-linear, found 7",
     "prune.skip=3": "expected a list of names, found 3",
     "prune.overrides=[down_proj]": "expected a mapping of name to N:M or a ratio, found the list ['down_proj']",
-    "prune.allocation=owll": "expected uniform | owl or a list of numbers, found the text 'owll'",
+    "prune.allocation=owll": "found the text 'owll'; for one of your own, --import its module",
     "eval.tasks=[1]": "expected text, found 1",
     # bounds
     "run.seed=-1": "-1 must be at least 0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,11 @@ def test_owl_gives_the_ratios_of_the_outliers(
     made: list[tuple[list[float], list[float]]] = []
     owl = allocate.owl
 
-    def spy(shares: list[float], *args: Any) -> list[float]:
-        made.append((shares, owl(shares, *args)))
+    def spy(shares: list[float], *args: Any, **options: Any) -> list[float]:
+        made.append((shares, owl(shares, *args, **options)))
         return made[-1][1]
 
-    monkeypatch.setattr(allocate, "owl", spy)
+    monkeypatch.setitem(allocate.ALLOCATIONS, "owl", replace(allocate.ALLOCATIONS["owl"], ratios=spy))
     options = f"prune.method={method}", "prune.pattern=0.6", "prune.allocation=owl", "prune.owl_lambda=0.1"
     record = prune(*options, base=deep).record
     ((shares, ratios),) = made

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sppctl.pattern import Pattern
 from sppctl.pruners import prune_linear
+from sppctl.pruners.masks import holds
 from sppctl.pruners.sparsegpt import prune_sparsegpt
 from sppctl.pruners.stats import MAX_DAMP, Hessian
 
@@ -211,3 +212,28 @@ def test_bad_arguments(change: dict[str, object], message: str) -> None:
     weight, inputs = arguments.pop("weight"), arguments.pop("inputs")
     with pytest.raises(ValueError, match=message):
         prune_linear(weight, inputs, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fills"),
+    [(0.5, "2:4", True), ("2:4", "2:8", True), ("2:4", 0.75, False), ("1:4", "2:4", False)],
+)
+def test_sparsegpt_keeps_the_zeros_of_a_sparse_weight(first: float | str, second: float | str, fills: bool) -> None:
+    weight, inputs = made(1, 16, 32, 64, correlated=True)
+    sparse = prune_linear(weight, inputs, method="sparsegpt", pattern=first)
+    kept = prune_linear(sparse, inputs, method="sparsegpt", pattern=second, keep_zeros=True)
+    free = prune_linear(sparse, inputs, method="sparsegpt", pattern=second)
+    assert (kept[sparse == 0] == 0).all()
+    assert (free[sparse == 0] != 0).any() == fills, "without the option"
+    assert Pattern.parse(second).ratio or holds(kept, Pattern.parse(second))
+    assert (kept == 0).float().mean() >= max(Pattern.parse(pattern).sparsity for pattern in (first, second))
+    masked = prune_linear(sparse, inputs, method="sparsegpt", pattern=second, mask=kept != 0)
+    torch.testing.assert_close(kept, masked, rtol=1e-4, atol=1e-5)
+
+
+def test_a_given_mask_does_not_bring_back_zeros() -> None:
+    weight, inputs = made(2, 8, 16, 64)
+    sparse = prune_linear(weight, inputs, method="magnitude", pattern="2:4")
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    pruned = prune_linear(sparse, inputs, method="sparsegpt", pattern="2:4", mask=mask, keep_zeros=True)
+    assert torch.equal(pruned == 0, sparse == 0)
