@@ -27,12 +27,17 @@ class SparseConfig(PeftConfig):
         target_modules: names of the linear layers to adapt, or a regular expression, or ``"all-linear"``.
         exclude_modules: names to leave out, or a regular expression.
         modules_to_save: further modules to train and store in full (for example a classifier head).
+        mask_digest: a hash of the zeros of the adapted layers, set when an adapter is made. Loading the adapter on
+            weights with other zeros warns; without it, nothing is compared.
     """
 
     method: ClassVar[Method]
+    keeps_zeros: ClassVar[bool] = True  # those of the pruned weights; False: training chooses the mask
+    is_verified: ClassVar[bool] = False  # set on an object: the weights are known to have the zeros of mask_digest
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
+    mask_digest: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -105,6 +105,11 @@ def mask_digest(weight: Tensor) -> str:
     return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
+def masks_digest(masks: Mapping[str, str]) -> str:
+    """One short hash over the masks of several matrices: their digests (:func:`mask_digest`) by the layers' names."""
+    return identity(masks)
+
+
 def tensor_digest(tensor: Tensor) -> str:
     """A hash of the bytes of a tensor."""
     return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from sppctl.records import MatrixRecord
 Tensors = Mapping[str, Tensor]
 Settings = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
+DORA = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ def check_mask(kind: str, mask: str) -> None:
     if zeros == "filled" and mask == "keep":
         raise UserError(
             "merge.mask",
-            f"keep is impossible with train.method {kind.lower()}, whose update fills the zeros",
+            f"keep is impossible with an adapter of type {kind.lower()}, whose update fills the zeros",
             "merge.mask=reapply prunes the merged weights by the old mask again (the paper's LoRA*), "
             "merge.mask=dense gives up the sparsity, train.method=masked_lora trains under the mask",
         )
     if zeros == "chosen" and mask == "reapply":
         raise UserError(
             "merge.mask",
-            f"reapply would undo the masks that train.method {kind.lower()} has chosen",
+            f"reapply would undo the masks that an adapter of type {kind.lower()} has chosen",
             "merge.mask=keep keeps them and verifies their pattern",
         )
 
@@ -114,12 +116,11 @@ def prove(kind: str, mask: str, name: str, weight: Tensor, written: Tensor, patt
 # --- the types --------------------------------------------------------------------------------------------------------
 
 
-def _low_rank(a: str, b: str, merge: Callable[..., Tensor], zeros: str = "pruned") -> Merger:
+def _low_rank(a: str, b: str, merge: Callable[..., Tensor]) -> Merger:
     """A (r, n) and B (m, r), under the names that the type stores them by."""
     return Merger(
         lambda settings, m, n: {a: (settings["r"], n), b: (m, settings["r"])},
         lambda weight, tensors, settings, dtype: merge(weight, tensors[a], tensors[b], settings, dtype),
-        zeros,
     )
 
 
@@ -128,8 +129,23 @@ def _merge_spp(weight: Tensor, tensors: Tensors, settings: Settings, dtype: torc
     return spp.effective_weight(weight, tensors["spp_alpha"], beta, settings["scale"], dtype)
 
 
-def _merge_lora(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
-    return torch.addmm(weight.float(), b, a, alpha=settings["lora_alpha"] / settings["r"]).to(dtype)
+def _lora_shapes(settings: Settings, m: int, n: int) -> Shapes:
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (settings["r"], n), "lora_B.weight": (m, settings["r"])}
+    return shapes | ({DORA: (m,)} if settings.get("use_dora") else {})
+
+
+def _merge_lora(weight: Tensor, tensors: Tensors, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """W + s B A, s = alpha / r or, for rsLoRA, alpha / sqrt(r); DoRA scales its rows to the norms that it has learned.
+
+    rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353, Eq. 5.
+    """
+    rank = settings["r"]
+    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    a, b = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
+    merged = torch.addmm(weight.float(), b, a, alpha=scale)
+    if settings.get("use_dora"):
+        merged *= (tensors[DORA].float() / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+    return merged.to(dtype)
 
 
 def _merge_hira(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
@@ -146,7 +162,7 @@ MERGERS: dict[str, Merger] = {
         lambda settings, m, n: {"spp_alpha": (settings["r"], n)} | ({"spp_beta": (m, 1)} if settings["beta"] else {}),
         _merge_spp,
     ),
-    "LORA": _low_rank("lora_A.weight", "lora_B.weight", _merge_lora, zeros="filled"),
+    "LORA": Merger(_lora_shapes, _merge_lora, zeros="filled"),
     "HIRA": _low_rank("hira_A", "hira_B", _merge_hira),
     "MASKED_LORA": _low_rank("masked_lora_A", "masked_lora_B", _merge_masked_lora),
     "MASKED_FULL": Merger(

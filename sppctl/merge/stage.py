@@ -7,61 +7,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sppctl import console
+from sppctl import console, records
 from sppctl.adapters.masked import round_under_mask
+from sppctl.adapters.tuner import DENSE
 from sppctl.config.settings import Config
 from sppctl.errors import StageError, UserError
 from sppctl.files import integrity
 from sppctl.files.disk import demand_space
-from sppctl.files.safe_files import OwnFiles, TensorFile, TensorFiles, adapter_file, adapter_settings
+from sppctl.files.names import RECORD
+from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.machine import dtype_name
+from sppctl.merge.adapter import EMBEDDINGS, Adapter
 from sppctl.merge.rules import MERGERS, check_mask, merged_weight, prove
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
-from sppctl.model.refreshed import RefreshedFiles
+from sppctl.model.refreshed import REFRESHED, RefreshedFiles
 from sppctl.model.targets import stored_name
 from sppctl.model.weights import check_weights
 from sppctl.pattern import Pattern
-from sppctl.records import MatrixRecord, MergeRecord, PruneRecord, Settings, TrainRecord
-
-PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A saved PEFT adapter: its settings, its kind, and its tensors by module name."""
-
-    kind: str
-    settings: Settings
-    files: TensorFile
-    modules: dict[str, dict[str, str]]
-
-    @classmethod
-    def open(cls, directory: Path) -> Adapter:
-        """Reads the settings and headers of an adapter directory.
-
-        Raises:
-            UserError: not an adapter, a kind that cannot be merged, or incomplete.
-        """
-        settings = adapter_settings(directory)
-        kind = settings.get("peft_type")
-        if kind not in MERGERS:
-            raise UserError(f"{directory} is an adapter of type {kind}; sppctl merges {', '.join(MERGERS)}")
-        files = TensorFile(adapter_file(directory))
-        modules: dict[str, dict[str, str]] = {}
-        parts = MERGERS[kind].shapes(settings, 0, 0).keys()
-        for name in files.specs:
-            # parts may have dots (lora_A.weight)
-            part = next((part for part in parts if name.endswith(f".{part}")), name.rpartition(".")[2])
-            modules.setdefault(name.removeprefix(PEFT_PREFIX).removesuffix(f".{part}"), {})[part] = name
-        for module, names in modules.items():
-            if names.keys() != parts:
-                raise UserError(
-                    f"{directory}: {module} has {', '.join(sorted(names))}, expected {', '.join(sorted(parts))}"
-                )
-        return cls(kind, settings, files, modules)
+from sppctl.records import MatrixRecord, MergeRecord, PruneRecord, StageRecord, TrainRecord
 
 
 @dataclass(frozen=True)
@@ -73,20 +39,26 @@ class Prepared:
     adapter: Adapter  # what to merge
     stored: dict[str, str]  # the checkpoint's name of each adapted module's weight
     masks: dict[str, str]  # recorded digest of each pruned matrix's mask by module; of refreshed ones the last
+    replaced: dict[str, str] = field(default_factory=dict)  # name in the adapter, by the checkpoint's name of a tensor
     work: None = None  # nothing that takes long
     # the checkpoint and the adapter are read again in every attempt
     sources: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(
-    config: Config, pruned: Path, trained: Path, prune_record: PruneRecord, train_record: TrainRecord, out: Path
+    config: Config,
+    pruned: Path,
+    trained: Path,
+    prune_record: PruneRecord | None,
+    train_record: TrainRecord | None,
+    out: Path,
 ) -> Prepared:
     """Checks that an adapter can be merged into a checkpoint as ``merge.mask`` asks, and that both are as recorded.
 
     Args:
         config: the configuration.
-        pruned, prune_record: the pruned checkpoint, and what was recorded of it.
-        trained, train_record: directory of the adapter, and what was recorded of it.
+        pruned, prune_record: the pruned checkpoint, and what was recorded of it; None: pruned elsewhere.
+        trained, train_record: directory of the adapter, and what was recorded of it; None: trained elsewhere.
         out: where the merged checkpoint will be written.
 
     Raises:
@@ -96,19 +68,47 @@ def prepare(
     adapter = Adapter.open(trained)
     check_mask(adapter.kind, config.merge.mask)
     source = RefreshedFiles(pruned, trained)
-    if missing := sorted(set(train_record.modules) - adapter.modules.keys()):
+    trained_modules = set() if train_record is None else set(train_record.modules)
+    if missing := sorted(trained_modules - adapter.modules.keys()):
         raise UserError(
-            f"{trained} lacks {len(missing)} of the {len(train_record.modules)} matrices that were trained, "
+            f"{trained} lacks {len(missing)} of the {len(trained_modules)} matrices that were trained, "
             f"{missing[0]} among them; train again (sppctl train --force)"
         )
-    stored = _match(source, adapter, config, pruned)
+    skeleton = _skeleton(config, pruned)
+    stored = _match(source, adapter, skeleton, pruned)
+    replaced = _match_replaced(source, adapter, skeleton)
     if source.refreshed:
+        if prune_record is None:
+            raise UserError(f"{trained} has weights of its own ({REFRESHED}), which need the record of {pruned}")
         patterns = prune_record.patterns
         source.prove(TensorFiles(pruned), {stored[name]: patterns[name] for name in stored.keys() & patterns.keys()})
     needed = checkpoint.weight_bytes(pruned, config.merge.dtype)
     demand_space(out.parent, needed, "the merged checkpoint", f"{out.name}/*.safetensors")
-    masks = prune_record.masks | (train_record.refresh.masks if train_record.refresh else {})
-    return Prepared(pruned, source, adapter, stored, masks)
+    refreshed = {} if train_record is None or train_record.refresh is None else train_record.refresh.masks
+    masks = ({} if prune_record is None else prune_record.masks) | refreshed
+    _check_digest(trained, adapter, source, stored)
+    return Prepared(pruned, source, adapter, stored, masks, replaced)
+
+
+def training_of(adapter: Path, pruned: Path) -> TrainRecord | None:
+    """What the record in an adapter's directory says of its training; None without a record.
+
+    Raises:
+        UserError: files differ from the record, or it was trained on other weights than those in ``pruned``.
+    """
+    if integrity.check_record(adapter) is None:
+        return None
+    record = records.read(adapter / RECORD, "train")
+    check_trained_on(record, adapter, pruned, checkpoint.fingerprint(pruned))
+    metrics: TrainRecord = record.metrics
+    return metrics
+
+
+def check_trained_on(record: StageRecord[TrainRecord], adapter: Path, pruned: Path, fingerprint: str) -> None:
+    """Raises UserError if an adapter was trained on other weights than those of this fingerprint, in ``pruned``."""
+    if record.inputs["pruned"] != fingerprint:
+        problem = f"{adapter} was trained on other weights than {pruned} holds now"
+        raise UserError(f"{problem}; train again (sppctl train --force)")
 
 
 def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
@@ -119,22 +119,24 @@ def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
         StageError: the pattern would not be what ``merge.mask`` promises, or a value is not finite.
     """
     mask, adapter = config.merge.mask, prepared.adapter
-    convert = partial(_converted, set(prepared.stored.values()))
+    convert = partial(_converted, {*prepared.stored.values(), *prepared.replaced})
     with console.working(f"copying {prepared.pruned}"):
         files = checkpoint.copy_for_rewriting(prepared.pruned, out, config.merge.dtype, convert)
-    records = []
+    matrices = []
     with console.Progress("merging", len(adapter.modules)) as bar:
         for module in adapter.modules:
-            records.append(_merge_matrix(prepared, module, files, mask))
+            matrices.append(_merge_matrix(prepared, module, files, mask))
             bar.advance()
+    for name, key in prepared.replaced.items():
+        _replace(name, adapter.files.read(key), files)
     totals = ("kept", "moved", "zeros", "filled", "lost")
-    kept, moved, zeros, filled, lost = (sum(getattr(record, name) for record in records) for name in totals)
+    kept, moved, zeros, filled, lost = (sum(getattr(record, name) for record in matrices) for name in totals)
     if filled:
         console.note(f"merge: {filled:,} zeros were filled, {lost:,} other weights are zero now (merge.mask={mask})")
     return MergeRecord(
         method=adapter.kind.lower(),
         mask=mask,
-        matrices=len(records),
+        matrices=len(matrices),
         zeros=zeros,
         kept_weights=kept,
         moved_weights=moved,
@@ -144,7 +146,8 @@ def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
         lost_weights=lost,
         pattern_unchanged=not filled and not lost,
         refreshed_matrices=len(prepared.source.refreshed),
-        records=records,
+        records=matrices,
+        replaced_tensors=sorted(prepared.replaced),
     )
 
 
@@ -166,14 +169,68 @@ def _converted(adapted: set[str], name: str, tensor: Tensor, dtype: torch.dtype)
     return result
 
 
-def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) -> dict[str, str]:
-    """The checkpoint's tensor for each adapted module, with matching shapes."""
+def _replace(name: str, tensor: Tensor, out: OwnFiles) -> None:
+    """Writes a tensor that an adapter stores in full; StageError if the checkpoint's dtype cannot hold it."""
+    converted = tensor.to(out.spec(name).dtype)
+    if not converted.isfinite().all():
+        dtype = dtype_name(converted.dtype)
+        raise StageError(f"the adapter's {name} is not finite in {dtype}; nothing was published")
+    out.write(name, converted)
+
+
+def _check_digest(trained: Path, adapter: Adapter, source: TensorFiles, stored: dict[str, str]) -> None:
+    """Raises UserError if an adapter names the zeros that it was trained on, and they are not those of the weights."""
+    expected = adapter.settings.get("mask_digest")
+    if expected is None:
+        return
+    digests = {module: integrity.mask_digest(source.read(name)) for module, name in stored.items()}
+    if integrity.masks_digest(digests) != expected:
+        raise UserError(
+            f"{trained} was trained on weights with other zeros than these (mask_digest in adapter_config.json); "
+            "merge it into the pruned weights that it was trained on, or train it again"
+        )
+
+
+def _skeleton(config: Config, pruned: Path) -> Skeleton:
+    """The pruned checkpoint's model without weights, after comparing the checkpoint with it."""
     trust = config.model.trust_remote_code
     skeleton = Skeleton(checkpoint.load_config(pruned, trust), trust_remote_code=trust)
     check_weights(TensorFiles(pruned), skeleton.model)
+    return skeleton
+
+
+def _match_replaced(source: TensorFiles, adapter: Adapter, skeleton: Skeleton) -> dict[str, str]:
+    """The adapter's name of each tensor that it stores in full, by the checkpoint's name.
+
+    Raises:
+        UserError: one has no place in the checkpoint, is a pruned matrix, or would change what is tied to it.
+    """
+    replaced = {}
+    embeddings = {f"{name}.weight" for name in EMBEDDINGS}
+    for name, key in adapter.replaced.items():
+        where = f"the adapter stores {name} in full (modules_to_save, bias or embeddings)"
+        tied = getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False)
+        if tied and any(name.endswith(end) for end in embeddings):
+            raise UserError(f"{where}, which the model ties to another matrix; untie them before pruning")
+        stored = stored_name(source, name, skeleton.base_prefix)
+        shapes = [tuple(specs.shape) for specs in (adapter.files.specs[key], source.spec(stored))]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{where} as {shapes[0]}, but the checkpoint has {shapes[1]}; was the vocabulary resized?")
+        if len(shapes[1]) == 2 and (weight := source.read(stored)).count_nonzero() < (1 - DENSE) * weight.numel():
+            raise UserError(f"{where}, which was pruned: its zeros would be lost; train it without modules_to_save")
+        replaced[stored] = key
+    return replaced
+
+
+def _match(source: TensorFiles, adapter: Adapter, skeleton: Skeleton, pruned: Path) -> dict[str, str]:
+    """The checkpoint's tensor for each adapted module, with matching shapes."""
     prefix = skeleton.base_prefix
+    layers = dict(skeleton.model.named_modules())
     stored = {}
     for module, parts in adapter.modules.items():
+        if module in layers and not isinstance(layers[module], nn.Linear):
+            kind = type(layers[module]).__name__
+            raise UserError(f"the adapter adapts {module}, a {kind}; sppctl merges adapters of nn.Linear layers")
         try:
             name = stored_name(source, f"{module}.weight", prefix)
         except UserError as error:
@@ -182,7 +239,7 @@ def _match(source: TensorFiles, adapter: Adapter, config: Config, pruned: Path) 
             ) from error
         shape = source.spec(name).shape
         shapes = {part: adapter.files.specs[key].shape for part, key in parts.items()}
-        if len(shape) != 2 or shapes != MERGERS[adapter.kind].shapes(adapter.settings, *shape):
+        if len(shape) != 2 or shapes != MERGERS[adapter.kind].shapes(adapter.settings_of(module), *shape):
             tensors = ", ".join(f"{part} {'x'.join(map(str, size))}" for part, size in sorted(shapes.items()))
             raise UserError(
                 f"the adapter's {module} has {tensors}, which does not match the {'x'.join(map(str, shape))} weight of "
@@ -203,7 +260,8 @@ def _merge_matrix(prepared: Prepared, module: str, out: OwnFiles, mask: str) -> 
             "was published; prune again (sppctl prune --force)"
         )
     tensors = {part: adapter.files.read(key) for part, key in adapter.modules[module].items()}
-    out.write(name, merged_weight(adapter.kind, mask, weight, tensors, adapter.settings, out.spec(name).dtype))
+    settings = adapter.settings_of(module)
+    out.write(name, merged_weight(adapter.kind, mask, weight, tensors, settings, out.spec(name).dtype))
     promised = adapter.settings.get("patterns", {}).get(module, adapter.settings.get("pattern"))
     pattern = None if promised is None else Pattern.parse(promised)
     return prove(adapter.kind, mask, name, weight, out.read(name), pattern)

@@ -19,7 +19,7 @@ from sppctl.data.texts import is_hub_id
 from sppctl.evaluate.results import Json
 from sppctl.evaluate.values import Quantity
 from sppctl.files import disk
-from sppctl.files.names import DIRECTORIES, RECORD
+from sppctl.files.names import DIRECTORIES, FOREIGN, RECORD
 from sppctl.model.refreshed import REFRESHED
 from sppctl.publish import card_data
 from sppctl.publish.citations import PRUNING, SPP
@@ -92,6 +92,8 @@ def render(run: RunStudy, stage: str, repository: str | None = None, pruned: str
 
     upto = list(DIRECTORIES)[: list(DIRECTORIES).index(stage) + 1]
     stages = {name: run.stages[name] for name in upto if name in run.stages}
+    if stage == "merge" and FOREIGN in stages[stage].inputs:
+        stages.pop("train", None)  # of another adapter
     rows = _without_places(run, [row for row in run.rows if row.checkpoint in ("base", "pruned", DIRECTORIES[stage])])
     run = replace(run, stages=stages)
     name = repository or f"OWNER/{_short_name(run, stage)}"

@@ -15,7 +15,7 @@ from sppctl import records as stage_records
 from sppctl.errors import UserError
 from sppctl.evaluate.results import REMEDY, Results
 from sppctl.files import sealed
-from sppctl.files.names import DIRECTORIES, RECORD, SAMPLES
+from sppctl.files.names import DIRECTORIES, FOREIGN, RECORD, SAMPLES
 from sppctl.records import Sample, SamplesRecord, StageRecord
 
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
@@ -102,6 +102,8 @@ def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
         if problem is not None:
             del stages[stage]
             notes.append(f"{run_dir / DIRECTORIES[stage]} {problem}; sppctl {stage} --force")
+    if "merge" in stages and FOREIGN in stages["merge"].inputs:
+        notes.append(f"{run_dir / DIRECTORIES['merge']} was merged with an adapter that was trained elsewhere")
     return notes
 
 

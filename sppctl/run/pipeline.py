@@ -63,6 +63,9 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
                 with problems:
                     run.check_attempt(stage)
                 if stage == "merge":
+                    if run.config.merge.adapter is not None:
+                        fix = "sppctl prune and sppctl merge need no training"
+                        raise UserError("merge.adapter", "sppctl run merges the adapter that it trains", fix)
                     check_mask(run.config.train.method.upper(), run.config.merge.mask)
                 else:
                     work[stage] = run.prepare(BY_NAME[stage]).work

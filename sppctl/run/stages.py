@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sppctl import machine
+from sppctl import console, machine
 from sppctl.config.settings import Config, names_of
-from sppctl.errors import UserError
+from sppctl.files.names import FOREIGN, RECORD
 from sppctl.records import MergeRecord, PruneRecord, TrainRecord
 from sppctl.run import dense
 
@@ -159,16 +159,28 @@ class Merge:
 
     def inputs(self, run: Run) -> dict[str, str]:
         """Pruned checkpoint and adapter, which must belong together."""
+        from sppctl.evaluate import subjects
+        from sppctl.merge import stage
         from sppctl.merge.rules import check_mask
 
+        if (foreign := self._foreign(run)) is not None:
+            pruned = run.needed("prune")
+            stage.training_of(foreign, run.path("prune"))
+            return {"pruned": pruned.output, FOREIGN: subjects.fingerprint(foreign)}
         check_mask(run.config.train.method.upper(), run.config.merge.mask)
         pruned, trained = run.needed("prune"), run.needed("train")
-        if trained.inputs["pruned"] != pruned.output:
-            raise UserError(
-                f"{run.path('train')} was trained on other weights than {run.path('prune')} holds now; "
-                "train again (sppctl train --force)"
-            )
+        stage.check_trained_on(trained, run.path("train"), run.path("prune"), pruned.output)
         return {"pruned": pruned.output, "adapter": trained.output}
+
+    def _foreign(self, run: Run) -> Path | None:
+        """An adapter that was trained elsewhere: merge.adapter, else one in RUN/adapter that no stage has recorded."""
+        from sppctl.files.safe_files import ADAPTER_CONFIG
+        from sppctl.model import checkpoint
+
+        if run.config.merge.adapter is not None:
+            return checkpoint.locate(run.config.merge.adapter, key="merge.adapter", adapters=True)
+        own = run.path("train")
+        return own if (own / ADAPTER_CONFIG).is_file() and not (own / RECORD).exists() else None
 
     def compute(self, run: Run) -> None:
         """No model is loaded."""
@@ -177,11 +189,17 @@ class Merge:
         """Opens both checkpoints and matches the adapter's tensors with the pruned ones."""
         from sppctl.merge import stage
 
-        pruned, trained = run.record("prune"), run.record("train")
+        pruned, directory, foreign = run.record("prune"), run.path("prune"), self._foreign(run)
         assert pruned is not None
-        assert trained is not None
-        records = pruned.metrics, trained.metrics
-        return stage.prepare(run.config, run.path("prune"), run.path("train"), *records, run.partial("merged"))
+        if foreign is not None:
+            console.note(f"merge: {foreign}, an adapter trained elsewhere")
+            trained = stage.training_of(foreign, directory)
+        else:
+            record = run.record("train")
+            assert record is not None
+            trained = record.metrics
+        adapter = foreign or run.path("train")
+        return stage.prepare(run.config, directory, adapter, pruned.metrics, trained, run.partial("merged"))
 
     def do(self, run: Run, prepared: merging.Prepared, out: Path, dtype: str) -> MergeRecord:
         """Merges."""

@@ -10,11 +10,13 @@ from typing import Any
 from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel
 
 from sppctl import console
+from sppctl.adapters.config import SparseConfig
 from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
 from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
 from sppctl.config.settings import TrainConfig
+from sppctl.files.integrity import masks_digest
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model.targets import stored_name
 from sppctl.pattern import Pattern
@@ -40,12 +42,21 @@ def ignored(train: TrainConfig) -> list[str]:
     return lines
 
 
-def adapter_config(train: TrainConfig, target_modules: list[str], patterns: Patterns) -> PeftConfig:
-    """The PEFT configuration of ``train.method`` for linear layers by their full names, some pruned by ``patterns``."""
+def adapter_config(
+    train: TrainConfig, target_modules: list[str], patterns: Patterns, masks: Mapping[str, str] | None = None
+) -> PeftConfig:
+    """The PEFT configuration of ``train.method`` for linear layers by their full names, some pruned by ``patterns``.
+
+    ``masks``: the recorded digest of each pruned layer's mask; their weights are not read again.
+    """
     target_patterns = {name: patterns[name] for name in target_modules if name in patterns}
     config: Any = METHODS[train.method].config(train, target_patterns)
     config.task_type = "CAUSAL_LM"
     config.target_modules = set(target_modules)
+    if isinstance(config, SparseConfig) and masks is not None:
+        config.is_verified = True  # type: ignore[misc]
+        if all(masks.get(name) for name in target_modules):
+            config.mask_digest = masks_digest({name: masks[name] for name in target_modules})
     return config
 
 

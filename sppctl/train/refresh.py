@@ -23,6 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from sppctl import console, distributed, launch
+from sppctl.adapters.config import SparseConfig
 from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
@@ -195,6 +196,9 @@ class MaskRefresh(Hook):
         weight = self.layers[name].weight.data
         weight.copy_(stored)
         self.changed.add(name)
+        config = self.model.peft_config[ADAPTER]
+        if isinstance(config, SparseConfig):
+            config.mask_digest = None  # of zeros that the adapter no longer belongs to
         if weight.dtype != stored.dtype:
             self._unrounded[name] = stored.cpu()
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from sppctl.files.names import CHECKPOINTS
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
-from sppctl.pattern import Pattern
 from sppctl.records import PruneRecord, TrainRecord
 from sppctl.train import checkpoints, distill, methods, out_of_memory, refresh, scope, shards
 from sppctl.train.feed import Feed
@@ -145,7 +144,7 @@ def execute(
         strategy = config.launch.strategy if distributed.world_size() > 1 else None
         tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
         feed = _feed(config, prepared, pruned, tokenizer, folder, resume)
-        model = _adapted(config, pruned, record.patterns, dtype, strategy)
+        model = _adapted(config, pruned, record, dtype, strategy)
         counts = model.get_nb_trainable_parameters()
         trained = f"{counts[0]:,} of {counts[1]:,} parameters ({counts[0] / counts[1]:.2%})"
         console.note(f"training {trained} on {len(feed.train)} examples")
@@ -180,11 +179,9 @@ def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, fold
     return feed
 
 
-def _adapted(
-    config: Config, pruned: Path, patterns: Mapping[str, Pattern], dtype: str, strategy: str | None
-) -> PeftModel:
+def _adapted(config: Config, pruned: Path, record: PruneRecord, dtype: str, strategy: str | None) -> PeftModel:
     """The pruned model with a new adapter, on the CPU."""
-    train = config.train
+    train, patterns = config.train, record.patterns
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
         model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
     model.config.use_cache = False
@@ -196,7 +193,7 @@ def _adapted(
     if len(names) < len(targets):
         console.warn(f"{len(targets) - len(names)} matrices are not nn.Linear (experts, Conv1D) and are not trained")
     model.name_or_path = str(pruned.absolute())  # PEFT stores it, for loaders that work elsewhere
-    adapted = get_peft_model(model, methods.adapter_config(train, names, patterns))
+    adapted = get_peft_model(model, methods.adapter_config(train, names, patterns, record.masks))
     methods.start_at_stored(adapted, pruned, skeleton.base_prefix)
     if strategy == "ddp":
         shards.keep_frozen_weights(adapted)

@@ -18,6 +18,7 @@ class SteConfig(SparseConfig):
     """
 
     method = Method.STE
+    keeps_zeros = False
     pattern: str | None = None
     patterns: dict[str, str] = field(default_factory=dict)
 
