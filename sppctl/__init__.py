@@ -15,17 +15,31 @@ if TYPE_CHECKING:
     from sppctl.adapters.spp import SppConfig as SppConfig
     from sppctl.adapters.spp import SppModel as SppModel
     from sppctl.adapters.ste import SteConfig as SteConfig
+    from sppctl.evaluate.in_memory import evaluate_model as evaluate_model
+    from sppctl.merge.in_memory import merge_adapter as merge_adapter
     from sppctl.pattern import Pattern as Pattern
+    from sppctl.prune.in_memory import prune_model as prune_model
+    from sppctl.pruners import Pruner as Pruner
     from sppctl.pruners import prune_linear as prune_linear
+    from sppctl.pruners.allocate import Allocation as Allocation
+    from sppctl.pruners.registry import register_allocation as register_allocation
+    from sppctl.pruners.registry import register_pruner as register_pruner
 
 _HOMES = {
+    "Allocation": "sppctl.pruners.allocate",
     "MaskedFullConfig": "sppctl.adapters.masked_full",
     "MaskedLoraConfig": "sppctl.adapters.masked_lora",
     "Pattern": "sppctl.pattern",
+    "Pruner": "sppctl.pruners",
     "SppConfig": "sppctl.adapters.spp",
     "SppModel": "sppctl.adapters.spp",
     "SteConfig": "sppctl.adapters.ste",
+    "evaluate_model": "sppctl.evaluate.in_memory",
+    "merge_adapter": "sppctl.merge.in_memory",
     "prune_linear": "sppctl.pruners",
+    "prune_model": "sppctl.prune.in_memory",
+    "register_allocation": "sppctl.pruners.registry",
+    "register_pruner": "sppctl.pruners.registry",
 }
 __all__ = [*_HOMES]
 
@@ -36,6 +50,10 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
 
 
 def _register_with_peft() -> None:
