@@ -12,6 +12,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from sppctl import console
 from sppctl.config.load import load_config
+from sppctl.config.settings import names_of
 from sppctl.data import texts
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import harness, tasks
@@ -30,7 +31,11 @@ def prefetch(path: str) -> None:
     config = load_config(path, ["model.device=cpu", "launch.num_processes=1", "launch.num_machines=1"])
     offline = constants.HF_HUB_OFFLINE
     console.note(f"{'opening offline' if offline else 'downloading'}: {config.model.path}, its texts and training data")
-    splits = {"train": config.prune.calibration.dataset == "c4", "validation": "c4" in config.eval.perplexity}
+    trained_on = names_of(config.train.data.dataset)
+    splits = {
+        "train": "c4" in (config.prune.calibration.dataset, *trained_on),
+        "validation": "c4" in config.eval.perplexity,
+    }
     for split in [split for split, read in splits.items() if read and not offline]:
         # download the whole shard: streaming leaves nothing in the cache
         hf_hub_download("allenai/c4", texts.C4_FIRST_SHARD[split], repo_type="dataset")

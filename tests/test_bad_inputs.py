@@ -422,6 +422,9 @@ run {config} train.data.dataset=rows.jsonl
 @ write("rows.jsonl", 2 * ROWS + '{"instruction": "a", \n')
 run {config} train.data.dataset=rows.jsonl
     train.data.dataset ... rows.jsonl ... cannot be read as JSON ... line 3
+@ write("rows.md", "# Text\n")
+run {config} train.data.dataset=rows.md
+    train.data.dataset ... rows.md, line 1, cannot be read as JSON ... files may be .txt, .jsonl
 @ write("rows.jsonl", '"text"\n')
 run {config} train.data.dataset=rows.jsonl
     train.data.dataset ... one JSON object per row

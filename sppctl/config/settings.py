@@ -166,8 +166,8 @@ class TrainDataConfig:
 
     dataset: str | dict[str, float] = _key(
         "instructions",
-        "instructions (built in), alpaca, alpaca-gpt4, a hub id, a local json, jsonl, csv, tsv, parquet or txt file, "
-        "or a folder of these; or several with a weight each: {alpaca: 3, own.jsonl: 1}",
+        "instructions (built in), alpaca, alpaca-gpt4; plain text: c4, wikitext2, prose; a hub id; a local txt, json, "
+        "jsonl, csv, tsv or parquet file, or a folder of these; or several with a weight each: {alpaca: 3, own.csv: 1}",
         path=True,
     )
     columns: dict[str, str] = _key(

@@ -162,7 +162,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
             return tokenizer.apply_chat_template(spoken, **options)
         except Exception as error:  # a template is a program and can raise anything
             reason = f"{first_line(error)} ({_shown(messages)!r})"
-            raise UserError(KEY, f"the tokenizer's chat template fails on an instruction: {reason}") from error
+            raise UserError(KEY, f"the tokenizer's chat template fails on a conversation: {reason}") from error
 
     def text(row: Row) -> tuple[str, list[int]]:
         return _borders(render, _messages(row))
@@ -265,9 +265,12 @@ def _weighted(marks: list[int], messages: Messages) -> list[int]:
 
 
 def shared_prefix(*sequences: Sequence[Any]) -> int:
-    """Length of the longest common prefix of sequences."""
+    """Length of the longest common prefix of sequences, texts or lists."""
+    shortest = min(sequences, key=len)
+    if all(sequence[: len(shortest)] == shortest for sequence in sequences):
+        return len(shortest)
     columns = enumerate(zip(*sequences, strict=False))
-    return next((i for i, items in columns if any(item != items[0] for item in items)), min(map(len, sequences)))
+    return next(i for i, items in columns if any(item != items[0] for item in items))
 
 
 def _shared_suffix(first: str, second: str) -> int:

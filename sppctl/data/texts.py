@@ -183,6 +183,9 @@ _TEXTS: dict[str, Callable[[str], Text]] = {
 }
 
 
+NAMES = tuple(_TEXTS)
+
+
 def built_in_rows(split: str) -> list[Row]:
     """The rows that come with sppctl; ``split`` is ``train`` or ``heldout``."""
     return [row for row in json_rows(ASSETS / "instructions.jsonl", "instructions") if row["split"] == split]
@@ -418,7 +421,8 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
-        raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}") from error
+        known = "" if _form(path) in FORMS else f"; files may be {', '.join(FORMS)}"
+        raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}{known}") from error
 
 
 def csv_rows(path: Path, key: str) -> Iterator[Row]:
@@ -449,7 +453,8 @@ def csv_rows(path: Path, key: str) -> Iterator[Row]:
     except UserError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
-        raise UserError(f"{key}: {path} cannot be read as {_form(path)[1:].upper()}: {error}") from error
+        fix = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"{key}: {path} cannot be read as {_form(path)[1:].upper()}: {error}{fix}") from error
 
 
 def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Row], list[str]]:

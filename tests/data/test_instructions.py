@@ -101,6 +101,16 @@ def test_hub_rows(name: str, repository: str, hub: list[tuple[str, str]]) -> Non
 
 
 @pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("c4", 24 * "all of it</s>"), ("wikitext2", "\n\n".join(24 * ["all of it"]) + "</s>")],
+    ids=["documents", "paragraphs of one text"],
+)
+def test_known_texts_are_cut_into_windows(name: str, expected: str) -> None:
+    assert windows(load(name, cut=partial(instructions.cut_windows, byte_tokenizer(), 10_000))) == [expected]
+
+
+@pytest.mark.usefixtures("hub")
 def test_columns_of_a_hub_data_set_are_listed() -> None:
     """One of them is that of another format, plain text."""
     with pytest.raises(UserError, match=r"no data set has the columns answer: other/columns has question, id, text$"):
@@ -130,7 +140,9 @@ def test_rows_that_are_missing_are_found_before_training(
 
 @pytest.mark.parametrize("name", ["nothing", "missing.jsonl", "a/b/c", "missing.parquet"])
 def test_an_unknown_data_set(name: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {name} is not a file, not one of .*alpaca-gpt4, and"):
+    with pytest.raises(
+        UserError, match=rf"^train\.data\.dataset: {name} is not a file, not one of .*gpt4, c4, .*, and"
+    ):
         load(name)
 
 

@@ -141,7 +141,7 @@ def test_a_template_that_fails_on_one_row_names_it() -> None:
         "chat", chatting("{% if 'two' in messages[0].content %}{{ raise_exception('no two') }}{% endif %}" + CHAT)
     )
     chatty.text(ROW)
-    with pytest.raises(UserError, match=r"fails on an instruction: no two \('Add two\.'\)"):
+    with pytest.raises(UserError, match=r"fails on a conversation: no two \('Add two\.'\)"):
         chatty.text(ROW | {"instruction": "Add two."})
 
 
@@ -149,8 +149,8 @@ def test_a_template_that_fails_on_one_row_names_it() -> None:
     ("template", "words"),
     [
         (None, "the tokenizer has no chat template; use alpaca"),
-        ("{{ raise_exception('a system message is needed') }}", "fails on an instruction: a system message is needed"),
-        ("{% for m in messages %}{{ m.content", "fails on an instruction"),
+        ("{{ raise_exception('a system message is needed') }}", "fails on a conversation: a system message is needed"),
+        ("{% for m in messages %}{{ m.content", "fails on a conversation"),
         ("{{ messages[0].content }}", "leaves out the assistant's response"),
         ("{{ messages | length }}" + CHAT, "writes a question differently once it is answered"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),

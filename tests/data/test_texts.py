@@ -92,7 +92,7 @@ def test_documents_of_a_file(
         ("a.csv", "text,id\nOne.\n", None, "line 2, has fewer values than the header; put values that contain"),
         ("a.csv", "text\nOne.\nTwo, three.\n", None, "line 3, has more values than the header"),
         ("a.csv", "text,text\nOne.,Two.\n", None, "has two columns of the same name: text, text$"),
-        ("a.csv", b"text\nZw\xf6lf\n", None, "cannot be read as CSV: "),
+        ("a.csv", b"text\nZw\xf6lf\n", None, "cannot be read as CSV: .*; save it as UTF-8$"),
         ("a.tsv", 'text\n"One.\n', None, "cannot be read as TSV: "),
         ("a.csv", "", None, "holds no text"),
         *((f"a.{form}.gz", "no gzip", None, "cannot be read") for form in ("txt", "jsonl", "json")),
