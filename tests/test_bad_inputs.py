@@ -304,10 +304,11 @@ run {config} --model model
 @ edit_weight(set_one(float("nan")))
 prune {config} --model model
     exit 1 ... model.layers.1.mlp.up_proj.weight ... NaN
-prune {config} --model model --method magnitude
-    exit 1 ... model.layers.1.mlp.up_proj ... NaN
 prune {config} --model model --output a/b/c
     exit 1 ... model.layers.1.mlp.up_proj.weight ... NaN
+@ edit_weight(set_one(float("nan")), "model.layers.0.mlp.up_proj.weight")
+prune {config} --model model --method magnitude
+    exit 1 ... model.layers.0.mlp.up_proj ... NaN
 @ edit_weight(set_one(float("inf")), "lm_head.weight")
 prune {config} --model model
     exit 1 ... lm_head.weight ... NaN

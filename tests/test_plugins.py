@@ -11,9 +11,10 @@ import torch
 from checkpoints import weights_of
 from conftest import Command
 
-from sppctl import Pruner, plugins, prune_linear, register_allocation, register_pruner
+from sppctl import Pruner, launch, plugins, prune_linear, register_allocation, register_pruner
 from sppctl.pruners import PRUNERS
 from sppctl.pruners.allocate import ALLOCATIONS
+from sppctl.sweep import grid, slurm
 
 MODULE = """
 from sppctl import Allocation, Pruner, register_allocation, register_pruner
@@ -54,6 +55,15 @@ def test_a_pruner_of_ones_own(command: Command, config_file: Path) -> None:
     assert done.code == 0, done.err
     assert command("inspect", "own/pruned", "--expect", "2:4").code == 0
     assert plugins.flags() == ["--import=own_pruners"], "what other processes are started with"
+
+
+def test_other_processes_and_jobs_import_it_too(config_file: Path, tmp_path: Path) -> None:
+    plugins.import_module("own_pruners")
+    assert launch.start(["config", str(config_file), "prune.method=largest_first"], 1, silent=True) == 0
+    text = f"base: {config_file}\ndir: s\ngrid: {{prune.method: [largest_first, wanda]}}\n"
+    (tmp_path / "sweep.yaml").write_text(text)
+    jobs = slurm.jobs(grid.load_sweep("sweep.yaml"))
+    assert all("--import=own_pruners" in job.arguments for job in jobs)
 
 
 def test_an_allocation_of_ones_own(command: Command, config_file: Path) -> None:
