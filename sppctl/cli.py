@@ -536,6 +536,8 @@ def _run() -> None:
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # Typer turns Ctrl-C into this
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # the terminal has written ^C
             console.note("interrupted; the same command continues or starts the stage again")
         raise
     except Exception as error:

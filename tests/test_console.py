@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sppctl import console
+from sppctl import cli, console
 
 
 def on_a_terminal(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -58,6 +58,15 @@ def test_a_terminal_shows_the_bar_before_and_after_every_step(monkeypatch: pytes
     shown = on_a_terminal(steps, monkeypatch)
     assert shown.index("0/37") < shown.index("1/37")
     assert "loss 4.701" in shown
+
+
+def test_an_interruption_is_reported_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        monkeypatch.setattr(cli, "app", lambda: sys.exit(130))
+        with pytest.raises(SystemExit):
+            cli.main()
+
+    assert on_a_terminal(interrupted, monkeypatch).startswith("\r\ninterrupted; ")
 
 
 def test_a_long_step_without_a_count_is_named_even_where_it_silences_stderr(

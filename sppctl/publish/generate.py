@@ -111,7 +111,7 @@ def _completions(subject: Subject, prompts: Sequence[str], settings: Settings) -
     if settings.temperature > 0:
         options["temperature"] = settings.temperature
     limit = checkpoint.max_window(model.config)
-    for prompt, (tokens, is_chat) in zip(prompts, encoded, strict=True):
+    for number, (prompt, (tokens, is_chat)) in enumerate(zip(prompts, encoded, strict=True), 1):
         length = tokens["input_ids"].shape[1]
         needed = length + settings.max_new_tokens
         if limit is not None and needed > limit:
@@ -120,7 +120,8 @@ def _completions(subject: Subject, prompts: Sequence[str], settings: Settings) -
                 f"positions of {subject.place}; shorten the prompt, or lower --max-new-tokens"
             )
         torch.manual_seed(settings.seed)  # a prompt alone and among others gives the same
-        with checkpoint.quiet_libraries(), console.working(f"generating with {subject.label}"):
+        step = f"generating with {subject.label}, text {number} of {len(prompts)}"
+        with checkpoint.quiet_libraries(), console.working(step):
             whole = model.generate(**tokens.to(model.device), **options)
         new = whole[0, length:].tolist()
         ends = _ends(model)

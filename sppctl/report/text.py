@@ -12,12 +12,12 @@ from urllib.parse import quote
 
 from sppctl import console
 from sppctl.evaluate.results import Json, Results
-from sppctl.evaluate.values import distinguish, values_of
+from sppctl.evaluate.values import Kind, distinguish, values_of
 from sppctl.records import Sample
 from sppctl.report.document import Facts, Item, Note, Samples, Section, chapter, document
 from sppctl.report.plots import Figure
 from sppctl.report.study import Study
-from sppctl.report.tables import NOTHING, Table
+from sppctl.report.tables import NOTHING, Table, written
 from sppctl.report.verdict import Verdict
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -120,11 +120,12 @@ def show_results(results: dict[str, Json], seed: int) -> None:
     by_label = {label: Results.from_json(content) for label, content in results.items()}
     values_by_label, _ = distinguish({label: values_of(content.results) for label, content in by_label.items()}, seed)
     for label, values in values_by_label.items():
+        has_norms = any(value.norm is not None for value in values.values())
         rows = []
         for quantity, value in values.items():
-            is_share = value.number is None or quantity.metric.is_share
-            number = NOTHING if value.number is None else format(value.number, ".2%" if is_share else ".3f")
-            norm = f"{value.norm:.2%}" if is_share and value.norm is not None else ""
-            rows.append(("  " * (quantity.part is not None) + quantity.label, number, norm))
+            name = "  " * (quantity.part is not None) + quantity.label
+            unit = quantity.metric.unit if quantity.metric.kind == Kind.DIVERGENCE else ""
+            norm = NOTHING if value.norm is None else f"{value.norm:.2%}"
+            rows.append((name, f"{written(quantity, value.number)} {unit}".rstrip(), *[norm] * has_norms))
         title = f"{label}: {by_label[label].checkpoint}"
-        console.show_table(title, ("measure", "acc / perplexity", "acc_norm"), rows)
+        console.show_table(title, ("measure", "value", *["acc_norm"] * has_norms), rows)

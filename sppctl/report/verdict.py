@@ -156,7 +156,8 @@ def _warnings(run: RunStudy) -> Iterator[str]:
             yield f"{row.checkpoint} is worse than pruned on {_listed(worse)}"
     yield from _perhaps_chance(run)
     if run.left_out:
-        yield f"{len(run.left_out)} records or files are left out; the notes below say why"
+        what = "record or file is" if len(run.left_out) == 1 else "records or files are"
+        yield f"{len(run.left_out)} {what} left out; the notes below say why"
 
 
 def _small_texts(texts: Sequence[TextResult]) -> Iterator[str]:
@@ -198,8 +199,8 @@ def _perhaps_chance(run: RunStudy) -> Iterator[str]:
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    """Names, in which there may be commas."""
+    return " and ".join([*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])])
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------

@@ -157,11 +157,22 @@ def test_the_terminal_shows_results_and_what_was_done(capsys: pytest.CaptureFixt
     assert "How it was made" not in shown
 
 
+def test_results_have_heads_and_units_and_no_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    own = [text(12.5, kl=0.25, top1_agreement=0.5)]
+    show_results({"base": results_of("base", own).to_json()}, 0)
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("measure", "value", "0.2500 nats per token", "50.00%"))
+    assert "norm" not in shown
+    show_results({"base": results_of("base", [*own, task(0.5, scores={"acc": 0.5, "acc_norm": 0.25})]).to_json()}, 0)
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("acc_norm", "25.00%", " - "))
+
+
 def test_results_are_told_apart_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     own = [task(0.5 + seed / 4, shots=2, seed=seed) for seed in (0, 1)]
     show_results({"base": results_of("base", [*own, text(12.5)]).to_json()}, 1)
     lines = [[cell.strip() for cell in line.split("│")[1:3]] for line in capsys.readouterr().out.splitlines()]
-    rows = [["ppl prose @64", "12.500"], ["rte 2-shot, seed 0", "50.00%"], ["rte 2-shot", "75.00%"]]
+    rows = [["ppl prose @64", "12.50"], ["rte 2-shot, seed 0", "50.00%"], ["rte 2-shot", "75.00%"]]
     assert [line for line in lines if line in rows] == rows
 
 

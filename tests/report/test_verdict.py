@@ -66,7 +66,7 @@ def test_a_difference_within_chance_is_no_success(tmp_path: Path) -> None:
         for pair in run.comparisons
     ]
     (warning,) = verdict.of_run(replace(run, comparisons=unclear)).warnings
-    assert warning == "pruned and merged may differ by chance (95 % interval) on wikitext2, zeroshot, limit 200 mean"
+    assert warning == "pruned and merged may differ by chance (95 % interval) on wikitext2 and zeroshot, limit 200 mean"
 
 
 def test_several_runs_name_the_best_and_share_warnings(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_several_runs_name_the_best_and_share_warnings(tmp_path: Path) -> None:
     assert perplexity.detail == "best of 2 merged, the worst 15.64; 75.4% of the gap recovered"
     assert cost.value == "44 min 26 s, 1.1 GB"
     left_out = Study([study.runs[0], replace(study.runs[1], left_out=["a note"])])
-    assert verdict.of_study(left_out).warnings == ["two: 1 records or files are left out; the notes below say why"]
+    assert verdict.of_study(left_out).warnings == ["two: 1 record or file is left out; the notes below say why"]
 
 
 @pytest.mark.parametrize(
