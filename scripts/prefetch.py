@@ -24,8 +24,7 @@ def prefetch(path: str) -> None:
     """Opens everything that ``sppctl run`` would read with the configuration ``path``.
 
     Raises:
-        UserError: the model or a data set could not be loaded.
-        StageError: the data of a task could not be loaded.
+        UserError: the model, a data set or the data of a task could not be loaded.
     """
     # login nodes have no GPUs, and the checks of the stages look for the device first
     config = load_config(path, ["model.device=cpu", "launch.num_processes=1", "launch.num_machines=1"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import functools
 import io
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.errors import StageError, UserError, first_line
+from sppctl.evaluate import task_names
 from sppctl.evaluate.results import Json, Rules, TaskMeasure, TaskNumbers, TaskScores
+from sppctl.evaluate.task_names import IS_PATTERN, SHOTS, ZEROSHOT
 from sppctl.evaluate.values import headline, plain_mean
 from sppctl.files import sources
 
-# the seven tasks of the SparseGPT / Wanda / SPP papers; the published metric is acc, not acc_norm
-ZEROSHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-SHOTS = {"zeroshot": 0, "mmlu": 5}  # few-shot examples of the groups in these papers
 # where lm-eval defines these tasks and wikitext; indexing all of its 14,000 files takes 15 seconds
 _FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa", "mmlu/default", "wikitext")
 BOOTSTRAP = 100  # resamples, for the few metrics whose standard error has no formula
@@ -69,7 +67,7 @@ def expanded(names: list[str], include_path: str | None = None) -> list[str]:
     tasks: list[str] = []
     for name in names:
         matching = [*SHOTS, "wikitext"] if name == "all" else [name]
-        if set(name) & set("*?["):
+        if IS_PATTERN.search(name):
             matching = sorted(fnmatch.filter(_task_manager(include_path, complete=True).all_tasks, name))
             if not matching:
                 raise UserError("eval.tasks", f"{name} matches no lm-eval task", "`lm-eval ls tasks` lists them")
@@ -89,11 +87,9 @@ def check_tasks(names: list[str], include_path: str | None = None, tokenizer: An
     if not lm_eval_names:
         return
     available = _manager_for(lm_eval_names, include_path).all_tasks
-    unknown = next((name for name in lm_eval_names if name not in available), None)
-    if unknown is not None:
-        close = difflib.get_close_matches(unknown, [*SHOTS, *available], n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
-        raise UserError("eval.tasks", f"{unknown} is neither zeroshot nor mmlu nor an lm-eval task", hint)
+    for name in lm_eval_names:
+        if name not in available:
+            raise task_names.unknown(name, available)
     without_end = tokenizer is not None and tokenizer.eos_token_id is None
     for name in lm_eval_names:
         for task in members(name, include_path):
@@ -141,9 +137,13 @@ def _shots(default: int | None, configured: int | None) -> int:
 
 
 def load_tasks(names: list[str], include_path: str | None = None) -> None:
-    """Loads the data of tasks into the cache of ``datasets``; StageError if that fails."""
-    with _stage_errors(", ".join(names)), _quiet(processes=True):
-        _load(names, include_path)
+    """Loads the data of tasks into the cache of ``datasets``; UserError if that fails."""
+    try:
+        with _stage_errors(", ".join(names)), _quiet(processes=True):
+            _load(names, include_path)
+    except StageError as error:
+        fix = "check the network and the task's files; scripts/prefetch.sh loads data for offline use"
+        raise UserError("eval.tasks", str(error), fix) from error
 
 
 def _load(names: list[str], include_path: str | None) -> tuple[Any, sources.Recorded]:

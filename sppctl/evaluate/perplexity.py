@@ -56,11 +56,15 @@ def text_windows(
 def windows_of_text(
     tokenizer: Any, text: Text, seq_len: int, max_tokens: int | None, stride: int | None = None
 ) -> Tensor:
-    """:func:`text_windows` of the joined documents; the protocol of a text may limit the number of windows."""
+    """:func:`text_windows` of the joined documents, at most :func:`used_tokens` of them."""
+    limit = used_tokens(text, seq_len, max_tokens)
+    return text_windows(tokenizer, text.joiner.join(text.documents), seq_len, limit, text.name, stride)
+
+
+def used_tokens(text: Text, seq_len: int, max_tokens: int | None) -> int | None:
+    """The largest number of tokens that are used of a text, whose protocol may limit the windows; None: all."""
     limits = [count for count in (max_tokens, text.windows and text.windows * seq_len) if count]
-    return text_windows(
-        tokenizer, text.joiner.join(text.documents), seq_len, min(limits, default=None), text.name, stride
-    )
+    return min(limits, default=None)
 
 
 def scored_tokens(count: int, seq_len: int, stride: int | None = None) -> Tensor:

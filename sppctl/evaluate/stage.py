@@ -80,14 +80,14 @@ def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) ->
     content = text.joiner.join(text.documents)
     # its start shows whether it is long enough; all tokens are checked only where the model may not embed some
     start = content if vocabulary.may_exceed(tokenizer, rows) else content[: 64 * window]
-    windows = perplexity.text_windows(tokenizer, start, window, config.eval.max_tokens, name)
+    limit = perplexity.used_tokens(text, window, config.eval.max_tokens)
+    windows = perplexity.text_windows(tokenizer, start, window, limit, name)
     vocabulary.check(windows, tokenizer, rows, f"eval.perplexity: {name}")
-    limits = config.eval.max_tokens or math.inf, text.windows * window if text.windows else math.inf
-    return min(len(content) / CHARACTERS, *limits) * window / (config.eval.stride or window)
+    return min(len(content) / CHARACTERS, limit or math.inf) * window / (config.eval.stride or window)
 
 
 def load_data(config: Config) -> None:
-    """Loads the data of the configured tasks unless they are many; StageError if some could not be loaded."""
+    """Loads the data of the configured tasks unless they are many; UserError if some could not be loaded."""
     names = list(dict.fromkeys(measure.task for measure in tasks.configured(config)))
     if names and len(names) <= LOADED_AT_ONCE:
         harness.load_tasks(names, config.eval.include_path)

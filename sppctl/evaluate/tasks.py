@@ -17,6 +17,7 @@ from sppctl import console, distributed
 from sppctl.config.settings import Config
 from sppctl.evaluate import harness
 from sppctl.evaluate.results import Rules, TaskMeasure, TaskNumbers, TaskResult
+from sppctl.evaluate.task_names import SHOTS
 from sppctl.evaluate.values import title_of
 from sppctl.files import disk, paths, strict_json
 
@@ -27,7 +28,7 @@ def configured(config: Config) -> list[TaskMeasure]:
     batch_size = None if settings.batch_size == "auto" else settings.batch_size
     measures: list[TaskMeasure] = []
     for name in harness.expanded(settings.tasks, settings.include_path):
-        shots = harness.SHOTS.get(name) if settings.num_fewshot is None else settings.num_fewshot
+        shots = SHOTS.get(name) if settings.num_fewshot is None else settings.num_fewshot
         prompts = settings.chat_template, settings.system_prompt
         for task in harness.members(name, settings.include_path):
             group = name if task != name else None

@@ -33,6 +33,14 @@ def join_processes(config: Config) -> None:
         distributed.connect(checkpoint.pick_device(config.model.device))
 
 
+def check_task_names(config: Config) -> None:
+    """Raises UserError for an unknown task in a fraction of a second: :func:`preflight` loads libraries first."""
+    from sppctl.evaluate import task_names
+
+    if config.eval.include_path is None:
+        task_names.check(config.eval.tasks)
+
+
 def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, *, announce: bool = False) -> None:
     """Makes all checks of all stages that will run, before anything is computed or written.
 
@@ -71,6 +79,10 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
                     work[stage] = run.prepare(BY_NAME[stage]).work
     problems.raise_all()
     if announce:
+        if not measure.results_of(run, "merged").is_file():
+            from sppctl.evaluate import stage as evaluation
+
+            evaluation.load_data(run.config)
         _announce(run, outline.skeleton, work)
 
 
@@ -121,10 +133,6 @@ def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
     """
     started = time.perf_counter()
     preflight(run, STAGES, announce=True)
-    if not measure.results_of(run, "merged").is_file():
-        from sppctl.evaluate import stage as evaluation
-
-        evaluation.load_data(run.config)
     if start_stage is not None:
         run.prepared.clear()  # the started processes prepare their own
         start_stage("prune")

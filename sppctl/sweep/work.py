@@ -33,6 +33,7 @@ def check(sweep: Sweep, existing: bool = True) -> None:
     """
     problems: dict[str, list[str]] = {}
     for source in sweep.dense.values():
+        pipeline.check_task_names(source.config)
         outline = Run(source.config).outline()
         for member in sweep.runs_of(source):
             try:

@@ -17,9 +17,10 @@ from lm_eval.models.huggingface import HFLM
 
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import harness
-from sppctl.evaluate.harness import ZEROSHOT, check_tasks, members, task_numbers
+from sppctl.evaluate.harness import check_tasks, members, task_numbers
 from sppctl.evaluate.results import TaskMeasure, TaskNumbers, TaskScores
 from sppctl.evaluate.scorer import Scorer
+from sppctl.evaluate.task_names import ZEROSHOT
 from sppctl.model.checkpoint import load_model, load_tokenizer
 
 # --- names ------------------------------------------------------------------------------------------------------------
