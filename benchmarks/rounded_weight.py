@@ -54,7 +54,7 @@ def main() -> None:
     )
     for lr in options.lrs.split(","):
         given = [f"model.device={options.device}", f"train.lr={lr}", "train.report_to=[]", *options.overrides]
-        config = load_config(None, given)
+        config = load_config("quickstart", given)
         for form in options.forms.split(","):
             with tempfile.TemporaryDirectory() as scratch, computing(form):
                 print(f"| {lr} | {form} | {compare(config, options.pruned, Path(scratch))} |", flush=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from sppctl import __version__, console, distributed, launch, options, plugins, show
-from sppctl.config.load import schema, schema_yaml, to_dict, to_yaml
+from sppctl.config.load import schema, schema_yaml, shipped_configs, to_dict, to_yaml
 from sppctl.errors import StageError, UserError, first_line, with_argument_names
 from sppctl.files.paths import expand
 from sppctl.options import Call, Debug, Imports, Json
@@ -24,16 +24,21 @@ from sppctl.run.directory import Run
 # configuration keys in errors -> arguments of the commands that take a checkpoint instead of a configuration
 ARGUMENT_NAMES = {"model.path": "CHECKPOINT", "model.device": "--device"}
 Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")]
+NEXT = {"prune": "train", "train": "merge", "merge": "eval"}
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 F = TypeVar("F", bound=Callable[..., None])
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune, retrain, merge and evaluate sparse language models that stay sparse.",
-    epilog="CONFIG is a YAML file or the name of a shipped one (default: quickstart). KEY=VALUE overrides any key: "
-    "sppctl run prune.pattern=4:8 train.epochs=1. Precedence: command line, then YAML, then defaults.",
+    help="Prune, retrain, merge and evaluate sparse language models that stay sparse.\n\n\b\nExamples:\n"
+    "  sppctl run                                  # the quickstart: a few minutes\n"
+    "  sppctl run --model meta-llama/Llama-3.1-8B  # a model, with the defaults\n"
+    "  sppctl help run                             # more about a command",
+    epilog="CONFIG is a YAML file, a run directory, or one of the shipped configurations: "
+    f"{', '.join(shipped_configs())} (sweeps: {', '.join(shipped_configs(sweeps=True))}). With --model alone, the "
+    "defaults are used; with neither, the quickstart. KEY=VALUE overrides any key: sppctl run llama7b train.epochs=1. "
+    "Precedence: command line, then CONFIG, then defaults.",
 )
 
 
@@ -70,14 +75,16 @@ def run(call: Call) -> None:
     Stages that are up to date are skipped, interrupted ones are resumed.
 
     Examples:
-      sppctl run                                  # the quickstart: a 135M model, a few minutes on a laptop
-      sppctl run llama7b run.dir=runs/llama7b     # a shipped configuration, with a key overridden
+      sppctl run                                  # the quickstart: a few minutes
+      sppctl run --model meta-llama/Llama-3.1-8B  # a model, with the defaults
+      sppctl run llama7b run.dir=runs/llama7b     # a shipped configuration
       sppctl run my.yaml --model DIRECTORY --pattern 4:8
 
     More: README.md
     """
     from sppctl.run import pipeline
 
+    pipeline.check_task_names(call.config)
     pipeline.join_processes(call.config)
     study = pipeline.run_all(Run(call.config, force=call.force), _starter(call))
     if study is not None:
@@ -89,7 +96,7 @@ def prune(call: Call) -> None:
     """Prune the dense model into RUN/pruned.
 
     Examples:
-      sppctl prune llama7b
+      sppctl prune --model HUB_ID_OR_DIRECTORY --pattern 2:4
       sppctl prune my.yaml --method sparsegpt --pattern 0.5 --output runs/half
       sppctl prune my.yaml prune.calibration.samples=64 prune.order=module
 
@@ -105,9 +112,9 @@ def train(call: Call) -> None:
     The same command resumes an interrupted training.
 
     Examples:
-      sppctl train llama7b train.epochs=1 train.lr=2e-3
+      sppctl train runs/X train.epochs=1  # a run, with a key overridden
       sppctl train llama7b launch.num_processes=8 launch.strategy=fsdp
-      sppctl train my.yaml --no-resume            # discards an interrupted training
+      sppctl train my.yaml --no-resume    # discards an interrupted training
 
     More: docs/training.md, docs/cluster.md
     """
@@ -119,7 +126,7 @@ def merge(call: Call) -> None:
     """Merge RUN/pruned and RUN/adapter into RUN/merged, and verify that every zero is still zero.
 
     Examples:
-      sppctl merge llama7b
+      sppctl merge runs/X
       sppctl merge my.yaml merge.mask=reapply     # for method lora, whose merge fills the zeros
       sppctl merge my.yaml --adapter DIRECTORY merge.mask=reapply     # a LoRA trained elsewhere on RUN/pruned
 
@@ -136,10 +143,14 @@ def _do(name: str, call: Call) -> None:
     if name != "merge":  # merging needs one process, and checks its inputs itself
         pipeline.join_processes(call.config)
         pipeline.preflight(run, (name,))
-        if launch.needed(call.config):  # each process runs this same command
-            raise typer.Exit(launch.start(sys.argv[1:], launch.num_processes(call.config)))
-    with run.lock():
-        show.stage(run.do(stages.BY_NAME[name]), call.json)
+    if name != "merge" and launch.needed(call.config):  # each process runs this same command
+        if code := launch.start(sys.argv[1:], launch.num_processes(call.config)):
+            raise typer.Exit(code)
+    else:
+        with run.lock():
+            show.stage(run.do(stages.BY_NAME[name]), call.json)
+    if not launch.is_started_by_sppctl():
+        console.note(f"next: {run.command(NEXT[name])}")
 
 
 @configured("models", "tasks", "limit", "output", "force", "json", "debug")
@@ -149,14 +160,15 @@ def _eval(call: Call) -> None:
     Results with the same settings and the same weights are not measured again.
 
     Examples:
-      sppctl eval                                 # the newest checkpoint of the run
-      sppctl eval --model base --model merged --tasks ppl
+      sppctl eval runs/X                          # the newest checkpoint of the run
+      sppctl eval runs/X --model base --model merged --tasks ppl
       sppctl eval --model CHECKPOINT --tasks zeroshot,mmlu --limit 20
 
     More: docs/evaluation.md
     """
     from sppctl.run import pipeline
 
+    pipeline.check_task_names(call.config)
     pipeline.join_processes(call.config)
     models = [expand(model) for model in call.models]
     contents = pipeline.evaluate_some(Run(call.config, force=call.force), models, _starter(call))
@@ -411,13 +423,13 @@ def generate(
     show.samples(samples, json)
 
 
-@configured("model", "method", "json", "debug")
+@configured("model", "method", "pattern", "output", "json", "debug")
 def plan(call: Call) -> None:
     """Estimate parameters, memory, disk and steps without loading weights.
 
     Examples:
       sppctl plan llama7b launch.num_processes=8
-      sppctl plan my.yaml train.gradient_checkpointing=true --json
+      sppctl plan --model HUB_ID_OR_DIRECTORY --pattern 2:4 train.gradient_checkpointing=true
 
     More: docs/training.md
     """
@@ -435,7 +447,7 @@ def plan(call: Call) -> None:
 def config(
     arguments: options.Arguments = None,
     show_schema: Annotated[
-        bool, typer.Option("--schema", help="Print every key with default, meaning and type.")
+        bool, typer.Option("--schema", help="Print every key with default, meaning and type; of a SECTION, if named.")
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -445,15 +457,37 @@ def config(
 
     Examples:
       sppctl config llama7b train.rank=8
-      sppctl config --schema > my.yaml            # every key with its default and meaning
+      sppctl config --schema train.data  # every key of a section, and its meaning
+      sppctl config --schema > my.yaml   # a configuration to edit
 
     More: README.md
     """
-    resolved = None if show_schema else options.parse(arguments, imports=imports).config
-    if json:
-        console.show_json(schema() if resolved is None else to_dict(resolved))
+    tree: Any
+    if show_schema:
+        section, overrides = options.split(arguments)
+        if overrides:
+            raise UserError("--schema", f"{overrides[0]} is not a section", "leave out KEY=VALUE")
+        tree, text = schema(section or ""), schema_yaml(section or "")
     else:
-        print(schema_yaml() if resolved is None else to_yaml(resolved), end="")
+        call = options.parse(arguments, imports=imports)
+        options.begin(call)
+        tree, text = to_dict(call.config), to_yaml(call.config)
+    if json:
+        console.show_json(tree)
+    else:
+        print(text, end="")
+
+
+@command
+def _help(name: Annotated[str | None, typer.Argument(metavar="[COMMAND]")] = None) -> None:
+    """Show the help of a command, or the list of commands.
+
+    Examples:
+      sppctl help train
+
+    More: README.md
+    """
+    app([*([name] if name is not None else []), "--help"], prog_name="sppctl")
 
 
 @command
@@ -515,6 +549,8 @@ def main() -> None:
         if distributed.is_connected():
             distributed.exit_now(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
         raise
+    finally:
+        console.remember(None)
 
 
 def _run() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from sppctl import distributed
@@ -18,6 +19,7 @@ from sppctl.files import strict_json
 
 PLAIN_SECONDS = 15  # between two lines of progress if stderr is not a terminal
 SILENT_SECONDS = 1.0  # before a step without a bar is named, if stderr is not a terminal
+_running: dict[Path, Sequence[str]] = {}  # CONFIG and KEY=VALUE of the running command, by its run directory
 
 
 def note(message: str, stream: TextIO | None = None) -> None:
@@ -51,6 +53,21 @@ def _markup(text: object) -> str:
 def command_line() -> str:
     """The command line of this process, to be pasted into a shell."""
     return shlex.join(["sppctl", *sys.argv[1:]])
+
+
+def remember(run: str | Path | None, configuration: Sequence[str] = ()) -> None:
+    """Keeps the CONFIG and KEY=VALUE with which the running command works on a run; None: on none."""
+    _running.clear()
+    if run is not None:
+        _running[Path(run).resolve()] = configuration
+
+
+def command(name: str, *options: str, run: str | Path) -> str:
+    """A sppctl command on a run, to suggest: can be pasted into a shell.
+
+    It has the configuration of the running command if that works on this run, and otherwise the run directory.
+    """
+    return shlex.join(["sppctl", name, *(_running.get(Path(run).resolve()) or [str(run)]), *options])
 
 
 @contextmanager

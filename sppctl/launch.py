@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from sppctl.errors import UserError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 5  # after one process has failed, until the others are killed
 _PARENT = "SPPCTL_LAUNCHER"  # process id of the command that started this one
+_is_started = False  # by another sppctl command
 _PR_SET_PDEATHSIG = 1
 # errors of gloo, NCCL and their store when another process is gone
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|store|DistBackendError", re.IGNORECASE)
@@ -40,14 +42,21 @@ def adopt() -> None:
     SIGUSR1, with which Slurm announces a job's time limit, ends the process as SIGTERM does unless something else
     handles it: its default exit code would look like a failure.
     """
+    global _is_started
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
     os.environ.update(from_slurm(os.environ))
     parent = os.environ.pop(_PARENT, None)
+    _is_started = parent is not None
     if parent is not None and sys.platform == "linux":
         # a launcher that is killed cannot end its processes; they would continue and hold the run directory
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(parent):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_started_by_sppctl() -> bool:
+    """Whether another sppctl command, which has printed its notices, started this process."""
+    return _is_started
 
 
 def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
@@ -90,7 +99,7 @@ def num_processes(config: Config) -> int:
         return distributed.world_size()
     machines = config.launch.num_machines
     if machines > 1:
-        again = " ".join(sys.argv[1:])
+        again = shlex.join(sys.argv[1:])
         raise UserError(
             "launch.num_machines",
             f"{machines} machines need a launcher",

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sppctl import plugins
-from sppctl.config.load import load_config, quoted
-from sppctl.config.settings import Config
+from sppctl import console, launch, plugins
+from sppctl.config import recorded
+from sppctl.config.load import (
+    QUICKSTART,
+    config_keys,
+    load_config,
+    quoted,
+    shipped_configs,
+    short_name,
+    uses_quickstart,
+)
+from sppctl.config.settings import Config, names_of
 from sppctl.errors import UserError
+from sppctl.files.names import DIRECTORIES
 from sppctl.files.paths import expand
+
+
+def completions(incomplete: str) -> list[str]:
+    """For shells: shipped configurations, and keys."""
+    words = [*shipped_configs(), *(f"{key}=" for key in config_keys())]
+    return [word for word in words if word.startswith(incomplete)]
+
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="YAML file or shipped configuration, and overrides."),
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="YAML file, run directory or shipped configuration (sppctl --help lists them), and overrides.",
+        autocompletion=completions,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Imports = Annotated[
@@ -57,6 +80,12 @@ OPTIONS = {
 }
 KEYS = {"model": "model.path", "method": "prune.method", "pattern": "prune.pattern", "output": "run.dir"}
 KEYS |= {"limit": "eval.limit", "adapter": "merge.adapter"}  # the configuration key that an option sets
+LABELS = {"base", *DIRECTORIES.values()}  # checkpoints of a run in --model
+QUICKSTART_NOTICE = (
+    "neither CONFIG nor a model is given, so this is the quickstart: a model of 135M parameters, little data, run "
+    "directory {}; for your own model: sppctl run --model HUB_ID_OR_DIRECTORY; for a run of yours: sppctl COMMAND "
+    "RUN_DIRECTORY"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +94,7 @@ class Call:
 
     arguments: list[str]  # CONFIG, if there is one, and KEY=VALUE, including those set by options
     config: Config
+    notice: str | None = None  # what is used in place of a CONFIG that was not given
     models: list[str] = field(default_factory=list)
     resume: bool = True
     force: bool = False
@@ -82,18 +112,71 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
         plugins.import_module(module)
     name, overrides = split(arguments)
     options = {option: value for option, value in options.items() if value is not None}
-    overrides += [f"{key}={quoted(options.pop(option))}" for option, key in KEYS.items() if option in options]
+    for option in [option for option in KEYS if option in options]:
+        value = options.pop(option)
+        # a pattern is the same as text and as a number, and all others stay text
+        overrides.append(f"{KEYS[option]}={value if option == 'pattern' else quoted(value)}")
     if tasks is not None:
         chosen = [task.strip() for task in tasks.split(",") if task.strip()]
         overrides.append(f"eval.tasks={quoted([task for task in chosen if task != 'ppl'])}")
         if "ppl" not in chosen:
             overrides.append("eval.perplexity=[]")
-    return Call(overrides if name is None else [name, *overrides], load_config(name, overrides), **options)
+    if "models" in options and uses_quickstart(name, overrides):
+        name, overrides = _of_checkpoint(options["models"], overrides)
+    config, notice = load_config(name, overrides), None
+    if uses_quickstart(name, overrides):
+        name, notice = QUICKSTART, QUICKSTART_NOTICE.format(config.run.dir)
+    elif name is None:
+        notice = _eval_defaults(config) if "models" in options else _defaults(config, overrides)
+    return Call(overrides if name is None else [name, *overrides], config, notice, **options)
+
+
+def _of_checkpoint(models: Sequence[str], overrides: list[str]) -> tuple[str | None, list[str]]:
+    """CONFIG and overrides for an evaluation of checkpoints alone.
+
+    They are those of the run that the first checkpoint is in, else the defaults, with results in runs/CHECKPOINT.
+    """
+    if not models or not LABELS.isdisjoint(models):
+        return None, overrides
+    path = Path(expand(models[0]))
+    if recorded.is_run(path.parent):
+        return str(path.parent), overrides
+    return None, [f"run.dir={quoted(f'runs/{short_name(models[0])}')}", f"model.path={quoted(models[0])}", *overrides]
+
+
+def _eval_defaults(config: Config) -> str:
+    """The defaults as they are used to measure a checkpoint."""
+    measures = [f"perplexity on {name}" for name in config.eval.perplexity] + config.eval.tasks
+    return (
+        f"no CONFIG is given, so the defaults of eval are used: {', '.join(measures)}; results are in "
+        f"{config.run.dir}/eval (--output)"
+    )
+
+
+def _defaults(config: Config, overrides: Sequence[str]) -> str:
+    """The defaults as they are used for the model that the overrides name."""
+    prune, train = config.prune, config.train
+    calibration, data = prune.calibration, " and ".join(names_of(train.data.dataset))
+    return (
+        f"no CONFIG is given, so the defaults are used: {prune.method} {prune.pattern} with {calibration.dataset} "
+        f"({calibration.samples} x {calibration.seq_len} tokens), {train.method} on {data} (epochs {train.epochs:g}, "
+        f"lr {train.lr:g}, batch size {train.batch_size}), run directory {config.run.dir}; KEY=VALUE changes them, "
+        f"{shlex.join(['sppctl', 'config', *overrides])} prints all"
+    )
+
+
+def begin(call: Call) -> None:
+    """Prints the notice of a call, and keeps its configuration for the commands that messages suggest."""
+    console.remember(call.config.run.dir, [*call.arguments, *plugins.flags()])
+    if call.notice is not None and not launch.is_started_by_sppctl():
+        console.note(call.notice)
 
 
 def split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """The name of a file, if there is one, and the KEY=VALUE arguments; UserError if there are two names."""
+    """The CONFIG, if there is one, and the KEY=VALUE arguments; UserError if there are two, or an empty argument."""
     names = [expand(argument) for argument in arguments or [] if "=" not in argument]
+    if "" in names:
+        raise UserError("an empty argument is neither CONFIG nor KEY=VALUE; leave it out")
     if len(names) > 1:
         raise UserError(f"expected one CONFIG, found {', '.join(names)}; overrides are written KEY=VALUE")
     return names[0] if names else None, [argument for argument in arguments or [] if "=" in argument]
@@ -103,7 +186,9 @@ def with_options(function: Callable[[Call], None], names: Sequence[str]) -> Call
     """The function with the signature that Typer needs: a parameter for the arguments and one for each option."""
 
     def command(**values: Any) -> None:
-        function(parse(**values))
+        call = parse(**values)
+        begin(call)
+        function(call)
 
     defaults = {option: getattr(Call, option) for option in ("resume", "force", "json", "debug")}
     kinds = {"arguments": Arguments} | {name: OPTIONS[name] for name in (*names, "imports")}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from sppctl import console
 from sppctl.errors import UserError
 from sppctl.files import sealed
 from sppctl.pattern import Pattern
@@ -332,9 +333,9 @@ def to_json(record: Any) -> Any:
     return str(record) if isinstance(record, Pattern) else record
 
 
-def remedy(stage: str) -> str:
-    """The fix, for an error, of a stage whose record or files are damaged."""
-    return f"sppctl {stage} --force redoes the stage"
+def remedy(stage: str, directory: Path) -> str:
+    """The fix, for an error, of a stage whose record or files, in its ``directory`` of the run, are damaged."""
+    return f"{console.command(stage, '--force', run=directory.parent)} redoes the stage"
 
 
 def read(path: Path, stage: str) -> StageRecord[Any]:
@@ -343,11 +344,12 @@ def read(path: Path, stage: str) -> StageRecord[Any]:
     Raises:
         UserError: the record cannot be read, is damaged, or belongs to another stage.
     """
-    content = read_content(path, stage, remedy(stage))
+    fix = remedy(stage, path.parent)
+    content = read_content(path, stage, fix)
     try:
         return from_json(StageRecord, content, METRICS[stage])
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy(stage)}") from error
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
 
 
 def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:

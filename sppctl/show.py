@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed
-from sppctl.config.load import flatten
 from sppctl.records import Sample, StageRecord, to_json
 
 if TYPE_CHECKING:
@@ -84,21 +83,15 @@ def sweep(entries: Sequence[Entry], totals: dict[str, int], as_json: bool) -> No
 
 
 def stage(record: StageRecord[Any], as_json: bool) -> None:
-    """Prints the record of a stage."""
+    """Prints the summary of a stage."""
     if not distributed.is_main():
         return
-    content = to_json(record)
     if as_json:
-        console.show_json(content)
+        console.show_json(to_json(record))
         return
-    metrics = {key: value for key, value in flatten(content["metrics"]).items() if not isinstance(value, list)}
-    console.show_table(record.stage, ("", ""), [(key, _figure(value)) for key, value in metrics.items()])
+    from sppctl.report import provenance
 
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    print(console.plain(provenance.fact(record)))
 
 
 def upload(made: Upload, as_json: bool) -> None:

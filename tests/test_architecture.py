@@ -21,8 +21,8 @@ ROOMS = """
 __main__     cli
 cli          options sweep run show publish plan doctor inspect model launch config files console distributed records \
              plugins errors pattern
-options      config files plugins errors
-show         sweep run publish report doctor inspect config console distributed records
+options      launch config files console plugins errors
+show         sweep run publish report doctor inspect console distributed records
 sweep        run report launch config files console distributed plugins errors
 __init__     prune merge evaluate adapters pruners pattern
 run          publish report plan merge train prune evaluate data model launch config files console distributed machine \
@@ -42,7 +42,7 @@ data         files console errors
 model        files console distributed machine errors pattern
 launch       config console distributed plugins errors
 config       files plugins errors pattern
-records      files errors pattern
+records      files console errors pattern
 console      files distributed
 files        errors
 distributed  errors
@@ -52,7 +52,7 @@ pattern
 errors
 """
 TABLE = {room: below.split() for room, _, below in (line.partition(" ") for line in ROOMS.strip().splitlines())}
-CONFIGURED = {"options", "cli", "sweep", "run", "show", "report", "merge", "train", "plan", "prune", "evaluate"}
+CONFIGURED = {"options", "cli", "sweep", "run", "report", "merge", "train", "plan", "prune", "evaluate"}
 CONFIGURED |= {"launch", "config", "publish"}
 BIGGEST = 1 / 8  # of the code, for a room
 # imported when a command starts, so without the libraries that take seconds

@@ -201,6 +201,8 @@ prune {config} --pattern 4:2
     prune.pattern ... '4:2' ... 0 < N < M ... 2:4
 run {config} other.yaml
     expected one CONFIG ... other.yaml ... KEY=VALUE
+run ''
+    an empty argument is neither CONFIG nor KEY=VALUE
 prun {config}
     No such command 'prun'
 prune {config} --patern 2:4
@@ -508,7 +510,7 @@ run tiny.yaml merge.dtype=bfloat16
 run tiny.yaml run.seed=5
     run/pruned was made with seed = 0, now 5; --force redoes it
 train tiny.yaml prune.pattern=4:8
-    prune.pattern = 2:4, now 4:8 ... sppctl prune --force
+    prune.pattern = 2:4, now 4:8 ... sppctl prune tiny.yaml prune.pattern=4:8 --force
 prune tiny.yaml --force --model run/pruned
     model.path: run/pruned is an output of this run
 prune tiny.yaml --force prune.method=sparsegpt prune.mask_from=run/pruned
@@ -535,15 +537,15 @@ eval tiny.yaml --model base model.path=run/../linked/adapter
     model.path: run/../linked/adapter is an output of this run
 @ write("run/pruned/stage.json", "{")
 train tiny.yaml
-    pruned/stage.json is damaged ... --force
+    pruned/stage.json is damaged ... sppctl prune tiny.yaml --force
 report run
     pruned/stage.json ... damaged
 @ remove("run/adapter")
 merge tiny.yaml
-    adapter does not exist ... sppctl train
+    adapter does not exist ... sppctl train tiny.yaml first
 @ take_another_adapter
 merge tiny.yaml
-    trained on other weights ... sppctl train --force
+    trained on other weights ... sppctl train tiny.yaml --force
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import Command
 
-from sppctl import __version__, cli, records
+from sppctl import __version__, cli, options, records
 from sppctl.config.load import config_keys, load_config, to_dict
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml
@@ -96,7 +98,7 @@ def test_overrides_may_stand_anywhere(command: Command, config_file: Path, words
 
 
 @pytest.mark.parametrize(
-    ("options", "overrides"),
+    ("short", "overrides"),
     [
         ({"model": "a/b"}, ["model.path=a/b"]),
         ({"method": "magnitude"}, ["prune.method=magnitude"]),
@@ -112,13 +114,81 @@ def test_overrides_may_stand_anywhere(command: Command, config_file: Path, words
     ],
     ids=str,
 )
-def test_options_are_short_for_overrides(config_file: Path, options: dict[str, Any], overrides: list[str]) -> None:
-    assert parse([str(config_file)], **options).config == load_config(str(config_file), overrides)
+def test_options_are_short_for_overrides(config_file: Path, short: dict[str, Any], overrides: list[str]) -> None:
+    assert parse([str(config_file)], **short).config == load_config(str(config_file), overrides)
 
 
 def test_another_model_on_the_command_line_needs_no_gguf_file_of_the_default(llama: Path) -> None:
     model = parse(model=str(llama)).config.model
     assert (model.path, model.gguf_file) == (str(llama), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "notice"),
+    [
+        ([], "neither CONFIG nor a model is given, so this is the quickstart: "),
+        (["train.rank=2"], "run directory runs/quickstart; for your own model: sppctl run --model HUB_ID_OR_DIRECTORY"),
+        (
+            ["model.path=a/b", "prune.pattern=4:8"],
+            "no CONFIG is given, so the defaults are used: wanda 4:8 with c4 (128 x 2048 tokens), spp on alpaca (epochs"
+            " 3, lr 0.004, batch size 128), run directory runs/b-wanda-4of8; KEY=VALUE changes them, sppctl config "
+            "model.path=a/b prune.pattern=4:8 prints all\n",
+        ),
+        (["quickstart"], None),
+        (["CONFIG", "model.path=a/b"], None),
+    ],
+    ids=str,
+)
+def test_what_is_used_without_a_configuration_is_printed(
+    arguments: list[str], notice: str | None, command: Command, config_file: Path
+) -> None:
+    printed = command("config", *(str(config_file) if name == "CONFIG" else name for name in arguments)).err
+    assert printed == "" if notice is None else notice in printed
+    assert printed.count("\n") == (notice is not None)
+
+
+def test_a_command_that_another_one_started_repeats_no_notice() -> None:
+    arguments = [sys.executable, "-m", "sppctl", "config"]
+    started = os.environ | {"SPPCTL_LAUNCHER": str(os.getpid())}
+    by_us, by_the_user = (
+        subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        for environment in (started, os.environ)
+    )
+    assert (by_us.returncode, by_us.stderr) == (0, "")
+    assert "quickstart" in by_the_user.stderr
+
+
+def test_help_of_a_command(command: Command) -> None:
+    assert command("help", "train").out == command("train", "--help").out
+    assert command("help").out == command("--help").out
+    assert "llama2-7b" in command("help").out
+    wrong = command("help", "trian")
+    assert wrong.code == 2
+    assert "train" in wrong.err
+
+
+def test_schema_of_a_section(command: Command) -> None:
+    keys = [entry["key"] for entry in command("config", "--schema", "train.distill", "--json").json]
+    assert keys == ["train.distill.teacher", "train.distill.weight", "train.distill.temperature"]
+    assert "teacher: null" in command("config", "--schema", "train.distill").out
+    for wrong in ("trian", "train.rank=2"):
+        assert command("config", "--schema", wrong).code == 2
+
+
+def test_shells_complete_configurations_and_keys() -> None:
+    assert options.completions("llama2-7b") == ["llama2-7b"]
+    assert options.completions("train.rank") == ["train.rank="]
+
+
+def test_eval_of_a_checkpoint_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_run = parse(models=["run/merged"])
+    assert (of_run.config, of_run.notice) == (parse(["run"]).config, None)
+    alone = parse(models=["owner/Some-8B"], tasks="zeroshot,ppl")
+    assert (alone.config.run.dir, alone.config.model.path) == ("runs/Some-8B", "owner/Some-8B")
+    assert alone.notice is not None
+    assert "perplexity on wikitext2, zeroshot; results are in runs/Some-8B/eval" in alone.notice
+    assert parse(models=["owner/Some-8B"], output="mine").config.run.dir == "mine"
+    assert parse(models=["merged"]).config == load_config("quickstart")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -222,10 +292,44 @@ def test_force_redoes_every_stage_or_the_one_it_is_given_to(command: Command, he
 
 
 def test_stages_one_by_one_make_what_run_makes(command: Command, here: Path) -> None:
+    printed, next_command = "", ["prune", "tiny.yaml", "--output", "steps"]
     for stage in DIRECTORIES:
-        assert command(stage, "tiny.yaml", "--output", "steps").code == 0
+        assert next_command[0] == stage
+        outcome = command(*next_command)
+        assert outcome.code == 0
+        printed += outcome.out
+        next_command = shlex.split(outcome.err.splitlines()[-1])[2:]  # next: sppctl ...
+    assert next_command == ["eval", "tiny.yaml", "run.dir=steps"]
+    assert re.search(r"^prune: wanda 2:4, 14 matrices, mean relative output error [\d.]+, \d+ s\ntrain: spp, ", printed)
     for name in WEIGHTS:
         assert (here / "steps" / name).read_bytes() == (here / "run" / name).read_bytes(), name
+
+
+def test_a_run_directory_is_a_configuration(command: Command, here: Path) -> None:
+    changed = ["--method", "magnitude", "--pattern", "4:8", "--output", "my runs/one", "train.max_steps=2"]
+    pruned = command("prune", "tiny.yaml", *changed)
+    assert pruned.err.splitlines()[-1] == (
+        "next: sppctl train tiny.yaml train.max_steps=2 prune.method=magnitude prune.pattern=4:8 'run.dir=my runs/one'"
+    )
+    for stage in ("train", "merge"):
+        assert command(stage, "my runs/one").code == 0
+    assert command("merge", "my runs/one").err.splitlines()[-1] == "next: sppctl eval 'my runs/one'"
+    assert records.read(here / "my runs/one/adapter/stage.json", "train").metrics.steps == 2
+    assert command("eval", "my runs/one").code == 0
+    assert "up to date" in command("prune", "my runs/one").err
+    assert command("inspect", "my runs/one/merged", "--expect", "4:8").code == 0
+
+
+def test_a_stage_that_is_missing_is_named_with_the_command_that_makes_it(command: Command, here: Path) -> None:
+    refused = command("merge", "tiny.yaml", "--output", "new")
+    assert refused.code == 2
+    assert "new/pruned does not exist; run sppctl prune tiny.yaml run.dir=new first" in refused.err
+    refused = command("eval", "tiny.yaml", "--output", "new", "--model", "merged")
+    assert "--model: new/merged does not exist yet; make it: sppctl merge tiny.yaml run.dir=new" in refused.err
+    typo = command("eval", "tiny.yaml", "--model", "meregd")
+    assert typo.err == "error: --model: meregd is not a checkpoint; did you mean merged?\n"
+    a_run = "error: --model: run is a run, not a checkpoint; name one of its checkpoints, such as run/merged\n"
+    assert command("eval", "tiny.yaml", "--model", "run").err == a_run
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -261,7 +365,7 @@ def test_verify_reads_every_file_and_names_what_is_wrong(command: Command, here:
     config.write_text(config.read_text().replace("2.0", "4.0"))
     damaged = command("verify", "run")
     assert damaged.code == 2
-    assert "error: run/merged/tokenizer.json is missing; restore it, or sppctl merge --force" in damaged.err
+    assert "error: run/merged/tokenizer.json is missing; restore it, or sppctl merge run --force" in damaged.err
     assert "error: run/adapter/adapter_config.json is damaged: its content is not what was recorded" in damaged.err
     assert len(damaged.err.splitlines()) == 2
     assert "missing" in damaged.out

@@ -8,6 +8,7 @@ import pty
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,14 @@ def test_a_terminal_names_a_step_without_a_count(monkeypatch: pytest.MonkeyPatch
             pass
 
     assert "loading [red]model" in on_a_terminal(step, monkeypatch)
+
+
+def test_suggested_commands_have_the_configuration_of_the_run_they_are_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    console.remember("my runs/one", ["own.yaml", "run.dir=my runs/one"])
+    assert console.command("train", run=tmp_path / "my runs/one") == "sppctl train own.yaml 'run.dir=my runs/one'"
+    assert console.command("train", "--force", run="other") == "sppctl train other --force"
+    console.remember(None)
+    assert console.command("train", run="my runs/one") == "sppctl train 'my runs/one'"

@@ -86,7 +86,7 @@ def test_a_stage_is_not_up_to_date_while_its_own_files_are_damaged(folder: str, 
     weights = next((run_dir / folder).glob("*.safetensors"))
     whole = weights.read_bytes()
     for _ in damages(weights):
-        with pytest.raises(UserError, match=rf"run/{folder}/{weights.name} .*sppctl {stage.name} --force"):
+        with pytest.raises(UserError, match=rf"run/{folder}/{weights.name} .*sppctl {stage.name} run --force"):
             run().do(stage)
     weights.unlink()
     run(force=True).do(stage)
@@ -112,7 +112,7 @@ def test_dense_weights_in_the_place_of_pruned_ones_are_neither_trained_nor_merge
     before = tree(run_dir)
     for stage in (TRAIN, MERGE):
         for force in (False, True):
-            with pytest.raises(UserError, match=r"run/pruned/model.safetensors is damaged: .*sppctl prune --force"):
+            with pytest.raises(UserError, match=r"run/pruned/model.safetensors is damaged: .*sppctl prune run --force"):
                 run(force=force).do(stage)
     assert tree(run_dir) == before
 

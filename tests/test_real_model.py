@@ -40,7 +40,7 @@ BUDGET = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     directory = tmp_path_factory.mktemp("real") / "run"
-    config = load_config(None, [*BUDGET, f"run.dir={directory}"])
+    config = load_config("quickstart", [*BUDGET, f"run.dir={directory}"])
     pipeline.run_all(Run(config))
     return config, directory
 

@@ -21,17 +21,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sppctl import plugins
+from sppctl.config import recorded
+from sppctl.config.hints import HINTS
 from sppctl.config.settings import BOUNDS, Config
 from sppctl.config.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 from sppctl.errors import Problems, UserError
-from sppctl.files.paths import expand
+from sppctl.files.paths import expand, file_stem
 from sppctl.pattern import Pattern
 
 LARGEST = 2**63
 SHOWN = 200  # characters of a value in an error
 TYPE_NAMES: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 TYPE_NAMES |= {types.NoneType: "null", Pattern: "N:M or a ratio"}
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+(?<!\.yaml)(?<!\.yml)"
 SEE_SCHEMA = "; see `sppctl config --schema`"
+QUICKSTART = "quickstart"
+DEFAULTS = "the defaults"  # source of a configuration without a file, in errors
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -44,40 +49,48 @@ def shipped_configs(*, sweeps: bool = False) -> dict[str, Path]:
     return {path.stem: path for path, text in texts.items() if bool(re.search(r"^grid:", text, re.MULTILINE)) == sweeps}
 
 
-def find_file(name: str | None, *, sweep: bool = False) -> Path:
-    """The file of a CONFIG or SWEEP argument: a path, or the name of a shipped file; None: quickstart.
+def find_file(name: str, *, sweep: bool = False) -> Path:
+    """The file of a CONFIG or SWEEP argument: a path, or the name of a shipped file.
 
     Raises:
         UserError: there is no such file.
     """
     kind, shipped = "sweep" if sweep else "config", shipped_configs(sweeps=sweep)
-    if name is None:
-        return shipped["quickstart"]
-    if Path(name).is_dir():
-        raise UserError(f"{kind} {name} is a directory; name the YAML file in it")
-    if Path(name).exists():
-        return Path(name)
+    path = Path(name)
+    if path.is_dir():
+        problem = "is a directory without a run; name a run directory or a YAML file; --model is for models"
+        if sweep:
+            problem = "is a directory; name the YAML file in it"
+        elif recorded.is_run(path.parent):
+            problem = f"is a part of a run; name the run, {path.parent}"
+        raise UserError(f"{kind} {name} {problem}")
+    if path.exists():
+        return path
     stem = name.removeprefix("configs/").removesuffix(".yaml")
-    if stem not in shipped:
-        raise UserError(f"{kind} {name} does not exist; give a YAML file, or one of: {', '.join(shipped)}")
-    return shipped[stem]
+    if stem in shipped:
+        return shipped[stem]
+    present = [str(file) for suffix in ("yaml", "yml") for file in sorted(path.parent.glob(f"*.{suffix}"))]
+    hint = did_you_mean(str(path), present) or did_you_mean(stem, shipped.keys())
+    if not hint:
+        others = "" if sweep else ", a run directory"
+        hint = f"; give a YAML file{others}, or one of: {', '.join(shipped)}"
+        hint += f"; or, for a model, --model {name}" if re.fullmatch(HUB_ID, name) and not sweep else ""
+    raise UserError(f"{kind} {name} does not exist{hint}")
 
 
 def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration file and applies ``key=value`` overrides.
+    """Reads a configuration and applies ``key=value`` overrides.
+
+    Args:
+        name: a file, the name of a shipped one, or a run directory, whose records have the settings. None: the
+            defaults if the overrides name a model, the quickstart otherwise.
+        overrides: of the command line.
 
     Raises:
         UserError: a message with every unknown key, wrong type, bad value and impossible combination.
     """
-    path = find_file(name)
-    tree = read_yaml(path)
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {shown(tree)}")
-    if "grid" in tree:
-        raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
-    return config_of(tree, str(path), overrides)
+    source, tree = _source_and_tree(name, overrides)
+    return config_of(tree, source, overrides)
 
 
 def config_of(tree: dict[Any, Any], source: str, overrides: Sequence[str] = ()) -> Config:
@@ -92,11 +105,51 @@ def config_of(tree: dict[Any, Any], source: str, overrides: Sequence[str] = ()) 
     if not reader.problems.lines:
         _check_combinations(config, reader.problems)
     reader.problems.raise_all()
+    if config.run.dir == "auto":
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=default_directory(config)))
     return config
 
 
+def uses_quickstart(name: str | None, overrides: Iterable[str]) -> bool:
+    """Whether a command line names neither a configuration nor a model."""
+    return name is None and "model.path" not in {override.partition("=")[0].strip() for override in overrides}
+
+
+def _source_and_tree(name: str | None, overrides: Sequence[str]) -> tuple[str, dict[Any, Any]]:
+    """The content of a configuration, and what to call it in errors."""
+    if name is None and not uses_quickstart(name, overrides):
+        return DEFAULTS, {}
+    if name is not None and recorded.is_run(Path(name)):
+        return name, recorded.tree_of(Path(name))
+    path = find_file(QUICKSTART if name is None else name)
+    tree = read_yaml(path)
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {shown(tree)}")
+    if tree and "grid" in tree:
+        raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
+    return str(path), tree or {}
+
+
+def default_directory(config: Config) -> str:
+    """The run directory where none is configured: runs/MODEL-METHOD-PATTERN."""
+    model, pattern = config.model, str(_plain(config.prune.pattern)).replace(":", "of")
+    assert model.path is not None
+    return f"runs/{short_name(model.path, model.gguf_file)}-{config.prune.method}-{pattern}"
+
+
+def short_name(model: str, gguf_file: str | None = None) -> str:
+    """The last part of a model's path or hub id, or of its GGUF file, as the name of a directory."""
+    path = Path(gguf_file or model.removeprefix("package:"))
+    name = path.stem if gguf_file else path.name.strip(".") or path.resolve().name
+    return file_stem(re.sub(r"[^\w.-]+", "-", name))
+
+
 def quoted(value: Any) -> str:
-    """A value as unambiguous YAML, for which JSON serves: the 2024 of ``--output 2024`` must remain text."""
+    """A value as YAML that is read as this value: text as it is, or as JSON where it would be another type (2024)."""
+    if isinstance(value, str):
+        with contextlib.suppress(UserError):
+            if parse_yaml(value, "") == value:
+                return value
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -164,6 +217,12 @@ class _Reader:
 def _suggestion(key: str) -> str:
     """The end of an error about an unknown key: the most similar key of its section, else of all sections."""
     section, _, leaf = key.rpartition(".")
+    if leaf in HINTS:
+        keys, hint = config_keys(), HINTS[leaf]
+        if hint not in keys:
+            return f"; {hint}"
+        sibling = f"{section}.{hint.rpartition('.')[2]}"  # prune.target_modules is prune.targets
+        return f"; did you mean {sibling if sibling in keys else hint}?"
     keys = [name for name in config_keys() if section and name.startswith(f"{section}.")]
     prefix = f"{section}." if keys else ""
     keys = keys or config_keys()
@@ -202,6 +261,9 @@ def _convert(value: Any, hint: Any) -> Any:
         items = value.split(",") if isinstance(value, str) and value != "all-linear" else value
         if not isinstance(items, list):
             raise mismatch
+        if items == ["none"] and typing.get_origin(arguments[0]) is Literal:
+            names = ", ".join(map(str, typing.get_args(arguments[0])))
+            raise ValueError(f"{shown(value)} is not one of {names}; write [] for none of them")
         return [_convert(item.strip() if isinstance(item, str) else item, arguments[0]) for item in items]
     if origin is dict:
         if not isinstance(value, dict):
@@ -282,24 +344,36 @@ def config_keys() -> list[str]:
     return list(flatten(to_dict(Config())))
 
 
-def schema() -> list[dict[str, Any]]:
-    """An entry for each key: key, type, default, meaning."""
-    return [entry for entry in _entries(Config(), "") if "type" in entry]
+def schema(section: str = "") -> list[dict[str, Any]]:
+    """An entry for each key, of a section or of all: key, type, default, meaning; UserError: no such section or key."""
+    return [entry for entry in _entries_of(section) if "type" in entry]
 
 
-def schema_yaml() -> str:
+def schema_yaml(section: str = "") -> str:
     """The schema as YAML: every key with its default, above it a comment with its meaning and type.
 
-    The text is itself a configuration, the default one.
+    The text is itself a configuration, the default one; or a ``section`` of it.
     """
     text = ""
-    for entry in _entries(Config(), ""):
+    for entry in _entries_of(section):
         *parents, name = entry["key"].split(".")
         kind = f" ({entry['type']})" if "type" in entry else ""
         comment = textwrap.indent(textwrap.fill(entry["meaning"] + kind, 100), "# ")
         value = f" {dump_yaml(entry['default'], flow=True)}" if "type" in entry else "\n"
         text += textwrap.indent(f"{comment}\n{name}:{value}", "  " * len(parents))
     return text
+
+
+def _entries_of(section: str) -> list[dict[str, Any]]:
+    """The entries of a section or key, and of the sections that it is in; empty: all."""
+    entries = {entry["key"]: entry for entry in _entries(Config(), "")}
+    if section and section not in entries:
+        raise UserError(f"--schema: {section} is not a section or key{_suggestion(section)}")
+    return [
+        entry
+        for key, entry in entries.items()
+        if not section or f"{key}.".startswith(f"{section}.") or section.startswith(f"{key}.")
+    ]
 
 
 def _entries(config: Any, prefix: str) -> Iterator[dict[str, Any]]:

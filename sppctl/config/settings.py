@@ -61,7 +61,12 @@ def _runtime(default: Any, meaning: str, *, path: bool = False, **bounds: float)
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = _runtime("runs/default", "directory of the run: pruned/, adapter/, merged/, eval/", path=True)
+    dir: str = _runtime(
+        "auto",
+        "directory of the run: pruned/, adapter/, merged/, eval/; auto: runs/MODEL-METHOD-PATTERN, such as "
+        "runs/llama-7b-wanda-2of4",
+        path=True,
+    )
     seed: int = _key(
         0, "seed of calibration windows, adapter initialisation, dropout and data order", low=0, high=2**32 - 1
     )
@@ -103,8 +108,8 @@ class CalibrationConfig:
     """Text from which the pruner learns which inputs matter."""
 
     dataset: str = _key(
-        "instructions",
-        "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
+        "c4",
+        "c4, wikitext2, alpaca, instructions (built in), prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
         "txt, json, jsonl, csv, tsv or parquet file",
         path=True,
     )
@@ -165,8 +170,8 @@ class TrainDataConfig:
     """Training data: instructions, conversations, prompts with completions, or plain text."""
 
     dataset: str | dict[str, float] = _key(
-        "instructions",
-        "instructions (built in), alpaca, alpaca-gpt4; plain text: c4, wikitext2, prose; a hub id; a local txt, json, "
+        "alpaca",
+        "alpaca, alpaca-gpt4, instructions (built in); plain text: c4, wikitext2, prose; a hub id; a local txt, json, "
         "jsonl, csv, tsv or parquet file, or a folder of these; or several with a weight each: {alpaca: 3, own.csv: 1}",
         path=True,
     )

@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sppctl import console
 from sppctl.errors import UserError
 from sppctl.files import sealed, strict_json
 
@@ -20,7 +21,11 @@ Json = dict[str, Any]
 # the groups of a task, the largest first; for each the metrics that lm-eval averages, weighted by samples (True) or
 # over tasks. No metric: the plain mean of the accuracies
 Rules = dict[str, dict[str, bool]]
-REMEDY = "delete it and run sppctl eval again"
+
+
+def remedy(path: Path) -> str:
+    """The fix, for an error, of a damaged file of results."""
+    return f"delete it and run {console.command('eval', f'--model={path.stem}', run=path.parents[1])} again"
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -203,13 +208,14 @@ class Results:
         """
         if not path.is_file():
             return None
-        content = sealed.read(path, REMEDY)
+        fix = remedy(path)
+        content = sealed.read(path, fix)
         if content.get("label", path.stem) != path.stem:
-            raise UserError(f"{path} holds the results of another checkpoint ({content['label']}); {REMEDY}")
+            raise UserError(f"{path} holds the results of another checkpoint ({content['label']}); {fix}")
         try:
             return cls.from_json(content)
         except KeyError as error:
-            raise UserError(f"{path} is damaged (it has no {error.args[0]}); {REMEDY}") from error
+            raise UserError(f"{path} is damaged (it has no {error.args[0]}); {fix}") from error
 
     def save(self, path: Path) -> None:
         """Writes the file, sealed."""

@@ -51,7 +51,7 @@ class Subject:
                 return cls(label, base, path)
         raise UserError(
             f"{path} was trained on other weights than {bases[0] if bases else base_name} holds now; "
-            "train again (sppctl train --force)"
+            f"train again ({console.command('train', '--force', run=path.parent)})"
         )
 
     @property

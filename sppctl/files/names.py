@@ -3,6 +3,7 @@
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}  # what each stage publishes
 RECORD = "stage.json"  # settings, inputs and results of a published directory; written last
 FOREIGN = "foreign adapter"  # merging: the input that is an adapter without a record of training
+RESOLVED = "resolved.yaml"  # the configuration of the last command
 NOTE = "attempt.json"  # settings and inputs of an unfinished stage
 JOURNAL = "journal.jsonl"  # pruning: one line per finished block
 COPIED = "copied"  # pruning: exists once the dense checkpoint has been copied

@@ -72,7 +72,7 @@ def prepare(
     if missing := sorted(trained_modules - adapter.modules.keys()):
         raise UserError(
             f"{trained} lacks {len(missing)} of the {len(trained_modules)} matrices that were trained, "
-            f"{missing[0]} among them; train again (sppctl train --force)"
+            f"{missing[0]} among them; train again ({console.command('train', '--force', run=trained.parent)})"
         )
     skeleton = _skeleton(config, pruned)
     stored = _match(source, adapter, skeleton, pruned)
@@ -108,7 +108,7 @@ def check_trained_on(record: StageRecord[TrainRecord], adapter: Path, pruned: Pa
     """Raises UserError if an adapter was trained on other weights than those of this fingerprint, in ``pruned``."""
     if record.inputs["pruned"] != fingerprint:
         problem = f"{adapter} was trained on other weights than {pruned} holds now"
-        raise UserError(f"{problem}; train again (sppctl train --force)")
+        raise UserError(f"{problem}; train again ({console.command('train', '--force', run=adapter.parent)})")
 
 
 def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
@@ -257,7 +257,7 @@ def _merge_matrix(prepared: Prepared, module: str, out: OwnFiles, mask: str) -> 
     if prepared.masks.get(module, digest := integrity.mask_digest(weight)) != digest:
         raise UserError(
             f"{source.files[source.home[name]].path}: {name} does not have the zeros that were recorded; nothing "
-            "was published; prune again (sppctl prune --force)"
+            f"was published; prune again ({console.command('prune', '--force', run=prepared.pruned.parent)})"
         )
     tensors = {part: adapter.files.read(key) for part, key in adapter.modules[module].items()}
     settings = adapter.settings_of(module)

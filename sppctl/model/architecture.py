@@ -24,7 +24,7 @@ def find(
     Raises:
         UserError: the configuration could not be found.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from transformers import AutoConfig
 
@@ -43,8 +43,11 @@ def find(
         settings = json.loads(shipped[path].read_text(encoding="utf-8"))
         return AutoConfig.for_model(settings.pop("model_type"), **settings), "the architecture shipped with sppctl"
     try:
-        if not isinstance(file, str):
-            file, source = hf_hub_download(path, "config.json", revision=revision), "config.json from the hub"
+        if not isinstance(file, str):  # unlike hf_hub_download, it asks an unreachable hub once, and silently
+            directory = Path(snapshot_download(path, revision=revision, allow_patterns=["config.json"]))
+            file, source = str(directory / "config.json"), "config.json from the hub"
+            if not Path(file).is_file():
+                raise FileNotFoundError("the repository has none")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             "model.path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from sppctl.config.settings import Config
@@ -20,8 +21,10 @@ def tables(plan: Plan) -> Iterator[Table]:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB with one decimal."""
-    return f"{size / 2**30:,.1f}"
+    """Bytes in GiB with one decimal, or below 0.1 with two significant digits."""
+    number = size / 2**30
+    decimals = 1 if number >= 0.1 or not size else 1 - math.floor(math.log10(number))
+    return f"{number:,.{decimals}f}"
 
 
 def _parameters(trainable: Trainable) -> Iterator[Table]:

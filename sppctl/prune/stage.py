@@ -23,7 +23,7 @@ from sppctl.prune.activations import Activations
 from sppctl.prune.checks import Prepared
 from sppctl.prune.choose import check_prunes, is_overridden, measures_blocks
 from sppctl.prune.layers import PrunePlan
-from sppctl.prune.walk import START_AGAIN, Journal, dense_scores, prune_blocks
+from sppctl.prune.walk import Journal, dense_scores, prune_blocks, start_again
 from sppctl.pruners import allocate
 from sppctl.pruners.registry import find_allocation
 from sppctl.records import BlockRecord, LayerRecord, PruneRecord
@@ -180,7 +180,7 @@ def _allocated(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path) -
     plan = replace(plan, settings=replace(prune, method="wanda"), targets=adjustable)
     path = folder / ALLOCATION
     if path.exists():
-        ratios = sealed.read(path, START_AGAIN)
+        ratios = sealed.read(path, start_again(folder))
     else:
         ratios = _ratios(stack, plan, _embed(stack, windows, prune, folder))
         if distributed.is_main():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sppctl import distributed
+from sppctl import console, distributed
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed, strict_json
 from sppctl.files.safe_files import OwnFiles
@@ -23,7 +23,10 @@ from sppctl.prune.layers import PrunePlan
 from sppctl.pruners.wanda import wanda_scores
 from sppctl.records import BlockRecord, from_json, to_json
 
-START_AGAIN = "sppctl prune --force starts the stage again"
+
+def start_again(partial: Path) -> str:
+    """The fix, for an error, of a damaged attempt in a directory."""
+    return f"{console.command('prune', '--force', run=partial.parent)} starts the stage again"
 
 
 class Journal:
@@ -47,7 +50,8 @@ class Journal:
                     if entry.block != number:
                         raise ValueError(f"it records block {entry.block}, not {number}")
                 except ValueError as error:
-                    raise UserError(f"{path}: line {number + 1} is damaged ({error}); {START_AGAIN}") from error
+                    fix = start_again(path.parent)
+                    raise UserError(f"{path}: line {number + 1} is damaged ({error}); {fix}") from error
                 self.blocks.append(entry)
             # an incomplete line would corrupt the next one
             if lines[-1]:
@@ -134,7 +138,7 @@ def _replay(
     for name, target in targets.items():
         weight = stack.matrix(target, out)
         if integrity.tensor_digest(weight) != entry.weights[name]:
-            raise UserError(f"{out.directory}: {name} does not match the journal; {START_AGAIN}")
+            raise UserError(f"{out.directory}: {name} does not match the journal; {start_again(out.directory)}")
         if feeding is not None:
             target.view(stack.model).copy_(weight)
     if feeding is not None:

@@ -98,7 +98,8 @@ def _stage_of(path: Path) -> tuple[Path, str]:
     if not (path / RECORD).is_file() and any((path / name / RECORD).is_file() for name in DIRECTORIES.values()):
         directory = path / DIRECTORIES["merge"]
         if not (directory / RECORD).is_file():
-            raise UserError(f"{path} holds no merged checkpoint; make it (sppctl merge), or name {path}/pruned")
+            merge = console.command("merge", run=path)
+            raise UserError(f"{path} holds no merged checkpoint; make it ({merge}), or name {path}/pruned")
     unfinished = directory.resolve().name.endswith(".partial")
     if unfinished or not (directory / RECORD).is_file():
         raise UserError(
@@ -119,7 +120,7 @@ def _contents(directory: Path, stage: str, repository: str, pruned: str | None) 
     """
     record = records.read(directory / RECORD, stage)
     with console.working(f"checking the files of {directory}"):
-        integrity.check(directory, record.files, records.remedy(stage))
+        integrity.check(directory, record.files, records.remedy(stage, directory))
     contents: dict[str, Path | bytes] = {name: directory / name for name in sorted(record.files)}
     if stage == "train":
         settings = adapter_settings(directory) | {BASE_NAME: pruned}

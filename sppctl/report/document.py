@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sppctl import console
 from sppctl.records import Sample
 from sppctl.report import plots, plots_results, provenance, tables, verdict
 from sppctl.report.plots import Figure
@@ -113,7 +114,8 @@ def chapter(run: RunStudy) -> list[Section]:
     top: list[Item] = [found] if found.findings or found.warnings else []
     top += [Facts(facts)] if facts else []
     if not run.rows:
-        top.append(Note("No checkpoint of this run has been measured yet; run sppctl eval."))
+        measure = console.command("eval", run=run.directory)
+        top.append(Note(f"No checkpoint of this run has been measured yet; run {measure}."))
     sections = [Section(run.directory, top, level=1, is_summary=True)]
     distance = _noted(tables.comparison_table(run.rows), tables.note_on_differences(run.rows))
     for title, items in (

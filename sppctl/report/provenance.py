@@ -7,16 +7,21 @@ from typing import Any
 
 from sppctl.evaluate.results import Result, TaskResult, TextNumbers
 from sppctl.evaluate.values import SHOWN, families, family_title, text_quantity
-from sppctl.records import Calibration, MergeRecord, PruneRecord, TrainRecord
+from sppctl.files.names import DIRECTORIES
+from sppctl.records import Calibration, MergeRecord, PruneRecord, StageRecord, TrainRecord
 from sppctl.report.study import RunStudy
 from sppctl.report.tables import NOTHING, Column, Table, columns_of
 
 
 def facts(run: RunStudy) -> list[str]:
     """A summary of each stage in one line."""
+    return [fact(run.stages[stage]) for stage in DIRECTORIES if stage in run.stages]
+
+
+def fact(record: StageRecord[Any]) -> str:
+    """A summary of a stage in one line."""
     describe: dict[str, Callable[[Any], str]] = {"prune": _pruned, "train": _trained, "merge": _merged}
-    records = [(run.stages[stage], summary) for stage, summary in describe.items() if stage in run.stages]
-    return [f"{record.stage}: {summary(record.metrics)}, {record.wall_time_s:.0f} s" for record, summary in records]
+    return f"{record.stage}: {describe[record.stage](record.metrics)}, {record.wall_time_s:.0f} s"
 
 
 def _pruned(record: PruneRecord) -> str:

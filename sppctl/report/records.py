@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sppctl import console
 from sppctl import records as stage_records
 from sppctl.errors import UserError
-from sppctl.evaluate.results import REMEDY, Results
+from sppctl.evaluate.results import Results, remedy
 from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES, FOREIGN, RECORD, SAMPLES
 from sppctl.records import Sample, SamplesRecord, StageRecord
@@ -49,7 +51,7 @@ def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str
         assert loaded is not None
         for key in SPARSITY:
             if key not in loaded.sparsity:
-                raise UserError(f"{path} is damaged (it has no sparsity.{key}); {REMEDY}")
+                raise UserError(f"{path} is damaged (it has no sparsity.{key}); {remedy(path)}")
         results[path.stem] = loaded
     notes = _leave_out_stages(run_dir, stages)
     return stages, results, notes + _leave_out_results(run_dir, stages, results)
@@ -101,7 +103,7 @@ def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
         problem = next((text for name, text in OUTDATED.items() if _differ(used.get(name), current[name])), None)
         if problem is not None:
             del stages[stage]
-            notes.append(f"{run_dir / DIRECTORIES[stage]} {problem}; sppctl {stage} --force")
+            notes.append(f"{run_dir / DIRECTORIES[stage]} {problem}; {console.command(stage, '--force', run=run_dir)}")
     if "merge" in stages and FOREIGN in stages["merge"].inputs:
         notes.append(f"{run_dir / DIRECTORIES['merge']} was merged with an adapter that was trained elsewhere")
     return notes
@@ -109,17 +111,18 @@ def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
 
 def _leave_out_results(run_dir: Path, stages: dict[str, Record], results: dict[str, Results]) -> list[str]:
     current, notes = _fingerprints(stages), []
+    again = partial(console.command, "eval", run=run_dir)
     if current["adapter"] is not None:  # an adapter is measured on the pruned weights
         current["adapter"] = current["pruned"] and f"{current['pruned']}+{current['adapter']}"
     for label, content in list(results.items()):
         compared = [result.measure.reference for result in content.texts if result.numbers.compared_with is None]
         if _differ(content.fingerprint, current.get(label)):
             weights = "from which pruned/ was made" if label == "base" else f"in {label}/"
-            problem = f"measures weights that differ from those {weights}; sppctl eval --model {label}"
+            problem = f"measures weights that differ from those {weights}; {again(f'--model={label}')}"
         elif label in STAGES and STAGES[label] not in stages and (run_dir / label / RECORD).is_file():
             problem = "measures weights that are left out with their stage"
         elif any(_differ(reference, current["base"]) for reference in compared):
-            problem = f"compares with a different dense model than pruned/; sppctl eval --model {label}"
+            problem = f"compares with a different dense model than pruned/; {again(f'--model={label}')}"
         else:
             continue
         del results[label]

@@ -47,7 +47,8 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
         disk.demand_file(latex, "--latex")
     study = Study.of(run_dirs)
     if latex is not None and not study.rows:
-        raise UserError(f"--latex {latex}: nothing has been measured yet; run sppctl eval first")
+        measure = console.command("eval", run=run_dirs[0])
+        raise UserError(f"--latex {latex}: nothing has been measured yet; run {measure} first")
     chapters = [chapter(run) for run in study.runs]
     if len(run_dirs) > 1:
         for path, run, sections in zip(run_dirs, study.runs, chapters, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from sppctl import console
 from sppctl.errors import UserError
 from sppctl.files import cache
 from sppctl.files.names import CHECKPOINTS, DIRECTORIES, RECORD
@@ -104,15 +105,17 @@ def _candidates(run_dir: Path) -> Iterator[tuple[Kind, Path, str, str]]:
         if stages.get(name) in RESUMABLE:
             steps = [int(path.name.rpartition("-")[2]) for path in partial.glob(f"{CHECKPOINTS}/checkpoint-*")]
             reached = f", which has reached step {max(steps)}," if steps else ""
-            yield Kind.UNFINISHED, partial, "*", f"sppctl {stages[name]}{reached} starts again from the beginning"
+            again = console.command(stages[name], run=run_dir)
+            yield Kind.UNFINISHED, partial, "*", f"{again}{reached} starts again from the beginning"
         else:
             yield Kind.LEFTOVERS, partial, "*", "nothing"
     for path in run_dir.glob(".reference-*"):
         yield Kind.LEFTOVERS, path, "*", "nothing"
     yield Kind.BASE, run_dir / "base", "*", "the dense model is unpacked again when it is needed"
     if (run_dir / DIRECTORIES["merge"] / RECORD).is_file():
-        pruned, cost = run_dir / DIRECTORIES["prune"], "sppctl prune --force before pruned/ is used again"
-        yield Kind.WEIGHTS, pruned, "*.safetensors", cost  # its record stays, which reports read
+        pruned = run_dir / DIRECTORIES["prune"]  # its record stays, which reports read
+        cost = f"{console.command('prune', '--force', run=run_dir)} before pruned/ is used again"
+        yield Kind.WEIGHTS, pruned, "*.safetensors", cost
     root = cache.root()
     for folder in [root / name for name in cache.FOLDERS] if root is not None else []:
         yield Kind.CACHE, folder, "*.safetensors", "texts are tokenised again, for all runs"

@@ -116,6 +116,6 @@ def same_base(run: Run) -> Path:
             "model.path",
             f"{directory} does not hold the weights that {run.path('prune')} was made from (it changed, or is another "
             "model)",
-            "restore it, or prune again (sppctl prune --force)",
+            f"restore it, or prune again ({run.command('prune', '--force')})",
         )
     return directory

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sppctl.run.stages import M_co, P, Prepared, Stage
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
-DISCARDING = {"prune": "sppctl prune --force", "train": "sppctl train --no-resume"}
+DISCARDING = {"prune": "--force", "train": "--no-resume"}
 
 
 @dataclass
@@ -44,6 +44,10 @@ class Run(RunDirectory):
     loaded: dense.Outline | None = None  # the dense model without weights, once loaded
     # checked stages by name, until they are done
     prepared: dict[str, Prepared] = field(default_factory=dict)
+
+    def command(self, name: str, *options: str) -> str:
+        """A sppctl command on this run, to suggest."""
+        return console.command(name, *options, run=self.directory)
 
     def outline(self) -> dense.Outline:
         """The dense model without weights, loaded once."""
@@ -64,7 +68,7 @@ class Run(RunDirectory):
 
         path = self.path(record.stage)
         with console.working(f"checking the files of {path}"):
-            integrity.check(path, record.files, records.remedy(record.stage))
+            integrity.check(path, record.files, records.remedy(record.stage, path))
 
     def changes(self, record: StageRecord[Any]) -> str:
         """The keys in which a published stage differs from the configuration; empty if it does not."""
@@ -74,9 +78,9 @@ class Run(RunDirectory):
         """The record of a required stage; UserError if it is missing, damaged or made with another configuration."""
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.path(stage)} does not exist; run sppctl {stage} first (or sppctl run)")
+            raise UserError(f"{self.path(stage)} does not exist; run {self.command(stage)} first")
         if changed := self.changes(record):
-            fix = f"redo it (sppctl {stage} --force), or use its settings or another run.dir"
+            fix = f"redo it ({self.command(stage, '--force')}), or use its settings or another run.dir"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
         distributed.decide(partial(self.verify, record))
         return record
@@ -107,7 +111,7 @@ class Run(RunDirectory):
             return
         raise UserError(
             f"{directory} holds the unfinished work of an attempt {description}; continue it with its own settings, "
-            f"keep it by using another run.dir, or discard it with {DISCARDING[stage]}"
+            f"keep it by using another run.dir, or discard it with {self.command(stage, DISCARDING[stage])}"
         )
 
     # --- work ---------------------------------------------------------------------------------------------------------

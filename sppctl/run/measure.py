@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed
-from sppctl.errors import WriteError
+from sppctl.config import recorded
+from sppctl.config.load import did_you_mean
+from sppctl.errors import UserError, WriteError
 from sppctl.files import paths
 from sppctl.files.names import DIRECTORIES
 from sppctl.run import dense
@@ -109,7 +111,18 @@ def _checkpoint_to_measure(run: Run, model: str) -> tuple[str, Path | None]:
         return model, None
     if model in STAGE_OF and run.record(STAGE_OF[model]) is not None:
         return model, run.path(STAGE_OF[model])
-    directory = checkpoint.locate(model, key="--model", adapters=True)
+    try:
+        directory = checkpoint.locate(model, key="--model", adapters=True)
+    except UserError as error:
+        if model in STAGE_OF:
+            problem = f"{run.path(STAGE_OF[model])} does not exist yet"
+            raise UserError("--model", problem, f"make it: {run.command(STAGE_OF[model])}") from error
+        if recorded.is_run(Path(model)):
+            fix = f"name one of its checkpoints, such as {Path(model) / 'merged'}"
+            raise UserError("--model", f"{model} is a run, not a checkpoint", fix) from error
+        if "/" not in model and (hint := did_you_mean(model, (dense.BASE, *STAGE_OF))):
+            raise UserError(f"--model: {model} is not a checkpoint{hint}") from error
+        raise
     labels = {(run.directory / name).resolve(): name for name in (dense.BASE, *STAGE_OF)}
     return labels.get(directory.resolve()) or _label(model, directory.resolve()), directory
 

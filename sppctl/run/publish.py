@@ -19,12 +19,12 @@ from sppctl.config.load import to_yaml
 from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.files import disk, sealed
-from sppctl.files.names import DIRECTORIES, RECORD, WORKING
+from sppctl.files.names import DIRECTORIES, RECORD, RESOLVED, WORKING
 from sppctl.records import R, StageRecord, to_json
 from sppctl.run import attempts
 
 RESUMABLE = ("prune", "train")  # stages that continue an interrupted attempt; the others start again
-LOCK, RESOLVED = ".lock", "resolved.yaml"
+LOCK = ".lock"
 PUBLISHED = ("base", *DIRECTORIES.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sppctl import records
+from sppctl import console, records
 from sppctl.errors import UserError
 from sppctl.evaluate import tasks
 from sppctl.evaluate.results import Results
@@ -31,7 +31,7 @@ def execute(run_dir: Path) -> list[Checked]:
         UserError: there is no run, or a file cannot be read.
     """
     stages = {"base": ("base", f"delete {run_dir / 'base'} to unpack it again")}
-    stages |= {folder: (stage, records.remedy(stage)) for stage, folder in DIRECTORIES.items()}
+    stages |= {folder: (stage, records.remedy(stage, run_dir / folder)) for stage, folder in DIRECTORIES.items()}
     checked = [file for folder, stage in stages.items() for file in _artefact(run_dir / folder, *stage)]
     checked += [file for path in sorted((run_dir / "eval").glob("*.json")) for file in _results(path)]
     if not checked:
@@ -61,6 +61,7 @@ def _results(path: Path) -> list[Checked]:
     assert content is not None
     samples = path.with_suffix(".samples")
     incomplete = [result.measure.task for result in content.tasks if not tasks.has_samples(result, samples)]
-    problem = f"{samples} does not hold the samples of {{}}; sppctl eval measures them again"
-    damaged = [Checked("eval", samples.name, DAMAGED, problem.format(task)) for task in incomplete]
+    fix = f"{console.command('eval', f'--model={path.stem}', run=path.parents[1])} measures them again"
+    problem = f"{samples} does not hold the samples of"
+    damaged = [Checked("eval", samples.name, DAMAGED, f"{problem} {task}; {fix}") for task in incomplete]
     return [Checked("eval", path.name, OK), *damaged]

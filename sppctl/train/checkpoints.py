@@ -137,9 +137,10 @@ def newest(checkpoints: Path, strategy: str | None) -> Path | None:
         damaged[path] = problem
     if damaged:
         path, reason = next(iter(damaged.items()))
+        run = checkpoints.parents[1]
         raise UserError(
             f"no checkpoint in {checkpoints} is intact: {path.name} is damaged ({reason}); restore it, or start "
-            "again, which discards all checkpoints (sppctl train --no-resume)"
+            f"again, which discards all checkpoints ({console.command('train', '--no-resume', run=run)})"
         )
     return None
 

@@ -109,9 +109,10 @@ class Loop:
                     self._save()
         state.seconds = self.before.seconds + self._seconds()
         if stop:
+            requeued = ", as does requeuing the job" if "SLURM_JOB_ID" in os.environ else ""
             raise Stopped(
                 f"stopped by {signal.Signals(stop).name} after step {state.step} of {self.feed.max_steps}; a "
-                "checkpoint is written; the same command continues (under Slurm: requeue)"
+                f"checkpoint is written; the same command continues{requeued}"
             )
 
     def _step(self, batches: list[Batch]) -> tuple[float, float]:

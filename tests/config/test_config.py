@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sppctl.config.hints import HINTS
 from sppctl.config.load import (
     config_keys,
     find_file,
@@ -21,6 +23,7 @@ from sppctl.config.load import (
     quoted,
     result_keys,
     schema,
+    schema_yaml,
     shipped_configs,
     to_dict,
     to_yaml,
@@ -99,8 +102,53 @@ def test_a_file_that_is_not_yaml_is_named_with_the_place(load: Load, tmp_path: P
 
 
 def test_the_default_is_quickstart() -> None:
-    assert find_file(None) == shipped_configs()["quickstart"]
     assert load_config(None) == load_config("quickstart")
+    assert load_config(None, ["run.seed=7"]) == load_config("quickstart", ["run.seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "directory"),
+    [
+        (["model.path=owner/Some-3.1-8B"], "runs/Some-3.1-8B-wanda-2of4"),
+        (["model.path=/a/b c/", "prune.method=sparsegpt", "prune.pattern=0.5"], "runs/b-c-sparsegpt-0.5"),
+        (["model.path=package:of_a_model", "model.gguf_file=m.Q4.gguf"], "runs/m.Q4-wanda-2of4"),
+        (["model.path=x", "run.dir=mine"], "mine"),
+    ],
+)
+def test_a_model_without_a_configuration_has_the_defaults(overrides: list[str], directory: str) -> None:
+    config = load_config(None, overrides)
+    assert config.run.dir == directory
+    calibration, train = config.prune.calibration, config.train
+    assert (calibration.dataset, calibration.samples, calibration.seq_len) == ("c4", 128, 2048)
+    assert (train.data.dataset, train.lr, train.epochs, train.batch_size) == ("alpaca", 4e-3, 3.0, 128)
+
+
+def test_the_directory_of_a_model_in_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert load_config(None, ["model.path=."]).run.dir == "runs/my-model-wanda-2of4"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("quikstart", "did you mean quickstart?"),
+        ("own.yml", "did you mean own.yaml?"),
+        ("runs", "is a directory without a run; name a run directory or a YAML file; --model is for models"),
+        ("zzz", "does not exist; give a YAML file, a run directory, or one of: llama13b, "),
+        ("owner/Some-8B", "; or, for a model, --model owner/Some-8B"),
+    ],
+)
+def test_a_configuration_that_is_not_there(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "own.yaml").touch()
+    with pytest.raises(UserError) as caught:
+        load_config(name)
+    assert f"config {name} " in str(caught.value)
+    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
@@ -123,7 +171,8 @@ def test_what_a_file_leaves_out_is_the_default(text: str, load: Load, tmp_path: 
     path = tmp_path / "empty.yaml"
     path.write_text(text)
     assert load_config(str(path), ["model.path=some/model"]) == load()
-    assert to_dict(load()) == to_dict(Config()) | {"model": to_dict(Config().model) | {"path": "some/model"}}
+    changed = {key for key, value in flatten(to_dict(load())).items() if value != value_of(Config(), key)}
+    assert changed == {"model.path", "run.dir"}
 
 
 @pytest.mark.parametrize(
@@ -136,8 +185,8 @@ def test_what_a_file_leaves_out_is_the_default(text: str, load: Load, tmp_path: 
         (b"# " + b"long " * 60_000, "has 300,002 bytes, more than the 262,144"),
         ("run: {dir: h\xe9}".encode("latin-1"), "cannot be read: 'utf-8'"),
         ("fifo", "is not a regular file; give a YAML file"),
-        ("directory", "is a directory; name the YAML file in it"),
-        ("nothing", "does not exist; give a YAML file, or one of: "),
+        ("directory", "is a directory without a run; name a run directory or a YAML file; --model is for models"),
+        ("nothing", "does not exist; give a YAML file, a run directory, or one of: "),
     ],
     ids=str,
 )
@@ -306,7 +355,15 @@ def test_all_problems_come_in_one_message_with_their_source(load: Load, tmp_path
 LONG = "... is longer than a path (2,048 bytes) or a file name (255) can be"
 WRONG = {
     # unknown keys point to a known one
-    "train.learning_rate=1": "unknown key; see `sppctl config --schema`, section train",
+    # names of other programs
+    "train.learning_rate=1": "unknown key; did you mean train.lr?",
+    "r=8": "unknown key; did you mean train.rank?",
+    "train.num_train_epochs=1": "unknown key; did you mean train.epochs?",
+    "train.gradient_accumulation_steps=4": "derived: train.batch_size / (train.micro_batch_size x processes)",
+    "prune.sparsity=0.5": "unknown key; a ratio of zeros is a prune.pattern: prune.pattern=0.5",
+    "prune.target_modules=[q_proj]": "unknown key; did you mean prune.targets?",
+    "train.report_to=none": "the text 'none' is not one of tensorboard, wandb; write [] for none of them",
+    "train.zzz=1": "unknown key; see `sppctl config --schema`, section train",
     "prune.zzz=1": "unknown key; see `sppctl config --schema`, section prune",
     "rank=1": "unknown key; did you mean train.rank?",
     "trian=1": "unknown key; did you mean train?",
@@ -397,6 +454,15 @@ def test_what_is_wrong_with_an_override_is_blamed_on_the_command_line(load: Load
     assert len(found) < 500
 
 
+def test_hints_for_names_of_other_programs_point_to_keys() -> None:
+    keys = config_keys()
+    for name, hint in HINTS.items():
+        mentioned = re.findall(r"\b(?:run|launch|model|prune|train|eval)\.[a-z_.]*[a-z]", hint)
+        assert set(mentioned) <= set(keys), name
+        assert mentioned or name == "optim"
+        assert name not in keys, f"{name} is a key of its own"
+
+
 def test_combinations_that_cannot_work_are_found(load: Load) -> None:
     text = "model: {path: null}\ntrain: {batch_size: 10, micro_batch_size: 4}\nprune: {targets: [], order: module}"
     assert problems_of(load, text, "prune.reconstruct_epochs=1", "prune.mask_from=x", "prune.allocation=owl") == [
@@ -442,6 +508,18 @@ def test_keys_that_cannot_change_a_result_are_left_out(load: Load) -> None:
     assert not without_effect & kept
     assert {"run.seed", "model.path", "prune.pattern", "train.lr", "train.batch_size", "eval.limit"} <= kept
     assert kept < every
+
+
+@pytest.mark.parametrize("section", ["train", "train.data", "train.lr"])
+def test_the_schema_of_a_section_is_that_part_of_a_configuration(section: str, load: Load) -> None:
+    keys = [key for key in config_keys() if f"{key}.".startswith(f"{section}.")]
+    assert [entry["key"] for entry in schema(section)] == keys
+    assert list(flatten(yaml.safe_load(schema_yaml(section)))) == keys
+
+
+def test_a_schema_of_no_section() -> None:
+    with pytest.raises(UserError, match=r"--schema: train.dat is not a section or key; did you mean train.data\?"):
+        schema("train.dat")
 
 
 def test_the_schema_gives_every_key_a_type_a_default_and_a_meaning() -> None:

@@ -231,7 +231,9 @@ def test_an_adapter_on_weights_it_was_not_trained_on(trained: Run, work: Work) -
     # the right weights are beside the copy, whatever becomes of the original's
     work("run.dir=run", "prune.pattern=4:8", force=True).do(PRUNE)
     assert measure(work("run.dir=copy", "eval.max_tokens=256"), "adapter").fingerprint == first.fingerprint
-    problem = r"run/adapter was trained on other weights than .*pruned holds now; train again \(sppctl train --force\)"
+    problem = (
+        r"run/adapter was trained on other weights than .*pruned holds now; train again \(sppctl train .*run --force\)"
+    )
     for model in ("adapter", "run/adapter"):
         with pytest.raises(UserError, match=problem):
             measure(trained, model)

@@ -88,7 +88,10 @@ def test_a_task_is_measured_again_for_another_group_or_where_its_groups_changed(
     ("change", "words"),
     [
         ({"label": "other"}, r"base.json holds the results of another checkpoint \(other\); delete it"),
-        ({"results": None}, r"base.json is damaged \(it has no results\); delete it and run sppctl eval again"),
+        (
+            {"results": None},
+            r"base.json is damaged \(it has no results\); delete it and run sppctl eval .* --model=base again",
+        ),
         ({"results": [{"settings": {}}]}, r"it has no results\[0\]: metrics\)"),
         ({"results": [{"settings": {}, "metrics": {}}]}, r"it has no results\[0\]: kind\)"),
         ({"results": [{"settings": {"kind": "perplexity", "text": "x"}, "metrics": {}}]}, "it has no .*: value"),
@@ -105,5 +108,7 @@ def test_a_file_that_holds_no_results_is_named(change: dict[str, Any], words: st
 @pytest.mark.parametrize("content", ['{"results": []}', "[1]", "{"])
 def test_a_file_that_sppctl_did_not_write_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "base.json").write_text(content)
-    with pytest.raises(UserError, match=r"base.json is damaged .*; delete it and run sppctl eval again"):
+    with pytest.raises(
+        UserError, match=r"base.json is damaged .*; delete it and run sppctl eval .* --model=base again"
+    ):
         Results.load(tmp_path / "base.json")

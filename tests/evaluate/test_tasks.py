@@ -83,7 +83,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 def configured(*overrides: str) -> list[TaskMeasure]:
-    return tasks.configured(load_config(None, ["run.seed=4", *overrides]))
+    return tasks.configured(load_config("quickstart", ["run.seed=4", *overrides]))
 
 
 def test_what_is_asked_for(own_tasks: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_chat_template_is_tried_on_a_question(
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.chat_template = template
     options = [f"eval.include_path={own_tasks}", "eval.tasks=[read]", "eval.perplexity=[]", "eval.seq_len=64"]
-    config = load_config(None, [*options, "eval.chat_template=true", "eval.system_prompt=Add."])
+    config = load_config("quickstart", [*options, "eval.chat_template=true", "eval.system_prompt=Add."])
     if problem is None:
         evaluate.preflight(config, skeleton, tokenizer)
         return
@@ -282,11 +282,16 @@ def test_a_chat_template_is_tried_on_a_question(
         evaluate.preflight(config, skeleton, tokenizer)
 
 
-def test_data_that_is_not_there_is_missed_before_a_run_starts(config_file: Path, folder: Path) -> None:
+def test_data_that_is_not_there_is_missed_before_a_run_starts(
+    config_file: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "small_sums.jsonl").unlink()
     run = Run(load_config(str(config_file), [f"eval.include_path={folder}", "eval.tasks=[small_sums]"]))
-    with pytest.raises(StageError, match=r"lm-eval could not run small_sums: .*own/small_sums.jsonl"):
+    with pytest.raises(
+        UserError, match=r"^eval.tasks: lm-eval could not run small_sums: .*own/small_sums.jsonl.*; che"
+    ):
         pipeline.run_all(run)
+    assert "prune" not in capsys.readouterr().err, "the estimate of a run that cannot start"
     assert not run.directory.exists()
 
 

@@ -57,7 +57,7 @@ def test_odd_files_of_a_checkpoint_are_found_when_it_is_located(
 def test_an_odd_run_directory_is_found_before_anything_is_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(load_config(None, [f"model.path={llama}", f"run.dir={tmp_path / 'run'}"]))
+    run = Run(load_config("quickstart", [f"model.path={llama}", f"run.dir={tmp_path / 'run'}"]))
     for name in (".lock", "resolved.yaml", "pruned", ".merged.partial", "eval"):
         (tmp_path / "run").mkdir()
         os.mkfifo(tmp_path / "run" / name)

@@ -63,7 +63,7 @@ def announced(
 
     def announce(*overrides: str) -> dict[str, Work]:
         found.clear()
-        pipeline.preflight(Run(load_config(None, [*given, *overrides])), pipeline.STAGES, announce=True)
+        pipeline.preflight(Run(load_config("quickstart", [*given, *overrides])), pipeline.STAGES, announce=True)
         return dict(found)
 
     return announce

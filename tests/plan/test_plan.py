@@ -23,7 +23,7 @@ from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.model import architecture
 from sppctl.model.blocks import Skeleton
-from sppctl.plan import footprint
+from sppctl.plan import footprint, text
 from sppctl.plan import run as plan
 
 GIB = 2**30
@@ -281,6 +281,28 @@ def test_the_command_says_what_fits_in_a_hundred_columns(
     assert tables
     assert max(map(len, tables)) <= 100
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_has_the_options_of_the_run(command: Command) -> None:
+    outcome = command("plan", "--model", "huggyllama/llama-7b", "--pattern", "0.5", "--output", "mine")
+    assert outcome.code == 0
+    assert "wanda 0.5 with c4" in outcome.err
+    assert "run directory mine; " in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("size", "printed"),
+    [
+        (0, "0.0"),
+        (100_000, "0.000093"),
+        (2**30 // 50, "0.020"),
+        (2**30 - 1, "1.0"),
+        (3 << 29, "1.5"),
+        (1234 << 30, "1,234.0"),
+    ],
+)
+def test_sizes_of_tiny_models_are_not_zero(size: int, printed: str) -> None:
+    assert text.gib(size) == printed
 
 
 # --- what is computed in ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_finished_blocks_are_not_thrown_away(
     refused = command(*arguments, "prune.pattern=4:8")
     assert refused.code == 2
     assert "now 4:8; " in refused.err.partition("attempt with prune.pattern = ")[2]
-    assert "sppctl prune --force" in refused.err
+    assert shlex.join(["sppctl", *arguments, "prune.pattern=4:8", "--force"]) in refused.err
     assert "prune: 1 of 4 blocks are done" in command(*arguments, "--force").err
     assert "done" not in command(*arguments).err
 
@@ -152,7 +153,7 @@ def test_a_damaged_line_of_the_journal_is_named(change: Callable[..., list[str]]
     with pytest.raises(UserError) as caught:
         walk.Journal(path)
     assert str(caught.value).startswith(f"{path}: {message}")
-    assert str(caught.value).endswith("; sppctl prune --force starts the stage again")
+    assert str(caught.value).endswith(f"; sppctl prune {tmp_path.parent} --force starts the stage again")
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -162,7 +163,9 @@ def test_a_finished_block_that_was_changed_since_is_not_continued_from(
     out = interrupt(f"prune.method={method}", base=deep)
     name = "model.layers.1.mlp.down_proj"
     OwnFiles(out).write(f"{name}.weight", TensorFiles(out).read(f"{name}.weight") * 2)  # under the same mask
-    with pytest.raises(UserError, match=rf"{out.name}: {name} does not match the journal; sppctl prune --force starts"):
+    with pytest.raises(
+        UserError, match=rf"{out.name}: {name} does not match the journal; sppctl prune .* --force starts"
+    ):
         prune(f"prune.method={method}", base=deep, out=out)
 
 

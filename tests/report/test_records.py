@@ -34,9 +34,9 @@ def test_another_pruning_does_not_get_the_numbers_of_the_one_before(run: Path) -
     stages, results, notes = read(run)
     assert (list(stages), list(results)) == (["prune"], ["base"])
     assert notes == [
-        f"{run}/adapter was made from weights that differ from those in pruned/; sppctl train --force",
-        f"{run}/merged was made from weights that differ from those in pruned/; sppctl merge --force",
-        f"{run}/eval/pruned.json measures weights that differ from those in pruned/; sppctl eval --model pruned",
+        f"{run}/adapter was made from weights that differ from those in pruned/; sppctl train {run} --force",
+        f"{run}/merged was made from weights that differ from those in pruned/; sppctl merge {run} --force",
+        f"{run}/eval/pruned.json measures weights that differ from those in pruned/; sppctl eval {run} --model=pruned",
         f"{run}/eval/merged.json measures weights that are left out with their stage",
     ]
 
@@ -63,7 +63,7 @@ def test_an_adapter_that_was_trained_again_is_not_in_the_merged_weights(run: Pat
     change_record(run, "train", output="another")
     stages, results, notes = read(run)
     assert (list(stages), list(results)) == (["prune", "train"], ["base", "pruned"])
-    assert notes[0] == f"{run}/merged was merged with an adapter that differs from adapter/; sppctl merge --force"
+    assert notes[0] == f"{run}/merged was merged with an adapter that differs from adapter/; sppctl merge {run} --force"
 
 
 def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
@@ -71,8 +71,8 @@ def test_what_was_made_with_another_dense_model_is_left_out(run: Path) -> None:
     compared = with_measure(load(run, "merged").texts[0], reference="another")
     change_results(run, "merged", lambda content: content.add(compared))
     assert read(run)[2] == [
-        f"{run}/adapter was made with a different dense model than pruned/; sppctl train --force",
-        f"{run}/eval/merged.json compares with a different dense model than pruned/; sppctl eval --model merged",
+        f"{run}/adapter was made with a different dense model than pruned/; sppctl train {run} --force",
+        f"{run}/eval/merged.json compares with a different dense model than pruned/; sppctl eval {run} --model=merged",
     ]
 
 
@@ -84,10 +84,14 @@ def test_records_that_are_not_whole_are_named(run: Path) -> None:
     with pytest.raises(UserError, match=r"notes.json is damaged \(it has no sparsity.sparsity\); delete it"):
         read(run)
     write_record(run, "merge", {"stage": "merge"})
-    with pytest.raises(UserError, match=r"damaged \(it has no fingerprint\); sppctl merge --force redoes the stage"):
+    with pytest.raises(
+        UserError, match=rf"damaged \(it has no fingerprint\); sppctl merge {run} --force redoes the stage"
+    ):
         read(run)
     (run / "adapter/stage.json").write_text("{")
-    with pytest.raises(UserError, match=r"adapter/stage.json is damaged .*; sppctl train --force redoes the stage"):
+    with pytest.raises(
+        UserError, match=rf"adapter/stage.json is damaged .*; sppctl train {run} --force redoes the stage"
+    ):
         read(run)
 
 

@@ -271,7 +271,9 @@ def test_notes_are_in_every_form(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     made_up_runs.change_record(one, "prune", output="others")
     pipeline.report([one])
-    note = f"{one}/eval/pruned.json measures weights that differ from those in pruned/; sppctl eval --model pruned"
+    note = (
+        f"{one}/eval/pruned.json measures weights that differ from those in pruned/; sppctl eval {one} --model=pruned"
+    )
     for kind, shown in {"md": f"\n- {note}", "html": f'<p class="note">{note}</p>', "json": note}.items():
         assert shown in (one / f"report.{kind}").read_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -139,6 +140,7 @@ def test_a_signal_saves_the_next_step_and_the_same_command_continues(
     stopped = sppctl(training, patch % number)
     assert stopped.returncode == 143, stopped.stderr
     assert f"stopped by {number.name} after step 5 of 10" in stopped.stderr
+    assert "requeuing" not in stopped.stderr, "not a job of Slurm"
     checkpoints = tmp_path / "run" / ".adapter.partial" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-5"}
     done = sppctl(training)
@@ -156,7 +158,8 @@ def test_an_attempt_at_something_else_is_not_thrown_away(training: list[str], tm
         assert refused.returncode == 2
         assert (
             f"error: {partial} holds the unfinished work of an attempt with train.lr = 0.01, now 0.001; continue "
-            "it with its own settings, keep it by using another run.dir, or discard it with sppctl train --no-resume"
+            "it with its own settings, keep it by using another run.dir, or discard it with "
+            + shlex.join(["sppctl", *training, "train.lr=1e-3", "--no-resume"])
             in refused.stderr
         )
     record = tmp_path / "run" / "pruned" / "stage.json"
@@ -216,7 +219,7 @@ def test_a_damaged_record_is_named_and_force_redoes_the_stage(text: str, trainin
     refused = sppctl(training)
     assert refused.returncode == 2
     assert f"error: {adapter}/stage.json is damaged" in refused.stderr
-    assert "sppctl train --force redoes the stage" in refused.stderr
+    assert f"{shlex.join(['sppctl', *training, '--force'])} redoes the stage" in refused.stderr
     done = sppctl([*training, "--force"])
     assert done.returncode == 0, done.stderr
     assert (adapter / "adapter_model.safetensors").is_file()
