@@ -26,7 +26,7 @@ from sppctl.publish.citations import PRUNING, SPP
 from sppctl.records import MergeRecord, PruneRecord, StageRecord, TrainRecord
 from sppctl.report import provenance, tables
 from sppctl.report import records as report_records
-from sppctl.report.study import Row, RunStudy, headlines
+from sppctl.report.study import Row, RunStudy, headlines, settings_of
 from sppctl.report.text import escape, grid
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -262,10 +262,7 @@ def _without_places(run: RunStudy, rows: Sequence[Row]) -> list[Row]:
 
 def _public(run: RunStudy) -> Json:
     """The settings of the stages; of paths their last parts."""
-    settings: Json = {}
-    for record in run.stages.values():
-        settings = settings | {key: own for key, own in record.settings.items() if key not in settings}
-    shown: Json = _shortened(settings)
+    shown: Json = _shortened(settings_of(run.stages))
     return shown
 
 

@@ -62,10 +62,11 @@ def stored_samples(run_dir: Path) -> SamplesRecord | None:
     path = run_dir / SAMPLES
     if not path.is_file():
         return None
+    fix = f"delete it and run {console.command('eval', run=run_dir)} again"
     try:
-        return stage_records.from_json(SamplesRecord, sealed.read(path, REMEDY))
+        return stage_records.from_json(SamplesRecord, sealed.read(path, fix))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
 
 
 def read_samples(run_dir: Path, stages: Mapping[str, Record]) -> tuple[list[Sample], list[str]]:
@@ -75,8 +76,9 @@ def read_samples(run_dir: Path, stages: Mapping[str, Record]) -> tuple[list[Samp
         return [], []
     current = _fingerprints(stages)
     kept = {label for label, weights in stored.weights.items() if weights == current.get(label)}
+    again = console.command("eval", run=run_dir)
     notes = [
-        f"{run_dir / SAMPLES}: what {label} wrote is of weights that the run does not hold any more; sppctl eval"
+        f"{run_dir / SAMPLES}: what {label} wrote is of weights that the run does not hold any more; {again}"
         for label in stored.weights
         if label not in kept
     ]

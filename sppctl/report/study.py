@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+from sppctl.config import recorded
 from sppctl.config.load import config_keys, flatten, result_keys
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
 from sppctl.evaluate.results import Json, Results
 from sppctl.evaluate.values import Kind, Quantity, Value, distinguish, values_of
+from sppctl.files.names import RESOLVED
 from sppctl.records import LayerRecord, Sample, to_json
 from sppctl.report import records, significance
 from sppctl.report.records import Record
@@ -77,6 +79,11 @@ def pattern_text(sparsity: Json) -> str:
     return ", ".join(sparsity["patterns"]) or ("unstructured" if sparsity["sparse_matrices"] else "dense")
 
 
+def settings_of(stages: Mapping[str, Record]) -> Json:
+    """The configuration with which the stages were made."""
+    return recorded.merged(record.settings for record in stages.values())
+
+
 def quantities(rows: Iterable[Row]) -> list[Quantity]:
     """The quantities of rows: perplexities, divergences, agreements, then tasks in order of appearance."""
     first = (Kind.PERPLEXITY, Kind.DIVERGENCE, Kind.AGREEMENT)
@@ -120,15 +127,11 @@ class RunStudy:
         for label, content in checkpoints.items():
             samples[label], unused_files = significance.read_samples(run_dir / f"eval/{label}.samples", content.tasks)
             notes += unused_files
-        settings: Json = {}
-        for record in stages.values():
-            settings |= record.settings
         config = None
-        if settings:
-            seed = settings.pop("seed", None)
-            config = dump_yaml(({} if seed is None else {"run": {"seed": seed}}) | settings)
-        elif (run_dir / "resolved.yaml").is_file():
-            config = read_text(run_dir / "resolved.yaml")
+        if settings := settings_of(stages):
+            config = dump_yaml(settings)
+        elif (run_dir / RESOLVED).is_file():
+            config = read_text(run_dir / RESOLVED)
         comparisons = []
         for first, second in itertools.product(SHAREABLE, checkpoints):
             if first in checkpoints and second not in ("base", first):
@@ -254,7 +257,7 @@ class Study:
         """
         if len(self.runs) == 1:
             return self.runs[0].rows
-        trees = [parse_yaml(run.config or "", f"{run.directory}/resolved.yaml") for run in self.runs]
+        trees = [parse_yaml(run.config or "", f"{run.directory}/{RESOLVED}") for run in self.runs]
         configs = [flatten(tree) if isinstance(tree, dict) else {} for tree in trees]
         # only keys that can change weights: results record their dtype and their settings
         relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}

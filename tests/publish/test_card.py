@@ -16,6 +16,7 @@ from made_up_runs import change_record, change_results, text, write_run
 from transformers import pipeline
 
 from sppctl.config.settings import ModelConfig
+from sppctl.config.yaml12 import parse_yaml
 from sppctl.files import sealed
 from sppctl.files.names import RECORD
 from sppctl.publish import card, card_data
@@ -233,6 +234,14 @@ def test_texts_are_named_without_their_folders(tmp_path: Path) -> None:
         for one in data_of(run / "merged")["model-index"][0]["results"]
     }
     assert values == {"x.txt": 2.0, "x.txt (2)": 3.0, "a/b": 4.0}
+
+
+def test_settings_on_a_card_are_those_of_all_stages(run: Path) -> None:
+    settings = parse_yaml(
+        card.render(card.study_of(run), "merge").partition("```yaml\n")[2].partition("```")[0], "card"
+    )
+    assert settings["model"].keys() > {"path", "compute_dtype"}, "of pruning; training records only the dtype"
+    assert settings.keys() == {"run", "model", "prune", "train", "merge"}
 
 
 def test_settings_on_a_card_leave_out_where_files_were(run: Path) -> None:

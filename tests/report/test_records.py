@@ -108,7 +108,7 @@ def test_a_report_shows_what_the_weights_wrote_that_the_run_holds(run: Path) -> 
         return [one.text for each in found.samples for one in each.completions], found.notes
 
     assert shown() == (["base says", "pruned says", "merged says"], [])
-    note = f"{run}/samples.json: what merged wrote is of weights that the run does not hold any more; sppctl eval"
+    note = f"{run}/samples.json: what merged wrote is of weights that the run does not hold any more; sppctl eval {run}"
     assert shown(merged="old") == (["base says", "pruned says"], [note])
     assert shown(base="x", pruned="y", merged="z")[0] == []
     sealed.write(run / "samples.json", {"settings": {}})

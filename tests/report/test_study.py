@@ -113,9 +113,16 @@ def test_the_gap_of_a_run_is_no_other_checkpoints(tmp_path: Path) -> None:
 def test_the_configuration_is_that_of_the_records(tmp_path: Path) -> None:
     """Whatever a command that made no stage has set since."""
     run = write_run(tmp_path / "made", seed=3)
-    change_record(run, "prune", settings={"seed": 3, "prune": {"damp": 0.5}})
-    change_record(run, "merge", settings={"seed": 3, "merge": {"dtype": "float32"}})
-    config = {"run": {"seed": 3}, "prune": {"damp": 0.5}, "merge": {"dtype": "float32"}}
+    model = {"path": "a/b", "compute_dtype": "float32"}
+    change_record(run, "prune", settings={"seed": 3, "model": model, "prune": {"damp": 0.5}})
+    change_record(run, "train", settings={"seed": 3, "model": {"compute_dtype": "bfloat16"}})
+    change_record(run, "merge", settings={"merge": {"dtype": "float32"}})
+    config = {
+        "run": {"seed": 3},
+        "model": {"path": "a/b", "compute_dtype": "bfloat16"},
+        "prune": {"damp": 0.5},
+        "merge": {"dtype": "float32"},
+    }
     assert parse_yaml(RunStudy.of(run).config or "", "") == config
 
 
