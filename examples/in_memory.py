@@ -11,6 +11,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sppctl import SppConfig, evaluate_model, prune_model
+from sppctl.data.calibration import calibration_windows
+from sppctl.data.texts import load_text
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="hub id or directory")
@@ -21,7 +23,7 @@ parser.add_argument("--steps", type=int, default=20, help="training steps")
 options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-model = AutoModelForCausalLM.from_pretrained(options.model)
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)  # bfloat16 on a GPU
 
 
 def perplexity(label: str) -> None:
@@ -34,12 +36,13 @@ def perplexity(label: str) -> None:
 perplexity("dense")
 
 # %% Prune it: the blocks in turn, each on the outputs of the pruned ones before it
+text = load_text(options.text, "train", "--text")
+windows = calibration_windows(tokenizer, text, samples=options.samples, seq_len=options.seq_len, seed=0).tokens
 record = prune_model(
     model,
-    tokenizer,
+    windows,  # (samples, seq_len); or the tokenizer, with calibration={"dataset": "c4", ...}
     method="wanda",
     pattern="2:4",
-    calibration={"dataset": options.text, "samples": options.samples, "seq_len": options.seq_len},
     callback=lambda layer, done, total: print(f"{done}/{total} {layer.name} {layer.sparsity:.0%} zeros"),
 )
 print(f"{record.matrices} matrices, {record.sparsity:.1%} zeros")
@@ -49,9 +52,9 @@ perplexity("pruned")
 model = get_peft_model(model, SppConfig(r=8, dropout=0.0))
 model.print_trainable_parameters()
 optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
-batch = tokenizer(["The sky is blue because air scatters blue light."] * 2, return_tensors="pt").to(model.device)
-for _ in range(options.steps):
-    loss = model(**batch, labels=batch["input_ids"]).loss
+for step in range(options.steps):
+    batch = windows[[step % len(windows)]].to(model.device)
+    loss = model(batch, labels=batch).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "bias": ("none", "all", "lora_only"),
 }
+# keys of rank_pattern and alpha_pattern are regular expressions in PEFT; others than names could take for ever to match
+_NAME = re.compile(r"\^?([\w-]|\\?\.)+\$?")
 _FIXES = {
     "init_lora_weights": "save it relative to the original weights (path_initial_model_for_weight_conversion)",
     "fan_in_fan_out": "sppctl merges adapters of nn.Linear layers",
@@ -60,7 +64,11 @@ class Adapter:
         files = TensorFile(adapter_file(directory))
         modules: dict[str, dict[str, str]] = {}
         replaced: dict[str, str] = {}
-        parts = MERGERS[kind].shapes(settings, 0, 0).keys()
+        try:
+            parts = MERGERS[kind].shapes(settings, 0, 0).keys()
+        except KeyError as error:
+            problem = f"adapter_config.json has no {error.args[0]}"
+            raise UserError(f"{directory}: {problem}; download the adapter again, or correct it") from error
         for name in files.specs:
             short = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
             # parts may have dots (lora_A.weight)
@@ -98,6 +106,14 @@ def _check_settings(directory: Path, kind: str, settings: Settings) -> None:
             continue
         fix = _FIXES.get(key, "merge it with PEFT (merge_and_unload) and prune the result")
         raise UserError(f"{directory}: {key}={value!r} cannot be merged exactly under a mask; {fix}")
+    numbers = {"r": "rank_pattern"} | ({"lora_alpha": "alpha_pattern"} if kind == "LORA" else {})
+    for key, patterns in numbers.items():
+        values = settings.get(patterns) or {}
+        if not isinstance(values, dict) or not all(map(_NAME.fullmatch, values)):
+            raise UserError(f"{directory}: {patterns}={values!r} cannot be merged; its keys must be names of modules")
+        for value in (settings.get(key), *values.values()):
+            if not isinstance(value, int | float) or not math.isfinite(value) or (key == "r" and value <= 0):
+                raise UserError(f"{directory}: {key} {value!r} is not a valid number; correct adapter_config.json")
 
 
 def _replaces(name: str, settings: Settings) -> bool:

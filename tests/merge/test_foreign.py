@@ -120,6 +120,26 @@ def test_unknown_options_are_refused_by_name(pruned: Path, save: Save, tmp_path:
         merge_adapter(pruned, adapter, tmp_path / "merged", mask="reapply")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"(a+)+": 2}}, "rank_pattern=.* its keys must be names of modules"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=.* its keys must be names of modules"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha 'x' is not a valid number"),
+        ({"lora_alpha": None}, "lora_alpha None is not a valid number"),
+        ({"r": 0}, "r 0 is not a valid number"),
+    ],
+)
+def test_wrong_settings_are_named(
+    pruned: Path, save: Save, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    adapter = save()
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        merge_adapter(pruned, adapter, tmp_path / "merged", mask="reapply")
+
+
 def test_an_adapter_of_other_zeros_is_refused(pruned: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(pruned)
     get_peft_model(model, SppConfig(r=2)).save_pretrained(tmp_path / "adapter")
