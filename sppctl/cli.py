@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -15,9 +16,10 @@ import typer
 
 from sppctl import __version__, console, distributed, launch, options, plugins, show
 from sppctl.config.load import schema, schema_yaml, shipped_configs, to_dict, to_yaml
+from sppctl.console import Verbosity
 from sppctl.errors import StageError, UserError, first_line, with_argument_names
 from sppctl.files.paths import expand
-from sppctl.options import Call, Debug, Imports, Json
+from sppctl.options import Call, Debug, Imports, Json, Quiet, Verbose
 from sppctl.records import to_json
 from sppctl.run.directory import Run
 
@@ -68,7 +70,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
-@configured("model", "method", "pattern", "output", "tasks", "limit", "force", "json", "debug")
+@configured("model", "method", "pattern", "output", "tasks", "limit", "force", "json", "quiet", "verbose", "debug")
 def run(call: Call) -> None:
     """Prune, train, merge, evaluate and report in one command.
 
@@ -91,7 +93,7 @@ def run(call: Call) -> None:
         show.report(study, call.json)
 
 
-@configured("model", "method", "pattern", "output", "force", "json", "debug")
+@configured("model", "method", "pattern", "output", "force", "json", "quiet", "verbose", "debug")
 def prune(call: Call) -> None:
     """Prune the dense model into RUN/pruned.
 
@@ -105,7 +107,7 @@ def prune(call: Call) -> None:
     _do("prune", call)
 
 
-@configured("output", "resume", "force", "json", "debug")
+@configured("train_method", "output", "resume", "force", "json", "quiet", "verbose", "debug")
 def train(call: Call) -> None:
     """Train a sparsity-preserving adapter on RUN/pruned, into RUN/adapter.
 
@@ -113,6 +115,7 @@ def train(call: Call) -> None:
 
     Examples:
       sppctl train runs/X train.epochs=1  # a run, with a key overridden
+      sppctl train llama7b --method masked_lora train.scheduler=cosine train.warmup_steps=100
       sppctl train llama7b launch.num_processes=8 launch.strategy=fsdp
       sppctl train my.yaml --no-resume    # discards an interrupted training
 
@@ -121,7 +124,7 @@ def train(call: Call) -> None:
     _do("train", call)
 
 
-@configured("adapter", "output", "force", "json", "debug")
+@configured("adapter", "output", "force", "json", "quiet", "verbose", "debug")
 def merge(call: Call) -> None:
     """Merge RUN/pruned and RUN/adapter into RUN/merged, and verify that every zero is still zero.
 
@@ -144,7 +147,7 @@ def _do(name: str, call: Call) -> None:
         pipeline.join_processes(call.config)
         pipeline.preflight(run, (name,))
     if name != "merge" and launch.needed(call.config):  # each process runs this same command
-        if code := launch.start(sys.argv[1:], launch.num_processes(call.config)):
+        if code := launch.start(sys.argv[1:], launch.num_processes(call.config), run.log):
             raise typer.Exit(code)
     else:
         with run.lock():
@@ -153,7 +156,7 @@ def _do(name: str, call: Call) -> None:
         console.note(f"next: {run.command(NEXT[name])}")
 
 
-@configured("models", "tasks", "limit", "output", "force", "json", "debug")
+@configured("models", "tasks", "limit", "output", "force", "json", "quiet", "verbose", "debug")
 def _eval(call: Call) -> None:
     """Measure perplexity and benchmark accuracy of any checkpoint, into RUN/eval.
 
@@ -182,7 +185,7 @@ def _starter(call: Call) -> Callable[..., None] | None:
 
     def do(stage: str, *options: str) -> None:
         arguments = [stage, *call.arguments, *options, *["--force"] * call.force, *["--debug"] * call.debug]
-        code = launch.start(arguments, launch.num_processes(call.config), silent=True)
+        code = launch.start(arguments, launch.num_processes(call.config), Run(call.config).log, silent=True)
         if code:
             raise typer.Exit(code)
 
@@ -234,6 +237,8 @@ def sweep(
         str | None, typer.Option(metavar="NAME", help="Run one member of the plan, or the report (used by jobs).")
     ] = None,
     json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
     imports: Imports = None,
 ) -> None:
@@ -553,22 +558,44 @@ def main() -> None:
         console.remember(None)
 
 
+def _verbosity() -> Verbosity:
+    chosen = [verbosity for verbosity in Verbosity if f"--{verbosity.value}" in sys.argv]
+    if len(chosen) > 1:
+        raise UserError("--quiet", "contradicts --verbose", "use one of them")
+    return chosen[0] if chosen else Verbosity.NORMAL
+
+
+def _silence_libraries(debug: bool) -> None:
+    """Leaves the errors of libraries; called before they are imported."""
+    if not debug:
+        warnings.simplefilter("ignore")  # deprecations, which users of sppctl cannot fix
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets the level itself
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def _run() -> None:
     launch.adopt()
     debug = "--debug" in sys.argv
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not debug:
-        warnings.simplefilter("ignore")  # deprecations in libraries, which users of sppctl cannot fix
     process = "" if distributed.is_main() else f"process {distributed.rank()}: "
     try:
+        console.log_to(None)
+        console.verbosity = _verbosity()
+        if console.verbosity is not Verbosity.VERBOSE:
+            _silence_libraries(debug)
         app()
     except (UserError, StageError) as error:
         if debug:
             raise
         if distributed.is_main() or (distributed.is_connected() and not error.shared):
             for line in str(error).splitlines():
-                print(f"error: {process}{console.plain(line)}", file=sys.stderr, flush=True)
+                console.print_error(f"error: {process}{line}")
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == 130:  # Typer turns Ctrl-C into this
@@ -580,5 +607,5 @@ def _run() -> None:
         if debug:
             raise
         text = f"{process}{type(error).__name__}: {first_line(error) if str(error).strip() else ''}"
-        print(f"error: {console.plain(text)} (--debug shows where)", file=sys.stderr)
+        console.print_error(f"error: {text} (--debug shows where)")
         sys.exit(1)

@@ -1,16 +1,19 @@
-"""The terminal: the command line, notes and progress on stderr, results on stdout.
+"""The terminal: the command line, notes and progress on stderr, results on stdout; and the log file of a run.
 
 rich is imported only when something is drawn, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,15 +25,78 @@ SILENT_SECONDS = 1.0  # before a step without a bar is named, if stderr is not a
 _running: dict[Path, Sequence[str]] = {}  # CONFIG and KEY=VALUE of the running command, by its run directory
 
 
+class Verbosity(Enum):
+    """How much is printed on stderr; the log file has all of it, except the messages of libraries."""
+
+    QUIET = "quiet"  # warnings and errors
+    NORMAL = "normal"  # also notes and progress
+    VERBOSE = "verbose"  # also the messages of libraries
+
+
+verbosity = Verbosity.NORMAL
+
+
 def note(message: str, stream: TextIO | None = None) -> None:
     """Prints a message for the user on stderr; of several processes only the first prints."""
     if distributed.is_main():
-        print(plain_lines(message), file=stream or sys.stderr, flush=True)
+        _log.write(message)
+        if verbosity is not Verbosity.QUIET:
+            print(plain_lines(message), file=stream or sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """Prints a warning on stderr."""
-    note(f"warning: {message}")
+    if distributed.is_main():
+        print_error(f"warning: {message}")
+
+
+def print_error(message: str) -> None:
+    """Prints a warning or an error of this process on stderr, whichever process it is."""
+    _log.write(message)
+    print(plain_lines(message), file=sys.stderr, flush=True)
+
+
+def note_in_handler(message: str) -> None:
+    """As :func:`note`, but for a signal handler, which must not use the buffered stream that it may interrupt."""
+    if distributed.is_main():
+        os.write(2, f"\n{message}\n".encode())
+
+
+class _Log:
+    """The log file of a run: lines with their times, kept in memory until the file is known."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._waiting: list[str] = []
+
+    def write(self, message: str) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._waiting += [f"{now} {plain(line)}\n" for line in message.split("\n")]
+        if self._file is not None:
+            lines, self._waiting = self._waiting, []
+            with contextlib.suppress(OSError):  # a full disk must not end a command because of its log
+                self._file.writelines(lines)
+                self._file.flush()
+
+    def open(self, path: Path | None) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+            self._file = None
+            self._file = None if path is None else path.open("a", encoding="utf-8")
+
+
+_log = _Log()
+
+
+def log_to(path: Path | None) -> None:
+    """Appends the messages of this process to a file from now on; None: keeps them for the next file."""
+    _log.open(path)
+
+
+def log(message: str) -> None:
+    """Writes a message to the log file only."""
+    _log.write(message)
 
 
 def plain(text: str) -> str:
@@ -74,7 +140,7 @@ def command(name: str, *options: str, run: str | Path) -> str:
 def working(label: str) -> Iterator[None]:
     """Names a step of unknown length, such as loading: a spinner on a terminal, otherwise a line if it takes long."""
     stream = sys.stderr  # the step may redirect it, to silence a library
-    if stream.isatty() and distributed.is_main():
+    if stream.isatty() and distributed.is_main() and verbosity is not Verbosity.QUIET:
         from rich.console import Console
 
         with Console(file=stream).status(_markup(label)):
@@ -105,7 +171,7 @@ class Progress:
         self._started = self._last = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty() and distributed.is_main():
+        if sys.stderr.isatty() and distributed.is_main() and verbosity is not Verbosity.QUIET:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -134,14 +200,17 @@ class Progress:
         self.done += steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, message=_markup(message))
-            return
         now = time.monotonic()
         if now - self._last >= PLAIN_SECONDS or self.done >= self.total:
             self._last = now
             elapsed = now - self._started
             rate = elapsed / (self.done - self.start)
             left = f"{rate * (self.total - self.done):.0f} s left" if self.done < self.total else "done"
-            note(f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if message else ''}{message}")
+            line = f"{self.label}: {self.done}/{self.total}, {elapsed:.0f} s, {left}{', ' if message else ''}{message}"
+            if self._bar is None:
+                note(line)
+            else:
+                _log.write(line)
 
 
 def show_json(value: Any) -> None:

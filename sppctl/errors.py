@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 
@@ -48,10 +49,13 @@ class WriteError(StageError):
 
 
 class Stopped(StageError):  # noqa: N818
-    """Stopped by a signal after saving the work; exit code 143, as of a process ended by SIGTERM."""
+    """Stopped by a signal after saving the work; exit code 130 after Ctrl-C, otherwise 143, as after SIGTERM."""
 
-    exit_code = 143
     shared = True
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 class SharedError(StageError):

@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO
 
 from sppctl import console, distributed, plugins
 from sppctl.config.settings import Config, TrainConfig
+from sppctl.console import Verbosity
 from sppctl.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -144,11 +146,12 @@ def needed(config: Config) -> bool:
     return "WORLD_SIZE" not in os.environ and num_processes(config) > 1
 
 
-def start(arguments: list[str], number: int, silent: bool = False) -> int:
+def start(arguments: list[str], number: int, log: Path | None = None, silent: bool = False) -> int:
     """Runs ``sppctl ARGUMENTS`` in several processes of this machine and waits for them.
 
-    SIGTERM, SIGUSR1, SIGINT and SIGHUP are forwarded to all of them. If one fails, the others have GRACE_SECONDS to
-    end by themselves. ``silent`` discards their stdout.
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP are forwarded to all of them; a second SIGINT (Ctrl-C) kills them. If one fails,
+    the others have GRACE_SECONDS to end by themselves. ``silent`` discards their stdout. ``log`` is the file to which
+    the first one appends its messages; those of another that failed are added.
 
     Returns:
         The exit code of the process that failed first, 128 + the number of the signal that ended it; 0 if none failed.
@@ -157,6 +160,9 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
     shared[_PARENT] = str(os.getpid())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // number)))
+    switch = f"--{console.verbosity.value}"
+    if console.verbosity is not Verbosity.NORMAL and switch not in arguments:
+        arguments = [*arguments, switch]
     command = [sys.executable, "-m", "sppctl", *arguments, *plugins.flags()]
     with contextlib.ExitStack() as stack:
         shared["MASTER_PORT"] = str(stack.enter_context(held_port()))
@@ -164,7 +170,7 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
         errors: list[IO[bytes] | None] = [None]
         errors += [stack.enter_context(tempfile.TemporaryFile()) for _ in range(number - 1)]
         processes: list[subprocess.Popen[bytes]] = []
-        with _forwarding_signals(processes):
+        with _forwarding_signals(processes) as received:
             for rank, stderr in enumerate(errors):
                 variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 stdout = subprocess.DEVNULL if silent else None
@@ -174,10 +180,16 @@ def start(arguments: list[str], number: int, silent: bool = False) -> int:
             failures = _failures(processes)
         if not failures:
             return 0
+        if received.count(signal.SIGINT) > 1:
+            return 128 + signal.SIGINT
         texts = [_content(stderr) for stderr in errors]
     failed = _cause(failures, processes, texts)
     code = processes[failed].returncode
     sys.stderr.write(texts[failed])
+    if log is not None:
+        console.log_to(log)
+    if texts[failed]:
+        console.log(texts[failed].rstrip("\n"))
     if code < 0 and -code not in SIGNALS:
         console.note(f"error: process {failed} of {number} was killed by {signal.Signals(-code).name}")
     if code == -signal.SIGUSR1:  # before the process could handle it
@@ -193,16 +205,20 @@ def _content(file: IO[bytes] | None) -> str:
 
 
 @contextlib.contextmanager
-def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Forwards signals to the processes instead of ending this one."""
+def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forwards signals to the processes instead of ending this one; yields the list of those received."""
+    received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
+        received.append(number)
+        # after Ctrl-C each process waits for the others at the next collective, where no handler runs
+        is_second = received.count(signal.SIGINT) > 1
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGKILL if is_second else number)
 
     previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -52,6 +52,8 @@ Imports = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only; RUN/sppctl.log has the rest.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Also print the messages of libraries.")]
 
 
 def _option(kind: Any, text: str, *names: str) -> Any:
@@ -67,6 +69,7 @@ OPTIONS = {
         "--model",
     ),
     "method": _option(str | None, "Pruning method (prune.method)."),
+    "train_method": _option(str | None, "Training method (train.method).", "--method"),
     "pattern": _option(str | None, "2:4, 4:8 or a ratio of zeros (prune.pattern)."),
     "output": _option(str | None, "Run directory (run.dir)."),
     "tasks": _option(str | None, "Comma-separated: ppl, zeroshot, mmlu, wikitext, all, lm-eval tasks."),
@@ -74,12 +77,15 @@ OPTIONS = {
     "resume": _option(bool, "Resume an interrupted training, or discard it."),
     "force": _option(bool, "Redo completed stages.", "--force"),
     "json": Json,
+    "quiet": Quiet,
+    "verbose": Verbose,
     "debug": Debug,
     "imports": Imports,
     "adapter": _option(str | None, "PEFT adapter, trained anywhere; default: RUN/adapter (merge.adapter)."),
 }
 KEYS = {"model": "model.path", "method": "prune.method", "pattern": "prune.pattern", "output": "run.dir"}
-KEYS |= {"limit": "eval.limit", "adapter": "merge.adapter"}  # the configuration key that an option sets
+# the configuration key that an option sets
+KEYS |= {"limit": "eval.limit", "train_method": "train.method", "adapter": "merge.adapter"}
 LABELS = {"base", *DIRECTORIES.values()}  # checkpoints of a run in --model
 QUICKSTART_NOTICE = (
     "neither CONFIG nor a model is given, so this is the quickstart: a model of 135M parameters, little data, run "
@@ -99,6 +105,8 @@ class Call:
     resume: bool = True
     force: bool = False
     json: bool = False
+    quiet: bool = False
+    verbose: bool = False
     debug: bool = False
 
 
@@ -190,7 +198,7 @@ def with_options(function: Callable[[Call], None], names: Sequence[str]) -> Call
         begin(call)
         function(call)
 
-    defaults = {option: getattr(Call, option) for option in ("resume", "force", "json", "debug")}
+    defaults = {option: getattr(Call, option) for option in ("resume", "force", "json", "quiet", "verbose", "debug")}
     kinds = {"arguments": Arguments} | {name: OPTIONS[name] for name in (*names, "imports")}
     parameters = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=kind)

@@ -19,6 +19,8 @@ from conftest import SMALL, Command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sppctl.files.names import LOG
+
 ROWS = '{"instruction": "a", "input": "", "output": "b"}\n'
 
 
@@ -36,9 +38,10 @@ class Workplace:
         return self.root / "model"
 
     def files(self) -> dict[str, bytes]:
-        """Every file and folder with its content."""
+        """Every file and folder with its content; of the log, which has the refusal, only that it is there."""
         paths = sorted(self.root.rglob("*"))
-        return {str(path.relative_to(self.root)): path.read_bytes() if path.is_file() else b"" for path in paths}
+        kept = {path for path in paths if path.is_file() and path.name != LOG}
+        return {str(path.relative_to(self.root)): path.read_bytes() if path in kept else b"" for path in paths}
 
 
 Damage = Callable[[Workplace], object]

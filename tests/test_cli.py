@@ -102,6 +102,7 @@ def test_overrides_may_stand_anywhere(command: Command, config_file: Path, words
     [
         ({"model": "a/b"}, ["model.path=a/b"]),
         ({"method": "magnitude"}, ["prune.method=magnitude"]),
+        ({"train_method": "hira"}, ["train.method=hira"]),
         ({"pattern": "4:8"}, ["prune.pattern=4:8"]),
         ({"pattern": "0.6"}, ["prune.pattern=0.6"]),
         ({"output": "elsewhere"}, ["run.dir=elsewhere"]),
@@ -217,6 +218,28 @@ def test_any_other_end_is_one_line(
     outcome = command("prune", str(config_file))
     assert outcome.code == code
     assert re.fullmatch(printed, outcome.err.strip("\n") + "\n")
+
+
+def test_quiet_prints_warnings_alone_and_the_log_has_everything(command: Command, here: Path) -> None:
+    options = ["tiny.yaml", "train.max_steps=1", "--method", "ste", "train.rank=3"]
+    shutil.rmtree(here / "run" / "adapter")
+    outcome = command("train", *options, "--quiet")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.splitlines() == ["warning: train.rank: no effect with train.method=ste"]
+    log = (here / "run" / "sppctl.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log)
+    messages = [line[20:] for line in log]
+    for message in (outcome.err.strip(), "training: 0/1", r"train: done in .* s \(run/adapter\)"):
+        assert any(re.fullmatch(message, line) or message == line for line in messages), (message, log)
+    assert [line for line in messages if line.startswith("$ sppctl train tiny.yaml ")]
+    refused = command("train", "tiny.yaml", "train.lr=7")
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1] in (here / "run" / "sppctl.log").read_text()
+
+
+def test_quiet_and_verbose_exclude_each_other(command: Command, config_file: Path) -> None:
+    outcome = command("train", str(config_file), "--quiet", "--verbose")
+    assert (outcome.code, outcome.err) == (2, "error: --quiet: contradicts --verbose; use one of them\n")
 
 
 def test_two_commands_do_not_share_a_run_directory(command: Command, here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -104,3 +105,40 @@ def test_suggested_commands_have_the_configuration_of_the_run_they_are_for(
     assert console.command("train", "--force", run="other") == "sppctl train other --force"
     console.remember(None)
     assert console.command("train", run="my runs/one") == "sppctl train 'my runs/one'"
+
+
+def test_a_log_has_every_message_with_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_log", console._Log())
+    console.note("before the run directory is known")
+    console.log_to(tmp_path / "sppctl.log")
+    console.log("$ sppctl train")
+    monkeypatch.setattr(console, "verbosity", console.Verbosity.QUIET)
+    console.note("one\ntwo \x1b[31m")
+    console.warn("three")
+    with console.Progress("training", 2) as bar:
+        bar.advance("loss 4.7", steps=2)
+    assert capsys.readouterr().err == "before the run directory is known\nwarning: three\n"
+    lines = [line[len("2026-11-29 12:00:00 ") :] for line in (tmp_path / "sppctl.log").read_text().splitlines()]
+    assert lines[0] == "before the run directory is known"
+    assert lines[1:6] == ["$ sppctl train", "one", "two \\x1b[31m", "warning: three", "training: 0/2"]
+    assert re.fullmatch(r"training: 2/2, 0 s, done, loss 4\.7", lines[6])
+
+
+def test_a_bar_leaves_lines_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_log", console._Log())
+    console.log_to(tmp_path / "sppctl.log")
+
+    def steps() -> None:
+        with console.Progress("training", 1) as bar:
+            bar.advance("loss 4.7")
+
+    assert "loss 4.7" in on_a_terminal(steps, monkeypatch)
+    assert "training: 1/1, 0 s, done, loss 4.7\n" in (tmp_path / "sppctl.log").read_text()
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_log", console._Log())
+    console.log_to(tmp_path / "nowhere" / "sppctl.log")
+    console.note("anything")

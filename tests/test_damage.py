@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sppctl.config.load import load_config
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed
+from sppctl.files.names import LOG
 from sppctl.run import pipeline, verify
 from sppctl.run.directory import Run
 from sppctl.run.stages import MERGE, PRUNE, TRAIN
@@ -30,7 +31,8 @@ def run(*overrides: str, force: bool = False) -> Run:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """Every file with its content, except the log."""
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != LOG}
 
 
 def damages(path: Path) -> Iterator[str]:

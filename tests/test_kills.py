@@ -23,6 +23,7 @@ from processes import Ended, Process
 
 from sppctl.config.load import flatten
 from sppctl.evaluate import stage as evaluate  # noqa: F401  (forked with its imports)
+from sppctl.files.names import LOG
 from sppctl.merge import stage as merge  # noqa: F401  (forked with its imports)
 from sppctl.prune import stage as prune  # noqa: F401  (forked with its imports)
 from sppctl.report import plots_results  # noqa: F401  (forked with its imports)
@@ -222,6 +223,8 @@ def content(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
+        if path.name == LOG:  # of all attempts, with times
+            continue
         if path.is_dir():
             found[name] = "a folder"
         elif path.suffix == ".json":

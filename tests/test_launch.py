@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -86,10 +89,36 @@ def test_the_process_that_knows_why_tells_it(
     script.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:3] = []\n{ENDS}")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    assert launch.start([ends], 2) == code
+    log = tmp_path / "sppctl.log"
+    assert launch.start([ends], 2, log) == code
     said = capfd.readouterr().err
     assert words in said
+    own = [line for line in words.splitlines() if "process 1" in line]  # the first one writes to the log itself
+    assert all(line in log.read_text() for line in own)
     assert "reset by peer" not in said
+
+
+def test_a_second_ctrl_c_kills_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They ignore the first one, as a process does that waits for another in a collective."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"open({str(tmp_path)!r} + '/ready-' + os.environ['RANK'], 'w')\ntime.sleep(100)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch.start([], 2) == 130
+    thread.join()
 
 
 def test_several_machines_need_a_launcher(config_file: Path) -> None:

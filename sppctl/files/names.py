@@ -1,6 +1,7 @@
 """Names of directories and files in a run directory."""
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}  # what each stage publishes
+LOG = "sppctl.log"  # of a run: the messages of all commands, with times
 RECORD = "stage.json"  # settings, inputs and results of a published directory; written last
 FOREIGN = "foreign adapter"  # merging: the input that is an adapter without a record of training
 RESOLVED = "resolved.yaml"  # the configuration of the last command

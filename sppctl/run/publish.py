@@ -19,7 +19,7 @@ from sppctl.config.load import to_yaml
 from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.files import disk, sealed
-from sppctl.files.names import DIRECTORIES, RECORD, RESOLVED, WORKING
+from sppctl.files.names import DIRECTORIES, LOG, RECORD, RESOLVED, WORKING
 from sppctl.records import R, StageRecord, to_json
 from sppctl.run import attempts
 
@@ -50,6 +50,11 @@ class RunDirectory:
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.config.run.dir)
+
+    @property
+    def log(self) -> Path:
+        """The file with the messages of all commands in the run directory."""
+        return self.directory / LOG
 
     def path(self, stage: str) -> Path:
         """The published directory of a stage."""
@@ -143,6 +148,8 @@ class RunDirectory:
         resolved = self.directory / RESOLVED
         with exclusive(self.directory):
             try:
+                console.log_to(self.log)
+                console.log(f"$ {console.command_line()}")
                 self._finish()
                 has_stages = any((self.path(stage) / RECORD).is_file() for stage in DIRECTORIES)
                 writes_config = not (only_measures and has_stages)
@@ -154,7 +161,7 @@ class RunDirectory:
                     disk.write(resolved, to_yaml(self.config))  # at the end: a refused command must not change it
             finally:
                 # a run that failed before it made anything leaves no directory; a killed one may leave the partial file
-                if {path.name for path in self.directory.iterdir()} <= {LOCK, RESOLVED, f".{RESOLVED}.partial"}:
+                if {path.name for path in self.directory.iterdir()} <= {LOCK, LOG, RESOLVED, f".{RESOLVED}.partial"}:
                     shutil.rmtree(self.directory)
                     with contextlib.suppress(OSError):  # another process has written to a parent
                         for parent in new_parents:
@@ -178,7 +185,7 @@ class RunDirectory:
         for name in (*PUBLISHED, "eval"):
             disk.demand_directory(path / name, "run.dir")
             disk.demand_directory(self.partial(name), "run.dir")
-        for name in (LOCK, RESOLVED):
+        for name in (LOCK, LOG, RESOLVED):
             disk.demand_file(path / name, "run.dir")
 
 

@@ -133,6 +133,7 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
     failed: dict[str, str] = {}
     chosen = [member for name, member in members.items() if only in (None, name)]
     for number, member in enumerate(chosen, 1):
+        console.log_to(None)  # until the member's own run directory is locked
         console.note(f"sweep: {member.name} ({number} of {len(chosen)})")
         if member.parent in failed:
             failed[member.name] = f"{member.parent} failed"
@@ -173,9 +174,10 @@ def _work(sweep: Sweep, member: Member) -> None:
 
 def _start_stage(member: Member, stage: str, *options: str) -> None:
     """Does a stage in separate processes, one per GPU."""
-    code = launch.start([stage, *member.arguments, *options], launch.num_processes(member.config), silent=True)
+    number, log = launch.num_processes(member.config), Run(member.config).log
+    code = launch.start([stage, *member.arguments, *options], number, log, silent=True)
     if code - 128 in launch.SIGNALS:  # SIGKILL, which the system sends when memory runs out, is a failure
-        raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues")
+        raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues", code - 128)
     if code:
         raise StageError(f"{stage} ended with exit code {code}")
 
