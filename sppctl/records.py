@@ -240,6 +240,7 @@ class TrainRecord:
     distillation: DistillationRecord | None  # None without a teacher
     refresh: RefreshRecord | None  # None without a refresh of the mask
     history: list[dict[str, Any]]  # the trainer's log
+    best_step: int | None = None  # whose adapter was published (``train.keep_best``); None: the last one
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

@@ -331,6 +331,13 @@ def _check_combinations(config: Config, problems: Problems) -> None:
     if prune.mask_from is not None and prune.allocation != "uniform":
         problem = "the mask of prune.mask_from already determines the zeros"
         problems.add("prune.allocation", problem, "leave out one of the two")
+    interval = {"eval_loss": "eval_steps", "perplexity": "perplexity_steps"}.get(train.keep_best or "")
+    if interval is not None and getattr(train, interval) is None:
+        problem = f"train.keep_best={train.keep_best} needs measurements"
+        problems.add(f"train.{interval}", problem, "set the optimizer steps between two of them")
+    if train.patience is not None and train.keep_best is None:
+        problem = "without train.keep_best there are no measurements to wait for"
+        problems.add("train.patience", problem, "set train.keep_best to eval_loss or perplexity")
     for key, names in (("prune.targets", prune.targets), ("train.targets", train.targets)):
         if names == []:
             problems.add(key, "an empty list", "name at least one layer")

@@ -243,9 +243,28 @@ class TrainConfig:
     max_steps: int | None = _key(None, "stop after this many optimizer steps; overrides epochs", low=1)
     batch_size: int = _key(128, "examples per optimizer step, over all devices; accumulation is derived", low=1)
     micro_batch_size: int = _runtime(8, "examples per device and forward pass", low=1)
-    lr: float = _key(4e-3, "peak learning rate (AdamW)", above=0)
+    optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = _key(
+        "adamw", "adamw; adafactor: factored second moments, less memory; adamw_8bit: needs bitsandbytes and a GPU"
+    )
+    lr: float = _key(4e-3, "peak learning rate", above=0)
+    scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = _key("linear", "transformers' learning-rate schedule; linear: down to 0 at the last step")
+    scheduler_kwargs: dict[str, float | str] = _key(
+        {}, "further arguments of the schedule: {min_lr_rate: 0.1}, {num_cycles: 3}, {num_decay_steps: 100}"
+    )
     warmup_ratio: float = _key(0.03, "warm-up, as a fraction of all steps", low=0, below=1)
-    weight_decay: float = _key(0.001, "AdamW's decoupled weight decay", low=0)
+    warmup_steps: int | None = _key(None, "warm-up in optimizer steps; overrides warmup_ratio", low=0)
+    weight_decay: float = _key(0.001, "decoupled weight decay", low=0)
     max_grad_norm: float = _key(1.0, "gradient clipping norm; 0 disables", low=0)
     gradient_checkpointing: bool = _runtime(False, "recompute activations in the backward pass")
     save_steps: int = _runtime(200, "optimizer steps between checkpoints", low=1)
@@ -253,6 +272,14 @@ class TrainConfig:
     eval_steps: int | None = _key(None, "optimizer steps between validation losses; null: only at the end", low=1)
     perplexity_steps: int | None = _runtime(
         None, "optimizer steps between perplexities on the first text of eval.perplexity", low=1
+    )
+    keep_best: Literal["eval_loss", "perplexity"] | None = _key(
+        None,
+        "publish the adapter with the lowest validation loss (eval_steps) or perplexity (perplexity_steps), not the "
+        "last one",
+    )
+    patience: int | None = _key(
+        None, "early stopping: measurements of keep_best without improvement before training ends; null: never", low=1
     )
     log_steps: int = _runtime(10, "optimizer steps between two lines of progress", low=1)
     report_to: list[Literal["tensorboard", "wandb"]] = _runtime(

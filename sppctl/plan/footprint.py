@@ -5,6 +5,7 @@ Everything is in bytes. T is the number of tokens on a device, d the bytes of an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from sppctl.model.targets import Target
 
 FLOAT = 4  # bytes of a float32
 KERNEL_CHUNK = 1 << 24  # elements that the kernels on a GPU hold in float32 at a time
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: elements of a matrix in 8 bits, and of a block with one scale
 GPU_SIZES = (24, 40, 80)  # GB as sold; nearly as many GiB are available
 RESERVED = 1 << 30  # for the CUDA context and the libraries' workspaces
 USABLE = 0.95  # of the rest, what fragmentation leaves
@@ -171,6 +173,23 @@ def kernel_buffers(adapted: dict[str, Target], batch: Batch, method: str, dropou
         else:
             sizes.append({"lora": 0, "hira": 2 * FLOAT}.get(method, d) * elements)
     return max(sizes)
+
+
+def optimizer_state(optimizer: str, shapes: Iterable[tuple[int, int]]) -> int:
+    """Bytes of an optimizer's state of float32 matrices (m, n).
+
+    adamw: two moments, 8 m n. adafactor: the means of the second moment over rows and columns, 4 (m + n). adamw_8bit:
+    two moments in a byte each with a float32 scale for every 256 values; as adamw for matrices of less than 4,096.
+    """
+    total = 0
+    for m, n in shapes:
+        if optimizer == "adafactor":
+            total += FLOAT * (m + n)
+        elif optimizer == "adamw_8bit" and m * n >= SMALLEST_8BIT:
+            total += 2 * (m * n + FLOAT * math.ceil(m * n / BLOCK_8BIT))
+        else:
+            total += 2 * FLOAT * m * n
+    return total
 
 
 def fits(total: int) -> list[int]:

@@ -63,6 +63,8 @@ class Trainable:
     parameters: int
     share: float
     by_method: dict[str, int]
+    optimizer: str
+    optimizer_by_method: dict[str, int]  # bytes of its state
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def execute(config: Config) -> Plan:
     assert model.path is not None
     shapes, source = architecture.find(model.path, model.gguf_file, model.revision, model.trust_remote_code)
     scope.check_dtype(config)
+    scope.check_optimizer(config)
     # of the pruned checkpoint; known before the model is built, which overwrites the configuration's
     dtype = getattr(shapes, "dtype", None) or torch.float32
     stored = checkpoint.dtype_of(model.dtype, None if model.gguf_file is not None else dtype)
@@ -161,7 +164,7 @@ def execute(config: Config) -> Plan:
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
     compute = _computed_in(config, stored, training=True)
-    memory = partial(_memory, config, skeleton, targets, trainable.parameters, processes)
+    memory = partial(_memory, config, skeleton, targets, trainable, processes)
     # the dtype of a machine with native support, which GPUs are assumed to have if this machine has none to ask
     narrow = "bfloat16" if stored == "float16" else stored
     no_gpu = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
@@ -169,14 +172,15 @@ def execute(config: Config) -> Plan:
     if narrow != compute.dtype:
         as_stored = AsStored(narrow, memory(narrow).per_gpu, memory(compute.dtype).per_gpu)
     on_gpus = narrow if no_gpu else compute.dtype
+    needed = memory(on_gpus)
     computing = compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}"
     return Plan(
         model=Model(model.path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
         trainable=trainable,
-        memory=replace(memory(on_gpus), as_stored=as_stored),
+        memory=replace(needed, as_stored=as_stored),
         steps=steps,
         pruning=plan_storage.pruning(config, skeleton, _computed_in(config, stored).dtype),
-        disk=plan_storage.disk(config, parameters, stored, FLOAT * trainable.parameters),
+        disk=plan_storage.disk(config, parameters, stored, needed.adapter, needed.optimizer),
     )
 
 
@@ -217,11 +221,16 @@ def num_parameters(skeleton: Skeleton) -> int:
     return total
 
 
-def num_trainable(method: str, rank: int, target: Target) -> int:
-    """Trainable parameters on a matrix (m, n): spp r n + m (without beta r n), low rank r (m + n), full tuning m n."""
+def trainable_shapes(method: str, rank: int, target: Target) -> list[tuple[int, int]]:
+    """Shapes of what is trained on a matrix (m, n): spp (r, n), (m, 1); low rank (r, n), (m, r); full tuning (m, n)."""
     r, m, n = rank, target.out_features, target.in_features
-    formulas = {"spp": r * n + m, "spp without beta": r * n, "masked_full": m * n, "ste": m * n}
-    return formulas.get(method, r * (m + n))
+    shapes = {"spp": [(r, n), (m, 1)], "spp without beta": [(r, n)], "masked_full": [(m, n)], "ste": [(m, n)]}
+    return shapes.get(method, [(r, n), (m, r)])
+
+
+def num_trainable(method: str, rank: int, target: Target) -> int:
+    """Trainable parameters on a matrix."""
+    return sum(rows * columns for rows, columns in trainable_shapes(method, rank, target))
 
 
 def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) -> Trainable:
@@ -235,22 +244,28 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
         per_layer = num_trainable(method, train.rank, members[0])
         modules.append(Module(kind, (m, n), len(members), per_layer, len(members) * per_layer))
     by_method = {name: sum(num_trainable(name, train.rank, target) for target in targets.values()) for name in METHODS}
+    states = {
+        name: sum(
+            footprint.optimizer_state(train.optimizer, trainable_shapes(name, train.rank, target))
+            for target in targets.values()
+        )
+        for name in METHODS
+    }
     trained = by_method[method]
     total = parameters if method in ("masked_full", "ste") else parameters + trained
-    return Trainable(method, train.rank, modules, trained, trained / total, by_method)
+    return Trainable(method, train.rank, modules, trained, trained / total, by_method, train.optimizer, states)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def _memory(
-    config: Config, skeleton: Skeleton, targets: dict[str, Target], trainable: int, processes: int, dtype: str
+    config: Config, skeleton: Skeleton, targets: dict[str, Target], trainable: Trainable, processes: int, dtype: str
 ) -> Memory:
     """Bytes of a training, in total and per GPU.
 
-    Adapter and gradients are float32, and so are AdamW's two moments; weights and activations have the dtype that is
-    computed in. Rows are as long as ``train.data.seq_len``, so that batches of shorter examples need less. With
-    packing they are one row.
+    Adapter and gradients are float32; weights and activations have the dtype that is computed in. Rows are as long as
+    ``train.data.seq_len``, so that batches of shorter examples need less. With packing they are one row.
     """
     train, d = config.train, machine.torch_dtype(dtype).itemsize
     batch = Batch(train.micro_batch_size, train.data.seq_len, d)
@@ -259,16 +274,18 @@ def _memory(
     activations = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
     kernel = footprint.kernel_buffers(targets, batch, train.method, train.dropout)
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
-    weights, adapter = num_parameters(skeleton) * d, FLOAT * trainable
+    weights, adapter = num_parameters(skeleton) * d, FLOAT * trainable.parameters
+    optimizer = trainable.optimizer_by_method[trainable.method]
     # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks, a byte for each weight
-    masks = trainable if train.method == "ste" else 0
+    masks = trainable.parameters if train.method == "ste" else 0
     # the teacher's weights, and its and the student's distributions over the vocabulary
     teacher = weights + 2 * activations.logits if train.distill.teacher is not None else 0
     blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     per_gpu = []
     for gpus in sorted({*GPUS, processes}):
-        for strategy in STRATEGIES if gpus > 1 else ("ddp",):
-            share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, gpus, strategy)
+        # the other optimizers cannot be sharded
+        for strategy in STRATEGIES if gpus > 1 and train.optimizer == "adamw" else ("ddp",):
+            share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, optimizer, gpus, strategy)
             for checkpointing in (False, True):
                 peak = activations.peak(checkpointing, kernel, widest) + teacher
                 total = share + state + masks + peak
@@ -278,7 +295,7 @@ def _memory(
         weights=weights,
         adapter=adapter,
         gradients=adapter,
-        optimizer=2 * adapter,
+        optimizer=optimizer,
         masks=masks,
         teacher=teacher,
         tokens_on_device=batch.tokens,
@@ -290,15 +307,17 @@ def _memory(
     )
 
 
-def _shares(weights: int, outside: int, block: int, adapter: int, gpus: int, strategy: str) -> tuple[int, int]:
+def _shares(
+    weights: int, outside: int, block: int, adapter: int, optimizer: int, gpus: int, strategy: str
+) -> tuple[int, int]:
     """Bytes of weights, and of adapter, gradients and optimizer, on each of several GPUs.
 
     ddp: all of them, and the gradients again in the buckets that are reduced. fsdp and zero3: a share of everything,
     and unsharded what is in use: embeddings and head (``outside``), the running block and the next.
     """
     if strategy == "ddp":
-        return weights, (4 if gpus == 1 else 5) * adapter
-    return weights // gpus + outside + 2 * block, 4 * adapter // gpus
+        return weights, (2 if gpus == 1 else 3) * adapter + optimizer
+    return weights // gpus + outside + 2 * block, (2 * adapter + optimizer) // gpus
 
 
 def _steps(config: Config, processes: int) -> Steps:

@@ -87,15 +87,19 @@ def _outside(skeleton: Skeleton) -> int:
     return sum(parameter.numel() for parameter in skeleton.model.parameters() if id(parameter) not in left_out)
 
 
-def disk(config: Config, parameters: int, stored: str, adapter: int) -> dict[str, int]:
-    """Bytes of the run directory; a checkpoint is the adapter and AdamW's moments, and one more exists while saving."""
+def disk(config: Config, parameters: int, stored: str, adapter: int, optimizer: int) -> dict[str, int]:
+    """Bytes of the run directory, from those of the adapter and of the optimizer's state, which a checkpoint holds.
+
+    One checkpoint more exists while saving, and another with the best adapter (``train.keep_best``).
+    """
+    checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best is not None)
     weights = parameters * torch_dtype(stored).itemsize
     merged = stored if config.merge.dtype == "auto" else config.merge.dtype
     parts = {
         "base": weights if config.model.gguf_file is not None else 0,
         "pruned": weights,
         "adapter": adapter,
-        "checkpoints": (config.train.keep_checkpoints + 1) * 3 * adapter,
+        "checkpoints": checkpoints * (adapter + optimizer),
         "merged": parameters * torch_dtype(merged).itemsize,
     }
     return parts | {"total": sum(parts.values())}

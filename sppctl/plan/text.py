@@ -36,12 +36,17 @@ def _parameters(trainable: Trainable) -> Iterator[Table]:
     rows.append(("all", "", str(layers), "", f"{trainable.parameters:,}"))
     yield "Trainable parameters", ("module", "out x in", "layers", "each", "together"), rows
     title = f"Methods at rank {trainable.rank}: sizes in GiB"
-    header = ("train.method", "trainable", "adapter", "gradients and AdamW")
+    header = ("train.method", "trainable", "adapter", f"gradients and {trainable.optimizer}")
     yield (
         title,
         header,
         [
-            (f"{name} (chosen)" if name == trainable.method else name, f"{count:,}", gib(4 * count), gib(12 * count))
+            (
+                f"{name} (chosen)" if name == trainable.method else name,
+                f"{count:,}",
+                gib(4 * count),
+                gib(4 * count + trainable.optimizer_by_method[name]),
+            )
             for name, count in trainable.by_method.items()
         ],
     )
@@ -111,7 +116,8 @@ def sentences(plan: Plan, config: Config) -> Iterator[str]:
     yield f"{trainable.method} trains {trainable.parameters:,} parameters, {trainable.share:.2%} of the model."
     yield _steps(plan.steps, config)
     processes, configured = plan.steps.processes, config.train.gradient_checkpointing
-    strategies = ("ddp",) if processes == 1 else (config.launch.strategy, "ddp", "fsdp", "zero3")
+    possible = [entry.strategy for entry in plan.memory.per_gpu if entry.gpus == processes]
+    strategies = ["ddp"] if processes == 1 else [config.launch.strategy, *possible]
     for strategy in dict.fromkeys(strategies):
         where = "One GPU" if processes == 1 else f"{processes} GPUs under {strategy}"
         for checkpointing in (configured, not configured):

@@ -261,8 +261,9 @@ def loss_curves(trained: TrainRecord) -> dict[str, list[tuple[int, float]]]:
         name: [(entry["step"], float(entry[key])) for entry in trained.history if entry.get(key) is not None]
         for name, key in CURVES.items()
     }
-    if trained.validation_loss is not None and trained.steps not in dict(curves["validation"]):
-        curves["validation"].append((trained.steps, trained.validation_loss))  # measured at the end
+    published = trained.best_step or trained.steps
+    if trained.validation_loss is not None and published not in dict(curves["validation"]):
+        curves["validation"].append((published, trained.validation_loss))  # measured at the end
     return {name: points for name, points in curves.items() if points}
 
 

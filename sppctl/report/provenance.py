@@ -33,7 +33,8 @@ def _pruned(record: PruneRecord) -> str:
 def _trained(record: TrainRecord) -> str:
     loss = f", validation loss {record.validation_loss:.3f}" if record.validation_loss is not None else ""
     parameters = f"{record.trainable_parameters:,} parameters ({record.trainable_share:.2%})"
-    return f"{record.method}, {parameters}, {record.steps} steps, {record.tokens:,} tokens{loss}"
+    best = f" (best adapter: step {record.best_step})" if record.best_step is not None else ""
+    return f"{record.method}, {parameters}, {record.steps} steps{best}, {record.tokens:,} tokens{loss}"
 
 
 def _merged(record: MergeRecord) -> str:

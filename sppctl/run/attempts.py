@@ -20,6 +20,13 @@ def settings_of(config: Config, stage: str) -> Settings:
     model = result_keys(config.model)
     if stage == "train":  # the other keys of the model take effect in pruning
         model = {"compute_dtype": model["compute_dtype"]}
+        if config.train.keep_best == "perplexity":  # which otherwise only reports it
+            settings["train"]["perplexity_steps"] = config.train.perplexity_steps
+            settings["eval"] = {
+                "perplexity": config.eval.perplexity[:1],
+                "seq_len": config.eval.seq_len,
+                "max_tokens": config.eval.max_tokens,
+            }
     return {"seed": config.run.seed, "model": model} | settings
 
 

@@ -120,7 +120,10 @@ class Train:
         return inputs
 
     def _data(self, config: Config) -> dict[str, str]:
-        return _hashes({f"data {dataset}": dataset for dataset in names_of(config.train.data.dataset)})
+        datasets = {f"data {dataset}": dataset for dataset in names_of(config.train.data.dataset)}
+        if config.train.keep_best == "perplexity":
+            datasets |= {f"data {text}": text for text in config.eval.perplexity[:1]}
+        return _hashes(datasets)
 
     def _base(self, run: Run) -> Path | None:
         """The dense checkpoint, if training reads it, as the teacher or for regrown weights."""

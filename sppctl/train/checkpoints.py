@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -15,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 from sppctl import console, distributed
-from sppctl.errors import SharedError, UserError, first_line
+from sppctl.errors import SharedError, StageError, UserError, first_line
 from sppctl.files import integrity, sealed
-from sppctl.files.disk import sync, sync_tree
+from sppctl.files.disk import sync, sync_tree, writing
 from sppctl.files.safe_files import hides_full_disk
 
 # next to the checkpoints: the one being written, and the start time of the first attempt
@@ -25,6 +26,8 @@ SAVING, BEGAN = "saving", "began"
 # in a checkpoint, with the adapter: optimizer, schedule, progress, random state of each process, hashes of all files
 OPTIMIZER, SCHEDULER, STATE, RANDOM = "optimizer.pt", "scheduler.pt", "state.json", "rng_state_{}.pth"
 HASHES = "files.json"
+PREFIX = "checkpoint-"  # of the directories' names, before the step
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")  # as PEFT writes them
 
 
 def start_time(checkpoints: Path, resume: bool) -> datetime:
@@ -42,12 +45,13 @@ def start_time(checkpoints: Path, resume: bool) -> datetime:
 def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
     """Writes a checkpoint to a temporary directory and renames it when complete. All processes must call it.
 
-    ``write`` writes this process's part into a directory; only the newest ``keep`` checkpoints are kept.
+    ``write`` writes this process's part into a directory. The newest ``keep`` checkpoints are kept, and those with the
+    adapter that was the best for one of them.
 
     Raises:
         StageError: one of the processes cannot write its part; no checkpoint is lost.
     """
-    draft, final = checkpoints / SAVING, checkpoints / f"checkpoint-{step}"
+    draft, final = checkpoints / SAVING, at_step(checkpoints, step)
 
     def begin() -> None:
         if distributed.is_main():
@@ -71,8 +75,11 @@ def save(checkpoints: Path, step: int, write: Callable[[Path], None], keep: int)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(draft, final)
         sync(checkpoints)  # the new name must be on disk before an older checkpoint is removed
-        for _, older in _by_step(checkpoints)[keep:]:
-            shutil.rmtree(older)
+        steps = _by_step(checkpoints)
+        needed = {best_step(path) for _, path in steps[:keep]}
+        for step, older in steps[keep:]:
+            if step not in needed:
+                shutil.rmtree(older)
     distributed.barrier()
 
 
@@ -108,9 +115,42 @@ def load_random_state(directory: Path) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def at_step(checkpoints: Path, step: int) -> Path:
+    """The checkpoint of an optimizer step."""
+    return checkpoints / f"{PREFIX}{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """The step with the best adapter when a checkpoint was written; None: there was none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        state = json.loads((checkpoint / STATE).read_text())
+        step = state.get("best_step") if isinstance(state, dict) else None
+        return step if isinstance(step, int) else None
+    return None
+
+
+def copy_adapter(checkpoint: Path, directory: Path) -> None:
+    """Copies the adapter of an intact checkpoint, as PEFT wrote it.
+
+    Raises:
+        StageError: the checkpoint is damaged.
+    """
+    problem = _damage(checkpoint)
+    if problem is not None:
+        raise StageError(f"the best adapter cannot be read: {checkpoint} is damaged ({problem}); train --no-resume")
+    with writing(directory):
+        for name in ADAPTER_FILES:
+            shutil.copyfile(checkpoint / name, directory / name)
+
+
 def _by_step(checkpoints: Path) -> list[tuple[int, Path]]:
     """Steps and directories, the newest first."""
-    named = [(path.name.removeprefix("checkpoint-"), path) for path in checkpoints.glob("checkpoint-*")]
+    named = [(path.name.removeprefix(PREFIX), path) for path in checkpoints.glob(f"{PREFIX}*")]
     return sorted(((int(step), path) for step, path in named if step.isdigit() and path.is_dir()), reverse=True)
 
 
@@ -161,7 +201,13 @@ def _damage(checkpoint: Path) -> str | None:
     if record["checkpoint"] != checkpoint.name:
         return f"{HASHES} belongs to {record['checkpoint']}"
     states, wrong = integrity.compare(checkpoint, record["files"]), (integrity.DAMAGED, integrity.MISSING)
-    return ", ".join(f"{name} is {state}" for name, state in states.items() if state in wrong) or None
+    if problems := [f"{name} is {state}" for name, state in states.items() if state in wrong]:
+        return ", ".join(problems)
+    best = best_step(checkpoint)
+    if best is None or best >= step_of(checkpoint):
+        return None
+    problem = _damage(best_one := at_step(checkpoint.parent, best))
+    return None if problem is None else f"{best_one.name}, which holds the best adapter, is damaged: {problem}"
 
 
 def demand_files(checkpoint: Path, strategy: str | None) -> None:

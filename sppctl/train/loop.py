@@ -15,15 +15,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import get_scheduler
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sppctl import console, distributed
@@ -33,10 +33,18 @@ from sppctl.data.instructions import IGNORED
 from sppctl.errors import SharedError, Stopped
 from sppctl.files import strict_json
 from sppctl.files.safe_files import saving
-from sppctl.train import checkpoints, shards
+from sppctl.train import checkpoints, optimizers, shards
 from sppctl.train.distill import Distillation
 from sppctl.train.feed import Feed
 from sppctl.train.watch import Hook, Metrics, State, StopSignals, demand_finite
+
+
+class Figures(NamedTuple):
+    """What a step shows."""
+
+    loss: float  # per token, over all processes
+    norm: float  # of the gradient before clipping
+    rate: float  # learning rate
 
 
 @dataclass
@@ -55,17 +63,14 @@ class Loop:
 
     def __post_init__(self) -> None:
         train, max_steps = self.train, self.feed.max_steps
-        optimizer = torch.optim.AdamW(
-            self._trainable_parameters().values(), lr=train.lr, weight_decay=train.weight_decay, fused=True
-        )
+        optimizer = optimizers.make_optimizer(train, self._trainable_parameters().values())
         self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
         self.peft = self.accelerator.unwrap_model(self.model)
-        warmup = math.ceil(train.warmup_ratio * max_steps)
-        self.scheduler = get_scheduler("linear", self.optimizer, warmup, max_steps)
+        self.scheduler = optimizers.make_schedule(train, self.optimizer, max_steps)
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         self.state = State() if self.resumed is None else self._load(self.resumed)
-        self.bar, self._text = console.Progress("training", max_steps, self.state.step), ""  # its text
+        self.bar = console.Progress("training", max_steps, self.state.step)
         self._started, self.before = time.perf_counter(), replace(self.state)  # this attempt, and the state before it
         # summed in this process since the last report
         self._loss, self._reported_step = torch.zeros((), device=self.accelerator.device), self.state.step
@@ -90,33 +95,57 @@ class Loop:
             checkpoints.load_random_state(self.resumed)
         stop = None
         with StopSignals() as signals, self.bar:
-            while state.step < self.feed.max_steps and not stop:
-                norm, rate = self._step(next(steps))
+            while not self._is_finished() and not stop:
+                figures = self._step(next(steps))
                 state.step += 1
-                self.bar.advance(self._text)
+                self.bar.advance(self._text(figures))
+                metrics: Metrics = {}
                 for hook in self.hooks:
-                    if metrics := hook.after_step(self.peft, state.step):
-                        self._log(metrics)
+                    if measured := hook.after_step(self.peft, state.step):
+                        self._log(measured)
+                        metrics |= measured
                 is_last = state.step == self.feed.max_steps
-                stop = None if is_last else signals.agreed(self.accelerator.device)
-                save = is_last or stop or state.step % train.save_steps == 0
+                save = is_last or state.step % train.save_steps == 0
                 # also before each checkpoint, which does not store the losses since the last report
                 if save or state.step == 1 or state.step % train.log_steps == 0:
-                    self._report(norm, rate)
+                    self._report(figures)
                 if train.eval_steps and self.feed.held_out and (is_last or state.step % train.eval_steps == 0):
-                    self.validate()
-                if save:
+                    metrics["eval_loss"] = self.validate()
+                is_best = self._is_best(metrics)
+                stop = None if self._is_finished() else signals.agreed(self.accelerator.device)
+                if save or is_best or stop or self._is_finished():
+                    self._report(figures)
                     self._save()
         state.seconds = self.before.seconds + self._seconds()
         if stop:
-            requeued = ", as does requeuing the job" if "SLURM_JOB_ID" in os.environ else ""
+            name = "Ctrl-C" if stop == signal.SIGINT else signal.Signals(stop).name
+            requeued = ", as does requeuing the job" if "SLURM_JOB_ID" in os.environ and stop != signal.SIGINT else ""
             raise Stopped(
-                f"stopped by {signal.Signals(stop).name} after step {state.step} of {self.feed.max_steps}; a "
-                f"checkpoint is written; the same command continues{requeued}"
+                f"stopped by {name} after step {state.step} of {self.feed.max_steps}; a checkpoint is written; the "
+                f"same command continues{requeued}",
+                stop,
             )
 
-    def _step(self, batches: list[Batch]) -> tuple[float, float]:
-        """One optimizer step; returns the gradient norm before clipping, and the learning rate."""
+    def _is_finished(self) -> bool:
+        """Whether no step is left, or ``train.patience`` is exhausted."""
+        patience = self.train.patience
+        return self.state.step >= self.feed.max_steps or (patience is not None and self.state.since_best >= patience)
+
+    def _is_best(self, metrics: Metrics) -> bool:
+        """Whether the step measured the best value of ``train.keep_best`` so far; its adapter is then saved."""
+        name, step = self.train.keep_best, self.state.step
+        if name is None or name not in metrics or any(hook.changes_later(step) for hook in self.hooks):
+            return False
+        # processes may round differently, but must decide alike
+        is_best = self.state.compare(distributed.broadcast_object(float(metrics[name]), 0))
+        if is_best and self.feed.held_out:
+            self.state.best_loss = float(metrics["eval_loss"]) if "eval_loss" in metrics else self.validate()
+        if self._is_finished() and step < self.feed.max_steps:
+            console.note(f"step {step}: no better {name} in {self.state.since_best} measurements, training ends early")
+        return is_best
+
+    def _step(self, batches: list[Batch]) -> Figures:
+        """One optimizer step."""
         tokens = self._count(batches)
         for hook in self.hooks:
             hook.before_step(self.state.step + 1)
@@ -135,10 +164,12 @@ class Loop:
         for hook in self.hooks:
             hook.before_update(self.peft)
         self.optimizer.step()
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return norm, rate
+        loss = torch.stack(losses).sum()
+        distributed.all_reduce_sum(loss)
+        return Figures(loss.item() / distributed.world_size(), norm, rate)
 
     def _count(self, batches: list[Batch]) -> Tensor:
         """Predicted tokens of a step over all micro-batches and processes; adds the tokens seen to the state."""
@@ -177,18 +208,22 @@ class Loop:
         for tracker in self.trackers:
             tracker.log({name: value for name, value in named.items() if not isinstance(value, str)}, step=step)
 
-    def _report(self, norm: float, rate: float) -> None:
-        """Logs the mean loss since the last report."""
+    def _text(self, figures: Figures) -> str:
+        """The figures of a step for the progress bar."""
+        speed = (self.state.tokens - self.before.tokens) / self._seconds()
+        return f"loss {figures.loss:.3f}, gradient norm {figures.norm:.2g}, lr {figures.rate:.1e}, {speed:.0f} tokens/s"
+
+    def _report(self, figures: Figures) -> None:
+        """Logs the mean loss since the last report, unless the step has been reported."""
+        if self._reported_step == self.state.step:
+            return
         distributed.all_reduce_sum(self._loss)
         loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported_step)
         self._loss.zero_()
         self._reported_step = self.state.step
         divergence = {} if self.distillation is None else {"kl": self.distillation.report()}
-        seconds = self._seconds()
-        metrics: Metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, **divergence}
-        self._log(metrics | {"seconds": round(self.before.seconds + seconds, 2)})
-        speed = (self.state.tokens - self.before.tokens) / seconds
-        self._text = f"loss {loss:.3f}, gradient norm {norm:.2g}, lr {rate:.1e}, {speed:.0f} tokens/s"
+        metrics: Metrics = {"loss": loss, "grad_norm": figures.norm, "learning_rate": figures.rate, **divergence}
+        self._log(metrics | {"seconds": round(self.before.seconds + self._seconds(), 2)})
 
     def _seconds(self) -> float:
         """The time of this attempt."""
@@ -212,9 +247,8 @@ class Loop:
         if not math.isfinite(mean):
             raise SharedError(f"the validation loss is {mean} at step {self.state.step}; lower train.lr")
         self._log({"eval_loss": mean})
-        self._text = f"validation loss {mean:.3f}"
         if self.state.step < self.feed.max_steps:  # the one after the last step is in the record
-            console.note(f"step {self.state.step}: {self._text}")
+            console.note(f"step {self.state.step}: validation loss {mean:.3f}")
         return mean
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -251,11 +285,16 @@ class Loop:
         checkpoints.save(self.folder, self.state.step, write, self.train.keep_checkpoints)
 
     def finish(self, directory: Path) -> float | None:
-        """Saves the adapter as PEFT does, with the hooks' files; StageError if it is not finite. All must call it.
+        """Saves the last or the best adapter as PEFT does, with the hooks' files. All processes must call it.
 
         Returns:
-            The validation loss; None if nothing is held out.
+            Its validation loss; None if nothing is held out.
+
+        Raises:
+            StageError: the adapter is not finite, or the checkpoint of the best one is damaged.
         """
+        if self.state.best_step is not None:
+            return self._finish_with_best(directory, self.state.best_step)
         with console.working(f"validation loss of {len(self.feed.held_out)} examples"):
             validation = self.validate() if self.feed.held_out else None
         adapter, broken = self._adapter(), None
@@ -270,6 +309,15 @@ class Loop:
             with saving(directory):
                 self._write_adapter(directory, adapter)
         return validation
+
+    def _finish_with_best(self, directory: Path, step: int) -> float | None:
+        distributed.decide(partial(checkpoints.copy_adapter, checkpoints.at_step(self.folder, step), directory))
+        if distributed.is_main():
+            for hook in self.hooks:
+                hook.save(directory)
+        name, value = self.train.keep_best, self.state.best_value
+        console.note(f"the adapter of step {step} of {self.state.step} is the best: {name} {value:.4g}")
+        return self.state.best_loss
 
     def _adapter(self) -> dict[str, Tensor] | None:
         """The adapter's tensors, gathered in the first process; None where the model holds them unsharded."""

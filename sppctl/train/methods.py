@@ -29,6 +29,11 @@ def ignored(train: TrainConfig) -> list[str]:
     """Changed keys that have no effect, one line per reason."""
     unused = set().union(*(method.keys for method in METHODS.values())) - METHODS[train.method].keys
     sections: list[tuple[str, Any, set[str], str]] = [("", train, unused, f"with train.method={train.method}")]
+    if train.scheduler == "constant":
+        reason = "with train.scheduler=constant; constant_with_warmup uses it"
+        sections.append(("", train, {"warmup_ratio", "warmup_steps"}, reason))
+    elif train.warmup_steps is not None:
+        sections.append(("", train, {"warmup_ratio"}, "with train.warmup_steps"))
     if train.distill.teacher is None:
         sections.append(("distill.", train.distill, {"weight", "temperature"}, "without train.distill.teacher"))
     if train.refresh.steps is None:

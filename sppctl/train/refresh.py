@@ -171,6 +171,10 @@ class MaskRefresh(Hook):
         console.note(f"step {step}: {swaps:,} exchanges change {share:.3%} of the mask")
         return {"swaps": swaps, "changed_share": share, "seconds": time.perf_counter() - started}
 
+    def changes_later(self, step: int) -> bool:
+        """Whether a refresh follows: the adapter of a step belongs to the masks of that step."""
+        return bool(self.steps) and step < self.steps[-1]
+
     def _exchange(self, name: str, layer: SppLinear, weight: Tensor, statistics: InputMoments) -> Tensor:
         """The base weight of a layer after its exchanges."""
         kept = weight != 0

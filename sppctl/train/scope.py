@@ -1,4 +1,4 @@
-"""Which layers are trained, for how many steps, in which dtypes: rules that training and its plan share."""
+"""Which layers are trained, for how many steps, by which optimizer, in which dtypes: for training and its plan."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:
 def num_steps(train: TrainConfig, examples: int) -> int:
     """Optimizer steps of a training on a number of examples."""
     return train.max_steps or math.ceil(train.epochs * math.ceil(examples / train.batch_size))
+
+
+def num_warmup_steps(train: TrainConfig, steps: int) -> int:
+    """Optimizer steps of the warm-up of a training of so many."""
+    if train.warmup_steps is not None:
+        return train.warmup_steps
+    return math.ceil(train.warmup_ratio * steps)
+
+
+def check_optimizer(config: Config) -> None:
+    """Raises UserError if the strategy shards what the optimizer needs as a whole."""
+    optimizer, strategy = config.train.optimizer, config.launch.strategy
+    if optimizer != "adamw" and strategy != "ddp":
+        problem = f"{optimizer} needs the gradient of each matrix as a whole, but launch.strategy={strategy} shards it"
+        raise UserError("train.optimizer", problem, "use adamw, or launch.strategy=ddp")
 
 
 def check_dtype(config: Config) -> None:

@@ -27,7 +27,7 @@ from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
 from sppctl.records import PruneRecord, TrainRecord
-from sppctl.train import checkpoints, distill, methods, out_of_memory, refresh, scope, shards
+from sppctl.train import checkpoints, distill, methods, optimizers, out_of_memory, refresh, scope, shards
 from sppctl.train.feed import Feed
 from sppctl.train.loop import Loop, reporting_to
 from sppctl.train.watch import PerplexityEvery
@@ -65,9 +65,13 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
         launch.accumulation(train, launch.num_processes(config))
         scope.adapted(config, skeleton)
         refresh.check(config, problems)
+    optimizers.check(config, problems)
     _check_keys(config, skeleton, problems)
     with problems:
         feed = Feed(config, tokenizer, vocabulary.embeddings(skeleton.model))
+        optimizers.check_schedule(train, feed.max_steps)
+    if train.keep_best == "eval_loss" and feed is not None and not feed.held_out:
+        problems.add("train.keep_best", "no example is held out for eval_loss", "set train.data.val_size")
     with problems:
         scope.check_dtype(config)
     with problems:
@@ -148,13 +152,13 @@ def execute(
         counts = model.get_nb_trainable_parameters()
         trained = f"{counts[0]:,} of {counts[1]:,} parameters ({counts[0] / counts[1]:.2%})"
         console.note(f"training {trained} on {len(feed.train)} examples")
-        newest = _resume(model, folder, strategy) if resume else None
+        newest = _resume(model, folder, strategy, feed.max_steps) if resume else None
         distillation = distill.load(config, base, device, dtype)
         hooks = methods.hooks(train, feed.max_steps)
         if train.refresh.steps is not None:
             hooks.append(refresh.MaskRefresh(config, model, pruned, base, record.patterns, feed.max_steps, newest))
         if train.perplexity_steps is not None:
-            hooks.append(PerplexityEvery(config, pruned, tokenizer))
+            hooks.append(PerplexityEvery(config, pruned, tokenizer, feed.max_steps))
         accelerator = shards.make_accelerator(config, device, model.get_base_model())
         # dropout differs between processes; the first one draws as a single process would
         set_seed(config.run.seed + distributed.rank())
@@ -204,11 +208,11 @@ def _adapted(config: Config, pruned: Path, record: PruneRecord, dtype: str, stra
     return adapted
 
 
-def _resume(model: PeftModel, folder: Path, strategy: str | None) -> Path | None:
+def _resume(model: PeftModel, folder: Path, strategy: str | None, max_steps: int) -> Path | None:
     """Loads the adapter of the newest checkpoint into the model; returns the checkpoint, None if there is none."""
     newest = distributed.decide(partial(checkpoints.newest, folder, strategy))
     if newest:
-        console.note(f"resuming from {newest}")
+        console.note(f"continuing from step {checkpoints.step_of(newest)} of {max_steps} ({newest})")
         set_peft_model_state_dict(model, load_peft_weights(str(newest), device="cpu"))
     return newest
 
@@ -226,6 +230,7 @@ def _record(loop: Loop, dtype: str, counts: tuple[int, int], validation: float |
         epochs=feed.epochs(state.step),
         train_loss=state.mean("loss"),
         validation_loss=validation,
+        best_step=state.best_step,
         examples=len(feed.train),
         validation_examples=len(feed.held_out),
         datasets=feed.rows.taken,

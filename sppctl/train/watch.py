@@ -23,7 +23,7 @@ from sppctl.errors import SharedError
 from sppctl.evaluate.perplexity import summarise, window_losses, windows_of_text
 from sppctl.evaluate.stage import window_of
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 NAMED_EXAMPLES = 16  # listed at most in an error
 
 Metrics = dict[str, float | str]
@@ -37,6 +37,19 @@ class State:
     tokens: int = 0  # seen so far, without padding
     seconds: float = 0.0  # of all attempts
     history: list[dict[str, Any]] = field(default_factory=list)  # a line for each report, with its ``step``
+    # of ``train.keep_best``: step, value and validation loss of the best adapter so far, measurements since
+    best_step: int | None = None
+    best_value: float | None = None
+    best_loss: float | None = None
+    since_best: int = 0
+
+    def compare(self, value: float) -> bool:
+        """Counts a measurement of ``train.keep_best`` after the current step; returns whether it is the best so far."""
+        is_best = math.isfinite(value) and (self.best_value is None or value < self.best_value)
+        self.since_best = 0 if is_best else self.since_best + 1
+        if is_best:
+            self.best_step, self.best_value, self.best_loss = self.step, value, None
+        return is_best
 
     def mean(self, name: str) -> float | None:
         """Mean of a metric over all steps; each line covers the steps since the line before, checkpoint or not."""
@@ -61,22 +74,30 @@ class Hook:
         """After the optimizer's update, before anything is measured or saved; returns metrics for the history."""
         return {}
 
+    def changes_later(self, step: int) -> bool:
+        """Whether weights that training does not update change after a step, so that no adapter is the best yet."""
+        return False
+
     def save(self, directory: Path) -> None:
         """Writes the files that belong to the adapter next to it; only the first process calls it."""
 
 
 class PerplexityEvery(Hook):
-    """Measures perplexity on the first text of ``eval.perplexity`` every ``train.perplexity_steps`` steps."""
+    """Measures perplexity on the first text of ``eval.perplexity`` every ``train.perplexity_steps`` steps.
 
-    def __init__(self, config: Config, pruned: Path, tokenizer: Any) -> None:
+    If it selects the adapter (``train.keep_best``), also after the last step.
+    """
+
+    def __init__(self, config: Config, pruned: Path, tokenizer: Any, max_steps: int) -> None:
         self.steps, self.batch_size = config.train.perplexity_steps, config.train.micro_batch_size
+        self.last = max_steps if config.train.keep_best == "perplexity" else None
         self.name = config.eval.perplexity[0]
         text, window = texts.load_text(self.name, "test", "eval.perplexity"), window_of(config, pruned)
         self.windows = windows_of_text(tokenizer, text, window, config.eval.max_tokens)
 
     def after_step(self, model: PeftModel, step: int) -> Metrics:
         """Measures on all processes alike: under FSDP each forward needs all of them."""
-        if self.steps is None or step % self.steps:
+        if step != self.last and (self.steps is None or step % self.steps):
             return {}
         model.eval()
         sharded = isinstance(model, FSDPModule)
@@ -116,13 +137,20 @@ def demand_finite(losses: Sequence[Tensor], batches: Sequence[Batch], norm: floa
 
 
 class StopSignals:
-    """SIGTERM or SIGUSR1 (preemption by Slurm): a checkpoint after the current step, then the training ends."""
+    """Ctrl-C, SIGTERM or SIGUSR1 (preemption by Slurm): a checkpoint after the current step, then the training ends.
+
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
         self.caught: int | None = None
 
     def __enter__(self) -> StopSignals:
         def catch(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT:
+                if self.caught == number:
+                    raise KeyboardInterrupt
+                console.note_in_handler("Ctrl-C: saving a checkpoint after this step; Ctrl-C again stops at once")
             self.caught = number
 
         self._previous = {number: signal.signal(number, catch) for number in STOP_SIGNALS}

@@ -145,6 +145,20 @@ def test_memory_by_hand(planned: Planned) -> None:
     assert (ste.adapter, ste.masks) == (4 * 15_360, 15_360)
 
 
+def test_the_state_of_other_optimizers_by_hand(planned: Planned) -> None:
+    adafactor = planned("train.optimizer=adafactor").memory
+    # of alpha (4, n) and beta (m, 1): q and o, k and v, gate, up and down
+    assert adafactor.optimizer == 2 * 4 * (2 * (36 + 33) + 2 * (36 + 17) + 2 * (36 + 49) + 52 + 33)
+    assert {entry.strategy for entry in adafactor.per_gpu} == {"ddp"}
+    assert adafactor.on(1, "ddp", False).training_state == 2 * 9_472 + adafactor.optimizer
+    assert footprint.optimizer_state("adamw_8bit", [(64, 64), (64, 63)]) == 2 * (4096 + 4 * 16) + 8 * 64 * 63
+    plain = planned().disk["checkpoints"]
+    assert plain == 3 * (9_472 + 18_944)
+    assert planned("train.keep_best=eval_loss", "train.eval_steps=1").disk["checkpoints"] == 4 * (9_472 + 18_944)
+    with pytest.raises(UserError, match=r"^train\.optimizer: adafactor needs the gradient of each matrix as a whole"):
+        planned("train.optimizer=adafactor", "launch.strategy=fsdp", "launch.num_processes=2")
+
+
 def test_a_gpu_keeps_room_for_cuda_and_fragmentation() -> None:
     assert footprint.fits(int(21.8 * GIB)) == [24, 40, 80]
     assert footprint.fits(int(23.5 * GIB)) == [40, 80]

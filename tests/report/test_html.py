@@ -250,8 +250,10 @@ def test_bars_fill_their_panel_however_many_there_are(rows: list[Row]) -> None:
     assert axes.get_ylim() == pytest.approx((43 - 0.4, -0.9))
 
 
-def curves(history: list[dict[str, Any]], steps: int, last: float | None) -> dict[str, list[tuple[int, float]]]:
-    trained = stage_of("train", {"history": history, "steps": steps, "validation_loss": last})
+def curves(
+    history: list[dict[str, Any]], steps: int, last: float | None, best: int | None = None
+) -> dict[str, list[tuple[int, float]]]:
+    trained = stage_of("train", {"history": history, "steps": steps, "validation_loss": last, "best_step": best})
     return plots_results.loss_curves(trained.metrics)
 
 
@@ -274,6 +276,8 @@ def test_losses_of_a_training() -> None:
     assert written(axes) == ["2.000", "2.250"]
     assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
     assert (curves([], 10, None), curves([], 10, 2.5)) == ({}, {"validation": [(10, 2.5)]})
+    history = [{"eval_loss": 2.5, "step": 5}, {"perplexity": 40.0, "step": 10}]
+    assert curves(history, 10, 2.5, best=5)["validation"] == [(5, 2.5)]  # of the published adapter, not of the last one
 
 
 def test_perplexities_of_a_training_are_a_figure_of_their_own() -> None:

@@ -131,5 +131,5 @@ def test_a_training_falls_back_and_ends_with_the_same_adapter(fit: Fit, capsys: 
     fit("cut", *options)
     said = capsys.readouterr().err
     assert "checkpoint-2 is damaged (optimizer.pt is damaged)" in said
-    assert f"resuming from {fit.root}/cut/checkpoints/checkpoint-1\n" in said
+    assert f"continuing from step 1 of 4 ({fit.root}/cut/checkpoints/checkpoint-1)\n" in said
     assert fit.adapter("cut") == fit.adapter("whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -187,6 +188,31 @@ def test_several_processes_train_what_one_does(
     assert all(torch.equal(parameter, adapter(directory)[name]) for name, parameter in loaded.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_several_processes_publish_the_best_adapter_that_one_finds(
+    strategy: str, several: Several, alone: Alone
+) -> None:
+    more = ["train.keep_best=eval_loss", "train.eval_steps=1", "train.patience=2", "train.scheduler=constant"]
+    one, expected = alone("float32", *more)
+    arguments, directory = several(2, strategy, "float32", "--json", *more)
+    done = sppctl_in_ranks(arguments, 2, **SPARE)
+    assert done.returncode == 0, done.stderr
+    metrics = from_json(TrainRecord, json.loads(done.stdout)["metrics"])
+    assert (metrics.best_step, metrics.steps) == (expected.best_step, expected.steps)
+    assert metrics.validation_loss == pytest.approx(expected.validation_loss, abs=1e-4)
+    assert_same_adapter(directory, one)
+
+
+@pytest.mark.slow
+def test_deepspeed_is_silent(several: Several) -> None:
+    arguments, directory = several(2, "zero3", "float32", "train.max_steps=1")
+    done = call(arguments)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + done.stderr.replace(str(directory), "RUN")
+    assert not re.search(r"deepspeed|\[(INFO|WARNING)\]|\[W\d+|Warning", printed, re.IGNORECASE), printed
+
+
 # the second process is killed in pruning, in the second of two micro-batches of its first step, or in measuring
 KILLED = """
 import os, signal
@@ -244,19 +270,24 @@ def started(arguments: list[str], ready: Path) -> Iterator[subprocess.Popen[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "after", "number"),
-    [("fsdp", "fsdp", 2), ("ddp", "fsdp", 2), ("fsdp", "ddp", 1), ("zero3", "zero3", 2)],
+    ("before", "after", "number", "sent"),
+    [
+        ("fsdp", "fsdp", 2, signal.SIGTERM),
+        ("ddp", "fsdp", 2, signal.SIGINT),
+        ("fsdp", "ddp", 1, signal.SIGTERM),
+        ("zero3", "zero3", 2, signal.SIGTERM),
+    ],
 )
 def test_stopped_by_a_signal_the_same_command_goes_on(
-    before: str, after: str, number: int, several: Several, alone: Alone
+    before: str, after: str, number: int, sent: signal.Signals, several: Several, alone: Alone
 ) -> None:
     arguments, directory = several(2, before, "float32", "train.save_steps=1")
     checkpoints = directory / ".adapter.partial" / "checkpoints"
     with started(arguments, checkpoints / "checkpoint-*") as process:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(sent)
         _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, said
-    assert said.count("stopped by SIGTERM after step") == 1
+    assert process.returncode == (130 if sent == signal.SIGINT else 143), said
+    assert said.count(f"stopped by {'Ctrl-C' if sent == signal.SIGINT else 'SIGTERM'} after step") == 1
     stored = [{path.name for path in checkpoint.iterdir()} for checkpoint in checkpoints.glob("checkpoint-*")]
     whole = {"adapter_model.safetensors", "scheduler.pt", "state.json", "rng_state_1.pth"}
     whole.add("latest" if before == "zero3" else "optimizer.pt")  # DeepSpeed has a format of its own
@@ -264,7 +295,7 @@ def test_stopped_by_a_signal_the_same_command_goes_on(
     assert all(whole <= names for names in stored), stored
     done = sppctl_in_ranks(several(number, after, "float32")[0], number, **SPARE)
     assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stderr
+    assert "continuing from step" in done.stderr
     assert_same_adapter(directory, alone("float32")[0])
 
 

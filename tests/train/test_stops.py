@@ -122,8 +122,8 @@ def test_a_killed_training_continues_to_the_same_adapter(
     assert not (tmp_path / "run" / "adapter").exists()
     done = sppctl(training)
     assert done.returncode == 0, done.stderr
-    assert ("resuming from" in done.stderr) == (step is not None)
-    assert step is None or f"checkpoint-{step}\n" in done.stderr
+    assert ("continuing from step" in done.stderr) == (step is not None)
+    assert step is None or f"continuing from step {step} of 10 (" in done.stderr
     assert_same_adapter(prepared, tmp_path / "run" / "adapter")
     assert not list((tmp_path / "run").glob(".adapter*"))
     complete = death == "complete, not published"
@@ -131,21 +131,44 @@ def test_a_killed_training_continues_to_the_same_adapter(
     assert ("train: up to date" in done.stderr) == complete
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR1, "SIGUSR1", 143), (signal.SIGINT, "Ctrl-C", 130)],
+    ids=["SIGTERM", "SIGUSR1", "Ctrl-C"],
+)
 def test_a_signal_saves_the_next_step_and_the_same_command_continues(
-    number: signal.Signals, prepared: list[str], training: list[str], tmp_path: Path
+    number: signal.Signals, name: str, code: int, prepared: list[str], training: list[str], tmp_path: Path
 ) -> None:
     # the signal arrives within step 5, as it does when Slurm sends it: in the first of two micro-batches
     patch = "calls = []\nafter(Accelerator, 'backward', lambda *_: calls.append(1) or len(calls) == 9 and die(%d))"
     stopped = sppctl(training, patch % number)
-    assert stopped.returncode == 143, stopped.stderr
-    assert f"stopped by {number.name} after step 5 of 10" in stopped.stderr
+    assert stopped.returncode == code, stopped.stderr
+    assert f"stopped by {name} after step 5 of 10; a checkpoint is written; the same command" in stopped.stderr
+    assert ("Ctrl-C again stops at once" in stopped.stderr) == (number == signal.SIGINT)
     assert "requeuing" not in stopped.stderr, "not a job of Slurm"
     checkpoints = tmp_path / "run" / ".adapter.partial" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-5"}
     done = sppctl(training)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint-5\n" in done.stderr
+    assert "continuing from step 5 of 10 (" in done.stderr
+    assert_same_adapter(prepared, tmp_path / "run" / "adapter")
+
+
+def test_a_second_ctrl_c_stops_at_once(prepared: list[str], training: list[str], tmp_path: Path) -> None:
+    patch = """
+calls = []
+def twice(*_):
+    calls.append(1)
+    if len(calls) in (9, 10):  # both micro-batches of step 5
+        die(signal.SIGINT)
+after(Accelerator, "backward", twice)
+"""
+    stopped = sppctl(training, patch)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "interrupted; the same command continues" in stopped.stderr
+    checkpoints = tmp_path / "run" / ".adapter.partial" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-3"}
+    assert sppctl(training).returncode == 0
     assert_same_adapter(prepared, tmp_path / "run" / "adapter")
 
 
@@ -172,7 +195,7 @@ def test_an_attempt_at_something_else_is_not_thrown_away(training: list[str], tm
     assert set(partial.rglob("*")) == before
     other = sppctl([*training, "train.lr=1e-3", "--no-resume"])
     assert other.returncode == 0, other.stderr
-    assert "resuming" not in other.stderr
+    assert "continuing" not in other.stderr
 
 
 @pytest.mark.parametrize("again", [[], ["--force"]], ids=["without force", "with force"])
@@ -188,7 +211,7 @@ def test_a_forced_training_continues_before_it_replaces_what_is_published(
     assert sppctl([*training, "--force"], CUT).returncode == -signal.SIGKILL
     done = sppctl([*training, *again])
     assert done.returncode == 0, done.stderr
-    assert "checkpoint-3\n" in done.stderr
+    assert "continuing from step 3 of 10 (" in done.stderr
     assert_same_adapter(prepared, adapter)
     if again:
         assert "training: 10/10" in sppctl([*training, "--force"]).stderr, "a finished stage is redone"

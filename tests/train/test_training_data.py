@@ -43,6 +43,6 @@ def test_killed_on_conversations_and_text_it_continues_to_the_same_adapter(here:
     for run in ("cut", "whole"):
         done = sppctl(["train", *arguments, f"run.dir={run}"])
         assert done.returncode == 0, done.stderr
-        assert ("resuming from" in done.stderr) == (run == "cut")
+        assert ("continuing from step" in done.stderr) == (run == "cut")
     weights, others = (Path(run, "adapter/adapter_model.safetensors").read_bytes() for run in ("cut", "whole"))
     assert weights == others
