@@ -34,6 +34,7 @@ BUDGET = [
     "eval.perplexity=[instructions]",
     "eval.max_tokens=1024",
     "eval.seq_len=256",
+    "eval.prompts=[]",
 ]
 
 

@@ -156,8 +156,7 @@ def _warnings(run: RunStudy) -> Iterator[str]:
             yield f"{row.checkpoint} is worse than pruned on {_listed(worse)}"
     yield from _perhaps_chance(run)
     if run.left_out:
-        what = "record or file is" if len(run.left_out) == 1 else "records or files are"
-        yield f"{len(run.left_out)} {what} left out; the notes below say why"
+        yield f"read the notes below on records that are left out or come from elsewhere ({len(run.left_out)})"
 
 
 def _small_texts(texts: Sequence[TextResult]) -> Iterator[str]:

@@ -77,7 +77,9 @@ def test_several_runs_name_the_best_and_share_warnings(tmp_path: Path) -> None:
     assert perplexity.detail == "best of 2 merged, the worst 15.64; 75.4% of the gap recovered"
     assert cost.value == "44 min 26 s, 1.1 GB"
     left_out = Study([study.runs[0], replace(study.runs[1], left_out=["a note"])])
-    assert verdict.of_study(left_out).warnings == ["two: 1 record or file is left out; the notes below say why"]
+    assert verdict.of_study(left_out).warnings == [
+        "two: read the notes below on records that are left out or come from elsewhere (1)"
+    ]
 
 
 @pytest.mark.parametrize(
