@@ -20,6 +20,8 @@ from typing import Any, TextIO
 from sppctl import distributed
 from sppctl.files import strict_json
 
+BAR_WIDTH = 10
+NUMBER_WIDTH = 12  # of a message's end: ``error 0.123``
 PLAIN_SECONDS = 15  # between two lines of progress if stderr is not a terminal
 SILENT_SECONDS = 1.0  # before a step without a bar is named, if stderr is not a terminal
 _running: dict[Path, Sequence[str]] = {}  # CONFIG and KEY=VALUE of the running command, by its run directory
@@ -173,19 +175,20 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and distributed.is_main() and verbosity is not Verbosity.QUIET:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(BAR_WIDTH),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[message]}"),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[text]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(_markup(self.label), total=self.total, completed=self.start, message="")
+            self._task = self._bar.add_task("", total=self.total, completed=self.start, text="", rate="")
+            self._fit("", self.start)
             self._bar.start()
         else:
             note(f"{self.label}: {self.done}/{self.total}")
@@ -195,8 +198,24 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def _fit(self, message: str, done: int) -> None:
+        """Sets the texts of the bar; where the terminal is narrow, names are shortened and numbers kept."""
+        if self._bar is None:
+            return
+        rate, elapsed = "", time.monotonic() - self._started
+        if done > self.start and elapsed:
+            seconds = elapsed / (done - self.start)
+            minutes, rest = divmod(round(seconds * (self.total - done)), 60)
+            rate = f"{seconds:.1f} s/step" if seconds >= 1 else f"{1 / seconds:.1f}/s"
+            rate += f" {minutes // 60}:{minutes % 60:02}:{rest:02} left"
+        counts = 2 * len(str(self.total)) + 1
+        room = self._bar.console.width - BAR_WIDTH - counts - len("0:00:00") - len(rate) - 5  # spaces between columns
+        label, message = fitted(plain(self.label), plain(message), room)
+        self._bar.update(self._task, description=_markup(label), text=_markup(message), rate=rate)
+
     def advance(self, message: str = "", steps: int = 1) -> None:
         """Counts steps as done; ``message`` is about the last one, such as its loss."""
+        self._fit(message, self.done + steps)
         self.done += steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, message=_markup(message))
@@ -211,6 +230,21 @@ class Progress:
                 note(line)
             else:
                 _log.write(line)
+
+
+def fitted(label: str, message: str, room: int) -> tuple[str, str]:
+    """Shortens the beginning of a message, whose number is at its end, and the end of a label, to fit a line.
+
+    Args:
+        label: name of the work.
+        message: about its last step.
+        room: characters for both.
+    """
+    left = max(room - len(label), min(NUMBER_WIDTH, room - NUMBER_WIDTH), 0)
+    if len(message) > left:
+        message = f"…{message[len(message) - left + 1 :]}" if left > 4 else ""
+    room = max(room - len(message), 0)
+    return label if len(label) <= room else f"{label[: max(room - 1, 0)]}…", message
 
 
 def show_json(value: Any) -> None:

@@ -16,8 +16,8 @@ import pytest
 from sppctl import cli, console
 
 
-def on_a_terminal(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What an action writes to stderr where that is a terminal of 100 columns."""
+def on_a_terminal(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> str:
+    """What an action writes to stderr where that is a terminal of so many columns."""
     reader, writer = pty.openpty()
     written: list[bytes] = []
 
@@ -33,7 +33,7 @@ def on_a_terminal(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -
 
     thread = threading.Thread(target=read)
     thread.start()
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -60,6 +60,34 @@ def test_a_terminal_shows_the_bar_before_and_after_every_step(monkeypatch: pytes
     shown = on_a_terminal(steps, monkeypatch)
     assert shown.index("0/37") < shown.index("1/37")
     assert "loss 4.701" in shown
+
+
+def test_a_narrow_terminal_keeps_steps_rate_and_time_and_shortens_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps() -> None:
+        with console.Progress("pruning sparsegpt 2:4, 4:8 in 12 matrices", 1210) as bar:
+            bar._started -= 60
+            bar.advance("model.layers.12.self_attn.q_proj error 0.123", steps=10)
+            bar._bar.refresh()
+
+    last = re.split(r"\r|\n", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", on_a_terminal(steps, monkeypatch, 80)).rstrip())[-1]
+    assert len(last.rstrip()) <= 80
+    assert all(words in last for words in ("pruning spa", "10/1210", "6.0 s/step", "2:00:0", " left", "error 0.123"))
+    assert "model.layers" not in last
+
+
+@pytest.mark.parametrize(
+    ("room", "shown"),
+    [
+        (99, ("training", "loss 2.531")),
+        (14, ("training", "…2.531")),
+        (26, ("training", "loss 2.531")),
+        (8, ("training", "")),
+        (4, ("tra…", "")),
+        (0, ("…", "")),
+    ],
+)
+def test_a_message_is_shortened_before_a_label(room: int, shown: tuple[str, str]) -> None:
+    assert console.fitted("training", "loss 2.531", room) == shown
 
 
 def test_an_interruption_is_reported_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
