@@ -4,8 +4,8 @@
 
 The baseline is the dense forward pass of pruning itself: every block is loaded and run once on all windows, without the
 output head. Each figure is a median. The shares split SparseGPT's own time; "columns" is its loop over columns,
-including masks and all updates. Peak memory is the largest of the rounds of a case. Each row is printed as soon as it
-is measured.
+including masks and all updates; on a GPU they are also measured without the Triton kernel. Peak memory is the largest
+of the rounds of a case. Each row is printed as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import argparse
 import statistics
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,15 +31,17 @@ from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.layers import PrunePlan
 from sppctl.prune.walk import Journal, prune_blocks
-from sppctl.pruners import PRUNERS
+from sppctl.pruners import PRUNERS, sparsegpt
 from sppctl.pruners.stats import Hessian
 
+EAGER = "sparsegpt without Triton"
 CASES = (
     ("magnitude", "block"),
     ("wanda", "block"),
     ("wanda", "module"),
     ("sparsegpt", "block"),
     ("sparsegpt", "module"),
+    (EAGER, "block"),
     ("dsnot", "block"),
 )
 
@@ -54,6 +57,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = checkpoint.pick_device(arguments.device)
+    methods = [method for method in arguments.methods if device.type == "cuda" or method != EAGER]
     print(hardware.describe(device))
     windows = torch.randint(0, 250, (arguments.samples, arguments.seq_len), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +68,7 @@ def main() -> None:
         )
         print("| method, order | seconds | forwards | share: Hessian | factorisation | columns | peak MiB |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
-        for method, order in (case for case in CASES if case[0] in arguments.methods):
+        for method, order in (case for case in CASES if case[0] in methods):
             reset_peak_memory()
             rounds = [measured(bench, method, order, device) for _ in range(arguments.repeats)]
             seconds, forwards, *shares = (statistics.median(column) for column in zip(*rounds, strict=True))
@@ -110,14 +114,15 @@ class Bench:
 
     def prune(self, method: str, order: str) -> None:
         targets = self.stack.targets("all-linear")
-        settings = PruneConfig(method=method, order=order)  # type: ignore[arg-type]
+        settings = PruneConfig(method=method.partition(" ")[0], order=order)  # type: ignore[arg-type]
         plan = PrunePlan(settings, targets, dict.fromkeys(targets, self.pattern))
         journal = Journal(self.out / "journal.jsonl")
         journal.path.unlink(missing_ok=True)
         journal.blocks.clear()
         activations = None if method == "magnitude" else self.embedded()
-        for _ in prune_blocks(self.stack, plan, activations, self.files, journal):
-            pass
+        with without_triton() if method == EAGER else nullcontext():
+            for _ in prune_blocks(self.stack, plan, activations, self.files, journal):
+                pass
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:
@@ -130,6 +135,16 @@ def timed(work: Callable[[], None], device: torch.device) -> float:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """SparseGPT with PyTorch's operations on a GPU, too."""
+    kernels, sparsegpt.KERNELS = sparsegpt.KERNELS, types.SimpleNamespace(usable=lambda _: None)  # type: ignore
+    try:
+        yield
+    finally:
+        sparsegpt.KERNELS = kernels
 
 
 @contextmanager

@@ -16,10 +16,12 @@ import torch
 from packaging.requirements import Requirement
 
 from sppctl import __version__, machine
-from sppctl.adapters.spp.fused import fused_for
+from sppctl.adapters.spp import fused
 from sppctl.errors import first_line
 from sppctl.files import cache
+from sppctl.fused import FusedKernels
 from sppctl.inspect import semi_structured
+from sppctl.pruners import sparsegpt
 
 OPTIONAL = {"deepspeed": "launch.strategy=zero3"}  # extras of sppctl, and what needs each
 GIB = 2**30
@@ -95,20 +97,26 @@ def _compute() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
+    tested = {"SPP kernels": fused.KERNELS, "SparseGPT kernel": sparsegpt.KERNELS}
     if not torch.cuda.is_available():
-        yield Finding("SPP kernels", State.OK, "PyTorch's own operations (the Triton kernels need a GPU)")
+        for subject in tested:
+            yield Finding(subject, State.OK, "PyTorch's own operations (the Triton kernels need a GPU)")
         yield Finding("2:4 kernels", State.OK, "none on this device: zeros are multiplied like any other weight")
         return
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fused = fused_for(torch.ones(8, 8, device="cuda"))
-    if fused is not None:
-        yield Finding("SPP kernels", State.OK, "the Triton kernels passed their self-test")
-    else:
-        reason = first_line(str(caught[-1].message)) if caught else "the self-test failed"
-        yield Finding("SPP kernels", State.NOTE, reason, "install triton and a C compiler that match torch")
+    for subject, kernels in tested.items():
+        yield _self_test(subject, kernels, torch.device("cuda", torch.cuda.current_device()))
     reason = semi_structured.no_kernel("cuda", torch.cuda.get_device_capability(), torch.bfloat16) or ""
     yield Finding("2:4 kernels", State.NOTE if reason else State.OK, reason or "sparse tensor cores available")
+
+
+def _self_test(subject: str, kernels: FusedKernels, device: torch.device) -> Finding:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = kernels.on(device)
+    if module is not None:
+        return Finding(subject, State.OK, "the Triton kernels passed their self-test")
+    reason = first_line(str(caught[-1].message)) if caught else "the self-test failed"
+    return Finding(subject, State.NOTE, reason, "install triton and a C compiler that match torch")
 
 
 def _memory() -> Iterator[Finding]:

@@ -34,10 +34,10 @@ merge        adapters pruners model config files console machine records errors 
 train        evaluate adapters pruners data model launch config files console distributed records errors pattern
 prune        pruners data model launch config files console distributed machine records errors pattern
 evaluate     inspect data model config files console distributed machine errors
-doctor       inspect adapters files machine errors
+doctor       inspect adapters pruners files machine fused errors
 inspect      pruners model files console machine errors pattern
-adapters     pruners files pattern
-pruners      plugins pattern errors
+adapters     pruners files fused pattern
+pruners      plugins fused pattern errors
 data         files console errors
 model        files console distributed machine errors pattern
 launch       config console distributed plugins errors
@@ -48,6 +48,7 @@ files        errors
 distributed  errors
 plugins      errors
 machine
+fused
 pattern
 errors
 """
@@ -147,7 +148,7 @@ def test_a_module_imports_what_the_tables_say(module: str) -> None:
         not {library for libraries, rooms in WITHOUT.items() if room in rooms for library in libraries.split()} & tops
     )
     if room == "pruners":
-        assert tops - sys.stdlib_module_names <= {"sppctl", "torch"}
+        assert tops - sys.stdlib_module_names <= {"sppctl", "torch", "triton"}
     if module != "__main__.py":
         assert ast.get_docstring(tree_of(module)), "it says what it is for"
 

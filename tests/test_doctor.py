@@ -11,6 +11,7 @@ import torch
 
 from sppctl import cli, doctor, machine
 from sppctl.doctor import Finding, State
+from sppctl.fused import FusedKernels
 
 
 def found() -> dict[str, Finding]:
@@ -59,6 +60,19 @@ def test_settings_that_limit_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     for subject, advice in (("hub", "unset HF_HUB_OFFLINE"), ("hub token", "hf auth login"), ("cache", "SPPCTL_CACHE")):
         assert findings[subject].state is State.NOTE
         assert advice in findings[subject].advice
+
+
+def test_kernels_that_fail_their_test_are_a_note_with_the_reason() -> None:
+    def check(*_: object) -> None:
+        raise RuntimeError("no C compiler\nand more")
+
+    failing = FusedKernels("types", check, "Slower")
+    for reason in ("Slower: no C compiler", "the self-test failed"):  # the warning is given once
+        finding = doctor._self_test("SPP kernels", failing, torch.device("cpu"))
+        assert (finding.state, finding.text) == (State.NOTE, reason)
+        assert "install triton" in finding.advice
+    passing = FusedKernels("types", lambda *_: None, "Slower")
+    assert doctor._self_test("SPP kernels", passing, torch.device("cpu")).state is State.OK
 
 
 @pytest.mark.skipif("os.geteuid() == 0", reason="root may write everywhere")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from sppctl.fused import FusedKernels
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import keep_largest, keep_largest_in_groups
 from sppctl.pruners.stats import Hessian
 
 TILE = 16  # columns solved one by one before the rest of their block is updated by one product
+MAX_GROUP = 1024  # the largest M, or common multiple of several, for which a GPU kernel keeps its columns in registers
 
 
 def prune_sparsegpt(
@@ -52,7 +55,8 @@ def prune_sparsegpt(
     work = torch.cat([weight.float() for weight in weights])
     scale = factor.diagonal().masked_fill(dead, torch.inf)
     group = math.lcm(*(pattern.group or 1 for pattern in patterns))
-    block_size, tile = (-(-size // group) * group for size in (block_size, TILE))
+    fused = KERNELS.usable(work) if group <= MAX_GROUP else None
+    block_size, tile = (-(-size // group) * group for size in (block_size, fused.COLUMNS if fused else TILE))
     stops = itertools.accumulate(len(weight) for weight in weights)
     layers = [slice(stop - len(weight), stop) for stop, weight in zip(stops, weights, strict=True)]
     kept = torch.empty_like(work, dtype=torch.bool) if masks is None else torch.cat(masks)
@@ -63,7 +67,7 @@ def prune_sparsegpt(
     for start in range(0, work.shape[1], block_size):
         columns = slice(start, min(start + block_size, work.shape[1]))
         part = work[:, columns], factor[columns, columns], scale[columns], kept[:, columns]
-        errors = _Block(*part, choices, None if zeros is None else zeros[:, columns]).solve(tile)
+        errors = _Block(*part, choices, None if zeros is None else zeros[:, columns], fused).solve(tile)
         work[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1)
     # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
     work.masked_fill_(~kept, 0)
@@ -80,6 +84,7 @@ class _Block:
     kept: Tensor  # (rows, columns) the mask
     choices: list[tuple[slice, Pattern]]  # rows whose mask is to be chosen, and how
     zeros: Tensor | None  # (rows, columns) weights that must stay zero
+    fused: ModuleType | None  # triton_kernels, if they solve the tiles
 
     def solve(self, tile: int) -> Tensor:
         """Prunes the columns; returns their scaled errors (rows, columns)."""
@@ -91,9 +96,14 @@ class _Block:
         errors = torch.empty_like(self.work)
         for start in range(0, self.work.shape[1], tile):
             stop = min(start + tile, self.work.shape[1])
-            self._solve_tile(slice(start, stop), errors)
-            rest = slice(stop, self.work.shape[1])
-            self.work[:, rest].addmm_(errors[:, start:stop], self.upper[start:stop, rest], alpha=-1)
+            columns, rest = slice(start, stop), slice(stop, self.work.shape[1])
+            if self.fused is None:
+                self._solve_tile(columns, errors)
+            else:
+                tensors = (self.work, self.kept, errors, self.zeros)
+                parts = (None if tensor is None else tensor[:, columns] for tensor in tensors)
+                self.fused.solve(*parts, self.upper[columns, columns], self.scale[columns], self.choices)
+            self.work[:, rest].addmm_(errors[:, columns], self.upper[columns, rest], alpha=-1)
         return errors
 
     def _without_zeros(self, scores: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -119,3 +129,30 @@ class _Block:
             tile[place:].addr_(self.upper[column, column : columns.stop], error, alpha=-1)
         errors[:, columns] = tile_errors.t()
         self.work[:, columns] = tile.t()
+
+
+def check(kernels: ModuleType, device: torch.device | str) -> None:
+    """Raises AssertionError if the kernels' zeros or values differ from those of PyTorch's operations on a CPU.
+
+    Args:
+        kernels: ``triton_kernels``.
+        device: where they run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    work, upper = (torch.randn(size, 24, generator=generator) for size in (37, 24))
+    work[0, :4] = 1  # equal scores
+    work[1, 4:7] = 0
+    upper = torch.eye(24) + upper.triu(1) / 8
+    scale = upper.diagonal().clone().index_fill_(0, torch.tensor([7, 20]), torch.inf)
+    choices = [(slice(0, 20), Pattern(keep=2, group=4)), (slice(20, 37), Pattern(ratio=0.5))]
+    results = []
+    for place, fused in ((torch.device("cpu"), None), (device, kernels)):
+        own = work.to(place, copy=True)
+        block = _Block(own, upper.to(place), scale.to(place), torch.empty_like(own) > 0, choices, own == 0, fused)
+        results.append([tensor.cpu() for tensor in (block.solve(TILE), own, block.kept)])
+    (*expected, expected_mask), (*values, mask) = results
+    assert torch.equal(mask, expected_mask), "the kernel's zeros differ from those of the CPU"
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+
+
+KERNELS = FusedKernels("sppctl.pruners.triton_kernels", check, "SparseGPT prunes without its GPU kernel, more slowly")

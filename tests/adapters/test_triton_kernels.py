@@ -93,16 +93,6 @@ def test_the_check_accepts_them_and_notices_a_wrong_result(kernels: types.Module
         fused.check(wrong, DEVICE)
 
 
-def test_where_they_do_not_run_a_warning_says_so(kernels: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
-
-    monkeypatch.setattr(fused, "check", fails)
-    with pytest.warns(UserWarning, match=r"more slowly: Failed to find C compiler\.$"):
-        assert fused._fused_on.__wrapped__(torch.device("cpu")) is None
-    assert fused.fused_for(torch.zeros(4, 4)) is None
-
-
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile

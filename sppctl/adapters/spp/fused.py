@@ -1,39 +1,25 @@
-"""Whether a weight's device can use SPP's Triton kernels: each device is tested once, on a small matrix."""
+"""SPP's Triton kernels, and the test that they must pass on a device before they are used there."""
 
 from __future__ import annotations
 
-import functools
-import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from sppctl.fused import FusedKernels
+
 
 def fused_for(weight: Tensor) -> ModuleType | None:
     """``triton_kernels``, if they can be used for this weight."""
-    return _fused_on(weight.device) if weight.is_cuda and weight.is_contiguous() else None
-
-
-@functools.cache
-def _fused_on(device: torch.device) -> ModuleType | None:
-    """The kernels, if they run on the device and give the right results; else None, after a warning."""
-    try:
-        from sppctl.adapters.spp import triton_kernels
-
-        check(triton_kernels, device)
-    except Exception as error:  # no Triton, no C compiler for its launchers, a GPU it does not know, a wrong result
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"SPP trains without its fused GPU kernels, more slowly: {reason}", stacklevel=2)
-        return None
-    return triton_kernels
+    return KERNELS.usable(weight)
 
 
 def check(kernels: ModuleType, device: torch.device | str) -> None:
     """Raises AssertionError if the kernels differ from float64 by more than roundings.
 
     Args:
-        kernels: the module with ``write`` and ``gradients``.
+        kernels: ``triton_kernels``.
         device: where they run.
     """
     generator = torch.Generator().manual_seed(0)
@@ -56,3 +42,8 @@ def check(kernels: ModuleType, device: torch.device | str) -> None:
         for output in (result, written):
             # a unit in the last place: rounded to the nearest on a GPU, cut off by Triton's interpreter
             torch.testing.assert_close(output.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+KERNELS = FusedKernels(
+    "sppctl.adapters.spp.triton_kernels", check, "SPP trains without its fused GPU kernels, more slowly"
+)
