@@ -137,6 +137,13 @@ def test_merging_is_held_to_the_recorded_masks_not_to_the_file_it_finds(run_dir:
     save_file(weights, path, {"format": "pt"})
     rehash(run_dir / "pruned")
     before = tree(run_dir)
+    with pytest.raises(UserError, match=r"adapter was trained on weights with other zeros than these \(mask_digest"):
+        run(force=True).do(MERGE)
+    assert tree(run_dir) == before
+    config = run_dir / "adapter/adapter_config.json"  # an adapter that does not know its zeros
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mask_digest": None}))
+    rehash(run_dir / "adapter")
+    before = tree(run_dir)
     with pytest.raises(UserError, match=rf"pruned/model.safetensors: {Q}.weight does not have the zeros .* recorded"):
         run(force=True).do(MERGE)
     assert tree(run_dir) == before

@@ -38,6 +38,12 @@ def tree_of(directory: Path) -> dict[Any, Any]:
     )
     if isinstance(stages.get("model"), dict):
         stages["model"].pop("compute_dtype", None)  # the dtype computed in, in place of auto
+    settings, recorded = tree.get("eval"), stages.get("eval")
+    if isinstance(settings, dict) and isinstance(recorded, dict):
+        # train.keep_best: perplexity records the first text alone
+        texts = settings.get("perplexity")
+        if isinstance(texts, list) and texts[:1] == recorded.get("perplexity"):
+            del recorded["perplexity"]
     return _joined(_joined(tree, stages, Config()), {"run": {"dir": str(directory)}}, Config())
 
 

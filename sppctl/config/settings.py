@@ -108,9 +108,9 @@ class CalibrationConfig:
     """Text from which the pruner learns which inputs matter."""
 
     dataset: str = _key(
-        "c4",
-        "c4, wikitext2, alpaca, instructions (built in), prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
-        "txt, json, jsonl, csv, tsv or parquet file",
+        "instructions",
+        "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
+        "txt, json, jsonl, csv, tsv or parquet file; with --model alone the default is c4",
         path=True,
     )
     split: str = _key("train", "split of a hub data set")
@@ -170,9 +170,10 @@ class TrainDataConfig:
     """Training data: instructions, conversations, prompts with completions, or plain text."""
 
     dataset: str | dict[str, float] = _key(
-        "alpaca",
-        "alpaca, alpaca-gpt4, instructions (built in); plain text: c4, wikitext2, prose; a hub id; a local txt, json, "
-        "jsonl, csv, tsv or parquet file, or a folder of these; or several with a weight each: {alpaca: 3, own.csv: 1}",
+        "instructions",
+        "instructions (built in), alpaca, alpaca-gpt4; plain text: c4, wikitext2, prose; a hub id; a local txt, json, "
+        "jsonl, csv, tsv or parquet file, or a folder of these; or several with a weight each: {alpaca: 3, own.csv: "
+        "1}; with --model alone the default is alpaca",
         path=True,
     )
     columns: dict[str, str] = _key(

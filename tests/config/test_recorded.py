@@ -56,6 +56,15 @@ def test_an_unfinished_stage_counts_unless_it_was_finished_before(run: Path) -> 
     assert load_config(str(run)).train.rank == 8
 
 
+def test_texts_after_the_first_are_measured_though_training_records_the_first_alone(run: Path) -> None:
+    resolved = {"model": {"path": "c/d"}, "eval": {"perplexity": ["a.txt", "b.txt"], "seq_len": 8}}
+    (run / "resolved.yaml").write_text(dump_yaml(resolved))
+    record(run / "adapter", {"eval": {"perplexity": ["a.txt"], "seq_len": 16}})
+    assert (load_config(str(run)).eval.perplexity, load_config(str(run)).eval.seq_len) == (["a.txt", "b.txt"], 16)
+    (run / "resolved.yaml").write_text(dump_yaml(resolved | {"eval": {"perplexity": ["b.txt", "a.txt"]}}))
+    assert load_config(str(run)).eval.perplexity == ["a.txt"]
+
+
 def test_a_run_without_resolved_yaml_and_one_without_records(run: Path, tmp_path: Path) -> None:
     (run / "resolved.yaml").unlink()
     config = load_config(str(run))
