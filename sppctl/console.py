@@ -184,11 +184,11 @@ class Progress:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[rate]}"),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[message]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=self.total, completed=self.start, text="", rate="")
-            self._fit("", self.start)
+            self._task = self._bar.add_task("", total=self.total, completed=self.start, message="", rate="")
+            self._draw("")
             self._bar.start()
         else:
             note(f"{self.label}: {self.done}/{self.total}")
@@ -198,27 +198,25 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def _fit(self, message: str, done: int) -> None:
-        """Sets the texts of the bar; where the terminal is narrow, names are shortened and numbers kept."""
-        if self._bar is None:
-            return
+    def _draw(self, message: str) -> None:
+        """Updates the bar; where the terminal is narrow, names are shortened and numbers kept."""
         rate, elapsed = "", time.monotonic() - self._started
-        if done > self.start and elapsed:
-            seconds = elapsed / (done - self.start)
-            minutes, rest = divmod(round(seconds * (self.total - done)), 60)
+        if self.done > self.start and elapsed:
+            seconds = elapsed / (self.done - self.start)
+            minutes, rest = divmod(round(seconds * (self.total - self.done)), 60)
             rate = f"{seconds:.1f} s/step" if seconds >= 1 else f"{1 / seconds:.1f}/s"
             rate += f" {minutes // 60}:{minutes % 60:02}:{rest:02} left"
         counts = 2 * len(str(self.total)) + 1
         room = self._bar.console.width - BAR_WIDTH - counts - len("0:00:00") - len(rate) - 5  # spaces between columns
         label, message = fitted(plain(self.label), plain(message), room)
-        self._bar.update(self._task, description=_markup(label), text=_markup(message), rate=rate)
+        shown = {"description": _markup(label), "message": _markup(message), "rate": rate}
+        self._bar.update(self._task, completed=self.done, **shown)
 
     def advance(self, message: str = "", steps: int = 1) -> None:
         """Counts steps as done; ``message`` is about the last one, such as its loss."""
-        self._fit(message, self.done + steps)
         self.done += steps
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, message=_markup(message))
+            self._draw(message)
         now = time.monotonic()
         if now - self._last >= PLAIN_SECONDS or self.done >= self.total:
             self._last = now
