@@ -16,7 +16,8 @@ from accelerate import init_empty_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from sppctl.files.safe_files import INDEX_NAME, OwnFile
+from sppctl.files.names import INDEX_NAME
+from sppctl.files.safe_files import OwnFile
 
 SHARD_BYTES = 5 * 10**9
 

@@ -18,14 +18,15 @@ from sppctl import __version__, console, distributed, launch, options, plugins, 
 from sppctl.config.load import schema, schema_yaml, shipped_configs, to_dict, to_yaml
 from sppctl.console import Verbosity
 from sppctl.errors import StageError, UserError, first_line, with_argument_names
-from sppctl.files.paths import expand
+from sppctl.files.paths import expand, similar_directory
+from sppctl.model import find
 from sppctl.options import Call, Debug, Imports, Json, Quiet, Verbose
 from sppctl.records import to_json
 from sppctl.run.directory import Run
 
 # configuration keys in errors -> arguments of the commands that take a checkpoint instead of a configuration
 ARGUMENT_NAMES = {"model.path": "CHECKPOINT", "model.device": "--device"}
-Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id or package:NAME.")]
+Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id, package:NAME, or a run (its newest checkpoint).")]
 NEXT = {"prune": "train", "train": "merge", "merge": "eval"}
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 F = TypeVar("F", bound=Callable[..., None])
@@ -86,9 +87,10 @@ def run(call: Call) -> None:
     """
     from sppctl.run import pipeline
 
-    pipeline.check_task_names(call.config)
+    run = Run(call.config, force=call.force)
+    pipeline.check_names(run, pipeline.STAGES)
     pipeline.join_processes(call.config)
-    study = pipeline.run_all(Run(call.config, force=call.force), _starter(call))
+    study = pipeline.run_all(run, _starter(call))
     if study is not None:
         show.report(study, call.json)
 
@@ -143,6 +145,7 @@ def _do(name: str, call: Call) -> None:
     from sppctl.run import pipeline, stages
 
     run = Run(call.config, force=call.force, resume=call.resume)
+    pipeline.check_names(run, [name])
     if name != "merge":  # merging needs one process, and checks its inputs itself
         pipeline.join_processes(call.config)
         pipeline.preflight(run, (name,))
@@ -171,10 +174,10 @@ def _eval(call: Call) -> None:
     """
     from sppctl.run import pipeline
 
-    pipeline.check_task_names(call.config)
+    run, models = Run(call.config, force=call.force), [expand(model) for model in call.models]
+    pipeline.check_names(run, ["eval"])
     pipeline.join_processes(call.config)
-    models = [expand(model) for model in call.models]
-    contents = pipeline.evaluate_some(Run(call.config, force=call.force), models, _starter(call))
+    contents = pipeline.evaluate_some(run, models, _starter(call))
     show.results(contents, call.config.run.seed, call.json)
 
 
@@ -211,7 +214,7 @@ def report(
 
     More: docs/evaluation.md
     """
-    paths = [_expanded(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
+    paths = [_existing(path) for path in run_dirs], output and _expanded(output), latex and _expanded(latex)
     from sppctl.run import pipeline
 
     show.report(pipeline.report(*paths), json)
@@ -220,6 +223,16 @@ def report(
 def _expanded(path: Path) -> Path:
     """The path with ``~`` expanded, which shells do not do in --output=~/folder."""
     return Path(expand(str(path)))
+
+
+def _existing(path: str | Path) -> Path:
+    """The directory of a run, or of a part of one; UserError if there is none of that name."""
+    run_dir = Path(expand(str(path)))
+    if not os.path.lexists(run_dir):
+        similar = similar_directory(str(run_dir))
+        fix = "give the run.dir of a run" if similar is None else f"did you mean {similar}?"
+        raise UserError(f"{run_dir} does not exist; {fix}")
+    return run_dir
 
 
 @command
@@ -299,19 +312,25 @@ def inspect(
         expected = Pattern.parse(expect) if expect is not None else None
     except ValueError as error:
         raise UserError(f"--expect: {error}") from error
+    with with_argument_names(ARGUMENT_NAMES):
+        checkpoint = _newest(checkpoint)
+        directory = find.locate_weights(checkpoint)
     from sppctl.files import integrity
     from sppctl.inspect import inspect as stage
-    from sppctl.model.checkpoint import locate_weights
 
-    with with_argument_names(ARGUMENT_NAMES):
-        directory = locate_weights(expand(checkpoint))
     integrity.check_record(directory)
     matrices, summary = stage.measure(directory, expected)
     wrong = stage.violations(matrices, expected, stage.recorded_patterns(directory)) if expected is not None else []
-    show.matrices(checkpoint, matrices, summary, wrong, json)
+    show.matrices(checkpoint, matrices, summary, expected, wrong, json)
     if wrong:
         more = f"\n... and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise StageError(f"{checkpoint} is not {expected}: {len(wrong)} violations\n" + "\n".join(wrong[:3]) + more)
+
+
+def _newest(checkpoint: str) -> str:
+    """The checkpoint of that name; of a run, the newest one."""
+    path = expand(checkpoint)
+    return str(find.newest_checkpoint(Path(path)) or path)
 
 
 @command
@@ -325,9 +344,10 @@ def verify(run_dir: RunDir, json: Json = False, debug: Debug = False) -> None:
 
     More: docs/evaluation.md
     """
+    place = _existing(run_dir)
     from sppctl.run import verify as stage
 
-    files = stage.execute(_expanded(run_dir))
+    files = stage.execute(place)
     show.files(str(run_dir), files, json)
     problems = [file.problem for file in files if file.problem is not None]
     if problems:
@@ -357,10 +377,12 @@ def bench(
         batches = tuple(int(part) for part in batch.split(","))
     except ValueError as error:
         raise UserError("--batch", f"{batch} is not a list of numbers", "write --batch 1,8,32") from error
-    from sppctl.inspect import speed, speed_text
-
     with with_argument_names(ARGUMENT_NAMES):
-        speeds = speed.execute(expand(checkpoint), speed.Settings(batches, prompt, new, repeats, device))
+        checkpoint = _newest(checkpoint)
+        find.directory_of(checkpoint, key="CHECKPOINT")  # before torch is imported
+        from sppctl.inspect import speed, speed_text
+
+        speeds = speed.execute(checkpoint, speed.Settings(batches, prompt, new, repeats, device))
     if json:
         console.show_json(asdict(speeds))
     else:
@@ -393,9 +415,9 @@ def push(
 
     More: docs/serving.md
     """
+    path, options = _existing(directory), {"public": public, "revision": revision, "dry_run": dry_run}
     from sppctl.publish import push as pushing
 
-    path, options = Path(expand(directory)), {"public": public, "revision": revision, "dry_run": dry_run}
     show.upload(pushing.execute(path, repository, pruned=base_model, **options), json)  # type: ignore[arg-type]
 
 
@@ -419,11 +441,13 @@ def generate(
 
     More: docs/serving.md
     """
+    name = expand(run)
+    find.directory_of(name, key="RUN")  # before torch is imported
     from sppctl.publish import generate as generating
 
     settings = generating.Settings(max_new_tokens, temperature, seed, chat, device)
     with with_argument_names(ARGUMENT_NAMES):
-        subjects = generating.subjects_of(expand(run))
+        subjects = generating.subjects_of(name)
         samples = generating.generate(subjects, prompt or generating.PROMPTS, settings)
     show.samples(samples, json)
 
@@ -515,9 +539,10 @@ def clean(
 
     More: docs/cluster.md
     """
+    place = _existing(run_dir)
     from sppctl.run import clean as cleaning
 
-    place, chosen = _expanded(run_dir), cleaning.kinds_of(kinds)
+    chosen = cleaning.kinds_of(kinds)
     show.pieces(str(run_dir), cleaning.free(place, chosen) if yes else cleaning.find(place), chosen, yes, json)
 
 

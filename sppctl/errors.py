@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class UserError(ValueError):
@@ -86,6 +87,13 @@ class Problems:
         """Raises a UserError with all problems, without duplicates, one per line; does nothing if there are none."""
         if self.lines:
             raise UserError("\n".join(dict.fromkeys(self.lines)))
+
+
+def did_you_mean(name: str, names: Mapping[str, str] | Iterable[str]) -> str:
+    """The end of an error about an unknown name: the most similar valid name (of a mapping, the text for it)."""
+    texts = dict(names) if isinstance(names, Mapping) else {valid: valid for valid in names}
+    close = difflib.get_close_matches(name, texts, n=1, cutoff=0.6)
+    return f"; did you mean {texts[close[0]]}?" if close else ""
 
 
 def first_line(error: BaseException | str) -> str:

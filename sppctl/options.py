@@ -75,7 +75,7 @@ OPTIONS = {
     "tasks": _option(str | None, "Comma-separated: ppl, zeroshot, mmlu, wikitext, all, lm-eval tasks."),
     "limit": _option(int | None, "Use only the first N examples of each task (eval.limit)."),
     "resume": _option(bool, "Resume an interrupted training, or discard it."),
-    "force": _option(bool, "Redo completed stages.", "--force"),
+    "force": _option(bool, "Redo the stage of this command even if it is complete (run: all stages).", "--force"),
     "json": Json,
     "quiet": Quiet,
     "verbose": Verbose,

@@ -11,6 +11,7 @@ from sppctl.records import Sample, StageRecord, to_json
 if TYPE_CHECKING:
     from sppctl.doctor import Finding
     from sppctl.inspect.inspect import MatrixSparsity
+    from sppctl.pattern import Pattern
     from sppctl.publish.push import Upload
     from sppctl.report.study import Study
     from sppctl.run.clean import Kind, Piece
@@ -27,16 +28,22 @@ def tables(contents: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def matrices(
-    checkpoint: str, records: Sequence[MatrixSparsity], summary: dict[str, Any], violations: list[str], as_json: bool
+    checkpoint: str,
+    records: Sequence[MatrixSparsity],
+    summary: dict[str, Any],
+    expected: Pattern | None,
+    violations: list[str],
+    as_json: bool,
 ) -> None:
-    """Prints the sparsity of every matrix of a checkpoint."""
+    """Prints the sparsity of every matrix of a checkpoint, and whether they have the expected pattern."""
     if as_json:
         return console.show_json({"summary": summary, "violations": violations, "matrices": to_json(records)})
-    from sppctl.inspect.inspect import sentence
+    from sppctl.inspect.inspect import sentence, verdict
 
     rows = [(m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", " ".join(m.patterns) or "-") for m in records]
     header = ("matrix", "shape", "sparsity", "N:M that hold")
-    return tables([(checkpoint, header, rows)], [sentence(summary)])
+    verdicts = [] if expected is None or violations else [verdict(summary, expected)]
+    return tables([(checkpoint, header, rows)], [sentence(summary), *verdicts])
 
 
 def files(run_dir: str, checked: Sequence[Checked], as_json: bool) -> None:

@@ -22,7 +22,7 @@ __main__     cli
 cli          options sweep run show publish plan doctor inspect model launch config files console distributed records \
              plugins errors pattern
 options      launch config files console plugins errors
-show         sweep run publish report doctor inspect console distributed records
+show         sweep run publish report doctor inspect console distributed records pattern
 sweep        run report launch config files console distributed plugins errors
 __init__     prune merge evaluate adapters pruners pattern
 run          publish report plan merge train prune evaluate data model launch config files console distributed machine \
@@ -60,7 +60,8 @@ BIGGEST = 1 / 8  # of the code, for a room
 LIGHT = ("__main__", "options", "cli", "config", "console", "distributed", "errors", "launch", "machine", "pattern")
 LIGHT += ("plugins", "records", "show", "sweep")
 HEAVY = {"torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "safetensors", "matplotlib", "rich"}
-LIGHT_FILES = {f"files/{name}.py" for name in ("disk", "names", "paths", "sealed", "strict_json")}
+LIGHT_FILES = {f"files/{name}.py" for name in ("cache", "disk", "integrity", "names", "paths", "sealed", "strict_json")}
+LIGHT_FILES |= {"files/sources.py", "data/chat.py", "data/prompts.py", "data/texts.py", "model/find.py"}
 LIGHT_FILES |= {
     f"run/{name}.py" for name in ("attempts", "dense", "directory", "measure", "pipeline", "publish", "stages")
 }

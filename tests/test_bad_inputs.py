@@ -485,7 +485,7 @@ report model
 verify model
     model is not a run directory
 report nowhere
-    nowhere is not a run directory
+    nowhere does not exist
 inspect {long}
     is longer than ... a file name (255)
 report {long}
@@ -503,15 +503,15 @@ inspect model --expect 2:4
 """
 IN_A_RUN = r"""
 prune tiny.yaml --pattern 4:8
-    run/pruned was made with prune.pattern = 2:4, now 4:8; --force redoes it, another run.dir keeps it
+    run/pruned was made with prune.pattern = 2:4, now 4:8 ... --force redoes it, another run.dir keeps it
 run tiny.yaml train.lr=1e-3
-    run/adapter was made with train.lr = 0.01, now 0.001; --force redoes it, another run.dir keeps it
+    run/adapter was made with train.lr = 0.01, now 0.001 ... --force redoes it, another run.dir keeps it
 run tiny.yaml model.compute_dtype=bfloat16
-    run/pruned was made with model.compute_dtype = float32, now bfloat16; --force redoes it
+    run/pruned was made with model.compute_dtype = float32, now bfloat16 ... --force redoes it
 run tiny.yaml merge.dtype=bfloat16
-    run/merged was made with merge.dtype = auto, now bfloat16; --force redoes it
+    run/merged was made with merge.dtype = auto, now bfloat16 ... --force redoes it
 run tiny.yaml run.seed=5
-    run/pruned was made with seed = 0, now 5; --force redoes it
+    run/pruned was made with seed = 0, now 5 ... --force redoes it
 train tiny.yaml prune.pattern=4:8
     prune.pattern = 2:4, now 4:8 ... sppctl prune tiny.yaml prune.pattern=4:8 --force
 prune tiny.yaml --force --model run/pruned

@@ -370,6 +370,7 @@ def test_inspect_certifies_every_checkpoint(command: Command, here: Path, llama:
     for name, expect, sentence in (
         ("run/pruned", ["--expect", "2:4"], sparse),
         ("run/merged", ["--expect", "2:4"], sparse),
+        ("run", ["--expect", "4:8"], "14 of 14 sparse matrices match 4:8, which 2:4 implies"),
         (str(llama), [], "dense: none of 16 matrices is sparse"),
     ):
         outcome = command("inspect", name, *expect)

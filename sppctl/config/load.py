@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -25,7 +24,7 @@ from sppctl.config import recorded
 from sppctl.config.hints import HINTS
 from sppctl.config.settings import BOUNDS, Config
 from sppctl.config.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
-from sppctl.errors import Problems, UserError
+from sppctl.errors import Problems, UserError, did_you_mean
 from sppctl.files.paths import expand, file_stem
 from sppctl.pattern import Pattern
 
@@ -232,13 +231,6 @@ def _suggestion(key: str) -> str:
     leaves = {name.rpartition(".")[2]: name for name in reversed(keys)}
     close = "" if leaf in leaves else did_you_mean(leaf, {name: f"{prefix}{name}" for name in sorted(siblings)})
     return close or did_you_mean(leaf, leaves) or SEE_SCHEMA + (f", section {section}" if prefix else "")
-
-
-def did_you_mean(name: str, names: Mapping[str, str] | Iterable[str]) -> str:
-    """The end of an error about an unknown name: the most similar valid name (of a mapping, the text for it)."""
-    texts = dict(names) if isinstance(names, Mapping) else {valid: valid for valid in names}
-    close = difflib.get_close_matches(name, texts, n=1, cutoff=0.6)
-    return f"; did you mean {texts[close[0]]}?" if close else ""
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -24,7 +24,6 @@ from sppctl.errors import UserError
 from sppctl.files import cache, sources
 
 IGNORED = -100  # the label that the loss leaves out
-SHORT_NAMES = tuple(dict.fromkeys(("instructions", *HUB_ROWS, *texts.NAMES)))  # of data sets
 CACHE_FORMAT = 3  # raised when examples are made in another way, so that older cache files are not used
 
 
@@ -72,7 +71,7 @@ def load_instructions(
     row are not trained on.
 
     Args:
-        weights: data sets and the weights of their rows: one of SHORT_NAMES, a hub id, or a local file or folder. The
+        weights: data sets and the weights of their rows: one of texts.ROWS, a hub id, or a local file or folder. The
             weight of a single data set has no effect.
         split: split of hub data sets and folders.
         columns: columns of the data sets that have other names, by the names of the format.
@@ -125,7 +124,7 @@ def find(names: Collection[str], split: str) -> dict[str, Path | None]:
         UserError: a name is that of a folder without data, or a split is given and no data set is on the hub.
     """
     texts.check_split("train.data.split", split, *(HUB_ROWS.get(name, name) for name in names))
-    return {name: None if name in SHORT_NAMES else texts.local_file(name, KEY, folders=True) for name in names}
+    return {name: None if name in texts.ROWS else texts.local_file(name, KEY, folders=True) for name in names}
 
 
 def _remove_duplicates_of_held_out(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
@@ -164,7 +163,7 @@ def _load(name: str, file: Path | None, split: str, mapping: Mapping[str, str]) 
         documents = [text.joiner.join(text.documents)] if text.running else text.documents
         return [{"text": document} for document in documents], ["text"]
     columns = (*formats.READ, *mapping.values())
-    return texts.load_rows(HUB_ROWS.get(name, name), file, split, KEY, columns=columns, short_names=SHORT_NAMES)
+    return texts.load_rows(HUB_ROWS.get(name, name), file, split, KEY, columns=columns, short_names=texts.ROWS)
 
 
 def _standard(name: str, rows: list[Row], columns: list[str], mapping: Mapping[str, str], cut: Cut) -> list[Row]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sppctl.data.prompts import Row, formatted
-from sppctl.errors import UserError, first_line
+from sppctl.errors import UserError, did_you_mean, first_line
 from sppctl.files import sources
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -184,6 +184,7 @@ _TEXTS: dict[str, Callable[[str], Text]] = {
 
 
 NAMES = tuple(_TEXTS)
+ROWS = tuple(dict.fromkeys(("instructions", *HUB_ROWS, *NAMES)))  # short names of training data
 
 
 def built_in_rows(split: str) -> list[Row]:
@@ -215,6 +216,19 @@ def local_file(name: str, key: str, *, folders: bool = False) -> Path | None:
     if path.is_file() and _form(path) in PACKED_FILES:
         raise UserError(f"{key}: {path} is packed in a format that is not supported; unpack it, or use gzip")
     return path if path.is_file() else None
+
+
+def check_name(name: str, key: str, *, rows: bool = False) -> None:
+    """Raises UserError for a name that no text, or no training data (``rows``), can have."""
+    short_names = ROWS if rows else NAMES
+    if name not in short_names and not os.path.lexists(name) and not is_hub_id(name):
+        raise _unknown(name, key, short_names)
+
+
+def _unknown(name: str, key: str, short_names: Iterable[str]) -> UserError:
+    names = ", ".join(short_names)
+    problem = f"{key}: {name} is not a file, not one of {names}, and not a hub id (OWNER/NAME)"
+    return UserError(problem + did_you_mean(name, short_names))
 
 
 def is_hub_id(name: str) -> bool:
@@ -303,8 +317,7 @@ def load_rows(
                 rows = rows.select_columns(_readable(all_columns, columns))  # type: ignore[attr-defined]
             loaded = list(_first(rows) if part else rows)
     else:
-        names = ", ".join(short_names)
-        raise UserError(f"{key}: {name} is not a file, not one of {names}, and not a hub id (OWNER/NAME)")
+        raise _unknown(name, key, short_names)
     return loaded, all_columns or _union(loaded)
 
 

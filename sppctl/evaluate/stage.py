@@ -27,7 +27,7 @@ from sppctl.evaluate.perplexities import DenseModel, Windows
 from sppctl.evaluate.results import AnyResult, Measure, Results, TaskMeasure, TaskResult, TextMeasure, TextResult
 from sppctl.evaluate.subjects import Subject
 from sppctl.inspect import inspect
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import CHARACTERS, Work
 from sppctl.model.weights import check_directory
@@ -99,7 +99,7 @@ def _check_reference(config: Config, skeleton: Any) -> None:
     if name in (None, "base") or not config.eval.perplexity:
         return
     assert name is not None
-    directory = checkpoint.locate(name, key="eval.divergence")
+    directory = find.locate(name, key="eval.divergence")
     reference = checkpoint.load_config(directory, config.model.trust_remote_code)
     sizes = [int(model.get_text_config().vocab_size) for model in (reference, skeleton.config)]
     if sizes[0] != sizes[1]:

@@ -13,7 +13,7 @@ from sppctl import console, distributed
 from sppctl.errors import UserError
 from sppctl.files import integrity
 from sppctl.files.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.model.refreshed import REFRESHED
 from sppctl.model.weights import empty_model
 
@@ -131,7 +131,7 @@ def _verified(directory: Path) -> dict[str, Any] | None:
 
 def _from_the_hub(adapter: Path, name: str) -> Path:
     try:
-        return checkpoint.locate(name)
+        return find.locate(name)
     except UserError as error:
         problem = f"{adapter} was trained on {name}, which was not found"
         raise UserError(f"{problem}; put the pruned checkpoint next to it as pruned/") from error

@@ -13,12 +13,12 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDERS = ("windows", "examples")  # of calibration, of training
 
@@ -47,6 +47,8 @@ def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of an entry; both empty if it does not exist or is damaged."""
     if path is None:
         return {}, {}
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -59,6 +61,8 @@ def read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write(path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes an entry with its hash."""
     if path is not None:
+        from safetensors.torch import save
+
         store(path, save(tensors, metadata | {"hash": seal(path, tensors, metadata)}))
 
 

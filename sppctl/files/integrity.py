@@ -16,15 +16,14 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sppctl.errors import UserError
 from sppctl.files import cache, sealed
 from sppctl.files.names import RECORD
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 1 << 24  # bytes
 REMEMBERED = 1 << 20  # bytes; smaller files are read each time
@@ -101,6 +100,8 @@ def explain(path: Path, state: str, remedy: str) -> str:
 
 def mask_digest(weight: Tensor) -> str:
     """A hash of a matrix's shape and of the positions of its nonzero weights."""
+    import numpy as np
+
     mask = (weight != 0).cpu().contiguous().numpy()
     return hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest()
 
@@ -112,6 +113,8 @@ def masks_digest(masks: Mapping[str, str]) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """A hash of the bytes of a tensor."""
+    import torch
+
     return hashlib.sha256(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 

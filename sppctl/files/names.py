@@ -1,7 +1,9 @@
-"""Names of directories and files in a run directory."""
+"""Names of directories and files in a run directory, and of weights."""
 
 DIRECTORIES = {"prune": "pruned", "train": "adapter", "merge": "merged"}  # what each stage publishes
 LOG = "sppctl.log"  # of a run: the messages of all commands, with times
+# transformers' names: the weights, or the index of their shards
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 RECORD = "stage.json"  # settings, inputs and results of a published directory; written last
 FOREIGN = "foreign adapter"  # merging: the input that is an adapter without a record of training
 RESOLVED = "resolved.yaml"  # the configuration of the last command

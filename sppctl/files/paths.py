@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import os
+from pathlib import Path
 
 from sppctl.errors import UserError
 
@@ -40,3 +43,20 @@ def file_stem(name: str) -> str:
     if len(encoded) <= LONGEST_STEM:
         return name
     return f"{encoded[: LONGEST_STEM - 9].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+
+
+def similar_directory(path: str) -> str | None:
+    """The existing directory with the most similar name to a path that does not exist; None if none is similar."""
+    found = Path()
+    for part in Path(path).parts:
+        name = part
+        if not (found / part).is_dir():
+            names: list[str] = []
+            with contextlib.suppress(OSError):
+                names = sorted(entry.name for entry in found.iterdir() if entry.is_dir())
+            close = difflib.get_close_matches(part, names, n=1)
+            if not close:
+                return None
+            name = close[0]
+        found /= name
+    return str(found)

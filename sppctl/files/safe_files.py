@@ -24,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from sppctl.errors import UserError
 from sppctl.files.disk import FULL, sync, writing
+from sppctl.files.names import INDEX_NAME, SINGLE_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SHARD = re.compile(r"(shard-\d+-)?model-\d+-of-\d+\.safetensors")  # transformers' names of shards
 _DTYPES = {

@@ -88,13 +88,16 @@ def measure(directory: Path, *extra: Pattern | None) -> tuple[list[MatrixSparsit
 
 def _tightest(patterns: list[Pattern]) -> list[str]:
     """Without those that a sparser or finer one of the list implies (2:4 implies 4:8)."""
-
-    def implies(a: Pattern, b: Pattern) -> bool:
-        a_keep, a_group, b_keep, b_group = a.keep or 0, a.group or 1, b.keep or 0, b.group or 1
-        return a != b and b_group % a_group == 0 and a_keep * (b_group // a_group) <= b_keep
-
     # both directions hold for no two different patterns, so nothing drops out together
-    return sorted(str(p) for p in patterns if not any(implies(stricter, p) for stricter in patterns))
+    return sorted(str(p) for p in patterns if not any(_implies(stricter, p) for stricter in patterns))
+
+
+def _implies(a: Pattern, b: Pattern) -> bool:
+    """Whether a matrix with the N:M pattern ``a`` also has another pattern ``b``."""
+    if not b.is_structured:
+        return a.sparsity >= b.sparsity
+    a_keep, a_group, b_keep, b_group = a.keep or 0, a.group or 1, b.keep or 0, b.group or 1
+    return a != b and b_group % a_group == 0 and a_keep * (b_group // a_group) <= b_keep
 
 
 def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:
@@ -146,6 +149,14 @@ def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
         except (OSError, ValueError, LookupError, TypeError):
             continue  # no record, or one of another stage
     return None
+
+
+def verdict(summary: dict[str, Any], expected: Pattern) -> str:
+    """The sentence about a checkpoint whose sparse matrices all have a pattern."""
+    number = summary["sparse_matrices"]
+    stricter = [text for text in summary["patterns"] if _implies(Pattern.parse(text), expected)]
+    reason = f", which {stricter[0]} implies" if stricter else ""
+    return f"{number} of {number} sparse matrices match {expected}{reason}"
 
 
 def sentence(summary: dict[str, Any]) -> str:

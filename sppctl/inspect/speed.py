@@ -20,7 +20,7 @@ from sppctl.inspect.semi_structured import TwoWeights, no_kernel, supports_shape
 from sppctl.inspect.speed_text import BatchSpeed, Bench, Kernel, notes
 from sppctl.inspect.storage import storage
 from sppctl.machine import cpu_name
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import holds
 
@@ -52,7 +52,7 @@ def execute(path: str, settings: Settings) -> Bench:
     Raises:
         UserError: no checkpoint, no such device, or windows longer than the model allows.
     """
-    directory = checkpoint.locate(path)
+    directory = find.locate(path)
     limit = checkpoint.max_window(checkpoint.load_config(directory))
     if limit is not None and settings.prompt + settings.new > limit:
         raise UserError(

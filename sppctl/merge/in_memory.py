@@ -13,7 +13,7 @@ from sppctl.errors import UserError
 from sppctl.files import disk, integrity
 from sppctl.files.names import RECORD
 from sppctl.merge import stage
-from sppctl.model import checkpoint
+from sppctl.model import find
 from sppctl.records import MergeRecord
 
 
@@ -41,8 +41,8 @@ def merge_adapter(
     if target.exists():
         raise UserError("merge_adapter", f"{target} exists", "name a new directory")
     config = config_of({"merge": options, "model": {"path": str(pruned)}}, "merge_adapter")
-    base = checkpoint.locate(str(pruned), key="pruned")
-    trained = checkpoint.locate(str(adapter), key="adapter", adapters=True)
+    base = find.locate(str(pruned), key="pruned")
+    trained = find.locate(str(adapter), key="adapter", adapters=True)
     is_pruned_here = (integrity.check_record(base) or {}).get("stage") == "prune"
     pruning = records.read(base / RECORD, "prune").metrics if is_pruned_here else None
     prepared = stage.prepare(config, base, trained, pruning, stage.training_of(trained, base), target)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sppctl.errors import UserError, first_line
 from sppctl.model import checkpoint
+from sppctl.model.find import locate
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "architectures"
 
@@ -29,9 +30,9 @@ def find(
     from transformers import AutoConfig
 
     if gguf_file is not None:
-        return checkpoint.load_gguf_config(checkpoint.locate(path, gguf_file, revision), gguf_file), f"{gguf_file}"
+        return checkpoint.load_gguf_config(locate(path, gguf_file, revision), gguf_file), f"{gguf_file}"
     if path.startswith(("package:", ".", "/")) or Path(path).exists():
-        directory = checkpoint.locate(path, revision=revision)
+        directory = locate(path, revision=revision)
         return checkpoint.load_config(directory, trust_remote_code), f"config.json in {directory}"
     try:
         file, source = try_to_load_from_cache(path, "config.json", revision=revision), "config.json in the hub's cache"

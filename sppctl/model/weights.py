@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sppctl.errors import UserError, first_line
-from sppctl.files.safe_files import INDEX_NAME, SINGLE_NAME, TensorFiles
+from sppctl.files.names import INDEX_NAME, SINGLE_NAME
+from sppctl.files.safe_files import TensorFiles
 from sppctl.machine import dtype_name
 from sppctl.model.checkpoint import load_config, quiet_libraries
 from sppctl.model.targets import EXPERT_PARTS, stored_parts

@@ -13,7 +13,7 @@ from sppctl.data import vocabulary
 from sppctl.errors import Problems, UserError
 from sppctl.files.disk import demand_space
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.model.blocks import Decoder, Skeleton, refuse_quantised
 from sppctl.model.estimate import Work
 from sppctl.model.targets import Target
@@ -185,7 +185,7 @@ def _check_mask(
     if prune.mask_from is None:
         return
     try:
-        files = TensorFiles(checkpoint.locate(prune.mask_from, key="prune.mask_from"))
+        files = TensorFiles(find.locate(prune.mask_from, key="prune.mask_from"))
     except UserError as error:
         raise error.under("prune.mask_from") from error
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
@@ -207,7 +207,7 @@ def _check_files(config: Config, skeleton: Skeleton) -> None:
             problem = f"{model.path} is quantised ({getattr(method, 'value', method)}), which cannot be pruned"
             raise UserError("model.path", problem, "use the unquantised model")
         assert model.path is not None
-        files = TensorFiles(checkpoint.locate(model.path, revision=model.revision))
+        files = TensorFiles(find.locate(model.path, revision=model.revision))
         refuse_quantised(files)
         needed = checkpoint.weight_bytes(files.directory, model.dtype)
     else:  # GGUF: unpacked, then copied

@@ -15,7 +15,7 @@ from sppctl.errors import StageError
 from sppctl.files import cache, sealed
 from sppctl.files.names import ALLOCATION, COPIED, JOURNAL
 from sppctl.files.safe_files import OwnFiles, TensorFiles
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.model.blocks import BlockStack, Decoder
 from sppctl.pattern import Pattern
 from sppctl.prune import calibrate
@@ -87,7 +87,7 @@ def prune_decoder(
         out: files of a copy of the checkpoint; None: only the model in memory is pruned.
         callback: called after each matrix with its record, the number of pruned matrices, and that of all.
     """
-    masks = None if prune.mask_from is None else TensorFiles(checkpoint.locate(prune.mask_from))
+    masks = None if prune.mask_from is None else TensorFiles(find.locate(prune.mask_from))
     plan = PrunePlan(prune, prepared.targets, prepared.patterns, masks)
     windows = None if drawn is None else drawn.tokens[distributed.rank() :: distributed.world_size()]
     if measures_blocks(prune):

@@ -15,7 +15,7 @@ from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
 from sppctl.evaluate.subjects import Subject
 from sppctl.files.names import DIRECTORIES, RECORD
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.records import Completion, Sample
 
 PROMPTS = EvalConfig().prompts
@@ -46,7 +46,7 @@ def subjects_of(name: str) -> list[Subject]:
     own = {label: run_dir / label for label in (DIRECTORIES["prune"], DIRECTORIES["merge"])}
     found = [Subject.at(label, path) for label, path in own.items() if (path / RECORD).is_file()]
     if not found:
-        return [Subject.at(name, checkpoint.locate(name, key="RUN", adapters=True))]
+        return [Subject.at(name, find.locate(name, key="RUN", adapters=True))]
     base = _base(run_dir)
     return found if base is None else [Subject("base", base), *found]
 
@@ -60,7 +60,7 @@ def _base(run_dir: Path) -> Path | None:
     model = pruned.settings.get("model", {})
     try:
         unpacked = run_dir / "base"
-        directory = unpacked if model.get("gguf_file") else checkpoint.locate(model["path"], None, model["revision"])
+        directory = unpacked if model.get("gguf_file") else find.locate(model["path"], None, model["revision"])
         if checkpoint.fingerprint(directory) == pruned.inputs["base"]:
             return directory
         reason = f"{directory} holds other weights than were pruned"

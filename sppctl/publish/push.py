@@ -123,6 +123,9 @@ def _contents(directory: Path, stage: str, repository: str, pruned: str | None) 
         integrity.check(directory, record.files, records.remedy(stage, directory))
     contents: dict[str, Path | bytes] = {name: directory / name for name in sorted(record.files)}
     if stage == "train":
+        if pruned is None:
+            base = f"{directory.parent}/{DIRECTORIES['prune']}"
+            console.warn(f"nobody else has the base of this adapter, {base}: push it too, and name it in --base-model")
         settings = adapter_settings(directory) | {BASE_NAME: pruned}
         contents[ADAPTER_CONFIG] = strict_json.dumps(settings, indent=2, sort_keys=True).encode()
     elif pruned is not None:

@@ -14,6 +14,7 @@ from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.files import sealed
 from sppctl.files.names import RECORD
+from sppctl.model import find
 from sppctl.records import UnpackedRecord, from_json
 
 if TYPE_CHECKING:
@@ -33,11 +34,9 @@ class Outline:
 
 def locate(config: Config) -> Path:
     """The directory of model.path, which may hold the model as a GGUF file."""
-    from sppctl.model import checkpoint
-
     model = config.model
     assert model.path is not None
-    return checkpoint.locate(model.path, model.gguf_file, model.revision)
+    return find.locate(model.path, model.gguf_file, model.revision)
 
 
 def base(run: Run) -> Path:
@@ -89,17 +88,19 @@ def _unpack(run: Run, source: Path, target: Path) -> None:
 
 def outline(run: Run, directory: Path | None = None) -> Outline:
     """The configured model, or the model in a directory, without weights, for checks; unpacks and writes nothing."""
-    from sppctl.files.safe_files import TensorFiles
-    from sppctl.model import blocks, checkpoint, weights
-
     model = run.config.model
     trust, gguf_file = model.trust_remote_code, model.gguf_file
     unpacked = run.directory / BASE
-    if directory is None and gguf_file is not None and not unpacked.is_dir():
-        source = locate(run.config)
+    packed = directory is None and gguf_file is not None and not unpacked.is_dir()
+    source = directory or (unpacked if gguf_file is not None and not packed else locate(run.config))
+    # after a model that does not exist has been reported
+    from sppctl.files.safe_files import TensorFiles
+    from sppctl.model import blocks, checkpoint, weights
+
+    if packed:
+        assert gguf_file is not None
         skeleton = blocks.Skeleton(checkpoint.load_gguf_config(source, gguf_file), trust_remote_code=trust)
         return Outline(skeleton, checkpoint.load_tokenizer(source, trust, gguf_file))
-    source = directory or (unpacked if gguf_file is not None else locate(run.config))
     files = TensorFiles(source)
     skeleton = blocks.Skeleton(checkpoint.load_config(source, trust), trust_remote_code=trust)
     weights.check_weights(files, skeleton.model)

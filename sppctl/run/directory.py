@@ -176,7 +176,7 @@ class Run(RunDirectory):
         if unfinished is not None and not differences(unfinished, attempt.settings, attempt.inputs):
             return None, unfinished
         if record is not None and not self.force:
-            fix = "--force redoes it, another run.dir keeps it"
+            fix = f"{self.command(stage, '--force')} redoes it, another run.dir keeps it"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
         self.check_attempt(stage, attempt.inputs)
         return None, None

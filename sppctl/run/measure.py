@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed
-from sppctl.config import recorded
-from sppctl.config.load import did_you_mean
-from sppctl.errors import UserError, WriteError
+from sppctl.errors import UserError, WriteError, did_you_mean
 from sppctl.files import paths
 from sppctl.files.names import DIRECTORIES
+from sppctl.model import find
 from sppctl.run import dense
 from sppctl.run.directory import Run
 from sppctl.run.stages import choose_dtype
@@ -76,12 +75,11 @@ def _dense_model(run: Run, checkpoints: dict[str, Path]) -> DenseModel | None:
     The run's dense model is the reference only for the run's own checkpoints; others need an explicit reference.
     """
     from sppctl.evaluate.perplexities import DenseModel
-    from sppctl.model import checkpoint
 
     name = run.config.eval.divergence
     if name is None or not run.config.eval.perplexity or (name == "base" and not checkpoints.keys() & STAGE_OF.keys()):
         return None
-    directory = dense.same_base(run) if name == "base" else checkpoint.locate(name, key="eval.divergence")
+    directory = dense.same_base(run) if name == "base" else find.locate(name, key="eval.divergence")
     return DenseModel(name, directory, run.config.model.trust_remote_code, run.directory)
 
 
@@ -90,8 +88,6 @@ def checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | None
 
     The base model has no directory yet, since it may have to be unpacked first.
     """
-    from sppctl.model import checkpoint
-
     if not models:
         models = [next((label for label in ("merged", "pruned") if run.record(STAGE_OF[label]) is not None), "base")]
     directories: dict[str, Path | None] = {}
@@ -99,27 +95,24 @@ def checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | None
         label, path = _checkpoint_to_measure(run, model)
         same_label = directories.get(label)
         if path is not None and same_label is not None and same_label.resolve() != path.resolve():
+            from sppctl.model import checkpoint
+
             label = f"{label}-{checkpoint.fingerprint(path)[:6]}"
         directories[label] = path
     return directories
 
 
 def _checkpoint_to_measure(run: Run, model: str) -> tuple[str, Path | None]:
-    from sppctl.model import checkpoint
-
     if model == "base":
         return model, None
     if model in STAGE_OF and run.record(STAGE_OF[model]) is not None:
         return model, run.path(STAGE_OF[model])
     try:
-        directory = checkpoint.locate(model, key="--model", adapters=True)
+        directory = find.locate(model, key="--model", adapters=True)
     except UserError as error:
         if model in STAGE_OF:
             problem = f"{run.path(STAGE_OF[model])} does not exist yet"
             raise UserError("--model", problem, f"make it: {run.command(STAGE_OF[model])}") from error
-        if recorded.is_run(Path(model)):
-            fix = f"name one of its checkpoints, such as {Path(model) / 'merged'}"
-            raise UserError("--model", f"{model} is a run, not a checkpoint", fix) from error
         if "/" not in model and (hint := did_you_mean(model, (dense.BASE, *STAGE_OF))):
             raise UserError(f"--model: {model} is not a checkpoint{hint}") from error
         raise

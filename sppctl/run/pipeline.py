@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed, launch, machine
-from sppctl.config.settings import Config
+from sppctl.config.settings import Config, names_of
 from sppctl.errors import Problems, StageError, UserError, first_line
 from sppctl.run import dense, measure
 from sppctl.run.directory import Run
@@ -33,12 +33,25 @@ def join_processes(config: Config) -> None:
         distributed.connect(checkpoint.pick_device(config.model.device))
 
 
-def check_task_names(config: Config) -> None:
-    """Raises UserError for an unknown task in a fraction of a second: :func:`preflight` loads libraries first."""
+def check_names(run: Run, stages: Iterable[str]) -> None:
+    """Raises UserError for unknown texts and tasks at once: :func:`preflight` loads libraries first."""
+    from sppctl.data import texts
     from sppctl.evaluate import task_names
 
-    if config.eval.include_path is None:
-        task_names.check(config.eval.tasks)
+    config, problems = run.config, Problems()
+    for stage in stages:
+        with problems:
+            if stage == "prune" and run.will_do(stage):
+                texts.check_name(config.prune.calibration.dataset, "prune.calibration.dataset")
+            elif stage == "train" and run.will_do(stage):
+                for name in names_of(config.train.data.dataset):
+                    texts.check_name(name, "train.data.dataset", rows=True)
+            elif stage == "eval":
+                for name in config.eval.perplexity:
+                    texts.check_name(name, "eval.perplexity")
+                if config.eval.include_path is None:
+                    task_names.check(config.eval.tasks)
+    problems.raise_all()
 
 
 def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, *, announce: bool = False) -> None:
@@ -54,11 +67,11 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
         UserError: every problem, one per line.
     """
     run.check_directory()
+    outline = run.outline() if directory is None else dense.outline(run, directory)
     from sppctl.merge.rules import check_mask
     from sppctl.model import checkpoint
 
     checkpoint.pick_device(run.config.model.device)
-    outline = run.outline() if directory is None else dense.outline(run, directory)
     problems = Problems()
     work: dict[str, Work] = {}
     for stage in stages:
@@ -169,11 +182,11 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
     run.check_directory()
     if not (run.config.eval.perplexity or run.config.eval.tasks):
         raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; add a text or a task")
+    directories = measure.checkpoints_to_measure(run, models)
     from sppctl.evaluate import stage
     from sppctl.evaluate.results import Results
     from sppctl.evaluate.subjects import Subject
 
-    directories = measure.checkpoints_to_measure(run, models)
     for label, path in directories.items():
         subject = Subject.at(label, path) if path is not None else None
         preflight(run, ("eval",), subject.directory if subject is not None else None)

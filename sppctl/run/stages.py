@@ -69,13 +69,13 @@ class Prune:
     def inputs(self, run: Run) -> dict[str, str]:
         """Dense model, calibration text, tokenizer, and the checkpoint of prune.mask_from."""
         from sppctl.evaluate import subjects
-        from sppctl.model import checkpoint
+        from sppctl.model import checkpoint, find
 
         base, mask = dense.base(run), run.config.prune.mask_from
         inputs = {"base": subjects.fingerprint(base), "tokenizer": checkpoint.tokenizer_fingerprint(base)}
         inputs |= self._data(run.config) | _newer_data(run, self.name)
         if mask is not None:
-            inputs["mask"] = subjects.fingerprint(checkpoint.locate(mask, key="prune.mask_from"))
+            inputs["mask"] = subjects.fingerprint(find.locate(mask, key="prune.mask_from"))
         return inputs
 
     def _data(self, config: Config) -> dict[str, str]:
@@ -178,10 +178,10 @@ class Merge:
     def _foreign(self, run: Run) -> Path | None:
         """An adapter that was trained elsewhere: merge.adapter, else one in RUN/adapter that no stage has recorded."""
         from sppctl.files.safe_files import ADAPTER_CONFIG
-        from sppctl.model import checkpoint
+        from sppctl.model import find
 
         if run.config.merge.adapter is not None:
-            return checkpoint.locate(run.config.merge.adapter, key="merge.adapter", adapters=True)
+            return find.locate(run.config.merge.adapter, key="merge.adapter", adapters=True)
         own = run.path("train")
         return own if (own / ADAPTER_CONFIG).is_file() and not (own / RECORD).exists() else None
 

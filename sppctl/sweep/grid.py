@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl.config.load import config_keys, did_you_mean, find_file, load_config, quoted, shown
+from sppctl.config.load import config_keys, find_file, load_config, quoted, shipped_configs, shown
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import parse_yaml, read_yaml
-from sppctl.errors import UserError
+from sppctl.errors import UserError, did_you_mean
 from sppctl.files import paths
 
 Point = dict[str, Any]  # configuration key -> value
@@ -130,11 +130,13 @@ def _word(key: str, value: Any) -> str:
 
 def _problems(tree: Any) -> Iterator[str]:
     if not isinstance(tree, dict) or "grid" not in tree:
-        yield "a sweep needs `grid:`, configuration keys with the lists of their values (prune.pattern: [2:4, 4:8])"
+        needed = "configuration keys with the lists of their values (prune.pattern: [2:4, 4:8])"
+        yield f"a sweep needs `grid:`, {needed}; {_example()}"
         return
     for key in tree:
         if key not in KEYS:
-            yield f"{key}: unknown key{did_you_mean(str(key), KEYS) or '; a sweep has ' + ', '.join(KEYS)}"
+            keys = f"; a sweep has {', '.join(KEYS)}; {_example()}"
+            yield f"{key}: unknown key{did_you_mean(str(key), KEYS) or keys}"
     for key in ("base", "dir"):
         if key in tree and not (isinstance(tree[key], str) and tree[key]):
             yield f"{key}: expected text, found {shown(tree[key])}"
@@ -156,6 +158,10 @@ def _problems(tree: Any) -> Iterator[str]:
         return
     for number, rule in enumerate(exclude, 1):
         yield from (f"exclude, entry {number}: {problem}" for problem in _rule_problems(rule, grid))
+
+
+def _example() -> str:
+    return f"docs/evaluation.md describes sweeps, {shipped_configs(sweeps=True)['sweep-example']} is an example"
 
 
 def _grid_problems(key: str, values: Any) -> Iterator[str]:

@@ -33,14 +33,15 @@ def check(sweep: Sweep, existing: bool = True) -> None:
     """
     problems: dict[str, list[str]] = {}
     for source in sweep.dense.values():
-        pipeline.check_task_names(source.config)
         outline = Run(source.config).outline()
         for member in sweep.runs_of(source):
             try:
                 if not (member.config.eval.perplexity or member.config.eval.tasks):
                     empty = "eval.perplexity and eval.tasks are both empty, there would be nothing to compare"
                     raise UserError(f"{empty}; add a text or a task")
-                pipeline.preflight(Run(member.config, loaded=outline), pipeline.STAGES)
+                run = Run(member.config, loaded=outline)
+                pipeline.check_names(run, pipeline.STAGES)
+                pipeline.preflight(run, pipeline.STAGES)
             except UserError as error:
                 for line in error.lines:
                     problems.setdefault(line, []).append(member.name)

@@ -24,7 +24,7 @@ from sppctl import distributed
 from sppctl.config.settings import Config, DistillConfig
 from sppctl.errors import UserError
 from sppctl.files import integrity
-from sppctl.model import checkpoint
+from sppctl.model import checkpoint, find
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
 from sppctl.records import DistillationRecord
@@ -73,7 +73,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
 
 def locate(teacher: str) -> Path:
     """The directory of a teacher that is not ``base``; UserError if there is none."""
-    return checkpoint.locate(teacher, key="train.distill.teacher")
+    return find.locate(teacher, key="train.distill.teacher")
 
 
 def load(config: Config, base: Path | None, device: torch.device, dtype: str) -> Distillation | None:

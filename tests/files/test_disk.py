@@ -12,7 +12,7 @@ import pytest
 from sppctl.config.load import load_config
 from sppctl.errors import UserError, WriteError
 from sppctl.files import disk
-from sppctl.model import checkpoint
+from sppctl.model import find
 from sppctl.run.directory import Run
 
 
@@ -49,7 +49,7 @@ def test_odd_files_of_a_checkpoint_are_found_when_it_is_located(
     if kind == "unreadable":  # whoever is root may read everything
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != odd)
     reason = {"broken link": "cannot be read .No such file", "unreadable": "cannot be read .permission denied"}
-    for locate in (checkpoint.locate, checkpoint.locate_weights):
+    for locate in (find.locate, find.locate_weights):
         with pytest.raises(UserError, match=rf"{name} {reason.get(kind, 'is not a regular file')}"):
             locate(str(tmp_path / "model"))
 

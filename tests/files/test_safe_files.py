@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from sppctl.errors import UserError
+from sppctl.files.names import INDEX_NAME
 from sppctl.files.safe_files import (
-    INDEX_NAME,
     OwnFile,
     OwnFiles,
     TensorFile,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sppctl.inspect.inspect import MatrixSparsity, measure, recorded_patterns, sentence, violations
+from sppctl.inspect.inspect import MatrixSparsity, measure, recorded_patterns, sentence, verdict, violations
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import holds
 
@@ -206,6 +206,22 @@ def test_a_dense_checkpoint(llama: Path, make_checkpoint: Callable[..., Path]) -
 def test_each_violation_is_named(tensors: list[Tensor], text: str, expected: list[str], tmp_path: Path) -> None:
     measured, _ = measure(saved(tmp_path, **{f"w{i}": tensor for i, tensor in enumerate(tensors)}), pattern(text))
     assert violations(measured, pattern(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text", "said"),
+    [
+        ([TWO_OF_FOUR, ONE_OF_FOUR], "2:4", "2 of 2 sparse matrices match 2:4"),
+        ([TWO_OF_FOUR], "4:8", "1 of 1 sparse matrices match 4:8, which 2:4 implies"),
+        ([TWO_OF_EIGHT], "4:16", "1 of 1 sparse matrices match 4:16, which 2:8 implies"),
+        ([TWO_OF_FOUR], "0.5", "1 of 1 sparse matrices match 0.5, which 2:4 implies"),
+        ([rows("..xxxxx", "x.x.xxx")], "0.25", "1 of 1 sparse matrices match 0.25"),
+    ],
+)
+def test_the_verdict_says_what_holds_and_why(tensors: list[Tensor], text: str, said: str, tmp_path: Path) -> None:
+    measured, summary = measure(saved(tmp_path, **{f"w{i}": t for i, t in enumerate(tensors)}), pattern(text))
+    assert violations(measured, pattern(text)) == []
+    assert verdict(summary, pattern(text)) == said
 
 
 def test_a_model_that_is_half_dense_meets_no_expectation(tmp_path: Path) -> None:

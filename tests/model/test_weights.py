@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sppctl.errors import UserError
-from sppctl.files.safe_files import INDEX_NAME, SINGLE_NAME
+from sppctl.files.names import INDEX_NAME, SINGLE_NAME
 from sppctl.model.blocks import BlockStack
 from sppctl.model.checkpoint import load_model
 from sppctl.model.weights import check_directory, refuse_random

@@ -75,7 +75,10 @@ def test_an_adapter_goes_without_paths_and_loads_on_the_pruned_weights(
     assert set(there) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] == "me/pruned"
     assert ModelCard(there["README.md"].decode()).data.to_dict()["base_model"] == "me/pruned"
-    assert command("push", str(run / "adapter"), "me/other").code == 0
+    without = command("push", str(run / "adapter"), "me/other")
+    assert without.code == 0
+    assert f"warning: nobody else has the base of this adapter, {run}/pruned: push it too" in without.err
+    assert "warning" not in outcome.err
     folder = write_all(online.repositories["me/other"]["main"], tmp_path / "downloaded")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     model = AutoModelForCausalLM.from_pretrained(run / "pruned")

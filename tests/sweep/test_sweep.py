@@ -143,6 +143,17 @@ def test_the_shipped_sweep_is_no_configuration_of_a_run() -> None:
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
+def test_unknown_keys_and_no_grid_point_to_an_example(tmp_path: Path) -> None:
+    for content, start in (
+        ("grid: {run.seed: [0]}\nname: x\n", "name: unknown key; a sweep has base, dir, grid, overrides, exclude; "),
+        ("dir: x\n", "a sweep needs `grid:`, "),
+    ):
+        (problem,) = problems_of(tmp_path / "bad.yaml", content)
+        assert problem.startswith(start)
+        example = problem.removesuffix(" is an example").rpartition(" ")[2]
+        assert load_sweep(example).runs
+
+
 def test_all_problems_of_the_file_come_at_once(tmp_path: Path) -> None:
     text = """
 dirr: x

@@ -1,0 +1,147 @@
+"""Finds a checkpoint by its name: a directory, a hub id, or an installed package.
+
+No library that takes seconds is imported, so that a wrong name is reported at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from sppctl.errors import UserError, first_line
+from sppctl.files.disk import demand_readable
+from sppctl.files.names import DIRECTORIES, INDEX_NAME, RECORD, SINGLE_NAME
+from sppctl.files.paths import similar_directory
+
+# weights are written tensor by tensor; all other files that a checkpoint needs to load are copied unchanged
+TEMPLATES = "additional_chat_templates/*.jinja"  # named templates of a tokenizer: its only folder
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
+TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # most must go with the weights
+
+
+def locate(
+    path: str,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    *,
+    key: str = "model.path",
+    adapters: bool = False,
+) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (or taken from the cache).
+
+    Args:
+        path: local directory, ``package:NAME`` (found without importing the package), or hub id.
+        gguf_file: a file that must be in it.
+        revision: of a hub id.
+        key: the configuration key of the path, for errors.
+        adapters: whether a PEFT adapter is accepted.
+
+    Raises:
+        UserError: the checkpoint does not exist, or could not be downloaded.
+    """
+    if revision is not None and (path.startswith("package:") or Path(path).is_dir()):
+        raise UserError(
+            "model.revision", f"{path} is a local directory, which has no revision {revision}", "leave it out"
+        )
+    directory = directory_of(path, gguf_file, revision, key=key)
+    from sppctl.files.safe_files import is_adapter, is_plain
+
+    gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
+    if gguf_file:
+        if not all(map(is_plain, gguf_file.split("/"))):
+            raise UserError("model.gguf_file", f"{gguf_file!r} is not the name of a file inside the model's directory")
+        if not (directory / gguf_file).is_file():
+            present = ", ".join(gguf_files) or "no .gguf file"
+            raise UserError("model.gguf_file", f"{gguf_file} is not in {directory}", f"there is {present}")
+    elif is_adapter(directory):
+        if not adapters:
+            raise UserError(key, f"{path}: this is a PEFT adapter", f"{key} takes a full model")
+    elif not (directory / "config.json").is_file():
+        fix = f"name one in model.gguf_file: {', '.join(gguf_files)}" if gguf_files else None
+        if (newest := newest_checkpoint(directory)) is not None:
+            raise UserError(key, f"{path} is a run, not a checkpoint", f"name one of its checkpoints, such as {newest}")
+        raise UserError(key, f"{path} has no config.json, so it is not a checkpoint", fix)
+    return directory
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The last finished checkpoint of a run; None if the directory holds none."""
+    checkpoints = (run_dir / DIRECTORIES[stage] for stage in ("merge", "prune"))
+    return next((directory for directory in checkpoints if (directory / RECORD).is_file()), None)
+
+
+def directory_of(path: str, gguf_file: str | None = None, revision: str | None = None, *, key: str) -> Path:
+    """Like :func:`locate`, but of any directory, whatever it holds."""
+    if path.startswith("package:"):
+        name = path.removeprefix("package:")
+        spec = None
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(key, f"{path}: no such package is installed (pip install --no-deps {name or 'NAME'})")
+        return Path(next(iter(spec.submodule_search_locations)))
+    if Path(path).is_dir():
+        check_files(Path(path))
+        return Path(path)
+    if os.path.lexists(path):
+        fix = "name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else None
+        kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
+        raise UserError(key, f"{path} is {kind}, not a checkpoint directory", fix)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+        return _download(path, gguf_file, revision, key)
+    similar = similar_directory(path)
+    fix = "give a hub id, a directory or package:NAME" if similar is None else f"did you mean {similar}?"
+    raise UserError(key, f"{path} does not exist", fix)
+
+
+def locate_weights(path: str) -> Path:
+    """Like :func:`locate`, but accepts any folder of safetensors files, with or without config.json."""
+    if not Path(path).is_dir():
+        return locate(path)
+    check_files(Path(path))
+    return Path(path)
+
+
+def check_files(directory: Path) -> None:
+    """Raises UserError if a file that is read or copied is a pipe, a directory, a broken link or not readable."""
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise UserError(f"{directory} cannot be read (permission denied); change its permissions")
+    for pattern in (*SIDE_FILES, *TERMS, "*.py", "*.safetensors"):
+        for path in sorted(directory.glob(pattern)):
+            demand_readable(path)
+
+
+def _download(repository: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(*patterns: str, folders: bool = gguf_file is not None and "/" in gguf_file) -> Path:
+        ignored = None if folders else "*/*"  # folders hold other formats and intermediate checkpoints
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
+        )
+
+    try:
+        directory = fetch(*SIDE_FILES, *TERMS, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
+        fetch(TEMPLATES, folders=True)
+        if gguf_file is None and not (directory / SINGLE_NAME).is_file():
+            from sppctl.files.safe_files import read_index
+
+            index = directory / INDEX_NAME
+            # a repository may hold the same weights a second time in another format (consolidated.safetensors)
+            shards = set(read_index(index).values()) if index.is_file() else {"*.safetensors"}
+            directory = fetch(*sorted(shards))
+        return directory
+    except UserError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        similar = similar_directory(repository)
+        fix = "check the name, the network and HF_TOKEN, or download it first and give its directory"
+        raise UserError(
+            key,
+            f"{repository} is not a local directory and could not be downloaded from the hub ({first_line(error)})",
+            fix if similar is None else f"did you mean {similar}?",
+        ) from error
