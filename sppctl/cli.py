@@ -358,7 +358,9 @@ def verify(run_dir: RunDir, json: Json = False, debug: Debug = False) -> None:
 def bench(
     checkpoint: Checkpoint,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8,32",
-    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of each prompt; default: 512, or as many as the model allows.")
+    ] = None,
     new: Annotated[int, typer.Option(help="Tokens decoded after the prompt.")] = 32,
     repeats: Annotated[int, typer.Option(help="Measured rounds; the median is reported.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -382,7 +384,10 @@ def bench(
         find.directory_of(checkpoint, key="CHECKPOINT")  # before torch is imported
         from sppctl.inspect import speed, speed_text
 
-        speeds = speed.execute(checkpoint, speed.Settings(batches, prompt, new, repeats, device))
+        speeds = speed.execute(
+            checkpoint,
+            speed.Settings(batches, 512 if prompt is None else prompt, new, repeats, device, shorten=prompt is None),
+        )
     if json:
         console.show_json(asdict(speeds))
     else:

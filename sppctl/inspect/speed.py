@@ -6,7 +6,7 @@ import inspect as signatures
 import operator
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Settings:
     new: int = 32  # tokens decoded after it
     repeats: int = 5  # rounds that count; one more before them warms up
     device: str = "auto"  # or cpu, cuda
+    shorten: bool = False  # prompts that are too long for the model
 
     def __post_init__(self) -> None:
         """Raises UserError for what cannot be measured."""
@@ -55,10 +56,13 @@ def execute(path: str, settings: Settings) -> Bench:
     directory = find.locate(path)
     limit = checkpoint.max_window(checkpoint.load_config(directory))
     if limit is not None and settings.prompt + settings.new > limit:
-        raise UserError(
-            f"--prompt {settings.prompt} and --new {settings.new}: together longer than the model's limit of {limit} "
-            "tokens; give shorter ones"
-        )
+        if not settings.shorten or settings.new >= limit:
+            raise UserError(
+                f"--prompt {settings.prompt} and --new {settings.new}: together longer than the model's limit of "
+                f"{limit} tokens; give shorter ones"
+            )
+        settings = replace(settings, prompt=limit - settings.new)
+        console.note(f"bench: prompts of {settings.prompt} tokens, as the model has {limit} positions (--prompt)")
     device = checkpoint.pick_device(settings.device)
     fingerprint = checkpoint.fingerprint(directory)  # finds damage before anything is measured
     measured, summary = measure(directory)

@@ -371,4 +371,15 @@ def load_gguf_config(directory: Path, gguf_file: str) -> Any:
         with quiet_libraries():
             return AutoConfig.from_pretrained(directory, gguf_file=gguf_file, local_files_only=True)
     except Exception as error:  # the gguf reader raises errors of all kinds on a damaged file
-        raise UserError("model.gguf_file", f"{gguf_file} cannot be read: {first_line(error)}") from error
+        raise UserError("model.gguf_file", *_gguf_problem(directory / gguf_file, error)) from error
+
+
+def _gguf_problem(path: Path, error: Exception) -> tuple[str, str]:
+    """Why a GGUF file cannot be read, and what to do."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return f"{path} is not a GGUF file", "download it again, or name another one"
+    reason = first_line(error)
+    if isinstance(error, ValueError) and "architecture" in reason:
+        return f"{path} cannot be read: {reason}", "use the model's safetensors weights"
+    return f"{path} is incomplete or damaged ({reason})", "download it again"

@@ -60,7 +60,7 @@ def locate(
         if not adapters:
             raise UserError(key, f"{path}: this is a PEFT adapter", f"{key} takes a full model")
     elif not (directory / "config.json").is_file():
-        fix = f"name one in model.gguf_file: {', '.join(gguf_files)}" if gguf_files else None
+        fix = f"give the name of its GGUF file: model.gguf_file={' or '.join(gguf_files)}" if gguf_files else None
         if (newest := newest_checkpoint(directory)) is not None:
             raise UserError(key, f"{path} is a run, not a checkpoint", f"name one of its checkpoints, such as {newest}")
         raise UserError(key, f"{path} has no config.json, so it is not a checkpoint", fix)
@@ -87,7 +87,8 @@ def directory_of(path: str, gguf_file: str | None = None, revision: str | None =
         check_files(Path(path))
         return Path(path)
     if os.path.lexists(path):
-        fix = "name its directory in model.path and the file in model.gguf_file" if path.endswith(".gguf") else None
+        folder, name = os.path.split(path)
+        fix = f"write model.path={folder or '.'} model.gguf_file={name}" if name.endswith(".gguf") else None
         kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
         raise UserError(key, f"{path} is {kind}, not a checkpoint directory", fix)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):

@@ -264,6 +264,12 @@ def test_wrong_options_end_with_one_line(llama: Path, command: Command, options:
     assert problem in refused.err
 
 
+def test_prompts_are_shortened_unless_their_length_is_given(llama: Path, command: Command) -> None:
+    outcome = command("bench", str(llama), "--batch", "1", "--new", "2", "--repeats", "1", "--json")
+    assert (outcome.code, outcome.json["prompt"]) == (0, 126)
+    assert "bench: prompts of 126 tokens, as the model has 128 positions" in outcome.err
+
+
 def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         execute(str(tmp_path), TINY)

@@ -229,9 +229,18 @@ def smollm2() -> tuple[Path, str]:
     return directory, next(directory.glob("*.gguf")).name
 
 
-def test_a_broken_gguf_file(tmp_path: Path) -> None:
-    (tmp_path / "small.gguf").write_bytes(b"GGUF is what this is not")
-    with pytest.raises(UserError, match=r"model\.gguf_file: small\.gguf cannot be read: \S"):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"GGUF is what this is not", r"is incomplete or damaged \(\S.*\); download it again"),
+        (b"GGUF", r"is incomplete or damaged \(\S.*\); download it again"),
+        (b"", "is not a GGUF file; download it again, or name another one"),
+        (b"<html>", "is not a GGUF file; download it again, or name another one"),
+    ],
+)
+def test_a_broken_gguf_file(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^model\.gguf_file: {tmp_path}/small\.gguf {problem}$"):
         load_gguf_config(tmp_path, "small.gguf")
 
 
