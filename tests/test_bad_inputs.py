@@ -259,7 +259,7 @@ run {config} --model model/a.gguf
 run {config} --model model model.gguf_file=b.gguf
     model.gguf_file ... b.gguf is not in ... a.gguf
 run {config} --model model model.gguf_file=a.gguf
-    model.gguf_file: model/a.gguf is not a GGUF file; download it again
+    model.gguf_file: model/a.gguf is incomplete or damaged ... download it again
 @ remove("model/config.json")
 run {config} --model model
     model.path ... no config.json

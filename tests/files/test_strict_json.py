@@ -47,6 +47,7 @@ def test_nothing_else_writes_numbers_as_json() -> None:
     assert others <= {
         "files/strict_json.py",
         "config/load.py",
+        "data/formats.py",
         "records.py",
         "files/sealed.py",
         "files/cache.py",
