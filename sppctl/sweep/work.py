@@ -6,8 +6,10 @@ and measured. Work that is up to date is skipped, so the same command continues 
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,22 +34,31 @@ def check(sweep: Sweep, existing: bool = True) -> None:
         UserError: every problem, one per line, with the runs that have it.
     """
     problems: dict[str, list[str]] = {}
+    for member in sweep.runs.values():  # these checks need no library
+        with _noting(problems, member):
+            if not (member.config.eval.perplexity or member.config.eval.tasks):
+                empty = "eval.perplexity and eval.tasks are both empty, there would be nothing to compare"
+                raise UserError(f"{empty}; add a text or a task")
+            pipeline.check_names(Run(member.config), pipeline.STAGES)
+    raise_problems(problems, len(sweep.runs))
     for source in sweep.dense.values():
         outline = Run(source.config).outline()
         for member in sweep.runs_of(source):
-            try:
-                if not (member.config.eval.perplexity or member.config.eval.tasks):
-                    empty = "eval.perplexity and eval.tasks are both empty, there would be nothing to compare"
-                    raise UserError(f"{empty}; add a text or a task")
-                run = Run(member.config, loaded=outline)
-                pipeline.check_names(run, pipeline.STAGES)
-                pipeline.preflight(run, pipeline.STAGES)
-            except UserError as error:
-                for line in error.lines:
-                    problems.setdefault(line, []).append(member.name)
+            with _noting(problems, member):
+                pipeline.preflight(Run(member.config, loaded=outline), pipeline.STAGES)
     if existing:
         problems |= _outdated_stages(sweep)
     raise_problems(problems, len(sweep.runs))
+
+
+@contextlib.contextmanager
+def _noting(problems: dict[str, list[str]], member: Member) -> Iterator[None]:
+    """Adds the problems of a member, by line."""
+    try:
+        yield
+    except UserError as error:
+        for line in error.lines:
+            problems.setdefault(line, []).append(member.name)
 
 
 def check_existing(sweep: Sweep) -> None:

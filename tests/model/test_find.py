@@ -171,7 +171,10 @@ run --model runs/tiny train.data.dataset=alpacaa prune.calibration.dataset=wikit
     prune.calibration.dataset: wikitex2 ... did you mean wikitext2?
     train.data.dataset: alpacaa ... did you mean alpaca?
     eval.perplexity: wikitext3 ... did you mean wikitext2?
+sweep sweep.yaml --dry-run
+    train.data.dataset: alpacaa ... did you mean alpaca?
 """
+SWEEP = "grid: {run.seed: [0, 1]}\noverrides: {train.data.dataset: alpacaa}\n"
 CALLS = """
 import sys
 from sppctl import cli
@@ -187,6 +190,7 @@ assert "torch" not in sys.modules
 
 def test_wrong_names_are_answered_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
     calls = "".join(line for line in WRONG.strip().splitlines(True) if not line.startswith(" "))
     done = subprocess.run([sys.executable, "-c", CALLS], cwd=tmp_path, input=calls, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
