@@ -6,6 +6,7 @@ The cache only saves time: a damaged entry counts as missing, and an entry that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -105,25 +106,33 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         try:
-            serialised = json.loads(backend.to_str())
+            serialised = backend.to_str()
         except Exception:  # tokenizers raises this type for parts written in Python
             return None
-        # both depend on the tokenizer's last call, and cached tokens are made without them
-        serialised.pop("padding", None)
-        serialised.pop("truncation", None)
-        parts += [serialised, getattr(tokenizer, "split_special_tokens", None)]
-    else:
-        try:
-            vocabulary = sorted((str(token), index) for token, index in tokenizer.get_vocab().items())
-        except (AttributeError, NotImplementedError):
-            return None
-        plain = {
-            name: value
-            for name, value in vars(tokenizer).items()
-            if isinstance(value, bool | int | float | str) and name != "name_or_path"
-        }
-        special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
-        parts += [vocabulary, special, plain]
+        return _serialised_identity(*parts, serialised, getattr(tokenizer, "split_special_tokens", None))
+    try:
+        vocabulary = sorted((str(token), index) for token, index in tokenizer.get_vocab().items())
+    except (AttributeError, NotImplementedError):
+        return None
+    plain = {
+        name: value
+        for name, value in vars(tokenizer).items()
+        if isinstance(value, bool | int | float | str) and name != "name_or_path"
+    }
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    return _hash([*parts, vocabulary, special, plain])
+
+
+@functools.lru_cache(maxsize=2)  # a sweep asks for that of one tokenizer several times in every run
+def _serialised_identity(module: str, name: str, serialised: str, splits: bool | None) -> str:
+    content = json.loads(serialised)
+    # both depend on the tokenizer's last call, and cached tokens are made without them
+    content.pop("padding", None)
+    content.pop("truncation", None)
+    return _hash([module, name, content, splits])
+
+
+def _hash(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
