@@ -183,7 +183,11 @@ class Merge:
         if run.config.merge.adapter is not None:
             return find.locate(run.config.merge.adapter, key="merge.adapter", adapters=True)
         own = run.path("train")
-        return own if (own / ADAPTER_CONFIG).is_file() and not (own / RECORD).exists() else None
+        if not (own / ADAPTER_CONFIG).is_file() or (own / RECORD).exists():
+            return None
+        merged = None if run.force else run.record("merge")
+        # what was merged before was trained here, so its record has been lost
+        return own if merged is None or FOREIGN in merged.inputs else None
 
     def compute(self, run: Run) -> None:
         """No model is loaded."""

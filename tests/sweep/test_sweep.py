@@ -352,7 +352,7 @@ def test_a_signal_ends_the_sweep_and_a_failed_process_only_its_run(
 ) -> None:
     started: list[tuple[str, Config, str]] = []
 
-    def start(arguments: list[str], number: int, silent: bool) -> int:
+    def start(arguments: list[str], number: int, log: Path, silent: bool) -> int:
         stage, name, *words = arguments
         started.append((stage, load_config(name, [word for word in words if "--" not in word]), words[-1]))
         if stage == "prune":
