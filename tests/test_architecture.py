@@ -36,7 +36,7 @@ prune        pruners data model launch config files console distributed machine 
 evaluate     inspect data model config files console distributed machine errors
 doctor       inspect adapters pruners files machine fused errors
 inspect      pruners model files console machine errors pattern
-adapters     pruners files fused pattern
+adapters     packed pruners files fused pattern
 pruners      plugins fused pattern errors
 data         files console errors
 model        files console distributed machine errors pattern
@@ -47,6 +47,7 @@ console      files distributed
 files        errors
 distributed  errors
 plugins      errors
+packed
 machine
 fused
 pattern

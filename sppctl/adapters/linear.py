@@ -12,21 +12,23 @@ from torch import Tensor, nn
 
 from sppctl.adapters.config import BranchConfig, SparseConfig
 from sppctl.adapters.products import Branch
+from sppctl.packed.linear import PackedLinear
 
 C = TypeVar("C", bound=SparseConfig)
 B = TypeVar("B", bound=BranchConfig)
 
 
 class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
-    """``base_layer`` (linear, frozen) and any number of adapters on it.
+    """``base_layer`` (linear, frozen, perhaps packed) and any number of adapters on it.
 
-    Of the base layer an adapter reads ``weight`` (out_features, in_features) and ``bias``, PEFT's properties; only
+    Of the base layer (:mod:`sppctl.packed.linear`) an adapter reads ``weight`` and ``bias``, PEFT's properties; only
     merging writes. A subclass names its parameters in ``adapter_layer_names`` (the first of them exists for every
     adapter) and its other values per adapter in ``other_param_names``, and implements :meth:`create`,
     :meth:`effective_weight` and :meth:`adapted`.
     """
 
     buffer_names: tuple[str, ...] = ()  # of other_param_names: tensors, which are stored with the adapter
+    takes_packed = False  # whether it works with a packed weight, of which it reads some rows at a time
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: C) -> None:
         super().__init__()
@@ -78,8 +80,10 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         """Puts the effective weight of some adapters, by default of the active ones, into the base layer.
 
         Raises:
-            ValueError: ``safe_merge``, and a value is not finite.
+            ValueError: ``safe_merge``, and a value is not finite; or the weight is packed.
         """
+        if isinstance(self.get_base_layer(), PackedLinear):
+            raise ValueError("a packed weight cannot be merged in memory; sppctl merge works on the files")
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
@@ -118,6 +122,7 @@ class BranchLinear(SparseLinear[B]):
     """Each adapter is a branch of two factors, with a scale and with dropout on its input; branches add up."""
 
     other_param_names = ("r", "scaling", "dropout")
+    takes_packed = True
     r: dict[str, int]
     scaling: dict[str, float]
     dropout: dict[str, float]

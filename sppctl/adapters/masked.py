@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sppctl.packed.linear import Weight
+
 CPU_CHUNK = 1 << 18  # elements: a MiB of float32 stays in a CPU's cache
 GPU_CHUNK = 1 << 24
 
 
-def row_chunks(weight: Tensor) -> Iterator[slice]:
+def row_chunks(weight: Weight) -> Iterator[slice]:
     """Cuts the rows of a matrix (m, n) so that a float32 transient of one slice is small."""
     num_rows, num_columns = weight.shape
     step = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // num_columns)

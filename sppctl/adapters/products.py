@@ -2,6 +2,8 @@
 
 With W_eff (m, n) computed from the method's tensors, y = x W_eff^T + bias and dx = dy W_eff. An adapter's branch with
 dropout is a product of its own, y = x W^T + bias + dropout(x) W_branch^T; dropped places are drawn again from a seed.
+W may be packed. It is then unpacked a few rows at a time, or, as a factor of a
+product of its own, into the memory that the branch's weight takes before or after.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sppctl.packed.linear import Weight
+
 STRIP = 64  # tokens: as many bfloat16 numbers as two cache lines hold
 SPARE_DRAWS = 6  # of the gaps between dropped places, in standard deviations of their number
 Branch = tuple[Tensor, Tensor, float, float]  # an active adapter's two factors, scale and dropout
@@ -22,12 +26,12 @@ Branch = tuple[Tensor, Tensor, float, float]  # an active adapter's two factors,
 
 @dataclass(frozen=True)
 class Rule:
-    """How a method computes its weight from tensors, the first of which is (m, n).
+    """How a method computes its weight from a weight (m, n), frozen or trained, and factors.
 
     Attributes:
         scale: s, of an adapter's branch.
         dropout: probability of zeroing an input of the branch.
-        base: whether the product includes that of W, the first of the tensors.
+        base: whether the product includes that of W.
     """
 
     scale: float = 1.0
@@ -39,19 +43,24 @@ class Rule:
         """s, scaled up for the inputs that dropout zeroes."""
         return self.scale / (1 - self.dropout)
 
-    def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
-        """The weight (m, n), rounded once to ``dtype``; that of the branch alone unless ``base``."""
+    def weight(
+        self, weight: Weight, factors: Sequence[Tensor], dtype: torch.dtype, base: bool, out: Tensor | None = None
+    ) -> Tensor:
+        """The weight (m, n), rounded once to ``dtype``; that of the branch alone unless ``base``.
+
+        It is written to ``out`` if that is given, which may be W itself.
+        """
         raise NotImplementedError
 
     def gradients(
-        self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
+        self, dy: Tensor, x: Tensor, weight: Weight, factors: Sequence[Tensor], base: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        """The weight of :meth:`weight` if it is a by-product, else None; and the gradients of the tensors.
+        """The weight of :meth:`weight` if it is a by-product, else None; and the gradients of W and the factors.
 
         Args:
             dy: (tokens, m).
             x: (tokens, n), the branch's input.
-            tensors, base: as in :meth:`weight`.
+            weight, factors, base: as in :meth:`weight`.
         """
         raise NotImplementedError
 
@@ -60,50 +69,59 @@ class _Product(torch.autograd.Function):
     """Products without dropout: one forward, two backward. With dropout on a base layer: two and three."""
 
     @staticmethod
-    def forward(ctx: Any, rule: Rule, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.rule = rule
+    def forward(ctx: Any, rule: Rule, x: Tensor, bias: Tensor | None, weight: Weight, *factors: Tensor) -> Tensor:
+        ctx.rule, ctx.packed = rule, None
+        if isinstance(weight, Tensor):
+            ctx.save_for_backward(x, *factors, weight)
+        else:
+            ctx.packed = weight
+            ctx.save_for_backward(x, *factors)
         # drawn from the global generator, which gradient checkpointing restores before it recomputes
         ctx.seed = int(torch.randint(0, 2**62, (1,))) if rule.dropout else None
-        ctx.save_for_backward(x, *tensors)
         if not rule.dropout:
-            return F.linear(x, rule.weight(tensors, x.dtype, rule.base), bias)
-        branch_weight = rule.weight(tensors, x.dtype, base=False)
+            return F.linear(x, rule.weight(weight, factors, x.dtype, rule.base), bias)
         dropped = zeroed(x.reshape(-1, x.shape[-1]), dropped_places(x, rule.dropout, ctx.seed))
         if not rule.base:
-            return F.linear(dropped, branch_weight).view(*x.shape[:-1], -1)
-        y = F.linear(x, tensors[0].to(x.dtype), bias)
-        y.view(-1, y.shape[-1]).addmm_(dropped, branch_weight.t())
+            return F.linear(dropped, rule.weight(weight, factors, x.dtype, base=False)).view(*x.shape[:-1], -1)
+        whole = weight.to(x.dtype)
+        y, out = F.linear(x, whole, bias), None
+        if ctx.packed is not None and weight.dtype == x.dtype:  # unpacked without rounding, and not needed any more
+            weight = out = whole
+        y.view(-1, y.shape[-1]).addmm_(dropped, rule.weight(weight, factors, x.dtype, base=False, out=out).t())
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        rule, (x, *tensors) = ctx.rule, ctx.saved_tensors
-        m, n = tensors[0].shape
+        rule, (x, *factors) = ctx.rule, ctx.saved_tensors
+        weight = factors.pop() if ctx.packed is None else ctx.packed
+        m, n = weight.shape
         rows, inputs = grad_output.reshape(-1, m).to(x.dtype), x.reshape(-1, n)
         places = dropped_places(x, rule.dropout, ctx.seed) if rule.dropout else None
         base = rule.base and places is None
-        grad_x, weight, gradients = None, None, [None] * len(tensors)
+        grad_x, effective, gradients = None, None, [None] * (1 + len(factors))
         if any(ctx.needs_input_grad[3:]):
             branch_inputs = inputs if places is None else zeroed(inputs, places)
-            weight, gradients = rule.gradients(rows, branch_inputs, tensors, base)
+            effective, gradients = rule.gradients(rows, branch_inputs, weight, factors, base)
         if ctx.needs_input_grad[1]:
-            grad_x = rows @ (rule.weight(tensors, x.dtype, base) if weight is None else weight)
+            effective = rule.weight(weight, factors, x.dtype, base) if effective is None else effective
+            grad_x = rows @ effective
             if places is not None:
                 grad_x.view(-1)[places] = 0
                 if rule.base:
-                    grad_x.addmm_(rows, tensors[0].to(x.dtype))
+                    whole = weight.to(x.dtype) if ctx.packed is None else weight.unpack(slice(None), effective)
+                    grad_x.addmm_(rows, whole)
             grad_x = grad_x.view(x.shape)
         return None, grad_x, rows.sum(0) if ctx.needs_input_grad[2] else None, *gradients
 
 
-def product(rule: Rule, x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+def product(rule: Rule, x: Tensor, bias: Tensor | None, weight: Weight, *factors: Tensor) -> Tensor:
     """The product (..., m) of x (..., n) with the weight that a rule computes; a branch alone has no bias."""
-    return cast(Tensor, _Product.apply(rule, x, bias, *tensors))
+    return cast(Tensor, _Product.apply(rule, x, bias, weight, *factors))
 
 
 def autocast_inputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, compute: Callable[[Tensor, Tensor | None], Tensor]
+    x: Tensor, weight: Weight, bias: Tensor | None, compute: Callable[[Tensor, Tensor | None], Tensor]
 ) -> Tensor:
     """The layer (..., n) to (..., m): ``compute`` of x and bias in autocast's dtype where it is on, else in that of x.
 

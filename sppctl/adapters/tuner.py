@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sppctl.adapters.config import SparseConfig
 from sppctl.adapters.linear import SparseLinear
 from sppctl.files.integrity import mask_digest, masks_digest
+from sppctl.packed.linear import BASE_LAYERS, PackedLinear, Weight
 
 # SPP's paper adapts every projection of the blocks: attention q, k, v, o and MLP gate, up, down
 DEFAULT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -71,10 +72,12 @@ class SparseTuner(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config)
             return
-        if not isinstance(target, nn.Linear):
+        if not isinstance(target, BASE_LAYERS):
             raise ValueError(
                 f"{type(self).__name__} adapts nn.Linear layers; target {current_key} is a {type(target).__name__}"
             )
+        if isinstance(target, PackedLinear) and not self.tuner_layer_cls.takes_packed:
+            raise ValueError(f"{type(self).__name__} needs dense weights, but {current_key} is packed")
         layer = self.tuner_layer_cls(target, adapter_name, config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -103,9 +106,9 @@ def check_zeros(model: nn.Module, adapter_name: str, config: SparseConfig) -> No
         for name, module in model.named_modules()
         if isinstance(module, SparseLinear) and adapter_name in getattr(module, module.adapter_layer_names[0])
     }
-    if not layers or any(w.is_meta or not w.numel() or not w.is_floating_point() for w in layers.values()):
+    if not layers or not all(map(_is_readable, layers.values())):
         return
-    kind, dense = type(config).__name__, [name for name, weight in layers.items() if _is_dense(weight)]
+    kind, dense = type(config).__name__, [name for name, weight in layers.items() if _is_dense(weight[:])]
     if dense and config.keeps_zeros:
         others = f" and {len(dense) - 1} more of {len(layers)} adapted layers are" if dense[1:] else " is"
         warnings.warn(
@@ -113,7 +116,7 @@ def check_zeros(model: nn.Module, adapter_name: str, config: SparseConfig) -> No
             "(sppctl.prune_model, or the command sppctl prune)",
             stacklevel=2,
         )
-    digest = masks_digest({name: mask_digest(weight) for name, weight in layers.items()})
+    digest = masks_digest({name: mask_digest(weight[:]) for name, weight in layers.items()})
     if config.mask_digest not in (None, digest):
         warnings.warn(
             f"{kind}: the weights have other zeros than those that the adapter {adapter_name!r} was trained on "
@@ -122,6 +125,12 @@ def check_zeros(model: nn.Module, adapter_name: str, config: SparseConfig) -> No
         )
     elif config.mask_digest is None:
         config.mask_digest = digest
+
+
+def _is_readable(weight: Weight) -> bool:
+    if not isinstance(weight, Tensor):
+        return weight.device.type != "meta"
+    return not weight.is_meta and weight.numel() > 0 and weight.is_floating_point()
 
 
 def _is_dense(weight: Tensor) -> bool:

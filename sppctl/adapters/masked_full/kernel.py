@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sppctl.adapters.masked import round_under_mask, row_chunks
 from sppctl.adapters.products import Rule, autocast_inputs, moment_of, product
+from sppctl.packed.linear import Weight
 
 
 @torch.no_grad()
@@ -35,16 +36,18 @@ class _Masked(Rule):
 
     straight_through: bool = False
 
-    def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
-        values, mask = tensors
-        return effective_weight(values, mask, dtype)
+    def weight(
+        self, weight: Weight, factors: Sequence[Tensor], dtype: torch.dtype, base: bool, out: Tensor | None = None
+    ) -> Tensor:
+        assert isinstance(weight, Tensor)
+        return effective_weight(weight, factors[0], dtype)
 
     def gradients(
-        self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
+        self, dy: Tensor, x: Tensor, weight: Weight, factors: Sequence[Tensor], base: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        values, mask = tensors
-        gradient = torch.empty_like(values)
-        for rows in row_chunks(values):
+        assert isinstance(weight, Tensor)
+        gradient, (mask,) = torch.empty_like(weight), factors
+        for rows in row_chunks(weight):
             gradient[rows] = moment_of(dy[:, rows], x)
             if not self.straight_through:
                 gradient[rows].masked_fill_(mask[rows] == 0, 0)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sppctl.fused import FusedKernels
+from sppctl.packed.linear import Weight
 
 
-def fused_for(weight: Tensor) -> ModuleType | None:
+def fused_for(weight: Weight) -> ModuleType | None:
     """``triton_kernels``, if they can be used for this weight."""
-    return KERNELS.usable(weight)
+    return KERNELS.usable(weight) if isinstance(weight, Tensor) else None
 
 
 def check(kernels: ModuleType, device: torch.device | str) -> None:

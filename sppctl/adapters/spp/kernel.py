@@ -15,6 +15,7 @@ pass the rounding unchanged. With P = (dy^T x) * W:
 With dropout the adapter branch is added into the product of the base, and its places are drawn again from a seed.
 Transients: one matrix of W's shape in the dtype of x, which in backward is dy^T x first and W_eff then, two float32
 buffers of a few rows, small enough for a CPU's cache, and on CPUs with AMX a copy of dy. W is never copied to float32.
+A packed W is unpacked into one of these buffers, and as a whole only for the product of the base, with dropout.
 On a GPU the elementwise work is done by ``triton_kernels``, where they run.
 """
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from sppctl.adapters.masked import round_under_mask, row_chunks
 from sppctl.adapters.products import Branch, Rule, autocast_inputs, has_amx, moment_of, product
 from sppctl.adapters.spp.fused import fused_for
+from sppctl.packed.linear import Weight, read_rows
 
 # elements: 1 MiB of float32; smaller pieces cost calls, larger ones leave the cache. With AMX a quarter was best
 CPU_CHUNK = 1 << (16 if has_amx() else 18)
@@ -64,11 +66,20 @@ def delta_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtyp
 
 
 @torch.no_grad()
-def _rowwise(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, dtype: torch.dtype, base: bool) -> Tensor:
-    """s W * alpha[g] * beta, with W added to it where ``base``."""
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+def _rowwise(
+    weight: Weight,
+    alpha: Tensor,
+    beta: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    base: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """s W * alpha[g] * beta, with W added to it where ``base``; in ``out``, which may be W, if that is given."""
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     scaled = beta.float() * scale
     if fused := fused_for(weight):
+        assert isinstance(weight, Tensor)
         fused.write(result, weight, alpha.float(), scaled, base)
         return result
     for rows, alpha_rows, values, buffer in _pieces(weight, alpha):
@@ -88,7 +99,7 @@ def _write_rows(out: Tensor, values: Tensor, alpha_rows: Tensor, scaled: Tensor,
         torch.mul(values, factor, out=out)
 
 
-def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _pieces(weight: Weight, alpha: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Cuts the rows of a matrix into small slices.
 
     Yields:
@@ -99,7 +110,8 @@ def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor, Tens
     (num_rows, n), r = weight.shape, alpha.shape[0]
     budget, size = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // n), num_rows // r
     group = row_groups(num_rows, r, weight.device) if num_rows % r else None
-    converts = weight.dtype != torch.float32 and not weight.is_cuda  # a GPU converts within its kernels
+    # a GPU converts within its kernels
+    converts = weight.device.type != "cuda" and (weight.dtype != torch.float32 or not isinstance(weight, Tensor))
     # reused: allocating memory for each slice would cost more than the computation
     buffers = torch.empty(1 + converts, min(budget, num_rows), n, dtype=torch.float32, device=weight.device)
     start = 0
@@ -113,26 +125,27 @@ def _pieces(weight: Tensor, alpha: Tensor) -> Iterator[tuple[slice, Tensor, Tens
         else:
             stop = min(start + budget // size * size, num_rows)
             alpha_rows = alpha[start // size : stop // size]
-        values = weight[start:stop]
-        if converts:
-            values = buffers[1, : stop - start].copy_(values)
-        yield slice(start, stop), alpha_rows, values, buffers[0, : stop - start]
+        rows = slice(start, stop)
+        values = read_rows(weight, rows, buffers[1, : stop - start]) if converts else weight[rows]
+        yield rows, alpha_rows, values, buffers[0, : stop - start]
         start = stop
 
 
 class SppBranch(Rule):
     """The rule of W, alpha and beta."""
 
-    def weight(self, tensors: Sequence[Tensor], dtype: torch.dtype, base: bool) -> Tensor:
+    def weight(
+        self, weight: Weight, factors: Sequence[Tensor], dtype: torch.dtype, base: bool, out: Tensor | None = None
+    ) -> Tensor:
         """s W', or W + s W'."""
-        weight, alpha, beta = tensors
-        return _rowwise(weight, alpha, beta, self.branch_scale, dtype, base)
+        alpha, beta = factors
+        return _rowwise(weight, alpha, beta, self.branch_scale, dtype, base, out)
 
     def gradients(
-        self, dy: Tensor, x: Tensor, tensors: Sequence[Tensor], base: bool
+        self, dy: Tensor, x: Tensor, weight: Weight, factors: Sequence[Tensor], base: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """The gradients of alpha and beta, in float32; the weight that dx needs overwrites dy^T x."""
-        weight, alpha, beta = tensors
+        alpha, beta = factors
         scaled = beta.float() * self.branch_scale
         moment, fused = moment_of(dy, x), fused_for(weight)
         gradients = fused.gradients if fused else _eager_gradients
@@ -141,7 +154,7 @@ class SppBranch(Rule):
 
 
 def _eager_gradients(
-    moment: Tensor, weight: Tensor, alpha: Tensor, scaled: Tensor, base: bool
+    moment: Tensor, weight: Weight, alpha: Tensor, scaled: Tensor, base: bool
 ) -> tuple[Tensor, Tensor]:
     """As ``triton_kernels.gradients``, with PyTorch's operations on a few rows at a time."""
     grad_alpha = torch.zeros(alpha.shape, dtype=torch.float32, device=alpha.device)
@@ -157,12 +170,12 @@ def _eager_gradients(
     return grad_alpha, grad_beta
 
 
-def spp_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Branch]) -> Tensor:
+def spp_linear(x: Tensor, weight: Weight, bias: Tensor | None, adapters: list[Branch]) -> Tensor:
     """One linear layer under its active adapters (Eq. 5), in the dtype of :func:`autocast_inputs`.
 
     Args:
         x: (..., n).
-        weight: (m, n), frozen.
+        weight: (m, n), frozen; perhaps packed.
         bias: (m,) or None.
         adapters: (alpha (r, n), beta (m, 1), scale, dropout) of each active adapter; their branches add up.
     """
