@@ -316,10 +316,14 @@ def inspect(
         checkpoint = _newest(checkpoint)
         directory = find.locate_weights(checkpoint)
     from sppctl.files import integrity
+    from sppctl.files.safe_files import TensorFiles
     from sppctl.inspect import inspect as stage
+    from sppctl.inspect.storage import storage
 
     integrity.check_record(directory)
     matrices, summary = stage.measure(directory, expected)
+    sparse = [matrix for matrix in matrices if matrix.is_sparse]
+    summary |= {"packed_bytes": storage(TensorFiles(directory), sparse).bitmask_bytes}
     wrong = stage.violations(matrices, expected, stage.recorded_patterns(directory)) if expected is not None else []
     show.matrices(checkpoint, matrices, summary, expected, wrong, json)
     if wrong:

@@ -144,6 +144,14 @@ def broadcast(tensor: torch.Tensor, source: int) -> None:
         _torch().broadcast(tensor, source)
 
 
+def broadcast_from_cpu(tensor: torch.Tensor, source: int) -> None:
+    """As :func:`broadcast`, for a tensor on the CPU, which NCCL cannot send."""
+    on_device = tensor.cuda() if world_size() > 1 and _torch().get_backend() == "nccl" else tensor
+    broadcast(on_device, source)
+    if on_device is not tensor:
+        tensor.copy_(on_device)
+
+
 def first_known(value: T | None) -> T | None:
     """The (small) value of the first process whose value is not None, in all processes; None if all are None."""
     return next((gathered for gathered in gather_objects(value) if gathered is not None), None)

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 PROCESS = Path("/proc/self")  # Linux only; elsewhere the peak counts from the start of the process
 CPU_INFORMATION = Path("/proc/cpuinfo")
+CGROUPS = Path("/sys/fs/cgroup")
+# files of a control group with its limit and use, and the entries of memory.stat with pages of files, which the kernel
+# gives up when memory is short; by version
+_CGROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
+}
 # variables that disable the bfloat16 units of a CPU: oneDNN's limits below AVX512_CORE_BF16 (in upper or lower case;
 # the old name is read if the new one is not set), and PyTorch's own (only in lower case)
 _ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -147,13 +154,45 @@ def peak_memory_mb() -> dict[str, float]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device; on the CPU, also within the limits of this process and its control groups."""
     import psutil
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups(), *_left_of_data()]))
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What each control group of this process that limits memory leaves to it, in bytes."""
+    with contextlib.suppress(OSError):  # not Linux
+        for line in (PROCESS / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            version = 1 if controllers else 2
+            # the root of version 2 is elsewhere where both are in use
+            roots = [CGROUPS / "memory"] if controllers else [CGROUPS / "unified", CGROUPS]
+            for root in roots:
+                # a container may show its own group as the root, and name it by its path outside
+                folders = [root.joinpath(*Path(path).parts[1:depth]) for depth in range(1, len(Path(path).parts) + 1)]
+                for folder in folders:
+                    yield from _left_in(folder, *_CGROUP_FILES[version])
+
+
+def _left_in(folder: Path, limit_file: str, use_file: str, reclaimable: tuple[str, ...]) -> Iterator[int]:
+    with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+        limit, use = (int((folder / file).read_text()) for file in (limit_file, use_file))
+        entries = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+        yield limit - use + sum(int(entries.get(name, 0)) for name in reclaimable)
+
+
+def _left_of_data() -> Iterator[int]:
+    """What the process's own limit of its data leaves (``ulimit -d``), in bytes."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    used = _entry(PROCESS / "status", "VmData").split()
+    if limit != resource.RLIM_INFINITY and used:
+        yield limit - 1024 * int(used[0])
 
 
 def in_halves(compute: Callable[[Any], list[R]], batch: Sequence[Any]) -> list[R]:

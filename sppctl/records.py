@@ -241,6 +241,7 @@ class TrainRecord:
     refresh: RefreshRecord | None  # None without a refresh of the mask
     history: list[dict[str, Any]]  # the trainer's log
     best_step: int | None = None  # whose adapter was published (``train.keep_best``); None: the last one
+    weights: str = "dense"  # how the pruned weights were kept in memory: dense or packed
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

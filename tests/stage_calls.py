@@ -66,6 +66,7 @@ def train(
     *,
     dtype: str = "float32",
     resume: bool = True,
+    packed: bool = False,
     base: Path | None = None,
 ) -> TrainRecord:
     """Trains into a directory, which is made if it is not there; without the checks."""
@@ -75,7 +76,7 @@ def train(
     prepared = training.Prepared(feed, tokenizer, Work("", 0), {})
     planned = partial(plan.bytes_on_each_device, config)
     return training.execute(
-        config, prepared, pruned, record, out, dtype=dtype, resume=resume, base=base, planned=planned
+        config, prepared, pruned, record, out, dtype=dtype, resume=resume, packed=packed, base=base, planned=planned
     )
 
 

@@ -29,17 +29,17 @@ run          publish report plan merge train prune evaluate data model launch co
              records errors
 publish      report evaluate data model config files console records errors
 report       evaluate config files console records errors
-plan         train prune pruners data model launch config distributed machine errors
+plan         train prune pruners data model packed launch config console distributed machine errors pattern
 merge        adapters pruners model config files console machine records errors pattern
-train        evaluate adapters pruners data model launch config files console distributed records errors pattern
+train        evaluate adapters packed pruners data model launch config files console distributed records errors pattern
 prune        pruners data model launch config files console distributed machine records errors pattern
-evaluate     inspect data model config files console distributed machine errors
+evaluate     inspect packed data model config files console distributed machine errors
 doctor       inspect adapters pruners files machine fused errors
-inspect      pruners model files console machine errors pattern
+inspect      pruners model packed files console machine errors pattern
 adapters     packed pruners files fused pattern
 pruners      plugins fused pattern errors
 data         files console errors
-model        files console distributed machine errors pattern
+model        packed files console distributed machine errors pattern
 launch       config console distributed plugins errors
 config       files plugins errors pattern
 records      files console errors pattern

@@ -125,3 +125,49 @@ def test_without_proc_it_is_that_since_the_start(monkeypatch: pytest.MonkeyPatch
 def test_the_processor_has_a_name() -> None:
     assert machine.cpu_name()
     assert machine.describe().endswith(" visible)" if torch.cuda.is_available() else " threads")
+
+
+GROUPS = {
+    "version 1": (
+        "4:memory:/a/b\n3:cpuset:/\n0::/\n",
+        "memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_",
+    ),
+    "version 2": ("0::/a/b\n", "", ("memory.max", "memory.current"), ""),
+    "both": ("4:cpu:/\n0::/a/b\n", "unified", ("memory.max", "memory.current"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("folder", ["", "a", "a/b"])
+def test_free_memory_is_what_the_control_groups_leave(
+    kind: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the process's own group or of one around it; pages of files are given up when they are needed."""
+    groups, root, files, prefix = GROUPS[kind]
+    process = tmp_path / "proc"
+    process.mkdir()
+    (process / "cgroup").write_text(groups)
+    (process / "status").write_text("VmData:\t 10 kB\n")
+    monkeypatch.setattr(machine, "PROCESS", process)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroups")
+    before = machine.free_memory(CPU)
+    assert before > 1 << 20
+    group = tmp_path / "cgroups" / root / folder
+    group.mkdir(parents=True)
+    (group / files[0]).write_text("100000\n")
+    (group / files[1]).write_text("70000\n")
+    (group / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file 2000\n{prefix}active_file 300\n")
+    assert machine.free_memory(CPU) == 100_000 - 70_000 + 2_300
+    (group / files[1]).write_text("170000\n")
+    assert machine.free_memory(CPU) == 0
+    (group / files[0]).write_text("max\n" if prefix == "" else f"{2**63 - 4096}\n")
+    assert machine.free_memory(CPU) > 1 << 20
+
+
+def test_free_memory_is_within_the_limit_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "status").write_text("VmData:\t 10 kB\n")
+    monkeypatch.setattr(machine, "PROCESS", tmp_path)
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (50_000, -1))
+    assert machine.free_memory(CPU) == 50_000 - 10 * 1024

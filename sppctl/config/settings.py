@@ -99,6 +99,11 @@ class ModelConfig:
         "dtype that prune, train and eval compute in; auto: as stored if the device multiplies it natively, otherwise"
         " float32",
     )
+    weights: Literal["auto", "dense", "packed"] = _runtime(
+        "auto",
+        "pruned weights in memory, in train and eval: dense; packed, without their zeros, with the same results; auto: "
+        "dense if they fit",
+    )
     device: str = _runtime("auto", "cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
     trust_remote_code: bool = _key(False, "run Python code that comes with the model")
 

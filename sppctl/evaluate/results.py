@@ -138,6 +138,7 @@ class Result:
     batch_size: int | str = "auto"  # as configured
     tokenizer: str | None = None
     command: str | None = None
+    weights: str = "dense"  # how they were kept in memory: dense or packed
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from sppctl.files.safe_files import TensorFile, adapter_file, adapter_settings, 
 from sppctl.model import checkpoint, find
 from sppctl.model.refreshed import REFRESHED
 from sppctl.model.weights import empty_model
+from sppctl.packed.linear import write_weight
 
 REMEDY = "download the adapter again, or correct its adapter_config.json"
 CONFIG = "config.json"
+PACKED_ADAPTERS = ("SPP", "MASKED_LORA")  # PEFT types that read a packed weight
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Subject:
     def place(self) -> Path:
         """The path of the adapter, or else of the checkpoint."""
         return self.adapter or self.directory
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether its adapter, if it has one, reads packed weights."""
+        return self.adapter is None or adapter_settings(self.adapter).get("peft_type") in PACKED_ADAPTERS
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,20 +107,28 @@ class Subject:
             )
 
     @torch.no_grad()
-    def load(self, device: torch.device, dtype: str, trust_remote_code: bool) -> Any:
-        """The model in evaluation mode, with the adapter attached if there is one."""
-        model = checkpoint.load_model(self.directory, device, dtype, trust_remote_code, spread=True)
+    def load(self, device: torch.device, dtype: str, trust_remote_code: bool, *, packed: bool = False) -> Any:
+        """The model in evaluation mode, perhaps packed, with the adapter attached if there is one.
+
+        Raises:
+            UserError: it should be packed, but its adapter needs dense weights.
+        """
+        if packed and not self.can_be_packed:
+            problem = f"the adapter in {self.adapter} needs dense weights"
+            raise UserError("model.weights", problem, "set it to dense, or measure merged/")
+        model = checkpoint.load_model(self.directory, device, dtype, trust_remote_code, spread=True, packed=packed)
         if self.adapter is None:
             return model
         from peft import PeftModel
 
         if (self.adapter / REFRESHED).is_file():
             # training changed the masks and wrote these base weights; the adapter is trained on them
-            parameters, file = dict(model.named_parameters()), TensorFile(self.adapter / REFRESHED)
-            for name in file.specs:
+            layers, file = dict(model.named_modules()), TensorFile(self.adapter / REFRESHED)
+            for tensor in file.specs:
+                name = tensor.removesuffix(".weight")
                 # a checkpoint of the base model has names without the prefix
-                full_name = name if name in parameters else f"{model.base_model_prefix}.{name}"
-                parameters[full_name].copy_(file.read(name))
+                layer = layers[name if name in layers else f"{model.base_model_prefix}.{name}"]
+                write_weight(layer, file.read(tensor))
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
 
 

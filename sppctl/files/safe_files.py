@@ -107,7 +107,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         return dict(pairs)
 
     try:
-        with safe_open(path, "pt"), path.open("rb") as file:
+        # for numpy, because for torch it maps the data, which counts where memory is limited
+        with safe_open(path, "numpy"), path.open("rb") as file:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
             # the library has limited its size and depth
             header = json.loads(file.read(start - 8), object_pairs_hook=without_duplicates)
@@ -137,18 +138,27 @@ class TensorFile:
         self.path = path
         self.specs, self.metadata = read_header(path)
 
-    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
-        """A tensor, or one entry along its first dimension, copied into memory."""
+    def read(self, name: str, entry: int | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor, or one entry along its first dimension, copied into memory.
+
+        ``buffer``: uint8, large enough; the tensor is in its memory.
+        """
         spec = self.specs[name]
         start, stop, shape = spec.start, spec.stop, spec.shape
         if entry is not None:
             size = (stop - start) // shape[0]
             start, stop, shape = start + entry * size, start + (entry + 1) * size, shape[1:]
-        if start == stop:
-            return torch.empty(shape, dtype=spec.dtype)
-        # a private mapping: only the pages of this tensor are read
-        flat = torch.from_file(str(self.path), shared=False, size=stop, dtype=torch.uint8)
-        return flat[start:stop].clone().view(spec.dtype).reshape(shape)
+        data = torch.empty(stop - start, dtype=torch.uint8) if buffer is None else buffer[: stop - start]
+        # not a mapping, which would count with the size of the whole file where memory is limited
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            view, count = data.numpy().data, 0
+            while count < len(view):
+                size = file.readinto(view[count:])
+                if not size:
+                    raise UserError(f"{self.path} has become shorter while it was read; write or download it again")
+                count += size
+        return data.view(spec.dtype).reshape(shape)
 
 
 class OwnFile(TensorFile):
@@ -302,9 +312,9 @@ class TensorFiles:
         """Dtype, shape and position of a tensor."""
         return self.files[self.home[name]].specs[name]
 
-    def read(self, name: str, entry: int | None = None) -> torch.Tensor:
-        """A tensor, or one entry along its first dimension, copied into memory."""
-        return self.files[self.home[name]].read(name, entry)
+    def read(self, name: str, entry: int | None = None, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """As :meth:`TensorFile.read`."""
+        return self.files[self.home[name]].read(name, entry, buffer)
 
     @property
     def num_bytes(self) -> int:

@@ -168,4 +168,5 @@ def sentence(summary: dict[str, Any]) -> str:
     return (
         f"{summary['sparse_matrices']} of {summary['matrices']} matrices are sparse: {summary['sparsity']:.4%} zeros "
         f"in them, {pattern}; {summary['total_sparsity']:.2%} of all {size}"
+        + (f", packed in memory {summary['packed_bytes'] / 1e6:.1f} MB" if "packed_bytes" in summary else "")
     )

@@ -2,7 +2,8 @@
 
 - N:M keeps N values of every M and, for each, its index in the group: ceil(log2(M)) bits. For 2:4 these are the values
   and 2-bit indices that NVIDIA's sparse tensor cores read.
-- A bitmask keeps the non-zero values and one bit per weight; it needs no pattern.
+- A bitmask keeps the non-zero values, one bit per weight, and offsets; it needs no pattern, and is what
+  ``model.weights=packed`` keeps in memory (:mod:`sppctl.packed.format`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.inspect import MatrixSparsity
+from sppctl.packed.format import packed_bytes
 from sppctl.pattern import Pattern
 
 
@@ -33,7 +35,8 @@ def storage(files: TensorFiles, sparse: list[MatrixSparsity]) -> Storage:
     for matrix in sparse:
         itemsize, count = files.spec(matrix.name).dtype.itemsize, math.prod(matrix.shape)
         stored += count * itemsize
-        masked += (count - matrix.zeros) * itemsize + math.ceil(count / 8)
+        columns = matrix.shape[-1]
+        masked += packed_bytes(count // columns, columns, count - matrix.zeros, itemsize)
         patterns = map(Pattern.parse, matrix.patterns)
         packed += min((_structured_bytes(count, itemsize, p) for p in patterns), default=count * itemsize)
     dense = sum(spec.stop - spec.start for spec in map(files.spec, files))

@@ -219,21 +219,36 @@ def choose_dtype(
 
 
 def load_model(
-    directory: Path, device: torch.device, dtype: str, trust_remote_code: bool = False, *, spread: bool = False
+    directory: Path,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool = False,
+    *,
+    spread: bool = False,
+    packed: bool = False,
 ) -> Any:
     """A causal language model in evaluation mode, loaded by transformers in the dtype of :func:`choose_dtype`.
 
-    With ``spread``, a model that is too large for one GPU is spread over all; its device is that of its embedding.
+    Args:
+        directory, device, dtype: the checkpoint, where to put it, and what to compute in.
+        trust_remote_code: run code that comes with the model.
+        spread: spread a model that is too large for one GPU over all; its device is that of its embedding.
+        packed: pack its sparse matrices, see :mod:`sppctl.model.packed_model`; it is on one device.
     """
     from transformers import AutoModelForCausalLM
 
-    from sppctl.model import weights
+    from sppctl.model import packed_model, weights
 
     weights.check_directory(directory, trust_remote_code)
+    model: Any
+    info: Any
+    if packed:
+        model, info = packed_model.load(directory, device, dtype, trust_remote_code)
+        weights.refuse_random(str(directory), info)
+        model.name_or_path = model.config._name_or_path = str(directory)
+        return model
     placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}
     with quiet_libraries(), console.working(f"loading {directory}"), _without_adapter(directory) as folder:
-        model: Any
-        info: Any
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=machine.torch_dtype(dtype),

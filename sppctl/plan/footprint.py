@@ -13,11 +13,13 @@ from torch import nn
 
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import Target
+from sppctl.packed.format import packed_bytes
+from sppctl.pattern import Pattern
 
 FLOAT = 4  # bytes of a float32
 KERNEL_CHUNK = 1 << 24  # elements that the kernels on a GPU hold in float32 at a time
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: elements of a matrix in 8 bits, and of a block with one scale
-GPU_SIZES = (24, 40, 80)  # GB as sold; nearly as many GiB are available
+GPU_SIZES = (12, 16, 24, 40, 48, 80, 141)  # GB as sold; nearly as many GiB are available
 RESERVED = 1 << 30  # for the CUDA context and the libraries' workspaces
 USABLE = 0.95  # of the rest, what fragmentation leaves
 # output projections of modules, whose other projections share one input; without such a name, the last one
@@ -190,6 +192,24 @@ def optimizer_state(optimizer: str, shapes: Iterable[tuple[int, int]]) -> int:
         else:
             total += 2 * FLOAT * m * n
     return total
+
+
+def packed_matrices(targets: dict[str, Target], patterns: dict[str, Pattern], d: int, stored: int) -> tuple[int, int]:
+    """Bytes of the linear layers that become smaller by packing, dense and packed.
+
+    Args:
+        targets: the pruned matrices; experts and Conv1D stay dense.
+        patterns: of each.
+        d: bytes of an element that is computed with.
+        stored: bytes of an element in the checkpoint, which a packed weight keeps if they are fewer.
+    """
+    dense = packed = 0
+    for name, target in targets.items():
+        m, n = target.out_features, target.in_features
+        size = packed_bytes(m, n, m * (n - patterns[name].num_pruned(n)), min(d, stored))
+        if target.is_linear and size < m * n * d:
+            dense, packed = dense + m * n * d, packed + size
+    return dense, packed
 
 
 def fits(total: int) -> list[int]:

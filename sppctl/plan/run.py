@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sppctl import distributed, launch, machine
+from sppctl import console, distributed, launch, machine
 from sppctl.config.settings import Config, TrainConfig, names_of
 from sppctl.data import formats, instructions, texts
 from sppctl.errors import UserError
@@ -20,9 +20,11 @@ from sppctl.model.targets import Target
 from sppctl.plan import footprint
 from sppctl.plan import storage as plan_storage
 from sppctl.plan.footprint import FLOAT, Batch
+from sppctl.prune.choose import planned_patterns
 from sppctl.train import scope
 
 GPUS = (1, 2, 4, 8)
+LITTLE = 20  # times the weights: with more memory than that, how they are kept does not matter
 STRATEGIES = ("ddp", "fsdp", "zero3")
 METHODS = ("spp", "spp without beta", "lora", "hira", "masked_lora", "masked_full", "ste")
 ALPACA_ROWS = 52_002
@@ -106,6 +108,7 @@ class Memory:
     free: int  # on this machine
     per_gpu: list[OnGpu]
     dtype: str  # computed in
+    packed: bool = False  # the pruned weights
     as_stored: AsStored | None = None  # None: the model is computed in the dtype that it is stored in
 
     def on(self, gpus: int, strategy: str, checkpointing: bool) -> OnGpu:
@@ -141,6 +144,7 @@ class Plan:
     steps: Steps
     pruning: plan_storage.Pruning
     disk: dict[str, int]
+    packed: Memory | None  # on packed weights; None if the method or the strategy needs dense ones
 
 
 def execute(config: Config) -> Plan:
@@ -164,7 +168,7 @@ def execute(config: Config) -> Plan:
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
     compute = _computed_in(config, stored, training=True)
-    memory = partial(_memory, config, skeleton, targets, trainable, processes)
+    memory = partial(_memory, config, skeleton, targets, trainable, processes, stored)
     # the dtype of a machine with native support, which GPUs are assumed to have if this machine has none to ask
     narrow = "bfloat16" if stored == "float16" else stored
     no_gpu = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
@@ -181,18 +185,48 @@ def execute(config: Config) -> Plan:
         steps=steps,
         pruning=plan_storage.pruning(config, skeleton, _computed_in(config, stored).dtype),
         disk=plan_storage.disk(config, parameters, stored, needed.adapter, needed.optimizer),
+        packed=None if scope.cannot_pack(config, processes).lines else memory(on_gpus, packed=True),
     )
 
 
-def bytes_on_each_device(config: Config) -> int | None:
+def bytes_on_each_device(config: Config, *, packed: bool = False) -> int | None:
     """The memory that a training in the existing processes needs on each device; None if it is unknown."""
     processes = distributed.world_size()
     existing = replace(config.launch, num_processes=processes, num_machines=1)
     strategy = existing.strategy if processes > 1 else "ddp"
     with contextlib.suppress(UserError):
-        memory = execute(replace(config, launch=existing)).memory
-        return memory.on(processes, strategy, config.train.gradient_checkpointing).total
+        plan = execute(replace(config, launch=existing))
+        memory = plan.packed if packed else plan.memory
+        if memory is not None:
+            return memory.on(processes, strategy, config.train.gradient_checkpointing).total
     return None
+
+
+def trains_packed(config: Config, pruned: Path, dtype: str) -> bool:
+    """Whether to train on packed weights: as configured; ``auto``: if the plan on dense ones does not fit into memory.
+
+    To be decided by one process for all, which may have less memory a moment later.
+    """
+    if config.model.weights != "auto":
+        return config.model.weights == "packed"
+    if scope.cannot_pack(config, distributed.world_size()).lines:
+        return False
+    device = checkpoint.pick_device(config.model.device)
+    # processes on the CPU of a machine share its memory
+    sharing = distributed.local_world_size() if device.type == "cpu" else 1
+    room = int(machine.free_memory(device) * footprint.USABLE / sharing)
+    if LITTLE * checkpoint.weight_bytes(pruned, dtype) < room:  # packing would not matter
+        return False
+    dense, packed = bytes_on_each_device(config), bytes_on_each_device(config, packed=True)
+    if dense is None or packed is None or dense <= room or packed >= dense:
+        return False
+    sizes = [f"{size / 2**30:.1f} GiB" for size in (dense, packed, room)]
+    teacher = "" if config.train.distill.teacher is None else "; the teacher stays dense unless it is sparse"
+    console.note(
+        f"model.weights: training needs {sizes[0]} with dense weights and {sizes[1]} with packed ones by plan; "
+        f"{sizes[2]} are free, so they are packed{teacher}"
+    )
+    return True
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -260,7 +294,14 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
 
 
 def _memory(
-    config: Config, skeleton: Skeleton, targets: dict[str, Target], trainable: Trainable, processes: int, dtype: str
+    config: Config,
+    skeleton: Skeleton,
+    targets: dict[str, Target],
+    trainable: Trainable,
+    processes: int,
+    stored: str,
+    dtype: str,
+    packed: bool = False,
 ) -> Memory:
     """Bytes of a training, in total and per GPU.
 
@@ -281,10 +322,11 @@ def _memory(
     # the teacher's weights, and its and the student's distributions over the vocabulary
     teacher = weights + 2 * activations.logits if train.distill.teacher is not None else 0
     blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
+    weights -= _saved_by_packing(config, skeleton, d, stored) if packed else 0
     per_gpu = []
     for gpus in sorted({*GPUS, processes}):
-        # the other optimizers cannot be sharded
-        for strategy in STRATEGIES if gpus > 1 and train.optimizer == "adamw" else ("ddp",):
+        # the other optimizers and packed weights cannot be sharded
+        for strategy in STRATEGIES if gpus > 1 and train.optimizer == "adamw" and not packed else ("ddp",):
             share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, optimizer, gpus, strategy)
             for checkpointing in (False, True):
                 peak = activations.peak(checkpointing, kernel, widest) + teacher
@@ -304,7 +346,16 @@ def _memory(
         free=machine.free_memory(torch.device("cpu")),
         per_gpu=per_gpu,
         dtype=dtype,
+        packed=packed,
     )
+
+
+def _saved_by_packing(config: Config, skeleton: Skeleton, d: int, stored: str) -> int:
+    """Bytes by which packing makes the pruned weights smaller; the files are in the dtype ``stored``."""
+    targets = skeleton.targets(config.prune.targets, config.prune.skip)
+    patterns = planned_patterns(config.prune, targets, skeleton)
+    dense, packed = footprint.packed_matrices(targets, patterns, d, machine.torch_dtype(stored).itemsize)
+    return dense - packed
 
 
 def _shares(

@@ -17,6 +17,8 @@ def tables(plan: Plan) -> Iterator[Table]:
     yield from _parameters(plan.trainable)
     yield _training(plan.memory)
     yield _gpus(plan)
+    if plan.packed is not None:
+        yield _packed(plan.memory, plan.packed)
     yield _pruning_and_disk(plan)
 
 
@@ -79,11 +81,23 @@ def _gpus(plan: Plan) -> Table:
         row = [f"{plain.gpus} x {plain.strategy}", "uneven" if accumulated is None else str(accumulated)]
         row.append(gib(plain.weights))
         for entry in (plain, saved):
-            room = f"{min(entry.fits_gb)} GB" if entry.fits_gb else f"> {max(GPU_SIZES)} GB"
-            row += [gib(entry.total), room]
+            row += [gib(entry.total), _smallest(entry)]
         rows.append(row)
     header = ("GPUs", "accumulation", "weights", "plain", "needs", "checkpointing", "needs")
     return "Training per GPU, GiB, and the smallest GPU that has room for it", header, rows
+
+
+def _packed(dense: Memory, packed: Memory) -> Table:
+    rows = [["weights", gib(dense.weights), gib(packed.weights)]]
+    entries = [[memory.on(1, "ddp", checkpointing) for memory in (dense, packed)] for checkpointing in (False, True)]
+    for text, pair in zip(("training", "training, gradient checkpointing"), entries, strict=True):
+        rows.append([text, *(gib(entry.total) for entry in pair)])
+        rows.append(["  smallest GPU", *(_smallest(entry) for entry in pair)])
+    return "Weights in memory without their zeros (model.weights=packed), one GPU: GiB", ("", "dense", "packed"), rows
+
+
+def _smallest(entry: OnGpu) -> str:
+    return f"{min(entry.fits_gb)} GB" if entry.fits_gb else f"> {max(GPU_SIZES)} GB"
 
 
 def _pruning_and_disk(plan: Plan) -> Table:
@@ -136,7 +150,8 @@ def _as_stored(memory: Memory, entry: OnGpu) -> Iterator[str]:
         return
     place = memory.per_gpu.index(entry)
     wide, narrow = memory.as_stored.here[place], memory.as_stored.per_gpu[place]
-    places = [f"{size} GB" for size in narrow.fits_gb if size not in entry.fits_gb]
+    smallest = narrow.fits_gb[:1]
+    places = [f"a GPU of {size} GB" for size in smallest if size not in entry.fits_gb]
     if narrow.total <= memory.free < wide.total:
         places.append(f"the {gib(memory.free)} GiB that are free here")
     if places:
@@ -145,16 +160,9 @@ def _as_stored(memory: Memory, entry: OnGpu) -> Iterator[str]:
 
 
 def _verdict(entry: OnGpu) -> str:
-    room, too_small = entry.fits_gb, [size for size in GPU_SIZES if size not in entry.fits_gb]
-    parts = [f"fits on {_joined(room)} GB"] if room else []
-    if too_small:
-        parts.append(f"{'not on' if room else 'fits on none of'} {_joined(too_small)} GB")
-    return f"{gib(entry.total)} GiB, {', '.join(parts)}."
-
-
-def _joined(sizes: list[int]) -> str:
-    *most, last = map(str, sizes)
-    return f"{', '.join(most)} and {last}" if most else last
+    if not entry.fits_gb:
+        return f"{gib(entry.total)} GiB, more than a GPU of {max(GPU_SIZES)} GB has room for."
+    return f"{gib(entry.total)} GiB, fits on a GPU of {min(entry.fits_gb)} GB."
 
 
 def _steps(steps: Steps, config: Config) -> str:

@@ -50,7 +50,8 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]
         compute = distributed.decide(partial(choose_dtype, run.config, subject.directory))
         if missing:
             console.note(f"eval {label}: {compute.text}")
-        jobs.append(stage.Job(subject, results, compute.dtype, valid, missing, reference))
+        packed = bool(missing) and distributed.decide(partial(stage.is_packed, run.config, subject, compute.dtype))
+        jobs.append(stage.Job(subject, results, compute.dtype, valid, missing, reference, packed))
     try:
         stage.prepare(run.config, jobs)
         for job in jobs:

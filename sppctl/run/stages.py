@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sppctl import console, machine
+from sppctl import console, distributed, machine
 from sppctl.config.settings import Config, names_of
 from sppctl.files.names import FOREIGN, RECORD
 from sppctl.records import MergeRecord, PruneRecord, TrainRecord
@@ -149,9 +149,12 @@ class Train:
         from sppctl.plan import run as plan
         from sppctl.train import stage
 
-        pruned, planned = run.record("prune"), partial(plan.bytes_on_each_device, run.config)
+        pruned = run.record("prune")
         assert pruned is not None
-        execute = partial(stage.execute, dtype=dtype, resume=run.resume, base=self._base(run), planned=planned)
+        packed = distributed.decide(partial(plan.trains_packed, run.config, run.path("prune"), dtype))
+        planned = partial(plan.bytes_on_each_device, run.config, packed=packed)
+        execute = partial(stage.execute, dtype=dtype, resume=run.resume, packed=packed, base=self._base(run))
+        execute = partial(execute, planned=planned)
         return execute(run.config, prepared, run.path("prune"), pruned.metrics, out)
 
 

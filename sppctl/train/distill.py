@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from sppctl import distributed
 from sppctl.config.settings import Config, DistillConfig
 from sppctl.errors import UserError
 from sppctl.files import integrity
-from sppctl.model import checkpoint, find
+from sppctl.model import checkpoint, find, packed_model
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
 from sppctl.records import DistillationRecord
@@ -76,17 +77,22 @@ def locate(teacher: str) -> Path:
     return find.locate(teacher, key="train.distill.teacher")
 
 
-def load(config: Config, base: Path | None, device: torch.device, dtype: str) -> Distillation | None:
+def load(
+    config: Config, base: Path | None, device: torch.device, dtype: str, *, packed: bool = False
+) -> Distillation | None:
     """The configured distillation with its teacher on the device, in the student's dtype; None if none is configured.
 
-    ``base`` is the run's dense checkpoint, needed if that is the teacher.
+    ``base`` is the run's dense checkpoint, needed if that is the teacher. ``packed``: with packed weights, if it is
+    sparse.
     """
     settings = config.train.distill
     if settings.teacher is None:
         return None
     directory = base if settings.teacher == BASE else locate(settings.teacher)
     assert directory is not None
-    teacher = checkpoint.load_model(directory, device, dtype, config.model.trust_remote_code)
+    trust = config.model.trust_remote_code
+    packed = packed and distributed.decide(partial(packed_model.is_sparse, directory, trust))
+    teacher = checkpoint.load_model(directory, device, dtype, trust, packed=packed)
     teacher.config.use_cache = False
     return Distillation(teacher.requires_grad_(False), settings)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from sppctl import distributed
 from sppctl.config.settings import Config
 from sppctl.errors import StageError
+from sppctl.train import scope
 from sppctl.train.checkpoints import resume_advice
 
 # cuBLAS, NCCL and the CPU's allocator raise plain RuntimeErrors
@@ -18,10 +20,12 @@ _MESSAGES = re.compile(r"out of memory|can't allocate memory|not enough memory|a
 
 
 @contextlib.contextmanager
-def explained(config: Config, checkpoints: Path, planned: Callable[[], int | None]) -> Iterator[None]:
+def explained(
+    config: Config, checkpoints: Path, planned: Callable[[], int | None], *, packed: bool = False
+) -> Iterator[None]:
     """Turns the out-of-memory errors of libraries into a StageError with a fix.
 
-    ``planned`` estimates the bytes that the training needs on each device.
+    ``planned`` estimates the bytes that the training needs on each device; ``packed``: the weights are packed already.
     """
     try:
         yield
@@ -37,9 +41,13 @@ def explained(config: Config, checkpoints: Path, planned: Callable[[], int | Non
         )
         fixes = ["lower train.micro_batch_size"] if train.micro_batch_size > 1 else []
         fixes += [] if train.gradient_checkpointing else ["set train.gradient_checkpointing=true"]
+        if not packed and not scope.cannot_pack(config, distributed.world_size()).lines:
+            fixes.append("set model.weights=packed")
         change = "lower train.data.seq_len, or split the weights (launch.strategy=fsdp)"
         if fixes:
-            change = f"{' or '.join(fixes)}, which do not change the result"
+            *most, last = fixes
+            change = f"{', '.join(most)} or {last}, which do not" if most else f"{last}, which does not"
+            change += " change the result"
         raise StageError(
             f"out of memory{amount} with train.micro_batch_size={train.micro_batch_size} and "
             f"train.gradient_checkpointing={str(train.gradient_checkpointing).lower()}{plan}; {change}; "

@@ -34,6 +34,7 @@ from sppctl.files.safe_files import OwnFile, TensorFile, TensorFiles
 from sppctl.model.blocks import Skeleton
 from sppctl.model.refreshed import REFRESHED, kept_per_group
 from sppctl.model.targets import stored_name
+from sppctl.packed.linear import write_weight
 from sppctl.pattern import Pattern
 from sppctl.pruners import dsnot
 from sppctl.pruners.stats import InputMoments
@@ -190,20 +191,20 @@ class MaskRefresh(Hook):
 
     def base_weight(self, name: str) -> Tensor:
         """A layer's base weight on the layer's device, in its stored dtype; the model may hold it rounded."""
-        weight, key = self.layers[name].weight.data, self.stored[name]
+        weight, key = self.layers[name].weight, self.stored[name]
         if weight.dtype == self.pruned.spec(key).dtype:
-            return weight
+            return weight[:].detach()
         stored = self._unrounded[name] if name in self._unrounded else self.pruned.read(key)
         return stored.to(weight.device)
 
     def _replace_weight(self, name: str, stored: Tensor) -> None:
-        weight = self.layers[name].weight.data
-        weight.copy_(stored)
+        layer = self.layers[name].get_base_layer()
+        write_weight(layer, stored)
         self.changed.add(name)
         config = self.model.peft_config[ADAPTER]
         if isinstance(config, SparseConfig):
             config.mask_digest = None  # of zeros that the adapter no longer belongs to
-        if weight.dtype != stored.dtype:
+        if layer.weight.dtype != stored.dtype:
             self._unrounded[name] = stored.cpu()
 
     # --- files --------------------------------------------------------------------------------------------------------

@@ -5,9 +5,23 @@ from __future__ import annotations
 import math
 
 from sppctl.config.settings import Config, TrainConfig
-from sppctl.errors import UserError
+from sppctl.errors import Problems, UserError
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import Target
+
+PACKED_METHODS = ("spp", "masked_lora")  # which read a packed weight, a few rows at a time
+
+
+def cannot_pack(config: Config, processes: int) -> Problems:
+    """What forbids training on packed weights; empty: nothing."""
+    problems, method, strategy = Problems(), config.train.method, config.launch.strategy
+    if method not in PACKED_METHODS:
+        problem = f"{method} needs dense weights; only {' and '.join(PACKED_METHODS)} read packed ones"
+        problems.add("model.weights", problem, "set it to dense")
+    if processes > 1 and strategy != "ddp":
+        problem = f"launch.strategy={strategy} shards dense weights, and would leave packed ones whole on each device"
+        problems.add("model.weights", problem, "set launch.strategy=ddp, or model.weights=dense")
+    return problems
 
 
 def adapted(config: Config, skeleton: Skeleton) -> dict[str, Target]:

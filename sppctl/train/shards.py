@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from sppctl import distributed, launch
 from sppctl.config.settings import Config
 from sppctl.model.blocks import Skeleton
+from sppctl.packed.linear import TENSORS, packed_layers
 
 LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # read by transformers
 DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
@@ -92,11 +93,12 @@ def load_in_one_process() -> Iterator[None]:
 
 
 def keep_frozen_weights(model: nn.Module) -> None:
-    """Keeps DDP from broadcasting frozen weights, which all processes have read from the same files.
+    """Keeps DDP from broadcasting frozen weights, packed ones too, which are the same in all processes.
 
     Writing to a memory-mapped weight would give each process a copy of its own.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen += [f"{name}.{tensor}" for name, _ in packed_layers(model) for tensor in TENSORS]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 

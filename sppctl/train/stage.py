@@ -7,7 +7,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sppctl.files.names import CHECKPOINTS
 from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import Work
+from sppctl.packed.linear import num_packed
 from sppctl.records import PruneRecord, TrainRecord
 from sppctl.train import checkpoints, distill, methods, optimizers, out_of_memory, refresh, scope, shards
 from sppctl.train.feed import Feed
@@ -74,6 +75,9 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
         problems.add("train.keep_best", "no example is held out for eval_loss", "set train.data.val_size")
     with problems:
         scope.check_dtype(config)
+    with problems:
+        if config.model.weights == "packed":
+            scope.cannot_pack(config, launch.num_processes(config)).raise_all()
     with problems:
         distill.preflight(config, skeleton, tokenizer)
     with problems:
@@ -126,6 +130,7 @@ def execute(
     *,
     dtype: str,
     resume: bool,
+    packed: bool = False,
     base: Path | None = None,
     planned: Callable[[], int | None] = lambda: None,
 ) -> TrainRecord:
@@ -135,6 +140,7 @@ def execute(
         pruned, record: the pruned checkpoint and its record.
         out: directory that may hold checkpoints of an interrupted training; ``resume`` continues from the newest.
         dtype: name of the compute dtype.
+        packed: keep the pruned weights packed in memory, which gives the same adapter.
         base: the dense checkpoint, for distillation from it and for refreshing the mask.
         planned: estimates the bytes that the training needs on each device; None if they are unknown.
 
@@ -143,17 +149,17 @@ def execute(
         StageError: a loss or gradient is not finite, or memory ran out; ``Stopped``: a signal ended it.
     """
     train, folder = config.train, out / CHECKPOINTS
-    with out_of_memory.explained(config, folder, planned):
+    with out_of_memory.explained(config, folder, planned, packed=packed):
         device = checkpoint.pick_device(config.model.device)
         strategy = config.launch.strategy if distributed.world_size() > 1 else None
         tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
         feed = _feed(config, prepared, pruned, tokenizer, folder, resume)
-        model = _adapted(config, pruned, record, dtype, strategy)
-        counts = model.get_nb_trainable_parameters()
+        model = _adapted(config, pruned, record, dtype, strategy, packed)
+        counts = parameter_counts(model)
         trained = f"{counts[0]:,} of {counts[1]:,} parameters ({counts[0] / counts[1]:.2%})"
         console.note(f"training {trained} on {len(feed.train)} examples")
         newest = _resume(model, folder, strategy, feed.max_steps) if resume else None
-        distillation = distill.load(config, base, device, dtype)
+        distillation = distill.load(config, base, device, dtype, packed=packed)
         hooks = methods.hooks(train, feed.max_steps)
         if train.refresh.steps is not None:
             hooks.append(refresh.MaskRefresh(config, model, pruned, base, record.patterns, feed.max_steps, newest))
@@ -166,7 +172,7 @@ def execute(
             loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
             loop.run()
             validation = loop.finish(out)
-        return _record(loop, dtype, counts, validation)
+        return replace(_record(loop, dtype, counts, validation), weights="packed" if packed else "dense")
 
 
 def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, folder: Path, resume: bool) -> Feed:
@@ -183,11 +189,19 @@ def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, fold
     return feed
 
 
-def _adapted(config: Config, pruned: Path, record: PruneRecord, dtype: str, strategy: str | None) -> PeftModel:
+def parameter_counts(model: PeftModel) -> tuple[int, int]:
+    """The trainable and all parameters, those of packed weights counted as if they were dense."""
+    trainable, parameters = model.get_nb_trainable_parameters()
+    return trainable, parameters + num_packed(model)
+
+
+def _adapted(
+    config: Config, pruned: Path, record: PruneRecord, dtype: str, strategy: str | None, packed: bool
+) -> PeftModel:
     """The pruned model with a new adapter, on the CPU."""
     train, patterns = config.train, record.patterns
     with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
-        model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code)
+        model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code, packed=packed)
     model.config.use_cache = False
     set_seed(config.run.seed)  # the same initial adapter in all processes, however many there are
     layers = list(patterns if train.targets == "pruned" else train.targets)

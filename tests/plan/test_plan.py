@@ -140,7 +140,7 @@ def test_memory_by_hand(planned: Planned) -> None:
     # a quarter of all, and whole: embeddings, head and last norm, two blocks
     assert shared.weights == 32_160 + 4 * (2 * 260 * 32 + 32) + 2 * 4 * (7_680 + 64)
     assert shared.training_state == 9_472
-    assert plain.fits_gb == [24, 40, 80]
+    assert plain.fits_gb == [12, 16, 24, 40, 48, 80, 141]
     ste = planned("train.method=ste").memory
     assert (ste.adapter, ste.masks) == (4 * 15_360, 15_360)
 
@@ -160,9 +160,9 @@ def test_the_state_of_other_optimizers_by_hand(planned: Planned) -> None:
 
 
 def test_a_gpu_keeps_room_for_cuda_and_fragmentation() -> None:
-    assert footprint.fits(int(21.8 * GIB)) == [24, 40, 80]
-    assert footprint.fits(int(23.5 * GIB)) == [40, 80]
-    assert footprint.fits(int(75.1 * GIB)) == []
+    assert footprint.fits(int(21.8 * GIB)) == [24, 40, 48, 80, 141]
+    assert footprint.fits(int(23.5 * GIB)) == [40, 48, 80, 141]
+    assert footprint.fits(int(134 * GIB)) == []
 
 
 def test_pruning_and_disk_by_hand(planned: Planned) -> None:
@@ -422,3 +422,60 @@ def test_bad_inputs_name_the_key(planned: Planned, overrides: tuple[str, ...], w
     with pytest.raises(UserError) as caught:
         planned(*overrides)
     assert words in str(caught.value)
+
+
+# --- packed weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "bits"),
+    # values, a bit for each weight, and 4 bytes for each row of up to 256 columns
+    [("2:4", "float32", 16 + 1), ("2:4", "bfloat16", 8 + 1), ("2:8", "bfloat16", 4 + 1), ("0.75", "float32", 8 + 1)],
+)
+def test_packed_weights_by_hand(planned: Planned, pattern: str, dtype: str, bits: int) -> None:
+    result = planned(f"prune.pattern={pattern}", f"model.dtype={dtype}", f"model.compute_dtype={dtype}")
+    assert result.packed is not None
+    weights, rows = 2 * 7_680, 2 * (2 * 32 + 2 * 16 + 2 * 48 + 32)
+    itemsize = 4 if dtype == "float32" else 2
+    saved = itemsize * weights - weights * bits // 8 - 4 * rows
+    assert result.memory.weights - result.packed.weights == saved
+    for checkpointing in (False, True):
+        totals = [memory.on(1, "ddp", checkpointing).total for memory in (result.memory, result.packed)]
+        assert totals[0] - totals[1] == saved
+    assert {entry.strategy for entry in result.packed.per_gpu} == {"ddp"}
+    narrow = planned(f"prune.pattern={pattern}", "model.dtype=bfloat16", "model.compute_dtype=float32").packed
+    assert narrow is not None
+    assert narrow.weights == 4 * 16_800 + weights * (bits if itemsize == 2 else (bits - 1) // 2 + 1) // 8 + 4 * rows
+
+
+def test_what_trains_dense_weights_alone_has_no_plan_for_packed_ones(planned: Planned) -> None:
+    assert planned("train.method=lora").packed is None
+    assert planned("launch.num_processes=2", "launch.strategy=fsdp").packed is None
+    teacher = planned("train.distill.teacher=base")
+    assert teacher.packed is not None
+    assert teacher.packed.teacher == teacher.memory.teacher, "the teacher is dense"
+
+
+def test_the_table_of_packed_weights(command: Command) -> None:
+    printed = " ".join(command("plan", "llama13b", "prune.pattern=2:8", "launch.num_processes=1").out.split())
+    assert "Weights in memory without their zeros (model.weights=packed), one GPU: GiB" in printed
+    assert "model.weights=packed" not in command("plan", "llama13b", "train.method=lora").out
+
+
+def test_auto_trains_packed_where_dense_weights_do_not_fit(
+    configure: Callable[..., Config], llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def packs(free: int, *overrides: str) -> bool:
+        monkeypatch.setattr(machine, "free_memory", lambda _: free)
+        return plan.trains_packed(configure("prune.pattern=2:8", *overrides), llama, "float32")
+
+    dense = plan.bytes_on_each_device(configure("prune.pattern=2:8"))
+    assert dense is not None
+    fits = int(dense / footprint.USABLE) + 1
+    assert not packs(1 << 40)
+    assert not packs(fits)
+    assert packs(fits - 2)
+    assert re.search(r"training needs \S+ GiB with dense weights and \S+ GiB with packed ones", capsys.readouterr().err)
+    assert packs(1 << 40, "model.weights=packed")
+    assert not packs(0, "model.weights=dense")
+    assert not packs(0, "train.method=hira")

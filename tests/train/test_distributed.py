@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +212,20 @@ def test_deepspeed_is_silent(several: Several) -> None:
     assert done.returncode == 0, done.stderr
     printed = done.stdout + done.stderr.replace(str(directory), "RUN")
     assert not re.search(r"deepspeed|\[(INFO|WARNING)\]|\[W\d+|Warning", printed, re.IGNORECASE), printed
+
+
+@pytest.mark.slow
+def test_ddp_on_packed_weights_gives_the_bits_of_dense_ones(several: Several) -> None:
+    adapters = {}
+    for kind in ("dense", "packed"):
+        options = ("--json", "train.dropout=0.1", "train.max_steps=3", f"model.weights={kind}")
+        arguments, directory = several(2, "ddp", "bfloat16", *options)
+        done = sppctl_in_ranks(arguments, 2, **SPARE)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["metrics"]["weights"] == kind
+        adapters[kind] = (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+        shutil.rmtree(directory)
+    assert adapters["packed"] == adapters["dense"]
 
 
 # the second process is killed in pruning, in the second of two micro-batches of its first step, or in measuring

@@ -281,7 +281,8 @@ def test_out_of_memory_says_what_helps_and_a_smaller_micro_batch_continues(fit: 
     assert str(caught.value) == (
         "out of memory (tried to allocate 2.50 GiB) with train.micro_batch_size=4 and "
         f"train.gradient_checkpointing=false, for which sppctl plan estimates {planned / 2**30:.2f} GiB on each device;"
-        " lower train.micro_batch_size or set train.gradient_checkpointing=true, which do not change the result; "
+        " lower train.micro_batch_size, set train.gradient_checkpointing=true or set model.weights=packed, which do "
+        "not change the result; "
         f"{fit.root}/cut/checkpoints/checkpoint-3 is intact: the same command continues from there"
     )
     metrics = fit("cut", *options, "train.micro_batch_size=1")
@@ -291,13 +292,20 @@ def test_out_of_memory_says_what_helps_and_a_smaller_micro_batch_continues(fit: 
 
 
 @pytest.mark.parametrize("kind", [*RAN_OUT, "something else"])
-def test_memory_runs_out_in_many_words(kind: str, fit: Fit) -> None:
-    words = r"^out of memory.* train\.micro_batch_size=1 and .*; lower train\.data\.seq_len, .*; there is no checkpoint"
+@pytest.mark.parametrize(
+    ("method", "fix"),
+    [
+        ("spp", r"set model\.weights=packed, which does not change the result"),
+        ("lora", r"lower train\.data\.seq_len, .*"),
+    ],
+)
+def test_memory_runs_out_in_many_words(kind: str, method: str, fix: str, fit: Fit) -> None:
+    words = rf"^out of memory.* train\.micro_batch_size=1 and .*; {fix}; there is no checkpoint"
     known = kind in RAN_OUT
     error = RAN_OUT.get(kind, RuntimeError("shapes differ"))
     expected = pytest.raises(StageError, match=words) if known else pytest.raises(RuntimeError, match=r"^shapes diff")
     with forwards(1, functools.partial(fail, error)), expected:
-        fit("adapter", "train.micro_batch_size=1", "train.gradient_checkpointing=true")
+        fit("adapter", "train.micro_batch_size=1", "train.gradient_checkpointing=true", f"train.method={method}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
