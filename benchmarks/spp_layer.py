@@ -8,6 +8,9 @@ autograd. Their trained parameters have the dtype of W, which favours them: SPP 
     residual:    y = x W^T + s dropout(x) (W * repeat(alpha) * beta)^T                    (Eq. 5)
     row blocks:  y = x W^T + s [((dropout(x) * alpha_k) W_k^T) * beta_k for each k]       (Eq. 7)
     LoRA:        y = x W^T + s dropout(x) A^T B^T, r = 8
+
+"packed" is the same layer with a packed weight, of the pattern in --patterns; its results are the same bits. The
+evaluation of a packed layer is its product alone, of --eval-tokens, as a ratio to the dense one.
 """
 
 from __future__ import annotations
@@ -22,8 +25,11 @@ import torch.nn.functional as F
 from hardware import add_clock, describe, name_of
 from torch import Tensor
 
+from sppctl import prune_linear
 from sppctl.adapters.spp.kernel import spp_linear
 from sppctl.model.checkpoint import pick_device
+from sppctl.packed.format import PackedWeight
+from sppctl.packed.linear import linear, packed_in
 
 SHAPES = "576x1536,1536x576,2048x2048,2048x5632"
 SCALE, DROPOUT, LORA_RANK = 2.0, 0.05, 8
@@ -35,6 +41,7 @@ class Layer:
 
     x: Tensor
     weight: Tensor
+    packed: PackedWeight
     alpha: Tensor
     beta: Tensor
     down: Tensor
@@ -42,14 +49,17 @@ class Layer:
     upstream: Tensor
 
     @classmethod
-    def make(cls, in_features: int, out_features: int, options: argparse.Namespace, dtype: torch.dtype) -> Layer:
-        """Creates a layer with an arbitrary 2:4 mask; the values do not affect the time."""
+    def make(
+        cls, in_features: int, out_features: int, options: argparse.Namespace, dtype: torch.dtype, pattern: str
+    ) -> Layer:
+        """Creates a layer with a random mask; the values do not affect the time."""
         device = options.device
         weight = torch.randn(out_features, in_features, device=device) / in_features**0.5
-        weight.view(-1, 4)[:, ::2] = 0
+        weight = prune_linear(weight, method="magnitude", pattern=pattern).to(dtype)
         return cls(
             torch.randn(options.tokens, in_features, device=device).to(dtype).requires_grad_(),
-            weight.to(dtype),
+            weight,
+            packed_in(weight, dtype, device),
             (torch.rand(options.rank, in_features, device=device) / in_features**0.5).requires_grad_(),
             torch.randn(out_features, 1, device=device).mul_(0.01).requires_grad_(),
             (torch.randn(LORA_RANK, in_features, device=device) / in_features**0.5).to(dtype).requires_grad_(),
@@ -67,6 +77,10 @@ def frozen(layer: Layer, dropout: float) -> Tensor:
 
 def spp(layer: Layer, dropout: float) -> Tensor:
     return spp_linear(layer.x, layer.weight, None, [(layer.alpha, layer.beta, SCALE, dropout)])
+
+
+def packed(layer: Layer, dropout: float) -> Tensor:
+    return spp_linear(layer.x, layer.packed, None, [(layer.alpha, layer.beta, SCALE, dropout)])
 
 
 def residual(layer: Layer, dropout: float) -> Tensor:
@@ -100,10 +114,12 @@ def trained(form: Form, layer: Layer) -> tuple[Tensor, ...]:
 FORMS: dict[str, tuple[Form, float]] = {
     "frozen": (frozen, 0.0),
     "SPP": (spp, 0.0),
+    "SPP packed": (packed, 0.0),
     "residual": (residual, 0.0),
     "row blocks": (row_blocks, 0.0),
     "LoRA": (lora, 0.0),
     "SPP, dropout": (spp, DROPOUT),
+    "SPP packed, dropout": (packed, DROPOUT),
     "residual, dropout": (residual, DROPOUT),
     "row blocks, dropout": (row_blocks, DROPOUT),
     "LoRA, dropout": (lora, DROPOUT),
@@ -147,6 +163,34 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, list[float]]
     return spent
 
 
+@torch.no_grad()
+def packed_ratios(layer: Layer, spent: dict[str, list[float]], options: argparse.Namespace) -> dict[str, float]:
+    """Packed to dense: bytes of W, time of a layer in training without and with dropout, and in evaluation."""
+    evaluated: list[float] = []
+    x = layer.x.repeat(max(1, options.eval_tokens // len(layer.x)), 1)
+    for _ in range(options.rounds):
+        seconds_of = []
+        for weight in (layer.weight, layer.packed):
+            linear(x, weight, None)
+            synchronize(layer)
+            started = options.clock()
+            linear(x, weight, None)
+            synchronize(layer)
+            seconds_of.append(options.clock() - started)
+        evaluated.append(seconds_of[1] / seconds_of[0])
+
+    def ratio(suffix: str) -> float:
+        pairs = zip(spent[f"SPP packed{suffix}"], spent[f"SPP{suffix}"], strict=True)
+        return statistics.median(packed / dense for packed, dense in pairs)
+
+    return {
+        "bytes of W": layer.packed.num_bytes / layer.weight.nbytes,
+        "training": ratio(""),
+        "training, dropout": ratio(", dropout"),
+        f"evaluation, {len(x)} tokens": statistics.median(evaluated),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
@@ -155,6 +199,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--shapes", default=SHAPES, help="in x out, comma-separated")
+    parser.add_argument("--patterns", default="2:4", help="comma-separated")
+    parser.add_argument("--eval-tokens", type=int, default=8 * 2048)
     add_clock(parser)
     options = parser.parse_args()
     options.device = pick_device(options.device)
@@ -162,18 +208,21 @@ def main() -> None:
     print(describe(options.device))
     print(f"{options.tokens} tokens, r = {options.rank}, dropout {DROPOUT}, {name_of(options.clock)}")
     print(f"medians of {options.rounds} rounds")
-    for dtype in options.dtypes.split(","):
-        report(options, dtype)
+    for pattern in options.patterns.split(","):
+        for dtype in options.dtypes.split(","):
+            report(options, dtype, pattern)
 
 
-def report(options: argparse.Namespace, dtype: str) -> None:
+def report(options: argparse.Namespace, dtype: str, pattern: str) -> None:
     ratios: dict[str, list[float]] = {name: [] for name in FORMS}
+    ratios_of_packed: dict[str, list[float]] = {}
     print(
-        f"\n{dtype}\n\n| in x out | form | ms | / frozen | saved beyond x, bytes |\n| --- | --- | ---: | ---: | ---: |"
+        f"\n{dtype}, {pattern}\n\n"
+        "| in x out | form | ms | / frozen | saved beyond x, bytes |\n| --- | --- | ---: | ---: | ---: |"
     )
     for shape in options.shapes.split(","):
         in_features, out_features = map(int, shape.split("x"))
-        layer = Layer.make(in_features, out_features, options, getattr(torch, dtype))
+        layer = Layer.make(in_features, out_features, options, getattr(torch, dtype), pattern)
         spent = measure(layer, options)
         for name, values in spent.items():
             ratio = statistics.median(a / b for a, b in zip(values, spent["frozen"], strict=True))
@@ -181,6 +230,11 @@ def report(options: argparse.Namespace, dtype: str) -> None:
             kept = saved_beyond_input(*FORMS[name], layer)
             milliseconds = 1000 * statistics.median(values)
             print(f"| {shape} | {name} | {milliseconds:.1f} | {ratio:.2f} | {kept:,} |", flush=True)
+        for name, values in packed_ratios(layer, spent, options).items():
+            ratios_of_packed.setdefault(name, []).append(values)
+    print("\nPacked / dense, geometric means\n\n| | ratio |\n| --- | ---: |")
+    for name, values in ratios_of_packed.items():
+        print(f"| {name} | {statistics.geometric_mean(values):.3f} |")
     means = {name: statistics.geometric_mean(values) for name, values in ratios.items()}
     print("\nGeometric means over the shapes\n\n| form | / frozen | / SPP, same dropout |\n| --- | ---: | ---: |")
     for name, mean in means.items():

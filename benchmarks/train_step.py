@@ -1,10 +1,11 @@
 """Time and peak memory of a whole training step: SPP, PEFT's LoRA on the same layers, and the frozen model.
 
-    python benchmarks/train_step.py CHECKPOINT [--batch 8 --seq-len 256 --rounds 5 --device auto]
+    python benchmarks/train_step.py CHECKPOINT [--batch 8 --seq-len 256 --rounds 5 --device auto --packed]
 
 A step is forward, backward, AdamW and zeroing the gradients, on random tokens. The frozen model runs forward and
 backward, with only the gradient of the embeddings' output, so that backward passes through all blocks. All forms run in
 turn in each round. The peak of each form is that of a separate process on a CPU, and of its tensors on a GPU.
+--packed adds SPP on packed weights; the checkpoint must be pruned.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class Form:
 
     def adapter(self) -> PeftConfig:
         """The published ranks: SPP 16 (s = 2), LoRA 8 (alpha 16)."""
-        if self.method == "SPP":
+        if self.method.startswith("SPP"):
             return SppConfig(r=16, scale=2.0, dropout=self.dropout, target_modules=DEFAULT_TARGETS)
         return LoraConfig(r=8, lora_alpha=16, lora_dropout=self.dropout, target_modules=DEFAULT_TARGETS)
 
 
+PACKED = "SPP packed"
 MODELS = [("frozen", 0.0), ("SPP", 0.0), ("LoRA", 0.0), ("SPP", DROPOUT), ("LoRA", DROPOUT)]
+MODELS += [(PACKED, 0.0), (PACKED, DROPOUT)]
 FORMS = [Form(*model, checkpointing) for checkpointing in (False, True) for model in MODELS]
 
 
@@ -56,7 +59,8 @@ class Step:
         self.form, self.device, self.clock = form, checkpoint.pick_device(options.device), options.clock
         torch.manual_seed(0)
         dtype = checkpoint.choose_dtype(options.checkpoint, self.device, "auto", training=True).dtype
-        self.model: Any = checkpoint.load_model(options.checkpoint, self.device, dtype)
+        packed = form.method == PACKED
+        self.model: Any = checkpoint.load_model(options.checkpoint, self.device, dtype, packed=packed)
         self.model.config.use_cache = False
         self.tokens = torch.randint(0, self.model.config.vocab_size, (options.batch, options.seq_len)).to(self.device)
         self.model.requires_grad_(False)
@@ -91,12 +95,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def measured_forms(options: argparse.Namespace) -> list[Form]:
+    """All, or those with dense weights."""
+    return [form for form in FORMS if options.packed or form.method != PACKED]
+
+
 def measure(options: argparse.Namespace) -> dict[Form, list[float]]:
     """Seconds of all forms; round 0 is a warm-up."""
-    steps = {model: Step(Form(*model, False), options) for model in MODELS}
-    spent: dict[Form, list[float]] = {form: [] for form in FORMS}
+    forms = measured_forms(options)
+    steps = {(form.method, form.dropout): Step(form, options) for form in forms if not form.checkpointing}
+    spent: dict[Form, list[float]] = {form: [] for form in forms}
     for number in range(options.rounds + 1):
-        for form in FORMS:
+        for form in forms:
             gc.collect()
             seconds = steps[form.method, form.dropout](form.checkpointing)
             if number:
@@ -131,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     add_clock(parser)
     options = parser.parse_args()
@@ -140,7 +151,7 @@ def main() -> None:
     tokens = options.batch * options.seq_len
     print(describe(checkpoint.pick_device(options.device)))
     print(f"{options.batch} x {options.seq_len} tokens/step, {name_of(options.clock)}, medians of {options.rounds}\n")
-    peaks = {form: peak_alone(form, options) for form in FORMS}
+    peaks = {form: peak_alone(form, options) for form in measured_forms(options)}
     spent = measure(options)
     print("| step | dropout | checkpointing | s | / frozen | / LoRA | tokens/s | peak MiB |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")

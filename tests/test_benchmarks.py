@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Prune
 
 from sppctl.config.settings import Config
 from sppctl.run.directory import Run
@@ -65,7 +66,8 @@ def test_spp_layer(bench: Callable[..., str]) -> None:
     options = ("--tokens", 16, "--rounds", 1, "--rank", 4, "--shapes", "16x32,32x16", "--device", "cpu")
     printed = bench("spp_layer.py", *options)
     for dtype in ("bfloat16", "float32"):
-        assert f"\n{dtype}\n" in printed
+        assert f"\n{dtype}, 2:4\n" in printed
+        assert len(ratios(printed, "training, dropout |")) == 2
     assert len(re.findall(r"^\| 16x32 \| SPP \|.*\| 0 \|$", printed, re.MULTILINE)) == 2  # nothing beyond x is kept
     assert all(value > 0 for value in ratios(printed, "residual |"))
 
@@ -76,6 +78,13 @@ def test_train_step(bench: Callable[..., str], llama: Path, same_process: list[l
     assert len(same_process) == 10
     assert len(re.findall(r"^\| SPP \| .*\| 7 \|$", printed, re.MULTILINE)) == 4
     assert float(bench("train_step.py", *options, "--peak-of", 1)) > 100
+
+
+def test_train_step_with_packed_weights(bench: Callable[..., str], prune: Prune, same_process: list[list[str]]) -> None:
+    pruned = prune("prune.method=magnitude", "prune.pattern=2:8").directory
+    options = (pruned, "--batch", 1, "--seq-len", 16, "--device", "cpu", "--packed")
+    printed = bench("train_step.py", *options, "--rounds", 1)
+    assert len(re.findall(r"^\| SPP packed \| .*\| 7 \|$", printed, re.MULTILINE)) == 4
 
 
 def test_evaluate(bench: Callable[..., str], llama: Path, same_process: list[list[str]]) -> None:
