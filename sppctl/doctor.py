@@ -21,6 +21,7 @@ from sppctl.errors import first_line
 from sppctl.files import cache
 from sppctl.fused import FusedKernels
 from sppctl.inspect import semi_structured
+from sppctl.packed import format as packed_format
 from sppctl.pruners import sparsegpt
 
 OPTIONAL = {"deepspeed": "launch.strategy=zero3"}  # extras of sppctl, and what needs each
@@ -97,7 +98,11 @@ def _compute() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    tested = {"SPP kernels": fused.KERNELS, "SparseGPT kernel": sparsegpt.KERNELS}
+    tested = {
+        "SPP kernels": fused.KERNELS,
+        "SparseGPT kernel": sparsegpt.KERNELS,
+        "packed weights": packed_format.KERNELS,
+    }
     if not torch.cuda.is_available():
         for subject in tested:
             yield Finding(subject, State.OK, "PyTorch's own operations (the Triton kernels need a GPU)")

@@ -34,7 +34,7 @@ merge        adapters pruners model config files console machine records errors 
 train        evaluate adapters packed pruners data model launch config files console distributed records errors pattern
 prune        pruners data model launch config files console distributed machine records errors pattern
 evaluate     inspect packed data model config files console distributed machine errors
-doctor       inspect adapters pruners files machine fused errors
+doctor       inspect adapters packed pruners files machine fused errors
 inspect      pruners model packed files console machine errors pattern
 adapters     packed pruners files fused pattern
 pruners      plugins fused pattern errors
@@ -47,7 +47,7 @@ console      files distributed
 files        errors
 distributed  errors
 plugins      errors
-packed
+packed       fused
 machine
 fused
 pattern

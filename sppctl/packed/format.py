@@ -15,17 +15,21 @@ NaN. A bit of the mask therefore means "stored", which is not quite "other than 
 On a CPU the bits are turned into positions, to which the values are scattered. This takes 0.9 ns per weight at 50 %
 and 0.75 ns at 75 %, whatever the pattern; ``masked_scatter_`` takes 3.9 and 2.3 ns because it predicts a branch for
 each weight, and a table from mask byte to columns, which would serve N:M alone, 0.8 and 0.6 ns (EPYC 9004, one thread).
+On a GPU ``triton_kernels`` unpack, where they run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sppctl.fused import FusedKernels
 
 TILE = 256  # columns
 CHUNK = 1 << 18  # elements that are packed or unpacked at a time: their transients stay in a CPU's cache
@@ -90,6 +94,10 @@ class PackedWeight:
         return torch.empty(num_rows, self.in_features, dtype=dtype, device=self.device)
 
     def _unpack(self, rows: slice, out: Tensor) -> None:
+        widened = torch.promote_types(self.stored, out.dtype) == out.dtype
+        if widened and (fused := KERNELS.usable(self.mask)):
+            fused.unpack(self, rows, out)
+            return
         values, mask = self.values[self._place(rows)], self.mask[rows]
         if out.dtype == self.stored:
             out = out.view(values.dtype)  # raw bits
@@ -159,3 +167,26 @@ def _slices(start: int, stop: int, n: int, elements: int | None = None) -> Itera
     size = max(1, (elements or CHUNK) // n)
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
+
+
+def check(kernels: ModuleType, device: torch.device | str) -> None:
+    """Raises AssertionError if the kernels do not unpack a small matrix bit for bit.
+
+    Args:
+        kernels: ``triton_kernels``.
+        device: where they run.
+    """
+    weight = torch.randn(37, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight[weight < 0.5] = 0
+    packed, rows = pack(weight), slice(2, 36)
+    placed = replace(packed, **{name: getattr(packed, name).to(device) for name in ("mask", "values", "offsets")})
+    for dtype in (torch.bfloat16, torch.float32):
+        out = torch.full((34, 300), torch.nan, dtype=dtype, device=device)
+        kernels.unpack(placed, rows, out)
+        raw, expected = out.cpu().view(RAW[dtype.itemsize]), weight[rows].to(dtype).view(RAW[dtype.itemsize])
+        assert torch.equal(raw, expected), f"{dtype} weights are unpacked wrongly"
+
+
+KERNELS = FusedKernels(
+    "sppctl.packed.triton_kernels", check, "packed weights are read without their GPU kernels, more slowly"
+)

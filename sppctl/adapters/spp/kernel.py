@@ -79,7 +79,6 @@ def _rowwise(
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     scaled = beta.float() * scale
     if fused := fused_for(weight):
-        assert isinstance(weight, Tensor)
         fused.write(result, weight, alpha.float(), scaled, base)
         return result
     for rows, alpha_rows, values, buffer in _pieces(weight, alpha):
