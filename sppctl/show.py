@@ -10,6 +10,7 @@ from sppctl.records import Sample, StageRecord, to_json
 
 if TYPE_CHECKING:
     from sppctl.doctor import Finding
+    from sppctl.evaluate.results import Json
     from sppctl.inspect.inspect import MatrixSparsity
     from sppctl.pattern import Pattern
     from sppctl.publish.push import Upload
@@ -121,7 +122,7 @@ def samples(each: Sequence[Sample], as_json: bool) -> None:
     return None
 
 
-def results(by_label: dict[str, dict[str, Any]], seed: int, as_json: bool) -> None:
+def results(by_label: dict[str, Json], seed: int, as_json: bool) -> None:
     """Prints the results of checkpoints by label."""
     if not distributed.is_main():
         return

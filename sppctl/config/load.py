@@ -22,6 +22,7 @@ from typing import Any, Literal
 from sppctl import plugins
 from sppctl.config import recorded
 from sppctl.config.hints import HINTS
+from sppctl.config.recorded import Tree
 from sppctl.config.settings import BOUNDS, Config
 from sppctl.config.yaml12 import DEEPEST, dump_yaml, parse_yaml, read_yaml
 from sppctl.errors import Problems, UserError, did_you_mean
@@ -390,9 +391,9 @@ def _entries(config: Any, prefix: str) -> Iterator[dict[str, Any]]:
             yield {"key": key, "type": kind, "default": _plain(value), "meaning": f.metadata["meaning"]}
 
 
-def to_dict(config: Any, *, results_only: bool = False) -> dict[str, Any]:
+def to_dict(config: Any, *, results_only: bool = False) -> Tree:
     """The configuration as plain data for YAML and JSON; ``results_only``: without keys that cannot change a result."""
-    plain: dict[str, Any] = {}
+    plain: Tree = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if not f.metadata:  # a section
@@ -403,7 +404,7 @@ def to_dict(config: Any, *, results_only: bool = False) -> dict[str, Any]:
     return plain
 
 
-def result_keys(config: Any) -> dict[str, Any]:
+def result_keys(config: Any) -> Tree:
     """:func:`to_dict` without the keys that cannot change a result (devices, batch sizes, logging)."""
     return to_dict(config, results_only=True)
 
@@ -419,9 +420,9 @@ def _plain(value: Any) -> Any:
     return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
     """Nested sections to dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: Tree = {}
     for name, value in tree.items():
         nested = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}

@@ -17,6 +17,8 @@ from sppctl.config.yaml12 import read_yaml
 from sppctl.files import sealed
 from sppctl.files.names import DIRECTORIES, NOTE, RECORD, RESOLVED
 
+Tree = dict[str, Any]  # sections of a configuration as plain data
+
 
 def is_run(directory: Path) -> bool:
     """Whether a directory is that of a run: it has its configuration, or the record of a stage."""
@@ -47,9 +49,9 @@ def tree_of(directory: Path) -> dict[Any, Any]:
     return _joined(_joined(tree, stages, Config()), {"run": {"dir": str(directory)}}, Config())
 
 
-def merged(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def merged(settings: Iterable[Mapping[str, Any]]) -> Tree:
     """The settings of stages (see :class:`sppctl.records.Attempt`), the first one first, as one configuration."""
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     for content in settings:
         sections = {key: value for key, value in content.items() if key != "seed"}
         seed = {"run": {"seed": content["seed"]}} if "seed" in content else {}
@@ -57,7 +59,7 @@ def merged(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> Tree:
     """The settings in the record or the note of a stage; empty if it is missing or damaged."""
     settings: Any = None
     with contextlib.suppress(OSError, ValueError):

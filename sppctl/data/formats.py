@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sppctl.data.prompts import Kind, Row
+from sppctl.data.prompts import Kind, Messages, Row
 from sppctl.data.texts import INSTRUCTION_COLUMNS, check_characters, check_texts
 from sppctl.errors import UserError
 
@@ -162,7 +162,7 @@ def _documents(rows: list[Row], name: str) -> list[Row]:
     return [{"text": row["text"]} for row in rows if (row.get("text") or "").strip()]
 
 
-def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
+def _messages(messages: Any, where: str) -> Messages:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where} has no list of messages")
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1)]

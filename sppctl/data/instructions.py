@@ -25,9 +25,9 @@ from sppctl.files import cache, sources
 
 IGNORED = -100  # the label that the loss leaves out
 CACHE_FORMAT = 3  # raised when examples are made in another way, so that older cache files are not used
-
-
 AT_ONCE = 1000  # documents tokenised in one call
+
+Part = tuple[list[Row], list[Row]]  # the training rows and the held-out rows of a data set
 
 # cuts the documents of a data set into windows; its name is for messages
 Cut = Callable[[str, Sequence[str]], list[Row]]
@@ -98,11 +98,20 @@ def load_instructions(
     for name in weights:
         rows, names = loaded.pop(name)
         parts[name] = _split_rows(name, _standard(name, rows, names, columns, cut), shares.get(name, 0), seed)
-    left_out = _remove_duplicates_of_held_out(parts)
+    mixed = Instructions([], [], {}, _remove_duplicates_of_held_out(parts), recorded.versions)
+    _mix(mixed, parts, weights, max_rows, seed)
+    for rows in (mixed.train, mixed.held_out):
+        rows.sort(key=lambda row: list(KINDS).index(kind_of(row)))
+    return mixed
+
+
+def _mix(
+    mixed: Instructions, parts: Mapping[str, Part], weights: Mapping[str, float], max_rows: int | None, seed: int
+) -> None:
+    """Adds the rows of all data sets, as many training rows of each as its weight demands."""
     rows_per_weight = min(len(train) / weights[name] for name, (train, _) in parts.items())
     if max_rows is not None:
         rows_per_weight = min(rows_per_weight, max_rows / sum(weights.values()))
-    mixed = Instructions([], [], {}, left_out, recorded.versions)
     for name, (train, held_out) in parts.items():
         count = math.floor(rows_per_weight * weights[name] + 1e-6)  # rounding may put the product just below an integer
         if not count:
@@ -112,9 +121,6 @@ def load_instructions(
         mixed.train.extend(train[:count])
         mixed.held_out.extend(held_out)
         mixed.taken[name] = count
-    for rows in (mixed.train, mixed.held_out):
-        rows.sort(key=lambda row: list(KINDS).index(kind_of(row)))
-    return mixed
 
 
 def find(names: Collection[str], split: str) -> dict[str, Path | None]:
@@ -127,7 +133,7 @@ def find(names: Collection[str], split: str) -> dict[str, Path | None]:
     return {name: None if name in texts.ROWS else texts.local_file(name, KEY, folders=True) for name in names}
 
 
-def _remove_duplicates_of_held_out(parts: dict[str, tuple[list[Row], list[Row]]]) -> int:
+def _remove_duplicates_of_held_out(parts: dict[str, Part]) -> int:
     """Removes training rows that repeat the text of a held-out row; returns their number."""
 
     def stripped(row: Row) -> tuple[str, ...]:
@@ -181,7 +187,7 @@ def _standard(name: str, rows: list[Row], columns: list[str], mapping: Mapping[s
     return windows
 
 
-def _split_rows(name: str, rows: list[Row], val_size: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _split_rows(name: str, rows: list[Row], val_size: int, seed: int) -> Part:
     """Training rows and held-out rows of one data set."""
     if name == "instructions":
         return rows, texts.built_in_rows("heldout")

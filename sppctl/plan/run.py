@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -305,13 +306,10 @@ def _memory(
 ) -> Memory:
     """Bytes of a training, in total and per GPU.
 
-    Adapter and gradients are float32; weights and activations have the dtype that is computed in. Rows are as long as
-    ``train.data.seq_len``, so that batches of shorter examples need less. With packing they are one row.
+    Adapter and gradients are float32; weights and activations have the dtype that is computed in.
     """
     train, d = config.train, machine.torch_dtype(dtype).itemsize
-    batch = Batch(train.micro_batch_size, train.data.seq_len, d)
-    if train.data.packing:
-        batch = Batch(1, batch.tokens, d)
+    batch = _batch(train, d)
     activations = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
     kernel = footprint.kernel_buffers(targets, batch, train.method, train.dropout)
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
@@ -323,16 +321,14 @@ def _memory(
     teacher = weights + 2 * activations.logits if train.distill.teacher is not None else 0
     blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     weights -= _saved_by_packing(config, skeleton, d, stored) if packed else 0
-    per_gpu = []
+    peaks = {
+        checkpointing: activations.peak(checkpointing, kernel, widest) + teacher for checkpointing in (False, True)
+    }
+    per_gpu: list[OnGpu] = []
     for gpus in sorted({*GPUS, processes}):
-        # the other optimizers and packed weights cannot be sharded
-        for strategy in STRATEGIES if gpus > 1 and train.optimizer == "adamw" and not packed else ("ddp",):
+        for strategy in _strategies(train, gpus, packed):
             share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, optimizer, gpus, strategy)
-            for checkpointing in (False, True):
-                peak = activations.peak(checkpointing, kernel, widest) + teacher
-                total = share + state + masks + peak
-                fits = footprint.fits(total)
-                per_gpu.append(OnGpu(gpus, strategy, checkpointing, share, state + masks, peak, total, fits))
+            per_gpu += _on_gpus(gpus, strategy, share, state + masks, peaks)
     return Memory(
         weights=weights,
         adapter=adapter,
@@ -356,6 +352,24 @@ def _saved_by_packing(config: Config, skeleton: Skeleton, d: int, stored: str) -
     patterns = planned_patterns(config.prune, targets, skeleton)
     dense, packed = footprint.packed_matrices(targets, patterns, d, machine.torch_dtype(stored).itemsize)
     return dense - packed
+
+
+def _batch(train: TrainConfig, itemsize: int) -> Batch:
+    """The rows on a device, as long as ``train.data.seq_len``; batches of shorter examples need less. Packed: one."""
+    batch = Batch(train.micro_batch_size, train.data.seq_len, itemsize)
+    return Batch(1, batch.tokens, itemsize) if train.data.packing else batch
+
+
+def _strategies(train: TrainConfig, gpus: int, packed: bool) -> Sequence[str]:
+    """Those by which a training can be divided; the other optimizers and packed weights cannot be sharded."""
+    return STRATEGIES if gpus > 1 and train.optimizer == "adamw" and not packed else ("ddp",)
+
+
+def _on_gpus(gpus: int, strategy: str, share: int, state: int, peaks: Mapping[bool, int]) -> Iterator[OnGpu]:
+    """What each GPU holds, by gradient checkpointing; ``peaks``: of all that a step adds to weights and state."""
+    for checkpointing, peak in peaks.items():
+        total = share + state + peak
+        yield OnGpu(gpus, strategy, checkpointing, share, state, peak, total, footprint.fits(total))
 
 
 def _shares(

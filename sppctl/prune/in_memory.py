@@ -53,8 +53,7 @@ def prune_model(
         method: magnitude, wanda, sparsegpt, dsnot, or a registered pruner.
         pattern: N:M with N kept in every M (``"2:4"``), or the ratio of zeros (``0.5``).
         seed: of the windows.
-        callback: called after each matrix with its :class:`sppctl.records.LayerRecord`, the number of pruned matrices,
-            and the number of all.
+        callback: called after each matrix with its :class:`sppctl.records.LayerRecord`, its number, and that of all.
         options: further keys of ``prune`` in the configuration, by their names: ``targets``, ``skip``, ``overrides``,
             ``order``, ``damp``, ``keep_zeros``, ``calibration={"dataset": "c4", "samples": 128, "seq_len": 2048}``, ...
 
@@ -73,20 +72,7 @@ def prune_model(
     model.eval().requires_grad_(False)  # tuning a block would leave gradients in the rest of it
     try:
         stack = Decoder(model)
-        drawn = None
-        is_tokenizer = hasattr(tokenizer_or_batches, "convert_ids_to_tokens")
-        if needs_inputs(config.prune):
-            if tokenizer_or_batches is None:
-                raise UserError(f"prune_model: {method} needs inputs; pass a tokenizer, or batches of token ids")
-            if not is_tokenizer:
-                if "calibration" in options:
-                    raise UserError("prune_model", "calibration needs a tokenizer", "pass batches or calibration")
-                drawn = _given(tokenizer_or_batches, stack)
-        tokenizer = tokenizer_or_batches if is_tokenizer else None
-        prepared = checks.prepare(config, stack, tokenizer, drawn=drawn)
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise StageError(f"{name} holds NaN or infinite values; the model is broken")
+        prepared = _prepared(config, stack, tokenizer_or_batches, "calibration" in options)
         check_blocks(stack, prepared.drawn)
         with tempfile.TemporaryDirectory(prefix="sppctl-") as folder:
             return prune_decoder(config.prune, prepared, stack, prepared.drawn, Path(folder), None, callback)
@@ -102,6 +88,24 @@ def _config(model: Any, prune: dict[str, Any], seed: int) -> Config:
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in prune.items()}
     tree = {"prune": settings, "run": {"seed": seed}, "launch": {"num_processes": 1}}
     return config_of(tree | {"model": {"path": getattr(model, "name_or_path", "") or GIVEN}}, "prune_model")
+
+
+def _prepared(config: Config, stack: Decoder, tokenizer_or_batches: Any, draws: bool) -> checks.Prepared:
+    """The checked pruning; ``draws``: the options say how windows are to be drawn."""
+    drawn, is_tokenizer = None, hasattr(tokenizer_or_batches, "convert_ids_to_tokens")
+    if needs_inputs(config.prune):
+        if tokenizer_or_batches is None:
+            method = config.prune.method
+            raise UserError(f"prune_model: {method} needs inputs; pass a tokenizer, or batches of token ids")
+        if not is_tokenizer:
+            if draws:
+                raise UserError("prune_model", "calibration needs a tokenizer", "pass batches or calibration")
+            drawn = _given(tokenizer_or_batches, stack)
+    prepared = checks.prepare(config, stack, tokenizer_or_batches if is_tokenizer else None, drawn=drawn)
+    for name, parameter in stack.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise StageError(f"{name} holds NaN or infinite values; the model is broken")
+    return prepared
 
 
 def _given(batches: Any, stack: Decoder) -> Drawn:

@@ -101,18 +101,11 @@ def prune_blocks(
             _replay(stack, journal.blocks[index], targets, feeding, out)
             yield journal.blocks[index]
             continue
-        entry = BlockRecord(index, [], None, {})
         if targets or feeding is not None:
             stack.load_block(index)
+        entry = BlockRecord(index, [], None, {})
         if targets:
-            work = BlockWork(stack, index, targets, plan, activations, groups, out)
-            entry = BlockRecord(index, work.prune(), work.reconstruction, {})
-            if out is None:
-                masks = {name: integrity.mask_digest(target.view(stack.model)) for name, target in targets.items()}
-                entry = replace(entry, layers=[replace(layer, mask=masks[layer.name]) for layer in entry.layers])
-            elif distributed.is_main():
-                assert isinstance(stack, BlockStack)
-                entry = _write(stack, entry, targets, out)
+            entry = _prune(BlockWork(stack, index, targets, plan, activations, groups, out), out)
         distributed.barrier()
         journal.append(entry)
         # in module order the pass that pruned the block has computed the next one's inputs
@@ -144,6 +137,19 @@ def _replay(
     if feeding is not None:
         feeding.run(entry.block)
         stack.release_block(entry.block)
+
+
+def _prune(work: BlockWork, out: OwnFiles | None) -> BlockRecord:
+    """Prunes a loaded block and writes it to ``out``, if there is such a copy; returns its record."""
+    stack, layers = work.stack, work.prune()
+    entry = BlockRecord(work.index, layers, work.reconstruction, {})
+    if out is None:
+        masks = {name: integrity.mask_digest(target.view(stack.model)) for name, target in work.targets.items()}
+        return replace(entry, layers=[replace(layer, mask=masks[layer.name]) for layer in entry.layers])
+    if not distributed.is_main():
+        return entry
+    assert isinstance(stack, BlockStack)
+    return _write(stack, entry, work.targets, out)
 
 
 def _write(stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], out: OwnFiles) -> BlockRecord:

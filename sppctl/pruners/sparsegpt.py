@@ -42,8 +42,7 @@ def prune_sparsegpt(
         masks: of each layer, True = kept; None chooses them.
         damp: share of the mean Hessian diagonal added to the diagonal.
         block_size: columns updated lazily together; rounded up to a multiple of every M.
-        keep_zeros: weights that are zero are pruned first and never kept, so a row or group that has more of them than
-            the pattern asks for stays sparser.
+        keep_zeros: zeros are pruned first and never kept, so rows and groups that have more of them stay sparser.
 
     Returns:
         The pruned weights (same shapes and dtypes), and the damping that the factorisation needed.
@@ -54,11 +53,8 @@ def prune_sparsegpt(
     factor, dead, damp = statistics.inverse_factor(damp)
     work = torch.cat([weight.float() for weight in weights])
     scale = factor.diagonal().masked_fill(dead, torch.inf)
-    group = math.lcm(*(pattern.group or 1 for pattern in patterns))
-    fused = KERNELS.usable(work) if group <= MAX_GROUP else None
-    block_size, tile = (-(-size // group) * group for size in (block_size, fused.COLUMNS if fused else TILE))
-    stops = itertools.accumulate(len(weight) for weight in weights)
-    layers = [slice(stop - len(weight), stop) for stop, weight in zip(stops, weights, strict=True)]
+    fused, block_size, tile = _sizes(work, patterns, block_size)
+    layers = _row_slices(weights)
     kept = torch.empty_like(work, dtype=torch.bool) if masks is None else torch.cat(masks)
     choices = list(zip(layers, patterns, strict=True)) if masks is None else []
     zeros = work == 0 if keep_zeros else None
@@ -72,6 +68,20 @@ def prune_sparsegpt(
     # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
     work.masked_fill_(~kept, 0)
     return [work[rows].to(weight.dtype) for rows, weight in zip(layers, weights, strict=True)], damp
+
+
+def _sizes(work: Tensor, patterns: list[Pattern], block_size: int) -> tuple[ModuleType | None, int, int]:
+    """The GPU's kernels, if they are used, and the columns of a block and of a tile, rounded up to every M."""
+    group = math.lcm(*(pattern.group or 1 for pattern in patterns))
+    fused = KERNELS.usable(work) if group <= MAX_GROUP else None
+    tile = fused.COLUMNS if fused else TILE
+    return fused, -(-block_size // group) * group, -(-tile // group) * group
+
+
+def _row_slices(weights: list[Tensor]) -> list[slice]:
+    """The rows of each layer, where all are put together."""
+    stops = itertools.accumulate(len(weight) for weight in weights)
+    return [slice(stop - len(weight), stop) for stop, weight in zip(stops, weights, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sppctl import console, distributed
 from sppctl.errors import UserError, WriteError, did_you_mean
@@ -18,6 +18,7 @@ from sppctl.run.stages import choose_dtype
 
 if TYPE_CHECKING:
     from sppctl.evaluate.perplexities import DenseModel
+    from sppctl.evaluate.results import Json
 
 STAGE_OF = {folder: stage for stage, folder in DIRECTORIES.items()}  # the stage of each of the run's own checkpoints
 
@@ -34,7 +35,7 @@ def share_results(source: Run, target: Run, label: str) -> None:
     stage.take_over(results_of(source, label), results_of(target, label))
 
 
-def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, Json]:
     """Measures checkpoints and adapters by label; existing results are not measured again."""
     from sppctl.evaluate import perplexities, stage
     from sppctl.evaluate.results import Results

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sppctl import console, distributed, launch, machine
 from sppctl.config.settings import Config, names_of
@@ -16,6 +16,7 @@ from sppctl.run.directory import Run
 from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN
 
 if TYPE_CHECKING:
+    from sppctl.evaluate.results import Json
     from sppctl.model.blocks import Skeleton
     from sppctl.model.estimate import Work
     from sppctl.report.study import Study
@@ -168,7 +169,7 @@ def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
     return study
 
 
-def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = None) -> dict[str, dict[str, Any]]:
+def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = None) -> dict[str, Json]:
     """Measures checkpoints and adapters: the command ``sppctl eval``.
 
     Args:

@@ -52,17 +52,8 @@ class Feed:
                 "train: the tokenizer has no end-of-text token, which every response needs; "
                 "set eos_token in the model's tokenizer_config.json"
             )
-        weights = {train.data.dataset: 1.0} if isinstance(train.data.dataset, str) else train.data.dataset
         with distributed.first_process_first():
-            self.rows = instructions.load_instructions(
-                weights,
-                train.data.split,
-                columns=train.data.columns,
-                cut=partial(instructions.cut_windows, tokenizer, train.data.seq_len),
-                val_size=train.data.val_size,
-                max_rows=train.data.max_rows,
-                seed=self.seed,
-            )
+            self.rows = self._load(tokenizer)
             kinds = dict.fromkeys(map(formats.kind_of, self.rows.train + self.rows.held_out))
             self.styles: dict[prompts.Kind, prompts.Style] = {
                 kind: prompts.style(train.data.prompt, tokenizer, today, kind) for kind in kinds if kind != "window"
@@ -95,6 +86,18 @@ class Feed:
         shuffled = random.Random(self.seed).sample(range(len(self.train)), len(self.train))
         order = self.order(0) if train.data.group_by_length else shuffled
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)
+
+    def _load(self, tokenizer: Any) -> instructions.Instructions:
+        data = self.settings.data
+        return instructions.load_instructions(
+            {data.dataset: 1.0} if isinstance(data.dataset, str) else data.dataset,
+            data.split,
+            columns=data.columns,
+            cut=partial(instructions.cut_windows, tokenizer, data.seq_len),
+            val_size=data.val_size,
+            max_rows=data.max_rows,
+            seed=self.seed,
+        )
 
     def report(self) -> None:
         """Prints where the examples come from, and how many were truncated or left out."""

@@ -139,8 +139,7 @@ def execute(
     Args:
         pruned, record: the pruned checkpoint and its record.
         out: directory that may hold checkpoints of an interrupted training; ``resume`` continues from the newest.
-        dtype: name of the compute dtype.
-        packed: keep the pruned weights packed in memory, which gives the same adapter.
+        dtype, packed: name of the compute dtype; whether pruned weights are packed in memory, with the same result.
         base: the dense checkpoint, for distillation from it and for refreshing the mask.
         planned: estimates the bytes that the training needs on each device; None if they are unknown.
 
@@ -156,8 +155,7 @@ def execute(
         feed = _feed(config, prepared, pruned, tokenizer, folder, resume)
         model = _adapted(config, pruned, record, dtype, strategy, packed)
         counts = parameter_counts(model)
-        trained = f"{counts[0]:,} of {counts[1]:,} parameters ({counts[0] / counts[1]:.2%})"
-        console.note(f"training {trained} on {len(feed.train)} examples")
+        console.note(f"training {_share(*counts)} on {len(feed.train)} examples")
         newest = _resume(model, folder, strategy, feed.max_steps) if resume else None
         distillation = distill.load(config, base, device, dtype, packed=packed)
         hooks = methods.hooks(train, feed.max_steps)
@@ -173,6 +171,10 @@ def execute(
             loop.run()
             validation = loop.finish(out)
         return replace(_record(loop, dtype, counts, validation), weights="packed" if packed else "dense")
+
+
+def _share(trained: int, total: int) -> str:
+    return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"
 
 
 def _feed(config: Config, prepared: Prepared, pruned: Path, tokenizer: Any, folder: Path, resume: bool) -> Feed:
