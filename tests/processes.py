@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -118,3 +119,11 @@ def sppctl_in_ranks(arguments: list[str], number: int, patch: str = "", **variab
     ended = in_ranks(arguments, number, patch, **variables)
     code = next((one.returncode for one in ended if one.returncode), 0)
     return Ended(code, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended))
+
+
+def without_interpreter(code: str, cache: Path) -> str:
+    """What a Python program prints that compiles Triton's kernels, which tests of this process may interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import types
 import warnings
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import without_interpreter
 
 from sppctl.adapters.spp import fused, kernel
 from sppctl.adapters.spp.kernel import effective_weight, row_groups, spp_linear
@@ -147,10 +145,7 @@ for kernel, gradient in ((kernels._write_kernel, False), (kernels._gradient_kern
 
 @pytest.mark.slow
 def test_they_compile_for_gpus(kernels: types.ModuleType, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
-    sizes = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    sizes = without_interpreter(COMPILE, tmp_path).split()
     assert len(sizes) == 8
     assert all(int(size) > 1000 for size in sizes)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import types
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from processes import without_interpreter
 
 from sppctl.packed import format as packed_format
 from sppctl.packed.format import RAW
@@ -82,10 +80,7 @@ for out, values in (("*i16", "*i16"), ("*fp32", "*bf16")):
 
 @pytest.mark.slow
 def test_it_compiles_for_gpus(kernels: types.ModuleType, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
-    sizes = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    sizes = without_interpreter(COMPILE, tmp_path).split()
     assert len(sizes) == 4
     assert all(int(size) > 1000 for size in sizes)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import subprocess
-import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import without_interpreter
 from torch import Tensor
 
 from sppctl.pattern import Pattern
@@ -226,11 +224,7 @@ for keep, group, columns in ((2, 4, 128), (0, 1, 128), (1, 600, 1024)):
 
 @pytest.mark.slow
 def test_it_compiles_for_gpus(kernels: types.ModuleType, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    lines = [line.split() for line in printed.splitlines()]
+    lines = [line.split() for line in without_interpreter(COMPILE, tmp_path).splitlines()]
     assert len(lines) == 6
     assert all(int(size) > 1000 and fused == "False" for size, fused in lines)
 
