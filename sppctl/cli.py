@@ -471,6 +471,9 @@ def plan(call: Call) -> None:
 
     More: docs/training.md
     """
+    model = call.config.model
+    assert model.path is not None
+    find.config_source(model.path, model.gguf_file, model.revision)  # before torch is imported
     from sppctl.plan import run as planning
     from sppctl.plan import text
 

@@ -38,20 +38,24 @@ def times(run_dir: Path) -> list[int]:
 # --- help and configuration -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["config"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
-def test_help_and_configuration_are_there_without_torch(arguments: list[str]) -> None:
+def without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which must not load a library that takes seconds."""
     code = f"""
 import sys
 from sppctl.cli import main
 sys.argv = ["sppctl", *{arguments!r}]
 try:
     main()
-except SystemExit as error:
-    assert not error.code, error.code
-heavy = {{"torch", "transformers", "peft", "datasets", "lm_eval"}} & sys.modules.keys()
-assert not heavy, heavy
+finally:
+    heavy = {{"torch", "transformers", "peft", "datasets", "lm_eval"}} & sys.modules.keys()
+    assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_and_configuration_are_there_without_torch(arguments: list[str]) -> None:
+    done = without_torch(arguments)
     assert done.returncode == 0, done.stderr
     assert ("Usage: sppctl" if "--help" in arguments else "prune:") in done.stdout
     if len(arguments) == 2:
@@ -59,6 +63,12 @@ assert not heavy, heavy
         documents = re.search(r"More: (.*)", done.stdout)
         assert documents is not None
         assert all((ROOT / document.strip()).is_file() for document in documents[1].split(","))
+
+
+def test_a_plan_without_a_model_is_refused_before_torch_is_loaded() -> None:
+    done = without_torch(["plan", "--model", "nowhere"])
+    assert done.returncode == 2, done.stderr
+    assert "error: model.path: nowhere is not a local directory" in done.stderr
 
 
 def test_python_m_sppctl_knows_its_version_and_shows_its_commands() -> None:

@@ -6,6 +6,7 @@ No library that takes seconds is imported, so that a wrong name is reported at o
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -20,6 +21,11 @@ from sppctl.files.paths import similar_directory
 TEMPLATES = "additional_chat_templates/*.jinja"  # named templates of a tokenizer: its only folder
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # most must go with the weights
+# architectures that come with sppctl, by hub id
+SHIPPED = {
+    file.stem.replace("--", "/"): file
+    for file in sorted((Path(__file__).resolve().parent.parent / "assets" / "architectures").glob("*.json"))
+}
 
 
 def locate(
@@ -115,9 +121,56 @@ def check_files(directory: Path) -> None:
             demand_readable(path)
 
 
-def _download(repository: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
+def config_source(path: str, gguf_file: str | None = None, revision: str | None = None) -> tuple[Path, str]:
+    """The file that describes a model without its weights, and a text that names its source.
+
+    It is the ``gguf_file`` if there is one, else config.json, or one of :data:`SHIPPED`. A local directory or an
+    installed package comes first, then the hub's cache, then the architectures shipped with sppctl, and the hub last,
+    because an unreachable hub costs half a minute. Only config.json of a hub id is downloaded.
+
+    Raises:
+        UserError: there is none.
+    """
+    if gguf_file is not None:
+        return locate(path, gguf_file, revision) / gguf_file, gguf_file
+    if path.startswith(("package:", ".", "/")) or Path(path).exists():
+        directory = locate(path, revision=revision)
+        return directory / "config.json", f"config.json in {directory}"
+    return _hub_config(path, revision)
+
+
+@functools.cache  # so that a command asks the hub once
+def _hub_config(repository: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        file = try_to_load_from_cache(repository, "config.json", revision=revision)
+    except HFValidationError as error:
+        fix = "give a hub id, a directory or package:NAME"
+        raise UserError("model.path", f"{repository} does not exist", fix) from error
+    if isinstance(file, str):
+        return Path(file), "config.json in the hub's cache"
+    if revision is None and repository in SHIPPED:
+        return SHIPPED[repository], "the architecture shipped with sppctl"
+    try:  # unlike hf_hub_download, it asks an unreachable hub once, and silently
+        directory = Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"]))
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError("the repository has none")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            "model.path",
+            f"{repository} is not a local directory, and its config.json is neither cached nor shipped, and could not "
+            f"be downloaded ({first_line(error)})",
+            "check the name, the network and HF_TOKEN, or give a directory with its config.json; shipped: "
+            + ", ".join(SHIPPED),
+        ) from error
+    return directory / "config.json", "config.json from the hub"
+
+
+@functools.cache  # so that a command asks the hub once, and has the same files whenever it asks
+def _snapshot(repository: str, gguf_file: str | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     def fetch(*patterns: str, folders: bool = gguf_file is not None and "/" in gguf_file) -> Path:
         ignored = None if folders else "*/*"  # folders hold other formats and intermediate checkpoints
@@ -125,17 +178,23 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
             snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
         )
 
-    try:
-        directory = fetch(*SIDE_FILES, *TERMS, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
-        fetch(TEMPLATES, folders=True)
-        if gguf_file is None and not (directory / SINGLE_NAME).is_file():
-            from sppctl.files.safe_files import read_index
+    directory = fetch(*SIDE_FILES, *TERMS, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
+    fetch(TEMPLATES, folders=True)
+    if gguf_file is None and not (directory / SINGLE_NAME).is_file():
+        from sppctl.files.safe_files import read_index
 
-            index = directory / INDEX_NAME
-            # a repository may hold the same weights a second time in another format (consolidated.safetensors)
-            shards = set(read_index(index).values()) if index.is_file() else {"*.safetensors"}
-            directory = fetch(*sorted(shards))
-        return directory
+        index = directory / INDEX_NAME
+        # a repository may hold the same weights a second time in another format (consolidated.safetensors)
+        shards = set(read_index(index).values()) if index.is_file() else {"*.safetensors"}
+        directory = fetch(*sorted(shards))
+    return directory
+
+
+def _download(repository: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(repository, gguf_file, revision)
     except UserError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -156,7 +156,7 @@ def execute(config: Config) -> Plan:
     """
     model = config.model
     assert model.path is not None
-    shapes, source = architecture.find(model.path, model.gguf_file, model.revision, model.trust_remote_code)
+    shapes, source = architecture.load(model.path, model.gguf_file, model.revision, model.trust_remote_code)
     scope.check_dtype(config)
     scope.check_optimizer(config)
     # of the pruned checkpoint; known before the model is built, which overwrites the configuration's

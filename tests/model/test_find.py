@@ -13,7 +13,15 @@ import huggingface_hub
 import pytest
 
 from sppctl.errors import UserError
-from sppctl.model.find import locate, locate_weights, newest_checkpoint
+from sppctl.model import find
+from sppctl.model.find import config_source, locate, locate_weights, newest_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known() -> None:
+    """As when a command starts."""
+    find._snapshot.cache_clear()
+    find._hub_config.cache_clear()
 
 
 @pytest.fixture
@@ -121,6 +129,20 @@ def test_a_hub_id_downloads_only_what_is_needed(
     assert locate("owner/name", gguf_file, revision="v2") == tmp_path
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {"config.json", "tokenizer.json", templates, *wanted}
+
+
+def test_a_command_asks_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    answers = iter([str(tmp_path)] * 3)  # files, templates, and config.json alone
+
+    def download(*_: object, **__: object) -> str:
+        return next(answers)  # StopIteration: it was asked again
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert [locate("owner/name"), locate("owner/name", key="RUN")] == [tmp_path, tmp_path]
+    config = tmp_path / "config.json", "config.json from the hub"
+    assert [config_source("owner/name"), config_source("owner/name")] == [config, config]
 
 
 # --- wrong names ------------------------------------------------------------------------------------------------------
