@@ -50,10 +50,10 @@ class Process:
         variables = environment(**(variables or {}))
         if torch.cuda.is_initialized() or torch.get_num_threads() > 1:
             command = [sys.executable, "-c", script, *arguments]
-            self._pid = subprocess.Popen(command, env=variables, stdout=self._said[0], stderr=self._said[1]).pid
+            self.pid = subprocess.Popen(command, env=variables, stdout=self._said[0], stderr=self._said[1]).pid
             return
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             self._become(script, arguments, variables)
 
     def _become(self, script: str, arguments: list[str], variables: Mapping[str, str]) -> None:
@@ -86,10 +86,10 @@ class Process:
             TimeoutError: with what it said, and where it was shortly before.
         """
         until, late = time.monotonic() + deadline, False
-        while (ended := os.waitpid(self._pid, os.WNOHANG)) == (0, 0):
+        while (ended := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
             if time.monotonic() > until:
                 late = True
-                os.kill(self._pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.01)
         for file in self._said:
             file.seek(0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import Prune
+from processes import Process
 
 from sppctl.config.settings import Config
 from sppctl.run.directory import Run
@@ -93,6 +96,17 @@ def test_evaluate(bench: Callable[..., str], llama: Path, same_process: list[lis
     assert ratios(printed, "forward |")[0] == 1
     assert "| perplexity and divergence |" in printed
     assert float(bench("evaluate.py", llama, "--windows", 1, "--seq-len", 32, "--memory-of", "perplexity")) >= 0
+
+
+def test_big_checkpoint(bench: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda command: Process(command[3:]))  # without the imports
+    options = [tmp_path / "big", "--run", tmp_path / "run", "--hidden", 16, "--intermediate", 24, "--layers", 1]
+    printed = bench("big_checkpoint.py", *options, "--heads", 2)
+    for stage in ("prune", "train", "merge", "eval", "inspect", "train, by plan"):
+        assert ratios(printed, f"{stage} |")[-1] > 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=78e9))
+    with pytest.raises(SystemExit, match=r"other and .*run: 78\.1 GB of disk are needed, and 78\.0 GB are free"):
+        bench("big_checkpoint.py", tmp_path / "other", "--run", tmp_path / "second run")
 
 
 def test_prune(bench: Callable[..., str], llama: Path) -> None:
