@@ -16,6 +16,7 @@ import typer
 
 from sppctl import __version__, console, distributed, launch, options, plugins, show
 from sppctl.config.load import schema, schema_yaml, shipped_configs, to_dict, to_yaml
+from sppctl.config.settings import ModelConfig
 from sppctl.console import Verbosity
 from sppctl.errors import StageError, UserError, first_line, with_argument_names
 from sppctl.files.paths import expand, similar_directory
@@ -454,9 +455,10 @@ def generate(
     find.directory_of(name, key="RUN")  # before torch is imported
     from sppctl.publish import generate as generating
 
-    settings = generating.Settings(max_new_tokens, temperature, seed, chat, device)
+    model = ModelConfig(device=device)
+    settings = generating.Settings(max_new_tokens, temperature, seed, chat, model)
     with with_argument_names(ARGUMENT_NAMES):
-        subjects = generating.subjects_of(name)
+        subjects = generating.subjects_of(name, model)
         samples = generating.generate(subjects, prompt or generating.PROMPTS, settings)
     show.samples(samples, json)
 

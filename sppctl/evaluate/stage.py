@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 
 from sppctl import console, distributed, machine
@@ -26,12 +25,11 @@ from sppctl.errors import Problems, UserError, first_line
 from sppctl.evaluate import harness, perplexities, perplexity, results, tasks
 from sppctl.evaluate.perplexities import DenseModel, Windows
 from sppctl.evaluate.results import AnyResult, Measure, Results, TaskMeasure, TaskResult, TextMeasure, TextResult
-from sppctl.evaluate.subjects import Subject
+from sppctl.evaluate.subjects import Subject, shortage
 from sppctl.inspect import inspect
 from sppctl.model import checkpoint, find
 from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import CHARACTERS, Work
-from sppctl.model.packed_model import is_quantised
 from sppctl.model.weights import check_directory
 
 DEFAULT_WINDOW = 2048
@@ -216,38 +214,22 @@ class Job:
     valid: list[AnyResult]  # from :func:`valid_results`; one that was measured for another group may be reused
     measures: list[Measure]  # from :func:`missing`
     dense: DenseModel | None  # the model that checkpoints are compared with, perhaps this one
-    packed: bool = False  # whether its weights are packed in memory, from :func:`is_packed`
+    packed: bool = False  # whether its weights are packed in memory, from :meth:`Subject.is_packed`
     windows: dict[TextMeasure, Windows] = field(default_factory=dict)  # of its texts, filled by :func:`prepare`
 
 
-def is_packed(config: Config, subject: Subject, dtype: str) -> bool:
-    """Whether a checkpoint's weights are to be packed in memory; those of a run's dense model never are.
-
-    As configured; ``auto``: if they do not fit into memory, and the checkpoint can be measured like that. To be decided
-    by one process for all.
-    """
-    if subject.label == "base" or config.model.weights == "dense":
-        return False
-    if config.model.weights == "packed":
-        return True
-    needed, room = _needed_and_room(config, subject.directory, dtype)
-    if needed <= room or not subject.can_be_packed:
-        return False
-    if is_quantised(checkpoint.load_config(subject.directory, config.model.trust_remote_code)):
-        return False
-    sizes = f"dense ones need {needed / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free"
-    console.note(f"eval {subject.label}: {sizes}, so they are packed (model.weights)")
-    return True
-
-
-def _needed_and_room(config: Config, directory: Path, dtype: str) -> tuple[int, int]:
-    """Bytes of a checkpoint's weights, dense, and those that are free for them."""
-    device = checkpoint.pick_device(config.model.device)
-    if device.type == "cuda" and distributed.world_size() == 1:  # a model may be spread over all GPUs
-        room = sum(machine.free_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
-    else:
-        room = machine.free_memory(device)
-    return checkpoint.weight_bytes(directory, dtype), room
+def check_memory(config: Config, jobs: Iterable[Job]) -> None:
+    """Raises UserError if a model would be loaded dense that does not fit into memory; to be called by one process."""
+    for job in jobs:
+        is_compared = any(isinstance(measure, TextMeasure) and measure.reference for measure in job.measures)
+        if is_compared and job.dense and (lacking := shortage(config.model, job.dense.directory, job.dtype)):
+            raise UserError("eval.divergence", f"the dense model {job.dense.directory} {lacking}", "set it to null")
+        if not job.measures or job.packed or config.model.weights == "dense":
+            continue
+        if lacking := shortage(config.model, job.subject.directory, job.dtype):
+            fix = "measure others without it (--model merged eval.divergence=null)"
+            fix += ", or set model.weights=dense to load it all the same"
+            raise UserError("--model", f"{job.subject.label}: {job.subject.place} {lacking}", fix)
 
 
 def prepare(config: Config, jobs: Iterable[Job]) -> None:
@@ -270,11 +252,6 @@ def prepare(config: Config, jobs: Iterable[Job]) -> None:
             if measure.reference is not None and job.dense is not None:
                 compared.setdefault(job.dense, []).append((job.dtype, windows[key]))
     for dense, compared_texts in compared.items():
-        for dtype, _ in compared_texts:
-            needed, room = _needed_and_room(config, dense.directory, dtype)
-            if needed > room:
-                sizes = f"needs {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free"
-                raise UserError("eval.divergence", f"the dense model {dense.directory} {sizes}", "set it to null")
         dense.predict(compared_texts, device)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from sppctl import console, distributed
+from sppctl import console, distributed, machine
+from sppctl.config.settings import ModelConfig
 from sppctl.errors import UserError
 from sppctl.files import integrity
 from sppctl.files.safe_files import TensorFile, adapter_file, adapter_settings, is_adapter
 from sppctl.model import checkpoint, find
+from sppctl.model.packed_model import is_quantised
 from sppctl.model.refreshed import REFRESHED
 from sppctl.model.weights import empty_model
 from sppctl.packed.linear import write_weight
@@ -65,6 +67,23 @@ class Subject:
     def can_be_packed(self) -> bool:
         """Whether its adapter, if it has one, reads packed weights."""
         return self.adapter is None or adapter_settings(self.adapter).get("peft_type") in PACKED_ADAPTERS
+
+    def is_packed(self, model: ModelConfig, dtype: str) -> bool:
+        """Whether its weights are to be packed in memory; those of a run's dense model never are.
+
+        As configured; ``auto``: if they do not fit into memory and can be packed. To be decided by one process for all.
+        """
+        if self.label == "base" or model.weights == "dense":
+            return False
+        if model.weights == "packed":
+            return True
+        lacking = shortage(model, self.directory, dtype)
+        if lacking is None or not self.can_be_packed:
+            return False
+        if is_quantised(checkpoint.load_config(self.directory, model.trust_remote_code)):
+            return False
+        console.note(f"{self.label}: the dense model {lacking}, so its weights are packed (model.weights)")
+        return True
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,6 +149,17 @@ class Subject:
                 layer = layers[name if name in layers else f"{model.base_model_prefix}.{name}"]
                 write_weight(layer, file.read(tensor))
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
+
+
+def shortage(model: ModelConfig, directory: Path, dtype: str) -> str | None:
+    """What a checkpoint's dense weights need and what is free for them, for a message; None if they fit."""
+    device = checkpoint.pick_device(model.device)
+    if device.type == "cuda" and distributed.world_size() == 1:  # a model may be spread over all GPUs
+        room = sum(machine.free_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    else:
+        room = machine.free_memory(device)
+    needed = checkpoint.weight_bytes(directory, dtype)
+    return None if needed <= room else f"needs {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free"
 
 
 def fingerprint(directory: Path) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sppctl import console, records
-from sppctl.config.settings import EvalConfig
+from sppctl.config.settings import EvalConfig, ModelConfig
 from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
-from sppctl.evaluate.subjects import Subject
+from sppctl.evaluate.subjects import Subject, shortage
 from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.model import checkpoint, find
 from sppctl.records import Completion, Sample
@@ -29,15 +29,17 @@ class Settings:
     temperature: float = 0.0  # 0: the likeliest token each time
     seed: int = 0
     chat_template: bool = True  # where the tokenizer has one
-    device: str = "auto"
-    trust_remote_code: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)  # how the checkpoints are loaded
 
 
-def subjects_of(name: str) -> list[Subject]:
+def subjects_of(name: str, model: ModelConfig) -> list[Subject]:
     """The base, pruned and merged checkpoint of a run, as far as they are there; else the checkpoint of that name.
+
+    The base is left out, with a note, if it does not fit into memory.
 
     Args:
         name: run directory, or directory, hub id or package:NAME of a checkpoint or an adapter.
+        model: how they will be loaded.
 
     Raises:
         UserError: it is none of these, or files are not as recorded.
@@ -47,12 +49,12 @@ def subjects_of(name: str) -> list[Subject]:
     found = [Subject.at(label, path) for label, path in own.items() if (path / RECORD).is_file()]
     if not found:
         return [Subject.at(name, find.locate(name, key="RUN", adapters=True))]
-    base = _base(run_dir)
+    base = _base(run_dir, model)
     return found if base is None else [Subject("base", base), *found]
 
 
-def _base(run_dir: Path) -> Path | None:
-    """The dense model of a run; None, and a note, where it is not there any more."""
+def _base(run_dir: Path, how: ModelConfig) -> Path | None:
+    """The dense model of a run; None, and a note, where it is not there any more or does not fit into memory."""
     path = run_dir / DIRECTORIES["prune"] / RECORD
     if not path.is_file():
         return None
@@ -61,9 +63,10 @@ def _base(run_dir: Path) -> Path | None:
     try:
         unpacked = run_dir / "base"
         directory = unpacked if model.get("gguf_file") else find.locate(model["path"], None, model["revision"])
-        if checkpoint.fingerprint(directory) == pruned.inputs["base"]:
+        lacking = None if how.weights == "dense" else shortage(how, directory, _dtype(directory, how))
+        if lacking is None and checkpoint.fingerprint(directory) == pruned.inputs["base"]:
             return directory
-        reason = f"{directory} holds other weights than were pruned"
+        reason = f"{directory} {lacking or 'holds other weights than were pruned'}"
     except (UserError, OSError, KeyError) as error:
         reason = first_line(error)
     console.note(f"generate: without the base ({reason})")
@@ -101,12 +104,12 @@ def generate(subjects: Sequence[Subject], prompts: Sequence[str], settings: Sett
 @torch.inference_mode()
 def _completions(subject: Subject, prompts: Sequence[str], settings: Settings) -> Iterator[tuple[Completion, bool]]:
     """What a checkpoint writes after each prompt, and whether the prompt was in a chat template."""
-    trust = settings.trust_remote_code
-    device = checkpoint.pick_device(settings.device)
+    how, trust = settings.model, settings.model.trust_remote_code
     tokenizer = checkpoint.load_tokenizer(subject.directory, trust)
     encoded = [_encoded(tokenizer, prompt, settings.chat_template) for prompt in prompts]
-    dtype = checkpoint.choose_dtype(subject.directory, device, "auto", trust).dtype
-    model = subject.load(device, dtype, trust)
+    dtype = _dtype(subject.directory, how)
+    packed = subject.is_packed(how, dtype)
+    model = subject.load(checkpoint.pick_device(how.device), dtype, trust, packed=packed)
     options: dict[str, Any] = {"do_sample": settings.temperature > 0, "max_new_tokens": settings.max_new_tokens}
     if settings.temperature > 0:
         options["temperature"] = settings.temperature
@@ -127,6 +130,11 @@ def _completions(subject: Subject, prompts: Sequence[str], settings: Settings) -
         ends = _ends(model)
         text = tokenizer.decode(new, skip_special_tokens=True)
         yield Completion(subject.label, text, len(new), bool(new) and new[-1] in ends), is_chat
+
+
+def _dtype(directory: Path, how: ModelConfig) -> str:
+    device = checkpoint.pick_device(how.device)
+    return checkpoint.choose_dtype(directory, device, how.compute_dtype, how.trust_remote_code).dtype
 
 
 def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[Any, bool]:

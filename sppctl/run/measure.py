@@ -51,9 +51,10 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, Json]:
         compute = distributed.decide(partial(choose_dtype, run.config, subject.directory))
         if missing:
             console.note(f"eval {label}: {compute.text}")
-        packed = bool(missing) and distributed.decide(partial(stage.is_packed, run.config, subject, compute.dtype))
+        packed = bool(missing) and distributed.decide(partial(subject.is_packed, run.config.model, compute.dtype))
         jobs.append(stage.Job(subject, results, compute.dtype, valid, missing, reference, packed))
     try:
+        distributed.decide(partial(stage.check_memory, run.config, jobs))
         stage.prepare(run.config, jobs)
         for job in jobs:
             content = None if job.measures else Results.load(job.path)

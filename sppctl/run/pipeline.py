@@ -224,9 +224,8 @@ def _write_samples(run: Run) -> None:
     """Writes the samples for the report; without them the results of the evaluation are as good."""
     from sppctl.publish import samples
 
-    model = run.config.model
     try:
-        samples.update(run.directory, run.config.eval.prompts, model.device, model.trust_remote_code)
+        samples.update(run.directory, run.config.eval.prompts, run.config.model)
     except (UserError, RuntimeError) as error:  # out of memory is a RuntimeError
         if isinstance(error, StageError):
             raise

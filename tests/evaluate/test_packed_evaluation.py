@@ -10,9 +10,9 @@ import pytest
 from conftest import Command
 
 from sppctl import machine
-from sppctl.config.load import load_config
-from sppctl.evaluate import stage
+from sppctl.config.settings import ModelConfig
 from sppctl.evaluate.subjects import Subject
+from sppctl.report import records
 
 
 def results(here: Path, label: str) -> list[dict[str, Any]]:
@@ -49,21 +49,42 @@ def test_the_dense_model_of_a_run_stays_dense_and_any_other_is_refused(here: Pat
 def test_auto_packs_what_does_not_fit(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config("tiny.yaml")
     merged, base = Subject("merged", here / "run/merged"), Subject("base", here / "base")
     size = 4 * 32_160
     for free, packed in ((size, False), (size - 1, True)):
         monkeypatch.setattr(machine, "free_memory", lambda _, free=free: free)
-        assert stage.is_packed(config, merged, "float32") is packed
-        assert not stage.is_packed(config, base, "float32")
-    assert "are free, so they are packed (model.weights)" in capsys.readouterr().err
+        assert merged.is_packed(ModelConfig(), "float32") is packed
+        assert not base.is_packed(ModelConfig(), "float32")
+    assert "are free, so its weights are packed (model.weights)" in capsys.readouterr().err
 
 
-def test_a_reference_that_does_not_fit_is_refused_before_it_is_loaded(
-    here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "free_memory", lambda _: 1000)
-    done = command("eval", "tiny.yaml", "--model", "merged", "--force", "model.weights=dense")
-    assert done.code == 2
-    assert "eval.divergence: the dense model" in done.err
-    assert "set it to null" in done.err
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda _: 100_000)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_dense_model_that_does_not_fit_is_refused_before_it_is_loaded(here: Path, command: Command) -> None:
+    reference = command("eval", "tiny.yaml", "--model", "merged", "--force", "model.weights=dense")
+    assert reference.code == 2
+    assert "eval.divergence: the dense model" in reference.err
+    assert "set it to null" in reference.err
+    base = command("eval", "tiny.yaml", "--model", "base", "--force")
+    assert base.code == 2
+    assert "--model: base: " in base.err
+    assert "measure others without it (--model merged eval.divergence=null)" in base.err
+    assert not (here / "run" / ".reference-0").exists()
+    demanded = command("eval", "tiny.yaml", "--model", "base", "--force", "model.weights=dense")
+    assert demanded.code == 0, demanded.err
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_base_that_does_not_fit_writes_no_samples(here: Path, command: Command) -> None:
+    options = ("--model", "merged", "--force", "eval.divergence=null", "eval.prompts=[One]")
+    done = command("eval", "tiny.yaml", *options)
+    assert done.code == 0, done.err
+    assert weights(here, "merged") == {"packed"}
+    assert "generate: without the base" in done.err
+    stored = records.stored_samples(here / "run")
+    assert stored is not None
+    assert [one.checkpoint for one in stored.samples[0].completions] == ["pruned", "merged"]

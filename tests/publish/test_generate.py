@@ -9,6 +9,7 @@ import torch
 from conftest import Command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sppctl.config.settings import ModelConfig
 from sppctl.errors import UserError
 from sppctl.publish import generate
 from sppctl.publish.generate import Settings
@@ -52,8 +53,8 @@ def test_base_pruned_and_merged_continue_the_same_prompts(command: Command, run:
 
 
 def test_any_checkpoint_and_an_adapter_that_is_not_merged(run: Path) -> None:
-    (merged,) = generate.subjects_of(str(run / "merged"))
-    (adapter,) = generate.subjects_of(str(run / "adapter"))
+    (merged,) = generate.subjects_of(str(run / "merged"), ModelConfig())
+    (adapter,) = generate.subjects_of(str(run / "adapter"), ModelConfig())
     (sample,) = generate.generate([merged, adapter], ["Three is"], Settings(max_new_tokens=5))
     assert len({one.text for one in sample.completions}) == 1
     assert not sample.chat_template
@@ -63,7 +64,7 @@ def test_the_chat_template_is_used_where_there_is_one(run: Path, tmp_path: Path)
     chatty = Path(shutil.copytree(run / "merged", tmp_path / "chatty"))
     (chatty / "stage.json").unlink()
     (chatty / "chat_template.jinja").write_text(TEMPLATE)
-    subjects = generate.subjects_of(str(chatty))
+    subjects = generate.subjects_of(str(chatty), ModelConfig())
     (with_template,) = generate.generate(subjects, ["Hi"], Settings(max_new_tokens=4))
     (without,) = generate.generate(subjects, ["Hi"], Settings(max_new_tokens=4, chat_template=False))
     assert with_template.chat_template
@@ -76,7 +77,7 @@ def test_the_chat_template_is_used_where_there_is_one(run: Path, tmp_path: Path)
 
 
 def test_drawn_tokens_follow_the_seed(run: Path) -> None:
-    subjects = generate.subjects_of(str(run / "merged"))
+    subjects = generate.subjects_of(str(run / "merged"), ModelConfig())
 
     def drawn(*prompts: str, seed: int) -> list[str]:
         samples = generate.generate(subjects, prompts, Settings(max_new_tokens=12, temperature=5.0, seed=seed))
@@ -95,7 +96,7 @@ def test_a_token_that_ends_the_text_is_noticed(run: Path, tmp_path: Path) -> Non
         model.lm_head.weight.zero_()
     model.generation_config.eos_token_id = 0
     model.save_pretrained(ending)
-    (sample,) = generate.generate(generate.subjects_of(str(ending)), ["Hi"], Settings(max_new_tokens=4))
+    (sample,) = generate.generate(generate.subjects_of(str(ending), ModelConfig()), ["Hi"], Settings(max_new_tokens=4))
     assert sample.completions[0].is_finished
     assert sample.completions[0].tokens == 1
 

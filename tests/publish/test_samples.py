@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Command
 
+from sppctl.config.settings import ModelConfig
 from sppctl.publish import samples
 from sppctl.report import records
 
@@ -40,16 +41,16 @@ def test_evaluation_writes_samples_that_the_report_shows(command: Command, run: 
 
 
 def test_other_prompts_and_other_weights_are_written_anew(run: Path) -> None:
-    samples.update(run, ["One"], "cpu", trust_remote_code=False)
-    samples.update(run, [], "cpu", trust_remote_code=False)
+    samples.update(run, ["One"], ModelConfig())
+    samples.update(run, [], ModelConfig())
     assert len(texts(run)) == 1
-    samples.update(run, PROMPTS, "cpu", trust_remote_code=False)
+    samples.update(run, PROMPTS, ModelConfig())
     assert len(texts(run)) == 2
     stored = records.stored_samples(run)
     assert stored is not None
     stored.weights["merged"] = "other"
     records.sealed.write(run / "samples.json", records.stage_records.to_json(stored))
-    samples.update(run, PROMPTS, "cpu", trust_remote_code=False)
+    samples.update(run, PROMPTS, ModelConfig())
     again = records.stored_samples(run)
     assert again is not None
     assert again.weights["merged"] != "other"
