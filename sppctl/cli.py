@@ -637,10 +637,9 @@ def _run() -> None:
                 console.print_error(f"error: {process}{line}")
         sys.exit(error.exit_code)
     except SystemExit as stop:
-        if stop.code == 130:  # Typer turns Ctrl-C into this
-            if sys.stderr.isatty():
-                print(file=sys.stderr)  # the terminal has written ^C
-            console.note("interrupted; the same command continues or starts the stage again")
+        # Typer turns Ctrl-C into an Exit; that of started processes, which have reported it, has no such cause
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            console.note_interrupt()
         raise
     except Exception as error:
         if debug:

@@ -64,6 +64,13 @@ def note_in_handler(message: str) -> None:
         os.write(2, f"\n{message}\n".encode())
 
 
+def note_interrupt() -> None:
+    """Reports that Ctrl-C ended the command at once."""
+    if distributed.is_main() and sys.stderr.isatty():
+        print(file=sys.stderr)  # the terminal has written ^C
+    note("interrupted; the same command continues or starts the stage again")
+
+
 class _Log:
     """The log file of a run: lines with their times, kept in memory until the file is known."""
 

@@ -181,6 +181,7 @@ def start(arguments: list[str], number: int, log: Path | None = None, silent: bo
         if not failures:
             return 0
         if received.count(signal.SIGINT) > 1:
+            console.note_interrupt()
             return 128 + signal.SIGINT
         texts = [_content(stderr) for stderr in errors]
     failed = _cause(failures, processes, texts)

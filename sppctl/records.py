@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -356,10 +357,24 @@ def read(path: Path, stage: str) -> StageRecord[Any]:
 
 def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:
     """The same as plain data; only its seal and its stage are checked."""
+    if stage == "train" and not os.path.lexists(path):
+        _check_not_foreign(path)
     content = sealed.read(path, remedy)
     if content.get("stage") != stage:
         raise UserError(f"{path} is the record of another stage ({content.get('stage')}); {remedy}")
     return content
+
+
+def _check_not_foreign(path: Path) -> None:
+    """Raises UserError if there is an adapter in the place of a trained one, but not its record at ``path``."""
+    from sppctl.files.safe_files import is_adapter
+
+    adapter = path.parent
+    if adapter.is_dir() and is_adapter(adapter):
+        merge = console.command("merge", f"--adapter={adapter}", run=adapter.parent)
+        train = console.command("train", "--force", run=adapter.parent)
+        problem = f"{path} does not exist, so the adapter was trained elsewhere, or its record is lost"
+        raise UserError(f"{problem}; {merge} merges it as it is, {train} replaces it by a new one")
 
 
 def from_json(kind: type[R], content: Any, metrics: type | None = None) -> R:

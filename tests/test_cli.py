@@ -394,6 +394,8 @@ def test_verify_reads_every_file_and_names_what_is_wrong(command: Command, here:
     assert {file["state"] for file in whole.json} == {"ok"}
     found = {f"{file['artefact']}/{file['file']}" for file in whole.json}
     assert found >= {*WEIGHTS, "merged/tokenizer.json", "adapter/adapter_config.json", "eval/base.json"}
+    assert "./samples.json" not in found  # tiny.yaml asks for none
+    (here / "run/samples.json").write_text("{}")
     (here / "run/merged/tokenizer.json").unlink()
     config = here / "run/adapter/adapter_config.json"
     config.write_text(config.read_text().replace("2.0", "4.0"))
@@ -401,7 +403,8 @@ def test_verify_reads_every_file_and_names_what_is_wrong(command: Command, here:
     assert damaged.code == 2
     assert "error: run/merged/tokenizer.json is missing; restore it, or sppctl merge run --force" in damaged.err
     assert "error: run/adapter/adapter_config.json is damaged: its content is not what was recorded" in damaged.err
-    assert len(damaged.err.splitlines()) == 2
+    assert "error: run/samples.json is damaged" in damaged.err
+    assert len(damaged.err.splitlines()) == 3
     assert "missing" in damaged.out
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from processes import Process
 
 from sppctl import cli, distributed, launch
@@ -98,7 +99,20 @@ def test_the_process_that_knows_why_tells_it(
     assert "reset by peer" not in said
 
 
-def test_a_second_ctrl_c_kills_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ctrl_c_is_reported_once(
+    command: Command, config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os\nos.environ['RANK'] == '0' and print('saved')\nos._exit(130)\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    outcome = command("prune", str(config_file), "launch.num_processes=2", "prune.method=magnitude")
+    assert (outcome.code, outcome.err) == (130, "")
+
+
+def test_a_second_ctrl_c_kills_the_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """They ignore the first one, as a process does that waits for another in a collective."""
     script = tmp_path / "python"
     script.write_text(
@@ -119,6 +133,7 @@ def test_a_second_ctrl_c_kills_the_processes(monkeypatch: pytest.MonkeyPatch, tm
     thread.start()
     assert launch.start([], 2) == 130
     thread.join()
+    assert capfd.readouterr().err.strip() == "interrupted; the same command continues or starts the stage again"
 
 
 def test_several_machines_need_a_launcher(config_file: Path) -> None:

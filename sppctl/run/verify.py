@@ -10,15 +10,15 @@ from sppctl.errors import UserError
 from sppctl.evaluate import tasks
 from sppctl.evaluate.results import Results
 from sppctl.files.integrity import DAMAGED, MISSING, OK, compare, explain
-from sppctl.files.names import DIRECTORIES, RECORD
-from sppctl.report.records import no_run
+from sppctl.files.names import DIRECTORIES, RECORD, SAMPLES
+from sppctl.report.records import no_run, stored_samples
 
 
 @dataclass(frozen=True)
 class Checked:
     """One file of a run."""
 
-    artefact: str  # its folder in the run
+    artefact: str  # its folder in the run, or . for the run itself
     file: str  # its path in that folder
     state: str  # ``ok``, ``damaged``, ``missing``, or ``surplus``: not recorded, but would be loaded
     problem: str | None = None  # problem and fix; None: the file is ok
@@ -36,7 +36,7 @@ def execute(run_dir: Path) -> list[Checked]:
     checked += [file for path in sorted((run_dir / "eval").glob("*.json")) for file in _results(path)]
     if not checked:
         raise no_run(run_dir)
-    return checked
+    return checked + _samples(run_dir)
 
 
 def _artefact(directory: Path, stage: str, remedy: str) -> list[Checked]:
@@ -65,3 +65,10 @@ def _results(path: Path) -> list[Checked]:
     problem = f"{samples} does not hold the samples of"
     damaged = [Checked("eval", samples.name, DAMAGED, f"{problem} {task}; {fix}") for task in incomplete]
     return [Checked("eval", path.name, OK), *damaged]
+
+
+def _samples(run_dir: Path) -> list[Checked]:
+    try:
+        return [] if stored_samples(run_dir) is None else [Checked(".", SAMPLES, OK)]
+    except UserError as error:
+        return [Checked(".", SAMPLES, DAMAGED, str(error))]

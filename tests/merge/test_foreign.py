@@ -203,6 +203,23 @@ def test_an_adapter_put_into_the_run_is_merged(command: Command, here: Path) -> 
     assert command("inspect", "run/merged", "--expect", "2:4").code == 0
 
 
+@pytest.mark.parametrize(
+    "arguments", [("train", "tiny.yaml"), ("eval", "run", "--model=adapter"), ("verify", "run")], ids=" ".join
+)
+def test_other_commands_name_the_merge_of_an_adapter_put_into_the_run(
+    arguments: tuple[str, ...], command: Command, here: Path
+) -> None:
+    (here / "run/adapter/stage.json").unlink()
+    refused = command(*arguments)
+    run = "tiny.yaml" if "tiny.yaml" in arguments else "run"
+    assert refused.code == 2
+    assert refused.err == (
+        "error: run/adapter/stage.json does not exist, so the adapter was trained elsewhere, or its record is lost; "
+        f"sppctl merge {run} --adapter=run/adapter merges it as it is, sppctl train {run} --force replaces it by a "
+        "new one\n"
+    )
+
+
 def test_a_run_does_not_merge_another_adapter(command: Command, here: Path) -> None:
     refused = command("run", "tiny.yaml", "merge.adapter=elsewhere", "--force")
     assert refused.code == 2

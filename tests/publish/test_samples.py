@@ -30,6 +30,8 @@ def test_evaluation_writes_samples_that_the_report_shows(command: Command, run: 
     assert command(*asked).code == 0
     wrote = command("generate", str(run), *(f"--prompt={prompt}" for prompt in PROMPTS), "--json").json
     assert texts(run) == [[one["text"] for one in sample["completions"]] for sample in wrote]
+    verified = {"artefact": ".", "file": "samples.json", "state": "ok", "problem": None}
+    assert verified in command("verify", str(run), "--json").json
     before = (run / "samples.json").stat().st_mtime_ns
     assert command(*asked).code == 0
     assert (run / "samples.json").stat().st_mtime_ns == before  # of the same prompts and weights
