@@ -115,10 +115,10 @@ class CalibrationConfig:
     dataset: str = _key(
         "instructions",
         "instructions (built in), c4, wikitext2, alpaca, prose, a hub id (OWNER/NAME, OWNER/NAME:CONFIG), or a local "
-        "txt, json, jsonl, csv, tsv or parquet file; with --model alone the default is c4",
+        "txt, json, jsonl, csv, tsv or parquet file, or a folder of these; with --model alone the default is c4",
         path=True,
     )
-    split: str = _key("train", "split of a hub data set")
+    split: str = _key("train", "split of a hub data set or of a folder")
     column: str | None = _key(None, "column with the text; null or auto: text, or instruction and output")
     samples: int = _key(128, "number of windows", low=1)
     seq_len: int = _key(2048, "tokens in a window", low=2)
@@ -315,7 +315,9 @@ class EvalConfig:
     """What is measured on base, pruned and merged."""
 
     perplexity: list[str] = _key(
-        ["wikitext2"], "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local text file", path=True
+        ["wikitext2"],
+        "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local file or folder of texts",
+        path=True,
     )
     seq_len: int | None = _key(None, "perplexity window in tokens; null: min(2048, limit of the model)", low=2)
     stride: int | None = _key(

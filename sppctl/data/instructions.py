@@ -130,7 +130,7 @@ def find(names: Collection[str], split: str) -> dict[str, Path | None]:
         UserError: a name is that of a folder without data, or a split is given and no data set is on the hub.
     """
     texts.check_split("train.data.split", split, *(HUB_ROWS.get(name, name) for name in names))
-    return {name: None if name in texts.ROWS else texts.local_file(name, KEY, folders=True) for name in names}
+    return {name: None if name in texts.ROWS else texts.local_file(name, KEY) for name in names}
 
 
 def _remove_duplicates_of_held_out(parts: dict[str, Part]) -> int:

@@ -56,8 +56,9 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
 
     Args:
         name: a short name; a local file, plain or .gz (the formats of READERS: the ``text`` or instruction columns;
-            anything else: one text); or a hub dataset, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``, with such columns.
-        split: ``train`` or ``test``, where the source has splits.
+            anything else: one text), or a folder of such files; or a hub dataset, ``OWNER/NAME`` or
+            ``OWNER/NAME:CONFIG``, with such columns.
+        split: ``train`` or ``test``, where the source has splits. To be measured, a folder needs no split ``test``.
         key: the configuration key, for errors.
         column: column with the documents of a file of rows or a hub dataset; None: as above.
         part: read only the first MOST_DOCUMENTS rows or MOST_CHARACTERS characters of JSON lines and hub datasets.
@@ -66,7 +67,7 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
         UserError: the source or column does not exist, or holds no text.
     """
     path = None if name in _TEXTS else local_file(name, key)
-    has_no_columns = name in _TEXTS or (path is not None and _form(path) not in READERS)
+    has_no_columns = name in _TEXTS or (path is not None and path.is_file() and _form(path) not in READERS)
     if column is not None and has_no_columns:
         raise UserError(f"{key}: {name} has no columns to choose from; leave out column {column}")
     if name in _TEXTS:
@@ -74,6 +75,9 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     elif path is not None and has_no_columns:
         text = Text(path.name, [_plain_text(path, key)])
     else:
+        is_folder = path is not None and path.is_dir()
+        if is_folder and key.startswith("eval.") and [*splits_of(Path(name), key)] == ["train"]:
+            split = "train"
         columns = ("text", *INSTRUCTION_COLUMNS) if column is None else (column,)
         rows, all_columns = load_rows(name, path, split, key, columns=columns, short_names=_TEXTS, part=part)
         text = Text(name if path is None else path.name, _documents(rows, column, name, key, all_columns))
@@ -195,22 +199,16 @@ def built_in_rows(split: str) -> list[Row]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def local_file(name: str, key: str, *, folders: bool = False) -> Path | None:
-    """The local file of that name, or folder of files if ``folders`` are allowed.
-
-    None if there is none, so that the name may be a hub id.
+def local_file(name: str, key: str) -> Path | None:
+    """The local file or folder of data files of that name; None if there is none, so that it may be a hub id.
 
     Raises:
-        UserError: the name is that of a directory, of something else than a file, or of an archive.
+        UserError: the name is that of a folder without data, of something else than a file, or of an archive.
     """
     path = Path(name)
-    if path.is_dir() and folders:
+    if path.is_dir():
         splits_of(path, key)
         return path
-    if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.is_file())
-        inside = f"; it holds {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else ""
-        raise UserError(f"{key}: {name} is a directory; name one file in it ({', '.join(FORMS)}){inside}")
     if os.path.lexists(path) and not path.is_file():
         raise UserError(f"{key}: {name} is neither a file nor a link to one")
     if path.is_file() and _form(path) in PACKED_FILES:

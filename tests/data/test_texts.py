@@ -123,14 +123,25 @@ def test_parquet(tmp_path: Path) -> None:
     assert documents(path) == [formatted(row) for row in ALPACA]
 
 
-def test_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"^{KEY}: owner/name is a directory; name one file in it \(.*parquet\)$"):
-        documents("owner/name")
-    write(tmp_path / "owner" / "name" / "mine.txt", "One.")
-    with pytest.raises(UserError, match=r"; it holds mine\.txt$"):
-        documents(tmp_path / "owner" / "name")
+    folder = tmp_path / "owner" / "name.d"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"^{KEY}: owner/name\.d holds no data file \(\.txt, .*, plain or \.gz\)$"):
+        documents("owner/name.d")
+    write(folder / "b.txt", "Two.")
+    write(folder / "a.jsonl", lines({"text": "One."}, {"text": "Another."}))
+    assert documents("owner/name.d") == ["One.", "Another.", "Two."]
+    # without names of splits, all of it is measured
+    measured = texts.load_text("owner/name.d", "test", "eval.perplexity")
+    assert measured == Text("name.d", ["One.", "Another.", "Two."])
+    with pytest.raises(UserError, match=rf"^{KEY}: owner/name\.d has no split test; its splits: train$"):
+        texts.load_text("owner/name.d", "test", KEY)
+    write(folder / "test.txt", "Three.")
+    assert texts.load_text("owner/name.d", "test", "eval.perplexity").documents == ["Three."]
+    write(folder / "test-2.csv", "id,story\n1,Four.\n")
+    with pytest.raises(UserError, match=r"^eval\.perplexity: owner/name\.d lacks a column text .* in some row"):
+        texts.load_text("owner/name.d", "test", "eval.perplexity")
 
 
 @pytest.mark.parametrize("name", ["nothing", "folder/missing.txt", "missing.jsonl", "/no/such/file"])
