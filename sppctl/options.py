@@ -165,9 +165,10 @@ def _defaults(config: Config, overrides: Sequence[str]) -> str:
     """The defaults as they are used for the model that the overrides name."""
     prune, train = config.prune, config.train
     calibration, data = prune.calibration, " and ".join(names_of(train.data.dataset))
+    length = f"epochs {train.epochs:g}" if train.max_steps is None else f"{train.max_steps} steps"
     return (
         f"no CONFIG is given, so the defaults are used: {prune.method} {prune.pattern} with {calibration.dataset} "
-        f"({calibration.samples} x {calibration.seq_len} tokens), {train.method} on {data} (epochs {train.epochs:g}, "
+        f"({calibration.samples} x {calibration.seq_len} tokens), {train.method} on {data} ({length}, "
         f"lr {train.lr:g}, batch size {train.batch_size}), run directory {config.run.dir}; KEY=VALUE changes them, "
         f"{shlex.join(['sppctl', 'config', *overrides])} prints all"
     )

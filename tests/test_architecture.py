@@ -27,7 +27,7 @@ sweep        run report launch config files console distributed plugins errors
 __init__     prune merge evaluate adapters pruners pattern
 run          publish report plan merge train prune evaluate data model launch config files console distributed machine \
              records errors
-publish      report evaluate data model config files console records errors
+publish      report evaluate data model config files console machine records errors
 report       evaluate config files console records errors
 plan         train prune pruners data model packed launch config console distributed machine errors pattern
 merge        adapters pruners model config files console machine records errors pattern

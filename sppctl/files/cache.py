@@ -21,7 +21,7 @@ import psutil
 if TYPE_CHECKING:
     from torch import Tensor
 
-FOLDERS = ("windows", "examples")  # of calibration, of training
+FOLDERS = ("windows", "examples", "samples")  # of calibration, of training, of generated text
 
 
 def root() -> Path | None:

@@ -5,16 +5,20 @@ Evaluation writes them, because it is the last command that needs the weights; a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from sppctl import console
+from sppctl import console, machine
 from sppctl.config.settings import ModelConfig
-from sppctl.files import sealed
+from sppctl.evaluate.subjects import Subject
+from sppctl.files import cache, integrity, sealed
 from sppctl.files.names import SAMPLES
 from sppctl.model import checkpoint
 from sppctl.publish import generate
-from sppctl.records import SamplesRecord, to_json
+from sppctl.publish.generate import Settings
+from sppctl.records import Sample, SamplesRecord, from_json, to_json
 from sppctl.report import records
 
 
@@ -31,7 +35,7 @@ def update(run_dir: Path, prompts: Sequence[str], model: ModelConfig) -> None:
     """
     if not prompts:
         return
-    settings = generate.Settings(model=model)
+    settings = Settings(model=model)
     shown = {"max_new_tokens": settings.max_new_tokens, "chat_template": settings.chat_template}
     subjects = generate.subjects_of(str(run_dir), model)
     weights = {subject.label: checkpoint.fingerprint(subject.directory) for subject in subjects}
@@ -39,5 +43,34 @@ def update(run_dir: Path, prompts: Sequence[str], model: ModelConfig) -> None:
     same = old is not None and old.settings == shown and [sample.prompt for sample in old.samples] == list(prompts)
     if same and old is not None and weights.items() <= old.weights.items():
         return
-    samples = generate.generate(subjects, prompts, settings)
+    columns = [_written_by(subject, prompts, settings) for subject in subjects]
+    samples = [
+        Sample(prompt, any(one.chat_template for one in row), [one.completions[0] for one in row])
+        for prompt, *row in zip(prompts, *columns, strict=True)
+    ]
     sealed.write(run_dir / SAMPLES, to_json(SamplesRecord(shown, weights, console.command_line(), samples)))
+
+
+def _written_by(subject: Subject, prompts: Sequence[str], settings: Settings) -> list[Sample]:
+    """What one checkpoint writes, or has written before: the runs of a sweep have checkpoints in common."""
+    directory = subject.directory
+    depends_on = {
+        "label": subject.label,
+        "files": integrity.identity(integrity.hashes(directory, integrity.listing(directory))),
+        "tokenizer": checkpoint.tokenizer_fingerprint(directory),
+        "prompts": list(prompts),
+        "settings": asdict(settings) | {"model": _loading(settings.model)},
+        "hardware": machine.describe(),
+        "versions": machine.versions("torch", "transformers"),
+    }
+    path = cache.entry("samples", depends_on)
+    _, found = cache.read(path)
+    if found:
+        return [from_json(Sample, one) for one in json.loads(found["samples"])]
+    samples = generate.generate([subject], prompts, settings)
+    cache.write(path, {}, samples=json.dumps(to_json(samples)))
+    return samples
+
+
+def _loading(model: ModelConfig) -> list[str | bool]:
+    return [model.device, model.compute_dtype, model.weights, model.trust_remote_code]

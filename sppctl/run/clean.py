@@ -21,7 +21,7 @@ class Kind(StrEnum):
 
     LEFTOVERS = "leftovers"  # nothing
     BASE = "base"  # unpacking a GGUF file
-    CACHE = "cache"  # tokenising, of all runs
+    CACHE = "cache"  # tokenising, and generating samples, of all runs
     UNFINISHED = "unfinished"  # the work of an interrupted stage
     WEIGHTS = "weights"  # pruning, to train or merge again
 
@@ -118,4 +118,5 @@ def _candidates(run_dir: Path) -> Iterator[tuple[Kind, Path, str, str]]:
         yield Kind.WEIGHTS, pruned, "*.safetensors", cost
     root = cache.root()
     for folder in [root / name for name in cache.FOLDERS] if root is not None else []:
-        yield Kind.CACHE, folder, "*.safetensors", "texts are tokenised again, for all runs"
+        done = "generated" if folder.name == "samples" else "tokenised"
+        yield Kind.CACHE, folder, "*.safetensors", f"texts are {done} again, for all runs"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def test_other_prompts_and_other_weights_are_written_anew(run: Path) -> None:
     again = records.stored_samples(run)
     assert again is not None
     assert again.weights["merged"] != "other"
+
+
+def test_checkpoints_that_runs_share_write_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the runs of a sweep."""
+    monkeypatch.setenv("SPPCTL_CACHE", str(run.parent / "cache"))
+
+    def entries() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (run.parent / "cache" / "samples").iterdir()}
+
+    samples.update(run, PROMPTS, ModelConfig())
+    before = entries()
+    other = Path(shutil.copytree(run, run.parent / "other"))
+    (other / "samples.json").unlink()
+    samples.update(other, PROMPTS, ModelConfig())
+    assert texts(other) == texts(run)
+    assert (len(before), entries()) == (3, before)
+    samples.update(other, [*PROMPTS, "Three"], ModelConfig())
+    assert len(entries()) == 6
 
 
 def test_a_prompt_that_is_too_long_costs_no_results(command: Command, run: Path) -> None:

@@ -27,8 +27,11 @@ from transformers import AutoModelForCausalLM
 
 import sppctl
 from sppctl.config.load import load_config
+from sppctl.config.settings import ModelConfig
 from sppctl.errors import UserError
+from sppctl.publish import generate
 from sppctl.records import TrainRecord, from_json
+from sppctl.report.records import stored_samples
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
 from sppctl.run.stages import PRUNE, TRAIN
@@ -365,6 +368,13 @@ def test_run_uses_the_processes_where_it_can(torchrun: int, work: Path, tmp_path
         assert done.stderr.count(word) == 1, done.stderr
     assert done.stderr.count("step 3: perplexity of") == 1
     assert json.loads((tmp_path / "run/pruned/stage.json").read_text())["metrics"]["processes"] == 2
+    samples = stored_samples(tmp_path / "run")
+    assert samples is not None
+    assert list(samples.weights) == ["base", "pruned", "merged"]
+    model = ModelConfig(device="cpu")
+    subjects = generate.subjects_of(str(tmp_path / "run"), model)
+    assert samples.samples == generate.generate(subjects, generate.PROMPTS, generate.Settings(model=model))
+    assert "no samples" not in done.stderr
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
