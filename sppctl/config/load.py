@@ -391,14 +391,20 @@ def _entries(config: Any, prefix: str) -> Iterator[dict[str, Any]]:
             yield {"key": key, "type": kind, "default": _plain(value), "meaning": f.metadata["meaning"]}
 
 
-def to_dict(config: Any, *, results_only: bool = False) -> Tree:
-    """The configuration as plain data for YAML and JSON; ``results_only``: without keys that cannot change a result."""
+def to_dict(config: Any, *, results_only: bool = False, recorded: bool = False) -> Tree:
+    """The configuration as plain data for YAML and JSON.
+
+    ``results_only``: without keys that cannot change a result. ``recorded``: without later keys that have their default
+    (see :mod:`sppctl.config.settings`); :func:`sppctl.config.recorded.completed` adds them.
+    """
     plain: Tree = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if not f.metadata:  # a section
-            section = to_dict(value, results_only=results_only)
+            section = to_dict(value, results_only=results_only, recorded=recorded)
             plain |= {f.name: section} if section else {}
+        elif recorded and f.metadata["later"] and value == f.default:
+            continue
         elif f.metadata["affects_result"] or not results_only:
             plain[f.name] = _plain(value)
     return plain

@@ -59,12 +59,24 @@ def merged(settings: Iterable[Mapping[str, Any]]) -> Tree:
     return tree
 
 
+def completed(content: Mapping[str, Any], section: Any = None) -> Tree:
+    """The settings of a stage, or their ``section``, with the keys that records leave out at their default."""
+    tree = dict(content)
+    for f in dataclasses.fields(section or Config()):
+        default, value = getattr(section or Config(), f.name), tree.get(f.name)
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            tree[f.name] = completed(value, default)
+        elif f.metadata.get("later"):
+            tree.setdefault(f.name, default)
+    return tree
+
+
 def _settings(path: Path) -> Tree:
     """The settings in the record or the note of a stage; empty if it is missing or damaged."""
     settings: Any = None
     with contextlib.suppress(OSError, ValueError):
         settings = sealed.parse(path.read_bytes()).get("settings")
-    return settings if isinstance(settings, dict) else {}
+    return completed(settings) if isinstance(settings, dict) else {}
 
 
 def _joined(tree: Mapping[Any, Any], content: Mapping[str, Any], section: Any) -> dict[Any, Any]:

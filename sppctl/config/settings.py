@@ -33,6 +33,7 @@ def _key(
     affects_result: bool = True,
     path: bool = False,
     plugins: str | None = None,
+    later: bool = False,
     **bounds: float,
 ) -> Any:
     """A key of the configuration.
@@ -43,10 +44,12 @@ def _key(
         affects_result: whether its value changes results.
         path: whether it may be a path.
         plugins: the group of :mod:`sppctl.plugins` whose names are valid, too.
+        later: whether there are records from before it existed: they have no such key, and neither have newer ones
+            where it has its default, so that their fingerprints are the same.
         bounds: its :data:`BOUNDS`.
     """
     metadata = {"meaning": meaning, "affects_result": affects_result, "path": path, "plugins": plugins}
-    metadata["bounds"] = bounds
+    metadata |= {"later": later, "bounds": bounds}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -54,7 +57,7 @@ def _key(
 
 def _runtime(default: Any, meaning: str, *, path: bool = False, **bounds: float) -> Any:
     """A key that cannot change a result: how or where something is computed."""
-    return _key(default, meaning, affects_result=False, path=path, plugins=None, **bounds)
+    return _key(default, meaning, affects_result=False, path=path, plugins=None, later=False, **bounds)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,15 @@ class PruneConfig:
     )
     reconstruct_epochs: int = _key(0, "epochs of tuning each pruned block on the dense one's output; 0: none", low=0)
     reconstruct_lr: float = _key(1e-4, "learning rate of that tuning (Adam)", above=0)
+    reconstruct_scheduler: Literal["constant", "linear", "cosine"] = _key(
+        "constant", "its schedule; linear, cosine: down to 0 at the last step of each block", later=True
+    )
+    reconstruct_target: Literal["pruned", "dense"] = _key(
+        "pruned",
+        "what a block is tuned on, the dense block's output for: pruned, the hidden states of the pruned model; dense, "
+        "those of the dense model, so that errors of earlier blocks are compensated, too",
+        later=True,
+    )
     batch_size: int | Auto = _key("auto", "calibration windows run through a block at a time", low=1)
     memory: Literal["auto", "device", "ram", "disk"] = _runtime(
         "auto", "where hidden states are kept between blocks; auto: the first that is large enough"

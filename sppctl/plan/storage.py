@@ -10,7 +10,7 @@ from sppctl.machine import torch_dtype
 from sppctl.model.blocks import Skeleton
 from sppctl.plan import footprint
 from sppctl.plan.footprint import FLOAT
-from sppctl.prune.choose import inside_a_block, needs_inputs, windows_at_a_time
+from sppctl.prune.choose import hidden_states_per_token, inside_a_block, needs_inputs, windows_at_a_time
 from sppctl.pruners import Hessian, InputMoments
 from sppctl.pruners.registry import find_pruner
 
@@ -35,7 +35,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     """Bytes of the pruning stage in one process that computes in a dtype: one block at a time.
 
     - embeddings and norms outside the blocks, and the largest block
-    - hidden states of all windows, which ``prune.memory`` may keep off the device
+    - hidden states of all windows, which ``prune.memory`` may keep off the device; tuning blocks needs further ones
     - activations inside a block (``BLOCK_WIDTHS`` hidden states) for the windows that run together; batch_size ``auto``
       is counted as ``CPU_TOKENS`` tokens, on a GPU it takes up to a quarter of what is free; in module order all
       windows also wait inside a block (``WAITING_WIDTHS`` hidden states)
@@ -61,7 +61,8 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     hidden_states = running = tuning = 0
     if needs_inputs(prune):
         hidden = skeleton.config.get_text_config().hidden_size * d
-        hidden_states, running = samples * seq_len * hidden, inside_a_block(prune, samples, hidden)
+        hidden_states = samples * seq_len * hidden * hidden_states_per_token(prune)
+        running = inside_a_block(prune, samples, hidden)
         if statistics is Hessian:
             running += windows * seq_len * max(n for n, _ in groups) * FLOAT
     if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments

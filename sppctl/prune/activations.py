@@ -38,7 +38,8 @@ class Activations:
         self.batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
         self._memory, self._path = memory, path
         self.place, self._hidden = self._allocate((samples, seq_len, stack.width), path)
-        self._second: Tensor | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self.dense: Tensor | None = None  # the hidden states of the dense model, advanced by :meth:`run_dense`
         self._calls: dict[int, list[BlockCall]] = {}
         for rows in self.batches:
             hidden, calls = stack.record(windows[rows].to(stack.device))
@@ -62,12 +63,22 @@ class Activations:
             ) from error
         return place, torch.from_file(str(path), shared=True, size=count, dtype=stack.dtype).view(shape)
 
-    def second_buffer(self) -> Tensor:
-        """A second buffer for hidden states (samples, tokens, width), allocated once, such as for dense outputs."""
-        if self._second is None:
-            path = self._path.with_name(f"{self._path.name}.second")
-            _, self._second = self._allocate(tuple(self._hidden.shape), path)
-        return self._second
+    def buffer(self, name: str) -> Tensor:
+        """A further buffer for hidden states (samples, tokens, width), allocated once for each name."""
+        if name not in self._buffers:
+            path = self._path.with_name(f"{self._path.name}.{name}")
+            _, self._buffers[name] = self._allocate(tuple(self._hidden.shape), path)
+        return self._buffers[name]
+
+    def keep_dense(self) -> None:
+        """From here on, also keeps the hidden states of the dense model, for before the first block."""
+        self.dense = self.buffer("dense").copy_(self._hidden)
+
+    def run_dense(self, index: int) -> None:
+        """Runs the block ``index``, loaded and not pruned yet, on the hidden states of the dense model, if kept."""
+        if self.dense is not None:
+            for rows in self.batches:
+                self.dense[rows] = self.output(index, rows, hidden=self.dense).to(self.dense.device)
 
     def run(self, index: int) -> None:
         """Runs the loaded block ``index`` on every micro-batch; its output becomes the next block's input."""
@@ -78,10 +89,16 @@ class Activations:
         """As :meth:`run`, for some windows."""
         self.store(rows, self.output(index, rows))
 
-    def output(self, index: int, rows: slice, block: Callable[..., Any] | None = None) -> Tensor:
-        """The output for some windows of the loaded block ``index``, or of ``block`` called with the same arguments."""
+    def output(
+        self, index: int, rows: slice, block: Callable[..., Any] | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
+        """The output for some windows of the loaded block ``index``, or of ``block`` called with the same arguments.
+
+        ``hidden``: other hidden states of all windows.
+        """
         call = self._calls[rows.stop - rows.start][index]
-        return call(block or self.stack.blocks[index], self._hidden[rows].to(self.stack.device))
+        inputs = self._hidden if hidden is None else hidden
+        return call(block or self.stack.blocks[index], inputs[rows].to(self.stack.device))
 
     def store(self, rows: slice, hidden: Tensor) -> None:
         """Makes some windows' hidden states the next block's input."""

@@ -71,8 +71,13 @@ class BlockWork:
             return self._prune_all()
         if settings.order == "module":
             return self._prune_in_module_order(activations)
-        dense = activations.second_buffer() if settings.reconstruct_epochs else None
-        self.gather(dense=dense)
+        dense = activations.dense  # what the block is tuned on
+        if settings.reconstruct_epochs and dense is None:
+            dense = activations.buffer("outputs")
+            self.gather(dense=dense)
+        else:
+            self.gather()
+            activations.run_dense(self.index)
         records = self._prune_all()
         self.inputs.clear()
         if dense is not None:

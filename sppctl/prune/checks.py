@@ -28,6 +28,7 @@ from sppctl.prune.choose import (
     measures_blocks,
     needs_inputs,
     planned_patterns,
+    tuning_passes,
 )
 from sppctl.pruners.allocate import MEAN_TOLERANCE
 from sppctl.pruners.registry import find_allocation, find_pruner
@@ -97,7 +98,7 @@ def prepare(
     work = Work(f"{prune.method} {prune.pattern}, {len(targets)} matrices", 0)
     if drawn is not None:
         method = prune.method if prune.method in PASSES else "wanda"  # of a pruner from outside, only its inputs
-        passes = PASSES[method][prune.order] + measures_blocks(prune) + 3 * prune.reconstruct_epochs
+        passes = PASSES[method][prune.order] + measures_blocks(prune) + tuning_passes(prune)
         samples, length = drawn.tokens.shape
         work = Work(f"{work.text}, {samples} windows of {length} tokens", passes * samples * length)
     return Prepared(targets, patterns, drawn, work, sources or {})

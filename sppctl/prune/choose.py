@@ -25,6 +25,17 @@ def measures_blocks(prune: PruneConfig) -> bool:
     return isinstance(prune.allocation, str) and prune.allocation != "uniform"
 
 
+def tuning_passes(prune: PruneConfig) -> int:
+    """Cost of tuning the blocks, in forward passes over all windows: a backward pass is two."""
+    epochs = prune.reconstruct_epochs
+    return 3 * epochs + (epochs > 0 and prune.reconstruct_target == "dense")
+
+
+def hidden_states_per_token(prune: PruneConfig) -> int:
+    """Hidden states that are kept of each token: those of the pruned model, and what its blocks are tuned on."""
+    return 1 + (prune.reconstruct_epochs > 0)
+
+
 def windows_at_a_time(batch_size: int | str, samples: int, seq_len: int) -> int:
     """Windows that run through a block together; ``auto`` gives the number for a CPU, a GPU may use more."""
     return min(samples, batch_size if isinstance(batch_size, int) else max(1, CPU_TOKENS // seq_len))

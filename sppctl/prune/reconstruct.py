@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import get_scheduler
 
 from sppctl.config.settings import PruneConfig
 from sppctl.model.blocks import Decoder
@@ -32,8 +33,8 @@ def reconstruct(
         index: of the block.
         targets: its pruned matrices.
         activations: the block's inputs.
-        dense: the dense block's outputs, (windows, tokens, width).
-        settings: passes over the windows and learning rate.
+        dense: the dense block's outputs, (windows, tokens, width), for these inputs or for those of the dense model.
+        settings: passes over the windows, learning rate and its schedule.
 
     Returns:
         Relative output error of the block before and after. A tuning that did not lower it is undone.
@@ -49,6 +50,8 @@ def reconstruct(
 
     before = _error(index, activations, dense)
     optimizer = torch.optim.Adam(masters.values(), lr=settings.reconstruct_lr)
+    steps = settings.reconstruct_epochs * len(activations.batches)
+    schedule = get_scheduler(settings.reconstruct_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
     for _ in range(settings.reconstruct_epochs):
         for rows in activations.batches:
             with torch.enable_grad():
@@ -58,6 +61,7 @@ def reconstruct(
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
+            schedule.step()
     for name, weight in tuned().items():
         stored[name].data.copy_(weight.detach())
     after = _error(index, activations, dense)

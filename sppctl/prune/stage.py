@@ -94,6 +94,8 @@ def prune_decoder(
         assert windows is not None
         plan = replace(plan, patterns=_allocated(stack, plan, windows, folder))
     activations = None if windows is None else _embed(stack, windows, prune, folder)
+    if activations is not None and prune.reconstruct_epochs and prune.reconstruct_target == "dense":
+        activations.keep_dense()
     journal = Journal(None if out is None else folder / JOURNAL)
     if journal.blocks:
         console.note(f"prune: {len(journal.blocks)} of {len(stack)} blocks are done")

@@ -106,6 +106,8 @@ def prune_blocks(
         entry = BlockRecord(index, [], None, {})
         if targets:
             entry = _prune(BlockWork(stack, index, targets, plan, activations, groups, out), out)
+        elif feeding is not None:
+            feeding.run_dense(index)
         distributed.barrier()
         journal.append(entry)
         # in module order the pass that pruned the block has computed the next one's inputs
@@ -128,6 +130,7 @@ def _replay(
     """Compares a finished, pruned block with the journal, and runs it if the next one needs its output."""
     if feeding is not None:
         stack.load_block(entry.block)
+        feeding.run_dense(entry.block)
     for name, target in targets.items():
         weight = stack.matrix(target, out)
         if integrity.tensor_digest(weight) != entry.weights[name]:

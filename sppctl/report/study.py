@@ -258,7 +258,7 @@ class Study:
         if len(self.runs) == 1:
             return self.runs[0].rows
         trees = [parse_yaml(run.config or "", f"{run.directory}/{RESOLVED}") for run in self.runs]
-        configs = [flatten(tree) if isinstance(tree, dict) else {} for tree in trees]
+        configs = [flatten(recorded.completed(tree)) if isinstance(tree, dict) else {} for tree in trees]
         # only keys that can change weights: results record their dtype and their settings
         relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}
         settings_of = {k: [config[k] for config in configs if k in config] for k in config_keys() if k in relevant}

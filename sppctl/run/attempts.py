@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sppctl.config.load import flatten, result_keys
+from sppctl.config.load import flatten, result_keys, to_dict
+from sppctl.config.recorded import completed
 from sppctl.config.settings import Config
 from sppctl.files import sealed
 from sppctl.files.names import CHECKPOINTS, JOURNAL, NOTE, WORKING
@@ -14,7 +15,7 @@ from sppctl.records import Attempt, Settings, from_json, to_json
 
 def settings_of(config: Config, stage: str) -> Settings:
     """The configuration that the result of a stage depends on."""
-    settings = {stage: result_keys(getattr(config, stage))}
+    settings = {stage: to_dict(getattr(config, stage), results_only=True, recorded=True)}
     if stage == "merge":
         return settings
     model = result_keys(config.model)
@@ -66,7 +67,7 @@ def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | No
     current = Attempt(settings, before.inputs if inputs is None else inputs).as_in(before)
     if current == before:
         return ""
-    old, new = flatten(before.settings), flatten(current.settings)
+    old, new = flatten(completed(before.settings)), flatten(completed(current.settings))
     changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
     names = before.inputs | current.inputs
     changed += [f"other {name} content" for name in names if before.inputs.get(name) != current.inputs.get(name)]

@@ -42,6 +42,16 @@ def test_records_win_over_resolved_yaml(run: Path) -> None:
     assert config.train.rank == 3
 
 
+def test_keys_that_records_leave_out_at_their_default_win_over_resolved_yaml(run: Path) -> None:
+    record(run / "adapter", {"seed": 5, "train": {"rank": 7, "distill": {"weight": 0.3}}})
+    resolved = {"prune": {"reconstruct_target": "dense", "reconstruct_lr": 1.0}}
+    (run / "resolved.yaml").write_text(dump_yaml(resolved))
+    config = load_config(str(run))
+    assert (config.prune.reconstruct_target, config.prune.reconstruct_lr) == ("pruned", 1.0)
+    record(run / "merged", {"prune": PRUNE | {"reconstruct_target": "dense"}})
+    assert load_config(str(run)).prune.reconstruct_target == "dense"
+
+
 def test_the_command_line_wins_over_records(run: Path) -> None:
     config = load_config(str(run), ["prune.method=wanda", "train.rank=4", "run.dir=copy"])
     assert (config.prune.method, config.train.rank, config.run.dir) == ("wanda", 4, "copy")

@@ -175,6 +175,9 @@ def test_pruning_and_disk_by_hand(planned: Planned) -> None:
     assert pruning.peak == 33_408 + 30_976 + 576 + 32_768 + 1_310_720
     assert planned("prune.method=sparsegpt").pruning.statistics == 4 * (3 * 32**2 + 48**2)
     assert planned("prune.method=magnitude").pruning.hidden_states == 0
+    tuned = planned("prune.method=magnitude", "prune.reconstruct_epochs=1").pruning
+    assert tuned.hidden_states == 2 * pruning.hidden_states  # and the dense block's outputs
+    assert tuned.tuning == 4 * 4 * 7_680
     module = planned("prune.order=module", "prune.batch_size=1").pruning
     assert module.running == (1 * 40 + 4 * 12) * 64 * 32 * 4  # one window running, all of them waiting
     adapter, checkpoint = 4 * 2_368, 3 * 4 * 2_368

@@ -174,7 +174,24 @@ def test_a_full_disk_is_reported_before_anything_is_written_to_it(keep: Keep, mo
 def test_another_point_of_the_model_waits_in_the_same_place(memory: str, keep: Keep, tmp_path: Path) -> None:
     kept = keep(memory=memory)
     before = everything(kept)
-    kept.second_buffer().fill_(7)
-    assert kept.second_buffer().shape == before.shape
+    kept.buffer("second").fill_(7)
+    kept.buffer("third").fill_(8)
+    assert kept.buffer("second").shape == before.shape
+    assert (kept.buffer("second") == 7).all()
     assert torch.equal(everything(kept), before)
-    assert {path.name for path in tmp_path.iterdir()} == ({"hidden", "hidden.second"} if memory == "disk" else set())
+    names = {"hidden", "hidden.second", "hidden.third"} if memory == "disk" else set()
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@torch.no_grad()
+def test_the_dense_models_hidden_states_advance_by_themselves(keep: Keep, stack: BlockStack, llama: Path) -> None:
+    expected = hidden_states(llama, windows())
+    kept = keep(size=5)
+    stack.load_block(0)
+    kept.run_dense(0)  # nothing is kept yet
+    kept.keep_dense()
+    assert kept.dense is not None
+    assert torch.equal(kept.dense, expected[0])
+    kept.run_dense(0)
+    assert torch.equal(kept.dense, expected[1])
+    assert torch.equal(everything(kept), expected[0])

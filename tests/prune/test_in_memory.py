@@ -31,6 +31,7 @@ SETTINGS = {
     "owl": {"pattern": 0.6, "allocation": "owl"},
     "overrides": {"overrides": {"down_proj": "1:4"}, "skip": ["k_proj"]},
     "tuned": {"reconstruct_epochs": 1},
+    "tuned on the dense model": {"reconstruct_epochs": 1, "reconstruct_target": "dense"},
 }
 
 

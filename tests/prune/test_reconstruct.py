@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import as_matrix, in_first_block, kept_per_group, shards, stored, weights_of
-from conftest import Prune
+from checkpoints import as_matrix, in_first_block, kept_per_group, random_windows, shards, stored, weights_of
+from conftest import PROJECTIONS, Prune
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from sppctl.config.load import load_config
+from sppctl.records import Attempt
+from sppctl.run.attempts import differences, settings_of
 
 Make = Callable[..., Path]
+EPOCHS, RATE, SIZE = 3, 1e-3, 2
+RATES: dict[str, Callable[[float], float]] = {  # by the share of the steps that have been done
+    "constant": lambda done: RATE,
+    "linear": lambda done: RATE * (1 - done),
+    "cosine": lambda done: RATE * (1 + math.cos(math.pi * done)) / 2,
+}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -35,6 +50,88 @@ def test_tuning_keeps_zeros_and_lowers_the_blocks_error(
     assert all(torch.equal(tuned[name], before[name]) for name in before.keys() - touched)
 
 
+class Literal:
+    """Blocks tuned one after the other by a plain loop over two whole models, without any of the walk."""
+
+    def __init__(self, base: Path, windows: Tensor) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
+        self.calls: list[dict[str, Any]] = []
+        inputs: list[Tensor] = []
+
+        def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append(args[0])
+            self.calls.append(kwargs)
+
+        hooks = [block.register_forward_pre_hook(look, with_kwargs=True) for block in self.model.model.layers]
+        self.model(windows[:SIZE], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        self.hidden = list(self.model.model.embed_tokens(windows).split(SIZE))
+        self.dense = list(self.hidden)
+
+    def run(self, index: int, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        output: Tensor = functional_call(self.model.model.layers[index], weights or {}, (hidden,), self.calls[index])
+        return output
+
+    def tune(self, index: int, masks: dict[str, Tensor], target: str, scheduler: str) -> dict[str, Tensor]:
+        """The block's tuned weights; hidden states go on to the next block."""
+        self.dense = [self.run(index, rows) for rows in self.dense]
+        goals = self.dense if target == "dense" else [self.run(index, rows) for rows in self.hidden]
+        block = self.model.model.layers[index]
+        weights = {name: block.get_parameter(name) * mask for name, mask in masks.items()}
+        moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights.items()}
+        steps = EPOCHS * len(goals)
+        for step in range(steps):
+            rows = step % len(goals)
+            for weight in weights.values():
+                weight.requires_grad_()
+            output = self.run(index, self.hidden[rows], weights)
+            loss = (output - goals[rows]).square().mean() / goals[rows].square().mean()
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+            for (name, weight), gradient in zip(list(weights.items()), gradients, strict=True):
+                first, second = moments[name]
+                first.mul_(0.9).add_(gradient * masks[name], alpha=0.1)
+                second.mul_(0.999).add_((gradient * masks[name]).square(), alpha=0.001)
+                change = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                weights[name] = weight.detach() - RATES[scheduler](step / steps) * change
+        self.hidden = [self.run(index, rows, weights) for rows in self.hidden]
+        return weights
+
+
+@pytest.mark.parametrize(
+    ("target", "scheduler"), [("pruned", "constant"), ("pruned", "cosine"), ("dense", "linear"), ("dense", "constant")]
+)
+def test_tuning_equals_a_literal_loop(target: str, scheduler: str, prune: Prune, llama: Path) -> None:
+    windows = random_windows(6, 24)
+    options = f"prune.reconstruct_epochs={EPOCHS}", f"prune.reconstruct_lr={RATE}", f"prune.batch_size={SIZE}"
+    options += f"prune.reconstruct_target={target}", f"prune.reconstruct_scheduler={scheduler}"
+    _, tuned, record = prune(*options, windows=windows)
+    assert record.reconstruction is not None
+    assert all(errors.after < errors.before for errors in record.reconstruction.values())
+    literal = Literal(llama, windows)
+    for index in range(2):
+        prefix = f"model.layers.{index}."
+        found = {name.removeprefix(prefix): weight for name, weight in tuned.items() if name.startswith(prefix)}
+        masks = {name: weight != 0 for name, weight in found.items() if name.split(".")[-2] in PROJECTIONS}
+        expected = literal.tune(index, masks, target, scheduler)
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["ram", "disk"])
+def test_a_resumed_tuning_on_the_dense_model_gives_the_same_bytes(
+    memory: str, prune: Prune, interrupt: Callable[..., Path], deep: Path
+) -> None:
+    """Block 1 has no targets, so the dense model's hidden states pass through it as well."""
+    options = ["prune.reconstruct_epochs=1", "prune.skip=['*.1.*']"]
+    dense = "prune.reconstruct_target=dense"
+    out = interrupt(*options, dense, f"prune.memory={memory}", base=deep, blocks=3)
+    resumed = prune(*options, dense, f"prune.memory={memory}", base=deep, out=out)
+    whole, other = prune(*options, dense, base=deep), prune(*options, base=deep)
+    assert resumed.record.reconstruction == whole.record.reconstruction
+    assert shards(out) == shards(whole.directory) != shards(other.directory)
+
+
 @pytest.mark.parametrize("options", [["prune.skip=['*.experts.0.*']"], ["prune.targets=[gate_proj, down_proj]"]])
 def test_matrices_of_a_mixture_that_are_not_targets_are_not_tuned(
     options: list[str], prune: Prune, interrupt: Callable[..., Path], make_checkpoint: Make
@@ -52,11 +149,41 @@ def test_matrices_of_a_mixture_that_are_not_targets_are_not_tuned(
     assert shards(out) == shards(directory)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tuning_that_does_harm_is_undone(dtype: torch.dtype, prune: Prune, make_checkpoint: Make) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "target"), [(torch.float32, "pruned"), (torch.bfloat16, "pruned"), (torch.float32, "dense")], ids=str
+)
+def test_a_tuning_that_does_harm_is_undone(
+    dtype: torch.dtype, target: str, prune: Prune, make_checkpoint: Make
+) -> None:
     base = make_checkpoint("llama", dtype=dtype)
     plain = prune(base=base)
-    tuned = prune("prune.reconstruct_epochs=1", "prune.reconstruct_lr=100", base=base)
+    options = "prune.reconstruct_epochs=1", "prune.reconstruct_lr=100", f"prune.reconstruct_target={target}"
+    tuned = prune(*options, base=base)
     assert tuned.record.reconstruction is not None
     assert all(errors.after == errors.before for errors in tuned.record.reconstruction.values())
     assert shards(plain.directory) == shards(tuned.directory)
+
+
+def test_the_error_is_the_distance_to_the_dense_model(prune: Prune, llama: Path) -> None:
+    """The second block's error before its tuning counts what the first one has left."""
+    windows, options = random_windows(4, 24), ("prune.reconstruct_epochs=1", "prune.batch_size=2")
+    records = [
+        prune(*options, f"prune.reconstruct_target={name}", windows=windows).record for name in ("pruned", "dense")
+    ]
+    pruned, dense = (record.reconstruction for record in records)
+    assert pruned is not None
+    assert dense is not None
+    assert pruned[0] == dense[0]
+    assert dense[1].before > pruned[1].before
+
+
+def test_stages_of_earlier_versions_are_up_to_date(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Their records have no such keys."""
+    path = write_config(tmp_path / "tiny.yaml")
+    settings = settings_of(load_config(str(path)), "prune")
+    assert not {"reconstruct_target", "reconstruct_scheduler"} & settings["prune"].keys()
+    assert "reconstruct_lr" in settings["prune"]
+    before = Attempt(settings, {})
+    changed = settings_of(load_config(str(path), ["prune.reconstruct_target=dense"]), "prune")
+    assert differences(before, changed) == "prune.reconstruct_target = pruned, now dense"
+    assert differences(Attempt(changed, {}), settings) == "prune.reconstruct_target = dense, now pruned"

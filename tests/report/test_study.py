@@ -179,6 +179,11 @@ SAME_LEAF = ("prune.calibration.seq_len", "train.data.seq_len")
         ([KEYS.format("a", 0), KEYS.format("b", 1)], {"model.path": "model"} | {key: key for key in SAME_LEAF}),
         # a run that lacks a stage takes no columns from others
         (["train: {rank: 4}", "train: {rank: 8}", "prune: {damp: 1}"], {"train.rank": "rank"}),
+        # a record leaves out later keys that have their default
+        (
+            ["prune: {damp: 1}", "prune: {damp: 1, reconstruct_target: dense}"],
+            {"prune.reconstruct_target": "reconstruct_target"},
+        ),
         ([None, None], {}),
     ],
 )
