@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,24 @@ POOL = 50  # batches in a pool, within which examples are sorted by length
 Batch = dict[str, Any]
 
 
+Distilled = Literal["responses", "all"]  # the tokens whose predictions a student learns
+
+
+def _distilled(example: Example, tokens: Distilled) -> list[bool]:
+    return [True] * len(example.input_ids) if tokens == "all" else example.response
+
+
 @dataclass(frozen=True)
 class PadCollator:
     """Pads a batch of examples on the right to its longest, rounded up to a multiple of 8."""
 
     pad_token_id: int
-    response_mask: bool = False
+    distilled: Distilled | None = None
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Returns input_ids, attention_mask and labels, each (batch, tokens) int64, and the examples' numbers.
 
-        With ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses.
+        With ``distilled`` also a boolean tensor of that shape and that name, True for these tokens.
         """
         width = padded_width([len(example.input_ids) for example in examples])
 
@@ -45,8 +52,8 @@ class PadCollator:
             "labels": padded([example.labels for example in examples], IGNORED),
             "examples": [example.number for example in examples],
         }
-        if self.response_mask:
-            batch["response_mask"] = padded([example.response for example in examples], False)
+        if self.distilled is not None:
+            batch["distilled"] = padded([_distilled(example, self.distilled) for example in examples], False)
         return batch
 
 
@@ -58,21 +65,20 @@ class PackCollator:
     where examples start and masks attention between them; flash attention gets the same boundaries as lengths.
     """
 
-    response_mask: bool = False
+    distilled: Distilled | None = None
 
     def __call__(self, examples: list[Example]) -> Batch:
         """Returns input_ids, position_ids and labels, each (1, tokens) int64, and the examples' numbers.
 
-        The first label of an example is IGNORED: the token before it belongs to another example. With
-        ``response_mask`` also a boolean tensor of that shape, True for the tokens of the responses, first tokens of
-        examples excepted.
+        The first label of an example is IGNORED: the token before it belongs to another example. With ``distilled``
+        also a boolean tensor of that shape and that name, True for these tokens, first tokens of examples excepted.
         """
         flatten = DataCollatorWithFlattening(separator_id=IGNORED)
         batch: Batch = flatten([{"input_ids": example.input_ids, "labels": example.labels} for example in examples])
         batch["examples"] = [example.number for example in examples]
-        if self.response_mask:
-            parts = ([False, *example.response[1:]] for example in examples)
-            batch["response_mask"] = torch.tensor([list(itertools.chain.from_iterable(parts))])
+        if self.distilled is not None:
+            parts = ([False, *_distilled(example, self.distilled)[1:]] for example in examples)
+            batch["distilled"] = torch.tensor([list(itertools.chain.from_iterable(parts))])
         return batch
 
 

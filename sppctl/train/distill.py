@@ -1,11 +1,11 @@
-"""Distillation: the student also learns what the dense model predicts at every token of the responses.
+"""Distillation: the student also learns what the dense model predicts at every token of the responses, or at all.
 
 With z the logits, T the temperature and w the weight (Hinton et al., 2015, arXiv 1503.02531):
 
     loss = (1 - w) cross-entropy + w T^2 mean KL(softmax(z_teacher / T) || softmax(z_student / T))
 
-The cross-entropy is that of a training without a teacher. The mean runs over the response tokens of the whole optimizer
-step: of all its micro-batches and all processes, however long the responses in each of them are.
+The cross-entropy is that of a training without a teacher. The mean runs over the distilled tokens of the whole
+optimizer step: of all its micro-batches and all processes, however many there are in each of them.
 """
 
 from __future__ import annotations
@@ -103,20 +103,19 @@ class Distillation:
     def __init__(self, teacher: nn.Module, settings: DistillConfig) -> None:
         self.teacher, self.settings = teacher, settings
         self.watch = Stopwatch(next(teacher.parameters()).device)
-        self._responses = 1
+        self._tokens = 1
         self._divergence: Tensor | float = 0.0  # summed in this process since the last report
         self._steps = 0
 
     def start_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Counts the response tokens of an optimizer step, over its micro-batches and all processes."""
+        """Counts the distilled tokens of an optimizer step, over its micro-batches and all processes."""
         # nothing predicts the first token of a row
-        responses = sum(int(batch["response_mask"][:, 1:].sum()) for batch in batches)
-        count = torch.tensor(responses, device=device)
+        count = torch.tensor(sum(int(batch["distilled"][:, 1:].sum()) for batch in batches), device=device)
         distributed.all_reduce_sum(count)
-        self._responses = max(1, int(count))
+        self._tokens = max(1, int(count))
         self._steps += 1
 
-    def mix(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any], responses: Tensor) -> Tensor:
+    def mix(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any], distilled: Tensor) -> Tensor:
         """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
 
         Args:
@@ -124,20 +123,20 @@ class Distillation:
                 their gradients are averaged.
             logits: (batch, tokens, vocabulary) of the student.
             inputs: of the student.
-            responses: (batch, tokens) boolean, True for tokens of the responses.
+            distilled: (batch, tokens) boolean, True for tokens whose predictions count.
         """
         with self.watch.span():
-            positions = F.pad(responses[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
+            positions = F.pad(distilled[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
             with torch.no_grad():  # only these positions of the teacher's logits stay in memory
                 predicted = self.teacher(**inputs).logits.flatten(0, 1)[positions].to(logits.dtype)
             temperature, weight = self.settings.temperature, self.settings.weight
-            scale = weight * temperature**2 * distributed.world_size() / self._responses
+            scale = weight * temperature**2 * distributed.world_size() / self._tokens
             divergence = kl_divergence(logits, predicted, positions, temperature, scale)
-        self._divergence += divergence.detach() / (scale * self._responses)
+        self._divergence += divergence.detach() / (scale * self._tokens)
         return (1 - weight) * loss + divergence
 
     def report(self) -> float:
-        """Mean divergence of a response token since the last report, over all processes."""
+        """Mean divergence of a distilled token since the last report, over all processes."""
         total = torch.as_tensor(self._divergence, dtype=torch.float32).clone()
         distributed.all_reduce_sum(total)
         mean = total.item() / max(1, self._steps)

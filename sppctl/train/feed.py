@@ -66,9 +66,9 @@ class Feed:
                 train_on_inputs=train.data.train_on_inputs,
             )
             examples = tokenised(self.rows.train), tokenised(self.rows.held_out)
-        distils = train.distill.teacher is not None
+        distilled = None if train.distill.teacher is None else train.distill.tokens
         # a step or a validation without any such example would divide 0 by 0
-        self.train = examples[0].having("response" if distils else "labelled")
+        self.train = examples[0].having("response" if distilled == "responses" else "labelled")
         self.held_out = examples[1].having("labelled")
         self.unlabelled = len(examples[0]) - len(self.train), len(examples[1]) - len(self.held_out)
         if not self.train:
@@ -79,9 +79,9 @@ class Feed:
         for part in (self.train, self.held_out):
             vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
         self.is_dated = prompts.is_dated(tokenizer) and any(style.is_chat for style in self.styles.values())
-        self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distils)
+        self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distilled)
         self.packing = train.data.packing
-        self.collator: Collator = batches.PackCollator(distils) if self.packing else self.padded
+        self.collator: Collator = batches.PackCollator(distilled) if self.packing else self.padded
         self.filler = Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, [False])
         shuffled = random.Random(self.seed).sample(range(len(self.train)), len(self.train))
         order = self.order(0) if train.data.group_by_length else shuffled

@@ -190,7 +190,7 @@ class Loop:
         loss = cross_entropy(logits, batch, tokens) * distributed.world_size()
         if self.distillation is None:
             return loss
-        return self.distillation.mix(loss, logits, inputs, batch["response_mask"].to(logits.device))
+        return self.distillation.mix(loss, logits, inputs, batch["distilled"].to(logits.device))
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         names = ("input_ids", "attention_mask", "position_ids")

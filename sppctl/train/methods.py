@@ -35,7 +35,9 @@ def ignored(train: TrainConfig) -> list[str]:
     elif train.warmup_steps is not None:
         sections.append(("", train, {"warmup_ratio"}, "with train.warmup_steps"))
     if train.distill.teacher is None:
-        sections.append(("distill.", train.distill, {"weight", "temperature"}, "without train.distill.teacher"))
+        sections.append(
+            ("distill.", train.distill, {"weight", "temperature", "tokens"}, "without train.distill.teacher")
+        )
     if train.refresh.steps is None:
         sections.append(("refresh.", train.refresh, {"until", "cycles"}, "without train.refresh.steps"))
     lines = []

@@ -65,16 +65,21 @@ def test_packing_into_one_row() -> None:
     assert "attention_mask" not in batch
 
 
-def test_response_masks_say_where_responses_are_predicted() -> None:
+def test_distilled_tokens_are_those_of_the_responses_or_all() -> None:
     """Whatever the labels: these have some for prompts, too."""
     rows = [Example([1] * 4, [1] * 4, False, 0, behind(3, 4)), *TWO, Example([5] * 2, [5] * 2, True, 3, [False] * 2)]
-    padded = PadCollator(pad_token_id=9, response_mask=True)(rows)["response_mask"]
+    padded = PadCollator(pad_token_id=9, distilled="responses")(rows)["distilled"]
     wanted = [[0, 0, 0, 1], [0, 1, 1], [1] * 5, [0, 0]]
     assert padded.int().tolist() == [row + [0] * (8 - len(row)) for row in wanted]
-    packed = PackCollator(response_mask=True)(rows)["response_mask"]
+    packed = PackCollator(distilled="responses")(rows)["distilled"]
     # nothing predicts the first token of the third, which has no prompt
     assert packed.int().tolist() == [[*wanted[0], *wanted[1], 0, *wanted[2][1:], *wanted[3]]]
-    assert "response_mask" not in PackCollator()(rows)
+    assert "distilled" not in PackCollator()(rows)
+    lengths = [4, 3, 5, 2]
+    padded = PadCollator(pad_token_id=9, distilled="all")(rows)["distilled"]
+    assert padded.int().tolist() == [[1] * length + [0] * (8 - length) for length in lengths]
+    packed = PackCollator(distilled="all")(rows)["distilled"]
+    assert packed.int().tolist() == [[place > 0 for length in lengths for place in range(length)]]
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -69,17 +69,28 @@ def sure(llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "sure"
 
 
-@pytest.mark.parametrize("on_inputs", ["true", "false"])
-def test_the_first_loss_equals_a_literal_computation(on_inputs: str, fit: Fit, sure: Path) -> None:
+@pytest.mark.parametrize(
+    ("on_inputs", "covered", "packing"),
+    [
+        ("true", "responses", "false"),
+        ("false", "responses", "false"),
+        ("false", "all", "false"),
+        ("true", "all", "true"),
+    ],
+)
+def test_the_first_loss_equals_a_literal_computation(
+    on_inputs: str, covered: str, packing: str, fit: Fit, sure: Path
+) -> None:
     """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
     options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
     options += [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
+    options += [f"train.distill.tokens={covered}", f"train.data.packing={packing}"]
     loss, kl = figures(fit("adapter", *options), "loss", "kl")
     tokenizer = load_tokenizer(fit.pruned[0])
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure))
     entropy = divergence = torch.zeros((), dtype=torch.float64)
-    tokens = responses = 0
+    tokens = distilled = 0
     with torch.no_grad():
         for example in Feed(fit.configure(*options), tokenizer, SMALL["vocab_size"]).train:
             ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
@@ -87,11 +98,12 @@ def test_the_first_loss_equals_a_literal_computation(on_inputs: str, fit: Fit, s
             counted = labels != -100
             entropy = entropy - ours.log_softmax(-1)[counted].gather(1, labels[counted].unsqueeze(1)).sum()
             tokens += int(counted.sum())
-            first = example.response.index(True) - 1  # predicts the response's first token
+            # predicts the response's first token
+            first = 0 if covered == "all" else example.response.index(True) - 1
             divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
-            responses += len(ours) - first
-    assert kl == pytest.approx((divergence / responses).item(), rel=1e-5)
-    wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / responses
+            distilled += len(ours) - first
+    assert kl == pytest.approx((divergence / distilled).item(), rel=1e-5)
+    wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / distilled
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
 
 
@@ -109,16 +121,16 @@ def test_only_logits_that_predict_responses_count(llama: Path) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(llama).eval().requires_grad_(False)
     first = Example(list(range(10)), list(range(10)), False, 0, [False] * 4 + [True] * 6)
     examples = [first, Example([5] * 7, [5] * 7, False, 1, [False] * 6 + [True])]
-    batch = PadCollator(pad_token_id=9, response_mask=True)(examples)
-    assert batch["response_mask"].int().tolist() == [[0] * 4 + [1] * 6 + [0] * 6, [0] * 6 + [1] + [0] * 9]
-    responses = batch.pop("response_mask")
+    batch = PadCollator(pad_token_id=9, distilled="responses")(examples)
+    assert batch["distilled"].int().tolist() == [[0] * 4 + [1] * 6 + [0] * 6, [0] * 6 + [1] + [0] * 9]
+    responses = batch.pop("distilled")
     batch.pop("examples")
     torch.manual_seed(0)
     logits = torch.randn(2, 16, teacher.config.vocab_size)
 
     def divergence(logits: Tensor) -> float:
         distillation = distill.Distillation(teacher, distill.DistillConfig(teacher="base", weight=1.0))
-        distillation.start_step([{"response_mask": responses}], torch.device("cpu"))
+        distillation.start_step([{"distilled": responses}], torch.device("cpu"))
         return distillation.mix(torch.zeros(()), logits, batch, responses).item()
 
     whole = divergence(logits)
