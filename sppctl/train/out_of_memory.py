@@ -15,8 +15,8 @@ from sppctl.errors import StageError
 from sppctl.train import scope
 from sppctl.train.checkpoints import resume_advice
 
-# cuBLAS, NCCL and the CPU's allocator raise plain RuntimeErrors
-_MESSAGES = re.compile(r"out of memory|can't allocate memory|not enough memory|alloc_failed", re.IGNORECASE)
+# cuBLAS, NCCL, mapped files and the CPU's allocator raise plain RuntimeErrors
+_MESSAGES = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory|alloc_failed", re.IGNORECASE)
 
 
 @contextlib.contextmanager

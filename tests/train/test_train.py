@@ -264,6 +264,7 @@ RAN_OUT = {
     ),
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2500 bytes. Error code 12"),
+    "mapped file": RuntimeError("unable to mmap 2500 bytes from file <a.safetensors>: Cannot allocate memory (12)"),
     "Python": MemoryError(),
 }
 
