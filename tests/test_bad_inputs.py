@@ -368,7 +368,7 @@ prune {config} prune.calibration.dataset=lost.txt
 prune {config} prune.calibration.dataset=model/model.safetensors
     prune.calibration.dataset ... model.safetensors is not UTF-8 text
 run {config} prune.calibration.seq_len=129 train.data.seq_len=130 eval.seq_len=131
-    prune.calibration.seq_len: 129 exceeds the model's 128 positions ... train.data.seq_len: 130 ... eval.seq_len: 131
+    prune.calibration.seq_len: 129 exceeds the model's 128 positions; set at most 128 ... seq_len: 130 ... seq_len: 131
 run {config} train.data.dataset=lost.jsonl
     train.data.dataset ... lost.jsonl is no
 run {config} 'train.data.dataset={{instructions: 1, lost.jsonl: 2}}'

@@ -52,7 +52,8 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
     limit = checkpoint.max_window(skeleton.config)
     window = _window(config, limit)
     if limit is not None and (settings.seq_len or 0) > limit:
-        problems.add("eval.seq_len", f"{settings.seq_len} exceeds the model's {limit} positions")
+        problem = f"{settings.seq_len} exceeds the model's {limit} positions"
+        problems.add("eval.seq_len", problem, f"set at most {limit}")
     for name in settings.perplexity:
         with problems:
             tokens += check_text(config, name, skeleton, tokenizer)

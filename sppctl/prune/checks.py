@@ -246,7 +246,8 @@ def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any, problems: P
         return None
     settings, limit = config.prune.calibration, checkpoint.max_window(skeleton.config)
     if limit is not None and settings.seq_len > limit:
-        problems.add("prune.calibration.seq_len", f"{settings.seq_len} exceeds the model's {limit} positions")
+        problem = f"{settings.seq_len} exceeds the model's {limit} positions"
+        problems.add("prune.calibration.seq_len", problem, f"set at most {limit}")
         calibrate.calibration_text(config.prune)
         return None
     drawn = calibrate.draw(config, tokenizer)

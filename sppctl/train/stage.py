@@ -109,7 +109,8 @@ def _check_keys(config: Config, skeleton: Skeleton, problems: Problems) -> None:
         problems.add("train.method", problem, "use ddp")
     limit = checkpoint.max_window(skeleton.config)
     if limit is not None and train.data.seq_len > limit:
-        problems.add("train.data.seq_len", f"{train.data.seq_len} exceeds the model's {limit} positions")
+        problem = f"{train.data.seq_len} exceeds the model's {limit} positions"
+        problems.add("train.data.seq_len", problem, f"set at most {limit}")
     if re.fullmatch(r"cuda:0*[1-9]\d*", device):
         fix = f"run CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda"
         problems.add("model.device", f"training runs on the first visible GPU, not on {device}", fix)
