@@ -174,6 +174,11 @@ class PruneConfig:
         "those of the dense model, so that errors of earlier blocks are compensated, too",
         later=True,
     )
+    reconstruct_unit: Literal["block", "sublayer"] = _key(
+        "block",
+        "what is tuned together: block; sublayer, first attention and then the MLP, while the other is fixed",
+        later=True,
+    )
     batch_size: int | Auto = _key("auto", "calibration windows run through a block at a time", low=1)
     memory: Literal["auto", "device", "ram", "disk"] = _runtime(
         "auto", "where hidden states are kept between blocks; auto: the first that is large enough"

@@ -40,7 +40,7 @@ class BlockCall:
         names = list(inspect.signature(block.forward).parameters)[1 : 1 + len(self.args)]
         first, second = (dict(zip(names, call.args, strict=False)) | call.kwargs for call in (self, other))
         for name, value in first.items():
-            pairs = zip_longest(_tensors_in(value), _tensors_in(second.get(name)))
+            pairs = zip_longest(tensors_in(value), tensors_in(second.get(name)))
             if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
                 return name
         return None
@@ -53,9 +53,10 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument or a result: itself, or those in tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)

@@ -21,6 +21,7 @@ from sppctl.machine import dtype_name, torch_dtype
 from sppctl.model.block_call import BlockCall, hidden_of
 from sppctl.model.checkpoint import load_config
 from sppctl.model.heap import Heap
+from sppctl.model.sublayers import Border, finding_borders
 from sppctl.model.targets import Part, Target, find_targets, select, stored_parts, unsupported_experts
 from sppctl.model.weights import check_weights, empty_model
 
@@ -99,6 +100,7 @@ class Decoder(Skeleton):
     def _prepare_to_run(self) -> None:
         self.width: int = self.config.get_text_config().hidden_size
         self._blocks_return_tuples = False
+        self.borders: dict[int, Border] = {}  # of the blocks that have one, once :meth:`check_replay` has run them
         self.base = getattr(self.model, self.base_prefix)
 
     def __len__(self) -> int:
@@ -176,7 +178,8 @@ class Decoder(Skeleton):
             handles.append(block.register_forward_pre_hook(load))
             handles.append(block.register_forward_hook(partial(compare, index), with_kwargs=True))
         try:
-            self._forward(input_ids)
+            with finding_borders(self.blocks) as self.borders:
+                self._forward(input_ids)
         finally:
             for handle in handles:
                 handle.remove()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sppctl.config.settings import Config
+from sppctl.config.settings import Config, PruneConfig
 from sppctl.machine import torch_dtype
 from sppctl.model.blocks import Skeleton
+from sppctl.model.targets import Target
 from sppctl.plan import footprint
 from sppctl.plan.footprint import FLOAT
 from sppctl.prune.choose import hidden_states_per_token, inside_a_block, needs_inputs, windows_at_a_time
@@ -66,7 +67,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
         if statistics is Hessian:
             running += windows * seq_len * max(n for n, _ in groups) * FLOAT
     if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments
-        tuning = 4 * FLOAT * sum(n * m for n, m in groups)
+        tuning = 4 * FLOAT * _tuned_together(prune, first_block or targets)
     parts = {
         "embeddings": _outside(skeleton) * d,
         "block": max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * d,
@@ -78,6 +79,13 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     }
     # inputs are gathered and layers solved at different times
     return Pruning(prune.method, windows, **parts, peak=sum(parts.values()) - min(running, solving))
+
+
+def _tuned_together(prune: PruneConfig, targets: dict[str, Target]) -> int:
+    """Weights of a block that are tuned together, of its targets; the first module of these is taken for attention."""
+    modules = [[*inputs, out] for inputs, out in footprint.projections(targets)]
+    sizes = [sum(targets[name].out_features * targets[name].in_features for name in names) for names in modules]
+    return max(sizes[0], sum(sizes[1:])) if prune.reconstruct_unit == "sublayer" else sum(sizes)
 
 
 def _outside(skeleton: Skeleton) -> int:

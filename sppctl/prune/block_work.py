@@ -19,7 +19,7 @@ from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.in_step import in_step, wait_at
 from sppctl.prune.layers import LayerInputs, PrunePlan, measure
-from sppctl.prune.reconstruct import reconstruct
+from sppctl.prune.reconstruct import Unit, reconstruct
 from sppctl.pruners import PRUNERS, InputNorms, Pruner, check_weight
 from sppctl.pruners.masks import shortfall
 from sppctl.pruners.registry import find_pruner
@@ -71,21 +71,32 @@ class BlockWork:
             return self._prune_all()
         if settings.order == "module":
             return self._prune_in_module_order(activations)
-        dense = activations.dense  # what the block is tuned on
-        if settings.reconstruct_epochs and dense is None:
-            dense = activations.buffer("outputs")
-            self.gather(dense=dense)
-        else:
-            self.gather()
-            activations.run_dense(self.index)
+        units = self._units(activations) if settings.reconstruct_epochs else []
+        self.gather(dense=units[-1].dense if units and activations.dense is None else None)
+        activations.run_dense(self.index)
         records = self._prune_all()
         self.inputs.clear()
-        if dense is not None:
-            self.reconstruction = reconstruct(self.stack, self.index, self.targets, activations, dense, settings)
+        if units:
+            self.reconstruction = reconstruct(self.stack, self.index, units, activations, settings)
             for target in self.targets.values():
                 weight = target.view(self.stack.model)
                 weight.copy_(self._as_stored(target, weight))
         return records
+
+    def _units(self, activations: Activations) -> list[Unit]:
+        """What is tuned together, in order; of the last unit, the dense outputs are yet to be computed."""
+        outputs = activations.buffer("outputs") if activations.dense is None else activations.dense
+        if self.plan.settings.reconstruct_unit == "block":
+            return [Unit(self.targets, outputs)]
+        border, prefix = self.stack.borders[self.index], f"{self.stack.blocks_name}.{self.index}."
+        parts: dict[bool, dict[str, Target]] = {True: {}, False: {}}
+        for name, target in self.targets.items():
+            parts[border.is_attention(name.removeprefix(prefix))][name] = target
+        attention = Unit(parts[True], activations.buffer("border"), border)
+        for rows in activations.batches:
+            output = attention.output(self.stack, self.index, activations, rows, hidden=activations.dense)
+            attention.dense[rows] = output.to(attention.dense.device)
+        return [attention, Unit(parts[False], outputs)]
 
     def gather(self, keep: bool = False, dense: Tensor | None = None) -> None:
         """Runs the dense block on all windows and collects the inputs of each target.

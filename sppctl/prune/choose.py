@@ -33,7 +33,8 @@ def tuning_passes(prune: PruneConfig) -> int:
 
 def hidden_states_per_token(prune: PruneConfig) -> int:
     """Hidden states that are kept of each token: those of the pruned model, and what its blocks are tuned on."""
-    return 1 + (prune.reconstruct_epochs > 0)
+    outputs = 2 if prune.reconstruct_unit == "sublayer" else 1
+    return 1 + (outputs if prune.reconstruct_epochs else 0)
 
 
 def windows_at_a_time(batch_size: int | str, samples: int, seq_len: int) -> int:

@@ -73,7 +73,7 @@ def prune_model(
     try:
         stack = Decoder(model)
         prepared = _prepared(config, stack, tokenizer_or_batches, "calibration" in options)
-        check_blocks(stack, prepared.drawn)
+        check_blocks(stack, prepared.drawn, config.prune)
         with tempfile.TemporaryDirectory(prefix="sppctl-") as folder:
             return prune_decoder(config.prune, prepared, stack, prepared.drawn, Path(folder), None, callback)
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,34 +15,70 @@ from transformers import get_scheduler
 
 from sppctl.config.settings import PruneConfig
 from sppctl.model.blocks import Decoder
+from sppctl.model.sublayers import Border
 from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
 from sppctl.records import BlockErrors
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Pruned matrices of a block that are tuned together, to bring an output of the block back to the dense one's."""
+
+    targets: dict[str, Target]
+    dense: Tensor  # the dense output, (windows, tokens, width), for the same inputs or for those of the dense model
+    border: Border | None = None  # where the output is taken; None: behind the block
+
+    def output(
+        self,
+        stack: Decoder,
+        index: int,
+        activations: Activations,
+        rows: slice,
+        weights: dict[str, Tensor] | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """The output of the block ``index`` as it is, or with other weights or inputs, for some windows."""
+        block = stack.blocks[index]
+        call: Callable[..., Any] = block if weights is None else partial(_functional, block, weights)
+        if self.border is not None:
+            call = partial(self.border.output, block, call)
+        return activations.output(index, rows, call, hidden)
+
+
 def reconstruct(
-    stack: Decoder,
-    index: int,
-    targets: dict[str, Target],
-    activations: Activations,
-    dense: Tensor,
-    settings: PruneConfig,
+    stack: Decoder, index: int, units: list[Unit], activations: Activations, settings: PruneConfig
 ) -> BlockErrors:
-    """Tunes the kept weights of the targets by Adam on the mean squared error of the block's output.
+    """Tunes the units of a loaded and pruned block one after the other.
 
     Args:
         stack: with block ``index`` loaded and pruned.
         index: of the block.
-        targets: its pruned matrices.
+        units: the last one's output is the block's.
         activations: the block's inputs.
-        dense: the dense block's outputs, (windows, tokens, width), for these inputs or for those of the dense model.
         settings: passes over the windows, learning rate and its schedule.
 
     Returns:
-        Relative output error of the block before and after. A tuning that did not lower it is undone.
+        Relative output error of the block before and after.
     """
+    *others, last = units
+    before = _error(stack, index, last, activations) if others else None
+    for unit in others:
+        _tune(stack, index, unit, activations, settings)
+    errors = _tune(stack, index, last, activations, settings)
+    return errors if before is None else BlockErrors(before, errors.after)
+
+
+def _tune(stack: Decoder, index: int, unit: Unit, activations: Activations, settings: PruneConfig) -> BlockErrors:
+    """Tunes the kept weights of a unit by Adam on the mean squared error of its output.
+
+    Returns its relative error before and after; a tuning that did not lower it is undone.
+    """
+    before = _error(stack, index, unit, activations)
+    if not unit.targets:
+        return BlockErrors(before, before)
     block = stack.blocks[index]
-    masks = _kept(stack, targets, f"{stack.blocks_name}.{index}.")
+    masks = _kept(stack, unit.targets, f"{stack.blocks_name}.{index}.")
     stored = {name: block.get_parameter(name) for name in masks}
     pruned = {name: parameter.data.clone() for name, parameter in stored.items()}
     masters = {name: weight.float().clone().requires_grad_() for name, weight in pruned.items()}
@@ -48,15 +86,14 @@ def reconstruct(
     def tuned() -> dict[str, Tensor]:
         return {n: torch.where(masks[n], master.to(pruned[n].dtype), pruned[n]) for n, master in masters.items()}
 
-    before = _error(index, activations, dense)
     optimizer = torch.optim.Adam(masters.values(), lr=settings.reconstruct_lr)
     steps = settings.reconstruct_epochs * len(activations.batches)
     schedule = get_scheduler(settings.reconstruct_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
     for _ in range(settings.reconstruct_epochs):
         for rows in activations.batches:
             with torch.enable_grad():
-                output = activations.output(index, rows, partial(_functional, block, tuned())).float()
-                target = dense[rows].to(output.device).float()
+                output = unit.output(stack, index, activations, rows, tuned()).float()
+                target = unit.dense[rows].to(output.device).float()
                 loss = F.mse_loss(output, target) / target.square().mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -64,7 +101,7 @@ def reconstruct(
             schedule.step()
     for name, weight in tuned().items():
         stored[name].data.copy_(weight.detach())
-    after = _error(index, activations, dense)
+    after = _error(stack, index, unit, activations)
     if after < before:
         return BlockErrors(before, after)
     for name, parameter in stored.items():
@@ -89,12 +126,12 @@ def _kept(stack: Decoder, targets: dict[str, Target], prefix: str) -> dict[str, 
 
 
 @torch.no_grad()
-def _error(index: int, activations: Activations, dense: Tensor) -> float:
-    """||output - dense output|| / ||dense output|| of the block as it is now."""
+def _error(stack: Decoder, index: int, unit: Unit, activations: Activations) -> float:
+    """||output - dense output|| / ||dense output|| of a unit as it is now."""
     change, size = 0.0, 0.0
     for rows in activations.batches:
-        output = activations.output(index, rows).float()
-        target = dense[rows].to(output.device).float()
+        output = unit.output(stack, index, activations, rows).float()
+        target = unit.dense[rows].to(output.device).float()
         change += (output - target).square().sum().item()
         size += target.square().sum().item()
     return (change / max(size, 1e-30)) ** 0.5

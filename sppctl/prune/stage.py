@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sppctl import console, distributed
 from sppctl.config.settings import Config, PruneConfig
-from sppctl.errors import StageError
+from sppctl.errors import StageError, UserError
 from sppctl.files import cache, sealed
 from sppctl.files.names import ALLOCATION, COPIED, JOURNAL
 from sppctl.files.safe_files import OwnFiles, TensorFiles
@@ -47,16 +47,17 @@ def execute(config: Config, prepared: Prepared, base: Path, out: Path, *, dtype:
     if drawn is not None:
         tokenizer = checkpoint.load_tokenizer(base, config.model.trust_remote_code)
         drawn = drawn if cache.same_tokenizer(drawn.tokenizer, tokenizer) else calibrate.draw(config, tokenizer)
-    check_blocks(stack, drawn)
+    check_blocks(stack, drawn, config.prune)
     distributed.decide(lambda: _copy(config, stack, prepared, out))
     return prune_decoder(config.prune, prepared, stack, drawn, out, OwnFiles(out))
 
 
-def check_blocks(stack: Decoder, drawn: calibrate.Drawn | None) -> None:
+def check_blocks(stack: Decoder, drawn: calibrate.Drawn | None, prune: PruneConfig) -> None:
     """Loads the embeddings, and checks that replayed blocks equal the model; nothing if no inputs are needed.
 
     Raises:
         StageError: they differ, or give values that are not finite.
+        UserError: attention and MLP of a block cannot be tuned apart, but ``prune`` asks for it.
     """
     if unsupported := stack.unsupported_experts():
         console.warn(f"prune.targets: experts in a form that cannot be pruned stay dense: {unsupported}")
@@ -65,6 +66,10 @@ def check_blocks(stack: Decoder, drawn: calibrate.Drawn | None) -> None:
         first = drawn.tokens[distributed.rank()].unsqueeze(0).to(stack.device)
         with console.Progress("checking that replayed blocks equal the model", len(stack)) as bar:
             stack.check_replay(first, lambda _: bar.advance())
+    if prune.reconstruct_epochs and prune.reconstruct_unit == "sublayer" and len(stack.borders) < len(stack):
+        index = min(set(range(len(stack))) - stack.borders.keys())
+        problem = f"in block {index} of {type(stack.model).__name__}, no MLP follows after attention and its residual"
+        raise UserError("prune.reconstruct_unit", problem, "set prune.reconstruct_unit=block")
 
 
 def prune_decoder(

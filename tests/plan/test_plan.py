@@ -178,6 +178,9 @@ def test_pruning_and_disk_by_hand(planned: Planned) -> None:
     tuned = planned("prune.method=magnitude", "prune.reconstruct_epochs=1").pruning
     assert tuned.hidden_states == 2 * pruning.hidden_states  # and the dense block's outputs
     assert tuned.tuning == 4 * 4 * 7_680
+    apart = planned("prune.reconstruct_epochs=1", "prune.reconstruct_unit=sublayer").pruning
+    assert apart.hidden_states == 3 * pruning.hidden_states
+    assert apart.tuning == 4 * 4 * 3 * 48 * 32  # the MLP, which is larger than attention
     module = planned("prune.order=module", "prune.batch_size=1").pruning
     assert module.running == (1 * 40 + 4 * 12) * 64 * 32 * 4  # one window running, all of them waiting
     adapter, checkpoint = 4 * 2_368, 3 * 4 * 2_368

@@ -32,6 +32,7 @@ SETTINGS = {
     "overrides": {"overrides": {"down_proj": "1:4"}, "skip": ["k_proj"]},
     "tuned": {"reconstruct_epochs": 1},
     "tuned on the dense model": {"reconstruct_epochs": 1, "reconstruct_target": "dense"},
+    "tuned in two parts": {"reconstruct_epochs": 1, "reconstruct_unit": "sublayer"},
 }
 
 

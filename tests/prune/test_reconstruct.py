@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from sppctl.config.load import load_config
+from sppctl.errors import UserError
 from sppctl.records import Attempt
 from sppctl.run.attempts import differences, settings_of
 
@@ -29,12 +30,12 @@ RATES: dict[str, Callable[[float], float]] = {  # by the share of the steps that
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize(("method", "unit"), [("wanda", "block"), ("magnitude", "block"), ("wanda", "sublayer")])
 def test_tuning_keeps_zeros_and_lowers_the_blocks_error(
-    method: str, family: str, prune: Prune, make_checkpoint: Make
+    method: str, unit: str, family: str, prune: Prune, make_checkpoint: Make
 ) -> None:
     base = make_checkpoint(family)
-    common = "prune.targets=all-linear", f"prune.method={method}"
+    common = "prune.targets=all-linear", f"prune.method={method}", f"prune.reconstruct_unit={unit}"
     tuning = "prune.reconstruct_epochs=3", "prune.reconstruct_lr=1e-3", "prune.batch_size=2"
     _, plain, _ = prune(*common, base=base)
     _, tuned, record = prune(*common, *tuning, base=base)
@@ -73,19 +74,49 @@ class Literal:
         output: Tensor = functional_call(self.model.model.layers[index], weights or {}, (hidden,), self.calls[index])
         return output
 
-    def tune(self, index: int, masks: dict[str, Tensor], target: str, scheduler: str) -> dict[str, Tensor]:
+    def attend(self, index: int, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """The hidden states after attention."""
+        block = self.model.model.layers[index]
+        own = {name.removeprefix("self_attn."): weight for name, weight in (weights or {}).items() if "attn" in name}
+        output = functional_call(block.self_attn, own, (block.input_layernorm(hidden),), self.calls[index])
+        attention: Tensor = hidden + output[0]
+        return attention
+
+    def tune_block(
+        self, index: int, masks: dict[str, Tensor], target: str, unit: str, scheduler: str
+    ) -> dict[str, Tensor]:
         """The block's tuned weights; hidden states go on to the next block."""
+        inputs = self.dense if target == "dense" else self.hidden
+        goals = {call: [call(index, rows) for rows in inputs] for call in (self.attend, self.run)}
         self.dense = [self.run(index, rows) for rows in self.dense]
-        goals = self.dense if target == "dense" else [self.run(index, rows) for rows in self.hidden]
         block = self.model.model.layers[index]
         weights = {name: block.get_parameter(name) * mask for name, mask in masks.items()}
+        parts = {self.run: list(weights)}
+        if unit == "sublayer":
+            parts = {self.attend: [name for name in weights if "attn" in name]}
+            parts[self.run] = [name for name in weights if "mlp" in name]
+        for call, names in parts.items():
+            weights |= self.tune(index, call, goals[call], weights, {name: masks[name] for name in names}, scheduler)
+        self.hidden = [self.run(index, rows, weights) for rows in self.hidden]
+        return weights
+
+    def tune(
+        self,
+        index: int,
+        call: Callable[..., Tensor],
+        goals: list[Tensor],
+        others: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        scheduler: str,
+    ) -> dict[str, Tensor]:
+        weights = {name: others[name] for name in masks}
         moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights.items()}
         steps = EPOCHS * len(goals)
         for step in range(steps):
             rows = step % len(goals)
             for weight in weights.values():
                 weight.requires_grad_()
-            output = self.run(index, self.hidden[rows], weights)
+            output = call(index, self.hidden[rows], others | weights)
             loss = (output - goals[rows]).square().mean() / goals[rows].square().mean()
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for (name, weight), gradient in zip(list(weights.items()), gradients, strict=True):
@@ -94,17 +125,24 @@ class Literal:
                 second.mul_(0.999).add_((gradient * masks[name]).square(), alpha=0.001)
                 change = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
                 weights[name] = weight.detach() - RATES[scheduler](step / steps) * change
-        self.hidden = [self.run(index, rows, weights) for rows in self.hidden]
         return weights
 
 
 @pytest.mark.parametrize(
-    ("target", "scheduler"), [("pruned", "constant"), ("pruned", "cosine"), ("dense", "linear"), ("dense", "constant")]
+    ("target", "unit", "scheduler"),
+    [
+        ("pruned", "block", "constant"),
+        ("pruned", "block", "cosine"),
+        ("dense", "block", "linear"),
+        ("pruned", "sublayer", "constant"),
+        ("dense", "sublayer", "linear"),
+    ],
 )
-def test_tuning_equals_a_literal_loop(target: str, scheduler: str, prune: Prune, llama: Path) -> None:
+def test_tuning_equals_a_literal_loop(target: str, unit: str, scheduler: str, prune: Prune, llama: Path) -> None:
     windows = random_windows(6, 24)
     options = f"prune.reconstruct_epochs={EPOCHS}", f"prune.reconstruct_lr={RATE}", f"prune.batch_size={SIZE}"
     options += f"prune.reconstruct_target={target}", f"prune.reconstruct_scheduler={scheduler}"
+    options += (f"prune.reconstruct_unit={unit}",)
     _, tuned, record = prune(*options, windows=windows)
     assert record.reconstruction is not None
     assert all(errors.after < errors.before for errors in record.reconstruction.values())
@@ -113,17 +151,38 @@ def test_tuning_equals_a_literal_loop(target: str, scheduler: str, prune: Prune,
         prefix = f"model.layers.{index}."
         found = {name.removeprefix(prefix): weight for name, weight in tuned.items() if name.startswith(prefix)}
         masks = {name: weight != 0 for name, weight in found.items() if name.split(".")[-2] in PROJECTIONS}
-        expected = literal.tune(index, masks, target, scheduler)
+        expected = literal.tune_block(index, masks, target, unit, scheduler)
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("memory", ["ram", "disk"])
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["down_proj"]], ids=str)
+def test_one_sublayer_alone_is_tuned_if_the_other_is_dense(targets: list[str], prune: Prune, llama: Path) -> None:
+    options = "prune.reconstruct_epochs=3", "prune.reconstruct_lr=1e-3", f"prune.targets={targets}"
+    _, tuned, record = prune(*options, "prune.reconstruct_unit=sublayer")
+    assert record.reconstruction is not None
+    assert all(errors.after < errors.before for errors in record.reconstruction.values())
+    before = weights_of(llama)
+    changed = {name.split(".")[-2] for name in before if not torch.equal(tuned[name], before[name])}
+    assert changed == set(targets)
+
+
+def test_blocks_whose_attention_and_mlp_run_in_parallel_are_not_tuned_apart(
+    prune: Prune, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    options = "prune.targets=all-linear", "prune.reconstruct_epochs=1", "prune.reconstruct_unit=sublayer"
+    with pytest.raises(UserError, match=r"prune\.reconstruct_unit: in block 0 of GPTNeoXForCausalLM, no MLP follows"):
+        prune(*options, base=make_checkpoint("gpt_neox"), out=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    prune(*options[:2], base=make_checkpoint("gpt_neox"))
+
+
+@pytest.mark.parametrize(("memory", "unit"), [("ram", "block"), ("disk", "block"), ("disk", "sublayer")])
 def test_a_resumed_tuning_on_the_dense_model_gives_the_same_bytes(
-    memory: str, prune: Prune, interrupt: Callable[..., Path], deep: Path
+    memory: str, unit: str, prune: Prune, interrupt: Callable[..., Path], deep: Path
 ) -> None:
     """Block 1 has no targets, so the dense model's hidden states pass through it as well."""
-    options = ["prune.reconstruct_epochs=1", "prune.skip=['*.1.*']"]
+    options = ["prune.reconstruct_epochs=1", f"prune.reconstruct_unit={unit}", "prune.skip=['*.1.*']"]
     dense = "prune.reconstruct_target=dense"
     out = interrupt(*options, dense, f"prune.memory={memory}", base=deep, blocks=3)
     resumed = prune(*options, dense, f"prune.memory={memory}", base=deep, out=out)
@@ -150,15 +209,22 @@ def test_matrices_of_a_mixture_that_are_not_targets_are_not_tuned(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "target"), [(torch.float32, "pruned"), (torch.bfloat16, "pruned"), (torch.float32, "dense")], ids=str
+    ("dtype", "target", "unit"),
+    [
+        (torch.float32, "pruned", "block"),
+        (torch.bfloat16, "pruned", "block"),
+        (torch.float32, "dense", "block"),
+        (torch.float32, "dense", "sublayer"),
+    ],
+    ids=str,
 )
 def test_a_tuning_that_does_harm_is_undone(
-    dtype: torch.dtype, target: str, prune: Prune, make_checkpoint: Make
+    dtype: torch.dtype, target: str, unit: str, prune: Prune, make_checkpoint: Make
 ) -> None:
     base = make_checkpoint("llama", dtype=dtype)
     plain = prune(base=base)
     options = "prune.reconstruct_epochs=1", "prune.reconstruct_lr=100", f"prune.reconstruct_target={target}"
-    tuned = prune(*options, base=base)
+    tuned = prune(*options, f"prune.reconstruct_unit={unit}", base=base)
     assert tuned.record.reconstruction is not None
     assert all(errors.after == errors.before for errors in tuned.record.reconstruction.values())
     assert shards(plain.directory) == shards(tuned.directory)
@@ -181,7 +247,7 @@ def test_stages_of_earlier_versions_are_up_to_date(write_config: Callable[..., P
     """Their records have no such keys."""
     path = write_config(tmp_path / "tiny.yaml")
     settings = settings_of(load_config(str(path)), "prune")
-    assert not {"reconstruct_target", "reconstruct_scheduler"} & settings["prune"].keys()
+    assert not {"reconstruct_target", "reconstruct_scheduler", "reconstruct_unit"} & settings["prune"].keys()
     assert "reconstruct_lr" in settings["prune"]
     before = Attempt(settings, {})
     changed = settings_of(load_config(str(path), ["prune.reconstruct_target=dense"]), "prune")

@@ -37,6 +37,7 @@ OWL = ["prune.pattern=0.5", "prune.allocation=owl"]
         ("block 2 done", ["prune.memory=disk", "prune.batch_size=3"]),
         ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3", "prune.memory=disk"]),
         ("block 2 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_target=dense", "prune.memory=disk"]),
+        ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_unit=sublayer", "prune.memory=disk"]),
         ("block 2 done", ["prune.method=sparsegpt", "model.dtype=bfloat16", "model.compute_dtype=float32"]),
         ("block 0 done", ["prune.method=magnitude"]),
     ],
