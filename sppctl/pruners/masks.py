@@ -105,5 +105,7 @@ def holds(weight: Tensor, pattern: Pattern) -> bool:
     assert pattern.group is not None
     if weight.shape[-1] % pattern.group:
         return False
-    kept = (weight != 0).unflatten(-1, (-1, pattern.group)).sum(-1)
-    return bool((kept <= pattern.keep).all())
+    chunk = CPU_CHUNK if weight.device.type == "cpu" else CHUNK_ELEMENTS
+    rows = weight.reshape(-1, weight.shape[-1]).split(max(1, chunk // weight.shape[-1]))
+    groups = ((part != 0).unflatten(-1, (-1, pattern.group)) for part in rows)
+    return all(bool((group.sum(-1) <= pattern.keep).all()) for group in groups)

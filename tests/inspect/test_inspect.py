@@ -74,6 +74,13 @@ def test_holds(weight: Tensor, text: str, expected: bool) -> None:
     assert holds(weight, pattern(text)) is expected
 
 
+def test_every_row_of_a_matrix_that_is_read_in_parts_is_looked_at() -> None:
+    weight = torch.zeros(1100, 256)
+    assert holds(weight, pattern("2:4"))
+    weight[-1, -3:] = 1
+    assert not holds(weight, pattern("2:4"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
 def test_every_floating_point_dtype_is_measured(tmp_path: Path, dtype: torch.dtype) -> None:
     matrix = inspected(tmp_path, w=TWO_OF_FOUR.to(dtype))["w"]
