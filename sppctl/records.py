@@ -280,6 +280,7 @@ class MergeRecord:
     records: list[MatrixRecord]
     # names of further tensors that the adapter stores in full (modules_to_save, biases)
     replaced_tensors: list[str] = dataclasses.field(default_factory=list)
+    dtype: str = ""  # name of the dtype in which the matrices are stored; of several, all
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

@@ -338,6 +338,16 @@ def test_stages_one_by_one_make_what_run_makes(command: Command, here: Path) -> 
         assert (here / "steps" / name).read_bytes() == (here / "run" / name).read_bytes(), name
 
 
+def test_a_training_that_changes_no_weight_is_no_silent_success(command: Command, here: Path) -> None:
+    weak = ("run", "--force", "train.lr=1e-12", "train.max_steps=1")
+    assert command("train", *weak).code == 0
+    outcome = command("merge", *weak)
+    text = "none of the kept weights moved: merged equals pruned (train.lr=1e-12, steps: 1, dtype: float32)"
+    assert outcome.code == 0
+    assert f"warning: merge: {text}; use a higher train.lr or more steps" in outcome.err
+    assert "merged equals pruned" in (here / "run/merged/README.md").read_text()
+
+
 def test_a_run_directory_is_a_configuration(command: Command, here: Path) -> None:
     changed = ["--method", "magnitude", "--pattern", "4:8", "--output", "my runs/one", "train.max_steps=2"]
     pruned = command("prune", "tiny.yaml", *changed)

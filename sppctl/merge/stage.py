@@ -148,6 +148,7 @@ def execute(config: Config, prepared: Prepared, out: Path) -> MergeRecord:
         refreshed_matrices=len(prepared.source.refreshed),
         records=matrices,
         replaced_tensors=sorted(prepared.replaced),
+        dtype=" and ".join(sorted({dtype_name(files.spec(name).dtype) for name in prepared.stored.values()})),
     )
 
 

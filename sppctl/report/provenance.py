@@ -7,10 +7,12 @@ from typing import Any
 
 from sppctl.evaluate.results import Result, TaskResult, TextNumbers
 from sppctl.evaluate.values import SHOWN, families, family_title, text_quantity
-from sppctl.files.names import DIRECTORIES
+from sppctl.files.names import DIRECTORIES, FOREIGN
 from sppctl.records import Calibration, MergeRecord, PruneRecord, StageRecord, TrainRecord
 from sppctl.report.study import RunStudy
 from sppctl.report.tables import NOTHING, Column, Table, columns_of
+
+FEW_MOVED = 0.01  # of the kept weights; with fewer, training has changed next to nothing
 
 
 def facts(run: RunStudy) -> list[str]:
@@ -43,6 +45,28 @@ def _merged(record: MergeRecord) -> str:
         zeros = f"{record.filled_zeros:,} zeros filled, {record.lost_weights:,} other weights zero"
         zeros += f", sparsity now {record.sparsity:.2%} (mask {record.mask})"
     return f"{record.matrices} matrices, {zeros}, {record.moved_share:.1%} of the kept weights moved"
+
+
+def unmoved(run: RunStudy) -> list[str]:
+    """A warning if training moved hardly any of the merged weights."""
+    if "merge" not in run.stages:
+        return []
+    merge = run.stages["merge"]
+    return warnings_of_merge(merge.metrics, None if FOREIGN in merge.inputs else run.stages.get("train"))
+
+
+def warnings_of_merge(merged: MergeRecord, trained: StageRecord[TrainRecord] | None) -> list[str]:
+    """A warning if hardly a kept weight moved; ``trained``: the adapter's record, None: it was made elsewhere."""
+    if not merged.kept_weights or merged.moved_share >= FEW_MOVED:
+        return []
+    text = f"only {merged.moved_share:.2%} of the kept weights moved"
+    if not (merged.moved_weights or merged.lost_weights or merged.replaced_tensors or merged.refreshed_matrices):
+        text = "none of the kept weights moved: merged equals pruned"
+    made = [f"dtype: {merged.dtype}"]
+    if trained is not None:
+        made = [f"train.lr={trained.settings['train']['lr']:g}", f"steps: {trained.metrics.steps}", *made]
+    fixes = ["a higher train.lr", "more steps"] + ["merge.dtype=float32"] * (merged.dtype != "float32")
+    return [f"{text} ({', '.join(made)}); use {' or '.join(fixes)}"]
 
 
 def commands(run: RunStudy) -> list[str]:

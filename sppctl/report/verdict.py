@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from sppctl.evaluate.results import TaskResult, TextResult
 from sppctl.evaluate.values import Kind, Quantity, family_title, text_quantity
 from sppctl.records import MergeRecord, PruneRecord
+from sppctl.report import provenance
 from sppctl.report.study import Row, RunStudy, Study, headlines, pattern_text, relative_paths
 from sppctl.report.tables import written
 
@@ -143,6 +144,7 @@ def duration(seconds: float) -> str:
 def _warnings(run: RunStudy) -> Iterator[str]:
     if "merge" in run.stages and not run.stages["merge"].metrics.pattern_unchanged:
         yield "merging changed the pattern: the merged weights are less sparse than the pruned ones"
+    yield from provenance.unmoved(run)
     if "prune" in run.stages and (count := run.stages["prune"].metrics.fallbacks):
         yield f"{count:,} matrices of experts received too few tokens, and were pruned by their weights alone"
     yield from _small_texts([text for content in run.checkpoints.values() for text in content.texts])

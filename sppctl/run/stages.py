@@ -214,8 +214,12 @@ class Merge:
     def do(self, run: Run, prepared: merging.Prepared, out: Path, dtype: str) -> MergeRecord:
         """Merges."""
         from sppctl.merge import stage
+        from sppctl.report import provenance
 
-        return stage.execute(run.config, prepared, out)
+        merged = stage.execute(run.config, prepared, out)
+        for text in provenance.warnings_of_merge(merged, None if self._foreign(run) else run.record("train")):
+            console.warn(f"merge: {text}")
+        return merged
 
 
 PRUNE, TRAIN, MERGE = Prune(), Train(), Merge()

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_runs import layer, stage_of, study_of, task, text, write_run
 
+from sppctl.files.names import FOREIGN
 from sppctl.records import MatrixRecord
 from sppctl.report import verdict
 from sppctl.report.study import RunStudy, Study
@@ -41,6 +43,27 @@ def test_a_pattern_that_was_not_kept_is_counted_and_warned_of() -> None:
     assert "merging changed the pattern" in found.warnings[0]
     only_pruned = verdict.of_run(study_of(stages={"prune": pruned}))
     assert str(only_pruned.findings[0]) == "Pattern: 2:4 in 3 matrices (pruned, not merged yet)"
+
+
+UNMOVED = (
+    ({"moved_weights": 0, "dtype": "bfloat16"}, "none of the kept weights moved: merged equals pruned"),
+    ({"moved_weights": 0, "dtype": "bfloat16", "lost_weights": 9}, "only 0.00% of the kept weights moved"),
+    ({"moved_weights": 4, "dtype": "bfloat16", "moved_share": 0.004}, "only 0.40% of the kept weights moved"),
+)
+
+
+@pytest.mark.parametrize(("metrics", "text"), UNMOVED)
+def test_a_training_that_moved_hardly_a_weight_is_warned_of(metrics: dict[str, Any], text: str) -> None:
+    merge = stage_of("merge", {"kept_weights": 1000} | metrics)
+    train = stage_of("train", {"steps": 6}, settings={"train": {"lr": 0.004}})
+    fixes = "use a higher train.lr or more steps or merge.dtype=float32"
+    (warning,) = verdict.of_run(study_of(stages={"train": train, "merge": merge})).warnings
+    assert warning == f"{text} (train.lr=0.004, steps: 6, dtype: bfloat16); {fixes}"
+    foreign = replace(merge, inputs={FOREIGN: "a"})
+    (warning,) = verdict.of_run(study_of(stages={"train": train, "merge": foreign})).warnings
+    assert warning == f"{text} (dtype: bfloat16); {fixes}"
+    enough = replace(merge, metrics=replace(merge.metrics, moved_weights=10, moved_share=0.01))
+    assert not verdict.of_run(study_of(stages={"train": train, "merge": enough})).warnings
 
 
 def test_what_makes_the_numbers_doubtful() -> None:
