@@ -26,6 +26,7 @@ from sppctl.config.settings import Config, names_of
 from sppctl.errors import UserError
 from sppctl.files.names import DIRECTORIES
 from sppctl.files.paths import expand
+from sppctl.model import find
 
 
 def completions(incomplete: str) -> list[str]:
@@ -135,7 +136,9 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
     if uses_quickstart(name, overrides):
         name, notice = QUICKSTART, QUICKSTART_NOTICE.format(config.run.dir)
     elif name is None:
-        notice = _eval_defaults(config) if "models" in options else _defaults(config, overrides)
+        limits = [] if "models" in options else _limits(config, overrides)
+        config = load_config(name, [*limits, *overrides])
+        notice = _eval_defaults(config) if "models" in options else _defaults(config, overrides, limits)
     return Call(overrides if name is None else [name, *overrides], config, notice, **options)
 
 
@@ -161,15 +164,31 @@ def _eval_defaults(config: Config) -> str:
     )
 
 
-def _defaults(config: Config, overrides: Sequence[str]) -> str:
-    """The defaults as they are used for the model that the overrides name."""
+def _limits(config: Config, overrides: Sequence[str]) -> list[str]:
+    """Overrides of the default lengths that the model does not take."""
+    lengths = {"prune.calibration.seq_len": config.prune.calibration.seq_len}
+    lengths["train.data.seq_len"] = config.train.data.seq_len
+    configured = [override.partition("=")[0].strip() for override in overrides]
+    model = config.model
+    limit = find.max_window(model.path or "", model.gguf_file, model.revision)
+    return [
+        f"{key}={limit}"
+        for key, length in lengths.items()
+        if limit is not None and length > limit and not any(f"{key}.".startswith(f"{name}.") for name in configured)
+    ]
+
+
+def _defaults(config: Config, overrides: Sequence[str], limits: Sequence[str]) -> str:
+    """The defaults as they are used for the model that the overrides name; ``limits``: of :func:`_limits`."""
     prune, train = config.prune, config.train
     calibration, data = prune.calibration, " and ".join(names_of(train.data.dataset))
     length = f"epochs {train.epochs:g}" if train.max_steps is None else f"{train.max_steps} steps"
     return (
         f"no CONFIG is given, so the defaults are used: {prune.method} {prune.pattern} with {calibration.dataset} "
         f"({calibration.samples} x {calibration.seq_len} tokens), {train.method} on {data} ({length}, "
-        f"lr {train.lr:g}, batch size {train.batch_size}), run directory {config.run.dir}; KEY=VALUE changes them, "
+        f"lr {train.lr:g}, batch size {train.batch_size}), run directory {config.run.dir}; "
+        + (f"{' and '.join(limits)}, as many tokens as the model takes; " if limits else "")
+        + "KEY=VALUE changes them, "
         f"{shlex.join(['sppctl', 'config', *overrides])} prints all"
     )
 

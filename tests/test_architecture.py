@@ -21,7 +21,7 @@ ROOMS = """
 __main__     cli
 cli          options sweep run show publish plan doctor inspect model launch config files console distributed records \
              plugins errors pattern
-options      launch config files console plugins errors
+options      model launch config files console plugins errors
 show         sweep run publish report evaluate doctor inspect console distributed records pattern
 sweep        run report launch config files console distributed plugins errors
 __init__     prune merge evaluate adapters pruners pattern

@@ -61,8 +61,7 @@ def evaluate_model(
     config = config_of(tree, "evaluate_model")
     limit = checkpoint.max_window(model.config)
     window = config.eval.seq_len or min(stage.DEFAULT_WINDOW, limit or stage.DEFAULT_WINDOW)
-    if limit is not None and window > limit:
-        raise UserError("eval.seq_len", f"{window} exceeds the model's {limit} positions")
+    checkpoint.check_window("eval.seq_len", window, model.config)
     was_training = model.training
     model.eval()
     try:

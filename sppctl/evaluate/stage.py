@@ -49,11 +49,9 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
         UserError: with all problems.
     """
     problems, settings, tokens = Problems(), config.eval, 0.0
-    limit = checkpoint.max_window(skeleton.config)
-    window = _window(config, limit)
-    if limit is not None and (settings.seq_len or 0) > limit:
-        problem = f"{settings.seq_len} exceeds the model's {limit} positions"
-        problems.add("eval.seq_len", problem, f"set at most {limit}")
+    window = _window(config, checkpoint.max_window(skeleton.config))
+    with problems:
+        checkpoint.check_window("eval.seq_len", settings.seq_len, skeleton.config)
     for name in settings.perplexity:
         with problems:
             tokens += check_text(config, name, skeleton, tokenizer)

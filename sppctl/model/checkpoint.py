@@ -106,6 +106,13 @@ def max_window(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_window(key: str, tokens: int | None, config: Any) -> None:
+    """Raises UserError if the value of a key is longer than the longest input of a model."""
+    limit = max_window(config)
+    if limit is not None and tokens is not None and tokens > limit:
+        raise UserError(key, f"{tokens} exceeds the model's {limit} positions", f"set at most {limit}")
+
+
 def convert_gguf(directory: Path, gguf_file: str, dtype: torch.dtype | None, out: Path) -> None:
     """Unpacks a GGUF file into an ordinary safetensors checkpoint in ``out`` (bfloat16 by default)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

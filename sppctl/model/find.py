@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from sppctl.files.paths import similar_directory
 TEMPLATES = "additional_chat_templates/*.jinja"  # named templates of a tokenizer: its only folder
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # most must go with the weights
+POSITIONS = ("max_position_embeddings", "n_positions")  # names of a model's longest input in config.json
 # architectures that come with sppctl, by hub id
 SHIPPED = {
     file.stem.replace("--", "/"): file
@@ -137,6 +139,21 @@ def config_source(path: str, gguf_file: str | None = None, revision: str | None 
         directory = locate(path, revision=revision)
         return directory / "config.json", f"config.json in {directory}"
     return _hub_config(path, revision)
+
+
+def max_window(path: str, gguf_file: str | None = None, revision: str | None = None) -> int | None:
+    """The longest input of a model in tokens; None if its config.json does not say, or could not be read."""
+    if gguf_file is not None:
+        return None
+    is_local = path.startswith(("package:", ".", "/")) or Path(path).exists()
+    try:  # unlike config_source, without the library that checks a directory
+        file = directory_of(path, key="") / "config.json" if is_local else _hub_config(path, revision)[0]
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError, RecursionError):  # reported by the checks of the command
+        return None
+    sections = [config, config.get("text_config")] if isinstance(config, dict) else []
+    limits = [section.get(key) for section in sections if isinstance(section, dict) for key in POSITIONS]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 @functools.cache  # so that a command asks the hub once

@@ -93,7 +93,7 @@ def prepare(
             _check_files(config, skeleton)
     if drawn is None:
         with problems:
-            drawn = _calibration(config, skeleton, tokenizer, problems)
+            drawn = _calibration(config, skeleton, tokenizer)
     problems.raise_all()
     work = Work(f"{prune.method} {prune.pattern}, {len(targets)} matrices", 0)
     if drawn is not None:
@@ -241,15 +241,11 @@ def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None)
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any, problems: Problems) -> calibrate.Drawn | None:
+def _calibration(config: Config, skeleton: Skeleton, tokenizer: Any) -> calibrate.Drawn | None:
     if not needs_inputs(config.prune):
         return None
-    settings, limit = config.prune.calibration, checkpoint.max_window(skeleton.config)
-    if limit is not None and settings.seq_len > limit:
-        problem = f"{settings.seq_len} exceeds the model's {limit} positions"
-        problems.add("prune.calibration.seq_len", problem, f"set at most {limit}")
-        calibrate.calibration_text(config.prune)
-        return None
+    settings = config.prune.calibration
+    checkpoint.check_window("prune.calibration.seq_len", settings.seq_len, skeleton.config)
     drawn = calibrate.draw(config, tokenizer)
     where = f"prune.calibration.dataset: {settings.dataset}"
     vocabulary.check(drawn.tokens, tokenizer, vocabulary.embeddings(skeleton.model), where)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sppctl import console, distributed, launch, machine
 from sppctl.config.settings import Config, names_of
@@ -75,6 +75,7 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
     checkpoint.pick_device(run.config.model.device)
     problems = Problems()
     work: dict[str, Work] = {}
+    _check_windows(run, stages, outline.skeleton.config, problems)
     for stage in stages:
         with problems:
             if stage == "eval":
@@ -98,6 +99,24 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
 
             evaluation.load_data(run.config)
         _announce(run, outline.skeleton, work)
+
+
+def _check_windows(run: Run, stages: Iterable[str], model: Any, problems: Problems) -> None:
+    """Raises UserError with each length that exceeds the model's: tokenising before that would be in vain."""
+    from sppctl.model import checkpoint
+    from sppctl.prune.choose import needs_inputs
+
+    config, lengths = run.config, {"train": ("train.data.seq_len", run.config.train.data.seq_len)}
+    if needs_inputs(config.prune):
+        lengths["prune"] = "prune.calibration.seq_len", config.prune.calibration.seq_len
+    for stage in stages:
+        if stage in lengths and run.will_do(stage):
+            with problems:
+                checkpoint.check_window(*lengths[stage], model)
+        elif stage == "eval":
+            with problems:
+                checkpoint.check_window("eval.seq_len", config.eval.seq_len, model)
+    problems.raise_all()
 
 
 def _announce(run: Run, skeleton: Skeleton, work: dict[str, Work]) -> None:

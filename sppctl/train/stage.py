@@ -107,10 +107,8 @@ def _check_keys(config: Config, skeleton: Skeleton, problems: Problems) -> None:
     if train.method == "ste" and strategy != "ddp":
         problem = f"ste selects masks on full matrices, but launch.strategy={strategy} shards them"
         problems.add("train.method", problem, "use ddp")
-    limit = checkpoint.max_window(skeleton.config)
-    if limit is not None and train.data.seq_len > limit:
-        problem = f"{train.data.seq_len} exceeds the model's {limit} positions"
-        problems.add("train.data.seq_len", problem, f"set at most {limit}")
+    with problems:
+        checkpoint.check_window("train.data.seq_len", train.data.seq_len, skeleton.config)
     if re.fullmatch(r"cuda:0*[1-9]\d*", device):
         fix = f"run CUDA_VISIBLE_DEVICES={device.partition(':')[2]} sppctl ... model.device=cuda"
         problems.add("model.device", f"training runs on the first visible GPU, not on {device}", fix)
