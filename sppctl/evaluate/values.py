@@ -120,6 +120,7 @@ class Value:
     stderr: float | None = None  # for a perplexity that of the mean loss, in nats
     norm: float | None = None  # acc_norm, where the number is an accuracy
     circumstances: Mapping[str, str] = field(default_factory=dict)  # by the keys of CIRCUMSTANCES
+    limit: int | None = None  # examples of each task, where they are not all
 
     @property
     def dtype(self) -> str | None:
@@ -200,10 +201,14 @@ def family_title(family: list[TaskResult]) -> str:
     tasks = [scores for result in family for scores in result.numbers.tasks.values()]
     shots = {scores.num_fewshot for scores in tasks}
     num_fewshot = shots.pop() if len(shots) == 1 and None not in shots else measure.num_fewshot
-    limit = measure.limit
-    if limit is not None and all((scores.samples or limit) < limit for scores in tasks):
-        limit = None
-    return title_of(replace(measure, num_fewshot=num_fewshot, limit=limit))
+    return title_of(replace(measure, num_fewshot=num_fewshot, limit=_limit(family)))
+
+
+def _limit(results: list[TaskResult]) -> int | None:
+    """The limit of results, None if it cuts no task."""
+    limit = results[0].measure.limit
+    samples = [scores.samples for result in results for scores in result.numbers.tasks.values()]
+    return None if limit is None or all((number or limit) < limit for number in samples) else limit
 
 
 def _of_family(family: list[TaskResult]) -> Iterator[Value]:
@@ -233,7 +238,7 @@ def _of_task(title: str, part: str | None, task: str, result: TaskResult) -> Val
     name, scores = numbers.metric or headline(numbers.scores) or "acc", numbers.scores
     quantity = Quantity(Metric.of_task(name, numbers.higher_is_better), title, part)
     error, norm = scores.get(f"{name}_stderr"), scores.get("acc_norm")
-    return Value(quantity, scores.get(name), error, norm, _circumstances([result]))
+    return Value(quantity, scores.get(name), error, norm, _circumstances([result]), _limit([result]))
 
 
 def _mean(quantity: Quantity, mean: Mapping[str, float], results: list[TaskResult]) -> Value:
@@ -245,7 +250,7 @@ def _mean(quantity: Quantity, mean: Mapping[str, float], results: list[TaskResul
         errors = [scores[f"{name}_stderr"] for scores in tasks if f"{name}_stderr" in scores]
         error = math.hypot(*errors) / len(errors) if errors and len(errors) == len(tasks) else None
     quantity = replace(quantity, metric=Metric.of_task(name))
-    return Value(quantity, mean.get(name), error, mean.get("acc_norm"), _circumstances(results))
+    return Value(quantity, mean.get(name), error, mean.get("acc_norm"), _circumstances(results), _limit(results))
 
 
 def _circumstances(results: list[TaskResult]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from sppctl.config.settings import Config
@@ -23,10 +22,9 @@ def tables(plan: Plan) -> Iterator[Table]:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB with one decimal, or below 0.1 with two significant digits."""
+    """Bytes in GiB with one decimal."""
     number = size / 2**30
-    decimals = 1 if number >= 0.1 or not size else 1 - math.floor(math.log10(number))
-    return f"{number:,.{decimals}f}"
+    return "<0.1" if 0 < number < 0.1 else f"{number:,.1f}"
 
 
 def _parameters(trainable: Trainable) -> Iterator[Table]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def render(run: RunStudy, stage: str, repository: str | None = None, pruned: str
         mark=MARK,
         title=escape(_title(run, stage)),
         summary=_summary(run, stage),
-        made=[*map(escape, provenance.facts(run)), *(f"warning: {escape(text)}" for text in provenance.unmoved(run))],
+        made=[escape(line) for line in (*_of_base(run), *provenance.facts(run), *_warnings(run))],
         results=_results(rows, DIRECTORIES[stage]),
         usage=_usage(run, stage, name, pruned),
         costs="\n".join(grid(provenance.stage_table(run))),
@@ -135,6 +135,22 @@ def _title(run: RunStudy, stage: str) -> str:
     return (
         f"{method} adapter for {name}, {pruned}" if stage == "train" else f"{name}, {pruned}, retrained with {method}"
     )
+
+
+def _of_base(run: RunStudy) -> Iterator[str]:
+    """What is to know of the dense model: an unknown licence, and that it had been quantised."""
+    base = card_data.base_model(run)
+    if base is None or not base.license:
+        yield "base: its licence is unknown; ask its authors before you publish this model"
+    model = run.stages["prune"].settings.get("model", {}) if "prune" in run.stages else {}
+    if name := model.get("gguf_file"):
+        kind = re.search(r"(?:^|[-._])(I?Q\d\w*|BF16|F16|F32)(?=[-.])", name, re.IGNORECASE)
+        quantisation = f", quantised to {kind[1]}" if kind and "Q" in kind[1].upper() else ""
+        yield f"base: unpacked from a GGUF file, {Path(name).name}{quantisation}"
+
+
+def _warnings(run: RunStudy) -> list[str]:
+    return [f"warning: {text}" for text in provenance.unmoved(run)]
 
 
 def _method(run: RunStudy, stage: str) -> str:

@@ -16,6 +16,7 @@ from sppctl.evaluate.values import Kind
 from sppctl.files.names import DIRECTORIES
 from sppctl.records import BaseModel, MergeRecord, PruneRecord
 from sppctl.report.study import Row, RunStudy
+from sppctl.report.verdict import FEW_SAMPLES
 
 CARD = "README.md"
 BIGGEST = 1 << 20  # bytes of a card that is read
@@ -138,6 +139,8 @@ def _evaluations(row: Row) -> Iterator[Any]:
     for quantity, value in row.values.items():
         if value.number is None or quantity.metric.kind in (Kind.DIVERGENCE, Kind.AGREEMENT):
             continue
+        if value.limit is not None and value.limit < FEW_SAMPLES:
+            continue  # no result that leaderboards should compare
         dataset = quantity.part or re.split("[ ,]", quantity.title)[0]
         if not quantity.metric.is_of_task:
             dataset = quantity.title.rpartition(" @")[0]

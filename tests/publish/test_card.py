@@ -17,6 +17,7 @@ from transformers import pipeline
 
 from sppctl.config.settings import ModelConfig
 from sppctl.config.yaml12 import parse_yaml
+from sppctl.evaluate.results import Results, TextResult
 from sppctl.files import sealed
 from sppctl.files.names import RECORD
 from sppctl.publish import card, card_data
@@ -71,6 +72,7 @@ def test_every_checkpoint_of_a_run_says_what_it_is(run: Path) -> None:
     assert "| base | pruned | merged |" in text
     assert "2405.16057" in text
     assert "2306.11695" in text
+    assert "base: its licence is unknown" in text
     assert str(run.parent) not in text + (run / "adapter/README.md").read_text()
 
 
@@ -91,6 +93,39 @@ def test_a_model_of_the_hub_and_its_data_are_linked(tmp_path: Path) -> None:
     assert ("Salesforce/wikitext", "perplexity") in results
     assert "limit 200" in results["rte", "acc"]["name"]
     assert 0 < results["rte", "acc"]["value"] < 1
+    assert "licence is unknown" not in (run / "merged/README.md").read_text()
+
+
+def test_results_on_few_examples_are_in_the_table_alone(tmp_path: Path) -> None:
+    run = made_up(tmp_path / "run", HUB)
+
+    def limit(results: Results) -> None:
+        results.results[:] = [
+            one
+            if isinstance(one, TextResult)
+            else dataclasses.replace(one, measure=dataclasses.replace(one.measure, limit=20))
+            for one in results.results
+        ]
+
+    change_results(run, "merged", limit)
+    (result,) = data_of(update(run) / "merged")["model-index"][0]["results"]
+    assert result["metrics"][0]["type"] == "perplexity"
+    assert "limit 20" in (run / "merged/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1.gguf, quantised to Q4_1"),
+        ("folder/a-IQ2_XXS.gguf", "a-IQ2_XXS.gguf, quantised to IQ2_XXS"),
+        ("model.F16.gguf", "model.F16.gguf"),
+    ],
+)
+def test_a_base_that_was_quantised_is_named_as_such(tmp_path: Path, file: str, shown: str) -> None:
+    run = made_up(tmp_path / "run", HUB)
+    change_record(run, "prune", settings={"model": {"gguf_file": file}})
+    lines = (update(run) / "merged/README.md").read_text().splitlines()
+    assert f"- base: unpacked from a GGUF file, {shown}" in lines
 
 
 def test_the_licence_is_that_of_the_models_own_card(tmp_path: Path) -> None:
