@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from sppctl import __version__, console, distributed, launch, options, plugins, show
 from sppctl.config.load import schema, schema_yaml, shipped_configs, to_dict, to_yaml
 from sppctl.config.settings import ModelConfig
 from sppctl.console import Verbosity
-from sppctl.errors import StageError, UserError, first_line, with_argument_names
+from sppctl.errors import StageError, UserError, did_you_mean, first_line, with_argument_names
 from sppctl.files.paths import expand, similar_directory
 from sppctl.model import find
 from sppctl.options import Call, Debug, Imports, Json, Quiet, Verbose
@@ -31,7 +32,27 @@ Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id, package:NAME
 NEXT = {"prune": "train", "train": "merge", "merge": "eval"}
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 F = TypeVar("F", bound=Callable[..., None])
+
+
+class Commands(TyperGroup):
+    """The commands; a shipped configuration in place of a command is answered with the command that runs it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As in Click; UserError for a shipped configuration."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            commands = {name: name for name in self.commands}
+            for verb in ("run", "sweep"):
+                commands |= {name: f"sppctl {verb} {name}" for name in shipped_configs(sweeps=verb == "sweep")}
+            hint = did_you_mean(args[0], commands)
+            if "sppctl" not in hint:
+                raise
+            raise UserError(f"there is no command {args[0]}{hint}") from error
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -157,7 +178,7 @@ def _do(name: str, call: Call) -> None:
         with run.lock():
             show.stage(run.do(stages.BY_NAME[name]), call.json)
     if not launch.is_started_by_sppctl():
-        console.note(f"next: {run.command(NEXT[name])}")
+        console.note(f"next: {run.command(NEXT[name], *(stages.MERGE.options(run) if name == 'train' else []))}")
 
 
 @configured("models", "tasks", "limit", "output", "force", "json", "quiet", "verbose", "debug")
@@ -329,7 +350,8 @@ def inspect(
     show.matrices(checkpoint, matrices, summary, expected, wrong, json)
     if wrong:
         more = f"\n... and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise StageError(f"{checkpoint} is not {expected}: {len(wrong)} violations\n" + "\n".join(wrong[:3]) + more)
+        count = f"{len(wrong)} violation{'s' * (len(wrong) > 1)}"
+        raise StageError(f"{checkpoint} is not {expected}: {count}\n" + "\n".join(wrong[:3]) + more)
 
 
 def _newest(checkpoint: str) -> str:
@@ -538,8 +560,9 @@ def clean(
     run_dir: RunDir,
     kinds: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: leftovers, base, cache (these by default), unfinished, weights."),
+        typer.Option(help="Comma-separated: leftovers, base (these by default), unfinished, weights."),
     ] = None,
+    caches: Annotated[bool, typer.Option("--caches", help="Also the caches, which all runs share.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; otherwise nothing is changed.")] = False,
     json: Json = False,
     debug: Debug = False,
@@ -556,7 +579,7 @@ def clean(
     place = _existing(run_dir)
     from sppctl.run import clean as cleaning
 
-    chosen = cleaning.kinds_of(kinds)
+    chosen = cleaning.kinds_of(kinds, caches)
     show.pieces(str(run_dir), cleaning.free(place, chosen) if yes else cleaning.find(place), chosen, yes, json)
 
 

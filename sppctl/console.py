@@ -137,6 +137,11 @@ def remember(run: str | Path | None, configuration: Sequence[str] = ()) -> None:
         _running[Path(run).resolve()] = configuration
 
 
+def configuration(run: str | Path) -> str | None:
+    """The CONFIG of the running command, if it works on this run and has one."""
+    return next((text for text in _running.get(Path(run).resolve(), ()) if "=" not in text), None)
+
+
 def command(name: str, *options: str, run: str | Path) -> str:
     """A sppctl command on a run, to suggest: can be pasted into a shell.
 

@@ -130,6 +130,8 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
         overrides.append(f"eval.tasks={quoted([task for task in chosen if task != 'ppl'])}")
         if "ppl" not in chosen:
             overrides.append("eval.perplexity=[]")
+        if "models" in options and not any(override.startswith("eval.prompts=") for override in overrides):
+            overrides.append("eval.prompts=[]")  # the tasks alone are measured
     if "models" in options and uses_quickstart(name, overrides):
         name, overrides = _of_checkpoint(options["models"], overrides)
     config, notice = load_config(name, overrides), None

@@ -63,7 +63,9 @@ def pieces(run_dir: str, each: Sequence[Piece], chosen: Sequence[Kind], deleted:
     console.show_table(run_dir, ("path", "kind", "MB", "deleting it costs"), rows)
     size = sum(piece.size for piece in each if piece.kind in chosen) / 1e6
     verb = "deleted" if deleted else "--yes deletes"
-    return print(f"{verb} {size:,.1f} MB ({', '.join(chosen)})")
+    caches = sum(piece.size for piece in each if piece.kind == "cache" and piece.kind not in chosen) / 1e6
+    more = f"; with --caches also {caches:,.1f} MB that all runs share" if caches else ""
+    return print(f"{verb} {size:,.1f} MB ({', '.join(chosen)}){more}")
 
 
 def findings(each: Sequence[Finding], as_json: bool) -> None:

@@ -484,6 +484,16 @@ report model
     model is not a run directory ... run.dir
 verify model
     model is not a run directory
+quickstrat
+    there is no command quickstrat; did you mean sppctl run quickstart?
+sweep-example --dry-run
+    there is no command sweep-example; did you mean sppctl sweep sweep-example?
+run sweep-example
+    sweep-example is a sweep; sppctl sweep sweep-example runs it
+sweep quickstart
+    quickstart is the configuration of a single run; sppctl run quickstart runs it
+inspect runs/none
+    runs/none is not a local directory
 report nowhere
     nowhere does not exist
 inspect {long}
@@ -505,7 +515,7 @@ IN_A_RUN = r"""
 prune tiny.yaml --pattern 4:8
     run/pruned was made with prune.pattern = 2:4, now 4:8 ... --force redoes it, another run.dir keeps it
 run tiny.yaml train.lr=1e-3
-    run/adapter was made with train.lr = 0.01, now 0.001 ... --force redoes it, another run.dir keeps it
+    run/adapter was made with train.lr = 0.01, now 0.001 ... --force redoes it ... and needs pruned/ of its own
 run tiny.yaml model.compute_dtype=bfloat16
     run/pruned was made with model.compute_dtype = float32, now bfloat16 ... --force redoes it
 run tiny.yaml merge.dtype=bfloat16

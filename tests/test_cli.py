@@ -122,6 +122,7 @@ def test_overrides_may_stand_anywhere(command: Command, config_file: Path, words
         ({"tasks": "ppl"}, ["eval.tasks=[]"]),
         ({"tasks": "zeroshot, mmlu"}, ["eval.tasks=[zeroshot, mmlu]", "eval.perplexity=[]"]),
         ({"tasks": "boolq,ppl"}, ["eval.tasks=[boolq]"]),
+        ({"tasks": "ppl", "models": []}, ["eval.tasks=[]", "eval.prompts=[]"]),
     ],
     ids=str,
 )
@@ -158,6 +159,30 @@ def test_what_is_used_without_a_configuration_is_printed(
     assert printed.count("\n") == (notice is not None)
 
 
+def test_default_lengths_are_those_that_the_model_takes(command: Command, llama: Path) -> None:
+    assert json.loads((llama / "config.json").read_text())["max_position_embeddings"] == 128
+    outcome = command("config", f"model.path={llama}", "--json")
+    config = outcome.json
+    assert (config["prune"]["calibration"]["seq_len"], config["train"]["data"]["seq_len"]) == (128, 128)
+    assert "c4 (128 x 128 tokens)" in outcome.err
+    shown = "prune.calibration.seq_len=128 and train.data.seq_len=128, as many tokens as the model takes; "
+    assert shown in outcome.err
+    config = command("config", f"model.path={llama}", "train.data.seq_len=256", "--json").json
+    assert (config["prune"]["calibration"]["seq_len"], config["train"]["data"]["seq_len"]) == (128, 256)
+
+
+def test_a_length_that_the_model_does_not_take_is_reported_before_data_is_read(
+    command: Command, config_file: Path
+) -> None:
+    lengths = ("prune.calibration.seq_len=129", "train.data.seq_len=130")
+    outcome = command("run", str(config_file), *lengths, "train.data.dataset=lost/rows")
+    assert outcome.code == 2
+    assert [line.partition(" exceeds")[0] for line in outcome.err.splitlines()] == [
+        "error: prune.calibration.seq_len: 129",
+        "error: train.data.seq_len: 130",
+    ]
+
+
 def test_a_command_that_another_one_started_repeats_no_notice() -> None:
     arguments = [sys.executable, "-m", "sppctl", "config"]
     started = os.environ | {"SPPCTL_LAUNCHER": str(os.getpid())}
@@ -180,7 +205,7 @@ def test_help_of_a_command(command: Command) -> None:
 
 def test_schema_of_a_section(command: Command) -> None:
     keys = [entry["key"] for entry in command("config", "--schema", "train.distill", "--json").json]
-    assert keys == ["train.distill.teacher", "train.distill.weight", "train.distill.temperature"]
+    assert keys == [f"train.distill.{key}" for key in ("teacher", "weight", "temperature", "tokens")]
     assert "teacher: null" in command("config", "--schema", "train.distill").out
     for wrong in ("trian", "train.rank=2"):
         assert command("config", "--schema", wrong).code == 2
@@ -367,6 +392,17 @@ def test_a_stage_that_is_missing_is_named_with_the_command_that_makes_it(command
     refused = command("merge", "tiny.yaml", "--output", "new")
     assert refused.code == 2
     assert "new/pruned does not exist; run sppctl prune tiny.yaml run.dir=new first" in refused.err
+    refused = command("merge", "run", "--output", "new")
+    copied = "mkdir -p new && cp -r run/pruned new/"
+    again = "or make it again (sppctl prune run run.dir=new)"
+    assert refused.err == f"error: new/pruned does not exist; copy that of run ({copied}), {again}\n"
+    subprocess.run(copied, shell=True, check=True)
+    refused = command("merge", "run", "--output", "new")
+    assert (
+        "new/adapter does not exist; copy that of run (mkdir -p new && cp -r run/adapter new/), or make it again"
+        in refused.err
+    )
+    shutil.rmtree("new")
     refused = command("eval", "tiny.yaml", "--output", "new", "--model", "merged")
     assert "--model: new/merged does not exist yet; make it: sppctl merge tiny.yaml run.dir=new" in refused.err
     typo = command("eval", "tiny.yaml", "--model", "meregd")

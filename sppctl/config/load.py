@@ -15,7 +15,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,9 @@ def find_file(name: str, *, sweep: bool = False) -> Path:
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     if stem in shipped:
         return shipped[stem]
+    if stem in shipped_configs(sweeps=not sweep):
+        is_a, verb = ("the configuration of a single run", "run") if sweep else ("a sweep", "sweep")
+        raise UserError(f"{stem} is {is_a}; sppctl {verb} {stem} runs it")
     present = [str(file) for suffix in ("yaml", "yml") for file in sorted(path.parent.glob(f"*.{suffix}"))]
     hint = did_you_mean(str(path), present) or did_you_mean(stem, shipped.keys())
     if not hint:
@@ -426,12 +429,13 @@ def _plain(value: Any) -> Any:
     return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """Nested sections to dotted keys."""
+def flatten(tree: Mapping[str, Any], prefix: str = "", keys: Collection[str] = ()) -> Tree:
+    """Nested sections to dotted keys; the values of ``keys`` are left as they are, mappings too."""
     flat: Tree = {}
     for name, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        key = f"{prefix}{name}"
+        nested = isinstance(value, Mapping) and value and key not in keys
+        flat |= flatten(value, f"{key}.", keys) if nested else {key: value}
     return flat
 
 

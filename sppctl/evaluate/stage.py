@@ -250,8 +250,21 @@ def prepare(config: Config, jobs: Iterable[Job]) -> None:
             job.windows[measure] = windows[key]
             if measure.reference is not None and job.dense is not None:
                 compared.setdefault(job.dense, []).append((job.dtype, windows[key]))
+    if windows:
+        _announce({measure: text for (_, measure), text in windows.items()})
     for dense, compared_texts in compared.items():
         dense.predict(compared_texts, device)
+
+
+def _announce(texts: dict[TextMeasure, Windows]) -> None:
+    """Prints how long the texts are, and how to shorten those that are used in full."""
+    sizes = [
+        f"{measure.text} {len(text.tokens):,} windows, {text.tokens.numel():,} tokens"
+        for measure, text in texts.items()
+    ]
+    is_cut = all(measure.max_tokens is not None for measure in texts)
+    fix = "" if is_cut else "; eval.max_tokens=N uses the first N tokens of a text"
+    console.note(f"eval: each checkpoint reads {' and '.join(sizes)}{fix}")
 
 
 def execute(config: Config, job: Job) -> Results:

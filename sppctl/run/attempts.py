@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from sppctl.config.load import flatten, result_keys, to_dict
+from sppctl.config.load import config_keys, flatten, result_keys, to_dict
 from sppctl.config.recorded import completed
 from sppctl.config.settings import Config
+from sppctl.config.yaml12 import dump_yaml
 from sppctl.files import sealed
 from sppctl.files.names import CHECKPOINTS, JOURNAL, NOTE, WORKING
 from sppctl.records import Attempt, Settings, from_json, to_json
@@ -67,8 +69,19 @@ def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | No
     current = Attempt(settings, before.inputs if inputs is None else inputs).as_in(before)
     if current == before:
         return ""
-    old, new = flatten(completed(before.settings)), flatten(completed(current.settings))
-    changed = [f"{key} = {old.get(key)}, now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    keys = config_keys()
+    old, new = (flatten(completed(attempt.settings), keys=keys) for attempt in (before, current))
+    changed = [
+        f"{key} = {_shown(old.get(key))}, now {_shown(new.get(key))}"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    ]
     names = before.inputs | current.inputs
+    if changed:  # they explain why one attempt has inputs that the other has not
+        names = {name: before.inputs[name] for name in before.inputs.keys() & current.inputs.keys()}
     changed += [f"other {name} content" for name in names if before.inputs.get(name) != current.inputs.get(name)]
     return "; ".join(changed) or "an older version of sppctl"
+
+
+def _shown(value: Any) -> Any:
+    return dump_yaml(value, flow=True).strip() if isinstance(value, dict) else value

@@ -27,7 +27,8 @@ class Kind(StrEnum):
 
 
 # removed unless kinds are named: the next command makes these again by itself, and no result depends on them
-HARMLESS = (Kind.LEFTOVERS, Kind.BASE, Kind.CACHE)
+HARMLESS = (Kind.LEFTOVERS, Kind.BASE)
+OF_A_RUN = [kind for kind in Kind if kind != Kind.CACHE]
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,21 @@ def free(run_dir: Path, kinds: Sequence[Kind]) -> list[Piece]:
     return [piece for piece, _ in removed]
 
 
-def kinds_of(text: str | None) -> tuple[Kind, ...]:
-    """The kinds that ``--kinds`` names; None: the :data:`HARMLESS` ones.
+def kinds_of(text: str | None, caches: bool) -> tuple[Kind, ...]:
+    """The kinds that ``--kinds`` names (None: the :data:`HARMLESS` ones), and the ``caches``, which all runs share.
 
     Raises:
-        UserError: there is no such kind.
+        UserError: a run has no such kind.
     """
+    shared = (Kind.CACHE,) if caches else ()
     if text is None:
-        return HARMLESS
+        return (*HARMLESS, *shared)
     names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in set(Kind)]
+    unknown = [name for name in names if name not in OF_A_RUN]
     if unknown:
-        raise UserError("--kinds", f"{unknown[0]!r} is not one of {', '.join(Kind)}")
-    return tuple(map(Kind, names))
+        fix = "--caches deletes the caches" if unknown[0] == Kind.CACHE else None
+        raise UserError("--kinds", f"{unknown[0]!r} is not one of {', '.join(OF_A_RUN)}", fix)
+    return (*map(Kind, names), *shared)
 
 
 def _pieces(run_dir: Path) -> list[tuple[Piece, list[Path]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -78,12 +79,22 @@ class Run(RunDirectory):
         """The record of a required stage; UserError if it is missing, damaged or made with another configuration."""
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.path(stage)} does not exist; run {self.command(stage)} first")
+            raise UserError(f"{self.path(stage)} does not exist; {self._fix_missing(stage)}")
         if changed := self.changes(record):
             fix = f"redo it ({self.command(stage, '--force')}), or use its settings or another run.dir"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
         distributed.decide(partial(self.verify, record))
         return record
+
+    def _fix_missing(self, stage: str) -> str:
+        """What to do about a missing stage; if the configuration is that of another run, its stage can be copied."""
+        command, target = self.command(stage), shlex.quote(str(self.directory))
+        source = Path(console.configuration(self.directory) or self.directory)
+        record = source / DIRECTORIES[stage] / RECORD
+        if not record.is_file() or self.changes(records.read(record, stage)):
+            return f"run {command} first"
+        copied = f"mkdir -p {target} && cp -r {shlex.quote(str(record.parent))} {target}/"
+        return f"copy that of {source} ({copied}), or make it again ({command})"
 
     def will_do(self, stage: str) -> bool:
         """Whether a command would work on a stage, judging by its settings alone."""
@@ -176,7 +187,7 @@ class Run(RunDirectory):
         if unfinished is not None and not differences(unfinished, attempt.settings, attempt.inputs):
             return None, unfinished
         if record is not None and not self.force:
-            fix = f"{self.command(stage, '--force')} redoes it, another run.dir keeps it"
+            fix = f"{self.command(stage, '--force')} redoes it, {keeping(stage)}"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
         self.check_attempt(stage, attempt.inputs)
         return None, None
@@ -203,6 +214,12 @@ class Run(RunDirectory):
         if not (distributed.is_main() or distributed.is_connected()):
             return make_record(output="", files={})
         return distributed.decide(partial(self.complete, DIRECTORIES[stage], make_record))
+
+
+def keeping(stage: str) -> str:
+    """How to keep an existing stage, for errors: another run directory lacks what the stage reads."""
+    needed = [f"{folder}/" for folder in list(DIRECTORIES.values())[: list(DIRECTORIES).index(stage)]]
+    return "another run.dir keeps it" + (f", and needs {' and '.join(needed)} of its own" if needed else "")
 
 
 def _compute_of(unfinished: Attempt, attempt: Attempt) -> machine.Compute:

@@ -167,16 +167,25 @@ class Merge:
         """Pruned checkpoint and adapter, which must belong together."""
         from sppctl.evaluate import subjects
         from sppctl.merge import stage
+        from sppctl.merge.adapter import Adapter
         from sppctl.merge.rules import check_mask
 
         if (foreign := self._foreign(run)) is not None:
             pruned = run.needed("prune")
             stage.training_of(foreign, run.path("prune"))
+            check_mask(Adapter.open(foreign).kind, run.config.merge.mask)
             return {"pruned": pruned.output, FOREIGN: subjects.fingerprint(foreign)}
         check_mask(run.config.train.method.upper(), run.config.merge.mask)
         pruned, trained = run.needed("prune"), run.needed("train")
         stage.check_trained_on(trained, run.path("train"), run.path("prune"), pruned.output)
         return {"pruned": pruned.output, "adapter": trained.output}
+
+    def options(self, run: Run) -> list[str]:
+        """What a command needs, besides the configuration, to merge the adapter that the run trains."""
+        from sppctl.merge.rules import MERGERS
+
+        is_refused = MERGERS[run.config.train.method.upper()].zeros == "filled" and run.config.merge.mask == "keep"
+        return ["merge.mask=reapply"] if is_refused else []
 
     def _foreign(self, run: Run) -> Path | None:
         """An adapter that was trained elsewhere: merge.adapter, else one in RUN/adapter that no stage has recorded."""

@@ -19,7 +19,7 @@ from sppctl.config.load import result_keys
 from sppctl.errors import StageError, Stopped, UserError
 from sppctl.files.names import DIRECTORIES
 from sppctl.run import measure, pipeline
-from sppctl.run.directory import Run
+from sppctl.run.directory import Run, keeping
 from sppctl.run.stages import PRUNE
 from sppctl.sweep.grid import REPORT, Member, Sweep, raise_problems
 
@@ -81,7 +81,7 @@ def _changed(sweep: Sweep, member: Member) -> dict[str, str]:
         if record is not None and (changed or lines):
             reason = f"was made with {changed}" if changed else "depends on that"
             redo = shlex.join(["sppctl", stage, *member.arguments, "--force"])
-            lines[stage] = f"{run.path(stage)} {reason}; {redo} redoes it, another run.dir keeps it"
+            lines[stage] = f"{run.path(stage)} {reason}; {redo} redoes it, {keeping(stage)}"
     return lines
 
 

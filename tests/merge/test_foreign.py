@@ -162,6 +162,8 @@ def test_the_command_takes_any_adapter(command: Command, here: Path, tmp_path: P
     settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, settings).save_pretrained(tmp_path / "lora")
     before = weights_of(here / "run" / "pruned")
+    at_once = command("merge", "tiny.yaml", "--adapter", str(tmp_path / "lora"))  # run/merged exists
+    assert "merge.mask: keep is impossible" in at_once.err
     refused = command("merge", "tiny.yaml", "--adapter", str(tmp_path / "lora"), "--force")
     assert refused.code == 2
     assert "keep is impossible" in refused.err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def test_evaluation_writes_samples_that_the_report_shows(command: Command, run: 
     assert "<h3>&lt;b&gt;Two&lt;/b&gt;</h3>" in page
     assert page.count("<dt>merged</dt>") == markdown.count("\nmerged:\n") == 2
     assert json.loads((run / "report.json").read_text())["samples"] == wrote
+
+
+def test_tasks_named_on_the_command_line_are_measured_alone(command: Command, run: Path) -> None:
+    (run / "samples.json").unlink(missing_ok=True)
+    whole = command("eval", "tiny.yaml", "--tasks", "ppl", "eval.max_tokens=null")
+    assert whole.code == 0
+    size = r"eval: each checkpoint reads \S+ \d+ windows, [\d,]+ tokens"
+    assert re.search(rf"^{size}; eval\.max_tokens=N uses the first N tokens of a text$", whole.err, re.MULTILINE)
+    part = command("eval", "tiny.yaml", "--tasks", "ppl", "eval.max_tokens=128")
+    assert re.search(r"^eval: each checkpoint reads \S+ 2 windows, 128 tokens$", part.err, re.MULTILINE)
+    assert not (run / "samples.json").exists()
+    assert command("eval", "tiny.yaml", "--tasks", "ppl", 'eval.prompts=["One"]').code == 0
+    assert (run / "samples.json").exists()
 
 
 def test_other_prompts_and_other_weights_are_written_anew(run: Path) -> None:

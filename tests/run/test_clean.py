@@ -65,6 +65,8 @@ def test_it_lists_with_sizes_and_deletes_nothing(
         "pruned": ("weights", 1000),
         "windows": ("cache", 30),
     }
+    assert clean(monkeypatch, str(run_dir)) == 0
+    assert "(leftovers, base); with --caches also 0.0 MB that all runs share" in capsys.readouterr().out
     assert "step 12" in pieces[".adapter.partial"]["cost"]
     assert files(run_dir.parent) == before
 
@@ -73,6 +75,7 @@ def test_it_lists_with_sizes_and_deletes_nothing(
     ("kinds", "removed"),
     [
         ((), {".merged.old", ".merged.partial", "base"}),
+        (("--caches",), {".merged.old", ".merged.partial", "base"}),
         (("--kinds", "unfinished"), {".adapter.partial"}),
         (("--kinds", "weights"), {"pruned/model.safetensors"}),
     ],
@@ -83,7 +86,7 @@ def test_yes_deletes_what_is_named_and_no_more(
     assert clean(monkeypatch, str(run_dir), "--yes", *kinds) == 0
     expected = {name for name in FILES if not any(name.startswith(piece) for piece in removed)}
     assert files(run_dir) - {LOCK} == expected
-    cached = set() if kinds else {"windows/entry.safetensors"}
+    cached = {"windows/entry.safetensors"} if "--caches" in kinds else set()
     assert (
         files(run_dir.parent / "cache")
         == {
@@ -106,7 +109,9 @@ def test_bad_input_ends_with_2(
 ) -> None:
     assert clean(monkeypatch, str(run_dir.parent / "cache")) == 2
     assert clean(monkeypatch, str(run_dir), "--kinds", "weight") == 2
-    assert "--kinds: 'weight' is not one of leftovers, base, cache, unfinished, weights" in capsys.readouterr().err
+    assert "--kinds: 'weight' is not one of leftovers, base, unfinished, weights" in capsys.readouterr().err
+    assert clean(monkeypatch, str(run_dir), "--kinds", "cache") == 2
+    assert "; --caches deletes the caches" in capsys.readouterr().err
     with (run_dir / LOCK).open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert clean(monkeypatch, str(run_dir), "--yes") == 2

@@ -12,9 +12,11 @@ from conftest import ALPACA
 from sppctl.config.settings import Config
 from sppctl.data import instructions, texts
 from sppctl.files import cache
+from sppctl.records import Attempt
 from sppctl.run import pipeline
+from sppctl.run.attempts import differences, settings_of
 from sppctl.run.directory import Run
-from sppctl.run.stages import PRUNE, TRAIN
+from sppctl.run.stages import MERGE, PRUNE, TRAIN
 
 
 @pytest.fixture
@@ -83,3 +85,20 @@ def test_another_tokenizer_makes_other_windows(
     monkeypatch.setattr(cache, "same_tokenizer", lambda *_: False)
     run.do(PRUNE)
     assert len(loaded) == 2
+
+
+def test_what_changed_is_named_once(configure: Callable[..., Config]) -> None:
+    columns = "train.data.columns={instruction: question, output: answer}"
+    before = Attempt(settings_of(configure(), "train"), {"pruned": "a", "data one": "b"})
+    shown = "train.data.columns = {}, now {instruction: question, output: answer}"
+    settings = settings_of(configure(columns), "train")
+    assert differences(before, settings, before.inputs) == shown
+    assert differences(before, settings, {"pruned": "c", "data two": "d"}) == f"{shown}; other pruned content"
+    newer = before.inputs | {"data version": "e"}
+    assert differences(before, before.settings, newer) == "other data version content"
+
+
+def test_a_lora_is_merged_under_the_mask(configure: Callable[..., Config]) -> None:
+    assert MERGE.options(Run(configure("train.method=lora"))) == ["merge.mask=reapply"]
+    assert MERGE.options(Run(configure("train.method=lora", "merge.mask=dense"))) == []
+    assert MERGE.options(Run(configure())) == []
