@@ -184,6 +184,8 @@ def _defaults(config: Config, overrides: Sequence[str], limits: Sequence[str]) -
     """The defaults as they are used for the model that the overrides name; ``limits``: of :func:`_limits`."""
     prune, train = config.prune, config.train
     calibration, data = prune.calibration, " and ".join(names_of(train.data.dataset))
+    if data == "instructions" and not any(override.startswith("train.data.dataset") for override in overrides):
+        data = "the built-in instructions, as HF_HUB_OFFLINE is set and alpaca is not in the cache"
     length = f"epochs {train.epochs:g}" if train.max_steps is None else f"{train.max_steps} steps"
     return (
         f"no CONFIG is given, so the defaults are used: {prune.method} {prune.pattern} with {calibration.dataset} "

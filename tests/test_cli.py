@@ -183,6 +183,26 @@ def test_a_length_that_the_model_does_not_take_is_reported_before_data_is_read(
     ]
 
 
+def test_with_local_calibration_text_and_the_hub_switched_off_the_default_rows_are_built_in(
+    tmp_path: Path, text_file: Path
+) -> None:
+    def rows(offline: str, *overrides: str) -> tuple[str, bool]:
+        environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline}
+        environment.pop("HF_DATASETS_CACHE", None)
+        command = [sys.executable, "-m", "sppctl", "config", "model.path=a/b", *overrides]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        dataset = next(line for line in done.stdout[done.stdout.index("\ntrain:") :].splitlines() if "dataset:" in line)
+        return dataset.split()[1], "the built-in instructions, as HF_HUB_OFFLINE is set" in done.stderr
+
+    local = f"prune.calibration.dataset={text_file}"
+    assert rows("1", local) == ("instructions", True)
+    assert rows("0", local) == ("alpaca", False)
+    assert rows("1") == ("alpaca", False)
+    assert rows("1", local, "train.data.dataset=c4") == ("c4", False)
+    (tmp_path / "datasets/tatsu-lab___alpaca").mkdir(parents=True)
+    assert rows("1", local) == ("alpaca", False)
+
+
 def test_a_command_that_another_one_started_repeats_no_notice() -> None:
     arguments = [sys.executable, "-m", "sppctl", "config"]
     started = os.environ | {"SPPCTL_LAUNCHER": str(os.getpid())}

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import textwrap
 import types
@@ -36,6 +37,7 @@ TYPE_NAMES |= {types.NoneType: "null", Pattern: "N:M or a ratio"}
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+(?<!\.yaml)(?<!\.yml)"
 SEE_SCHEMA = "; see `sppctl config --schema`"
 QUICKSTART = "quickstart"
+CALIBRATION = "prune.calibration.dataset"
 DEFAULTS = "the defaults"  # source of a configuration without a file, in errors
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -122,8 +124,8 @@ def _source_and_tree(name: str | None, overrides: Sequence[str]) -> tuple[str, d
     """The content of a configuration, and what to call it in errors."""
     if name is None and not uses_quickstart(name, overrides):
         # a file that leaves out the data means the built-in rows, with which it needs no network
-        data = {"prune": {"calibration": {"dataset": "c4"}}, "train": {"data": {"dataset": "alpaca"}}}
-        return DEFAULTS, data
+        rows = "instructions" if _stays_offline(overrides) else "alpaca"
+        return DEFAULTS, {"prune": {"calibration": {"dataset": "c4"}}, "train": {"data": {"dataset": rows}}}
     if name is not None and recorded.is_run(Path(name)):
         return name, recorded.tree_of(Path(name))
     path = find_file(QUICKSTART if name is None else name)
@@ -133,6 +135,22 @@ def _source_and_tree(name: str | None, overrides: Sequence[str]) -> tuple[str, d
     if tree and "grid" in tree:
         raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
     return str(path), tree or {}
+
+
+def _stays_offline(overrides: Iterable[str]) -> bool:
+    """Whether a run has to do without Alpaca: the hub is switched off, and the calibration text is a local file."""
+    calibration = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == CALIBRATION]
+    if not calibration or not os.path.exists(expand(calibration[-1].strip())):
+        return False
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        return False
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    prepared, downloaded = os.environ.get("HF_DATASETS_CACHE"), os.environ.get("HF_HUB_CACHE")
+    cached = (
+        Path(prepared or home / "datasets") / "tatsu-lab___alpaca",
+        Path(downloaded or home / "hub") / "datasets--tatsu-lab--alpaca",
+    )
+    return not any(path.expanduser().exists() for path in cached)
 
 
 def default_directory(config: Config) -> str:

@@ -195,7 +195,7 @@ class TrainDataConfig:
         "instructions",
         "instructions (built in), alpaca, alpaca-gpt4; plain text: c4, wikitext2, prose; a hub id; a local txt, json, "
         "jsonl, csv, tsv or parquet file, or a folder of these; or several with a weight each: {alpaca: 3, own.csv: "
-        "1}; with --model alone the default is alpaca",
+        "1}; with --model alone the default is alpaca (offline, with local calibration text: instructions)",
         path=True,
     )
     columns: dict[str, str] = _key(
