@@ -1,0 +1,206 @@
+"""The cells of the study: what is pruned, trained and measured in each, and in which order."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Record = dict[str, Any]  # the content of a committed file, see record.py
+Records = Mapping[str, Record]  # by the name of the cell
+
+PRUNERS = ("wanda", "sparsegpt")
+PATTERNS = ("0.5", "2:4", "0.75", "2:8")
+TUNED_AT = {"0.5": "2:4", "2:4": "2:4", "0.75": "0.75", "2:8": "0.75"}  # the pattern at which the rate was tuned
+TRAINED = {"lora": ("train.method=lora", "merge.mask=reapply"), "spp": ("train.method=spp",)}
+ABLATIONS = {
+    "no beta": ("train.beta=false",),
+    "r = 4": ("train.rank=4",),
+    "r = 8": ("train.rank=8",),
+    "r = 32": ("train.rank=32",),
+    "init random": ("train.init=random",),
+    "init ones": ("train.init=ones",),
+}
+VALIDATION = "validation"  # the texts on which rates are tuned; all others are measured on TEST
+TEST = "test"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is computed."""
+
+    steps: int  # of training
+    max_tokens: int  # of each text
+    pruners: tuple[str, ...]
+    patterns: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rates: dict[str, tuple[float, ...]]  # trials of the learning rate by method
+    ablated: tuple[str, ...]  # patterns of the ablations
+    tasks: tuple[int, int] | None  # first examples of each zero-shot task and of each subject of MMLU
+    with_recipes: bool = True
+
+
+FULL = Scale(
+    steps=60,
+    max_tokens=40_960,
+    pruners=PRUNERS,
+    patterns=PATTERNS,
+    seeds=(0, 1, 2),
+    rates={"lora": (3e-4, 1e-3, 3e-3), "spp": (3e-3, 1e-2, 3e-2)},
+    ablated=("2:4", "0.75"),
+    tasks=(50, 2),
+)
+QUICK = Scale(
+    steps=20,
+    max_tokens=8_192,
+    pruners=("wanda",),
+    patterns=("2:4", "0.75"),
+    seeds=(0,),
+    rates={"lora": (1e-3,), "spp": (1e-2,)},
+    ablated=(),
+    tasks=None,
+    with_recipes=False,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured checkpoint."""
+
+    name: str  # of its record
+    seed: int
+    pruning: tuple[str, ...] = ()  # settings of `sppctl prune`; none: the dense model
+    mask_of: tuple[str, ...] = ()  # settings of the pruning whose zeros DSnoT starts from
+    training: tuple[str, ...] = ()  # settings of `sppctl train` and `merge`; none: the pruned model
+    texts: str = TEST
+    max_tokens: int = FULL.max_tokens
+    tasks: tuple[int, int] | None = None
+
+    @property
+    def settings(self) -> Record:
+        """What its numbers depend on, as plain data: a record of other settings is not one of this cell."""
+        content: Record = json.loads(json.dumps(asdict(self)))
+        return content
+
+
+def slug(pattern: str) -> str:
+    """A pattern in the name of a file."""
+    return pattern.replace(":", "of").replace("0.", "") + ("0" if pattern == "0.5" else "")
+
+
+def all_cells(scale: Scale, records: Records) -> Iterator[Cell]:
+    """The cells in the order in which they are computed; those whose learning rate is not known yet are left out."""
+    yield Cell("dense", 0, max_tokens=scale.max_tokens, tasks=scale.tasks)
+    yield from _trials(scale)
+    for seed in scale.seeds:
+        for pattern in scale.patterns:
+            for pruner in scale.pruners:
+                yield from _compared(scale, records, pruner, pattern, seed)
+        for pattern in scale.ablated:
+            yield from _ablations(scale, records, pattern, seed)
+    if scale.with_recipes:
+        import recipes  # it describes its rows by cells
+
+        yield from recipes.all_cells()
+
+
+def trial_name(method: str, pattern: str, rate: float) -> str:
+    """The cell in which a learning rate is tried."""
+    return f"rate-{method}-{slug(pattern)}-{rate:g}"
+
+
+def cell_name(pruner: str, pattern: str, kind: str, seed: int) -> str:
+    """The cell of a pruner, a pattern and what followed: pruned, dsnot, a method or an ablation."""
+    return f"{pruner}-{slug(pattern)}-{kind.replace(' = ', '').replace(' ', '-')}-{seed}"
+
+
+def chosen_rate(scale: Scale, records: Records, method: str, pattern: str) -> float | None:
+    """The trial with the lowest loss on the validation texts; None if trials are missing."""
+    rates, place = scale.rates[method], TUNED_AT[pattern]
+    if len(rates) == 1:
+        return rates[0]
+    losses = {rate: _validation(records.get(trial_name(method, place, rate))) for rate in rates}
+    return None if None in losses.values() else min(losses, key=lambda rate: losses[rate] or math.inf)
+
+
+def _validation(record: Record | None) -> float | None:
+    """The mean loss over the validation texts, each with the same weight; infinite if one has none."""
+    if record is None:
+        return None
+    losses = [loss_of(text) for text in record["texts"].values()]
+    return sum(losses) / len(losses)
+
+
+def loss_of(text: Record) -> float:
+    """The mean loss on a text, in nats per token; infinite if it has none."""
+    return math.inf if text["nll"] is None else float(text["nll"])
+
+
+def pruning(pruner: str, pattern: str) -> tuple[str, ...]:
+    """The settings of a pruning."""
+    return (f"prune.method={pruner}", f"prune.pattern={pattern}")
+
+
+def run_name(cell: Cell) -> str:
+    """The name of the directory with its pruned checkpoint."""
+    values = [setting.split("=")[1] for setting in (*cell.pruning, *cell.mask_of)]
+    return "-".join(value.replace(":", "of") for value in (*values, str(cell.seed)))
+
+
+def _steps(scale: Scale, rate: float) -> tuple[str, ...]:
+    return (f"train.max_steps={scale.steps}", f"train.lr={rate:g}")
+
+
+def _trials(scale: Scale) -> Iterator[Cell]:
+    for pattern in dict.fromkeys(TUNED_AT[pattern] for pattern in scale.patterns):
+        for method, rates in scale.rates.items():
+            for rate in rates if len(rates) > 1 else ():
+                training = (*TRAINED[method], *_steps(scale, rate))
+                name = trial_name(method, pattern, rate)
+                yield Cell(name, 0, pruning("wanda", pattern), (), training, VALIDATION, scale.max_tokens // 2)
+
+
+def _compared(scale: Scale, records: Records, pruner: str, pattern: str, seed: int) -> Iterator[Cell]:
+    """Pruned, DSnoT, LoRA with the mask put back, and SPP."""
+    first = pruning(pruner, pattern)
+    tasks = scale.tasks if pruner == "wanda" and seed == 0 and TUNED_AT[pattern] == pattern else None
+    yield Cell(cell_name(pruner, pattern, "pruned", seed), seed, first, max_tokens=scale.max_tokens, tasks=tasks)
+    dsnot = pruning("dsnot", pattern)
+    yield Cell(cell_name(pruner, pattern, "dsnot", seed), seed, dsnot, first, max_tokens=scale.max_tokens)
+    for method in scale.rates:
+        rate = chosen_rate(scale, records, method, pattern)
+        if rate is not None:
+            training = (*TRAINED[method], *_steps(scale, rate))
+            name = cell_name(pruner, pattern, method, seed)
+            yield Cell(name, seed, first, (), training, TEST, scale.max_tokens, tasks)
+
+
+def _ablations(scale: Scale, records: Records, pattern: str, seed: int) -> Iterator[Cell]:
+    """SPP with one setting changed, at SPP's learning rate."""
+    rate = chosen_rate(scale, records, "spp", pattern)
+    for kind, settings in ABLATIONS.items() if rate is not None else ():
+        training = (*TRAINED["spp"], *settings, *_steps(scale, rate))
+        name = cell_name("wanda", pattern, kind, seed)
+        yield Cell(name, seed, pruning("wanda", pattern), (), training, TEST, scale.max_tokens)
+
+
+def missing(scale: Scale, records: Records) -> list[Cell]:
+    """The cells without a record of their settings, as far as they are known."""
+    return [cell for cell in all_cells(scale, records) if not is_of(cell, records.get(cell.name))]
+
+
+def is_of(cell: Cell, record: Record | None) -> bool:
+    """Whether a record has the cell's settings."""
+    return record is not None and record["cell"] == cell.settings
+
+
+def count(scale: Scale) -> int:
+    """The number of all cells, whatever is known."""
+    known = {trial_name(method, pattern, rate): {"texts": {"": {"nll": 0.0}}} for method, pattern, rate in _all(scale)}
+    return sum(1 for _ in all_cells(scale, known))
+
+
+def _all(scale: Scale) -> Iterable[tuple[str, str, float]]:
+    return [(m, p, rate) for m, rates in scale.rates.items() for p in set(TUNED_AT.values()) for rate in rates]

@@ -1,0 +1,209 @@
+"""What the records say about the paper's claims: differences with their uncertainty, and a verdict for each claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cells import ABLATIONS, FULL, Record, Records, Scale, cell_name
+
+from sppctl.report.significance import resampled_means
+
+WIKITEXT = "wikitext2"
+HOLDS, FAILS, UNKNOWN, OPEN = "holds", "does not hold", "cannot be told here", "not measured yet"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval (bootstrap over windows; the seeds are averaged in each window)."""
+
+    mean: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...]  # the mean of each seed
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 if the interval excludes zero and all seeds agree, else 0."""
+        if self.high < 0 and max(self.by_seed) < 0:
+            return -1
+        return int(self.low > 0 and min(self.by_seed) > 0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, what was found, and the numbers."""
+
+    claim: str
+    verdict: str
+    numbers: list[str]
+
+
+def losses(record: Record, text: str) -> np.ndarray:
+    """(windows,) loss per predicted token in each window, in nats."""
+    measured = record["texts"][text]
+    per_window = measured["tokens"] / measured["windows"]
+    values = [math.nan if loss is None else loss / per_window for loss in measured["window_nll"]]
+    return np.array(values, dtype=np.float64)
+
+
+def interval(samples: Sequence[np.ndarray]) -> Interval:
+    """Of the mean over seeds and windows."""
+    values = np.mean(samples, axis=0)
+    low, high = np.quantile(resampled_means(values), [0.025, 0.975])
+    by_seed = tuple(float(np.mean(sample)) for sample in samples)
+    return Interval(float(values.mean()), float(low), float(high), by_seed)
+
+
+class Findings:
+    """The records of a scale, and comparisons of them."""
+
+    def __init__(self, scale: Scale, records: Records) -> None:
+        self.scale, self.records = scale, records
+
+    def of(self, pruner: str, pattern: str, kind: str) -> list[Record | None]:
+        """The records of one entry of the grid, by seed."""
+        return [self.records.get(cell_name(pruner, pattern, kind, seed)) for seed in self.scale.seeds]
+
+    def loss(self, pruner: str, pattern: str, kind: str, text: str = WIKITEXT) -> Interval | None:
+        """The loss of an entry over the seeds that have been measured; None if there are none."""
+        found = [losses(record, text) for record in self.of(pruner, pattern, kind) if record is not None]
+        return interval(found) if found else None
+
+    def difference(self, pruner: str, pattern: str, first: str, second: str, text: str = WIKITEXT) -> Interval | None:
+        """Loss of the second minus that of the first, paired by seed and window; None without a common seed."""
+        pairs = zip(self.of(pruner, pattern, first), self.of(pruner, pattern, second), strict=True)
+        found = [losses(b, text) - losses(a, text) for a, b in pairs if a is not None and b is not None]
+        return interval(found) if found else None
+
+    # --- the claims ---------------------------------------------------------------------------------------------------
+
+    def verdicts(self) -> list[Verdict]:
+        """One for each claim, in the order of the paper."""
+        return [
+            self.lifts(),
+            self.most_at_75(),
+            self.beats("dsnot", "DSnoT"),
+            self.beats("lora", "LoRA with the mask put back"),
+            self.ablation("no beta", "Training beta improves on alpha alone"),
+            self.ranks(),
+            self.inits(),
+            self.pattern_kept(),
+        ]
+
+    def lifts(self) -> Verdict:
+        """SPP improves every pruned model."""
+        found = self._over_grid(lambda pruner, pattern: self.difference(pruner, pattern, "pruned", "spp"))
+        return _verdict("SPP improves every pruned model", found, wanted=-1)
+
+    def most_at_75(self) -> Verdict:
+        """The gain at a ratio of 75 % exceeds that at 50 %, for each pruner, and that at 2:8 exceeds 2:4."""
+        pairs = {}
+        for pruner in self.scale.pruners:
+            for high, low in (("0.75", "0.5"), ("2:8", "2:4")):
+                gains = [self._gains(pruner, pattern) for pattern in (high, low)]
+                common = [a - b for a, b in zip(*gains, strict=True) if a is not None and b is not None]
+                pairs[f"{pruner}, {percent(high)} - {percent(low)}"] = interval(common) if common else None
+        return _verdict("SPP gains most at 75 % zeros", pairs, wanted=-1)
+
+    def _gains(self, pruner: str, pattern: str) -> list[np.ndarray | None]:
+        pairs = zip(self.of(pruner, pattern, "pruned"), self.of(pruner, pattern, "spp"), strict=True)
+        return [None if a is None or b is None else losses(b, WIKITEXT) - losses(a, WIKITEXT) for a, b in pairs]
+
+    def beats(self, other: str, title: str) -> Verdict:
+        """SPP is better than a baseline at 75 %, in both patterns."""
+        patterns = [pattern for pattern in ("0.75", "2:8") if pattern in self.scale.patterns]
+        found = {
+            f"{pruner}, {percent(pattern)}": self.difference(pruner, pattern, other, "spp")
+            for pruner in self.scale.pruners
+            for pattern in patterns
+        }
+        return _verdict(f"SPP beats {title} at 75 % zeros", found, wanted=-1)
+
+    def ablation(self, kind: str, claim: str) -> Verdict:
+        """SPP as published is better than SPP with one setting changed."""
+        found = {percent(p): self.difference("wanda", p, kind, "spp") for p in self.scale.ablated}
+        return _verdict(claim, found, wanted=-1)
+
+    def ranks(self) -> Verdict:
+        """r = 16 is better than each other rank."""
+        found = {
+            f"{percent(pattern)}, {kind}": self.difference("wanda", pattern, kind, "spp")
+            for pattern in self.scale.ablated
+            for kind in ABLATIONS
+            if kind.startswith("r = ")
+        }
+        return _verdict("r = 16 is the best rank", found, wanted=-1)
+
+    def inits(self) -> Verdict:
+        """Zero initialisation of beta is better than the two others."""
+        found = {
+            f"{percent(pattern)}, {kind}": self.difference("wanda", pattern, kind, "spp")
+            for pattern in self.scale.ablated
+            for kind in ABLATIONS
+            if kind.startswith("init ")
+        }
+        return _verdict("Starting at the pruned model (beta = 0) is the best initialisation", found, wanted=-1)
+
+    def pattern_kept(self) -> Verdict:
+        """SPP's merged weights have exactly the zeros of the pruned ones."""
+        merges = [
+            r["stages"]["merge"] for r in self.records.values() if r["stages"].get("train", {}).get("method") == "spp"
+        ]
+        kept = sum(bool(merge["pattern_unchanged"]) for merge in merges)
+        zeros = sum(merge["zeros"] for merge in merges)
+        claim = "Pattern and ratio of zeros are identical after SPP"
+        if not merges:
+            return Verdict(claim, OPEN, [])
+        text = f"{kept} of {len(merges)} merged checkpoints; {zeros:,} zeros compared, position by position"
+        return Verdict(claim, HOLDS if kept == len(merges) else FAILS, [text])
+
+    def _over_grid(self, make: Callable[[str, str], Interval | None]) -> dict[str, Interval | None]:
+        return {
+            f"{pruner}, {percent(pattern)}": make(pruner, pattern)
+            for pruner in self.scale.pruners
+            for pattern in self.scale.patterns
+        }
+
+
+def percent(pattern: str) -> str:
+    """A pattern as the page names it: 2:4, 75 %."""
+    return pattern if ":" in pattern else f"{float(pattern):.0%}".replace("%", " %")
+
+
+def _verdict(claim: str, found: dict[str, Interval | None], wanted: int) -> Verdict:
+    """Holds if every difference has the wanted sign beyond its uncertainty; does not if one has the opposite sign.
+
+    A difference of fewer than three seeds can refute nothing and confirm nothing; it is shown.
+    """
+    if not any(found.values()):
+        return Verdict(claim, OPEN, [])
+    numbers = [f"{name}: {_text(one)}" for name, one in found.items() if one is not None]
+    numbers += [f"{len(found) - len(numbers)} not measured"] if len(numbers) < len(found) else []
+    measured = [one for one in found.values() if one is not None]
+    enough = [one for one in measured if len(one.by_seed) >= len(FULL.seeds)]
+    if any(one.sign == -wanted for one in enough):
+        return Verdict(claim, FAILS, numbers)
+    if enough and len(enough) == len(found) and all(one.sign == wanted for one in enough):
+        return Verdict(claim, HOLDS, numbers)
+    return Verdict(claim, UNKNOWN, numbers)
+
+
+def _text(one: Interval) -> str:
+    seeds = f"{len(one.by_seed)} seed{'s' * (len(one.by_seed) > 1)}"
+    return f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}], {seeds}"
+
+
+def perplexity(one: Interval) -> str:
+    """exp of a loss, with its interval."""
+    mean, low, high = (math.exp(value) for value in (one.mean, one.low, one.high))
+    digits = 1 if mean < 1000 else 0
+    return f"{mean:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean of numbers."""
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -1,0 +1,52 @@
+"""The figures of the page: SVG files that are the same bytes for the same records."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from cells import loss_of
+from claims import Findings, percent
+
+from sppctl.report import plots
+
+KINDS = {"pruned": "pruned", "dsnot": "DSnoT", "lora": "LoRA*", "spp": "SPP"}
+MARKERS = {"pruned": "o", "dsnot": "s", "lora": "^", "spp": "D"}
+
+
+def grid(findings: Findings, path: Path) -> None:
+    """Perplexity after each method at each pattern, a panel per pruner, with 95 % intervals."""
+
+    def draw() -> Any:
+        figure, axes = plots.panels(2.6 * len(findings.scale.pruners), rows=len(findings.scale.pruners), sharex=True)
+        for axis, pruner in zip(axes[:, 0], findings.scale.pruners, strict=True):
+            _panel(axis, findings, pruner)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        plots.with_legend(figure, handles, labels)
+        return figure
+
+    path.write_text(plots.svg(draw, **{"svg.hashsalt": "sppctl"}))
+
+
+def _panel(axis: Any, findings: Findings, pruner: str) -> None:
+    patterns = findings.scale.patterns
+    for offset, (kind, title) in enumerate(KINDS.items()):
+        places, values, errors = [], [], []
+        for place, pattern in enumerate(patterns):
+            found = findings.loss(pruner, pattern, kind)
+            if found is not None:
+                value, low, high = (math.exp(loss) for loss in (found.mean, found.low, found.high))
+                places.append(place + (offset - 1.5) * 0.15)
+                values.append(value)
+                errors.append((value - low, high - value))
+        if values:
+            bars = list(zip(*errors, strict=True))
+            axis.errorbar(places, values, yerr=bars, fmt=MARKERS[kind], label=title, markersize=5, capsize=2)
+    dense = findings.records.get("dense")
+    if dense is not None:
+        axis.axhline(math.exp(loss_of(dense["texts"]["wikitext2"])), linewidth=0.8, linestyle="--", color="0.5")
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(patterns)), [percent(pattern) for pattern in patterns])
+    axis.set_ylabel("perplexity, WikiText-2")
+    axis.set_title(pruner, loc="left")

@@ -1,0 +1,237 @@
+"""docs/results.md from the records: the claims with their verdicts, the grid, rates, ablations, recipes, literature."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cells
+import figures
+import recipes
+from cells import ABLATIONS, Record, Records, Scale
+from claims import UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
+
+HERE = Path(__file__).resolve().parent
+TITLES = {"pruned": "pruned", "dsnot": "DSnoT", "lora": "LoRA*", "spp": "SPP"}
+METHODS = {"lora": "LoRA*", "spp": "SPP"}
+INSTRUCTIONS = "instructions-test"
+
+
+def write(scale: Scale, records: Records, target: Path) -> None:
+    """Writes the page and its figures beside it."""
+    current = {cell.name: records[cell.name] for cell in cells.all_cells(scale, records) if _is_measured(cell, records)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text(scale, current, target.parent))
+
+
+def _is_measured(cell: cells.Cell, records: Records) -> bool:
+    return cells.is_of(cell, records.get(cell.name))
+
+
+def text(scale: Scale, records: Records, folder: Path) -> str:
+    """The page; figures are written into a folder."""
+    findings = Findings(scale, records)
+    parts = [_introduction(scale, records), _claims(findings), _grid(findings, folder), _rates(scale, records)]
+    parts += [_ablations(findings), _recipes(records) if scale.with_recipes else "", _tasks(records)]
+    parts += [(HERE / name).read_text().strip() for name in ("literature.md", "gpus.md")]
+    parts += [_machines(records)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(scale: Scale, records: Records) -> str:
+    total = cells.count(scale)
+    state = "All" if len(records) == total else f"{len(records)} of {total}"
+    return f"""# Results
+
+This page is written by `bash scripts/study.sh --page` from the records in `benchmarks/study/records/`.
+`bash scripts/study.sh` computes the cells without a record. {state} cells have been measured.
+
+SmolLM2-135M-Instruct, computed in float32. Calibration: 64 windows of 512 tokens of C4. Training: {scale.steps} steps
+of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the first {scale.max_tokens:,} tokens of
+WikiText-2's test split, and 200 rows of Alpaca that no training reads, prompts included; windows of 2,048 tokens.
+Losses are in nats per token. Intervals are 95 % intervals of a bootstrap over windows, paired where two checkpoints
+are compared, with the seeds averaged in each window. A seed changes the calibration windows, the initialisation and the
+order of the data. N:M means that N weights are kept in every M; percentages are shares of zeros. LoRA* is LoRA merged
+with the mask put back."""
+
+
+def _claims(findings: Findings) -> str:
+    lines = ["| claim | verdict | numbers |", "| --- | --- | --- |"]
+    for verdict in findings.verdicts():
+        lines.append(f"| {verdict.claim} | **{verdict.verdict}** | {'<br>'.join(verdict.numbers)} |")
+    return f"""## The paper's claims
+
+The numbers are differences in loss on WikiText-2: SPP minus what it is compared with, so negative ones speak for SPP.
+A claim holds if every difference, over three seeds, excludes zero and all seeds agree. It does not hold if one of them
+excludes zero on the other side. Anything else that was measured is "{UNKNOWN}". A model of 135 million parameters and
+a few hundred training rows say little about 7 billion parameters and 50,000 rows.
+
+{chr(10).join(lines)}"""
+
+
+def _grid(findings: Findings, folder: Path) -> str:
+    parts = ["## Pruned and retrained"]
+    entries = itertools.product(findings.scale.pruners, findings.scale.patterns, TITLES)
+    if any(findings.loss(*entry) is not None for entry in entries):
+        figures.grid(findings, folder / "results-grid.svg")
+        parts.append("![Perplexity by method and pattern](results-grid.svg)")
+    dense = findings.records.get("dense")
+    if dense is not None:
+        values = ", ".join(f"{math.exp(cells.loss_of(one)):.2f} on {name}" for name, one in dense["texts"].items())
+        parts.append(f"Dense: {values}.")
+    for pruner in findings.scale.pruners:
+        for name, title in ((WIKITEXT, "WikiText-2"), (INSTRUCTIONS, "held-out instructions")):
+            rows = [
+                [percent(pattern), *(_perplexity(findings.loss(pruner, pattern, kind, name)) for kind in TITLES)]
+                for pattern in findings.scale.patterns
+            ]
+            if any(any(row[1:]) for row in rows):
+                parts += [f"### {pruner}, perplexity on {title}", _table(["pattern", *TITLES.values()], rows)]
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _perplexity(found: Interval | None) -> str:
+    if found is None:
+        return ""
+    seeds = len(found.by_seed)
+    return perplexity(found) + (f" ({seeds} seed{'s' * (seeds > 1)})" if seeds < len(cells.FULL.seeds) else "")
+
+
+def _rates(scale: Scale, records: Records) -> str:
+    """The trials of learning rates, if there were any."""
+    rows = []
+    for pattern in dict.fromkeys(cells.TUNED_AT[pattern] for pattern in scale.patterns):
+        for method in scale.rates:
+            chosen = cells.chosen_rate(scale, records, method, pattern)
+            for rate in scale.rates[method] if len(scale.rates[method]) > 1 else ():
+                record = records.get(cells.trial_name(method, pattern, rate))
+                if record is not None:
+                    losses = [cells.loss_of(one) for one in record["texts"].values()]
+                    values = [f"{loss:.4f}" for loss in (*losses, mean_of(losses))]
+                    mark = "chosen" if rate == chosen else ""
+                    rows.append([METHODS[method], percent(pattern), f"{rate:g}", *values, mark])
+    if not rows:
+        return ""
+    names = ["method", "pattern", "rate", "WikiText-2 validation", "held-out instructions", "mean", ""]
+    return f"""## Learning rates
+
+Tuned for each method at 2:4 and 75 % after Wanda, seed 0, with the same number of trials each, on the validation split
+of WikiText-2 and on 200 other rows of Alpaca: the lowest mean of both losses is used for all pruners, and 2:4's for
+50 %, 75 %'s for 2:8. Ablations use SPP's.
+
+{_table(names, rows)}"""
+
+
+def _ablations(findings: Findings) -> str:
+    rows = []
+    for pattern in findings.scale.ablated:
+        for kind in ("spp", *ABLATIONS):
+            found = findings.loss("wanda", pattern, kind)
+            difference = findings.difference("wanda", pattern, "spp", kind) if kind != "spp" else None
+            if found is not None:
+                title = "as published (r = 16, beta starts at 0)" if kind == "spp" else kind
+                rows.append([percent(pattern), title, _perplexity(found), _difference(difference)])
+    if not any(row[1] in ABLATIONS for row in rows):
+        return ""
+    head = ["pattern", "SPP", "WikiText-2", "loss minus as published"]
+    return f"## Ablations of SPP, after Wanda\n\n{_table(head, rows)}"
+
+
+def _difference(found: Interval | None) -> str:
+    return "" if found is None else f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _recipes(records: Records) -> str:
+    """A table per pattern; the gain of a row is measured from the row that it changes, over their common seeds."""
+    parts = []
+    for pattern, rows in recipes.ROWS.items():
+        lines = [_recipe(pattern, row, records) for row in rows]
+        if any(lines):
+            head = ["row", "change", "seeds", "WikiText-2", "gain", "instructions", "tokens", "prune, s", "train, s"]
+            parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line])]
+    if not parts:
+        return ""
+    about = f"""## Recipes
+
+Each row changes one thing of an earlier row and trains for {recipes.STEPS} steps. WikiText-2 and held-out instructions
+are perplexities after training, means over the seeds. The gain is the difference in loss on WikiText-2 from the row
+that is changed, with its 95 % interval. Seconds are those of the recorded machines, which may have been busy."""
+    return "\n\n".join([about, *parts])
+
+
+def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
+    found = {seed: records.get(recipes.cell_of(pattern, row, seed).name) for seed in row.seeds}
+    measured = {seed: record for seed, record in found.items() if record is not None}
+    if not measured:
+        return []
+    values = [
+        mean_of(cells.loss_of(one["texts"][name]) for one in measured.values()) for name in (WIKITEXT, INSTRUCTIONS)
+    ]
+    before = next((one for one in recipes.ROWS[pattern] if one.name == row.after), None)
+    earlier = {seed: before and records.get(recipes.cell_of(pattern, before, seed).name) for seed in measured}
+    pairs = [losses(measured[s], WIKITEXT) - losses(one, WIKITEXT) for s, one in earlier.items() if one is not None]
+    stages = [one["stages"] for one in measured.values()]
+    return [
+        row.name,
+        f"{row.title}, after {row.after}" if row.after else row.title,
+        str(len(measured)),
+        *(f"{math.exp(value):.2f}" for value in values[:1]),
+        _difference(interval(pairs) if pairs else None),
+        f"{math.exp(values[1]):.2f}",
+        f"{mean_of(one['train']['tokens'] for one in stages):,.0f}",
+        *(f"{mean_of(one[stage]['seconds'] for one in stages):.0f}" for stage in ("prune", "train")),
+    ]
+
+
+def _tasks(records: Records) -> str:
+    measured = {name: record["tasks"] for name, record in records.items() if record["tasks"]}
+    if not measured:
+        return ""
+    groups: dict[str, list[str]] = {}
+    for tasks in measured.values():
+        for task, one in tasks.items():
+            groups.setdefault(one["group"], [])
+            groups[one["group"]] += [task] if task not in groups[one["group"]] else []
+    rows = []
+    for name, tasks in measured.items():
+        cells_of = [name]
+        for members in groups.values():
+            found = [tasks[task] for task in members if task in tasks]
+            cells_of.append(_accuracy(found) if len(found) == len(members) else "")
+        rows.append(cells_of)
+    limits = {
+        group: sorted({one["n"] for t in measured.values() for one in t.values() if one["group"] == group})
+        for group in groups
+    }
+    head = ["cell", *(f"{group}, {len(tasks)} tasks" for group, tasks in groups.items())]
+    sizes = "; ".join(f"{group}: {', '.join(map(str, sizes))} examples of each" for group, sizes in limits.items())
+    return f"""## Tasks
+
+Mean accuracy, with one standard error, on the first examples of each task ({sizes}).
+
+{_table(head, rows)}"""
+
+
+def _accuracy(found: Sequence[Record]) -> str:
+    error = math.sqrt(sum((one["stderr"] or 0.0) ** 2 for one in found)) / len(found)
+    return f"{mean_of(one['score'] for one in found):.1%} ± {error:.1%}"
+
+
+def _machines(records: Records) -> str:
+    """Hardware, versions and cost of the cells."""
+    used: dict[tuple[str, str], list[float]] = {}
+    for record in records.values():
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        hardware = ", ".join(sorted({stage["hardware"] for stage in record["stages"].values()})) or "not recorded"
+        used.setdefault((hardware, versions), []).append(record["seconds"])
+    rows = [[hardware, versions, str(len(s)), f"{sum(s) / 3600:.1f}"] for (hardware, versions), s in used.items()]
+    if not rows:
+        return ""
+    return f"## Machines\n\n{_table(['hardware', 'versions', 'cells', 'hours'], rows)}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

@@ -1,0 +1,85 @@
+"""The records of cells: small JSON files, with what a page about them needs and no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, Record
+
+from sppctl.evaluate.results import TaskResult, TextResult
+from sppctl.records import StageRecord, to_json
+from sppctl.report import records
+
+# of the layers, matrices and logged steps in the records of stages only their numbers are kept
+PRUNE = ("method", "pattern", "matrices", "sparsity", "mean_relative_output_error", "calibration")
+TRAIN = ("method", "trainable_parameters", "steps", "tokens", "examples", "data_hash", "validation_loss", "train_loss")
+MERGE = ("mask", "matrices", "zeros", "filled_zeros", "lost_weights", "pattern_unchanged")
+TEXT = ("nll", "tokens", "windows", "seq_len", "documents_hash", "window_nll")
+KEPT = {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
+VERSIONS = ("torch", "transformers", "peft", "sppctl")
+
+
+def load(folder: Path) -> dict[str, Record]:
+    """The records in a folder, by the names of their cells."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def save(folder: Path, name: str, record: Record) -> None:
+    """Writes a record; it is complete or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.partial"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(folder / f"{name}.json")
+
+
+def of_run(cell: Cell, run: Path, label: str, load_average: float) -> Record:
+    """The record of a cell.
+
+    Args:
+        cell: the cell.
+        run: its run directory.
+        label: the measured checkpoint: base, pruned or merged.
+        load_average: of the machine when the cell started: whether its seconds can be compared with others.
+    """
+    stages, checkpoints, _ = records.read(run)
+    measured = checkpoints[label]
+    record: Record = {"cell": cell.settings, "stages": {}, "texts": {}, "tasks": {}}
+    for name, stage in stages.items():
+        record["stages"][name] = _stage(stage)
+    for text in measured.texts:
+        record["texts"][Path(text.measure.text).stem] = _text(text)
+    for tasks in measured.tasks:
+        record["tasks"] |= scores_of(tasks)
+    found = measured.results[0].versions
+    versions = {name: found[name] for name in VERSIONS if name in found}
+    record |= {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
+    record["seconds"] = sum(one["seconds"] for name, one in record["stages"].items() if name != "prune")
+    record["seconds"] += sum(result.seconds for result in measured.results)
+    return record | {"load_average": round(load_average, 1)}
+
+
+def _stage(stage: StageRecord[Any]) -> Record:
+    metrics = {name: to_json(getattr(stage.metrics, name)) for name in KEPT[stage.stage]}
+    memory = max(stage.peak_memory_mb.values(), default=0.0)
+    return metrics | {"seconds": stage.wall_time_s, "peak_memory_mb": memory, "hardware": stage.hardware}
+
+
+def _text(result: TextResult) -> Record:
+    numbers = {name: getattr(result.numbers, name) for name in TEXT}
+    losses = result.numbers.window_nll
+    numbers["nll"] = numbers["nll"] if math.isfinite(numbers["nll"]) else None
+    return numbers | {"window_nll": [None if loss is None else round(loss, 4) for loss in losses]}
+
+
+def scores_of(result: TaskResult) -> Record:
+    """The score of every task, and the group that it belongs to."""
+    found = {}
+    for name, scores in result.numbers.tasks.items():
+        metric = scores.metric or "acc"
+        group = result.measure.group or result.measure.task
+        error = scores.scores.get(f"{metric}_stderr")
+        found[name] = {"group": group, "score": scores.scores[metric], "stderr": error, "n": scores.samples}
+    return found

@@ -1,0 +1,136 @@
+"""Computes cells: each stage in a process of its own, the records as soon as a cell is measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cells
+import record
+from cells import Cell, Scale
+
+from sppctl.config.load import load_config
+from sppctl.data import texts
+from sppctl.data.prompts import formatted
+
+CONFIG = Path(__file__).resolve().parent / "study.yaml"
+SPPCTL = [sys.executable, "-m", "sppctl"]
+SECONDS = {"dense": 100, "pruned": 250, "trained": 700}  # of a cell before one of its kind was measured
+HELD_OUT = {cells.TEST: slice(13_154, 13_354), cells.VALIDATION: slice(12_954, 13_154)}  # rows of Alpaca
+
+
+class Study:
+    """The cells of a scale, their records and their runs."""
+
+    def __init__(self, scale: Scale, records: Path, work: Path, only: str = "", config: Path = CONFIG) -> None:
+        self.scale, self.records, self.work, self.only, self.config = scale, records, work, only, config
+
+    def missing(self) -> list[Cell]:
+        """The cells that can be computed now."""
+        return [cell for cell in cells.missing(self.scale, record.load(self.records)) if self.only in cell.name]
+
+    def remaining(self) -> str:
+        """How many cells remain and how long they take, judged by those that were computed."""
+        done = record.load(self.records)
+        took: dict[str, list[float]] = {}
+        for content in done.values():
+            took.setdefault(_kind(content["cell"]), []).append(content["seconds"])
+        todo = self.missing()
+        unknown = cells.count(self.scale) - len(todo) - len(done) if not self.only else 0
+        kinds = [_kind(cell.settings) for cell in todo] + ["trained"] * max(0, unknown)
+        seconds = sum(sum(took[k]) / len(took[k]) if k in took else SECONDS[k] for k in kinds)
+        return f"{len(kinds)} of {len(kinds) + len(done)} cells remain, about {seconds / 3600:.1f} hours"
+
+    def compute(self) -> None:
+        """Computes the cells that are missing, one after the other."""
+        while todo := self.missing():
+            cell, load = todo[0], os.getloadavg()[0]
+            print(f"{cell.name} ({len(todo)} to do)", flush=True)
+            run = self.work / "cell"
+            shutil.rmtree(run, ignore_errors=True)
+            label = self.prepare(cell, run)
+            self.measure(cell, run, label)
+            content = record.of_run(cell, run, label, load)
+            record.save(self.records, cell.name, content)
+            shutil.rmtree(run)
+
+    def prepare(self, cell: Cell, run: Path) -> str:
+        """Makes the checkpoint of a cell in a run directory, and returns its label."""
+        if not cell.pruning:
+            return "base"
+        link(self.pruned(cell) / "pruned", run / "pruned")
+        if not cell.training:
+            return "pruned"
+        for stage in ("train", "merge"):
+            self.sppctl(stage, run, cell, *cell.pruning, *cell.training)
+        return "merged"
+
+    def pruned(self, cell: Cell) -> Path:
+        """The run directory with the pruned checkpoint of a cell, which is made once."""
+        mask = []
+        if cell.mask_of:
+            first = Cell("", cell.seed, cell.mask_of)
+            mask = [f"prune.mask_from={self.pruned(first) / 'pruned'}"]
+        run = self.work / "pruned" / cells.run_name(cell)
+        self.sppctl("prune", run, cell, *cell.pruning, *mask)
+        return run
+
+    def measure(self, cell: Cell, run: Path, label: str) -> None:
+        """Measures a checkpoint on its texts and tasks."""
+        options = [f"--model={label}", f"eval.max_tokens={cell.max_tokens}"]
+        names = [str(path) for path in self.texts(cell.texts)]
+        names = ["wikitext2", *names] if cell.texts == cells.TEST else names
+        settings = [*cell.pruning, *cell.training, *options, f"eval.perplexity=[{','.join(names)}]"]
+        self.sppctl("eval", run, cell, *settings, "--tasks=ppl")
+        for task, limit in zip(("zeroshot", "mmlu"), cell.tasks or (), strict=False):
+            self.sppctl("eval", run, cell, *settings, f"--tasks={task}", f"--limit={limit}")
+
+    def texts(self, kind: str) -> list[Path]:
+        """The files with the texts of a kind, which are made once."""
+        folder = self.work / "texts"
+        folder.mkdir(parents=True, exist_ok=True)
+        instructions = folder / f"instructions-{kind}.txt"
+        if not instructions.is_file():
+            rows = list(texts.load_hub("tatsu-lab/alpaca", "train"))[HELD_OUT[kind]]
+            instructions.write_text("\n\n".join(formatted(row) for row in rows))
+        if kind == cells.TEST:
+            return [instructions]
+        prose = folder / "wikitext2-validation.txt"
+        if not prose.is_file():
+            text = texts.load_text("wikitext2", "validation", "eval.perplexity")
+            prose.write_text(text.joiner.join(text.documents))
+        return [prose, instructions]
+
+    def sppctl(self, stage: str, run: Path, cell: Cell, *settings: str) -> None:
+        """Runs a stage in a process of its own."""
+        options = [setting for setting in settings if not (stage == "prune" and setting.startswith("train."))]
+        command = [*SPPCTL, stage, str(self.config), f"run.dir={run}", f"run.seed={cell.seed}", *self.model()]
+        done = subprocess.run([*command, *options, "--quiet"], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join([*command, *options])} failed with exit code {done.returncode}")
+
+    def model(self) -> list[str]:
+        """The dense model, if it is in a GGUF file: converted once, then a directory."""
+        base = self.work / "base"
+        if load_config(str(self.config), []).model.gguf_file is None:
+            return []
+        if not base.is_dir():
+            run = self.work / "dense"
+            command = [*SPPCTL, "prune", str(self.config), f"run.dir={run}", "prune.method=magnitude"]
+            subprocess.run([*command, "--quiet"], stdout=subprocess.DEVNULL, check=True)
+            (run / "base").replace(base)
+            shutil.rmtree(run)
+        return [f"model.path={base}", "model.gguf_file=null"]
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-links the files of a folder into another one; stages only read them."""
+    shutil.copytree(source, target, copy_function=os.link)
+
+
+def _kind(cell: dict[str, Any]) -> str:
+    return "trained" if cell["training"] else "pruned" if cell["pruning"] else "dense"

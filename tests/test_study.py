@@ -1,0 +1,241 @@
+"""The study: which cells there are, what the page says about records, and that the committed page is up to date."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cells
+import claims
+import numpy as np
+import page
+import pytest
+import recipes
+import record as records_of_cells
+from cells import FULL, Cell, Record
+
+from sppctl.evaluate.results import TaskMeasure, TaskNumbers, TaskResult, TaskScores
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TUNED = {
+    cells.trial_name(method, pattern, rate): rate
+    for method, rates in FULL.rates.items()
+    for pattern in ("2:4", "0.75")
+    for rate in rates
+}
+
+
+def trial(loss: float) -> Record:
+    """The record of a trial with this loss on both texts."""
+    return {"texts": {"a": {"nll": loss}, "b": {"nll": loss}}}
+
+
+def measured(cell: Cell, losses: list[float], method: str | None = None) -> Record:
+    """The record of a cell with these losses per token in windows of ten tokens."""
+    text = {"nll": float(np.mean(losses)), "tokens": 10 * len(losses), "windows": len(losses)}
+    text["window_nll"] = [10 * loss for loss in losses]
+    stages: Record = {"prune": {"hardware": "a CPU", "seconds": 1.0}}
+    if method:
+        stages["train"] = {"method": method, "hardware": "a CPU", "seconds": 2.0, "tokens": 100}
+        stages["merge"] = {"pattern_unchanged": True, "zeros": 7, "hardware": "a CPU", "seconds": 1.0}
+    return {
+        "cell": cell.settings,
+        "stages": stages,
+        "texts": {"wikitext2": text, "instructions-test": text},
+        "tasks": {},
+        "versions": {"torch": "2"},
+        "seconds": 3.0,
+    }
+
+
+def filled(loss_of: Any) -> dict[str, Record]:
+    """Records of all cells; ``loss_of(name)``: the losses of a cell's windows."""
+    found: dict[str, Record] = {}
+    while todo := cells.missing(FULL, found):
+        for cell in todo:
+            method = next((s.split("=")[1] for s in cell.training if s.startswith("train.method=")), None)
+            found[cell.name] = measured(cell, loss_of(cell.name), method)
+    return found
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_has_a_name_of_its_own_and_the_number_of_cells_is_known_before_any_is_measured() -> None:
+    names = [cell.name for cell in cells.all_cells(FULL, filled(lambda _: [1.0, 2.0]))]
+    assert len(names) == len(set(names)) == cells.count(FULL)
+
+
+def test_nothing_is_trained_at_a_rate_before_all_its_trials_are_measured() -> None:
+    trials = {name: trial(1.0) for name in TUNED}
+    assert cells.chosen_rate(FULL, trials, "spp", "2:8") is not None
+    del trials[cells.trial_name("spp", "0.75", 1e-2)]
+    assert cells.chosen_rate(FULL, trials, "spp", "2:8") is None
+    names = [cell.name for cell in cells.all_cells(FULL, trials)]
+    assert "wanda-2of4-spp-0" in names
+    assert "wanda-2of8-spp-0" not in names
+    assert "wanda-2of8-pruned-0" in names
+
+
+def test_the_rate_with_the_lowest_mean_loss_is_chosen_and_one_that_diverged_never() -> None:
+    trials = {name: trial(rate * 1000) for name, rate in TUNED.items()}
+    trials[cells.trial_name("lora", "2:4", 3e-4)] = trial(math.inf)
+    assert cells.chosen_rate(FULL, trials, "spp", "2:4") == 3e-3
+    assert cells.chosen_rate(FULL, trials, "lora", "0.5") == 1e-3
+
+
+def test_a_record_of_other_settings_is_not_one_of_the_cell() -> None:
+    cell = next(cells.all_cells(FULL, {}))
+    records = {cell.name: measured(cell, [1.0])}
+    assert cell not in cells.missing(FULL, records)
+    assert cell in cells.missing(FULL, {cell.name: measured(replace(cell, max_tokens=1), [1.0])})
+
+
+def test_a_row_of_a_recipe_has_the_settings_of_the_row_that_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recipes.Row("first", "", {"train.lr": "1", "train.rank": "4"})
+    second = recipes.Row("second", "", {"train.lr": "2", "prune.method": "sparsegpt"}, after="first")
+    monkeypatch.setitem(recipes.ROWS, "2:4", (first, second))
+    cell = recipes.cell_of("2:4", second, 0)
+    assert {"train.lr=2", "train.rank=4"} <= set(cell.training)
+    assert "prune.method=sparsegpt" in cell.pruning
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_covers_what_its_windows_and_seeds_say() -> None:
+    found = claims.interval([np.array([0.1, 0.3]), np.array([0.3, 0.5])])
+    assert found.mean == pytest.approx(0.3)
+    assert found.by_seed == pytest.approx((0.2, 0.4))
+    assert (found.low, found.high) == pytest.approx((0.2, 0.4))  # of two windows only their own values are extreme
+    assert found.sign == 1
+
+
+def test_a_difference_is_no_finding_if_one_seed_disagrees() -> None:
+    found = claims.interval([np.array([-3.0, -3.0]), np.array([0.5, 0.5]), np.array([-3.0, -3.0])])
+    assert found.high < 0
+    assert found.sign == 0
+
+
+@pytest.mark.parametrize(
+    ("spp", "verdict"),
+    [(1.0, claims.HOLDS), (3.0, claims.FAILS), (2.0, claims.UNKNOWN)],
+    ids=["better", "worse", "equal"],
+)
+def test_the_verdict_on_spp_against_the_pruned_models(spp: float, verdict: str) -> None:
+    records = filled(lambda name: [spp, spp + 1] if "-spp-" in name else [2.0, 3.0])
+    assert claims.Findings(FULL, records).lifts().verdict == verdict
+
+
+def test_a_verdict_needs_every_seed() -> None:
+    records = filled(lambda name: [1.0, 2.0] if "-spp-" in name else [2.0, 3.0])
+    del records["wanda-2of4-spp-2"]
+    found = claims.Findings(FULL, records).lifts()
+    assert found.verdict == claims.UNKNOWN
+    assert any("2 seeds" in number for number in found.numbers)
+
+
+def test_one_changed_pattern_refutes_that_patterns_are_kept() -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    assert claims.Findings(FULL, records).pattern_kept().verdict == claims.HOLDS
+    records["wanda-2of4-spp-0"]["stages"]["merge"]["pattern_unchanged"] = False
+    assert claims.Findings(FULL, records).pattern_kept().verdict == claims.FAILS
+
+
+def test_nothing_is_said_about_a_claim_without_a_measurement() -> None:
+    assert {one.verdict for one in claims.Findings(FULL, {}).verdicts()} == {claims.OPEN}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_the_same_bytes_for_the_same_records(tmp_path: Path) -> None:
+    records = filled(lambda name: [1.0 + len(name) / 100, 2.0])
+    for folder in ("one", "two"):
+        page.write(FULL, records, tmp_path / folder / "results.md")
+    for name in ("results.md", "results-grid.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    text = (tmp_path / "one/results.md").read_text()
+    assert "All cells have been measured" in text
+    assert "not measured" not in text
+
+
+def test_a_loss_that_is_not_finite_is_left_out_of_intervals_and_shown(tmp_path: Path) -> None:
+    assert np.isnan(claims.losses({"texts": {"t": {"tokens": 4, "windows": 2, "window_nll": [None, 2.0]}}}, "t")[0])
+
+
+def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> None:
+    records = records_of_cells.load(ROOT / "benchmarks/study/records")
+    page.write(FULL, records, tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
+    pinned = f"matplotlib=={version('matplotlib')}"
+    if pinned not in (ROOT / "constraints.txt").read_text().split():
+        pytest.skip(f"figures were drawn with another version than {pinned}")
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes()
+
+
+def test_no_committed_record_is_of_a_cell_that_no_longer_exists() -> None:
+    records = records_of_cells.load(ROOT / "benchmarks/study/records")
+    known = {cell.name: cell for cell in cells.all_cells(FULL, records)}
+    assert not [name for name, one in records.items() if name not in known or not cells.is_of(known[name], one)]
+
+
+# --- the whole study --------------------------------------------------------------------------------------------------
+
+TINY = """
+import sys
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+import cells, page, record
+from runner import Study
+scale = replace(cells.QUICK, steps=2, max_tokens=256, patterns=("2:4",), rates={"spp": (1e-2,)})
+work = Path(sys.argv[1])
+study = Study(scale, work / "records", work, config=work / "tiny.yaml")
+print(study.remaining())
+study.compute()
+assert not study.missing()
+page.write(scale, record.load(work / "records"), work / "results.md")
+"""
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_a_study_of_a_tiny_model_measures_every_cell(shared_data: Path, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(f"""
+model: {{path: {llama}, compute_dtype: float32}}
+prune: {{calibration: {{dataset: c4, samples: 2, seq_len: 32}}}}
+train: {{data: {{dataset: alpaca, split: "train[:40]", val_size: 8, seq_len: 64}}, batch_size: 4, micro_batch_size: 4}}
+eval: {{seq_len: 64, divergence: null, prompts: []}}
+""")
+    command = f'source "{shared_data}/hf-env.sh" && PYTHONPATH={ROOT}/benchmarks/study exec "$0" -c "$1" "$2"'
+    code = [sys.executable, TINY, str(tmp_path)]
+    environment = os.environ | {"SPPCTL_HF_SCRATCH": str(tmp_path / "hf")}
+    done = subprocess.run(["bash", "-c", command, *code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 of 4 cells remain")
+    records = records_of_cells.load(tmp_path / "records")
+    assert records.keys() == {"dense", *(f"wanda-2of4-{kind}-0" for kind in ("pruned", "dsnot", "spp"))}
+    spp = records["wanda-2of4-spp-0"]
+    assert spp["stages"]["merge"]["pattern_unchanged"]
+    assert spp["stages"]["train"]["steps"] == 2
+    assert spp["texts"].keys() == {"wikitext2", "instructions-test"}
+    assert "All cells have been measured" in (tmp_path / "results.md").read_text()
+    assert not (tmp_path / "cell").exists()
+
+
+def test_the_score_of_a_task_is_that_of_its_metric() -> None:
+    scores = TaskScores({"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.5}, metric="acc", samples=4)
+    measure = TaskMeasure("rte", limit=4, group="zeroshot")
+    found = records_of_cells.scores_of(TaskResult(measure, TaskNumbers({"rte": scores})))
+    assert found == {"rte": {"group": "zeroshot", "score": 0.25, "stderr": 0.1, "n": 4}}
