@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from sppctl import cli, console
 
@@ -91,8 +92,14 @@ def test_a_message_is_shortened_before_a_label(room: int, shown: tuple[str, str]
 
 
 def test_an_interruption_is_reported_on_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    app = typer.Typer()
+    app.command()(stopped)
+
     def interrupted() -> None:
-        monkeypatch.setattr(cli, "app", lambda: sys.exit(130))
+        monkeypatch.setattr(cli, "app", lambda: app([]))
         with pytest.raises(SystemExit):
             cli.main()
 

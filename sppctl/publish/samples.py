@@ -13,7 +13,7 @@ from pathlib import Path
 from sppctl import console, machine
 from sppctl.config.settings import ModelConfig
 from sppctl.evaluate.subjects import Subject
-from sppctl.files import cache, integrity, sealed
+from sppctl.files import cache, integrity, sealed, strict_json
 from sppctl.files.names import SAMPLES
 from sppctl.model import checkpoint
 from sppctl.publish import generate
@@ -68,7 +68,7 @@ def _written_by(subject: Subject, prompts: Sequence[str], settings: Settings) ->
     if found:
         return [from_json(Sample, one) for one in json.loads(found["samples"])]
     samples = generate.generate([subject], prompts, settings)
-    cache.write(path, {}, samples=json.dumps(to_json(samples)))
+    cache.write(path, {}, samples=strict_json.dumps(to_json(samples)))
     return samples
 
 
