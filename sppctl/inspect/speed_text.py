@@ -76,8 +76,11 @@ def notes(kernel: Kernel, rows: list[BatchSpeed], sparse: list[MatrixSparsity]) 
     if not all(matrix.patterns for matrix in sparse):
         yield "unstructured zeros, with no N:M pattern: they save storage but not time, on GPUs and on CPUs"
     elif not all("2:4" in matrix.patterns for matrix in sparse):
-        yield "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save storage alone"
-    yield "storage: by formula from shapes and zeros; packed weights are unpacked to run, which saves disk only"
+        yield "not all sparse matrices are 2:4, and GPUs accelerate no other pattern: the others save no time"
+    yield (
+        "storage: by formula from shapes and zeros; packed weights (model.weights=packed) are unpacked in every "
+        "product, which saves memory, not time"
+    )
 
 
 def tables(bench: Bench) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
