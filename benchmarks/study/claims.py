@@ -87,9 +87,9 @@ class Findings:
             self.most_at_75(),
             self.beats("dsnot", "DSnoT"),
             self.beats("lora", "LoRA with the mask put back"),
-            self.ablation("no beta", "Training beta improves on alpha alone"),
-            self.ranks(),
-            self.inits(),
+            self.ablations("no beta", "Training beta improves on alpha alone"),
+            self.ablations("r = ", "r = 16 is the best rank"),
+            self.ablations("init ", "Starting at the pruned model (beta = 0) is the best initialisation"),
             self.pattern_kept(),
         ]
 
@@ -122,30 +122,15 @@ class Findings:
         }
         return _verdict(f"SPP beats {title} at 75 % zeros", found, wanted=-1)
 
-    def ablation(self, kind: str, claim: str) -> Verdict:
-        """SPP as published is better than SPP with one setting changed."""
-        found = {percent(p): self.difference("wanda", p, kind, "spp") for p in self.scale.ablated}
+    def ablations(self, prefix: str, claim: str) -> Verdict:
+        """SPP as published is better than SPP with a setting changed, for each change whose name starts so."""
+        kinds = [kind for kind in ABLATIONS if kind.startswith(prefix)]
+        found = {
+            f"{percent(pattern)}, {kind}": self.difference("wanda", pattern, kind, "spp")
+            for pattern in self.scale.ablated
+            for kind in kinds
+        }
         return _verdict(claim, found, wanted=-1)
-
-    def ranks(self) -> Verdict:
-        """r = 16 is better than each other rank."""
-        found = {
-            f"{percent(pattern)}, {kind}": self.difference("wanda", pattern, kind, "spp")
-            for pattern in self.scale.ablated
-            for kind in ABLATIONS
-            if kind.startswith("r = ")
-        }
-        return _verdict("r = 16 is the best rank", found, wanted=-1)
-
-    def inits(self) -> Verdict:
-        """Zero initialisation of beta is better than the two others."""
-        found = {
-            f"{percent(pattern)}, {kind}": self.difference("wanda", pattern, kind, "spp")
-            for pattern in self.scale.ablated
-            for kind in ABLATIONS
-            if kind.startswith("init ")
-        }
-        return _verdict("Starting at the pruned model (beta = 0) is the best initialisation", found, wanted=-1)
 
     def pattern_kept(self) -> Verdict:
         """SPP's merged weights have exactly the zeros of the pruned ones."""
