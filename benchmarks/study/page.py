@@ -224,8 +224,7 @@ def _machines(records: Records) -> str:
     used: dict[tuple[str, str], list[float]] = {}
     for record in records.values():
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        hardware = ", ".join(sorted({stage["hardware"] for stage in record["stages"].values()})) or "not recorded"
-        used.setdefault((hardware, versions), []).append(record["seconds"])
+        used.setdefault((record["hardware"], versions), []).append(record["seconds"])
     rows = [[hardware, versions, str(len(s)), f"{sum(s) / 3600:.1f}"] for (hardware, versions), s in used.items()]
     if not rows:
         return ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from cells import Cell, Record
 
+from sppctl import machine
 from sppctl.evaluate.results import TaskResult, TextResult
 from sppctl.records import StageRecord, to_json
 from sppctl.report import records
@@ -58,13 +59,13 @@ def of_run(cell: Cell, run: Path, label: str, load_average: float) -> Record:
     record |= {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
     record["seconds"] = sum(one["seconds"] for name, one in record["stages"].items() if name != "prune")
     record["seconds"] += sum(result.seconds for result in measured.results)
-    return record | {"load_average": round(load_average, 1)}
+    return record | {"hardware": machine.describe(), "load_average": round(load_average, 1)}
 
 
 def _stage(stage: StageRecord[Any]) -> Record:
     metrics = {name: to_json(getattr(stage.metrics, name)) for name in KEPT[stage.stage]}
     memory = max(stage.peak_memory_mb.values(), default=0.0)
-    return metrics | {"seconds": stage.wall_time_s, "peak_memory_mb": memory, "hardware": stage.hardware}
+    return metrics | {"seconds": stage.wall_time_s, "peak_memory_mb": memory}
 
 
 def _text(result: TextResult) -> Record:
