@@ -121,14 +121,13 @@ def chosen_rate(scale: Scale, records: Records, method: str, pattern: str) -> fl
     rates, place = scale.rates[method], TUNED_AT[pattern]
     if len(rates) == 1:
         return rates[0]
-    losses = {rate: _validation(records.get(trial_name(method, place, rate))) for rate in rates}
-    return None if None in losses.values() else min(losses, key=lambda rate: losses[rate] or math.inf)
+    trials = {rate: records.get(trial_name(method, place, rate)) for rate in rates}
+    losses = {rate: _validation(record) for rate, record in trials.items() if record is not None}
+    return min(losses, key=losses.__getitem__) if len(losses) == len(rates) else None
 
 
-def _validation(record: Record | None) -> float | None:
+def _validation(record: Record) -> float:
     """The mean loss over the validation texts, each with the same weight; infinite if one has none."""
-    if record is None:
-        return None
     losses = [loss_of(text) for text in record["texts"].values()]
     return sum(losses) / len(losses)
 

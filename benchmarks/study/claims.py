@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from cells import ABLATIONS, FULL, Record, Records, Scale, cell_name
 from sppctl.report.significance import resampled_means
 
 WIKITEXT = "wikitext2"
+TITLES = {"pruned": "pruned", "dsnot": "DSnoT", "lora": "LoRA*", "spp": "SPP"}  # of the kinds of the grid
 HOLDS, FAILS, UNKNOWN, OPEN = "holds", "does not hold", "cannot be told here", "not measured yet"
 
 
@@ -74,9 +75,15 @@ class Findings:
 
     def difference(self, pruner: str, pattern: str, first: str, second: str, text: str = WIKITEXT) -> Interval | None:
         """Loss of the second minus that of the first, paired by seed and window; None without a common seed."""
-        pairs = zip(self.of(pruner, pattern, first), self.of(pruner, pattern, second), strict=True)
-        found = [losses(b, text) - losses(a, text) for a, b in pairs if a is not None and b is not None]
+        found = [one for one in self.differences(pruner, pattern, first, second, text) if one is not None]
         return interval(found) if found else None
+
+    def differences(
+        self, pruner: str, pattern: str, first: str, second: str, text: str = WIKITEXT
+    ) -> list[np.ndarray | None]:
+        """As :meth:`difference`, for each seed and window; None for a seed that one of them lacks."""
+        pairs = zip(self.of(pruner, pattern, first), self.of(pruner, pattern, second), strict=True)
+        return [None if a is None or b is None else losses(b, text) - losses(a, text) for a, b in pairs]
 
     # --- the claims ---------------------------------------------------------------------------------------------------
 
@@ -95,22 +102,22 @@ class Findings:
 
     def lifts(self) -> Verdict:
         """SPP improves every pruned model."""
-        found = self._over_grid(lambda pruner, pattern: self.difference(pruner, pattern, "pruned", "spp"))
-        return _verdict("SPP improves every pruned model", found, wanted=-1)
+        found = {
+            f"{pruner}, {percent(pattern)}": self.difference(pruner, pattern, "pruned", "spp")
+            for pruner in self.scale.pruners
+            for pattern in self.scale.patterns
+        }
+        return _verdict("SPP improves every pruned model", found)
 
     def most_at_75(self) -> Verdict:
         """The gain at a ratio of 75 % exceeds that at 50 %, for each pruner, and that at 2:8 exceeds 2:4."""
         pairs = {}
         for pruner in self.scale.pruners:
             for high, low in (("0.75", "0.5"), ("2:8", "2:4")):
-                gains = [self._gains(pruner, pattern) for pattern in (high, low)]
+                gains = [self.differences(pruner, pattern, "pruned", "spp") for pattern in (high, low)]
                 common = [a - b for a, b in zip(*gains, strict=True) if a is not None and b is not None]
                 pairs[f"{pruner}, {percent(high)} - {percent(low)}"] = interval(common) if common else None
-        return _verdict("SPP gains most at 75 % zeros", pairs, wanted=-1)
-
-    def _gains(self, pruner: str, pattern: str) -> list[np.ndarray | None]:
-        pairs = zip(self.of(pruner, pattern, "pruned"), self.of(pruner, pattern, "spp"), strict=True)
-        return [None if a is None or b is None else losses(b, WIKITEXT) - losses(a, WIKITEXT) for a, b in pairs]
+        return _verdict("SPP gains most at 75 % zeros", pairs)
 
     def beats(self, other: str, title: str) -> Verdict:
         """SPP is better than a baseline at 75 %, in both patterns."""
@@ -120,7 +127,7 @@ class Findings:
             for pruner in self.scale.pruners
             for pattern in patterns
         }
-        return _verdict(f"SPP beats {title} at 75 % zeros", found, wanted=-1)
+        return _verdict(f"SPP beats {title} at 75 % zeros", found)
 
     def ablations(self, prefix: str, claim: str) -> Verdict:
         """SPP as published is better than SPP with a setting changed, for each change whose name starts so."""
@@ -130,7 +137,7 @@ class Findings:
             for pattern in self.scale.ablated
             for kind in kinds
         }
-        return _verdict(claim, found, wanted=-1)
+        return _verdict(claim, found)
 
     def pattern_kept(self) -> Verdict:
         """SPP's merged weights have exactly the zeros of the pruned ones."""
@@ -145,21 +152,14 @@ class Findings:
         text = f"{kept} of {len(merges)} merged checkpoints; {zeros:,} zeros compared, position by position"
         return Verdict(claim, HOLDS if kept == len(merges) else FAILS, [text])
 
-    def _over_grid(self, make: Callable[[str, str], Interval | None]) -> dict[str, Interval | None]:
-        return {
-            f"{pruner}, {percent(pattern)}": make(pruner, pattern)
-            for pruner in self.scale.pruners
-            for pattern in self.scale.patterns
-        }
-
 
 def percent(pattern: str) -> str:
     """A pattern as the page names it: 2:4, 75 %."""
     return pattern if ":" in pattern else f"{float(pattern):.0%}".replace("%", " %")
 
 
-def _verdict(claim: str, found: dict[str, Interval | None], wanted: int) -> Verdict:
-    """Holds if every difference has the wanted sign beyond its uncertainty; does not if one has the opposite sign.
+def _verdict(claim: str, found: dict[str, Interval | None]) -> Verdict:
+    """Holds if every difference is negative beyond its uncertainty; does not if one is positive beyond it.
 
     A difference of fewer than three seeds can refute nothing and confirm nothing; it is shown.
     """
@@ -169,9 +169,9 @@ def _verdict(claim: str, found: dict[str, Interval | None], wanted: int) -> Verd
     numbers += [f"{len(found) - len(numbers)} not measured"] if len(numbers) < len(found) else []
     measured = [one for one in found.values() if one is not None]
     enough = [one for one in measured if len(one.by_seed) >= len(FULL.seeds)]
-    if any(one.sign == -wanted for one in enough):
+    if any(one.sign == 1 for one in enough):
         return Verdict(claim, FAILS, numbers)
-    if enough and len(enough) == len(found) and all(one.sign == wanted for one in enough):
+    if enough and len(enough) == len(found) and all(one.sign == -1 for one in enough):
         return Verdict(claim, HOLDS, numbers)
     return Verdict(claim, UNKNOWN, numbers)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cells import loss_of
-from claims import Findings, percent
+from claims import TITLES, WIKITEXT, Findings, percent
 
 from sppctl.report import plots
 
-KINDS = {"pruned": "pruned", "dsnot": "DSnoT", "lora": "LoRA*", "spp": "SPP"}
 MARKERS = {"pruned": "o", "dsnot": "s", "lora": "^", "spp": "D"}
 
 
@@ -31,7 +30,7 @@ def grid(findings: Findings, path: Path) -> None:
 
 def _panel(axis: Any, findings: Findings, pruner: str) -> None:
     patterns = findings.scale.patterns
-    for offset, (kind, title) in enumerate(KINDS.items()):
+    for offset, (kind, title) in enumerate(TITLES.items()):
         places, values, errors = [], [], []
         for place, pattern in enumerate(patterns):
             found = findings.loss(pruner, pattern, kind)
@@ -45,7 +44,7 @@ def _panel(axis: Any, findings: Findings, pruner: str) -> None:
             axis.errorbar(places, values, yerr=bars, fmt=MARKERS[kind], label=title, markersize=5, capsize=2)
     dense = findings.records.get("dense")
     if dense is not None:
-        axis.axhline(math.exp(loss_of(dense["texts"]["wikitext2"])), linewidth=0.8, linestyle="--", color="0.5")
+        axis.axhline(math.exp(loss_of(dense["texts"][WIKITEXT])), linewidth=0.8, linestyle="--", color="0.5")
     axis.set_yscale("log")
     axis.set_xticks(range(len(patterns)), [percent(pattern) for pattern in patterns])
     axis.set_ylabel("perplexity, WikiText-2")

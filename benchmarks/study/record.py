@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ VERSIONS = ("torch", "transformers", "peft", "sppctl")
 def load(folder: Path) -> dict[str, Record]:
     """The records in a folder, by the names of their cells."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def save(folder: Path, name: str, record: Record) -> None:
-    """Writes a record; it is complete or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(folder / f"{name}.json")
 
 
 def of_run(cell: Cell, run: Path, label: str, load_average: float) -> Record:
@@ -71,7 +62,6 @@ def _stage(stage: StageRecord[Any]) -> Record:
 def _text(result: TextResult) -> Record:
     numbers = {name: getattr(result.numbers, name) for name in TEXT}
     losses = result.numbers.window_nll
-    numbers["nll"] = numbers["nll"] if math.isfinite(numbers["nll"]) else None
     return numbers | {"window_nll": [None if loss is None else round(loss, 4) for loss in losses]}
 
 

@@ -16,6 +16,7 @@ from cells import Cell, Scale
 from sppctl.config.load import load_config
 from sppctl.data import texts
 from sppctl.data.prompts import formatted
+from sppctl.files import strict_json
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
@@ -54,8 +55,8 @@ class Study:
             shutil.rmtree(run, ignore_errors=True)
             label = self.prepare(cell, run)
             self.measure(cell, run, label)
-            content = record.of_run(cell, run, label, load)
-            record.save(self.records, cell.name, content)
+            # a loss that is not finite becomes null
+            strict_json.write(self.records / f"{cell.name}.json", record.of_run(cell, run, label, load))
             shutil.rmtree(run)
 
     def prepare(self, cell: Cell, run: Path) -> str:
