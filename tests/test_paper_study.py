@@ -52,6 +52,7 @@ def measured(cell: Cell, losses: list[float], method: str | None = None) -> Reco
         "tasks": {},
         "versions": {"torch": "2"},
         "hardware": "a CPU",
+        "others": 0.0,
         "seconds": 3.0,
     }
 
@@ -108,6 +109,23 @@ def test_a_row_of_a_recipe_has_the_settings_of_the_row_that_it_changes(monkeypat
     assert "prune.method=sparsegpt" in cell.pruning
 
 
+def test_rows_that_prune_alike_share_one_pruned_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recipes.Row("first", "", seeds=(0, 1))
+    second = recipes.Row("second", "", {"train.lr": "2"}, after="first")
+    third = recipes.Row("third", "", {"prune.method": "sparsegpt"}, after="second")
+    monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, second, third)})
+    assert [cell.name for cell in recipes.all_cells()] == [
+        *("recipe-2of4-first-pruned-0", "recipe-2of4-first-0", "recipe-2of4-second-0"),
+        *("recipe-2of4-third-pruned-0", "recipe-2of4-third-0", "recipe-2of4-first-pruned-1", "recipe-2of4-first-1"),
+    ]
+
+
+def test_the_settings_of_a_cell_are_those_that_its_numbers_depend_on() -> None:
+    dense, trained = Cell("", 0), Cell("", 0, cells.pruning("wanda", "2:4"), (), ("train.method=spp",))
+    assert dense.settings["shared"].keys() == {"model", "eval"}
+    assert trained.settings["shared"]["train"]["data"]["dataset"] == "alpaca"
+
+
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +170,38 @@ def test_one_changed_pattern_refutes_that_patterns_are_kept() -> None:
 
 def test_nothing_is_said_about_a_claim_without_a_measurement() -> None:
     assert {one.verdict for one in claims.Findings(FULL, {}).verdicts()} == {claims.OPEN}
+
+
+def test_the_share_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 s on two cores, 15 busy seconds less 5 of its own: half of 20."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    seconds = iter([(100.0, 40.0, 1.0), (110.0, 55.0, 6.0)])
+    monkeypatch.setattr(records_of_cells.Others, "_seconds", staticmethod(lambda: next(seconds)))
+    assert records_of_cells.Others().share() == 0.5
+
+
+def test_a_busy_process_is_no_other_one() -> None:
+    others, cpu = records_of_cells.Others(), os.times()
+    while os.times().user - cpu.user < 0.3:
+        pass
+    clock, busy, own = (end - start for end, start in zip(others._seconds(), others._start, strict=True))
+    assert 0.3 <= own <= busy + 0.05
+    assert busy <= (os.cpu_count() or 1) * clock + 0.1
+
+
+@pytest.mark.parametrize(("others", "hardware", "expected"), [(0.0, "a", "3.00"), (0.1, "a", ""), (0.0, "b", "")])
+def test_times_are_compared_on_one_idle_machine(
+    monkeypatch: pytest.MonkeyPatch, others: float, hardware: str, expected: str
+) -> None:
+    first, slow = recipes.Row("first", ""), recipes.Row("slow", "", {"train.rank": "4"}, after="first")
+    monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, slow)})
+    records = {}
+    for cell in recipes.all_cells():
+        is_slow = "slow" in cell.name
+        stages = {"prune": {"seconds": 1.0}, "train": {"seconds": 8.0 if is_slow else 2.0}}
+        where = {"others": others, "hardware": hardware} if is_slow else {"others": 0.0, "hardware": "a"}
+        records[cell.name] = {"stages": stages} | where
+    assert page._time("2:4", slow, records) == expected
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from sppctl.config.yaml12 import read_yaml
 
 Record = dict[str, Any]  # the content of a committed file, see record.py
 Records = Mapping[str, Record]  # by the name of the cell
@@ -23,6 +26,7 @@ ABLATIONS = {
     "init random": ("train.init=random",),
     "init ones": ("train.init=ones",),
 }
+SHARED: dict[str, Any] = read_yaml(Path(__file__).resolve().parent / "study.yaml")  # settings of all cells
 VALIDATION = "validation"  # the texts on which rates are tuned; all others are measured on TEST
 TEST = "test"
 
@@ -81,7 +85,9 @@ class Cell:
     @property
     def settings(self) -> Record:
         """What its numbers depend on, as plain data: a record of other settings is not one of this cell."""
-        content: Record = json.loads(json.dumps(asdict(self)))
+        used = {"model", "eval", *({"prune"} if self.pruning else ()), *({"train"} if self.training else ())}
+        shared = {section: settings for section, settings in SHARED.items() if section in used}
+        content: Record = json.loads(json.dumps(asdict(self) | {"shared": shared}))
         return content
 
 

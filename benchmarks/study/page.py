@@ -15,6 +15,7 @@ from claims import TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, loss
 
 HERE = Path(__file__).resolve().parent
 INSTRUCTIONS = "instructions-test"
+IDLE = 0.05  # share of the machine's CPU time that other processes may take where seconds are compared
 
 
 def write(scale: Scale, records: Records, target: Path) -> None:
@@ -147,16 +148,17 @@ def _recipes(records: Records) -> str:
     for pattern, rows in recipes.ROWS.items():
         lines = [_recipe(pattern, row, records) for row in rows]
         if any(lines):
-            head = ["row", "change", "seeds", "WikiText-2", "gain", "instructions", "tokens", "prune, s", "train, s"]
+            head = ["row", "change", "seeds", "WikiText-2", "gain", "instructions", "tokens", "time"]
             parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line])]
     if not parts:
         return ""
     about = f"""## Recipes
 
 Calibrated on 64 windows of 1,024 tokens. Each row changes one thing of an earlier row and trains for {recipes.STEPS}
-steps. WikiText-2 and held-out instructions are perplexities after training, means over the seeds. The gain is the
-difference in loss on WikiText-2 from the row that is changed, with its 95 % interval. Seconds are those of the
-recorded machines, which may have been busy."""
+steps, unless it says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the
+seeds. The gain is the difference in loss on WikiText-2 from the row that is changed, with its 95 % interval. Tokens are
+those of the training. Time is that of pruning and training together, as a multiple of the first row's on the same
+machine, where it did nothing else (at most {percent(str(IDLE))} of its CPU time)."""
     return "\n\n".join([about, *parts])
 
 
@@ -171,7 +173,6 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     before = next((one for one in recipes.ROWS[pattern] if one.name == row.after), None)
     earlier = {seed: before and records.get(recipes.cell_of(pattern, before, seed).name) for seed in measured}
     pairs = [losses(measured[s], WIKITEXT) - losses(one, WIKITEXT) for s, one in earlier.items() if one is not None]
-    stages = [one["stages"] for one in measured.values()]
     return [
         row.name,
         f"{row.title}, after {row.after}" if row.after else row.title,
@@ -179,9 +180,30 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
         f"{math.exp(values[0]):.2f}",
         _difference(interval(pairs) if pairs else None),
         f"{math.exp(values[1]):.2f}",
-        f"{mean_of(one['train']['tokens'] for one in stages):,.0f}",
-        *(f"{mean_of(one[stage]['seconds'] for one in stages):.0f}" for stage in ("prune", "train")),
+        f"{mean_of(one['stages']['train']['tokens'] for one in measured.values()):,.0f}",
+        _time(pattern, row, records),
     ]
+
+
+def _time(pattern: str, row: recipes.Row, records: Records) -> str:
+    """The time of pruning and training, as a multiple of the first row's; empty without a seed that allows it."""
+    ratios = []
+    for seed in row.seeds:
+        times = [_seconds(pattern, one, seed, records) for one in (row, recipes.ROWS[pattern][0])]
+        if all(times) and len({hardware for hardware, _ in times}) == 1:
+            ratios.append(times[0][1] / times[1][1])
+    return f"{mean_of(ratios):.2f}" if ratios else ""
+
+
+def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tuple[str, float] | None:
+    """The hardware of a row and its seconds of pruning and training; None if the machine did anything else."""
+    both = [records.get(cell(pattern, row, seed).name) for cell in (recipes.pruned_of, recipes.cell_of)]
+    if not all(one is not None and one["others"] < IDLE for one in both):
+        return None
+    pruned, trained = both
+    if pruned["hardware"] != trained["hardware"]:
+        return None
+    return trained["hardware"], pruned["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
 
 
 def _tasks(records: Records) -> str:

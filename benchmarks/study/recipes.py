@@ -47,21 +47,28 @@ def settings_of(pattern: str, row: Row) -> Settings:
 
 def cell_of(pattern: str, row: Row, seed: int) -> Cell:
     """The trained cell of a row."""
-    settings = settings_of(pattern, row)
-    pruning = tuple(f"{key}={value}" for key, value in settings.items() if key.startswith("prune."))
-    training = tuple(f"{key}={value}" for key, value in settings.items() if not key.startswith("prune."))
+    pruning, training = _stages(pattern, row)
     return Cell(f"recipe-{slug(pattern)}-{row.name}-{seed}", seed, pruning, (), training, TEST, MAX_TOKENS)
+
+
+def pruned_of(pattern: str, row: Row, seed: int) -> Cell:
+    """The pruned model that a row trains: one cell for all rows that prune alike, named after the first."""
+    pruning, _ = _stages(pattern, row)
+    first = next(one for one in ROWS[pattern] if _stages(pattern, one)[0] == pruning)
+    return Cell(f"recipe-{slug(pattern)}-{first.name}-pruned-{seed}", seed, pruning, max_tokens=MAX_TOKENS)
+
+
+def _stages(pattern: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The settings of pruning, and those of training."""
+    settings = [f"{key}={value}" for key, value in settings_of(pattern, row).items()]
+    pruning = tuple(one for one in settings if one.startswith("prune."))
+    return pruning, tuple(one for one in settings if not one.startswith("prune."))
 
 
 def all_cells() -> Iterator[Cell]:
     """The cells of all rows, the first seed first; before them the pruned models that they train."""
-    pruned = {}
     for seed in SEEDS:
         for pattern, rows in ROWS.items():
-            for row in rows:
-                if seed in row.seeds:
-                    cell = cell_of(pattern, row, seed)
-                    if cell.pruning not in pruned:
-                        pruned[cell.pruning] = f"recipe-{slug(pattern)}-{row.name}-pruned-{seed}"
-                        yield Cell(pruned[cell.pruning], seed, cell.pruning, max_tokens=MAX_TOKENS)
-                    yield cell
+            trained = [row for row in rows if seed in row.seeds]
+            both = [cell(pattern, row, seed) for row in trained for cell in (pruned_of, cell_of)]
+            yield from {cell.name: cell for cell in both}.values()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from cells import Cell, Record
 
 from sppctl import machine
@@ -22,19 +25,38 @@ KEPT = {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
 VERSIONS = ("torch", "transformers", "peft", "sppctl")
 
 
+class Others:
+    """What other processes did meanwhile: whether the seconds of this one can be compared with others."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def share(self) -> float:
+        """The share of the machine's CPU time that processes other than this one and its children took until now."""
+        elapsed, busy, own = (end - start for end, start in zip(self._seconds(), self._start, strict=True))
+        return max(0.0, busy - own) / (elapsed * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """The clock, the busy seconds of all CPUs, and those of this process and its finished children."""
+        machine, own = psutil.cpu_times(), os.times()
+        busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
+        return time.monotonic(), busy, sum(own[:4])
+
+
 def load(folder: Path) -> dict[str, Record]:
     """The records in a folder, by the names of their cells."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def of_run(cell: Cell, run: Path, label: str, load_average: float) -> Record:
+def of_run(cell: Cell, run: Path, label: str, others: float) -> Record:
     """The record of a cell.
 
     Args:
         cell: the cell.
         run: its run directory.
         label: the measured checkpoint: base, pruned or merged.
-        load_average: of the machine when the cell started: whether its seconds can be compared with others.
+        others: the share of the machine's CPU time that other processes took while it was computed.
     """
     stages, checkpoints, _ = records.read(run)
     measured = checkpoints[label]
@@ -50,7 +72,7 @@ def of_run(cell: Cell, run: Path, label: str, load_average: float) -> Record:
     record |= {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
     record["seconds"] = sum(one["seconds"] for name, one in record["stages"].items() if name != "prune")
     record["seconds"] += sum(result.seconds for result in measured.results)
-    return record | {"hardware": machine.describe(), "load_average": round(load_average, 1)}
+    return record | {"hardware": machine.describe(), "others": round(others, 3)}
 
 
 def _stage(stage: StageRecord[Any]) -> Record:

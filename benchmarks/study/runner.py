@@ -49,14 +49,14 @@ class Study:
     def compute(self) -> None:
         """Computes the cells that are missing, one after the other."""
         while todo := self.missing():
-            cell, load = todo[0], os.getloadavg()[0]
+            cell, others = todo[0], record.Others()
             print(f"{cell.name} ({len(todo)} to do)", flush=True)
             run = self.work / "cell"
             shutil.rmtree(run, ignore_errors=True)
             label = self.prepare(cell, run)
             self.measure(cell, run, label)
             # a loss that is not finite becomes null
-            strict_json.write(self.records / f"{cell.name}.json", record.of_run(cell, run, label, load))
+            strict_json.write(self.records / f"{cell.name}.json", record.of_run(cell, run, label, others.share()))
             shutil.rmtree(run)
 
     def prepare(self, cell: Cell, run: Path) -> str:

@@ -44,10 +44,11 @@ DEFAULTS = "the defaults"  # source of a configuration without a file, in errors
 
 
 def shipped_configs(*, sweeps: bool = False) -> dict[str, Path]:
-    """The run configurations, or the sweeps, shipped with sppctl, by name."""
+    """The run configurations, or the sweeps, shipped with sppctl, by name; those in recipes/ come last."""
     package = Path(__file__).resolve().parents[1]
     folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.yaml"))}
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("recipes/*.yaml"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
     return {path.stem: path for path, text in texts.items() if bool(re.search(r"^grid:", text, re.MULTILINE)) == sweeps}
 
 
@@ -68,7 +69,7 @@ def find_file(name: str, *, sweep: bool = False) -> Path:
         raise UserError(f"{kind} {name} {problem}")
     if path.exists():
         return path
-    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    stem = name.removeprefix("configs/").removeprefix("recipes/").removesuffix(".yaml")
     if stem in shipped:
         return shipped[stem]
     if stem in shipped_configs(sweeps=not sweep):

@@ -231,8 +231,11 @@ class DistillConfig:
     teacher: str | None = _key(None, "base (the run's dense model) or any checkpoint; null disables it", path=True)
     weight: float = _key(0.5, "w: the loss is (1 - w) cross-entropy + w T^2 KL(teacher || student)", above=0, high=1)
     temperature: float = _key(1.0, "T: divides the logits of both in the KL divergence", above=0)
-    tokens: Literal["responses", "all"] = _key(
-        "responses", "tokens whose predictions the KL divergence covers; all: also those of prompts", later=True
+    tokens: Literal["responses", "all", "text"] = _key(
+        "responses",
+        "tokens whose predictions the KL divergence covers: responses and plain text; all: also prompts; text: only "
+        "plain text, so that instructions are learned from their rows alone",
+        later=True,
     )
 
 

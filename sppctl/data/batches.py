@@ -22,10 +22,12 @@ POOL = 50  # batches in a pool, within which examples are sorted by length
 Batch = dict[str, Any]
 
 
-Distilled = Literal["responses", "all"]  # the tokens whose predictions a student learns
+Distilled = Literal["responses", "all", "text"]  # the tokens whose predictions a student learns
 
 
 def _distilled(example: Example, tokens: Distilled) -> list[bool]:
+    if tokens == "text" and not all(example.response):  # only windows of plain text have no prompt
+        return [False] * len(example.input_ids)
     return [True] * len(example.input_ids) if tokens == "all" else example.response
 
 

@@ -165,7 +165,7 @@ def _load(name: str, file: Path | None, split: str, mapping: Mapping[str, str]) 
     if name == "instructions":
         return texts.built_in_rows("train"), list(texts.INSTRUCTION_COLUMNS)
     if name in texts.NAMES and name not in HUB_ROWS:
-        text = texts.load_text(name, split, KEY)
+        text = texts.load_text(name, "train", KEY)  # train.data.split is of hub data sets and folders
         documents = [text.joiner.join(text.documents)] if text.running else text.documents
         return [{"text": document} for document in documents], ["text"]
     columns = (*formats.READ, *mapping.values())

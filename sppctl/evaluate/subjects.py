@@ -82,7 +82,7 @@ class Subject:
             return False
         if is_quantised(checkpoint.load_config(self.directory, model.trust_remote_code)):
             return False
-        console.note(f"{self.label}: the dense model {lacking}, so its weights are packed (model.weights)")
+        console.note(f"{self.label}: with dense weights the model {lacking}, so its weights are packed (model.weights)")
         return True
 
     @cached_property

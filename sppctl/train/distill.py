@@ -126,14 +126,26 @@ class Distillation:
             distilled: (batch, tokens) boolean, True for tokens whose predictions count.
         """
         with self.watch.span():
-            positions = F.pad(distilled[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
-            with torch.no_grad():  # only these positions of the teacher's logits stay in memory
-                predicted = self.teacher(**inputs).logits.flatten(0, 1)[positions].to(logits.dtype)
+            predicting = F.pad(distilled[:, 1:], (0, 1))
+            positions = predicting.flatten().nonzero().squeeze(1)
+            predicted = self._predict(inputs, predicting).to(logits.dtype)
             temperature, weight = self.settings.temperature, self.settings.weight
             scale = weight * temperature**2 * distributed.world_size() / self._tokens
             divergence = kl_divergence(logits, predicted, positions, temperature, scale)
         self._divergence += divergence.detach() / (scale * self._tokens)
         return (1 - weight) * loss + divergence
+
+    @torch.no_grad()
+    def _predict(self, inputs: dict[str, Any], predicting: Tensor) -> Tensor:
+        """The teacher's logits (positions, vocabulary) where ``predicting`` (batch, tokens) is True.
+
+        Only these stay in memory, and rows without any are not computed.
+        """
+        rows = predicting.any(dim=1)
+        if not rows.any():
+            return torch.empty(0, self.teacher.config.get_text_config().vocab_size, device=predicting.device)
+        logits: Tensor = self.teacher(**{name: value[rows] for name, value in inputs.items()}).logits
+        return logits[predicting[rows]]
 
     def report(self) -> float:
         """Mean divergence of a distilled token since the last report, over all processes."""

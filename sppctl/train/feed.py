@@ -67,6 +67,11 @@ class Feed:
             )
             examples = tokenised(self.rows.train), tokenised(self.rows.held_out)
         distilled = None if train.distill.teacher is None else train.distill.tokens
+        if distilled == "text" and "window" not in kinds:
+            raise UserError(
+                "train.distill.tokens: text, but train.data.dataset has no plain text; add some, such as c4, or set "
+                "responses"
+            )
         # a step or a validation without any such example would divide 0 by 0
         self.train = examples[0].having("response" if distilled == "responses" else "labelled")
         self.held_out = examples[1].having("labelled")

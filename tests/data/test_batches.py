@@ -65,7 +65,7 @@ def test_packing_into_one_row() -> None:
     assert "attention_mask" not in batch
 
 
-def test_distilled_tokens_are_those_of_the_responses_or_all() -> None:
+def test_distilled_tokens_are_those_of_the_responses_or_all_or_plain_text() -> None:
     """Whatever the labels: these have some for prompts, too."""
     rows = [Example([1] * 4, [1] * 4, False, 0, behind(3, 4)), *TWO, Example([5] * 2, [5] * 2, True, 3, [False] * 2)]
     padded = PadCollator(pad_token_id=9, distilled="responses")(rows)["distilled"]
@@ -80,6 +80,8 @@ def test_distilled_tokens_are_those_of_the_responses_or_all() -> None:
     assert padded.int().tolist() == [[1] * length + [0] * (8 - length) for length in lengths]
     packed = PackCollator(distilled="all")(rows)["distilled"]
     assert packed.int().tolist() == [[place > 0 for length in lengths for place in range(length)]]
+    padded = PadCollator(pad_token_id=9, distilled="text")(rows)["distilled"]
+    assert padded.int().tolist() == [[0] * 8, [0] * 8, [1] * 5 + [0] * 3, [0] * 8]
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -110,6 +110,17 @@ def test_known_texts_are_cut_into_windows(name: str, expected: str) -> None:
     assert windows(load(name, cut=partial(instructions.cut_windows, byte_tokenizer(), 10_000))) == [expected]
 
 
+def test_the_split_is_that_of_hub_data_sets(hub: list[tuple[str, str]]) -> None:
+    """Beside them known texts have the documents that they have alone."""
+    cut = partial(instructions.cut_windows, byte_tokenizer(), 10_000)
+    load("alpaca", "c4", "wikitext2", split="train[:24]", cut=cut)
+    assert [call[:2] for call in hub] == [
+        ("tatsu-lab/alpaca", "train[:24]"),
+        ("allenai/c4", "train"),
+        ("Salesforce/wikitext", "train"),
+    ]
+
+
 @pytest.mark.usefixtures("hub")
 def test_columns_of_a_hub_data_set_are_listed() -> None:
     """One of them is that of another format, plain text."""

@@ -76,16 +76,21 @@ def sure(llama: Path, tmp_path: Path) -> Path:
         ("false", "responses", "false"),
         ("false", "all", "false"),
         ("true", "all", "true"),
+        ("true", "text", "false"),
+        ("false", "text", "true"),
     ],
 )
 def test_the_first_loss_equals_a_literal_computation(
-    on_inputs: str, covered: str, packing: str, fit: Fit, sure: Path
+    on_inputs: str, covered: str, packing: str, fit: Fit, sure: Path, tmp_path: Path
 ) -> None:
     """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
     options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
     options += [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
     options += [f"train.distill.tokens={covered}", f"train.data.packing={packing}"]
+    if covered == "text":
+        (tmp_path / "plain.txt").write_text("The cat sat on the mat. " * 90)
+        options.append(f"train.data.dataset={{instructions: 1, {tmp_path / 'plain.txt'}: 1}}")
     loss, kl = figures(fit("adapter", *options), "loss", "kl")
     tokenizer = load_tokenizer(fit.pruned[0])
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure))
@@ -98,13 +103,23 @@ def test_the_first_loss_equals_a_literal_computation(
             counted = labels != -100
             entropy = entropy - ours.log_softmax(-1)[counted].gather(1, labels[counted].unsqueeze(1)).sum()
             tokens += int(counted.sum())
+            is_plain = example.response[0]
+            if covered == "text" and not is_plain:
+                continue
             # predicts the response's first token
-            first = 0 if covered == "all" else example.response.index(True) - 1
+            first = 0 if covered == "all" or is_plain else example.response.index(True) - 1
             divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
             distilled += len(ours) - first
     assert kl == pytest.approx((divergence / distilled).item(), rel=1e-5)
     wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / distilled
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_only_plain_text_is_to_be_distilled_and_there_is_none(fit: Fit) -> None:
+    with pytest.raises(
+        UserError, match=r"^train\.distill\.tokens: text, but train\.data\.dataset has no plain text; add"
+    ):
+        preflight(fit.configure(*FITTING, "train.distill.teacher=base", "train.distill.tokens=text"), fit.pruned[0])
 
 
 def test_a_teacher_that_is_the_student_leaves_the_cross_entropy(fit: Fit) -> None:
