@@ -118,7 +118,10 @@ def grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     batches = slices(list(itertools.chain.from_iterable(parts)), batch_size)
     incomplete = [batches.pop()] if len(batches[-1]) < batch_size else []
     generator.shuffle(batches)
-    batches.sort(key=lambda batch: max(lengths[i] for i in batch) < max(lengths))  # stable: moves only the longest
+    if batches:
+        widths = [max(lengths[i] for i in batch) for batch in batches]
+        # only one of them: in a mixture all windows of plain text have the greatest length
+        batches.insert(0, batches.pop(widths.index(max(widths))))
     return list(itertools.chain.from_iterable(batches + incomplete))
 
 

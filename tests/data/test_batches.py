@@ -145,6 +145,16 @@ def test_grouped_batches_hold_similar_lengths() -> None:
     }
 
 
+def test_examples_of_the_greatest_length_are_spread_over_the_epoch() -> None:
+    """As are windows of plain text in a mixture; only one batch of them is moved to the front."""
+    lengths = [300 if number % 2 else 50 + number % 97 for number in range(1600)]
+    numbers = grouped_order(lengths, 8, seed=0, epoch=0)
+    assert lengths[numbers[0]] == 300
+    quarters = [numbers[start : start + 400] for start in range(0, 1600, 400)]
+    shares = [sum(lengths[number] == 300 for number in quarter) / 400 for quarter in quarters]
+    assert all(0.3 < share < 0.7 for share in shares)
+
+
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 1003])
 @pytest.mark.parametrize("kind", ["random", "grouped"])
 def test_orders_hold_all_examples_and_depend_on_seed_and_epoch_alone(kind: str, count: int) -> None:
