@@ -18,8 +18,12 @@ import page
 import pytest
 import recipes
 import record as records_of_cells
+import rows as held_out
+import torch
 from cells import FULL, Cell, Record
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sppctl.data import texts
 from sppctl.evaluate.results import TaskMeasure, TaskNumbers, TaskResult, TaskScores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +52,7 @@ def measured(cell: Cell, losses: list[float], method: str | None = None) -> Reco
     return {
         "cell": cell.settings,
         "stages": stages,
-        "texts": {"wikitext2": text, "instructions-test": text},
+        "texts": {"wikitext2": text, "instructions": text},
         "tasks": {},
         "versions": {"torch": "2"},
         "hardware": "a CPU",
@@ -176,15 +180,15 @@ def test_the_share_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10 s on two cores, 15 busy seconds less 5 of its own: half of 20."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     seconds = iter([(100.0, 40.0, 1.0), (110.0, 55.0, 6.0)])
-    monkeypatch.setattr(records_of_cells.Others, "_seconds", staticmethod(lambda: next(seconds)))
-    assert records_of_cells.Others().share() == 0.5
+    monkeypatch.setattr(records_of_cells.Watch, "_now", staticmethod(lambda: next(seconds)))
+    assert records_of_cells.Watch().others() == 0.5
 
 
 def test_a_busy_process_is_no_other_one() -> None:
-    others, cpu = records_of_cells.Others(), os.times()
+    watch, cpu = records_of_cells.Watch(), os.times()
     while os.times().user - cpu.user < 0.3:
         pass
-    clock, busy, own = (end - start for end, start in zip(others._seconds(), others._start, strict=True))
+    clock, busy, own = (end - start for end, start in zip(watch._now(), watch._start, strict=True))
     assert 0.3 <= own <= busy + 0.05
     assert busy <= (os.cpu_count() or 1) * clock + 0.1
 
@@ -239,6 +243,25 @@ def test_no_committed_record_is_of_a_cell_that_no_longer_exists() -> None:
     assert not [name for name, one in records.items() if name not in known or not cells.is_of(known[name], one)]
 
 
+# --- held-out instructions --------------------------------------------------------------------------------------------
+
+
+def test_the_loss_on_held_out_rows_is_that_of_each_row_alone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": f"Say {i}." * (1 + i % 3), "input": "", "output": "yes " * (i % 5)} for i in range(12_970)]
+    monkeypatch.setattr(texts, "load_hub", lambda *_: rows)
+    found = held_out.measure(llama, cells.VALIDATION, 1_999)
+    tokenizer, model = AutoTokenizer.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama).eval()
+    wanted, tokens = [], 0
+    for row in rows[12_954 : 12_954 + 9]:
+        ids = torch.tensor([[*tokenizer(texts.formatted(row)).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            wanted.append(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1))
+        tokens += ids.shape[1] - 1
+    assert (found["tokens"], found["windows"]) == (tokens, 9)
+    assert found["window_nll"] == pytest.approx(wanted, abs=1e-3)
+    assert found["nll"] == pytest.approx(sum(wanted) / tokens, rel=1e-6)
+
+
 # --- the whole study --------------------------------------------------------------------------------------------------
 
 TINY = """
@@ -280,7 +303,7 @@ eval: {{seq_len: 64, divergence: null, prompts: []}}
     spp = records["wanda-2of4-spp-0"]
     assert spp["stages"]["merge"]["pattern_unchanged"]
     assert spp["stages"]["train"]["steps"] == 2
-    assert spp["texts"].keys() == {"wikitext2", "instructions-test"}
+    assert spp["texts"].keys() == {"wikitext2", "instructions"}
     assert "All cells have been measured" in (tmp_path / "results.md").read_text()
     assert not (tmp_path / "cell").exists()
 

@@ -14,7 +14,7 @@ from cells import ABLATIONS, Record, Records, Scale
 from claims import TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
 
 HERE = Path(__file__).resolve().parent
-INSTRUCTIONS = "instructions-test"
+INSTRUCTIONS = "instructions"
 IDLE = 0.05  # share of the machine's CPU time that other processes may take where seconds are compared
 
 

@@ -25,19 +25,23 @@ KEPT = {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
 VERSIONS = ("torch", "transformers", "peft", "sppctl")
 
 
-class Others:
-    """What other processes did meanwhile: whether the seconds of this one can be compared with others."""
+class Watch:
+    """The time since it was made, and what other processes did meanwhile: whether it can be compared with others."""
 
     def __init__(self) -> None:
-        self._start = self._seconds()
+        self._start = self._now()
 
-    def share(self) -> float:
+    def seconds(self) -> float:
+        """The time until now."""
+        return self._now()[0] - self._start[0]
+
+    def others(self) -> float:
         """The share of the machine's CPU time that processes other than this one and its children took until now."""
-        elapsed, busy, own = (end - start for end, start in zip(self._seconds(), self._start, strict=True))
+        elapsed, busy, own = (end - start for end, start in zip(self._now(), self._start, strict=True))
         return max(0.0, busy - own) / (elapsed * (os.cpu_count() or 1))
 
     @staticmethod
-    def _seconds() -> tuple[float, float, float]:
+    def _now() -> tuple[float, float, float]:
         """The clock, the busy seconds of all CPUs, and those of this process and its finished children."""
         machine, own = psutil.cpu_times(), os.times()
         busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
@@ -49,14 +53,15 @@ def load(folder: Path) -> dict[str, Record]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def of_run(cell: Cell, run: Path, label: str, others: float) -> Record:
+def of_run(cell: Cell, run: Path, label: str, instructions: Record, watch: Watch) -> Record:
     """The record of a cell.
 
     Args:
         cell: the cell.
         run: its run directory.
         label: the measured checkpoint: base, pruned or merged.
-        others: the share of the machine's CPU time that other processes took while it was computed.
+        instructions: from :func:`rows.measure`.
+        watch: of its computation.
     """
     stages, checkpoints, _ = records.read(run)
     measured = checkpoints[label]
@@ -65,14 +70,14 @@ def of_run(cell: Cell, run: Path, label: str, others: float) -> Record:
         record["stages"][name] = _stage(stage)
     for text in measured.texts:
         record["texts"][Path(text.measure.text).stem] = _text(text)
+    record["texts"]["instructions"] = instructions
     for tasks in measured.tasks:
         record["tasks"] |= scores_of(tasks)
     found = measured.results[0].versions
     versions = {name: found[name] for name in VERSIONS if name in found}
     record |= {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
-    record["seconds"] = sum(one["seconds"] for name, one in record["stages"].items() if name != "prune")
-    record["seconds"] += sum(result.seconds for result in measured.results)
-    return record | {"hardware": machine.describe(), "others": round(others, 3)}
+    record |= {"hardware": machine.describe(), "seconds": round(watch.seconds(), 1)}
+    return record | {"others": round(watch.others(), 3)}
 
 
 def _stage(stage: StageRecord[Any]) -> Record:

@@ -11,17 +11,16 @@ from typing import Any
 
 import cells
 import record
+import rows
 from cells import Cell, Scale
 
 from sppctl.config.load import load_config
 from sppctl.data import texts
-from sppctl.data.prompts import formatted
 from sppctl.files import strict_json
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
 SECONDS = {"dense": 100, "pruned": 250, "trained": 700}  # of a cell before one of its kind was measured
-HELD_OUT = {cells.TEST: slice(13_154, 13_354), cells.VALIDATION: slice(12_954, 13_154)}  # rows of Alpaca
 
 
 class Study:
@@ -49,14 +48,15 @@ class Study:
     def compute(self) -> None:
         """Computes the cells that are missing, one after the other."""
         while todo := self.missing():
-            cell, others = todo[0], record.Others()
+            cell, watch = todo[0], record.Watch()
             print(f"{cell.name} ({len(todo)} to do)", flush=True)
             run = self.work / "cell"
             shutil.rmtree(run, ignore_errors=True)
             label = self.prepare(cell, run)
             self.measure(cell, run, label)
-            # a loss that is not finite becomes null
-            strict_json.write(self.records / f"{cell.name}.json", record.of_run(cell, run, label, others.share()))
+            instructions = rows.measure(self.base() if label == "base" else run / label, cell.texts, cell.max_tokens)
+            content = record.of_run(cell, run, label, instructions, watch)
+            strict_json.write(self.records / f"{cell.name}.json", content)  # a loss that is not finite becomes null
             shutil.rmtree(run)
 
     def prepare(self, cell: Cell, run: Path) -> str:
@@ -81,30 +81,21 @@ class Study:
         return run
 
     def measure(self, cell: Cell, run: Path, label: str) -> None:
-        """Measures a checkpoint on its texts and tasks."""
-        options = [f"--model={label}", f"eval.max_tokens={cell.max_tokens}"]
-        names = [str(path) for path in self.texts(cell.texts)]
-        names = ["wikitext2", *names] if cell.texts == cells.TEST else names
-        settings = [*cell.pruning, *cell.training, *options, f"eval.perplexity=[{','.join(names)}]"]
+        """Measures a checkpoint on its text of prose and its tasks."""
+        settings = [*cell.pruning, *cell.training, f"--model={label}", f"eval.max_tokens={cell.max_tokens}"]
+        settings.append(f"eval.perplexity=[{'wikitext2' if cell.texts == cells.TEST else self.validation_text()}]")
         self.sppctl("eval", run, cell, *settings, "--tasks=ppl")
         for task, limit in zip(("zeroshot", "mmlu"), cell.tasks or (), strict=False):
             self.sppctl("eval", run, cell, *settings, f"--tasks={task}", f"--limit={limit}")
 
-    def texts(self, kind: str) -> list[Path]:
-        """The files with the texts of a kind, which are made once."""
-        folder = self.work / "texts"
-        folder.mkdir(parents=True, exist_ok=True)
-        instructions = folder / f"instructions-{kind}.txt"
-        if not instructions.is_file():
-            rows = list(texts.load_hub("tatsu-lab/alpaca", "train"))[HELD_OUT[kind]]
-            instructions.write_text("\n\n".join(formatted(row) for row in rows))
-        if kind == cells.TEST:
-            return [instructions]
-        prose = folder / "wikitext2-validation.txt"
-        if not prose.is_file():
+    def validation_text(self) -> Path:
+        """The file with the validation split of WikiText-2, which is made once."""
+        path = self.work / "wikitext2-validation.txt"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
             text = texts.load_text("wikitext2", "validation", "eval.perplexity")
-            prose.write_text(text.joiner.join(text.documents))
-        return [prose, instructions]
+            path.write_text(text.joiner.join(text.documents))
+        return path
 
     def sppctl(self, stage: str, run: Path, cell: Cell, *settings: str) -> None:
         """Runs a stage in a process of its own."""
@@ -114,9 +105,14 @@ class Study:
         if done.returncode:
             sys.exit(f"{' '.join([*command, *options])} failed with exit code {done.returncode}")
 
+    def base(self) -> Path:
+        """The directory of the dense model."""
+        model = load_config(str(self.config), []).model
+        return Path(model.path or "") if model.gguf_file is None else self.work / "base"
+
     def model(self) -> list[str]:
         """The dense model, if it is in a GGUF file: converted once, then a directory."""
-        base = self.work / "base"
+        base = self.base()
         if load_config(str(self.config), []).model.gguf_file is None:
             return []
         if not base.is_dir():
