@@ -116,11 +116,13 @@ def test_a_row_of_a_recipe_has_the_settings_of_the_row_that_it_changes(monkeypat
 def test_rows_that_prune_alike_share_one_pruned_model(monkeypatch: pytest.MonkeyPatch) -> None:
     first = recipes.Row("first", "", seeds=(0, 1))
     second = recipes.Row("second", "", {"train.lr": "2"}, after="first")
-    third = recipes.Row("third", "", {"prune.method": "sparsegpt"}, after="second")
-    monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, second, third)})
-    assert [cell.name for cell in recipes.all_cells()] == [
-        *("recipe-2of4-first-pruned-0", "recipe-2of4-first-0", "recipe-2of4-second-0"),
-        *("recipe-2of4-third-pruned-0", "recipe-2of4-third-0", "recipe-2of4-first-pruned-1", "recipe-2of4-first-1"),
+    third = recipes.Row("third", "", {"prune.damp": "0.1"}, after="second", seeds=(0, 1))
+    fourth = recipes.Row("fourth", "", {"train.lr": "3"}, after="third")
+    monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, second, third, fourth)})
+    assert [cell.name for cell in recipes.all_cells()] == [  # the grid has the model that the first two train
+        *("recipe-2of4-first-0", "recipe-2of4-second-0"),
+        *("recipe-2of4-third-pruned-0", "recipe-2of4-third-0", "recipe-2of4-fourth-0"),
+        *("recipe-2of4-first-1", "recipe-2of4-third-pruned-1", "recipe-2of4-third-1"),
     ]
 
 
@@ -200,7 +202,7 @@ def test_times_are_compared_on_one_idle_machine(
     first, slow = recipes.Row("first", ""), recipes.Row("slow", "", {"train.rank": "4"}, after="first")
     monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, slow)})
     records = {}
-    for cell in recipes.all_cells():
+    for cell in (*recipes.all_cells(), Cell("wanda-2of4-pruned-0", 0)):
         is_slow = "slow" in cell.name
         stages = {"prune": {"seconds": 1.0}, "train": {"seconds": 8.0 if is_slow else 2.0}}
         where = {"others": others, "hardware": hardware} if is_slow else {"others": 0.0, "hardware": "a"}

@@ -154,7 +154,7 @@ def _recipes(records: Records) -> str:
         return ""
     about = f"""## Recipes
 
-Calibrated on 64 windows of 1,024 tokens. Each row changes one thing of an earlier row and trains for {recipes.STEPS}
+Each row changes one thing of an earlier row and trains for {recipes.STEPS}
 steps, unless it says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the
 seeds. The gain is the difference in loss on WikiText-2 from the row that is changed, with its 95 % interval. Tokens are
 those of the training. Time is that of pruning and training together, as a multiple of the first row's on the same
@@ -197,13 +197,14 @@ def _time(pattern: str, row: recipes.Row, records: Records) -> str:
 
 def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tuple[str, float] | None:
     """The hardware of a row and its seconds of pruning and training; None if the machine did anything else."""
-    both = [records.get(cell(pattern, row, seed).name) for cell in (recipes.pruned_of, recipes.cell_of)]
-    if not all(one is not None and one["others"] < IDLE for one in both):
+    trained, pruned = records.get(recipes.cell_of(pattern, row, seed).name), recipes.pruned_of(pattern, row, seed)
+    method = recipes.settings_of(pattern, row)["prune.method"]
+    pruning = records.get(pruned.name if pruned else cells.cell_name(method, pattern, "pruned", seed))
+    if trained is None or pruning is None or max(trained["others"], pruning["others"]) > IDLE:
         return None
-    pruned, trained = both
-    if pruned["hardware"] != trained["hardware"]:
+    if pruning["hardware"] != trained["hardware"]:
         return None
-    return trained["hardware"], pruned["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
+    return trained["hardware"], pruning["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
 
 
 def _tasks(records: Records) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import cells
 from cells import TEST, Cell, slug
 
 Settings = dict[str, str]
 STEPS = 120
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 40_960
-# the settings of docs/training.md's table
 PAPER = {
     "prune.method": "wanda",
-    "prune.calibration.seq_len": "1024",
     "train.method": "spp",
     "train.lr": "1e-2",
     "train.max_steps": str(STEPS),
@@ -32,9 +31,40 @@ class Row:
     seeds: tuple[int, ...] = (0,)
 
 
+RECONSTRUCTED = {"prune.reconstruct_epochs": "4", "prune.reconstruct_lr": "3e-4"}
+FULL = {"train.method": "masked_full", "train.lr": "5e-4"}
+# as many tokens in 144 steps as 120 steps of 8 rows of Alpaca have; the C4 windows are as long as most of its rows
+MIXED = {
+    "train.data.dataset": "{alpaca: 1, c4: 1}",
+    "train.data.split": "train[:12000]",
+    "train.data.seq_len": "256",
+    "train.data.packing": "true",
+    "train.data.group_by_length": "false",
+    "train.batch_size": "4",
+    "train.micro_batch_size": "4",
+    "train.max_steps": "144",
+}
+DISTILLED = {"train.distill.teacher": "base", "train.distill.weight": "0.5", "train.distill.tokens": "text"}
+SPP = {"train.method": "spp", "train.lr": "1e-2"}
 ROWS: dict[str, tuple[Row, ...]] = {
-    "2:4": (Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),),
-    "0.75": (Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),),
+    "2:4": (
+        Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
+        Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper"),
+        Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED, "sparsegpt"),
+        Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
+        Row("mixed", "half of the tokens are plain text (C4)", MIXED, "full"),
+        Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed"),
+        Row("distilled-spp", "SPP instead of every kept weight", SPP, "distilled"),
+    ),
+    "0.75": (
+        Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
+        Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper"),
+        Row("owl", "blocks with fewer outliers lose more (OWL)", {"prune.allocation": "owl"}, "sparsegpt"),
+        Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED, "owl"),
+        Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
+        Row("mixed", "half of the tokens are plain text (C4)", MIXED, "full"),
+        Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed"),
+    ),
 }
 
 
@@ -51,9 +81,11 @@ def cell_of(pattern: str, row: Row, seed: int) -> Cell:
     return Cell(f"recipe-{slug(pattern)}-{row.name}-{seed}", seed, pruning, (), training, TEST, MAX_TOKENS)
 
 
-def pruned_of(pattern: str, row: Row, seed: int) -> Cell:
-    """The pruned model that a row trains: one cell for all rows that prune alike, named after the first."""
+def pruned_of(pattern: str, row: Row, seed: int) -> Cell | None:
+    """The pruned model that a row trains, one for all rows that prune alike; None if the grid has it."""
     pruning, _ = _stages(pattern, row)
+    if pruning in (cells.pruning(pruner, pattern) for pruner in cells.PRUNERS):
+        return None
     first = next(one for one in ROWS[pattern] if _stages(pattern, one)[0] == pruning)
     return Cell(f"recipe-{slug(pattern)}-{first.name}-pruned-{seed}", seed, pruning, max_tokens=MAX_TOKENS)
 
@@ -71,4 +103,4 @@ def all_cells() -> Iterator[Cell]:
         for pattern, rows in ROWS.items():
             trained = [row for row in rows if seed in row.seeds]
             both = [cell(pattern, row, seed) for row in trained for cell in (pruned_of, cell_of)]
-            yield from {cell.name: cell for cell in both}.values()
+            yield from {cell.name: cell for cell in both if cell}.values()
