@@ -128,7 +128,9 @@ class Distillation:
         with self.watch.span():
             predicting = F.pad(distilled[:, 1:], (0, 1))
             positions = predicting.flatten().nonzero().squeeze(1)
-            predicted = self._predict(inputs, predicting).to(logits.dtype)
+            predicted = logits.new_empty(0, logits.shape[-1])
+            if len(positions):
+                predicted = self._predict(inputs, predicting).to(logits.dtype)
             temperature, weight = self.settings.temperature, self.settings.weight
             scale = weight * temperature**2 * distributed.world_size() / self._tokens
             divergence = kl_divergence(logits, predicted, positions, temperature, scale)
@@ -142,8 +144,6 @@ class Distillation:
         Only these stay in memory, and rows without any are not computed.
         """
         rows = predicting.any(dim=1)
-        if not rows.any():
-            return torch.empty(0, self.teacher.config.get_text_config().vocab_size, device=predicting.device)
         logits: Tensor = self.teacher(**{name: value[rows] for name, value in inputs.items()}).logits
         return logits[predicting[rows]]
 
