@@ -158,6 +158,18 @@ def test_only_logits_that_predict_responses_count(llama: Path) -> None:
     assert divergence(changed) != whole
 
 
+def test_without_distilled_tokens_the_cross_entropy_remains_and_the_teacher_is_not_asked() -> None:
+    asked = torch.nn.Linear(1, 1)  # would raise
+    distillation = distill.Distillation(asked, distill.DistillConfig(teacher="base", weight=0.25))
+    nothing = torch.zeros(2, 6, dtype=torch.bool)
+    distillation.start_step([{"distilled": nothing}], torch.device("cpu"))
+    logits = torch.randn(2, 6, 11, requires_grad=True)
+    loss = distillation.mix(torch.tensor(2.0) + 0 * logits.sum(), logits, {}, nothing)
+    loss.backward()
+    assert loss.item() == 1.5
+    assert not logits.grad.any()
+
+
 def test_it_brings_the_student_nearer_to_the_teacher(fit: Fit) -> None:
     options = ["train.epochs=8", "train.lr=2e-2", "train.log_steps=4", "train.dropout=0.0"]
     metrics = fit("adapter", *options, "train.distill.teacher=base", "train.distill.weight=1.0")
