@@ -20,7 +20,8 @@ from sppctl.files import strict_json
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
-SECONDS = {"dense": 100, "pruned": 250, "trained": 700}  # of a cell before one of its kind was measured
+# seconds on two cores with AVX512: for a pruned model, a step of training, a token of prose that is measured, the tasks
+PRUNING, STEP, TOKEN, TASKS = 100.0, 6.0, 0.005, 300.0
 
 
 class Study:
@@ -35,15 +36,14 @@ class Study:
 
     def remaining(self) -> str:
         """How many cells remain and how long they take, judged by those that were computed."""
-        done = record.load(self.records)
-        took: dict[str, list[float]] = {}
-        for content in done.values():
-            took.setdefault(_kind(content["cell"]), []).append(content["seconds"])
-        todo = self.missing()
-        unknown = cells.count(self.scale) - len(todo) - len(done) if not self.only else 0
-        kinds = [_kind(cell.settings) for cell in todo] + ["trained"] * max(0, unknown)
-        seconds = sum(sum(took[k]) / len(took[k]) if k in took else SECONDS[k] for k in kinds)
-        return f"{len(kinds)} of {len(kinds) + len(done)} cells remain, about {seconds / 3600:.1f} hours"
+        done, todo = record.load(self.records), self.missing()
+        unknown = max(0, cells.count(self.scale) - len(todo) - len(done)) if not self.only else 0
+        usual = Cell("", 0, training=(f"train.max_steps={self.scale.steps}",), max_tokens=self.scale.max_tokens)
+        expected = sum(_expected(cell.settings) for cell in [*todo, *[usual] * unknown])
+        slower = [content["seconds"] / _expected(content["cell"]) for content in done.values()] or [1.0]
+        hours = expected * sum(slower) / len(slower) / 3600
+        count = len(todo) + unknown
+        return f"{count} of {count + len(done)} cells remain, about {hours:.1f} hours"
 
     def compute(self) -> None:
         """Computes the cells that are missing, one after the other."""
@@ -129,5 +129,8 @@ def link(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=os.link)
 
 
-def _kind(cell: dict[str, Any]) -> str:
-    return "trained" if cell["training"] else "pruned" if cell["pruning"] else "dense"
+def _expected(cell: dict[str, Any]) -> float:
+    """Seconds that a cell takes; the pruned model is made for the cell that measures it."""
+    steps = [int(one.partition("=")[2]) for one in cell["training"] if one.startswith("train.max_steps=")]
+    pruning = PRUNING if cell["pruning"] and not cell["training"] else 0.0
+    return pruning + sum(steps) * STEP + cell["max_tokens"] * TOKEN + (TASKS if cell["tasks"] else 0.0)
