@@ -143,6 +143,16 @@ def test_an_interval_covers_what_its_windows_and_seeds_say() -> None:
     assert found.sign == 1
 
 
+def test_the_length_of_a_row_is_a_weight_and_no_loss() -> None:
+    """Rows of one loss per token have no uncertainty, whatever their lengths."""
+    rows = {"tokens": 60, "windows": 3, "window_nll": [20.0, 40.0, 60.0], "window_tokens": [10, 20, 30]}
+    assert claims.losses({"texts": {"rows": rows}}, "rows") == pytest.approx([2.0, 2.0, 2.0])
+    rows["window_nll"] = [20.0, 40.0, 30.0]
+    found = claims.losses({"texts": {"rows": rows}}, "rows")
+    assert found.mean() == pytest.approx(1.5)
+    assert found == pytest.approx([1.75, 2.0, 0.75])  # 1.5 + (20 - 15) / 20, and so on
+
+
 def test_a_difference_is_no_finding_if_one_seed_disagrees() -> None:
     found = claims.interval([np.array([-3.0, -3.0]), np.array([0.5, 0.5]), np.array([-3.0, -3.0])])
     assert found.high < 0
@@ -260,6 +270,7 @@ def test_the_loss_on_held_out_rows_is_that_of_each_row_alone(llama: Path, monkey
             wanted.append(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1))
         tokens += ids.shape[1] - 1
     assert (found["tokens"], found["windows"]) == (tokens, 9)
+    assert sum(found["window_tokens"]) == tokens
     assert found["window_nll"] == pytest.approx(wanted, abs=1e-3)
     assert found["nll"] == pytest.approx(sum(wanted) / tokens, rel=1e-6)
 

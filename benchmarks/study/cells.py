@@ -91,6 +91,11 @@ class Cell:
         return content
 
 
+def num_rows(max_tokens: int) -> int:
+    """The number of held-out rows of instructions that are measured beside so many tokens of prose."""
+    return max(1, min(200, max_tokens // 200))
+
+
 def slug(pattern: str) -> str:
     """A pattern in the name of a file."""
     return pattern.replace(":", "of").replace("0.", "") + ("0" if pattern == "0.5" else "")

@@ -43,11 +43,19 @@ class Verdict:
 
 
 def losses(record: Record, text: str) -> np.ndarray:
-    """(windows,) loss per predicted token in each window, in nats."""
+    """(windows,) loss per predicted token in each window, in nats; their mean is that of all tokens.
+
+    Rows of instructions have different numbers of tokens. Theirs is the mean over all tokens plus what the row adds to
+    it, (loss - mean x tokens) / (tokens of an average row): the ratio of two means, linearised, so that the length of a
+    row counts as weight and not as loss.
+    """
     measured = record["texts"][text]
     per_window = measured["tokens"] / measured["windows"]
-    values = [math.nan if loss is None else loss / per_window for loss in measured["window_nll"]]
-    return np.array(values, dtype=np.float64)
+    values = np.array([math.nan if loss is None else loss for loss in measured["window_nll"]], dtype=np.float64)
+    if "window_tokens" not in measured:
+        return values / per_window
+    mean = values.sum() / measured["tokens"]
+    return mean + (values - mean * np.array(measured["window_tokens"])) / per_window
 
 
 def interval(samples: Sequence[np.ndarray]) -> Interval:

@@ -40,7 +40,7 @@ def text(scale: Scale, records: Records, folder: Path) -> str:
 
 
 def _introduction(scale: Scale, records: Records) -> str:
-    total = cells.count(scale)
+    total, rows = cells.count(scale), cells.num_rows(scale.max_tokens)
     state = "All" if len(records) == total else f"{len(records)} of {total}"
     return f"""# Results
 
@@ -49,11 +49,11 @@ This page is written by `bash scripts/study.sh --page` from the records in `benc
 
 SmolLM2-135M-Instruct, computed in float32. Calibration: 64 windows of 512 tokens of C4. Training: {scale.steps} steps
 of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the first {scale.max_tokens:,} tokens of
-WikiText-2's test split, and 200 rows of Alpaca that no training reads, prompts included; windows of 2,048 tokens.
-Losses are in nats per token. Intervals are 95 % intervals of a bootstrap over windows, paired where two checkpoints
-are compared, with the seeds averaged in each window. A seed changes the calibration windows, the initialisation and the
-order of the data. N:M means that N weights are kept in every M; percentages are shares of zeros. LoRA* is LoRA merged
-with the mask put back."""
+WikiText-2's test split in windows of 2,048, and {rows} rows of Alpaca that no training reads, prompts included. Losses
+are in nats per token. Intervals are 95 % intervals of a bootstrap over windows or rows, paired where two checkpoints
+are compared, with the seeds averaged in each of them. A seed changes the calibration windows, the initialisation and
+the order of the data. N:M means that N weights are kept in every M; percentages are shares of zeros. LoRA* is LoRA
+merged with the mask put back."""
 
 
 def _claims(findings: Findings) -> str:

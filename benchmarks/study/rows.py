@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from cells import TEST, VALIDATION, Record
+from cells import TEST, VALIDATION, Record, num_rows
 from torch.nn.functional import cross_entropy
 
 from sppctl.data import instructions, prompts, texts, vocabulary
@@ -15,8 +15,6 @@ from sppctl.data.instructions import IGNORED
 from sppctl.model import checkpoint
 
 FIRST = {TEST: 13_154, VALIDATION: 12_954}  # rows that no training reads
-MOST = 200
-TOKENS = 200  # so many of a cell's tokens stand for a row
 SEQ_LEN = 512
 BATCH_SIZE = 8
 
@@ -28,30 +26,31 @@ def measure(directory: Path, kind: str, max_tokens: int) -> Record:
     Args:
         directory: the checkpoint, computed in float32 on the CPU.
         kind: TEST or VALIDATION, which have different rows.
-        max_tokens: about as many tokens, at most 200 rows.
+        max_tokens: of the cell, which determine the number of rows.
     """
-    count = max(1, min(MOST, max_tokens // TOKENS))
-    rows = list(texts.load_hub("tatsu-lab/alpaca", "train"))[FIRST[kind] : FIRST[kind] + count]
+    first, last = FIRST[kind], FIRST[kind] + num_rows(max_tokens)
+    rows = list(texts.load_hub("tatsu-lab/alpaca", "train"))[first:last]
     tokenizer = checkpoint.load_tokenizer(directory)
     style = prompts.style("alpaca", tokenizer)
     examples = instructions.tokenize(tokenizer, rows, style, seq_len=SEQ_LEN, train_on_inputs=True)
     model = checkpoint.load_model(directory, torch.device("cpu"), "float32")
     collate = PadCollator(vocabulary.pad_token_id(tokenizer, vocabulary.embeddings(model)))
     order = sorted(range(len(examples)), key=lambda number: examples.lengths[number])
-    losses, tokens = [0.0] * len(examples), 0
+    losses, tokens = [0.0] * len(examples), [0] * len(examples)
     for start in range(0, len(order), BATCH_SIZE):
         batch = collate([examples[number] for number in order[start : start + BATCH_SIZE]])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]  # nothing predicts the first token of a row
         found = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED).sum(dim=1)
-        tokens += int((labels != IGNORED).sum())
-        for number, loss in zip(batch["examples"], found.tolist(), strict=True):
-            losses[number] = loss
+        counts = (labels != IGNORED).sum(dim=1)
+        for number, loss, count in zip(batch["examples"], found.tolist(), counts.tolist(), strict=True):
+            losses[number], tokens[number] = loss, count
     return {
-        "nll": sum(losses) / tokens,
-        "tokens": tokens,
+        "nll": sum(losses) / sum(tokens),
+        "tokens": sum(tokens),
         "windows": len(losses),
         "seq_len": SEQ_LEN,
         "documents_hash": hashlib.sha256("".join(map(prompts.formatted, rows)).encode()).hexdigest(),
         "window_nll": [round(loss, 4) for loss in losses],
+        "window_tokens": tokens,
     }
