@@ -115,7 +115,7 @@ class Distillation:
         self._tokens = max(1, int(count))
         self._steps += 1
 
-    def mix(self, loss: Tensor, logits: Tensor, inputs: dict[str, Any], distilled: Tensor) -> Tensor:
+    def mix(self, loss: Tensor, logits: Tensor, inputs: dict[str, Tensor], distilled: Tensor) -> Tensor:
         """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
 
         Args:
@@ -138,7 +138,7 @@ class Distillation:
         return (1 - weight) * loss + divergence
 
     @torch.no_grad()
-    def _predict(self, inputs: dict[str, Any], predicting: Tensor) -> Tensor:
+    def _predict(self, inputs: dict[str, Tensor], predicting: Tensor) -> Tensor:
         """The teacher's logits (positions, vocabulary) where ``predicting`` (batch, tokens) is True.
 
         Only these stay in memory, and rows without any are not computed.
