@@ -17,6 +17,7 @@ from cells import Cell, Scale
 from sppctl.config.load import load_config
 from sppctl.data import texts
 from sppctl.files import strict_json
+from sppctl.model import find
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
@@ -108,12 +109,12 @@ class Study:
     def base(self) -> Path:
         """The directory of the dense model."""
         model = load_config(str(self.config), []).model
-        return Path(model.path or "") if model.gguf_file is None else self.work / "base"
+        return find.locate(model.path or "") if model.gguf_file is None else self.work / "base"
 
     def model(self) -> list[str]:
         """The dense model, if it is in a GGUF file: converted once, then a directory."""
         base = self.base()
-        if load_config(str(self.config), []).model.gguf_file is None:
+        if base != self.work / "base":
             return []
         if not base.is_dir():
             run = self.work / "dense"
