@@ -165,6 +165,9 @@ class PruneConfig:
     )
     reconstruct_epochs: int = _key(0, "epochs of tuning each pruned block on the dense one's output; 0: none", low=0)
     reconstruct_lr: float = _key(1e-4, "learning rate of that tuning (Adam)", above=0)
+    reconstruct_batch_size: int = _key(
+        1, "calibration windows per optimizer step of that tuning, whatever runs at a time", low=1, later=True
+    )
     reconstruct_scheduler: Literal["constant", "linear", "cosine"] = _key(
         "constant", "its schedule; linear, cosine: down to 0 at the last step of each block", later=True
     )

@@ -29,13 +29,13 @@ class Activations:
         ``memory`` is where to keep the hidden states: ``device``, ``ram``, ``disk`` (in a mapped file at ``path``), or
         ``auto``, the first that is large enough.
         """
-        self.stack = stack
+        self.stack, self._windows = stack, windows
         samples, seq_len = windows.shape
         size = windows_at_a_time(batch_size, samples, seq_len)
         if batch_size == "auto" and stack.device.type == "cuda":
             window = seq_len * stack.width * stack.dtype.itemsize * BLOCK_WIDTHS
             size = max(1, min(samples, int(machine.free_memory(stack.device) * GPU_SHARE / window)))
-        self.batches = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+        self.batches = _slices(0, samples, size)
         self._memory, self._path = memory, path
         self.place, self._hidden = self._allocate((samples, seq_len, stack.width), path)
         self._buffers: dict[str, Tensor] = {}
@@ -70,6 +70,11 @@ class Activations:
             _, self._buffers[name] = self._allocate(tuple(self._hidden.shape), path)
         return self._buffers[name]
 
+    def steps(self, size: int) -> list[list[slice]]:
+        """All windows, ``size`` of them for each optimizer step, in micro-batches that are no larger than usual."""
+        most = self.batches[0].stop
+        return [_slices(step.start, step.stop, most) for step in _slices(0, len(self._windows), size)]
+
     def keep_dense(self) -> None:
         """From here on, also keeps the hidden states of the dense model, for before the first block."""
         self.dense = self.buffer("dense").copy_(self._hidden)
@@ -96,13 +101,20 @@ class Activations:
 
         ``hidden``: other hidden states of all windows.
         """
-        call = self._calls[rows.stop - rows.start][index]
+        size = rows.stop - rows.start
+        if size not in self._calls:
+            self._calls[size] = self.stack.record(self._windows[rows].to(self.stack.device))[1]
+        call = self._calls[size][index]
         inputs = self._hidden if hidden is None else hidden
         return call(block or self.stack.blocks[index], inputs[rows].to(self.stack.device))
 
     def store(self, rows: slice, hidden: Tensor) -> None:
         """Makes some windows' hidden states the next block's input."""
         self._hidden[rows] = hidden.to(self._hidden.device)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def _place(stack: Decoder, needed: int, memory: str) -> str:

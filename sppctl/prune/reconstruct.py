@@ -87,18 +87,22 @@ def _tune(stack: Decoder, index: int, unit: Unit, activations: Activations, sett
         return {n: torch.where(masks[n], master.to(pruned[n].dtype), pruned[n]) for n, master in masters.items()}
 
     optimizer = torch.optim.Adam(masters.values(), lr=settings.reconstruct_lr)
-    steps = settings.reconstruct_epochs * len(activations.batches)
-    schedule = get_scheduler(settings.reconstruct_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
-    for _ in range(settings.reconstruct_epochs):
-        for rows in activations.batches:
+    steps = settings.reconstruct_epochs * activations.steps(settings.reconstruct_batch_size)
+    schedule = get_scheduler(
+        settings.reconstruct_scheduler, optimizer, num_warmup_steps=0, num_training_steps=len(steps)
+    )
+    for step in steps:
+        windows = unit.dense[step[0].start : step[-1].stop]
+        size = windows.float().square().mean().to(stack.device)
+        for rows in step:
             with torch.enable_grad():
                 output = unit.output(stack, index, activations, rows, tuned()).float()
                 target = unit.dense[rows].to(output.device).float()
-                loss = F.mse_loss(output, target) / target.square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
-            schedule.step()
+                share = len(target) / len(windows)
+                (F.mse_loss(output, target) * share / size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     for name, weight in tuned().items():
         stored[name].data.copy_(weight.detach())
     after = _error(stack, index, unit, activations)

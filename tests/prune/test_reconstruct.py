@@ -21,7 +21,7 @@ from sppctl.records import Attempt
 from sppctl.run.attempts import differences, settings_of
 
 Make = Callable[..., Path]
-EPOCHS, RATE, SIZE = 3, 1e-3, 2
+EPOCHS, RATE = 3, 1e-3
 RATES: dict[str, Callable[[float], float]] = {  # by the share of the steps that have been done
     "constant": lambda done: RATE,
     "linear": lambda done: RATE * (1 - done),
@@ -64,10 +64,10 @@ class Literal:
             self.calls.append(kwargs)
 
         hooks = [block.register_forward_pre_hook(look, with_kwargs=True) for block in self.model.model.layers]
-        self.model(windows[:SIZE], use_cache=False)
+        self.model(windows[:1], use_cache=False)
         for hook in hooks:
             hook.remove()
-        self.hidden = list(self.model.model.embed_tokens(windows).split(SIZE))
+        self.hidden = list(self.model.model.embed_tokens(windows).split(1))
         self.dense = list(self.hidden)
 
     def run(self, index: int, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Literal:
         return attention
 
     def tune_block(
-        self, index: int, masks: dict[str, Tensor], target: str, unit: str, scheduler: str
+        self, index: int, masks: dict[str, Tensor], target: str, unit: str, scheduler: str, size: int
     ) -> dict[str, Tensor]:
         """The block's tuned weights; hidden states go on to the next block."""
         inputs = self.dense if target == "dense" else self.hidden
@@ -96,7 +96,8 @@ class Literal:
             parts = {self.attend: [name for name in weights if "attn" in name]}
             parts[self.run] = [name for name in weights if "mlp" in name]
         for call, names in parts.items():
-            weights |= self.tune(index, call, goals[call], weights, {name: masks[name] for name in names}, scheduler)
+            own = {name: masks[name] for name in names}
+            weights |= self.tune(index, call, goals[call], weights, own, scheduler, size)
         self.hidden = [self.run(index, rows, weights) for rows in self.hidden]
         return weights
 
@@ -108,16 +109,19 @@ class Literal:
         others: dict[str, Tensor],
         masks: dict[str, Tensor],
         scheduler: str,
+        size: int,
     ) -> dict[str, Tensor]:
         weights = {name: others[name] for name in masks}
         moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights.items()}
-        steps = EPOCHS * len(goals)
+        an_epoch = math.ceil(len(goals) / size)
+        steps = EPOCHS * an_epoch
         for step in range(steps):
-            rows = step % len(goals)
+            rows = slice(step % an_epoch * size, (step % an_epoch + 1) * size)
             for weight in weights.values():
                 weight.requires_grad_()
-            output = call(index, self.hidden[rows], others | weights)
-            loss = (output - goals[rows]).square().mean() / goals[rows].square().mean()
+            output = torch.cat([call(index, window, others | weights) for window in self.hidden[rows]])
+            goal = torch.cat(goals[rows])
+            loss = (output - goal).square().mean() / goal.square().mean()
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for (name, weight), gradient in zip(list(weights.items()), gradients, strict=True):
                 first, second = moments[name]
@@ -129,18 +133,23 @@ class Literal:
 
 
 @pytest.mark.parametrize(
-    ("target", "unit", "scheduler"),
+    ("target", "unit", "scheduler", "size"),
     [
-        ("pruned", "block", "constant"),
-        ("pruned", "block", "cosine"),
-        ("dense", "block", "linear"),
-        ("pruned", "sublayer", "constant"),
-        ("dense", "sublayer", "linear"),
+        ("pruned", "block", "constant", 1),
+        ("pruned", "block", "constant", 2),
+        ("pruned", "block", "constant", 4),  # a micro-batch of 3 and one of 1, and a last step of 2
+        ("pruned", "block", "cosine", 3),
+        ("dense", "block", "linear", 2),
+        ("pruned", "sublayer", "constant", 4),
+        ("dense", "sublayer", "linear", 8),  # more than there are
     ],
 )
-def test_tuning_equals_a_literal_loop(target: str, unit: str, scheduler: str, prune: Prune, llama: Path) -> None:
+def test_tuning_equals_a_literal_loop(
+    target: str, unit: str, scheduler: str, size: int, prune: Prune, llama: Path
+) -> None:
     windows = random_windows(6, 24)
-    options = f"prune.reconstruct_epochs={EPOCHS}", f"prune.reconstruct_lr={RATE}", f"prune.batch_size={SIZE}"
+    options = f"prune.reconstruct_epochs={EPOCHS}", f"prune.reconstruct_lr={RATE}", "prune.batch_size=3"
+    options += (f"prune.reconstruct_batch_size={size}",)
     options += f"prune.reconstruct_target={target}", f"prune.reconstruct_scheduler={scheduler}"
     options += (f"prune.reconstruct_unit={unit}",)
     _, tuned, record = prune(*options, windows=windows)
@@ -151,7 +160,7 @@ def test_tuning_equals_a_literal_loop(target: str, unit: str, scheduler: str, pr
         prefix = f"model.layers.{index}."
         found = {name.removeprefix(prefix): weight for name, weight in tuned.items() if name.startswith(prefix)}
         masks = {name: weight != 0 for name, weight in found.items() if name.split(".")[-2] in PROJECTIONS}
-        expected = literal.tune_block(index, masks, target, unit, scheduler)
+        expected = literal.tune_block(index, masks, target, unit, scheduler, size)
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
 
