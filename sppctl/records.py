@@ -116,7 +116,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """Relative output error of a pruned block before and after its kept weights were tuned."""
+    """Relative output error of a pruned block before and after its kept weights were tuned, as its loss counts it."""
 
     before: float
     after: float

@@ -168,6 +168,12 @@ class PruneConfig:
     reconstruct_batch_size: int = _key(
         1, "calibration windows per optimizer step of that tuning, whatever runs at a time", low=1, later=True
     )
+    reconstruct_loss: Literal["mse", "token"] = _key(
+        "mse",
+        "its loss: mse, the squared error of all tokens; token, that of each token divided by the token's own square, "
+        "so that a few tokens with huge hidden states do not outweigh all others",
+        later=True,
+    )
     reconstruct_scheduler: Literal["constant", "linear", "cosine"] = _key(
         "constant", "its schedule; linear, cosine: down to 0 at the last step of each block", later=True
     )

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import get_scheduler
@@ -62,7 +61,7 @@ def reconstruct(
         Relative output error of the block before and after.
     """
     *others, last = units
-    before = _error(stack, index, last, activations) if others else None
+    before = _error(stack, index, last, activations, settings) if others else None
     for unit in others:
         _tune(stack, index, unit, activations, settings)
     errors = _tune(stack, index, last, activations, settings)
@@ -70,11 +69,11 @@ def reconstruct(
 
 
 def _tune(stack: Decoder, index: int, unit: Unit, activations: Activations, settings: PruneConfig) -> BlockErrors:
-    """Tunes the kept weights of a unit by Adam on the mean squared error of its output.
+    """Tunes the kept weights of a unit by Adam on the squared error of its output.
 
     Returns its relative error before and after; a tuning that did not lower it is undone.
     """
-    before = _error(stack, index, unit, activations)
+    before = _error(stack, index, unit, activations, settings)
     if not unit.targets:
         return BlockErrors(before, before)
     block = stack.blocks[index]
@@ -92,20 +91,22 @@ def _tune(stack: Decoder, index: int, unit: Unit, activations: Activations, sett
         settings.reconstruct_scheduler, optimizer, num_warmup_steps=0, num_training_steps=len(steps)
     )
     for step in steps:
-        windows = unit.dense[step[0].start : step[-1].stop]
-        size = windows.float().square().mean().to(stack.device)
+        first, count = step[0].start, step[-1].stop - step[0].start
+        sizes = _squares(unit.dense[first : first + count].to(stack.device))
+        if settings.reconstruct_loss == "mse":
+            sizes = sizes.mean().expand_as(sizes)
         for rows in step:
             with torch.enable_grad():
                 output = unit.output(stack, index, activations, rows, tuned()).float()
-                target = unit.dense[rows].to(output.device).float()
-                share = len(target) / len(windows)
-                (F.mse_loss(output, target) * share / size).backward()
+                errors = _squares(output - unit.dense[rows].to(output.device))
+                relative = errors / sizes[rows.start - first : rows.stop - first]
+                (relative.mean() * len(relative) / count).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     for name, weight in tuned().items():
         stored[name].data.copy_(weight.detach())
-    after = _error(stack, index, unit, activations)
+    after = _error(stack, index, unit, activations, settings)
     if after < before:
         return BlockErrors(before, after)
     for name, parameter in stored.items():
@@ -130,12 +131,23 @@ def _kept(stack: Decoder, targets: dict[str, Target], prefix: str) -> dict[str, 
 
 
 @torch.no_grad()
-def _error(stack: Decoder, index: int, unit: Unit, activations: Activations) -> float:
-    """||output - dense output|| / ||dense output|| of a unit as it is now."""
+def _error(stack: Decoder, index: int, unit: Unit, activations: Activations, settings: PruneConfig) -> float:
+    """||output - dense output|| / ||dense output|| of a unit as it is now.
+
+    Of all tokens together; with ``prune.reconstruct_loss`` token, the root mean square of that of each token.
+    """
     change, size = 0.0, 0.0
     for rows in activations.batches:
         output = unit.output(stack, index, activations, rows).float()
-        target = unit.dense[rows].to(output.device).float()
-        change += (output - target).square().sum().item()
-        size += target.square().sum().item()
-    return (change / max(size, 1e-30)) ** 0.5
+        target = unit.dense[rows].to(output.device)
+        errors, squares = _squares(output - target), _squares(target)
+        if settings.reconstruct_loss == "token":
+            errors, squares = errors / squares, torch.ones_like(squares)
+        change += errors.sum().item()
+        size += squares.sum().item()
+    return (change / size) ** 0.5
+
+
+def _squares(hidden: Tensor) -> Tensor:
+    """The mean square of each token of hidden states (windows, tokens, width), in float32 and never zero."""
+    return hidden.float().square().mean(-1).clamp_min(1e-30)

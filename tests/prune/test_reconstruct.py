@@ -82,9 +82,7 @@ class Literal:
         attention: Tensor = hidden + output[0]
         return attention
 
-    def tune_block(
-        self, index: int, masks: dict[str, Tensor], target: str, unit: str, scheduler: str, size: int
-    ) -> dict[str, Tensor]:
+    def tune_block(self, index: int, masks: dict[str, Tensor], target: str, unit: str, *how: Any) -> dict[str, Tensor]:
         """The block's tuned weights; hidden states go on to the next block."""
         inputs = self.dense if target == "dense" else self.hidden
         goals = {call: [call(index, rows) for rows in inputs] for call in (self.attend, self.run)}
@@ -97,7 +95,7 @@ class Literal:
             parts[self.run] = [name for name in weights if "mlp" in name]
         for call, names in parts.items():
             own = {name: masks[name] for name in names}
-            weights |= self.tune(index, call, goals[call], weights, own, scheduler, size)
+            weights |= self.tune(index, call, goals[call], weights, own, *how)
         self.hidden = [self.run(index, rows, weights) for rows in self.hidden]
         return weights
 
@@ -110,6 +108,7 @@ class Literal:
         masks: dict[str, Tensor],
         scheduler: str,
         size: int,
+        kind: str,
     ) -> dict[str, Tensor]:
         weights = {name: others[name] for name in masks}
         moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights.items()}
@@ -122,6 +121,8 @@ class Literal:
             output = torch.cat([call(index, window, others | weights) for window in self.hidden[rows]])
             goal = torch.cat(goals[rows])
             loss = (output - goal).square().mean() / goal.square().mean()
+            if kind == "token":
+                loss = ((output - goal).norm(dim=-1) / goal.norm(dim=-1)).square().mean()
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for (name, weight), gradient in zip(list(weights.items()), gradients, strict=True):
                 first, second = moments[name]
@@ -133,26 +134,25 @@ class Literal:
 
 
 @pytest.mark.parametrize(
-    ("target", "unit", "scheduler", "size"),
+    ("target", "unit", "scheduler", "size", "kind"),
     [
-        ("pruned", "block", "constant", 1),
-        ("pruned", "block", "constant", 2),
-        ("pruned", "block", "constant", 4),  # a micro-batch of 3 and one of 1, and a last step of 2
-        ("pruned", "block", "cosine", 3),
-        ("dense", "block", "linear", 2),
-        ("pruned", "sublayer", "constant", 4),
-        ("dense", "sublayer", "linear", 8),  # more than there are
+        ("pruned", "block", "constant", 1, "mse"),
+        ("pruned", "block", "constant", 2, "token"),
+        ("pruned", "block", "constant", 4, "mse"),  # a micro-batch of 3 and one of 1, and a last step of 2
+        ("pruned", "block", "cosine", 4, "token"),
+        ("dense", "block", "linear", 2, "mse"),
+        ("pruned", "sublayer", "constant", 4, "mse"),
+        ("dense", "sublayer", "linear", 8, "token"),  # more than there are
     ],
 )
 def test_tuning_equals_a_literal_loop(
-    target: str, unit: str, scheduler: str, size: int, prune: Prune, llama: Path
+    target: str, unit: str, scheduler: str, size: int, kind: str, prune: Prune, llama: Path
 ) -> None:
     windows = random_windows(6, 24)
-    options = f"prune.reconstruct_epochs={EPOCHS}", f"prune.reconstruct_lr={RATE}", "prune.batch_size=3"
-    options += (f"prune.reconstruct_batch_size={size}",)
-    options += f"prune.reconstruct_target={target}", f"prune.reconstruct_scheduler={scheduler}"
-    options += (f"prune.reconstruct_unit={unit}",)
-    _, tuned, record = prune(*options, windows=windows)
+    tuning = {"epochs": EPOCHS, "lr": RATE, "target": target, "unit": unit, "scheduler": scheduler}
+    tuning |= {"batch_size": size, "loss": kind}
+    options = [f"prune.reconstruct_{key}={value}" for key, value in tuning.items()]
+    _, tuned, record = prune(*options, "prune.batch_size=3", windows=windows)
     assert record.reconstruction is not None
     assert all(errors.after < errors.before for errors in record.reconstruction.values())
     literal = Literal(llama, windows)
@@ -160,7 +160,7 @@ def test_tuning_equals_a_literal_loop(
         prefix = f"model.layers.{index}."
         found = {name.removeprefix(prefix): weight for name, weight in tuned.items() if name.startswith(prefix)}
         masks = {name: weight != 0 for name, weight in found.items() if name.split(".")[-2] in PROJECTIONS}
-        expected = literal.tune_block(index, masks, target, unit, scheduler, size)
+        expected = literal.tune_block(index, masks, target, unit, scheduler, size, kind)
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
 
