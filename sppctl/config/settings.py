@@ -246,6 +246,13 @@ class DistillConfig:
         "plain text, so that instructions are learned from their rows alone",
         later=True,
     )
+    hidden: float = _key(
+        0.0,
+        "h: adds h times the mean over blocks of |difference of the hidden states|^2 / |the teacher's|^2, at the same "
+        "tokens; 0: none",
+        low=0,
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,9 @@ def _memory(
     masks = trainable.parameters if train.method == "ste" else 0
     # the teacher's weights, and its and the student's distributions over the vocabulary
     teacher = weights + 2 * activations.logits if train.distill.teacher is not None else 0
+    if teacher and train.distill.hidden:  # its hidden states, and in float32 the student's difference from them
+        text = skeleton.config.get_text_config()
+        teacher += (d + FLOAT) * batch.tokens * text.hidden_size * text.num_hidden_layers
     blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
     weights -= _saved_by_packing(config, skeleton, d, stored) if packed else 0
     peaks = {

@@ -4,15 +4,21 @@ With z the logits, T the temperature and w the weight (Hinton et al., 2015, arXi
 
     loss = (1 - w) cross-entropy + w T^2 mean KL(softmax(z_teacher / T) || softmax(z_student / T))
 
-The cross-entropy is that of a training without a teacher. The mean runs over the distilled tokens of the whole
-optimizer step: of all its micro-batches and all processes, however many there are in each of them.
+With h, the weight of the hidden states x behind the B blocks (of the last one, behind the final norm), it also has
+
+    h mean 1/B sum_b |x_student,b - x_teacher,b|^2 / |x_teacher,b|^2
+
+as in SquareHead (Kurtic et al., 2023, arXiv 2310.06927), but relative token by token, because a few tokens have hidden
+states that are hundreds of times larger than the others'. The cross-entropy is that of a training without a teacher.
+Means run over the distilled tokens of the whole optimizer step: of all its micro-batches and all processes, however
+many there are in each of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,10 +42,11 @@ BASE = "base"
 
 
 def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
-    """Checks that the teacher exists and has the vocabulary of the model.
+    """Checks that the teacher exists and has the vocabulary of the model and, if they are compared, its hidden states.
 
     Raises:
-        UserError: no such checkpoint, a missing or different vocabulary, or a strategy that would shard the teacher.
+        UserError: no such checkpoint, a missing or different vocabulary, hidden states of another shape, or a strategy
+            that would shard the teacher.
     """
     teacher = config.train.distill.teacher
     if teacher is None:
@@ -49,11 +56,16 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     if teacher == BASE:
         return
     directory, trust = locate(teacher), config.model.trust_remote_code
-    sizes = [c.get_text_config().vocab_size for c in (checkpoint.load_config(directory, trust), skeleton.config)]
-    if sizes[0] != sizes[1]:
+    theirs, ours = (c.get_text_config() for c in (checkpoint.load_config(directory, trust), skeleton.config))
+    if theirs.vocab_size != ours.vocab_size:
         raise UserError(
-            f"train.distill.teacher: {teacher} has a vocabulary of {sizes[0]} tokens, the model {sizes[1]}; "
-            "the teacher must be of the same family"
+            f"train.distill.teacher: {teacher} has a vocabulary of {theirs.vocab_size} tokens, the model "
+            f"{ours.vocab_size}; the teacher must be of the same family"
+        )
+    shapes = [f"{c.num_hidden_layers} blocks of width {c.hidden_size}" for c in (theirs, ours)]
+    if config.train.distill.hidden and shapes[0] != shapes[1]:
+        raise UserError(
+            f"train.distill.hidden: {teacher} has {shapes[0]}, the model {shapes[1]}; set it to 0 for this teacher"
         )
     check_directory(directory, trust)
     integrity.check_record(directory)
@@ -104,7 +116,9 @@ class Distillation:
         self.teacher, self.settings = teacher, settings
         self.watch = Stopwatch(next(teacher.parameters()).device)
         self._tokens = 1
-        self._divergence: Tensor | float = 0.0  # summed in this process since the last report
+        self.asked = {"output_hidden_states": True} if settings.hidden else {}  # of student and teacher
+        # summed in this process since the last report: divergence and difference of hidden states
+        self._sums = torch.zeros(2, device=next(teacher.parameters()).device)
         self._steps = 0
 
     def start_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
@@ -115,7 +129,14 @@ class Distillation:
         self._tokens = max(1, int(count))
         self._steps += 1
 
-    def mix(self, loss: Tensor, logits: Tensor, inputs: dict[str, Tensor], distilled: Tensor) -> Tensor:
+    def mix(
+        self,
+        loss: Tensor,
+        logits: Tensor,
+        inputs: dict[str, Tensor],
+        distilled: Tensor,
+        hidden: Sequence[Tensor] = (),
+    ) -> Tensor:
         """The distilled loss of a micro-batch, normalised so that it adds up over micro-batches and processes.
 
         Args:
@@ -124,36 +145,42 @@ class Distillation:
             logits: (batch, tokens, vocabulary) of the student.
             inputs: of the student.
             distilled: (batch, tokens) boolean, True for tokens whose predictions count.
+            hidden: (batch, tokens, width) of the student before the first block and behind each, if they are compared.
         """
         with self.watch.span():
             predicting = F.pad(distilled[:, 1:], (0, 1))
             positions = predicting.flatten().nonzero().squeeze(1)
             predicted = logits.new_empty(0, logits.shape[-1])
+            states: list[Tensor] = []
             if len(positions):
-                predicted = self._predict(inputs, predicting).to(logits.dtype)
+                predicted, states = self._predict(inputs, predicting)
             temperature, weight = self.settings.temperature, self.settings.weight
-            scale = weight * temperature**2 * distributed.world_size() / self._tokens
-            divergence = kl_divergence(logits, predicted, positions, temperature, scale)
-        self._divergence += divergence.detach() / (scale * self._tokens)
-        return (1 - weight) * loss + divergence
+            share = distributed.world_size() / self._tokens
+            scale = weight * temperature**2 * share
+            divergence = kl_divergence(logits, predicted.to(logits.dtype), positions, temperature, scale)
+            difference = relative_difference(hidden[1:], states, positions)
+        self._sums += torch.stack([divergence.detach() / scale, difference.detach()]) / self._tokens
+        return (1 - weight) * loss + divergence + self.settings.hidden * share * difference
 
     @torch.no_grad()
-    def _predict(self, inputs: dict[str, Tensor], predicting: Tensor) -> Tensor:
+    def _predict(self, inputs: dict[str, Tensor], predicting: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits (positions, vocabulary) where ``predicting`` (batch, tokens) is True.
 
-        Only these stay in memory, and rows without any are not computed.
+        And, if they are compared, its hidden states (positions, width) there, behind each block. Only these stay in
+        memory, and rows without any are not computed.
         """
         rows = predicting.any(dim=1)
-        logits: Tensor = self.teacher(**{name: value[rows] for name, value in inputs.items()}).logits
-        return logits[predicting[rows]]
+        outputs = self.teacher(**{name: value[rows] for name, value in inputs.items()}, **self.asked)
+        there = predicting[rows]
+        hidden = outputs.hidden_states[1:] if self.asked else ()
+        return outputs.logits[there], [states[there] for states in hidden]
 
-    def report(self) -> float:
-        """Mean divergence of a distilled token since the last report, over all processes."""
-        total = torch.as_tensor(self._divergence, dtype=torch.float32).clone()
-        distributed.all_reduce_sum(total)
-        mean = total.item() / max(1, self._steps)
-        self._divergence, self._steps = 0.0, 0
-        return mean
+    def report(self) -> dict[str, float]:
+        """Mean divergence of a distilled token since the last report, and difference of its hidden states, if asked."""
+        distributed.all_reduce_sum(self._sums)
+        divergence, hidden = (self._sums / max(1, self._steps)).tolist()
+        self._sums, self._steps = torch.zeros_like(self._sums), 0
+        return {"kl": divergence} | ({"hidden": hidden} if self.asked else {})
 
     def record(self, state: State, seconds: float) -> DistillationRecord:
         """The record of a training whose last attempt took ``seconds``.
@@ -168,6 +195,22 @@ class Distillation:
             kl_mean=state.mean("kl"),
             seconds_share=self.watch.seconds() / seconds,
         )
+
+
+def relative_difference(student: Sequence[Tensor], teacher: Sequence[Tensor], positions: Tensor) -> Tensor:
+    """The sum over positions, and mean over blocks, of |student - teacher|^2 / |teacher|^2, in float32.
+
+    Args:
+        student: (batch, tokens, width) hidden states of each block.
+        teacher: (positions, width) hidden states of each block.
+        positions: int64 places in the flattened (batch x tokens).
+    """
+    total = torch.zeros((), device=positions.device)
+    for ours, theirs in zip(student, teacher, strict=True) if teacher else ():
+        size = theirs.float().square().sum(-1).clamp_min(1e-30)
+        errors = (ours.flatten(0, 1)[positions].float() - theirs.float()).square().sum(-1)
+        total = total + (errors / size).sum()
+    return total / max(1, len(teacher))
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, positions: Tensor, temperature: float, scale: float) -> Tensor:

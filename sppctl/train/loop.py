@@ -185,12 +185,15 @@ class Loop:
     def _loss_of(self, batch: Batch, tokens: Tensor) -> Tensor:
         """A micro-batch's part of the loss per token of the whole step, distilled if there is a teacher."""
         inputs = self._inputs(batch)
-        logits = self.model(**inputs).logits
+        asked = {} if self.distillation is None else self.distillation.asked
+        outputs = self.model(**inputs, **asked)
+        logits = outputs.logits
         # times the number of processes: their gradients are averaged, but should be summed
         loss = cross_entropy(logits, batch, tokens) * distributed.world_size()
         if self.distillation is None:
             return loss
-        return self.distillation.mix(loss, logits, inputs, batch["distilled"].to(logits.device))
+        hidden = outputs.hidden_states if asked else ()
+        return self.distillation.mix(loss, logits, inputs, batch["distilled"].to(logits.device), hidden)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         names = ("input_ids", "attention_mask", "position_ids")
@@ -221,7 +224,7 @@ class Loop:
         loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported_step)
         self._loss.zero_()
         self._reported_step = self.state.step
-        divergence = {} if self.distillation is None else {"kl": self.distillation.report()}
+        divergence = {} if self.distillation is None else self.distillation.report()
         metrics: Metrics = {"loss": loss, "grad_norm": figures.norm, "learning_rate": figures.rate, **divergence}
         self._log(metrics | {"seconds": round(self.before.seconds + self._seconds(), 2)})
 

@@ -36,7 +36,7 @@ def ignored(train: TrainConfig) -> list[str]:
         sections.append(("", train, {"warmup_ratio"}, "with train.warmup_steps"))
     if train.distill.teacher is None:
         sections.append(
-            ("distill.", train.distill, {"weight", "temperature", "tokens"}, "without train.distill.teacher")
+            ("distill.", train.distill, {"weight", "temperature", "tokens", "hidden"}, "without train.distill.teacher")
         )
     if train.refresh.steps is None:
         sections.append(("refresh.", train.refresh, {"until", "cycles"}, "without train.refresh.steps"))

@@ -464,6 +464,8 @@ def test_what_trains_dense_weights_alone_has_no_plan_for_packed_ones(planned: Pl
     teacher = planned("train.distill.teacher=base")
     assert teacher.packed is not None
     assert teacher.packed.teacher == teacher.memory.teacher, "the teacher is dense"
+    hidden = planned("train.distill.teacher=base", "train.distill.hidden=1").memory
+    assert hidden.teacher - teacher.memory.teacher == hidden.tokens_on_device * 2 * 32 * (4 + 4)
 
 
 def test_the_table_of_packed_weights(command: Command) -> None:

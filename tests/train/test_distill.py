@@ -70,36 +70,46 @@ def sure(llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("on_inputs", "covered", "packing"),
+    ("on_inputs", "covered", "packing", "hidden", "checkpointing"),
     [
-        ("true", "responses", "false"),
-        ("false", "responses", "false"),
-        ("false", "all", "false"),
-        ("true", "all", "true"),
-        ("true", "text", "false"),
-        ("false", "text", "true"),
+        ("true", "responses", "false", 0.0, "false"),
+        ("false", "responses", "false", 3.0, "false"),
+        ("false", "all", "false", 0.0, "false"),
+        ("true", "all", "true", 3.0, "true"),
+        ("true", "text", "false", 3.0, "true"),
+        ("false", "text", "true", 0.0, "false"),
     ],
 )
 def test_the_first_loss_equals_a_literal_computation(
-    on_inputs: str, covered: str, packing: str, fit: Fit, sure: Path, tmp_path: Path
+    on_inputs: str,
+    covered: str,
+    packing: str,
+    hidden: float,
+    checkpointing: str,
+    fit: Fit,
+    sure: Path,
+    tmp_path: Path,
 ) -> None:
     """At step 1 the student is the pruned model, so loss and divergence can be worked out from plain models."""
     options = ["train.data.val_size=0", "train.batch_size=24", "train.micro_batch_size=8", "train.dropout=0.0"]
     options += [f"train.data.train_on_inputs={on_inputs}", "train.max_steps=1"]
     options += [f"train.distill.teacher={sure}", "train.distill.weight=0.3", "train.distill.temperature=2.0"]
-    options += [f"train.distill.tokens={covered}", f"train.data.packing={packing}"]
+    options += [f"train.distill.tokens={covered}", f"train.data.packing={packing}", f"train.distill.hidden={hidden}"]
+    options += [f"train.gradient_checkpointing={checkpointing}"]
     if covered == "text":
         (tmp_path / "plain.txt").write_text("The cat sat on the mat. " * 90)
         options.append(f"train.data.dataset={{instructions: 1, {tmp_path / 'plain.txt'}: 1}}")
-    loss, kl = figures(fit("adapter", *options), "loss", "kl")
+    metrics = fit("adapter", *options)
+    loss, kl = figures(metrics, "loss", "kl")
     tokenizer = load_tokenizer(fit.pruned[0])
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure))
-    entropy = divergence = torch.zeros((), dtype=torch.float64)
+    entropy = divergence = difference = torch.zeros((), dtype=torch.float64)
     tokens = distilled = 0
     with torch.no_grad():
         for example in Feed(fit.configure(*options), tokenizer, SMALL["vocab_size"]).train:
             ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
-            ours, theirs = student(ids).logits[0, :-1].double(), teacher(ids).logits[0, :-1].double()
+            outputs = [model(ids, output_hidden_states=True) for model in (student, teacher)]
+            ours, theirs = (output.logits[0, :-1].double() for output in outputs)
             counted = labels != -100
             entropy = entropy - ours.log_softmax(-1)[counted].gather(1, labels[counted].unsqueeze(1)).sum()
             tokens += int(counted.sum())
@@ -109,9 +119,14 @@ def test_the_first_loss_equals_a_literal_computation(
             # predicts the response's first token
             first = 0 if covered == "all" or is_plain else example.response.index(True) - 1
             divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
+            for one, other in zip(*(output.hidden_states[1:] for output in outputs), strict=True):
+                moved = (one - other)[0, first:-1].double().norm(dim=-1) / other[0, first:-1].double().norm(dim=-1)
+                difference = difference + moved.square().sum() / SMALL["num_hidden_layers"]
             distilled += len(ours) - first
     assert kl == pytest.approx((divergence / distilled).item(), rel=1e-5)
-    wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / distilled
+    wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / distilled + hidden * difference / distilled
+    if hidden:
+        assert figures(metrics, "hidden") == [pytest.approx((difference / distilled).item(), rel=1e-5)]
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
 
 
@@ -185,6 +200,8 @@ def test_it_brings_the_student_nearer_to_the_teacher(fit: Fit) -> None:
     ("teacher", "more", "words"),
     [
         ("other", [], r"distill.teacher: .* vocabulary of 300 tokens, the model 260"),
+        ("deeper", ["train.distill.hidden=1"], r"distill.hidden: .*/deeper has 3 blocks of width 32, the model 2 bl"),
+        ("deeper", [], None),
         ("none", [], r"distill.teacher: .*/none does not exist"),
         ("base", ["launch.strategy=zero3"], "launch.strategy=zero3 would shard the teacher"),
         ("base", [], None),
@@ -195,6 +212,10 @@ def test_a_teacher_that_cannot_teach_is_refused(
 ) -> None:
     shutil.copytree(llama, tmp_path / "other")
     LlamaConfig(**SMALL | {"vocab_size": 300}).save_pretrained(tmp_path / "other")
+    deeper = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"num_hidden_layers": 3}))
+    deeper.save_pretrained(tmp_path / "deeper")
+    for path in llama.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "deeper")
     place = teacher if teacher == "base" else tmp_path / teacher
     with contextlib.nullcontext() if words is None else pytest.raises(UserError, match=words):
         preflight(configure(*FITTING, f"train.distill.teacher={place}", *more), llama)
