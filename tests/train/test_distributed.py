@@ -159,7 +159,7 @@ def assert_same_adapter(directory: Path, other: Path) -> None:
         (4, "fsdp", "bfloat16", "ranks", []),
         (2, "zero3", "float32", "ranks", []),
         # a sharded student and a whole teacher
-        (2, "fsdp", "float32", "ranks", ["train.distill.weight=0.7", "train.data.packing=true"]),
+        (2, "fsdp", "float32", "ranks", ["train.distill.hidden=2", "train.data.packing=true"]),
         (2, "fsdp", "bfloat16", "ranks", ["train.distill.weight=0.7"]),
     ],
     ids=str,

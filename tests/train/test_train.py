@@ -331,7 +331,11 @@ def test_neither_accumulation_nor_packing_nor_checkpointing_changes_a_figure(
     """With labels for the prompts, too: there the responses of a distillation cannot be told by the labels."""
     fixed = ["train.dropout=0.0", "train.log_steps=1", "train.lr=1e-4", "train.data.train_on_inputs=true"]
     fixed += ["train.data.seq_len=300", f"train.distill.teacher={teacher}"]
-    fixed += [] if teacher == "null" else ["train.distill.weight=0.8", "train.distill.temperature=1.5"]
+    fixed += (
+        []
+        if teacher == "null"
+        else ["train.distill.weight=0.8", "train.distill.temperature=1.5", "train.distill.hidden=2"]
+    )
     names = ("loss", "grad_norm") if teacher == "null" else ("loss", "grad_norm", "kl")
     variants = {f"by {size}": f"train.micro_batch_size={size}" for size in (4, 2, 1)}
     variants |= {"packed": "train.data.packing=true", "recomputed": "train.gradient_checkpointing=true"}
