@@ -291,6 +291,14 @@ class TrainConfig:
     optimizer: Literal["adamw", "adafactor", "adamw_8bit"] = _key(
         "adamw", "adamw; adafactor: factored second moments, less memory; adamw_8bit: needs bitsandbytes and a GPU"
     )
+    adam_beta1: float = _key(0.9, "adamw: decay of the mean of the gradients", low=0, below=1, later=True)
+    adam_beta2: float = _key(
+        0.999,
+        "adamw: decay of the mean of their squares; 0.95 forgets the large ones of the first steps",
+        low=0,
+        below=1,
+        later=True,
+    )
     lr: float = _key(4e-3, "peak learning rate", above=0)
     scheduler: Literal[
         "linear",

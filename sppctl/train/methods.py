@@ -34,6 +34,8 @@ def ignored(train: TrainConfig) -> list[str]:
         sections.append(("", train, {"warmup_ratio", "warmup_steps"}, reason))
     elif train.warmup_steps is not None:
         sections.append(("", train, {"warmup_ratio"}, "with train.warmup_steps"))
+    if train.optimizer == "adafactor":
+        sections.append(("", train, {"adam_beta1", "adam_beta2"}, "with train.optimizer=adafactor"))
     if train.distill.teacher is None:
         sections.append(
             ("distill.", train.distill, {"weight", "temperature", "tokens", "hidden"}, "without train.distill.teacher")

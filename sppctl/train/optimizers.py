@@ -32,12 +32,13 @@ def make_optimizer(train: TrainConfig, parameters: Iterable[Tensor]) -> Optimize
     if train.optimizer == "adafactor":  # with the learning rate of our schedule, as transformers' Trainer uses it
         fixed = {"scale_parameter": False, "relative_step": False}
         return Adafactor(list(parameters), lr=train.lr, weight_decay=train.weight_decay, **fixed)
+    betas = (train.adam_beta1, train.adam_beta2)
     if train.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        optimizer: Optimizer = AdamW8bit(parameters, lr=train.lr, weight_decay=train.weight_decay)
+        optimizer: Optimizer = AdamW8bit(parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay)
         return optimizer
-    return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay, fused=True)
 
 
 def make_schedule(train: TrainConfig, optimizer: Optimizer, max_steps: int) -> LambdaLR:

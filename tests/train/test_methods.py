@@ -235,6 +235,10 @@ def test_the_rank_is_limited_for_spp_alone(configure: Configure, llama: Path) ->
         (["train.method=hira", "train.scale=5"], "train.scale: no effect with train.method=hira"),
         (["train.mask_steps=7"], "train.mask_steps: no effect with train.method=spp"),
         (["train.distill.weight=0.7"], "train.distill.weight: no effect without train.distill.teacher"),
+        (
+            ["train.optimizer=adafactor", "train.adam_beta2=0.95"],
+            "train.adam_beta2: no effect with train.optimizer=adafactor",
+        ),
         (["train.refresh.until=0.3"], "train.refresh.until: no effect without train.refresh.steps"),
     ],
 )

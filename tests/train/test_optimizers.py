@@ -127,6 +127,27 @@ def test_a_key_without_effect_is_named(configure: Configure, llama: Path, capsys
     assert f"{never}0.002\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("options", "betas"), [([], (0.9, 0.999)), (["train.adam_beta1=0.5"], (0.5, 0.999))])
+@pytest.mark.parametrize("second", [None, 0.95])
+def test_adamw_by_hand(
+    options: list[str], betas: tuple[float, float], second: float | None, configure: Configure
+) -> None:
+    """Two steps: the means of gradients and squares decay with the betas, and are corrected for the start."""
+    options = [*options, *([] if second is None else [f"train.adam_beta2={second}"])]
+    first, other = betas[0], second or betas[1]
+    train = configure("train.lr=0.1", "train.weight_decay=0", *options).train
+    weight, expected = torch.ones(2, requires_grad=True), torch.ones(2)
+    optimizer = optimizers.make_optimizer(train, [weight])
+    mean = square = torch.zeros(2)
+    for step, gradient in enumerate([torch.tensor([1.0, -8.0]), torch.tensor([0.5, 2.0])], 1):
+        weight.grad = gradient
+        optimizer.step()
+        mean = first * mean + (1 - first) * gradient
+        square = other * square + (1 - other) * gradient**2
+        expected = expected - 0.1 * mean / (1 - first**step) / ((square / (1 - other**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=0)
+
+
 def test_adafactor_by_hand(configure: Configure) -> None:
     """One step on a matrix: the second moment is the product of its row and column means."""
     train = configure("train.optimizer=adafactor", "train.lr=0.1", "train.weight_decay=0").train
