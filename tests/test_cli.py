@@ -225,7 +225,7 @@ def test_help_of_a_command(command: Command) -> None:
 
 def test_schema_of_a_section(command: Command) -> None:
     keys = [entry["key"] for entry in command("config", "--schema", "train.distill", "--json").json]
-    assert keys == [f"train.distill.{key}" for key in ("teacher", "weight", "temperature", "tokens")]
+    assert keys == [f"train.distill.{key}" for key in ("teacher", "weight", "temperature", "tokens", "hidden")]
     assert "teacher: null" in command("config", "--schema", "train.distill").out
     for wrong in ("trian", "train.rank=2"):
         assert command("config", "--schema", wrong).code == 2
