@@ -135,7 +135,7 @@ def _ablations(findings: Findings) -> str:
     if not any(row[1] in ABLATIONS for row in rows):
         return ""
     head = ["pattern", "SPP", "WikiText-2", "loss minus as published"]
-    return f"## Ablations of SPP, after Wanda\n\n{_table(head, rows)}"
+    return f"## Ablations of SPP, after Wanda\n\n{_table(head, rows, texts=2)}"
 
 
 def _difference(found: Interval | None) -> str:
@@ -149,7 +149,7 @@ def _recipes(records: Records) -> str:
         lines = [_recipe(pattern, row, records) for row in rows]
         if any(lines):
             head = ["row", "change", "seeds", "WikiText-2", "gain", "instructions", "tokens", "time"]
-            parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line])]
+            parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line], texts=2)]
     if not parts:
         return ""
     about = f"""## Recipes
@@ -250,9 +250,10 @@ def _machines(records: Records) -> str:
     rows = [[hardware, versions, str(len(s)), f"{sum(s) / 3600:.1f}"] for (hardware, versions), s in used.items()]
     if not rows:
         return ""
-    return f"## Machines\n\n{_table(['hardware', 'versions', 'cells', 'hours'], rows)}"
+    return f"## Machines\n\n{_table(['hardware', 'versions', 'cells', 'hours'], rows, texts=2)}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table; all columns but the first ``texts`` hold numbers."""
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * texts}{' ---: |' * (len(head) - texts)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
