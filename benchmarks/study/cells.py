@@ -47,7 +47,7 @@ class Scale:
 
 
 FULL = Scale(
-    steps=60,
+    steps=40,
     max_tokens=40_960,
     pruners=PRUNERS,
     patterns=PATTERNS,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import cells
 from cells import TEST, Cell, slug
 
-Settings = dict[str, str]
+Settings = Mapping[str, str | None]  # a row removes the settings that are None
 STEPS = 120
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 40_960
@@ -31,7 +31,13 @@ class Row:
     seeds: tuple[int, ...] = (0,)
 
 
-RECONSTRUCTED = {"prune.reconstruct_epochs": "4", "prune.reconstruct_lr": "3e-4"}
+RECONSTRUCTED = {
+    "prune.reconstruct_epochs": "4",
+    "prune.reconstruct_lr": "3e-4",
+    "prune.reconstruct_batch_size": "2",
+    "prune.reconstruct_scheduler": "cosine",
+    "prune.reconstruct_loss": "token",
+}
 FULL = {"train.method": "masked_full", "train.lr": "5e-4"}
 # 144 steps of 4 rows have about as many tokens as 120 steps of 8 rows of Alpaca, of which few have more than 256
 MIXED = {
@@ -44,26 +50,41 @@ MIXED = {
     "train.micro_batch_size": "4",
     "train.max_steps": "144",
 }
+# as many tokens in fewer steps, because rows of text are longer
+TEXT = {"train.data.dataset": "{alpaca: 1, c4: 4}", "train.max_steps": "115"}
 DISTILLED = {"train.distill.teacher": "base", "train.distill.weight": "0.5", "train.distill.tokens": "text"}
 SPP = {"train.method": "spp", "train.lr": "1e-2"}
+HIRA = {"train.method": "hira", "train.lr": "1e-2"}
+LONGER = {"train.max_steps": "576"}
+FASTER = {"train.max_steps": "72", **dict.fromkeys(DISTILLED)}
+UNRECONSTRUCTED = dict.fromkeys(RECONSTRUCTED)
+HEALED = (  # the rows that both patterns share
+    Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED),
+    Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
+    Row("mixed", "every second row is 256 tokens of plain text (C4); 144 steps of 4 rows", MIXED, "full"),
+    Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed", SEEDS),
+    Row("spp", "SPP instead of every kept weight", SPP, "distilled"),
+    Row("rate", "twice the learning rate", {"train.lr": "1e-3"}, "distilled"),
+    Row("unreconstructed", "no block reconstruction", UNRECONSTRUCTED, "distilled"),
+    Row("longer", "four times the steps", LONGER, "distilled"),
+)
+PAPERS = Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS)
+SPARSEGPT = Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper")
 ROWS: dict[str, tuple[Row, ...]] = {
     "2:4": (
-        Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
-        Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper"),
-        Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED, "sparsegpt"),
-        Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
-        Row("mixed", "every second row is 256 tokens of plain text (C4); 144 steps of 4 rows", MIXED, "full"),
-        Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed"),
-        Row("distilled-spp", "SPP instead of every kept weight", SPP, "distilled"),
+        PAPERS,
+        SPARSEGPT,
+        *(replace(row, after=row.after or "sparsegpt") for row in HEALED),
+        Row("text", "four rows of plain text for each instruction", TEXT, "distilled"),
+        Row("hidden", "the teacher's hidden states too", {"train.distill.hidden": "1"}, "distilled"),
+        Row("hira", "HiRA instead of every kept weight", HIRA, "distilled"),
+        Row("fast", "half the steps, no teacher", FASTER, "unreconstructed"),
     ),
     "0.75": (
-        Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
-        Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper"),
+        PAPERS,
+        SPARSEGPT,
         Row("owl", "blocks with fewer outliers lose more (OWL)", {"prune.allocation": "owl"}, "sparsegpt"),
-        Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED, "owl"),
-        Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
-        Row("mixed", "every second row is 256 tokens of plain text (C4); 144 steps of 4 rows", MIXED, "full"),
-        Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed"),
+        *(replace(row, after=row.after or "owl") for row in HEALED),
     ),
 }
 
@@ -72,7 +93,7 @@ def settings_of(pattern: str, row: Row) -> Settings:
     """All settings of a row."""
     earlier = next((one for one in ROWS[pattern] if one.name == row.after), None)
     before = settings_of(pattern, earlier) if earlier else {**PAPER, "prune.pattern": pattern}
-    return before | row.changes
+    return {**before, **row.changes}
 
 
 def cell_of(pattern: str, row: Row, seed: int) -> Cell:
@@ -92,7 +113,7 @@ def pruned_of(pattern: str, row: Row, seed: int) -> Cell | None:
 
 def _stages(pattern: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The settings of pruning, and those of training."""
-    settings = [f"{key}={value}" for key, value in settings_of(pattern, row).items()]
+    settings = [f"{key}={value}" for key, value in settings_of(pattern, row).items() if value]
     pruning = tuple(one for one in settings if one.startswith("prune."))
     return pruning, tuple(one for one in settings if not one.startswith("prune."))
 
