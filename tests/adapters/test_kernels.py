@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -218,6 +219,28 @@ def test_a_kept_weight_that_lands_on_zero_stays_kept(dtype: torch.dtype, smalles
     rounded = round_under_mask(values, mask, dtype)
     assert rounded[0].tolist() == [smallest, -smallest, smallest, 2.0, 0.0]
     assert values[0].tolist()[3:] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize("special", [None, math.inf, math.nan, 0.0], ids=str)
+def test_rounding_keeps_every_bit_inside_the_mask_and_writes_positive_zeros_outside(
+    dtype: torch.dtype, mask_dtype: torch.dtype, special: float | None
+) -> None:
+    """With and without a number, here outside the mask, that keeps the quick way from being taken."""
+    generator = torch.Generator().manual_seed(0)
+    values, draw = torch.randn(6, 16, generator=generator), torch.randn(6, 16, generator=generator)
+    mask = torch.where(draw > 0, draw, 0).to(mask_dtype)
+    values[0, 0], mask[0, 0] = 1e-39, 1  # subnormal in float32 and bfloat16, zero in float16
+    if special is not None:
+        values[draw <= 0] = special
+    values[draw <= 0] *= -1
+    rounded = round_under_mask(values, mask, dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for ours, value, kept in zip(rounded.flatten(), values.to(dtype).flatten(), mask.flatten(), strict=True):
+        smallest = torch.tensor(2.0**-24, dtype=dtype)
+        expected = torch.zeros_like(ours) if kept == 0 else value if value != 0 else smallest
+        assert ours.view(bits) == expected.view(bits)
 
 
 # --- branches ---------------------------------------------------------------------------------------------------------
