@@ -21,6 +21,11 @@ def row_chunks(weight: Weight) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
+def ones_under_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where ``mask`` is not zero, else 0; a product with it is much faster on a CPU than ``masked_fill``."""
+    return mask.to(dtype) if mask.dtype == torch.bool else mask.sign().abs_().to(dtype)
+
+
 def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` rounded to ``dtype``, with zeros exactly where ``mask`` has them.
 
@@ -34,7 +39,7 @@ def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
     """
     rounded, info = values.to(dtype), torch.finfo(dtype)
     if rounded.device.type == "cpu":  # PyTorch vectorises arithmetic there, but neither comparisons nor selections
-        kept = mask.to(dtype) if mask.dtype == torch.bool else mask.sign().abs_().to(dtype)
+        kept = ones_under_mask(mask, dtype)
         result = torch.mul(rounded, kept).add_(0)  # 0 x a negative weight is -0, and -0 + 0 is 0
         if result.abs().add_(1 - kept).amin() > 0:  # no kept weight is zero; not so either if anything is not a number
             return result
