@@ -23,6 +23,7 @@ import torch
 from cells import FULL, Cell, Record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sppctl.config.load import load_config
 from sppctl.data import texts
 from sppctl.evaluate.results import TaskMeasure, TaskNumbers, TaskResult, TaskScores
 
@@ -111,6 +112,29 @@ def test_a_row_of_a_recipe_has_the_settings_of_the_row_that_it_changes(monkeypat
     cell = recipes.cell_of("2:4", second, 0)
     assert {"train.lr=2", "train.rank=4"} <= set(cell.training)
     assert "prune.method=sparsegpt" in cell.pruning
+
+
+def test_a_row_can_remove_a_setting_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recipes.Row("first", "", {"prune.damp": "0.1", "train.rank": "4"})
+    second = recipes.Row("second", "", {"prune.damp": None}, after="first")
+    monkeypatch.setitem(recipes.ROWS, "2:4", (first, second))
+    cell = recipes.cell_of("2:4", second, 0)
+    assert cell.pruning == cells.pruning("wanda", "2:4")
+    assert "train.rank=4" in cell.training
+
+
+@pytest.mark.parametrize("name", recipes.SHIPPED)
+def test_a_shipped_recipe_is_the_row_that_was_measured(name: str) -> None:
+    pattern, row = recipes.SHIPPED[name]
+    found = recipes.row_of(pattern, row)
+    assert found
+    cell = recipes.cell_of(pattern, found, 0)
+    measured = load_config(str(ROOT / "benchmarks/study/study.yaml"), [*cell.pruning, *cell.training])
+    shipped = load_config(name)
+    assert shipped.prune == measured.prune
+    dropout = 0.0 if shipped.train.method == "masked_full" else shipped.train.dropout  # which has none
+    assert replace(shipped.train, report_to=[], dropout=dropout) == measured.train
+    assert replace(shipped.model, compute_dtype="float32") == measured.model
 
 
 def test_rows_that_prune_alike_share_one_pruned_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +271,17 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> 
         pytest.skip(f"figures were drawn with another version than {pinned}")
     for path in tmp_path.glob("*.svg"):
         assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes()
+
+
+def test_the_readme_has_the_numbers_of_the_records() -> None:
+    records = records_of_cells.load(ROOT / "benchmarks/study/records")
+    table = (ROOT / "README.md").read_text().partition("## Which recipe?")[2].partition("##")[0]
+    for name in ("fast-2of4", "best-2of4", "paper-2of4"):
+        pattern, row = recipes.SHIPPED[name]
+        found = recipes.row_of(pattern, row)
+        assert found
+        _, _, _, wikitext, _, instructions, _, time = page._recipe(pattern, found, records)
+        assert f"| `sppctl run {name}` | {wikitext} | {instructions} | {time} |" in table
 
 
 def test_no_committed_record_is_of_a_cell_that_no_longer_exists() -> None:

@@ -150,6 +150,9 @@ def _recipes(records: Records) -> str:
         if any(lines):
             head = ["row", "change", "seeds", "WikiText-2", "gain", "instructions", "tokens", "time"]
             parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line], texts=2)]
+            gains = {row.name: _gain(pattern, row, records) for row in rows}
+            useless = [name for name, gain in gains.items() if gain is not None and gain.high >= 0]
+            parts += [f"No gain that can be told from chance: {', '.join(useless)}."] if useless else []
     if not parts:
         return ""
     about = f"""## Recipes
@@ -158,31 +161,42 @@ Each row changes one thing of an earlier row and trains for {recipes.STEPS} step
 earlier one says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the seeds.
 The gain is the difference in loss on WikiText-2 from the row that is changed, with its 95 % interval. Tokens are those
 of the training. Time is that of pruning and training together, as a multiple of the first row's on the same machine,
-where it did nothing else (at most {percent(str(IDLE))} of its CPU time)."""
+where it did nothing else (at most {percent(str(IDLE))} of its CPU time). `sppctl run NAME --model MODEL` runs the row
+behind which a name stands."""
     return "\n\n".join([about, *parts])
 
 
 def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
-    found = {seed: records.get(recipes.cell_of(pattern, row, seed).name) for seed in row.seeds}
-    measured = {seed: record for seed, record in found.items() if record is not None}
+    measured = list(_seeds(pattern, row, records).values())
     if not measured:
         return []
-    values = [
-        mean_of(cells.loss_of(one["texts"][name]) for one in measured.values()) for name in (WIKITEXT, INSTRUCTIONS)
-    ]
-    before = next((one for one in recipes.ROWS[pattern] if one.name == row.after), None)
-    earlier = {seed: before and records.get(recipes.cell_of(pattern, before, seed).name) for seed in measured}
-    pairs = [losses(measured[s], WIKITEXT) - losses(one, WIKITEXT) for s, one in earlier.items() if one is not None]
+    values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in (WIKITEXT, INSTRUCTIONS)]
+    shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
     return [
-        row.name,
+        "".join([row.name, *shipped]),
         f"{row.title}, after {row.after}" if row.after else row.title,
         str(len(measured)),
         f"{math.exp(values[0]):.2f}",
-        _difference(interval(pairs) if pairs else None),
+        _difference(_gain(pattern, row, records)),
         f"{math.exp(values[1]):.2f}",
-        f"{mean_of(one['stages']['train']['tokens'] for one in measured.values()):,.0f}",
+        f"{mean_of(one['stages']['train']['tokens'] for one in measured):,.0f}",
         _time(pattern, row, records),
     ]
+
+
+def _seeds(pattern: str, row: recipes.Row, records: Records) -> dict[int, Record]:
+    """The records of a row by seed, as far as they exist."""
+    found = {seed: records.get(recipes.cell_of(pattern, row, seed).name) for seed in row.seeds}
+    return {seed: record for seed, record in found.items() if record is not None}
+
+
+def _gain(pattern: str, row: recipes.Row, records: Records) -> Interval | None:
+    """The loss on WikiText-2 minus that of the row that is changed; None without a common seed."""
+    before = recipes.row_of(pattern, row.after)
+    earlier = _seeds(pattern, before, records) if before else {}
+    both = [(one, earlier[seed]) for seed, one in _seeds(pattern, row, records).items() if seed in earlier]
+    pairs = [losses(one, WIKITEXT) - losses(other, WIKITEXT) for one, other in both]
+    return interval(pairs) if pairs else None
 
 
 def _time(pattern: str, row: recipes.Row, records: Records) -> str:

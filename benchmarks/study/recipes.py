@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import cells
 from cells import TEST, Cell, slug
 
-Settings = Mapping[str, str | None]  # a row removes the settings that are None
+Settings = dict[str, str]
 STEPS = 120
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 40_960
@@ -26,7 +26,7 @@ class Row:
 
     name: str
     title: str  # what is new
-    changes: Settings = field(default_factory=dict)
+    changes: Mapping[str, str | None] = field(default_factory=dict)  # None: without this setting of the earlier row
     after: str | None = None  # the row that it changes; None: the paper's settings
     seeds: tuple[int, ...] = (0,)
 
@@ -55,6 +55,12 @@ TEXT = {"train.data.dataset": "{alpaca: 1, c4: 4}", "train.max_steps": "115"}
 DISTILLED = {"train.distill.teacher": "base", "train.distill.weight": "0.5", "train.distill.tokens": "text"}
 SPP = {"train.method": "spp", "train.lr": "1e-2"}
 HIRA = {"train.method": "hira", "train.lr": "1e-2"}
+SMALLER = {
+    "train.batch_size": "2",
+    "train.micro_batch_size": "2",
+    "train.max_steps": "288",
+    "train.lr": "3.5e-4",
+}
 LONGER = {"train.max_steps": "576"}
 FASTER = {"train.max_steps": "72", **dict.fromkeys(DISTILLED)}
 UNRECONSTRUCTED = dict.fromkeys(RECONSTRUCTED)
@@ -68,32 +74,46 @@ HEALED = (  # the rows that both patterns share
     Row("unreconstructed", "no block reconstruction", UNRECONSTRUCTED, "distilled"),
     Row("longer", "four times the steps", LONGER, "distilled"),
 )
-PAPERS = Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS)
+PAPERS = (
+    Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
+    Row("paper-longer", "400 steps: about the time of `distilled`", {"train.max_steps": "400"}, "paper"),
+)
 SPARSEGPT = Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper")
 ROWS: dict[str, tuple[Row, ...]] = {
     "2:4": (
-        PAPERS,
+        *PAPERS,
         SPARSEGPT,
         *(replace(row, after=row.after or "sparsegpt") for row in HEALED),
+        Row("smaller", "twice the steps of half the rows, learning rate 3.5e-4", SMALLER, "distilled"),
         Row("text", "four rows of plain text for each instruction", TEXT, "distilled"),
         Row("hidden", "the teacher's hidden states too", {"train.distill.hidden": "1"}, "distilled"),
         Row("hira", "HiRA instead of every kept weight", HIRA, "distilled"),
         Row("fast", "half the steps, no teacher", FASTER, "unreconstructed"),
     ),
     "0.75": (
-        PAPERS,
+        *PAPERS,
         SPARSEGPT,
         Row("owl", "blocks with fewer outliers lose more (OWL)", {"prune.allocation": "owl"}, "sparsegpt"),
         *(replace(row, after=row.after or "owl") for row in HEALED),
     ),
 }
+SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats
+    "best-2of4": ("2:4", "distilled"),
+    "fast-2of4": ("2:4", "fast"),
+    "paper-2of4": ("2:4", "paper"),
+}
+
+
+def row_of(pattern: str, name: str | None) -> Row | None:
+    """The row of that name; None without one."""
+    return next((row for row in ROWS[pattern] if row.name == name), None)
 
 
 def settings_of(pattern: str, row: Row) -> Settings:
     """All settings of a row."""
-    earlier = next((one for one in ROWS[pattern] if one.name == row.after), None)
+    earlier = row_of(pattern, row.after)
     before = settings_of(pattern, earlier) if earlier else {**PAPER, "prune.pattern": pattern}
-    return {**before, **row.changes}
+    return {key: value for key, value in {**before, **row.changes}.items() if value is not None}
 
 
 def cell_of(pattern: str, row: Row, seed: int) -> Cell:
@@ -113,7 +133,7 @@ def pruned_of(pattern: str, row: Row, seed: int) -> Cell | None:
 
 def _stages(pattern: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The settings of pruning, and those of training."""
-    settings = [f"{key}={value}" for key, value in settings_of(pattern, row).items() if value]
+    settings = [f"{key}={value}" for key, value in settings_of(pattern, row).items()]
     pruning = tuple(one for one in settings if one.startswith("prune."))
     return pruning, tuple(one for one in settings if not one.startswith("prune."))
 
