@@ -253,6 +253,8 @@ def test_the_page_is_the_same_bytes_for_the_same_records(tmp_path: Path) -> None
         page.write(FULL, records, tmp_path / folder / "results.md")
     for name in ("results.md", "results-grid.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    figure = (tmp_path / "one/results-grid.svg").read_text()
+    assert "mathdefault" not in figure
     text = (tmp_path / "one/results.md").read_text()
     assert "All cells have been measured" in text
     assert "not measured" not in text
