@@ -251,10 +251,10 @@ def test_the_page_is_the_same_bytes_for_the_same_records(tmp_path: Path) -> None
     records = filled(lambda name: [1.0 + len(name) / 100, 2.0])
     for folder in ("one", "two"):
         page.write(FULL, records, tmp_path / folder / "results.md")
-    for name in ("results.md", "results-grid.svg"):
+    for name in ("results.md", "results-grid.svg", "results-recipes.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    figure = (tmp_path / "one/results-grid.svg").read_text()
-    assert "mathdefault" not in figure
+    figures = "".join(path.read_text() for path in tmp_path.glob("one/*.svg"))
+    assert "mathdefault" not in figures
     text = (tmp_path / "one/results.md").read_text()
     assert "All cells have been measured" in text
     assert "not measured" not in text

@@ -11,7 +11,8 @@ from cells import ABLATIONS, FULL, Record, Records, Scale, cell_name
 
 from sppctl.report.significance import resampled_means
 
-WIKITEXT = "wikitext2"
+WIKITEXT, INSTRUCTIONS = "wikitext2", "instructions"
+TEXTS = {WIKITEXT: "WikiText-2", INSTRUCTIONS: "held-out instructions"}
 TITLES = {"pruned": "pruned", "dsnot": "DSnoT", "lora": "LoRA*", "spp": "SPP"}  # of the kinds of the grid
 HOLDS, FAILS, UNKNOWN, OPEN = "holds", "does not hold", "cannot be told here", "not measured yet"
 

@@ -11,10 +11,9 @@ import cells
 import figures
 import recipes
 from cells import ABLATIONS, Record, Records, Scale
-from claims import TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
+from claims import TEXTS, TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
 
 HERE = Path(__file__).resolve().parent
-INSTRUCTIONS = "instructions"
 IDLE = 0.05  # share of the machine's CPU time that other processes may take where seconds are compared
 
 
@@ -33,7 +32,7 @@ def text(scale: Scale, records: Records, folder: Path) -> str:
     """The page; figures are written into a folder."""
     findings = Findings(scale, records)
     parts = [_introduction(scale, records), _claims(findings), _grid(findings, folder), _rates(scale, records)]
-    parts += [_ablations(findings), _recipes(records) if scale.with_recipes else "", _tasks(records)]
+    parts += [_ablations(findings), _recipes(records, folder) if scale.with_recipes else "", _tasks(records)]
     parts += [(HERE / name).read_text().strip() for name in ("literature.md", "gpus.md")]
     parts += [_machines(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -81,7 +80,7 @@ def _grid(findings: Findings, folder: Path) -> str:
         values = ", ".join(f"{math.exp(cells.loss_of(one)):.2f} on {name}" for name, one in dense["texts"].items())
         parts.append(f"Dense: {values}.")
     for pruner in findings.scale.pruners:
-        for name, title in ((WIKITEXT, "WikiText-2"), (INSTRUCTIONS, "held-out instructions")):
+        for name, title in TEXTS.items():
             rows = [
                 [percent(pattern), *(_perplexity(findings.loss(pruner, pattern, kind, name)) for kind in TITLES)]
                 for pattern in findings.scale.patterns
@@ -142,7 +141,7 @@ def _difference(found: Interval | None) -> str:
     return "" if found is None else f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
-def _recipes(records: Records) -> str:
+def _recipes(records: Records, folder: Path) -> str:
     """A table per pattern; the gain of a row is measured from the row that it changes, over their common seeds."""
     parts = []
     for pattern, rows in recipes.ROWS.items():
@@ -155,6 +154,7 @@ def _recipes(records: Records) -> str:
             parts += [f"No gain that can be told from chance: {', '.join(useless)}."] if useless else []
     if not parts:
         return ""
+    figures.steps(records, folder / "results-recipes.svg")
     about = f"""## Recipes
 
 Each row changes one thing of an earlier row and trains for {recipes.STEPS} steps of 8 rows of Alpaca, unless it or an
@@ -163,14 +163,14 @@ The gain is the difference in loss on WikiText-2 from the row that is changed, w
 of the training. Time is that of pruning and training together, as a multiple of the first row's on the same machine,
 where it did nothing else (at most {percent(str(IDLE))} of its CPU time). `sppctl run NAME --model MODEL` runs the row
 behind which a name stands."""
-    return "\n\n".join([about, *parts])
+    return "\n\n".join([about, "![Perplexity of each row](results-recipes.svg)", *parts])
 
 
 def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
-    measured = list(_seeds(pattern, row, records).values())
+    measured = list(recipes.measured(pattern, row, records).values())
     if not measured:
         return []
-    values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in (WIKITEXT, INSTRUCTIONS)]
+    values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in TEXTS]
     shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
     return [
         "".join([row.name, *shipped]),
@@ -184,17 +184,11 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     ]
 
 
-def _seeds(pattern: str, row: recipes.Row, records: Records) -> dict[int, Record]:
-    """The records of a row by seed, as far as they exist."""
-    found = {seed: records.get(recipes.cell_of(pattern, row, seed).name) for seed in row.seeds}
-    return {seed: record for seed, record in found.items() if record is not None}
-
-
 def _gain(pattern: str, row: recipes.Row, records: Records) -> Interval | None:
     """The loss on WikiText-2 minus that of the row that is changed; None without a common seed."""
     before = recipes.row_of(pattern, row.after)
-    earlier = _seeds(pattern, before, records) if before else {}
-    both = [(one, earlier[seed]) for seed, one in _seeds(pattern, row, records).items() if seed in earlier]
+    earlier = recipes.measured(pattern, before, records) if before else {}
+    both = [(one, earlier[seed]) for seed, one in recipes.measured(pattern, row, records).items() if seed in earlier]
     pairs = [losses(one, WIKITEXT) - losses(other, WIKITEXT) for one, other in both]
     return interval(pairs) if pairs else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import cells
-from cells import TEST, Cell, slug
+from cells import TEST, Cell, Record, Records, slug
 
 Settings = dict[str, str]
 STEPS = 120
@@ -136,6 +136,12 @@ def _stages(pattern: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
     settings = [f"{key}={value}" for key, value in settings_of(pattern, row).items()]
     pruning = tuple(one for one in settings if one.startswith("prune."))
     return pruning, tuple(one for one in settings if not one.startswith("prune."))
+
+
+def measured(pattern: str, row: Row, records: Records) -> dict[int, Record]:
+    """The records of a row by seed, as far as they exist."""
+    found = {seed: records.get(cell_of(pattern, row, seed).name) for seed in row.seeds}
+    return {seed: record for seed, record in found.items() if record is not None}
 
 
 def all_cells() -> Iterator[Cell]:
