@@ -38,11 +38,12 @@ def round_under_mask(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
         dtype: of the result (rows, n).
     """
     rounded, info = values.to(dtype), torch.finfo(dtype)
-    if rounded.device.type == "cpu":  # PyTorch vectorises arithmetic there, but neither comparisons nor selections
+    if rounded.device.type == "cpu" and rounded.numel():  # where PyTorch vectorises arithmetic, but not selections
         kept = ones_under_mask(mask, dtype)
         result = torch.mul(rounded, kept).add_(0)  # 0 x a negative weight is -0, and -0 + 0 is 0
-        if result.abs().add_(1 - kept).amin() > 0:  # no kept weight is zero; not so either if anything is not a number
+        if kept.neg_().add_(1).add_(result.abs()).amin() > 0:  # no kept weight is zero, and nothing is NaN
             return result
+        del kept, result  # of whole tensors they are large
     # hardware may flush subnormal numbers to zero, but not float16's, whose smallest normal number, 6e-5, is too large
     tiny = info.tiny * info.eps if dtype == torch.float16 else info.tiny
     smallest = torch.tensor(tiny, dtype=dtype, device=rounded.device)

@@ -235,6 +235,7 @@ def test_rounding_keeps_every_bit_inside_the_mask_and_writes_positive_zeros_outs
     if special is not None:
         values[draw <= 0] = special
     values[draw <= 0] *= -1
+    assert round_under_mask(values[:0], mask[:0], dtype).shape == (0, 16)
     rounded = round_under_mask(values, mask, dtype)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     for ours, value, kept in zip(rounded.flatten(), values.to(dtype).flatten(), mask.flatten(), strict=True):
