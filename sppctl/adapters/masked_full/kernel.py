@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sppctl.adapters.masked import ones_under_mask, round_under_mask, row_chunks
+from sppctl.adapters.masked import round_under_mask, row_chunks
 from sppctl.adapters.products import Rule, autocast_inputs, moment_of, product
 from sppctl.packed.linear import Weight
 
@@ -50,7 +50,7 @@ class _Masked(Rule):
         for rows in row_chunks(weight):
             gradient[rows] = moment_of(dy[:, rows], x)
             if not self.straight_through:
-                gradient[rows].mul_(ones_under_mask(mask[rows], gradient.dtype))
+                gradient[rows].masked_fill_(mask[rows] == 0, 0)
         return None, (gradient, None)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sppctl.adapters.masked import ones_under_mask, round_under_mask, row_chunks
+from sppctl.adapters.masked import round_under_mask, row_chunks
 from sppctl.adapters.products import Branch, Rule, autocast_inputs, moment_of, product
 from sppctl.packed.linear import Weight, linear
 
@@ -72,7 +72,7 @@ class _LowRank(Rule):
         a32, scale = a.float(), self.branch_scale
         grad_a, grad_b = torch.zeros_like(a32), torch.empty(b.shape, dtype=torch.float32, device=b.device)
         for rows in row_chunks(weight):
-            moment = moment_of(dy[:, rows], x).float().mul_(ones_under_mask(weight[rows], torch.float32))
+            moment = moment_of(dy[:, rows], x).float().masked_fill_(weight[rows] == 0, 0)
             torch.mm(moment, a32.t(), out=grad_b[rows])
             grad_a.addmm_(b[rows].t().float(), moment)
         return None, (None, grad_a.mul_(scale).to(a.dtype), grad_b.mul_(scale).to(b.dtype))
