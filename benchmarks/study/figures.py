@@ -51,12 +51,11 @@ def _pruner(axis: Any, findings: Findings, pruner: str) -> None:
 
 def steps(records: Records, path: Path) -> None:
     """Perplexity after each row of the recipes, a panel per pattern, with 95 % intervals."""
-    found = {
-        pattern: {row.name: list(recipes.measured(pattern, row, records).values()) for row in rows}
-        for pattern, rows in recipes.ROWS.items()
-    }
-    measured = {pattern: {n: ones for n, ones in rows.items() if ones} for pattern, rows in found.items()}
-    panels = {pattern: rows for pattern, rows in measured.items() if rows}
+    panels = {}
+    for pattern, rows in recipes.ROWS.items():
+        found = {row.name: recipes.measured(pattern, row, records) for row in rows}
+        if any(found.values()):
+            panels[pattern] = {name: list(by_seed.values()) for name, by_seed in found.items() if by_seed}
 
     def draw() -> Any:
         heights = [0.2 * len(rows) + 0.6 for rows in panels.values()]
