@@ -123,13 +123,23 @@ class BlockErrors:
 
 
 @dataclass(frozen=True)
+class Permuted:
+    """A layer whose inputs were reordered, and the share of its Wanda scores, squared, that N:M pruning loses."""
+
+    name: str  # name of the layer
+    before: float  # in the order that the inputs had
+    after: float
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """A finished block: a line of the journal."""
 
     block: int  # its index
     layers: list[LayerRecord]  # its pruned layers
     reconstruction: BlockErrors | None  # None: it was not tuned
-    weights: dict[str, str]  # digest of each matrix by the layer's name
+    weights: dict[str, str]  # digest of each matrix that was pruned, and of what was reordered, by name
+    permuted: list[Permuted] = dataclasses.field(default_factory=list)  # with ``prune.permute_channels``
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,7 @@ class PruneRecord:
     calibration: Calibration | None = None  # None: no text was needed
     base: BaseModel | None = None  # the dense model, where it is known
     zeros_before: int = 0  # number of zeros that the matrices had before, all of them kept (``prune.keep_zeros``)
+    permuted: list[Permuted] = dataclasses.field(default_factory=list)  # with ``prune.permute_channels``
 
     @property
     def patterns(self) -> dict[str, Pattern]:

@@ -150,7 +150,7 @@ def test_a_module_imports_what_the_tables_say(module: str) -> None:
         not {library for libraries, rooms in WITHOUT.items() if room in rooms for library in libraries.split()} & tops
     )
     if room == "pruners":
-        assert tops - sys.stdlib_module_names <= {"sppctl", "torch", "triton"}
+        assert tops - sys.stdlib_module_names <= {"sppctl", "scipy", "torch", "triton"}
     if module != "__main__.py":
         assert ast.get_docstring(tree_of(module)), "it says what it is for"
 

@@ -64,11 +64,12 @@ SMALLER = {
 LONGER = {"train.max_steps": "288"}
 FASTER = {"train.max_steps": "72", **dict.fromkeys(DISTILLED)}
 UNRECONSTRUCTED = dict.fromkeys(RECONSTRUCTED)
+PERMUTED = {"prune.permute_channels": "true"}
 HEALED = (  # the rows that both patterns share
     Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED),
     Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
     Row("mixed", "every second row is 256 tokens of plain text (C4); 144 steps of 4 rows", MIXED, "full"),
-    Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed", SEEDS),
+    Row("distilled", "the dense model teaches on the plain text", DISTILLED, "mixed"),
     Row("spp", "SPP instead of every kept weight", SPP, "distilled"),
     Row("rate", "twice the learning rate", {"train.lr": "1e-3"}, "distilled"),
     Row("unreconstructed", "no block reconstruction", UNRECONSTRUCTED, "distilled"),
@@ -89,12 +90,14 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("hidden", "the teacher's hidden states too", {"train.distill.hidden": "1"}, "distilled"),
         Row("hira", "HiRA instead of every kept weight", HIRA, "distilled"),
         Row("fast", "half the steps, no teacher", FASTER, "unreconstructed"),
+        Row("permuted", "channels inside each block reordered before pruning", PERMUTED, "distilled", SEEDS),
+        Row("permuted-fast", "channels inside each block reordered before pruning", PERMUTED, "fast", SEEDS),
     ),
     "0.75": (
         *PAPERS,
         SPARSEGPT,
         Row("owl", "blocks with fewer outliers lose more (OWL)", {"prune.allocation": "owl"}, "sparsegpt"),
-        *(replace(row, after=row.after or "owl") for row in HEALED),
+        *(replace(row, after=row.after or "owl", seeds=SEEDS if row.name == "distilled" else (0,)) for row in HEALED),
     ),
 }
 SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats

@@ -163,6 +163,12 @@ class PruneConfig:
     order: Literal["block", "module"] = _key(
         "block", "block: as published, two passes per block; module: one pass, layers pruned as their inputs arrive"
     )
+    permute_channels: bool = _key(
+        False,
+        "N:M: first reorders the channels inside each block (the inputs of down_proj and o_proj) so that pruning loses "
+        "less; the dense model computes the same in that order",
+        later=True,
+    )
     reconstruct_epochs: int = _key(0, "epochs of tuning each pruned block on the dense one's output; 0: none", low=0)
     reconstruct_lr: float = _key(1e-4, "learning rate of that tuning (Adam)", above=0)
     reconstruct_batch_size: int = _key(

@@ -101,6 +101,7 @@ class Decoder(Skeleton):
         self.width: int = self.config.get_text_config().hidden_size
         self._blocks_return_tuples = False
         self.borders: dict[int, Border] = {}  # of the blocks that have one, once :meth:`check_replay` has run them
+        self._orders: dict[tuple[str, str], tuple[int, Tensor]] = {}  # of the loaded block, see :meth:`reorder`
         self.base = getattr(self.model, self.base_prefix)
 
     def __len__(self) -> int:
@@ -115,6 +116,12 @@ class Decoder(Skeleton):
 
     def release_block(self, index: int) -> None:
         """Frees the weights of one block; here they stay."""
+
+    def reorder(self, target: Target, dim: int, order: Tensor) -> None:
+        """Brings the rows (``dim`` 0) or columns (1) of a loaded matrix, or the values of a bias (0), into an order."""
+        view = target.view(self.model)
+        view.copy_(view.index_select(dim, order.to(view.device)))
+        self._orders[target.owner, target.parameter] = dim, order
 
     @torch.no_grad()
     def record(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -262,6 +269,8 @@ class BlockStack(Decoder):
             values, stored = part.of(target.stored_parameter(self.model)), self.files.spec(part.name).dtype
             if torch.promote_types(values.dtype, stored) != values.dtype:
                 original = self.files.read(part.name).to(values.device)
+                if place := self._orders.get((target.owner, target.parameter)):
+                    original = original.index_select(place[0], place[1].to(values.device))
                 values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
             files.write(part.name, values)
 
@@ -275,6 +284,7 @@ class BlockStack(Decoder):
 
     def release_block(self, index: int) -> None:
         """Frees the weights of one block; its buffers, which are small, stay loaded."""
+        self._orders.clear()
         for module in self.blocks[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

@@ -11,7 +11,9 @@ from sppctl import launch, machine
 from sppctl.config.settings import Config, PruneConfig
 from sppctl.data import vocabulary
 from sppctl.errors import Problems, UserError
+from sppctl.files import sealed
 from sppctl.files.disk import demand_space
+from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model import checkpoint, find
 from sppctl.model.blocks import Decoder, Skeleton, refuse_quantised
@@ -19,7 +21,7 @@ from sppctl.model.estimate import Work
 from sppctl.model.targets import Target
 from sppctl.model.weights import misfits
 from sppctl.pattern import Pattern
-from sppctl.prune import calibrate, given_masks
+from sppctl.prune import calibrate, given_masks, permute
 from sppctl.prune.choose import (
     GPU_SHARE,
     check_prunes,
@@ -85,6 +87,8 @@ def prepare(
     with problems:
         _check_allocation(prune, targets, skeleton)
     with problems:
+        _check_channels(prune, targets, patterns, skeleton)
+    with problems:
         _check_processes(config, problems)
     with problems:
         _check_mask(prune, targets, patterns, skeleton)
@@ -98,7 +102,7 @@ def prepare(
     work = Work(f"{prune.method} {prune.pattern}, {len(targets)} matrices", 0)
     if drawn is not None:
         method = prune.method if prune.method in PASSES else "wanda"  # of a pruner from outside, only its inputs
-        passes = PASSES[method][prune.order] + measures_blocks(prune) + tuning_passes(prune)
+        passes = PASSES[method][prune.order] + measures_blocks(prune) + prune.permute_channels + tuning_passes(prune)
         samples, length = drawn.tokens.shape
         work = Work(f"{work.text}, {samples} windows of {length} tokens", passes * samples * length)
     return Prepared(targets, patterns, drawn, work, sources or {})
@@ -150,6 +154,25 @@ def _check_allocation(prune: PruneConfig, targets: dict[str, Target], skeleton: 
             )
 
 
+def _check_channels(
+    prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern], skeleton: Skeleton
+) -> None:
+    """Checks that there are channels to reorder, inputs to do it by, and no zeros that belong to their order."""
+    if not prune.permute_channels:
+        return
+    key, leave_out = "prune.permute_channels", "leave out prune.permute_channels"
+    for other in ("mask_from", "keep_zeros"):
+        if getattr(prune, other):
+            raise UserError(key, f"prune.{other} has zeros in the order that the channels have now", leave_out)
+    if not needs_inputs(prune):
+        raise UserError(key, f"needs calibration inputs, which {prune.method} does not read", "use wanda or sparsegpt")
+    if patterns and not any(pattern.is_structured for pattern in patterns.values()):
+        raise UserError(key, f"reorders the groups of N:M, but prune.pattern is {prune.pattern}", leave_out)
+    if patterns and not any(permute.find(skeleton, index, targets, patterns) for index in range(len(skeleton.blocks))):
+        named = "down_proj, o_proj, out_proj or fc2 with an N:M pattern, beside the layers that feed it"
+        raise UserError(key, f"none of prune.targets is {named}", leave_out)
+
+
 def _check_owl(spread: float, ratio: float, sizes: list[int]) -> None:
     """Raises UserError if ratios must leave (0, 1), wherever the outliers are: they span twice the spread.
 
@@ -189,11 +212,25 @@ def _check_mask(
         files = TensorFiles(find.locate(prune.mask_from, key="prune.mask_from"))
     except UserError as error:
         raise error.under("prune.mask_from") from error
+    if _is_permuted(files.directory):
+        problem = f"{files.directory} has the channels of its blocks in another order (prune.permute_channels)"
+        raise UserError("prune.mask_from", problem, "prune it without, and take that mask")
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
     for misfit in misfits(files, skeleton.model, parameters):
         raise UserError("prune.mask_from", f"{files.directory}: {misfit}")
     for name, pattern in patterns.items():
         given_masks.check(skeleton.matrix(targets[name], files) != 0, targets[name], pattern)
+
+
+def _is_permuted(directory: Path) -> bool:
+    """Whether a checkpoint has the channels of its blocks in another order, as far as it was made by sppctl."""
+    for folder in (directory, directory.parent / DIRECTORIES["prune"]):
+        if not (folder / RECORD).is_file():
+            return False
+        content = sealed.read(folder / RECORD, "check it, or take another checkpoint")
+        if content.get("stage") == "prune":
+            return bool(content["metrics"].get("permuted"))
+    return False
 
 
 def _check_files(config: Config, skeleton: Skeleton) -> None:

@@ -162,6 +162,7 @@ def _summary(
         layers=layers,
         calibration=None if drawn is None else drawn.record,
         zeros_before=sum(layer.zeros_before for layer in layers),
+        permuted=[one for block in blocks for one in block.permuted],
     )
 
 

@@ -40,6 +40,7 @@ def in_processes(arguments: list[str], number: int, start: str = "ranks") -> End
         ("gpt2", ["prune.method=sparsegpt"], "ranks"),
         ("qwen3_moe", ["prune.method=wanda"], "ranks"),
         ("llama", ["prune.method=magnitude"], "ranks"),
+        ("llama", ["prune.permute_channels=true"], "ranks"),
     ],
     ids=lambda value: ",".join(value).replace("prune.", "") if isinstance(value, list) else None,
 )

@@ -40,6 +40,10 @@ OWL = ["prune.pattern=0.5", "prune.allocation=owl"]
         ("block 0 done", ["prune.reconstruct_epochs=2", "prune.reconstruct_unit=sublayer", "prune.memory=disk"]),
         ("block 2 done", ["prune.method=sparsegpt", "model.dtype=bfloat16", "model.compute_dtype=float32"]),
         ("block 0 done", ["prune.method=magnitude"]),
+        (
+            "block 2 done",
+            ["prune.permute_channels=true", "prune.method=sparsegpt", "prune.targets=[down_proj, q_proj]"],
+        ),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else ",".join(value).replace("prune.", ""),
 )

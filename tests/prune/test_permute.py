@@ -1,0 +1,252 @@
+"""Channels in another order: the model computes the same, and is pruned as if it had been stored in that order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import kept_per_group, random_windows, shards, weights_of, write_weights
+from conftest import Command, Prune, stored_dtype
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sppctl
+from sppctl.errors import StageError, UserError
+from sppctl.files.safe_files import OwnFiles
+from sppctl.prune import permute
+from sppctl.records import PruneRecord
+from sppctl.report import provenance
+
+Make = Callable[..., Path]
+PERMUTED = "prune.permute_channels=true"
+# the layers whose inputs are reordered, and those that feed each
+FEEDING = {
+    "llama": {"mlp.down_proj": ("mlp.gate_proj", "mlp.up_proj"), "self_attn.o_proj": ("self_attn.v_proj",)},
+    "opt": {"fc2": ("fc1",), "self_attn.out_proj": ("self_attn.v_proj",)},
+}
+FEEDING |= dict.fromkeys(("qwen2", "gemma2"), FEEDING["llama"])
+BLOCKS = {"opt": "model.decoder.layers"}
+
+
+@pytest.fixture
+def uneven(make_checkpoint: Make, tmp_path: Path) -> Callable[[str], Path]:
+    """uneven(FAMILY) -> a tiny checkpoint some of whose channels matter much more than others, with biases."""
+
+    def make(family: str) -> Path:
+        base = Path(shutil.copytree(make_checkpoint(family), tmp_path / "uneven"))
+        generator, weights = torch.Generator().manual_seed(1), weights_of(base)
+        for name, weight in weights.items():
+            if any(part in name for part in ("up_proj.", "fc1.", "v_proj.")):
+                sizes = torch.randn(len(weight), generator=generator).mul(1.5).exp().to(weight.dtype)
+                if weight.dim() == 1:  # biases, which are zero at first
+                    weight.copy_(torch.randn(len(weight), generator=generator) / 100)
+                weight.mul_(sizes.view(-1, *[1] * (weight.dim() - 1)))
+        for path in base.glob("*.safetensors*"):
+            path.unlink()
+        write_weights(weights, base)
+        return base
+
+    return make
+
+
+def logits(model: PreTrainedModel | Path) -> Tensor:
+    if isinstance(model, Path):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(random_windows(2, 24)).logits
+
+
+def order_of(before: Tensor, after: Tensor) -> list[int]:
+    """The order in which rows (or single values) were put."""
+    rows = [row.tolist() for row in before]
+    return [rows.index(row.tolist()) for row in after]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", FEEDING)
+def test_prunes_the_model_in_another_order(
+    method: str, family: str, prune: Prune, uneven: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = uneven(family)
+    names = [name.rpartition(".")[2] for name in FEEDING[family]]
+    common = [f"prune.targets=[{', '.join(names)}]", f"prune.method={method}", "prune.batch_size=3"]
+    _, pruned, record = prune(*common, PERMUTED, base=base)
+    # the layers in front are not pruned here, so they show the order; it is applied to a copy of the dense model
+    before, reordered = weights_of(base), weights_of(base)
+    moved = 0
+    for layer, feeding in FEEDING[family].items():
+        for block in range(2):
+            path = f"{BLOCKS.get(family, 'model.layers')}.{block}."
+            first = f"{path}{feeding[0]}.weight"
+            order = order_of(before[first], pruned[first])
+            moved += order != sorted(order)
+            for name in (f"{path}{one}.{kind}" for one in feeding for kind in ("weight", "bias")):
+                if name in before:
+                    reordered[name] = before[name][order]
+            weight = before[f"{path}{layer}.weight"]
+            if len(order) < weight.shape[1]:  # each head's values are read by several query heads
+                width = 8
+                order = [
+                    (2 * head + query) * width + one - head * width
+                    for head in range(2)
+                    for query in range(2)
+                    for one in order[head * width : (head + 1) * width]
+                ]
+            assert sorted(order) == list(range(weight.shape[1]))
+            reordered[f"{path}{layer}.weight"] = weight[:, order].contiguous()
+    assert moved >= 3
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    write_weights({name: weight.contiguous() for name, weight in reordered.items()}, copy)
+    torch.testing.assert_close(logits(copy), logits(base), rtol=1e-4, atol=1e-4)
+    _, expected, _ = prune(*common, base=copy)
+    for name, weight in expected.items():
+        torch.testing.assert_close(pruned[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(pruned[name] == 0, weight == 0), name
+    assert {one.name for one in record.permuted} == {layer.name for layer in record.layers}
+    assert all(0 < one.after <= one.before < 1 for one in record.permuted)
+    assert sum(one.after for one in record.permuted) < 0.95 * sum(one.before for one in record.permuted)
+
+
+def test_the_recorded_shares_are_those_of_a_plain_loop(prune: Prune, uneven: Callable[[str], Path]) -> None:
+    base, windows = uneven("llama"), random_windows(4, 24)
+    _, _, record = prune(PERMUTED, base=base, windows=windows)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    layer = model.model.layers[0].mlp.down_proj
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        model(windows)
+        mean_squares = torch.cat(seen).square().mean(dim=0)
+        losses = (layer.weight.square() * mean_squares).tolist()
+    lost = sum(sum(sorted(row[i : i + 4])[:2]) for row in losses for i in range(0, len(row), 4))
+    (found,) = (one for one in record.permuted if one.name == "model.layers.0.mlp.down_proj")
+    assert found.before == pytest.approx(lost / sum(map(sum, losses)), rel=1e-4)
+
+
+def test_a_better_pattern_of_the_same_kind(prune: Prune, uneven: Callable[[str], Path]) -> None:
+    base = uneven("llama")
+    _, weights, record = prune(PERMUTED, base=base)
+    for layer in record.layers:
+        assert (kept_per_group(weights[f"{layer.name}.weight"]) == 2).all()
+    _, _, plain = prune(base=base)
+    assert plain.permuted == []
+
+    def error(record: PruneRecord) -> float:
+        return sum(layer.relative_output_error or 0 for layer in record.layers if layer.name.endswith("down_proj"))
+
+    assert error(record) < error(plain)
+
+
+def test_reordered_weights_keep_their_stored_values(prune: Prune, uneven: Callable[[str], Path]) -> None:
+    """Computing in bfloat16 rounds nothing of a float32 checkpoint that wanda keeps."""
+    base = uneven("llama")
+    assert stored_dtype(base) == "float32"
+    _, weights, _ = prune(PERMUTED, "model.compute_dtype=bfloat16", base=base)
+    before = weights_of(base)
+    for name in (f"model.layers.{block}.mlp.{part}_proj.weight" for block in (0, 1) for part in ("gate", "up", "down")):
+        values = set(before[name].flatten().tolist())
+        assert values.issuperset(weights[name][weights[name] != 0].tolist()), name
+
+
+def test_a_resumed_pruning_gives_the_same_bytes(prune: Prune, interrupt: Callable[..., Path], deep: Path) -> None:
+    settings = [PERMUTED, "prune.method=sparsegpt", "prune.targets=[down_proj, o_proj, q_proj]"]
+    whole, _, record = prune(*settings, base=deep)
+    cut = interrupt(*settings, base=deep)
+    _, _, resumed = prune(*settings, base=deep, out=cut)
+    assert shards(cut) == shards(whole)
+    assert resumed.permuted == record.permuted
+    assert any(one.after < one.before for one in record.permuted)
+    assert provenance._pruned(record).startswith(
+        "sparsegpt 2:4, 12 matrices, inputs of 8 reordered, mean relative output error"
+    )
+
+
+def test_a_damaged_matrix_that_was_only_reordered_is_noticed(
+    prune: Prune, interrupt: Callable[..., Path], deep: Path
+) -> None:
+    settings = [PERMUTED, "prune.targets=[down_proj]"]
+    cut = interrupt(*settings, base=deep)
+    files, name = OwnFiles(cut), "model.layers.1.mlp.up_proj.weight"
+    weight = files.read(name).clone()
+    weight[0, 0] += 1
+    files.write(name, weight)
+    with pytest.raises(UserError, match="up_proj does not match the journal"):
+        prune(*settings, base=deep, out=cut)
+
+
+def test_in_memory(uneven: Callable[[str], Path], prune: Prune) -> None:
+    base, windows = uneven("qwen2"), random_windows(4, 24)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    record = sppctl.prune_model(model, windows, permute_channels=True)
+    _, expected, of_files = prune(PERMUTED, base=base, windows=windows)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in expected.items())
+    assert record.permuted == of_files.permuted
+
+
+class Weighted(nn.Module):
+    """An activation that treats each channel differently."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scales the channels by 1, 2, 3, ..."""
+        return nn.functional.silu(x) * torch.arange(1, x.shape[-1] + 1)
+
+
+def test_a_block_that_depends_on_the_order_is_refused(uneven: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(uneven("llama"), dtype=torch.float32)
+    for block in model.model.layers:
+        block.mlp.act_fn = Weighted()
+    with pytest.raises(StageError, match=r"layers\.0\.mlp\.down_proj gives other outputs if its inputs are reordered"):
+        sppctl.prune_model(model, random_windows(4, 24), permute_channels=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "family", "problem"),
+    [
+        (["prune.pattern=0.5"], "llama", "reorders the groups of N:M, but prune.pattern is 0.5"),
+        (["prune.method=magnitude"], "llama", "needs calibration inputs, which magnitude does not read"),
+        (["prune.keep_zeros=true"], "llama", "prune.keep_zeros has zeros in the order"),
+        (["prune.targets=[q_proj]"], "llama", "none of prune.targets is down_proj"),
+        (["prune.targets=all-linear"], "gpt2", "none of prune.targets is down_proj"),
+        (["train.refresh.steps=5"], "llama", "train.refresh.steps: regrows weights of the dense model"),
+    ],
+)
+def test_refusals(settings: list[str], family: str, problem: str, prune: Prune, make_checkpoint: Make) -> None:
+    with pytest.raises(UserError, match=problem):
+        prune(PERMUTED, *settings, base=make_checkpoint(family))
+
+
+def test_masks_in_another_order_are_refused(prune: Prune, llama: Path) -> None:
+    other, _, _ = prune()
+    with pytest.raises(UserError, match=r"prune\.mask_from has zeros in the order that the channels have now"):
+        prune(PERMUTED, f"prune.mask_from={other}")
+
+
+def test_masks_of_a_permuted_model_are_refused(config_file: Path, tmp_path: Path, command: Command) -> None:
+    first = ["prune", str(config_file), f"run.dir={tmp_path / 'first'}", PERMUTED]
+    assert command(*first).code == 0
+    second = ["prune", str(config_file), f"run.dir={tmp_path / 'second'}", "prune.method=sparsegpt"]
+    refused = command(*second, f"prune.mask_from={tmp_path / 'first/pruned'}")
+    assert refused.code == 2
+    assert "first/pruned has the channels of its blocks in another order (prune.permute_channels)" in refused.err
+    assert not (tmp_path / "second").exists()
+
+
+def test_layers_with_their_own_ratio_stay_as_they_are(prune: Prune, uneven: Callable[[str], Path]) -> None:
+    base = uneven("llama")
+    _, weights, record = prune(PERMUTED, "prune.overrides={down_proj: 0.5}", base=base)
+    assert {one.name.rpartition(".")[2] for one in record.permuted} == {"o_proj"}
+    _, plain, _ = prune("prune.overrides={down_proj: 0.5}", base=base)
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(weights[gate], plain[gate])
+
+
+def test_the_tolerance_is_above_rounding() -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    permute._check_same("layer", x, x.bfloat16().float())
+    with pytest.raises(StageError, match=r"1[0-9][0-9]% away"):
+        permute._check_same("layer", x, x[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))])
