@@ -124,10 +124,10 @@ class BlockErrors:
 
 @dataclass(frozen=True)
 class Permuted:
-    """A layer whose inputs were reordered, and the share of its Wanda scores, squared, that N:M pruning loses."""
+    """Channels that were reordered, and the share of Wanda's scores, squared, that N:M pruning loses of them."""
 
-    name: str  # name of the layer
-    before: float  # in the order that the inputs had
+    name: str  # name of the layer whose inputs they are, or ``hidden states``
+    before: float  # in the order that the dense model has
     after: float
 
 
@@ -138,8 +138,7 @@ class BlockRecord:
     block: int  # its index
     layers: list[LayerRecord]  # its pruned layers
     reconstruction: BlockErrors | None  # None: it was not tuned
-    weights: dict[str, str]  # digest of each matrix that was pruned, and of what was reordered, by name
-    permuted: list[Permuted] = dataclasses.field(default_factory=list)  # with ``prune.permute_channels``
+    weights: dict[str, str]  # digest of each matrix by the layer's name
 
 
 @dataclass(frozen=True)

@@ -165,8 +165,8 @@ class PruneConfig:
     )
     permute_channels: bool = _key(
         False,
-        "N:M: first reorders the channels inside each block (the inputs of down_proj and o_proj) so that pruning loses "
-        "less; the dense model computes the same in that order",
+        "N:M: first reorders the channels (hidden states, inputs of down_proj and o_proj) so that pruning loses less; "
+        "the dense model computes the same in that order",
         later=True,
     )
     reconstruct_epochs: int = _key(0, "epochs of tuning each pruned block on the dense one's output; 0: none", low=0)

@@ -11,7 +11,8 @@ NOTE = "attempt.json"  # settings and inputs of an unfinished stage
 JOURNAL = "journal.jsonl"  # pruning: one line per finished block
 COPIED = "copied"  # pruning: exists once the dense checkpoint has been copied
 ALLOCATION = "allocation.json"  # pruning: the allocated ratios
+CHANNELS = "channels.json"  # pruning: the orders of channels; exists once the copy has them
 CHECKPOINTS = "checkpoints"  # training
 SAMPLES = "samples.json"  # what the checkpoints of a run write after a few prompts
 # deleted when a stage is complete; the note last, because it identifies the other files
-WORKING = (JOURNAL, COPIED, ALLOCATION, CHECKPOINTS, NOTE)
+WORKING = (JOURNAL, COPIED, ALLOCATION, CHANNELS, CHECKPOINTS, NOTE)

@@ -25,6 +25,15 @@ from sppctl.model.sublayers import Border, finding_borders
 from sppctl.model.targets import Part, Target, find_targets, select, stored_parts, unsupported_experts
 from sppctl.model.weights import check_weights, empty_model
 
+Orders = dict[str, dict[int, Tensor]]  # of the rows (0) and columns (1) of parameters, by their full names
+
+
+def reordered(tensor: Tensor, orders: dict[int, Tensor]) -> Tensor:
+    """A tensor with some of its dimensions in other orders."""
+    for dim, order in orders.items():
+        tensor = tensor.index_select(dim, order.to(tensor.device))
+    return tensor
+
 
 class Skeleton:
     """A causal language model without weights: its decoder blocks and their linear layers."""
@@ -101,7 +110,6 @@ class Decoder(Skeleton):
         self.width: int = self.config.get_text_config().hidden_size
         self._blocks_return_tuples = False
         self.borders: dict[int, Border] = {}  # of the blocks that have one, once :meth:`check_replay` has run them
-        self._orders: dict[tuple[str, str], tuple[int, Tensor]] = {}  # of the loaded block, see :meth:`reorder`
         self.base = getattr(self.model, self.base_prefix)
 
     def __len__(self) -> int:
@@ -117,11 +125,14 @@ class Decoder(Skeleton):
     def release_block(self, index: int) -> None:
         """Frees the weights of one block; here they stay."""
 
-    def reorder(self, target: Target, dim: int, order: Tensor) -> None:
-        """Brings the rows (``dim`` 0) or columns (1) of a loaded matrix, or the values of a bias (0), into an order."""
-        view = target.view(self.model)
-        view.copy_(view.index_select(dim, order.to(view.device)))
-        self._orders[target.owner, target.parameter] = dim, order
+    def reorder(self, orders: Orders) -> None:
+        """Brings channels into other orders, in which the model computes the same; no block may be loaded."""
+        done: set[int] = set()  # a parameter with two names is reordered once
+        for name, of_parameter in orders.items():
+            parameter = self.model.get_parameter(name)
+            if id(parameter) not in done:
+                parameter.data.copy_(reordered(parameter.data, of_parameter))
+                done.add(id(parameter))
 
     @torch.no_grad()
     def record(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -239,6 +250,7 @@ class BlockStack(Decoder):
         refuse_quantised(self.files)
         Skeleton.__init__(self, load_config(directory, trust_remote_code), self.dtype, trust_remote_code)
         check_weights(self.files, self.model)
+        self._orders: Orders = {}
         self._heap = Heap()
         self._prepare_to_run()
         for name in _stored_tensors(self.base):  # fails early if a tensor is missing
@@ -260,6 +272,23 @@ class BlockStack(Decoder):
             self._load(f"{self.blocks_name}.{index}.{name}", files)
         return block
 
+    def reorder(self, orders: Orders) -> None:
+        """As above: from now on, parameters are loaded in these orders."""
+        self._orders = orders
+        self.load_embeddings()
+
+    def write_reordered(self, files: OwnFiles, without: set[str]) -> None:
+        """Writes the reordered parameters, but some, to ``files``, a copy of the checkpoint."""
+        for name in self._orders.keys() - without:
+            if name not in self.files and self._is_tied(name):
+                continue
+            for part in stored_parts(self.files, self.model, name):
+                files.write(part.name, reordered(self.files.read(part.name), self._orders[name]))
+
+    def _is_tied(self, name: str) -> bool:
+        head = self.model.get_output_embeddings()
+        return head is self.model.get_submodule(name.rpartition(".")[0]) and self.config.tie_word_embeddings
+
     def write(self, target: Target, files: OwnFiles) -> None:
         """Writes the parameter that holds a target to ``files``, a copy of the checkpoint.
 
@@ -268,9 +297,8 @@ class BlockStack(Decoder):
         for part in self._parts_of(target, self.files):
             values, stored = part.of(target.stored_parameter(self.model)), self.files.spec(part.name).dtype
             if torch.promote_types(values.dtype, stored) != values.dtype:
-                original = self.files.read(part.name).to(values.device)
-                if place := self._orders.get((target.owner, target.parameter)):
-                    original = original.index_select(place[0], place[1].to(values.device))
+                orders = self._orders.get(f"{target.owner}.{target.parameter}", {})
+                original = reordered(self.files.read(part.name).to(values.device), orders)
                 values = torch.where((values != 0) & (values == original.to(values.dtype)), original, values)
             files.write(part.name, values)
 
@@ -284,7 +312,6 @@ class BlockStack(Decoder):
 
     def release_block(self, index: int) -> None:
         """Frees the weights of one block; its buffers, which are small, stay loaded."""
-        self._orders.clear()
         for module in self.blocks[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -308,6 +335,7 @@ class BlockStack(Decoder):
                 )
             self._check_finite(part.name, tensor)
             view.copy_(tensor)
+        loaded = reordered(loaded, self._orders.get(name, {}))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(loaded, requires_grad=False)
         else:

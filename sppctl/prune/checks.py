@@ -168,9 +168,11 @@ def _check_channels(
         raise UserError(key, f"needs calibration inputs, which {prune.method} does not read", "use wanda or sparsegpt")
     if patterns and not any(pattern.is_structured for pattern in patterns.values()):
         raise UserError(key, f"reorders the groups of N:M, but prune.pattern is {prune.pattern}", leave_out)
-    if patterns and not any(permute.find(skeleton, index, targets, patterns) for index in range(len(skeleton.blocks))):
-        named = "down_proj, o_proj, out_proj or fc2 with an N:M pattern, beside the layers that feed it"
-        raise UserError(key, f"none of prune.targets is {named}", leave_out)
+    if patterns and not permute.find(skeleton, targets, patterns):
+        problem = (
+            "reorders the hidden states, or the inputs of down_proj, o_proj, out_proj or fc2 that get an N:M pattern"
+        )
+        raise UserError(key, f"{problem}; there are none here", leave_out)
 
 
 def _check_owl(spread: float, ratio: float, sizes: list[int]) -> None:

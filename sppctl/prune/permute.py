@@ -1,12 +1,14 @@
-"""The channels inside a block in another order, in which N:M pruning loses less.
+"""Channels in another order, in which N:M pruning loses less while the dense model computes the same.
 
-Reordering the outputs of gate and up together with the inputs of down changes nothing but the order of a sum; so does
-reordering the values of an attention head together with the inputs of the output projection, for all query heads that
-share the values. That a block really computes the same is checked by running it.
+Three kinds can be reordered freely, because nothing else depends on their order: the outputs of gate and up together
+with the inputs of down; the values of an attention head together with the inputs of the output projection, for all
+query heads that share the values; and the hidden states, together with everything that reads or writes them. That the
+model really computes the same is checked by running it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,70 +18,89 @@ from torch import Tensor, nn
 
 from sppctl import distributed
 from sppctl.errors import StageError
-from sppctl.model.blocks import Decoder, Skeleton
+from sppctl.model.blocks import Decoder, Orders, Skeleton
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
-from sppctl.prune.layers import LayerInputs, PrunePlan
+from sppctl.prune.layers import LayerInputs
 from sppctl.pruners import InputNorms
-from sppctl.pruners.channels import best_order, lost
+from sppctl.pruners.channels import LAYER_ROWS, best_order, lost
 from sppctl.pruners.wanda import wanda_scores
 from sppctl.records import Permuted
 
+HIDDEN = "hidden states"
 # the layers beside a layer whose outputs are its inputs, one by one
 FEEDING = {"down_proj": ("gate_proj", "up_proj"), "fc2": ("fc1",), "o_proj": ("v_proj",), "out_proj": ("v_proj",)}
 ATTENTION = ("o_proj", "out_proj")
-SAME = 0.1  # relative error of a layer's output: rounding is far below it, another order of the inputs far above
+READING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # layers whose inputs are hidden states
+OF_HEADS = ("q_norm", "k_norm")  # norms inside of attention
+ROWS = 16_384  # of all layers that read the hidden states, by which their order is found
+SAME = 0.1  # relative error of hidden states: rounding is far below it, channels in different orders are far above
 
 
 @dataclass(frozen=True)
 class Channels:
-    """The inputs of a layer, and what must be reordered with them.
+    """Channels with one order.
 
-    The layer has heads * shared * width inputs, as many outputs of the feeding layers heads * width: a head's values
-    stay together, and are read by ``shared`` query heads. An MLP is one head.
+    The values of an attention head stay together, and are read by ``shared`` query heads each: the inputs of the output
+    projection are heads * shared * width, the values heads * width. All others are one head.
     """
 
-    layer: Target
-    feeding: list[Target]  # matrices and biases
-    heads: int
-    shared: int
+    name: str  # of the layer that reads them, or HIDDEN
+    readers: list[Target]  # the layers that get an N:M pattern and have them as inputs
+    pattern: Pattern  # of these layers
+    parameters: dict[str, int]  # the dimension of each parameter that has the channels once, by its full name
+    repeated: dict[str, int]  # of each that has them ``shared`` times
+    heads: int = 1
+    shared: int = 1
 
-    def losses(self, weight: Tensor, inputs: LayerInputs) -> Tensor:
-        """The loss of pruning each weight of the layer alone, (heads, out_features * shared, width)."""
+    def losses(self, target: Target, weight: Tensor, inputs: LayerInputs) -> Tensor:
+        """The loss of pruning single weights of a reader, (heads, rows, width), as shares of the layer's.
+
+        All rows of the only reader, some of each of several.
+        """
         squared = wanda_scores(weight, inputs.statistics).square()
-        return squared.view(len(weight), self.heads, self.shared, -1).permute(1, 0, 2, 3).flatten(1, 2)
+        squared /= squared.sum(dtype=torch.float64).clamp_min(1e-30).float()
+        step = -(-sum(reader.out_features for reader in self.readers) // ROWS) if len(self.readers) > 1 else 1
+        return squared[::step].unflatten(1, (self.heads, self.shared, -1)).permute(1, 0, 2, 3).flatten(1, 2)
 
-    def orders(self, by_head: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The orders of the feeding layers' outputs and of the layer's inputs, from one for each head (width,)."""
+    def orders(self, by_head: list[Tensor]) -> Orders:
+        """The orders of all parameters, from one order for each head (width,)."""
         width = len(by_head[0])
-        outputs = torch.cat([head * width + order for head, order in enumerate(by_head)])
+        once = torch.cat([head * width + order for head, order in enumerate(by_head)])
         query_heads = torch.arange(self.heads * self.shared).repeat_interleave(width)
-        inputs = torch.cat([order for order in by_head for _ in range(self.shared)]) + query_heads * width
-        return outputs, inputs
+        repeated = torch.cat([order for order in by_head for _ in range(self.shared)]) + query_heads * width
+        of_once = {name: {dim: once} for name, dim in self.parameters.items()}
+        return of_once | {name: {dim: repeated} for name, dim in self.repeated.items()}
 
 
-def find(skeleton: Skeleton, index: int, targets: dict[str, Target], patterns: dict[str, Pattern]) -> list[Channels]:
-    """The channels of the block ``index`` that can be reordered: those of layers that get an N:M pattern."""
-    found = []
-    for name, target in targets.items():
-        owner, _, leaf = name.rpartition(".")
-        in_block = name.startswith(f"{skeleton.blocks_name}.{index}.")
-        if not in_block or not target.is_linear or not patterns[name].is_structured or leaf not in FEEDING:
-            continue
-        parent = skeleton.model.get_submodule(owner)
-        layers = {f"{owner}.{other}": getattr(parent, other, None) for other in FEEDING[leaf]}
-        heads, shared = _heads(skeleton, target, layers) if leaf in ATTENTION else (1, 1)
-        width = target.in_features // (heads * shared) if heads else 0
-        group = patterns[name].group
-        assert group is not None
-        fits = all(isinstance(one, nn.Linear) and one.out_features == heads * width for one in layers.values())
-        if width and fits and width % group == 0:
-            found.append(Channels(target, [part for one in layers.items() for part in _parts(*one)], heads, shared))
-    return found
+# --- what can be reordered --------------------------------------------------------------------------------------------
 
 
-def _heads(skeleton: Skeleton, target: Target, layers: dict[str, Any]) -> tuple[int, int]:
+def find(skeleton: Skeleton, targets: dict[str, Target], patterns: dict[str, Pattern]) -> list[Channels]:
+    """All channels that can be reordered, and that some of the targets read in groups of N:M."""
+    readers = {name: target for name, target in targets.items() if target.is_linear and patterns[name].is_structured}
+    found = [_inside(skeleton, target, patterns[name]) for name, target in readers.items()]
+    return [channels for channels in (*found, _hidden(skeleton, readers, patterns)) if channels is not None]
+
+
+def _inside(skeleton: Skeleton, target: Target, pattern: Pattern) -> Channels | None:
+    """The inputs of a layer, if they are the outputs of layers beside it."""
+    owner, _, leaf = target.name.rpartition(".")
+    if leaf not in FEEDING:
+        return None
+    parent = skeleton.model.get_submodule(owner)
+    layers: dict[str, Any] = {f"{owner}.{other}": getattr(parent, other, None) for other in FEEDING[leaf]}
+    heads, shared = _heads(skeleton, target) if leaf in ATTENTION else (1, 1)
+    width = target.in_features // (heads * shared) if heads else 0
+    fits = all(isinstance(layer, nn.Linear) and layer.out_features == heads * width for layer in layers.values())
+    if not width or not fits or width % (pattern.group or 1):
+        return None
+    parts = {f"{name}.{part}": 0 for name, layer in layers.items() for part, _ in layer.named_parameters()}
+    return Channels(target.name, [target], pattern, parts, {f"{target.name}.weight": 1}, heads, shared)
+
+
+def _heads(skeleton: Skeleton, target: Target) -> tuple[int, int]:
     """Key-value heads, and query heads for each of them; 0 if the configuration does not tell."""
     config = skeleton.config.get_text_config()
     queries = getattr(config, "num_attention_heads", None) or 0
@@ -87,85 +108,160 @@ def _heads(skeleton: Skeleton, target: Target, layers: dict[str, Any]) -> tuple[
     return (heads, queries // heads) if heads and queries % heads == 0 and target.in_features % queries == 0 else (0, 0)
 
 
-def _parts(name: str, layer: Any) -> list[Target]:
-    """The matrix of a feeding layer, and its bias if it has one."""
-    matrix = Target(name, name, "weight", layer.out_features, layer.in_features)
-    return [matrix, *([Target(f"{name}.bias", name, "bias", layer.out_features, 1)] if layer.bias is not None else [])]
+def _hidden(skeleton: Skeleton, readers: dict[str, Target], patterns: dict[str, Pattern]) -> Channels | None:
+    """The hidden states, if every parameter of the model is known to read them, to write them, or to do neither."""
+    width, parameters = skeleton.config.get_text_config().hidden_size, {}
+    for name, parameter in skeleton.model.named_parameters():
+        dim = _dim_of_hidden(skeleton, name, tuple(parameter.shape), width)
+        if dim is None:
+            return None
+        if dim >= 0:
+            parameters[name] = dim
+    counts = Counter(patterns[name] for name in readers if name.rpartition(".")[2] in READING)
+    pattern = max(counts, key=counts.__getitem__, default=Pattern(keep=1, group=2))
+    layers = [
+        target
+        for name, target in readers.items()
+        if name.rpartition(".")[2] in READING and patterns[name] == pattern and parameters.get(f"{name}.weight") == 1
+    ]
+    return Channels(HIDDEN, layers, pattern, parameters, {}) if layers and width % (pattern.group or 1) == 0 else None
 
 
-def reordered(skeleton: Skeleton, index: int, plan: PrunePlan) -> dict[str, Target]:
-    """The matrices and biases of a block that ``prune.permute_channels`` reorders, by name."""
-    found = find(skeleton, index, plan.targets, plan.patterns) if plan.settings.permute_channels else []
-    return {part.name: part for channels in found for part in (channels.layer, *channels.feeding)}
+def _dim_of_hidden(skeleton: Skeleton, name: str, shape: tuple[int, ...], width: int) -> int | None:
+    """The dimension of a parameter that is the hidden states'; -1 if it has none; None if that is not known."""
+    owner, _, leaf = name.rpartition(".")
+    above, _, kind = owner.rpartition(".")
+    module = skeleton.model.get_submodule(owner)
+    base, _, _ = skeleton.blocks_name.rpartition(".")
+    if isinstance(module, nn.Embedding):
+        return 1 if shape[1:] == (width,) else None
+    if isinstance(module, nn.Linear):
+        if module is skeleton.model.get_output_embeddings() or kind in READING:
+            return -1 if leaf == "bias" else 1 if shape[1:] == (width,) else None
+        return 0 if kind in FEEDING and shape[0] == width else None
+    if "norm" not in kind:
+        return None
+    if kind in OF_HEADS:
+        return -1
+    is_between = base == above or skeleton.blocks_name == above.rpartition(".")[0]
+    return 0 if is_between and shape == (width,) else None
+
+
+# --- finding the orders -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def permute(stack: Decoder, index: int, plan: PrunePlan, activations: Activations) -> list[Permuted]:
-    """Reorders the channels of a loaded block, whose inputs are ``activations``.
+def best_orders(
+    stack: Decoder, found: list[Channels], activations: Activations
+) -> tuple[dict[str, list[Tensor]], list[Permuted], Tensor]:
+    """Runs the dense model once.
+
+    Returns:
+        The orders of each head of the channels by their names, what they gain, and the last block's hidden states for
+        the first window (tokens, width).
 
     Raises:
-        StageError: the block computes something else then, or its inputs are not finite.
+        StageError: inputs are not finite.
     """
-    found = find(stack, index, plan.targets, plan.patterns)
-    inputs = {
-        channels.layer.name: LayerInputs(InputNorms, channels.layer.in_features, stack.device) for channels in found
-    }
-    before = _run(stack, index, found, activations, inputs)
+    losses: dict[str, list[Tensor]] = {channels.name: [] for channels in found}
+    orders: dict[str, list[Tensor]] = {}
     records = []
-    for channels in found:
-        name, pattern = channels.layer.name, plan.patterns[channels.layer.name]
-        inputs[name].reduce(name, stack.dtype)
-        losses = channels.losses(channels.layer.view(stack.model), inputs[name])
-        by_head = distributed.decide(partial(_best_orders, losses, pattern))
-        in_order = [one[:, order.to(one.device)] for one, order in zip(losses, by_head, strict=True)]
-        total = max(losses.sum(dtype=torch.float64).item(), 1e-30)
-        shares = [sum(lost(one, pattern) for one in all_heads) / total for all_heads in (losses, in_order)]
-        records.append(Permuted(name, *shares))
-        outputs, order = channels.orders(by_head)
-        for part in channels.feeding:
-            stack.reorder(part, 0, outputs)
-        stack.reorder(channels.layer, 1, order)
-    after = _run(stack, index, found, activations)
-    for name, output in before.items():
-        _check_same(name, output, after[name])
-    return records
+    last = torch.empty(0)
+    for index in range(len(stack)):
+        prefix = f"{stack.blocks_name}.{index}."
+        stack.load_block(index)
+        reading = {
+            target.name: (channels, target)
+            for channels in found
+            for target in channels.readers
+            if target.name.startswith(prefix)
+        }
+        inputs = {
+            name: LayerInputs(InputNorms, target.in_features, stack.device) for name, (_, target) in reading.items()
+        }
+        last = _run(stack, index, {name: target for name, (_, target) in reading.items()}, inputs, activations)
+        for name, (channels, target) in reading.items():
+            inputs[name].reduce(name, stack.dtype)
+            losses[channels.name].append(channels.losses(target, target.view(stack.model), inputs[name]))
+        stack.release_block(index)
+        for channels in found:
+            if channels.name in orders or len(losses[channels.name]) < len(channels.readers):
+                continue
+            of_heads = torch.cat(losses.pop(channels.name), dim=1)
+            by_head = distributed.decide(partial(_orders_of, of_heads, channels))
+            orders[channels.name] = by_head
+            records.append(_record(channels, of_heads, by_head))
+    return orders, records, last
 
 
-def _best_orders(losses: Tensor, pattern: Pattern) -> list[Tensor]:
-    return [best_order(one, pattern) for one in losses]
+def _orders_of(losses: Tensor, channels: Channels) -> list[Tensor]:
+    return [best_order(one, channels.pattern, ROWS if len(channels.readers) > 1 else LAYER_ROWS) for one in losses]
+
+
+def _record(channels: Channels, losses: Tensor, by_head: list[Tensor]) -> Permuted:
+    """What the orders gain, for losses (heads, rows, width)."""
+    in_order = [one[:, order.to(one.device)] for one, order in zip(losses, by_head, strict=True)]
+    total = max(losses.sum(dtype=torch.float64).item(), 1e-30)
+    before, after = (sum(lost(one, channels.pattern) for one in heads) / total for heads in (losses, in_order))
+    return Permuted(channels.name, before, after)
 
 
 def _run(
-    stack: Decoder,
-    index: int,
-    found: list[Channels],
-    activations: Activations,
-    inputs: dict[str, LayerInputs] | None = None,
-) -> dict[str, Tensor]:
-    """The layers' outputs for the first windows; ``inputs`` get the inputs of all windows."""
-    outputs: dict[str, Tensor] = {}
+    stack: Decoder, index: int, targets: dict[str, Target], inputs: dict[str, LayerInputs], activations: Activations
+) -> Tensor:
+    """Runs a block on all windows, collects the inputs of its layers, and returns the first window's hidden states."""
 
-    def see(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.setdefault(name, output.float())
-        if inputs is not None:
-            inputs[name].update(args[0])
+    def collect(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[name].update(args[0])
 
-    modules = {channels.layer.name: stack.model.get_submodule(channels.layer.owner) for channels in found}
-    hooks = [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
+    modules = {name: stack.model.get_submodule(target.owner) for name, target in targets.items()}
+    hooks = [module.register_forward_pre_hook(partial(collect, name)) for name, module in modules.items()]
+    first: Tensor | None = None
     try:
-        for rows in activations.batches[: None if inputs is not None else 1]:
-            activations.output(index, rows)
+        for rows in activations.batches:
+            output = activations.output(index, rows)
+            activations.store(rows, output)
+            first = output[0] if first is None else first
     finally:
         for hook in hooks:
             hook.remove()
-    return outputs
+    assert first is not None
+    return first
 
 
-def _check_same(name: str, before: Tensor, after: Tensor) -> None:
-    """Raises StageError if the layer's output (..., out_features) changed by more than rounding, at most tokens."""
-    errors = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)
-    if not errors.median() <= SAME:
+def orders_of_parameters(found: list[Channels], orders: dict[str, list[Tensor]]) -> Orders:
+    """The orders of all parameters, by their full names."""
+    result: Orders = {}
+    for channels in found:
+        for name, of_parameter in channels.orders(orders[channels.name]).items():
+            result[name] = result.get(name, {}) | of_parameter
+    return result
+
+
+@torch.no_grad()
+def check_same(stack: Decoder, activations: Activations, expected: Tensor, hidden: Tensor | None) -> None:
+    """Runs the reordered model on the first window.
+
+    Args:
+        stack: the model with its channels reordered.
+        activations: the embedded first window.
+        expected: the hidden states (tokens, width) that the last block of the dense model gave.
+        hidden: their order now (width,); None: as they were.
+
+    Raises:
+        StageError: the hidden states are others.
+    """
+    output = expected
+    for index in range(len(stack)):
+        stack.load_block(index)
+        output = activations.output(index, activations.batches[0])
+        activations.store(activations.batches[0], output)
+        stack.release_block(index)
+    output = output[0].to(expected.device).float()
+    expected = (expected if hidden is None else expected[:, hidden.to(expected.device)]).float()
+    error = ((output - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median()
+    if not error <= SAME:
         raise StageError(
-            f"prune.permute_channels: {name} gives other outputs if its inputs are reordered ({errors.median():.0%} "
-            "away), so the block depends on their order in another way, too; leave out prune.permute_channels"
+            f"prune.permute_channels: with its channels in another order {type(stack.model).__name__} computes "
+            f"something else (hidden states {error:.0%} away), so more depends on that order; leave it out"
         )

@@ -7,18 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sppctl import console, distributed
 from sppctl.config.settings import Config, PruneConfig
 from sppctl.errors import StageError, UserError
 from sppctl.files import cache, sealed
-from sppctl.files.names import ALLOCATION, COPIED, JOURNAL
+from sppctl.files.names import ALLOCATION, CHANNELS, COPIED, JOURNAL
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.model import checkpoint, find
 from sppctl.model.blocks import BlockStack, Decoder
 from sppctl.pattern import Pattern
-from sppctl.prune import calibrate
+from sppctl.prune import calibrate, permute
 from sppctl.prune.activations import Activations
 from sppctl.prune.checks import Prepared
 from sppctl.prune.choose import check_prunes, is_overridden, measures_blocks
@@ -26,7 +27,7 @@ from sppctl.prune.layers import PrunePlan
 from sppctl.prune.walk import Journal, dense_scores, prune_blocks, start_again
 from sppctl.pruners import allocate
 from sppctl.pruners.registry import find_allocation
-from sppctl.records import BlockRecord, LayerRecord, PruneRecord
+from sppctl.records import BlockRecord, LayerRecord, Permuted, PruneRecord
 
 ACTIVATIONS = "activations.bin"
 Callback = Callable[[LayerRecord, int, int], object]
@@ -98,6 +99,10 @@ def prune_decoder(
     if measures_blocks(prune):
         assert windows is not None
         plan = replace(plan, patterns=_allocated(stack, plan, windows, folder))
+    permuted = []
+    if prune.permute_channels:
+        assert windows is not None
+        permuted = _permuted(stack, plan, windows, folder, out)
     activations = None if windows is None else _embed(stack, windows, prune, folder)
     if activations is not None and prune.reconstruct_epochs and prune.reconstruct_target == "dense":
         activations.keep_dense()
@@ -116,7 +121,7 @@ def prune_decoder(
     if distributed.is_main():
         for path in folder.glob(f"{ACTIVATIONS}.*"):
             path.unlink(missing_ok=True)
-    return _summary(prune, blocks, activations, drawn)
+    return replace(_summary(prune, blocks, activations, drawn), permuted=permuted)
 
 
 def _copy(config: Config, stack: BlockStack, prepared: Prepared, out: Path) -> None:
@@ -126,7 +131,8 @@ def _copy(config: Config, stack: BlockStack, prepared: Prepared, out: Path) -> N
     """
     if not (out / COPIED).exists():
         stack.check_rest(prepared.targets.values())
-        (out / JOURNAL).unlink(missing_ok=True)
+        for name in (JOURNAL, CHANNELS):
+            (out / name).unlink(missing_ok=True)
         base = stack.files.directory
         with console.working(f"copying {base}"):
             checkpoint.copy_for_rewriting(base, out, config.model.dtype).sync()
@@ -162,7 +168,6 @@ def _summary(
         layers=layers,
         calibration=None if drawn is None else drawn.record,
         zeros_before=sum(layer.zeros_before for layer in layers),
-        permuted=[one for block in blocks for one in block.permuted],
     )
 
 
@@ -176,6 +181,35 @@ def _pattern_text(prune: PruneConfig, layers: list[LayerRecord]) -> str:
         str(layer.pattern) if is_overridden(prune, layer.name) else f"{prune.pattern}{suffix}" for layer in layers
     ).most_common()
     return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
+
+
+def _permuted(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path, out: OwnFiles | None) -> list[Permuted]:
+    """Reorders the channels of the model, and of its copy ``out``; returns what the orders gain."""
+    prune, path = plan.settings, folder / CHANNELS
+    found = permute.find(stack, plan.targets, plan.patterns)
+    if not any(channels.name == permute.HIDDEN for channels in found):
+        console.warn(
+            "prune.permute_channels: only inside of blocks: the order of the hidden states stays, because some layers "
+            "are none of those that are known to read or write them"
+        )
+    if path.exists():
+        content = sealed.read(path, start_again(folder))
+        orders = {name: [torch.tensor(head) for head in heads] for name, heads in content["orders"].items()}
+        stack.reorder(permute.orders_of_parameters(found, orders))
+        return [Permuted(name, *shares) for name, shares in content["shares"].items()]
+    with console.working("finding the order of the channels"):
+        orders, permuted, last = permute.best_orders(stack, found, _embed(stack, windows, prune, folder))
+    stack.reorder(permute.orders_of_parameters(found, orders))
+    permute.check_same(stack, _embed(stack, windows[:1], prune, folder), last, orders.get(permute.HIDDEN, [None])[0])
+    if out is not None and distributed.is_main():
+        assert isinstance(stack, BlockStack)
+        stack.write_reordered(out, {f"{target.owner}.{target.parameter}" for target in plan.targets.values()})
+        out.sync()
+        shares = {one.name: [one.before, one.after] for one in permuted}
+        lists = {name: [head.tolist() for head in heads] for name, heads in orders.items()}
+        sealed.write(path, {"orders": lists, "shares": shares})
+    distributed.barrier()
+    return permuted
 
 
 def _allocated(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path) -> dict[str, Pattern]:

@@ -20,9 +20,8 @@ from sppctl.prune.activations import Activations
 from sppctl.prune.block_work import BlockWork, Groups
 from sppctl.prune.given_masks import warn_of_sparser
 from sppctl.prune.layers import PrunePlan
-from sppctl.prune.permute import permute, reordered
 from sppctl.pruners.wanda import wanda_scores
-from sppctl.records import BlockRecord, Permuted, from_json, to_json
+from sppctl.records import BlockRecord, from_json, to_json
 
 
 def start_again(partial: Path) -> str:
@@ -99,17 +98,14 @@ def prune_blocks(
         if index < len(journal.blocks):
             assert isinstance(stack, BlockStack)
             assert out is not None
-            _replay(stack, journal.blocks[index], targets | reordered(stack, index, plan), feeding, out)
+            _replay(stack, journal.blocks[index], targets, feeding, out)
             yield journal.blocks[index]
             continue
         if targets or feeding is not None:
             stack.load_block(index)
         entry = BlockRecord(index, [], None, {})
         if targets:
-            permuted = []
-            if plan.settings.permute_channels and activations is not None:
-                permuted = permute(stack, index, plan, activations)
-            entry = _prune(BlockWork(stack, index, targets, plan, activations, groups, out), permuted, out)
+            entry = _prune(BlockWork(stack, index, targets, plan, activations, groups, out), out)
         elif feeding is not None:
             feeding.run_dense(index)
         distributed.barrier()
@@ -131,7 +127,7 @@ def _last(blocks: list[dict[str, Target]]) -> int:
 def _replay(
     stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], feeding: Activations | None, out: OwnFiles
 ) -> None:
-    """Compares what a finished block changed with the journal, and runs it if the next one needs its output."""
+    """Compares a finished, pruned block with the journal, and runs it if the next one needs its output."""
     if feeding is not None:
         stack.load_block(entry.block)
         feeding.run_dense(entry.block)
@@ -146,29 +142,29 @@ def _replay(
         stack.release_block(entry.block)
 
 
-def _prune(work: BlockWork, permuted: list[Permuted], out: OwnFiles | None) -> BlockRecord:
+def _prune(work: BlockWork, out: OwnFiles | None) -> BlockRecord:
     """Prunes a loaded block and writes it to ``out``, if there is such a copy; returns its record."""
     stack, layers = work.stack, work.prune()
-    entry = BlockRecord(work.index, layers, work.reconstruction, {}, permuted)
+    entry = BlockRecord(work.index, layers, work.reconstruction, {})
     if out is None:
         masks = {name: integrity.mask_digest(target.view(stack.model)) for name, target in work.targets.items()}
         return replace(entry, layers=[replace(layer, mask=masks[layer.name]) for layer in entry.layers])
     if not distributed.is_main():
         return entry
     assert isinstance(stack, BlockStack)
-    return _write(stack, entry, work.targets | reordered(stack, work.index, work.plan), out)
+    return _write(stack, entry, work.targets, out)
 
 
 def _write(stack: BlockStack, entry: BlockRecord, targets: dict[str, Target], out: OwnFiles) -> BlockRecord:
-    """Writes what changed in a block to the disk; returns its record with the digests of what was written."""
+    """Writes a pruned block to the disk; returns its record with the digests of what was written."""
     for target in {(t.owner, t.parameter): t for t in targets.values()}.values():
         stack.write(target, out)
     out.sync({name for target in targets.values() for name in stack.homes(target)})
-    masks, weights = {}, {}
-    for name, target in targets.items():
-        weight = stack.matrix(target, out)  # as it will be read again
-        masks[name], weights[name] = integrity.mask_digest(weight), integrity.tensor_digest(weight)
-    layers = [replace(layer, mask=masks[layer.name]) for layer in entry.layers]
+    layers, weights = [], {}
+    for layer in entry.layers:
+        weight = stack.matrix(targets[layer.name], out)  # as it will be read again
+        layers.append(replace(layer, mask=integrity.mask_digest(weight)))
+        weights[layer.name] = integrity.tensor_digest(weight)
     return replace(entry, layers=layers, weights=weights)
 
 

@@ -29,7 +29,7 @@ def fact(record: StageRecord[Any]) -> str:
 def _pruned(record: PruneRecord) -> str:
     error = record.mean_relative_output_error
     output = f", mean relative output error {error:.3f}" if error is not None else ""
-    permuted = f", inputs of {len(record.permuted)} reordered" if record.permuted else ""
+    permuted = ", channels reordered" if record.permuted else ""
     return f"{record.method} {record.pattern}, {record.matrices} matrices{permuted}{output}"
 
 
