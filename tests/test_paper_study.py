@@ -229,9 +229,11 @@ def test_a_busy_process_is_no_other_one() -> None:
     assert busy <= (os.cpu_count() or 1) * clock + 0.1
 
 
-@pytest.mark.parametrize(("others", "hardware", "expected"), [(0.0, "a", "3.00"), (0.1, "a", ""), (0.0, "b", "")])
+@pytest.mark.parametrize(
+    ("where", "expected"), [({}, "3.00"), ({"others": 0.1}, ""), ({"hardware": "b"}, ""), ({"boot": "2"}, "")]
+)
 def test_times_are_compared_on_one_idle_machine(
-    monkeypatch: pytest.MonkeyPatch, others: float, hardware: str, expected: str
+    monkeypatch: pytest.MonkeyPatch, where: dict[str, Any], expected: str
 ) -> None:
     first, slow = recipes.Row("first", ""), recipes.Row("slow", "", {"train.rank": "4"}, after="first")
     monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, slow)})
@@ -239,8 +241,8 @@ def test_times_are_compared_on_one_idle_machine(
     for cell in (*recipes.all_cells(), Cell("wanda-2of4-pruned-0", 0)):
         is_slow = "slow" in cell.name
         stages = {"prune": {"seconds": 1.0}, "train": {"seconds": 8.0 if is_slow else 2.0}}
-        where = {"others": others, "hardware": hardware} if is_slow else {"others": 0.0, "hardware": "a"}
-        records[cell.name] = {"stages": stages} | where
+        usual = {"stages": stages, "others": 0.0, "hardware": "a", "boot": "1"}
+        records[cell.name] = usual | (where if is_slow else {})
     assert page._time("2:4", slow, records) == expected
 
 
@@ -282,11 +284,11 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
     for (pattern, name), command in shown.items():
         row = recipes.row_of(pattern, name)
         assert row
-        _, _, _, wikitext, _, instructions, _, time = page._recipe(pattern, row, records)
+        _, _, _, _, wikitext, _, instructions, _, time = page._recipe(pattern, row, records)
         assert f"| {command} | {wikitext} | {instructions} | {time} |" in section
     longer = recipes.row_of("2:4", "paper-longer")
     assert longer
-    _, _, _, wikitext, _, instructions, *_ = page._recipe("2:4", longer, records)
+    _, _, _, _, wikitext, _, instructions, *_ = page._recipe("2:4", longer, records)
     assert f"in the time of the best one the paper's reaches {wikitext} and {instructions}" in section
 
 

@@ -147,7 +147,7 @@ def _recipes(records: Records, folder: Path) -> str:
     for pattern, rows in recipes.ROWS.items():
         lines = [_recipe(pattern, row, records) for row in rows]
         if any(lines):
-            head = ["row", "change", "seeds", "WikiText-2", "gain", "instructions", "tokens", "time"]
+            head = ["row", "change", "seeds", "pruned", "WikiText-2", "gain", "instructions", "tokens", "time"]
             parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line], texts=2)]
             gains = {row.name: _gain(pattern, row, records) for row in rows}
             useless = [name for name, gain in gains.items() if gain is not None and gain.high >= 0]
@@ -158,11 +158,12 @@ def _recipes(records: Records, folder: Path) -> str:
     about = f"""## Recipes
 
 Each row changes one thing of an earlier row and trains for {recipes.STEPS} steps of 8 rows of Alpaca, unless it or an
-earlier one says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the seeds.
-The gain is the difference in loss on WikiText-2 from the row that is changed, with its 95 % interval. Tokens are those
-of the training. Time is that of pruning and training together, as a multiple of the first row's on the same machine,
-where it did nothing else (at most {percent(str(IDLE))} of its CPU time). `sppctl run NAME --model MODEL` runs the row
-behind which a name stands."""
+earlier one says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the seeds;
+"pruned" is that on WikiText-2 before training. The gain is the difference in loss on WikiText-2 from the row that is
+changed, with its 95 % interval. Tokens are those of the training. Time is that of pruning and training together, as a
+multiple of the first row's on the same machine, which did nothing else (at most {percent(str(IDLE))} of its CPU time);
+it is left out where the two were computed on different machines. `sppctl run NAME --model MODEL` runs the row behind
+which a name stands."""
     return "\n\n".join([about, "![Perplexity of each row](results-recipes.svg)", *parts])
 
 
@@ -171,11 +172,14 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     if not measured:
         return []
     values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in TEXTS]
+    starts = [one for seed in row.seeds if (one := recipes.start_of(pattern, row, seed, records))]
+    before = [cells.loss_of(one["texts"][WIKITEXT]) for one in starts]
     shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
     return [
         "".join([row.name, *shipped]),
         f"{row.title}, after {row.after}" if row.after else row.title,
         str(len(measured)),
+        f"{math.exp(mean_of(before)):.2f}" if before else "",
         f"{math.exp(values[0]):.2f}",
         _difference(_gain(pattern, row, records)),
         f"{math.exp(values[1]):.2f}",
@@ -198,21 +202,21 @@ def _time(pattern: str, row: recipes.Row, records: Records) -> str:
     ratios = []
     for seed in row.seeds:
         times = [_seconds(pattern, one, seed, records) for one in (row, recipes.ROWS[pattern][0])]
-        if all(times) and len({hardware for hardware, _ in times}) == 1:
+        if all(times) and len({where for where, _ in times}) == 1:
             ratios.append(times[0][1] / times[1][1])
     return f"{mean_of(ratios):.2f}" if ratios else ""
 
 
 def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tuple[str, float] | None:
-    """The hardware of a row and its seconds of pruning and training; None if the machine did anything else."""
-    trained, pruned = records.get(recipes.cell_of(pattern, row, seed).name), recipes.pruned_of(pattern, row, seed)
-    method = recipes.settings_of(pattern, row)["prune.method"]
-    pruning = records.get(pruned.name if pruned else cells.cell_name(method, pattern, "pruned", seed))
+    """Where a row was computed, and its seconds of pruning and training; None if the machine did anything else."""
+    trained = records.get(recipes.cell_of(pattern, row, seed).name)
+    pruning = recipes.start_of(pattern, row, seed, records)
     if trained is None or pruning is None or max(trained["others"], pruning["others"]) > IDLE:
         return None
-    if pruning["hardware"] != trained["hardware"]:
+    places = {f"{one['hardware']} {one.get('boot')}" for one in (trained, pruning)}  # the first records have no boot
+    if len(places) > 1:
         return None
-    return trained["hardware"], pruning["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
+    return places.pop(), pruning["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
 
 
 def _tasks(records: Records) -> str:

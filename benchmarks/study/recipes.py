@@ -90,8 +90,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("hidden", "the teacher's hidden states too", {"train.distill.hidden": "1"}, "distilled"),
         Row("hira", "HiRA instead of every kept weight", HIRA, "distilled"),
         Row("fast", "half the steps, no teacher", FASTER, "unreconstructed"),
-        Row("permuted", "channels inside each block reordered before pruning", PERMUTED, "distilled", SEEDS),
-        Row("permuted-fast", "channels inside each block reordered before pruning", PERMUTED, "fast", SEEDS),
+        Row("permuted", "channels reordered before pruning", PERMUTED, "distilled", SEEDS),
+        Row("permuted-fast", "channels reordered before pruning", PERMUTED, "fast", SEEDS),
     ),
     "0.75": (
         *PAPERS,
@@ -132,6 +132,12 @@ def pruned_of(pattern: str, row: Row, seed: int) -> Cell | None:
         return None
     first = next(one for one in ROWS[pattern] if _stages(pattern, one)[0] == pruning)
     return Cell(f"recipe-{slug(pattern)}-{first.name}-pruned-{seed}", seed, pruning, max_tokens=MAX_TOKENS)
+
+
+def start_of(pattern: str, row: Row, seed: int, records: Records) -> Record | None:
+    """The record of the pruned model that a row trains, if there is one."""
+    own, method = pruned_of(pattern, row, seed), settings_of(pattern, row)["prune.method"]
+    return records.get(own.name if own else cells.cell_name(method, pattern, "pruned", seed))
 
 
 def _stages(pattern: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -23,6 +24,7 @@ MERGE = ("mask", "matrices", "zeros", "filled_zeros", "lost_weights", "pattern_u
 TEXT = ("nll", "tokens", "windows", "seq_len", "documents_hash", "window_nll")
 KEPT = {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
 VERSIONS = ("torch", "transformers", "peft", "sppctl")
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # of Linux
 
 
 class Watch:
@@ -77,7 +79,12 @@ def of_run(cell: Cell, run: Path, label: str, instructions: Record, watch: Watch
     versions = {name: found[name] for name in VERSIONS if name in found}
     record |= {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
     record |= {"hardware": machine.describe(), "seconds": round(watch.seconds(), 1)}
-    return record | {"others": round(watch.others(), 3)}
+    return record | {"others": round(watch.others(), 3), "boot": boot()}
+
+
+def boot() -> str:
+    """Something that differs between machines, and between two starts of one, if that is known."""
+    return hashlib.sha256(BOOT.read_bytes()).hexdigest()[:12] if BOOT.is_file() else ""
 
 
 def _stage(stage: StageRecord[Any]) -> Record:

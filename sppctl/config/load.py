@@ -348,9 +348,11 @@ def _check_combinations(config: Config, problems: Problems) -> None:
     if prune.mask_from is not None and prune.allocation != "uniform":
         problem = "the mask of prune.mask_from already determines the zeros"
         problems.add("prune.allocation", problem, "leave out one of the two")
-    if prune.permute_channels and train.refresh.steps is not None:
-        problem = "regrows weights of the dense model, whose channels are in another order with prune.permute_channels"
-        problems.add("train.refresh.steps", problem, "leave out one of the two")
+    if prune.permute_channels:
+        for key, uses in (("refresh.steps", train.refresh.steps), ("distill.hidden", train.distill.hidden)):
+            if uses:
+                problem = "compares with the dense model channel by channel, which prune.permute_channels reorders"
+                problems.add(f"train.{key}", problem, "leave out one of the two")
     interval = {"eval_loss": "eval_steps", "perplexity": "perplexity_steps"}.get(train.keep_best or "")
     if interval is not None and getattr(train, interval) is None:
         problem = f"train.keep_best={train.keep_best} needs measurements"

@@ -253,7 +253,8 @@ def test_a_block_that_depends_on_the_order_is_refused(uneven: Callable[[str], Pa
         (["prune.method=magnitude"], "llama", "needs calibration inputs, which magnitude does not read"),
         (["prune.keep_zeros=true"], "llama", "prune.keep_zeros has zeros in the order"),
         (["prune.targets=all-linear"], "gpt2", "that get an N:M pattern; there are none here"),
-        (["train.refresh.steps=5"], "llama", "train.refresh.steps: regrows weights of the dense model"),
+        (["train.refresh.steps=5"], "llama", "train.refresh.steps: compares with the dense model channel by channel"),
+        (["train.distill.hidden=1"], "llama", "train.distill.hidden: compares with the dense model channel by channel"),
     ],
 )
 def test_refusals(settings: list[str], family: str, problem: str, prune: Prune, make_checkpoint: Make) -> None:
