@@ -187,7 +187,8 @@ def _permuted(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path, ou
     """Reorders the channels of the model, and of its copy ``out``; returns what the orders gain."""
     prune, path = plan.settings, folder / CHANNELS
     found = permute.find(stack, plan.targets, plan.patterns)
-    if not any(channels.name == permute.HIDDEN for channels in found):
+    reading = any(name.rpartition(".")[2] in permute.READING for name in plan.targets)
+    if reading and not any(channels.name == permute.HIDDEN for channels in found):
         console.warn(
             "prune.permute_channels: only inside of blocks: the order of the hidden states stays, because some layers "
             "are none of those that are known to read or write them"

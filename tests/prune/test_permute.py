@@ -220,6 +220,14 @@ def test_hidden_states_that_are_read_by_other_layers_stay(
     assert torch.equal(weights[embeddings], weights_of(base)[embeddings])
 
 
+def test_no_warning_if_nothing_that_reads_hidden_states_is_pruned(
+    prune: Prune, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, record = prune(PERMUTED, "prune.targets=[down_proj]", base=llama)
+    assert {one.name.rpartition(".")[2] for one in record.permuted} == {"down_proj"}
+    assert "the order of the hidden states stays" not in capsys.readouterr().err
+
+
 def test_in_memory(uneven: Callable[[str], Path], prune: Prune) -> None:
     base, windows = uneven("qwen2"), random_windows(4, 24)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
