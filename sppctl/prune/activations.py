@@ -63,6 +63,11 @@ class Activations:
             ) from error
         return place, torch.from_file(str(path), shared=True, size=count, dtype=stack.dtype).view(shape)
 
+    @property
+    def hidden(self) -> Tensor:
+        """The inputs of the next block, (samples, tokens, width), in the memory where they are kept."""
+        return self._hidden
+
     def buffer(self, name: str) -> Tensor:
         """A further buffer for hidden states (samples, tokens, width), allocated once for each name."""
         if name not in self._buffers:

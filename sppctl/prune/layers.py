@@ -35,6 +35,10 @@ class PrunePlan:
         blocks = [f"{stack.blocks_name}.{index}." for index in range(len(stack))]
         return [{name: t for name, t in self.targets.items() if name.startswith(prefix)} for prefix in blocks]
 
+    def last_block(self, stack: Decoder) -> int:
+        """The last block with targets: its outputs, and those of later blocks, are not needed."""
+        return max(index for index, targets in enumerate(self.by_block(stack)) if targets)
+
 
 class LayerInputs:
     """Input statistics of a layer (or of several that share their input), and a few rows of the input."""

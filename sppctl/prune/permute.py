@@ -22,10 +22,9 @@ from sppctl.model.blocks import Decoder, Orders, Skeleton
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
-from sppctl.prune.layers import LayerInputs
-from sppctl.pruners import InputNorms
+from sppctl.prune.layers import PrunePlan
+from sppctl.prune.walk import dense_scores
 from sppctl.pruners.channels import LAYER_ROWS, best_order, lost
-from sppctl.pruners.wanda import wanda_scores
 from sppctl.records import Permuted
 
 HIDDEN = "hidden states"
@@ -54,12 +53,12 @@ class Channels:
     heads: int = 1
     shared: int = 1
 
-    def losses(self, target: Target, weight: Tensor, inputs: LayerInputs) -> Tensor:
+    def losses(self, scores: Tensor) -> Tensor:
         """The loss of pruning single weights of a reader, (heads, rows, width), as shares of the layer's.
 
-        All rows of the only reader, some of each of several.
+        All rows of the only reader, some of each of several. ``scores``: Wanda's, (out_features, in_features).
         """
-        squared = wanda_scores(weight, inputs.statistics).square()
+        squared = scores.square()
         squared /= squared.sum(dtype=torch.float64).clamp_min(1e-30).float()
         step = -(-sum(reader.out_features for reader in self.readers) // ROWS) if len(self.readers) > 1 else 1
         return squared[::step].unflatten(1, (self.heads, self.shared, -1)).permute(1, 0, 2, 3).flatten(1, 2)
@@ -150,48 +149,36 @@ def _dim_of_hidden(skeleton: Skeleton, name: str, shape: tuple[int, ...], width:
 # --- finding the orders -----------------------------------------------------------------------------------------------
 
 
+def readers(found: list[Channels]) -> dict[str, Channels]:
+    """The channels that each layer reads, by its name."""
+    return {target.name: channels for channels in found for target in channels.readers}
+
+
 @torch.no_grad()
 def best_orders(
-    stack: Decoder, found: list[Channels], activations: Activations
-) -> tuple[dict[str, list[Tensor]], list[Permuted], Tensor]:
-    """Runs the dense model once.
+    stack: Decoder, plan: PrunePlan, found: list[Channels], activations: Activations
+) -> tuple[dict[str, list[Tensor]], list[Permuted]]:
+    """Runs the dense model on ``activations``, to the last block of the plan, whose targets are the :func:`readers`.
 
     Returns:
-        The orders of each head of the channels by their names, what they gain, and the last block's hidden states for
-        the first window (tokens, width).
+        The orders of each head of the channels by their names, and what they gain.
 
     Raises:
         StageError: inputs are not finite.
     """
+    reading = readers(found)
     losses: dict[str, list[Tensor]] = {channels.name: [] for channels in found}
     orders: dict[str, list[Tensor]] = {}
     records = []
-    last = torch.empty(0)
-    for index in range(len(stack)):
-        prefix = f"{stack.blocks_name}.{index}."
-        stack.load_block(index)
-        reading = {
-            target.name: (channels, target)
-            for channels in found
-            for target in channels.readers
-            if target.name.startswith(prefix)
-        }
-        inputs = {
-            name: LayerInputs(InputNorms, target.in_features, stack.device) for name, (_, target) in reading.items()
-        }
-        last = _run(stack, index, {name: target for name, (_, target) in reading.items()}, inputs, activations)
-        for name, (channels, target) in reading.items():
-            inputs[name].reduce(name, stack.dtype)
-            losses[channels.name].append(channels.losses(target, target.view(stack.model), inputs[name]))
-        stack.release_block(index)
-        for channels in found:
-            if channels.name in orders or len(losses[channels.name]) < len(channels.readers):
-                continue
-            of_heads = torch.cat(losses.pop(channels.name), dim=1)
-            by_head = distributed.decide(partial(_orders_of, of_heads, channels))
-            orders[channels.name] = by_head
-            records.append(_record(channels, of_heads, by_head))
-    return orders, records, last
+    for targets, scores in zip(plan.by_block(stack), dense_scores(stack, plan, activations), strict=False):
+        for name, of_layer in zip(targets, scores, strict=True):
+            channels = reading[name]
+            losses[channels.name].append(channels.losses(of_layer))
+            if len(losses[channels.name]) == len(channels.readers):
+                of_heads = torch.cat(losses.pop(channels.name), dim=1)
+                orders[channels.name] = distributed.decide(partial(_orders_of, of_heads, channels))
+                records.append(_record(channels, of_heads, orders[channels.name]))
+    return orders, records
 
 
 def _orders_of(losses: Tensor, channels: Channels) -> list[Tensor]:
@@ -206,29 +193,6 @@ def _record(channels: Channels, losses: Tensor, by_head: list[Tensor]) -> Permut
     return Permuted(channels.name, before, after)
 
 
-def _run(
-    stack: Decoder, index: int, targets: dict[str, Target], inputs: dict[str, LayerInputs], activations: Activations
-) -> Tensor:
-    """Runs a block on all windows, collects the inputs of its layers, and returns the first window's hidden states."""
-
-    def collect(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[name].update(args[0])
-
-    modules = {name: stack.model.get_submodule(target.owner) for name, target in targets.items()}
-    hooks = [module.register_forward_pre_hook(partial(collect, name)) for name, module in modules.items()]
-    first: Tensor | None = None
-    try:
-        for rows in activations.batches:
-            output = activations.output(index, rows)
-            activations.store(rows, output)
-            first = output[0] if first is None else first
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert first is not None
-    return first
-
-
 def orders_of_parameters(found: list[Channels], orders: dict[str, list[Tensor]]) -> Orders:
     """The orders of all parameters, by their full names."""
     result: Orders = {}
@@ -239,27 +203,27 @@ def orders_of_parameters(found: list[Channels], orders: dict[str, list[Tensor]])
 
 
 @torch.no_grad()
-def check_same(stack: Decoder, activations: Activations, expected: Tensor, hidden: Tensor | None) -> None:
-    """Runs the reordered model on the first window.
+def check_same(stack: Decoder, num_blocks: int, first: Activations, expected: Tensor, hidden: Tensor | None) -> None:
+    """Runs the first blocks of the reordered model on the first window.
 
     Args:
         stack: the model with its channels reordered.
-        activations: the embedded first window.
-        expected: the hidden states (tokens, width) that the last block of the dense model gave.
-        hidden: their order now (width,); None: as they were.
+        num_blocks: how many :func:`best_orders` ran.
+        first: the embedded first window.
+        expected: the hidden states (tokens, width) of the dense model behind these blocks.
+        hidden: the order of the hidden states now (width,); None: as they were.
 
     Raises:
         StageError: the hidden states are others.
     """
-    output = expected
-    for index in range(len(stack)):
+    for index in range(num_blocks):
         stack.load_block(index)
-        output = activations.output(index, activations.batches[0])
-        activations.store(activations.batches[0], output)
+        first.run(index)
         stack.release_block(index)
-    output = output[0].to(expected.device).float()
     expected = (expected if hidden is None else expected[:, hidden.to(expected.device)]).float()
-    error = ((output - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median()
+    error = (
+        (first.hidden[0].float().to(expected.device) - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    ).median()
     if not error <= SAME:
         raise StageError(
             f"prune.permute_channels: with its channels in another order {type(stack.model).__name__} computes "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +183,12 @@ def _pattern_text(prune: PruneConfig, layers: list[LayerRecord]) -> str:
     return ", ".join([counts[0][0], *(f"{pattern} in {count} matrices" for pattern, count in counts[1:])])
 
 
+def _for_scores(plan: PrunePlan, names: Collection[str]) -> PrunePlan:
+    """The plan for the scores of some targets, which are Wanda's, whatever the method."""
+    targets = {name: target for name, target in plan.targets.items() if name in names}
+    return replace(plan, settings=replace(plan.settings, method="wanda"), targets=targets)
+
+
 def _permuted(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path, out: OwnFiles | None) -> list[Permuted]:
     """Reorders the channels of the model, and of its copy ``out``; returns what the orders gain."""
     prune, path = plan.settings, folder / CHANNELS
@@ -198,10 +204,15 @@ def _permuted(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path, ou
         orders = {name: [torch.tensor(head) for head in heads] for name, heads in content["orders"].items()}
         stack.reorder(permute.orders_of_parameters(found, orders))
         return [Permuted(name, *shares) for name, shares in content["shares"].items()]
+    scored = _for_scores(plan, permute.readers(found).keys())
+    dense = _embed(stack, windows, prune, folder)
     with console.working("finding the order of the channels"):
-        orders, permuted, last = permute.best_orders(stack, found, _embed(stack, windows, prune, folder))
+        orders, permuted = permute.best_orders(stack, scored, found, dense)
+    expected = dense.hidden[0].clone()  # the next ones may use the same file
+    del dense
     stack.reorder(permute.orders_of_parameters(found, orders))
-    permute.check_same(stack, _embed(stack, windows[:1], prune, folder), last, orders.get(permute.HIDDEN, [None])[0])
+    first, num_blocks = _embed(stack, windows[:1], prune, folder), scored.last_block(stack) + 1
+    permute.check_same(stack, num_blocks, first, expected, orders.get(permute.HIDDEN, [None])[0])
     if out is not None and distributed.is_main():
         assert isinstance(stack, BlockStack)
         stack.write_reordered(out, {f"{target.owner}.{target.parameter}" for target in plan.targets.values()})
@@ -219,8 +230,7 @@ def _allocated(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path) -
     adjustable = {name: target for name, target in plan.targets.items() if not is_overridden(prune, name)}
     if not adjustable:
         return patterns
-    # the scores are Wanda's, whatever the method
-    plan = replace(plan, settings=replace(prune, method="wanda"), targets=adjustable)
+    plan = _for_scores(plan, adjustable)
     path = folder / ALLOCATION
     if path.exists():
         ratios = sealed.read(path, start_again(folder))

@@ -90,7 +90,7 @@ def prune_blocks(
     """
     groups: Groups = {}
     blocks = plan.by_block(stack)
-    last = _last(blocks)
+    last = plan.last_block(stack)
     if len(journal.blocks) > last:
         activations = None  # nothing is left that needs them
     for index, targets in enumerate(blocks):
@@ -117,11 +117,6 @@ def prune_blocks(
         yield entry
     if plan.masks is not None:
         warn_of_sparser([layer for entry in journal.blocks for layer in entry.layers])
-
-
-def _last(blocks: list[dict[str, Target]]) -> int:
-    """The last block that is pruned: its outputs, and those of later blocks, are not needed."""
-    return max(index for index, targets in enumerate(blocks) if targets)
 
 
 def _replay(
@@ -176,7 +171,7 @@ def dense_scores(stack: Decoder, plan: PrunePlan, activations: Activations) -> I
     """
     groups: Groups = {}
     blocks = plan.by_block(stack)
-    for index, targets in enumerate(blocks[: _last(blocks) + 1]):
+    for index, targets in enumerate(blocks[: plan.last_block(stack) + 1]):
         stack.load_block(index)
         work = BlockWork(stack, index, targets, plan, activations, groups)
         work.gather(keep=True)
