@@ -58,4 +58,6 @@ HINTS = {
     "num_calibration_samples": "prune.calibration.samples",
     "percdamp": "prune.damp",
     "blocksize": "prune.block_size",
+    "actorder": "prune.act_order",
+    "desc_act": "prune.act_order",
 }

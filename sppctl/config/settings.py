@@ -200,6 +200,11 @@ class PruneConfig:
     )
     damp: float = _key(0.01, "SparseGPT: damping, as a fraction of the mean Hessian diagonal", above=0)
     block_size: int = _key(128, "SparseGPT: columns solved before the rest of the matrix is updated", low=1)
+    act_order: bool = _key(
+        False,
+        "SparseGPT: solves the columns whose removal would cost most first, for N:M in whole groups; undone afterwards",
+        later=True,
+    )
 
 
 @dataclass(frozen=True)

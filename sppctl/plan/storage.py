@@ -42,7 +42,8 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
       windows also wait inside a block (``WAITING_WIDTHS`` hidden states)
     - statistics of every distinct input (n features): wanda 4 n, dsnot 8 n, sparsegpt 4 n^2 and the inputs in float32
     - solving: the layers that share an input, before and after; their scores in float32 and mask; for sparsegpt the
-      weights in float32 and four matrices (n, n) of the factorisation instead
+      weights in float32 and four matrices (n, n) of the factorisation instead, and with act_order a reordered copy of
+      the weights and of the statistics
     """
     prune, d = config.prune, torch_dtype(dtype).itemsize
     statistics: Any = find_pruner(prune.method).statistics
@@ -56,8 +57,9 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     ]
     # statistics from outside the package are counted as norms
     counted = [FLOAT * {None: 0, InputMoments: 2 * n, Hessian: n * n}.get(statistics, n) for n, _ in groups]
-    factors = [16 * n * n if statistics is Hessian else 0 for n, _ in groups]
-    solving = max((2 * d + FLOAT + 1) * n * m + factor for (n, m), factor in zip(groups, factors, strict=True))
+    factors = [FLOAT * (4 + prune.act_order) * n * n if statistics is Hessian else 0 for n, _ in groups]
+    copies = 2 + prune.act_order
+    solving = max((copies * d + FLOAT + 1) * n * m + factor for (n, m), factor in zip(groups, factors, strict=True))
     windows = windows_at_a_time(prune.batch_size, samples, seq_len)
     hidden_states = running = tuning = 0
     if needs_inputs(prune):

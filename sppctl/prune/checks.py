@@ -112,13 +112,15 @@ def prepare(
 
 
 def _check_options(prune: PruneConfig) -> None:
-    """Checks that the options of a pruner or an allocation from outside the package are keys of ``prune``."""
+    """Checks that the options of a pruner or an allocation from outside are keys of ``prune``, and one of SparseGPT."""
     chosen: list[tuple[str, tuple[str, ...]]] = [("prune.method", find_pruner(prune.method).options)]
     if measures_blocks(prune):
         chosen.append(("prune.allocation", find_allocation(str(prune.allocation)).options))
     for key, options in chosen:
         if unknown := [option for option in options if not hasattr(prune, option)]:
             raise UserError(key, f"its option {unknown[0]} is not a key of prune", "leave it out of its options")
+    if prune.act_order and "act_order" not in chosen[0][1]:
+        raise UserError("prune.act_order", f"{prune.method} does not go column by column", "use sparsegpt")
 
 
 def _check_patterns(prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern]) -> None:

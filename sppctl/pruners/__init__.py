@@ -55,7 +55,7 @@ def _by_mask(choose: Callable[..., Tensor], improve: Callable[..., Tensor] | Non
 PRUNERS = {
     "magnitude": Pruner(None, _by_mask(lambda weight, _, pattern: magnitude_mask(weight, pattern))),
     "wanda": Pruner(InputNorms, _by_mask(wanda_mask)),
-    "sparsegpt": Pruner(Hessian, prune_sparsegpt, ("damp", "block_size", "keep_zeros")),
+    "sparsegpt": Pruner(Hessian, prune_sparsegpt, ("damp", "block_size", "keep_zeros", "act_order")),
     "dsnot": Pruner(InputMoments, _by_mask(wanda_mask, update_mask)),
 }
 
@@ -86,8 +86,8 @@ def prune_linear(
         method: magnitude, wanda, sparsegpt, dsnot, or a registered pruner.
         pattern: N:M with N kept in every M (``"2:4"``), or the ratio of zeros (``0.5``).
         mask: boolean, True = kept: SparseGPT updates the weights under it, DSnoT starts from it, the others apply it.
-        options: of the method: ``damp``, ``block_size`` and ``keep_zeros`` for SparseGPT, in whose result zeros of
-            the weight may otherwise be filled.
+        options: of the method: ``damp``, ``block_size``, ``act_order`` and ``keep_zeros`` for SparseGPT; without the
+            last one, zeros of the weight may be filled.
 
     Returns:
         The pruned weight, a new tensor of the same shape and dtype.

@@ -28,6 +28,7 @@ def prune_sparsegpt(
     damp: float = 0.01,
     block_size: int = 128,
     keep_zeros: bool = False,
+    act_order: bool = False,
 ) -> tuple[list[Tensor], float]:
     """Solves layers that share their inputs, column by column (Algorithm 1 of the paper), their rows together.
 
@@ -43,6 +44,7 @@ def prune_sparsegpt(
         damp: share of the mean Hessian diagonal added to the diagonal.
         block_size: columns updated lazily together; rounded up to a multiple of every M.
         keep_zeros: zeros are pruned first and never kept, so rows and groups that have more of them stay sparser.
+        act_order: the columns are solved in the order of :func:`act_order_of`; the result has the given one.
 
     Returns:
         The pruned weights (same shapes and dtypes), and the damping that the factorisation needed.
@@ -50,6 +52,18 @@ def prune_sparsegpt(
     Raises:
         ValueError: the Hessian cannot be factorised.
     """
+    if act_order:
+        order = act_order_of(weights, statistics, math.lcm(*(pattern.group or 1 for pattern in patterns)))
+        pruned, damp = prune_sparsegpt(
+            [weight[:, order] for weight in weights],
+            statistics.reordered(order),
+            patterns,
+            None if masks is None else [mask[:, order] for mask in masks],
+            damp=damp,
+            block_size=block_size,
+            keep_zeros=keep_zeros,
+        )
+        return [weight[:, order.argsort()] for weight in pruned], damp
     factor, dead, damp = statistics.inverse_factor(damp)
     work = torch.cat([weight.float() for weight in weights])
     scale = factor.diagonal().masked_fill(dead, torch.inf)
@@ -68,6 +82,14 @@ def prune_sparsegpt(
     # the mask decides, not the value: rounding may make a kept weight zero, never a pruned one non-zero
     work.masked_fill_(~kept, 0)
     return [work[rows].to(weight.dtype) for rows, weight in zip(layers, weights, strict=True)], damp
+
+
+def act_order_of(weights: list[Tensor], statistics: Hessian, group: int) -> Tensor:
+    """The columns in groups of ``group``, those first whose removal alone would cost most: (in_features,) int64."""
+    squares = torch.stack([weight.float().square().sum(dim=0) for weight in weights]).sum(dim=0)
+    costs = (squares * statistics.moment.diagonal()).view(-1, group)
+    groups = costs.sum(dim=1).argsort(descending=True, stable=True)
+    return torch.arange(costs.numel(), device=costs.device).view(-1, group)[groups].flatten()
 
 
 def _sizes(work: Tensor, patterns: list[Pattern], block_size: int) -> tuple[ModuleType | None, int, int]:

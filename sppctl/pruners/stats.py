@@ -114,6 +114,12 @@ class Hessian:
         """Root mean square of every input feature, (in_features,)."""
         return (self.moment.diagonal() / max(1, self.num_tokens)).sqrt()
 
+    def reordered(self, order: Tensor) -> Hessian:
+        """The second moment of the same inputs with their features in another order, (in_features,) int64."""
+        other = Hessian(0, self.moment.device)
+        other.num_tokens, other.moment = self.num_tokens, self.moment[order][:, order]
+        return other
+
     def inverse_factor(self, damp: float) -> tuple[Tensor, Tensor, float]:
         """Upper Cholesky factor of the inverse of the damped Hessian; computed once for layers that share inputs.
 

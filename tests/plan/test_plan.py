@@ -174,6 +174,9 @@ def test_pruning_and_disk_by_hand(planned: Planned) -> None:
     assert pruning.solving == (4 + 4 + 4 + 1) * 2 * 48 * 32  # gate and up: before, after, scores, mask
     assert pruning.peak == 33_408 + 30_976 + 576 + 32_768 + 1_310_720
     assert planned("prune.method=sparsegpt").pruning.statistics == 4 * (3 * 32**2 + 48**2)
+    assert planned("prune.method=sparsegpt").pruning.solving == (4 + 4 + 4 + 1) * 48 * 32 + 4 * 4 * 48**2  # down
+    ordered = planned("prune.method=sparsegpt", "prune.act_order=true").pruning
+    assert ordered.solving == (4 + 4 + 4 + 4 + 1) * 2 * 48 * 32 + 5 * 4 * 32**2  # gate and up
     assert planned("prune.method=magnitude").pruning.hidden_states == 0
     tuned = planned("prune.method=magnitude", "prune.reconstruct_epochs=1").pruning
     assert tuned.hidden_states == 2 * pruning.hidden_states  # and the dense block's outputs

@@ -86,6 +86,7 @@ def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
         (["prune.calibration.samples=2000"], "2000 windows of 64 need 128000; "),
         (["prune.calibration.windows=random-document"], "has 1 documents longer than 64 tokens"),
         (["prune.calibration.split=test"], "prune.calibration.split: "),
+        (["prune.act_order=true"], "prune.act_order: wanda does not go column by column; use sparsegpt"),
         (["launch.num_processes=5"], "prune.calibration.samples: 4 windows are too few for 5 processes"),
         (["launch.num_processes=2", "prune.reconstruct_epochs=1"], "prune.reconstruct_epochs: needs a single process"),
     ],

@@ -27,6 +27,7 @@ SETTINGS = {
     "wanda": {},
     "wanda in module order": {"order": "module"},
     "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt in act order": {"method": "sparsegpt", "pattern": 0.6, "act_order": True},
     "magnitude": {"method": "magnitude"},
     "owl": {"pattern": 0.6, "allocation": "owl"},
     "overrides": {"overrides": {"down_proj": "1:4"}, "skip": ["k_proj"]},

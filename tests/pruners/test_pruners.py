@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,53 @@ def test_a_given_mask_does_not_bring_back_zeros() -> None:
     mask = torch.ones_like(weight, dtype=torch.bool)
     pruned = prune_linear(sparse, inputs, method="sparsegpt", pattern="2:4", mask=mask, keep_zeros=True)
     assert torch.equal(pruned == 0, sparse == 0)
+
+
+def by_falling_cost(weights: list[Tensor], inputs: Tensor, group: int) -> list[int]:
+    """The columns, whole groups with the greatest sum of (w x)^2 over all weights and tokens first."""
+    costs = [
+        sum(
+            (weight[row, column] * token[column]).item() ** 2
+            for column in range(start, start + group)
+            for weight in weights
+            for row in range(len(weight))
+            for token in inputs
+        )
+        for start in range(0, inputs.shape[1], group)
+    ]
+    groups = sorted(range(len(costs)), key=lambda index: -costs[index])
+    return [index * group + place for index in groups for place in range(group)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["chosen", "given"])
+@pytest.mark.parametrize(("patterns", "group"), [(["2:4"], 4), ([0.75, 0.5], 1), (["2:4", "2:8", 0.5], 8)], ids=str)
+def test_act_order_is_pruning_the_reordered_layer(patterns: list[str | float], group: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    inputs = torch.randn(40, 32, generator=generator) * torch.rand(32, generator=generator) * 3
+    weights = [torch.randn(6 + index, 32, generator=generator) for index in range(len(patterns))]
+    masks = [torch.rand(weight.shape, generator=generator) < 0.5 for weight in weights]
+    order = by_falling_cost(weights, inputs, group)
+    assert order != list(range(32))
+    parsed, given = [Pattern.parse(pattern) for pattern in patterns], masks if masked else None
+    solve = partial(prune_sparsegpt, block_size=16, damp=0.02)
+    hessian, reordered = Hessian(32, "cpu"), Hessian(32, "cpu")
+    hessian.update(inputs)
+    reordered.update(inputs[:, order])
+    pruned, _ = solve(weights, hessian, parsed, given, act_order=True)
+    moved = [mask[:, order] for mask in masks] if masked else None
+    expected, _ = solve([weight[:, order] for weight in weights], reordered, parsed, moved)
+    for result, wanted, pattern, mask in zip(pruned, expected, parsed, masks, strict=True):
+        torch.testing.assert_close(result[:, order], wanted, rtol=1e-4, atol=1e-5)
+        kept = result != 0
+        assert torch.equal(kept[:, order], wanted != 0)
+        assert torch.equal(kept, mask) if masked else pattern.ratio or holds(result, pattern)
+
+
+def test_act_order_loses_less_where_the_last_inputs_matter_most() -> None:
+    weight, inputs = made(9, 32, 64, 512, correlated=True)
+    inputs *= torch.logspace(-1, 1, 64)
+    plain, ordered = (
+        output_error(prune_linear(weight, inputs, method="sparsegpt", pattern="2:4", act_order=act), weight, inputs)
+        for act in (False, True)
+    )
+    assert ordered < 0.95 * plain
