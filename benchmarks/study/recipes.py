@@ -65,6 +65,7 @@ LONGER = {"train.max_steps": "288"}
 FASTER = {"train.max_steps": "72", **dict.fromkeys(DISTILLED)}
 UNRECONSTRUCTED = dict.fromkeys(RECONSTRUCTED)
 PERMUTED = {"prune.permute_channels": "true"}
+WINDOWS = {"prune.calibration.samples": "128", "prune.reconstruct_epochs": "2"}  # as many steps of reconstruction
 HEALED = (  # the rows that both patterns share
     Row("reconstructed", "4 epochs of block reconstruction", RECONSTRUCTED),
     Row("full", "every kept weight is trained (masked_full)", FULL, "reconstructed"),
@@ -90,7 +91,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("hidden", "the teacher's hidden states too", {"train.distill.hidden": "1"}, "distilled"),
         Row("hira", "HiRA instead of every kept weight", HIRA, "distilled"),
         Row("fast", "half the steps, no teacher", FASTER, "unreconstructed"),
-        Row("permuted", "channels reordered before pruning", PERMUTED, "distilled", SEEDS),
+        Row("permuted", "channels reordered before pruning", PERMUTED, "distilled"),
+        Row("windows", "twice the calibration windows, half the epochs of reconstruction", WINDOWS, "permuted", SEEDS),
         Row("permuted-fast", "channels reordered before pruning", PERMUTED, "fast", SEEDS),
     ),
     "0.75": (
