@@ -19,6 +19,7 @@ import pytest
 import recipes
 import record as records_of_cells
 import rows as held_out
+import runner
 import torch
 from cells import FULL, Cell, Record
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,6 +149,18 @@ def test_rows_that_prune_alike_share_one_pruned_model(monkeypatch: pytest.Monkey
         *("recipe-2of4-third-pruned-0", "recipe-2of4-third-0", "recipe-2of4-fourth-0"),
         *("recipe-2of4-first-1", "recipe-2of4-third-pruned-1", "recipe-2of4-third-1"),
     ]
+
+
+def test_the_expected_time_counts_reconstruction_once_and_every_step() -> None:
+    plain = Cell("", 0, cells.pruning("wanda", "2:4"))
+    epochs = replace(plain, pruning=(*plain.pruning, "prune.reconstruct_epochs=2"))
+    more = replace(epochs, pruning=(*epochs.pruning, "prune.calibration.samples=100"))
+    pruned, once, twice = (runner._expected(cell.settings) for cell in (plain, epochs, more))
+    assert once - pruned == pytest.approx(64 * 2 * runner.WINDOW)
+    assert twice - pruned == pytest.approx(100 * 2 * runner.WINDOW)
+    trained = [runner._expected(replace(more, training=(f"train.max_steps={n}",)).settings) for n in (10, 30)]
+    assert trained[1] - trained[0] == pytest.approx(20 * runner.STEP)
+    assert trained[0] == pytest.approx(pruned - runner.PRUNING + 10 * runner.STEP)
 
 
 def test_the_settings_of_a_cell_are_those_that_its_numbers_depend_on() -> None:

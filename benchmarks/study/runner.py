@@ -21,8 +21,9 @@ from sppctl.model import find
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
-# seconds on two cores with AVX512: for a pruned model, a step of training, a token of prose that is measured, the tasks
-PRUNING, STEP, TOKEN, TASKS = 100.0, 6.0, 0.005, 300.0
+# seconds on two cores with AVX512: for a pruned model, a window in an epoch of its reconstruction, a step of training, a
+# token of prose that is measured, the tasks
+PRUNING, WINDOW, STEP, TOKEN, TASKS = 100.0, 3.5, 6.0, 0.005, 300.0
 
 
 class Study:
@@ -132,6 +133,9 @@ def link(source: Path, target: Path) -> None:
 
 def _expected(cell: dict[str, Any]) -> float:
     """Seconds that a cell takes; the pruned model is made for the cell that measures it."""
-    steps = [int(one.partition("=")[2]) for one in cell["training"] if one.startswith("train.max_steps=")]
-    pruning = PRUNING if cell["pruning"] and not cell["training"] else 0.0
-    return pruning + sum(steps) * STEP + cell["max_tokens"] * TOKEN + (TASKS if cell["tasks"] else 0.0)
+    settings = dict(setting.split("=", 1) for setting in (*cell["pruning"], *cell["training"]))
+    windows = settings.get("prune.calibration.samples", cells.SHARED["prune"]["calibration"]["samples"])
+    reconstruction = int(windows) * int(settings.get("prune.reconstruct_epochs", 0)) * WINDOW
+    pruning = PRUNING + reconstruction if cell["pruning"] and not cell["training"] else 0.0
+    steps = int(settings.get("train.max_steps", 0))
+    return pruning + steps * STEP + cell["max_tokens"] * TOKEN + (TASKS if cell["tasks"] else 0.0)
