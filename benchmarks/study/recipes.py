@@ -99,7 +99,11 @@ ROWS: dict[str, tuple[Row, ...]] = {
         *PAPERS,
         SPARSEGPT,
         Row("owl", "blocks with fewer outliers lose more (OWL)", {"prune.allocation": "owl"}, "sparsegpt"),
-        *(replace(row, after=row.after or "owl", seeds=SEEDS if row.name == "distilled" else (0,)) for row in HEALED),
+        Row("narrow", "zeros chosen in 16 columns at a time, not 128", {"prune.block_size": "16"}, "owl"),
+        *(
+            replace(row, after=row.after or "narrow", seeds=SEEDS if row.name == "distilled" else (0,))
+            for row in HEALED
+        ),
     ),
 }
 SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats
