@@ -21,8 +21,8 @@ from sppctl.model import find
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
-# seconds on two cores with AVX512: for a pruned model, a window in an epoch of its reconstruction, a step of training, a
-# token of prose that is measured, the tasks
+# seconds on two cores with AVX512: for a pruned model, a window in an epoch of its reconstruction, a step of training,
+# a token of prose that is measured, the tasks
 PRUNING, WINDOW, STEP, TOKEN, TASKS = 100.0, 3.5, 6.0, 0.005, 300.0
 
 
