@@ -74,7 +74,6 @@ HEALED = (  # the rows that both patterns share
     Row("spp", "SPP instead of every kept weight", SPP, "distilled"),
     Row("rate", "twice the learning rate", {"train.lr": "1e-3"}, "distilled"),
     Row("unreconstructed", "no block reconstruction", UNRECONSTRUCTED, "distilled"),
-    Row("longer", "twice the steps", LONGER, "distilled"),
 )
 PAPERS = (
     Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
@@ -86,6 +85,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         *PAPERS,
         SPARSEGPT,
         *(replace(row, after=row.after or "sparsegpt") for row in HEALED),
+        Row("longer", "twice the steps", LONGER, "distilled"),
         Row("smaller", "twice the steps of half the rows, learning rate 3.5e-4", SMALLER, "distilled"),
         Row("text", "four rows of plain text for each instruction", TEXT, "distilled"),
         Row("hidden", "the teacher's hidden states too", {"train.distill.hidden": "1"}, "distilled"),
