@@ -14,6 +14,7 @@ from sppctl.fused import FusedKernels
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import keep_largest, keep_largest_in_groups
 from sppctl.pruners.stats import Hessian
+from sppctl.pruners.wanda import wanda_scores
 
 TILE = 16  # columns solved one by one before the rest of their block is updated by one product
 MAX_GROUP = 1024  # the largest M, or common multiple of several, for which a GPU kernel keeps its columns in registers
@@ -85,11 +86,10 @@ def prune_sparsegpt(
 
 
 def act_order_of(weights: list[Tensor], statistics: Hessian, group: int) -> Tensor:
-    """The columns in groups of ``group``, those first whose removal alone would cost most: (in_features,) int64."""
-    squares = torch.stack([weight.float().square().sum(dim=0) for weight in weights]).sum(dim=0)
-    costs = (squares * statistics.moment.diagonal()).view(-1, group)
-    groups = costs.sum(dim=1).argsort(descending=True, stable=True)
-    return torch.arange(costs.numel(), device=costs.device).view(-1, group)[groups].flatten()
+    """The columns in groups of ``group``, by falling sums of Wanda's scores squared: (in_features,) int64."""
+    costs = torch.stack([wanda_scores(weight, statistics).square().sum(dim=0) for weight in weights]).sum(dim=0)
+    groups = costs.view(-1, group).sum(dim=1).argsort(descending=True, stable=True)
+    return torch.arange(len(costs), device=costs.device).view(-1, group)[groups].flatten()
 
 
 def _sizes(work: Tensor, patterns: list[Pattern], block_size: int) -> tuple[ModuleType | None, int, int]:
