@@ -64,7 +64,8 @@ def prune_sparsegpt(
             block_size=block_size,
             keep_zeros=keep_zeros,
         )
-        return [weight[:, order.argsort()] for weight in pruned], damp
+        back = order.argsort()
+        return [weight[:, back] for weight in pruned], damp
     factor, dead, damp = statistics.inverse_factor(damp)
     work = torch.cat([weight.float() for weight in weights])
     scale = factor.diagonal().masked_fill(dead, torch.inf)
