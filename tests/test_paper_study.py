@@ -299,8 +299,19 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
         assert row
         _, _, _, _, wikitext, _, instructions, _, time = page._recipe(pattern, row, records)
         assert f"| {command} | {wikitext} | {instructions} | {time} |" in section
-    longer = recipes.row_of("2:4", "paper-longer")
+    paper, longer = (recipes.row_of("2:4", name) for name in ("paper", "paper-longer"))
+    assert paper
     assert longer
+    starts = [recipes.start_of("2:4", paper, seed, records) for seed in recipes.measured("2:4", paper, records)]
+    texts = [[one["texts"][name] for one in starts if one] for name in claims.TEXTS]
+    pruned, dense = (
+        [f"{math.exp(claims.mean_of(cells.loss_of(one) for one in text)):.2f}" for text in found]
+        for found in (texts, [[records["dense"]["texts"][name]] for name in claims.TEXTS])
+    )
+    assert f"dense: {dense[0]} on WikiText-2, {dense[1]} on held-out instructions" in section
+    assert f"pruned by Wanda and not trained: {pruned[0]}, {pruned[1]})" in section
+    seconds = [found[1] for seed in paper.seeds if (found := page._seconds("2:4", paper, seed, records))]
+    assert f"the paper's recipe, {seconds[-1]:.0f} s on" in section
     _, _, _, _, wikitext, _, instructions, *_ = page._recipe("2:4", longer, records)
     assert f"in the time of the best one the paper's reaches {wikitext} and {instructions}" in section
 

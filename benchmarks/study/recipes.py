@@ -77,7 +77,7 @@ HEALED = (  # the rows that both patterns share
 )
 PAPERS = (
     Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
-    Row("paper-longer", "400 steps: about the time of `distilled`", {"train.max_steps": "400"}, "paper"),
+    Row("paper-longer", "400 steps: about the time of the best rows", {"train.max_steps": "400"}, "paper"),
 )
 SPARSEGPT = Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper")
 ROWS: dict[str, tuple[Row, ...]] = {
@@ -107,8 +107,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
 }
 SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats
-    "best-2of4": ("2:4", "distilled"),
-    "fast-2of4": ("2:4", "fast"),
+    "best-2of4": ("2:4", "windows"),
+    "fast-2of4": ("2:4", "permuted-fast"),
     "paper-2of4": ("2:4", "paper"),
 }
 
