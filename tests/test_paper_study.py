@@ -13,6 +13,7 @@ from typing import Any
 
 import cells
 import claims
+import gpus
 import numpy as np
 import page
 import pytest
@@ -314,6 +315,16 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
     assert f"the paper's recipe, {seconds[-1]:.0f} s on" in section
     _, _, _, _, wikitext, _, instructions, *_ = page._recipe("2:4", longer, records)
     assert f"in the time of the best one the paper's reaches {wikitext} and {instructions}" in section
+
+
+def test_the_hours_on_gpus_are_those_of_a_hand_calculation() -> None:
+    """LLaMA-2-7B, 1,173 steps of 128 x 512 tokens at 124.8 TFLOP/s; half of the rows, twice as long, for best-2of4."""
+    shown = {(row[0], row[1]): row for row in gpus.rows()}
+    paper = 6 * 6.738415616e9 * 1_173 * 128 * 512 / 124.8e12 / 3600
+    best = (6 + 2 + 2) * 6.738415616e9 * 1_173 * 64 * 1_024 / 124.8e12 / 3600
+    assert shown["LLaMA-2-7B", "the paper's"][-3:] == ["1,173", "76.9", f"{paper:.1f}"]
+    assert shown["LLaMA-2-7B", "best, SPP"][-3:] == ["1,173", "76.9", f"{best:.1f}"]
+    assert shown["LLaMA-2-7B", "best, every kept weight, fsdp"][-1] == f"{best / 8:.1f}"
 
 
 def test_no_committed_record_is_of_a_cell_that_no_longer_exists() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cells
 import figures
+import gpus
 import recipes
 from cells import ABLATIONS, Record, Records, Scale
 from claims import TEXTS, TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
@@ -33,8 +34,7 @@ def text(scale: Scale, records: Records, folder: Path) -> str:
     findings = Findings(scale, records)
     parts = [_introduction(scale, records), _claims(findings), _grid(findings, folder), _rates(scale, records)]
     parts += [_ablations(findings), _recipes(records, folder) if scale.with_recipes else "", _tasks(records)]
-    parts += [(HERE / name).read_text().strip() for name in ("literature.md", "gpus.md")]
-    parts += [_machines(records)]
+    parts += [(HERE / "literature.md").read_text().strip(), gpus.text(), _machines(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

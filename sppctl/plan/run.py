@@ -152,13 +152,15 @@ def execute(config: Config) -> Plan:
     """The requirements of a run; nothing is loaded or written.
 
     Raises:
-        UserError: an unknown model, no such targets, a rank that is too large, an impossible batch size.
+        UserError: an unknown model, no such targets, a rank that is too large, an impossible batch size, a strategy
+            that cannot divide the training.
     """
     model = config.model
     assert model.path is not None
     shapes, source = architecture.load(model.path, model.gguf_file, model.revision, model.trust_remote_code)
     scope.check_dtype(config)
     scope.check_optimizer(config)
+    scope.check_teacher(config)
     # of the pruned checkpoint; known before the model is built, which overwrites the configuration's
     dtype = getattr(shapes, "dtype", None) or torch.float32
     stored = checkpoint.dtype_of(model.dtype, None if model.gguf_file is not None else dtype)
@@ -364,8 +366,10 @@ def _batch(train: TrainConfig, itemsize: int) -> Batch:
 
 
 def _strategies(train: TrainConfig, gpus: int, packed: bool) -> Sequence[str]:
-    """Those by which a training can be divided; the other optimizers and packed weights cannot be sharded."""
-    return STRATEGIES if gpus > 1 and train.optimizer == "adamw" and not packed else ("ddp",)
+    """Those that divide a training: other optimizers and packed weights cannot be sharded, a teacher not by zero3."""
+    if gpus == 1 or train.optimizer != "adamw" or packed:
+        return ("ddp",)
+    return STRATEGIES if train.distill.teacher is None else ("ddp", "fsdp")
 
 
 def _on_gpus(gpus: int, strategy: str, share: int, state: int, peaks: Mapping[bool, int]) -> Iterator[OnGpu]:

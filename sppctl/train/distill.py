@@ -35,6 +35,7 @@ from sppctl.model import checkpoint, find, packed_model
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
 from sppctl.records import DistillationRecord
+from sppctl.train import scope
 from sppctl.train.watch import State
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk of positions: 64 MiB of float32
@@ -51,8 +52,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     teacher = config.train.distill.teacher
     if teacher is None:
         return
-    if config.launch.strategy == "zero3":
-        raise UserError("train.distill.teacher: launch.strategy=zero3 would shard the teacher; use fsdp")
+    scope.check_teacher(config)
     if teacher == BASE:
         return
     directory, trust = locate(teacher), config.model.trust_remote_code

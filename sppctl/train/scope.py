@@ -65,6 +65,12 @@ def check_optimizer(config: Config) -> None:
         raise UserError("train.optimizer", problem, "use adamw, or launch.strategy=ddp")
 
 
+def check_teacher(config: Config) -> None:
+    """Raises UserError if the strategy would shard the teacher."""
+    if config.train.distill.teacher is not None and config.launch.strategy == "zero3":
+        raise UserError("train.distill.teacher", "launch.strategy=zero3 would shard the teacher", "use fsdp")
+
+
 def check_dtype(config: Config) -> None:
     """Raises UserError if training would compute in float16."""
     if config.model.compute_dtype == "float16":

@@ -471,6 +471,13 @@ def test_what_trains_dense_weights_alone_has_no_plan_for_packed_ones(planned: Pl
     assert hidden.teacher - teacher.memory.teacher == hidden.tokens_on_device * 2 * 32 * (4 + 4)
 
 
+def test_a_teacher_is_not_sharded_by_zero3(planned: Planned) -> None:
+    assert {entry.strategy for entry in planned().memory.per_gpu} == {"ddp", "fsdp", "zero3"}
+    assert {entry.strategy for entry in planned("train.distill.teacher=base").memory.per_gpu} == {"ddp", "fsdp"}
+    with pytest.raises(UserError, match="zero3 would shard the teacher; use fsdp"):
+        planned("train.distill.teacher=base", "launch.strategy=zero3")
+
+
 def test_the_table_of_packed_weights(command: Command) -> None:
     printed = " ".join(command("plan", "llama13b", "prune.pattern=2:8", "launch.num_processes=1").out.split())
     assert "Weights in memory without their zeros (model.weights=packed), one GPU: GiB" in printed
