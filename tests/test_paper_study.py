@@ -300,6 +300,10 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
         assert row
         _, _, _, _, wikitext, _, instructions, _, time = page._recipe(pattern, row, records)
         assert f"| {command} | {wikitext} | {instructions} | {time} |" in section
+    sparser = recipes.row_of(*recipes.SHIPPED["best-75"])
+    assert sparser
+    _, _, _, _, wikitext, _, instructions, *_ = page._recipe("0.75", sparser, records)
+    assert f"`sppctl run best-75` reaches {wikitext} and {instructions}" in section
     paper, longer = (recipes.row_of("2:4", name) for name in ("paper", "paper-longer"))
     assert paper
     assert longer

@@ -108,6 +108,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
 }
 SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats
     "best-2of4": ("2:4", "windows"),
+    "best-75": ("0.75", "distilled"),
     "fast-2of4": ("2:4", "permuted-fast"),
     "paper-2of4": ("2:4", "paper"),
 }

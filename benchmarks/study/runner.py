@@ -110,12 +110,16 @@ class Study:
     def base(self) -> Path:
         """The directory of the dense model."""
         model = load_config(str(self.config), []).model
-        return find.locate(model.path or "") if model.gguf_file is None else self.work / "base"
+        return find.locate(model.path or "") if model.gguf_file is None else self._converted()
+
+    def _converted(self) -> Path:
+        """The folder of the converted model; two studies that share one by a link share the models pruned from it."""
+        return (self.work / "base").resolve()
 
     def model(self) -> list[str]:
         """The dense model, if it is in a GGUF file: converted once, then a directory."""
         base = self.base()
-        if base != self.work / "base":
+        if base != self._converted():
             return []
         if not base.is_dir():
             run = self.work / "dense"
