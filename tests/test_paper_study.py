@@ -308,10 +308,10 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
     assert paper
     assert longer
     starts = [recipes.start_of("2:4", paper, seed, records) for seed in recipes.measured("2:4", paper, records)]
-    texts = [[one["texts"][name] for one in starts if one] for name in claims.TEXTS]
+    untrained = [[one["texts"][name] for one in starts if one] for name in claims.TEXTS]
     pruned, dense = (
         [f"{math.exp(claims.mean_of(cells.loss_of(one) for one in text)):.2f}" for text in found]
-        for found in (texts, [[records["dense"]["texts"][name]] for name in claims.TEXTS])
+        for found in (untrained, [[records["dense"]["texts"][name]] for name in claims.TEXTS])
     )
     assert f"dense: {dense[0]} on WikiText-2, {dense[1]} on held-out instructions" in section
     assert f"pruned by Wanda and not trained: {pruned[0]}, {pruned[1]})" in section
