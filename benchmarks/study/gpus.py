@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from markdown_table import table
+
 from sppctl.config.load import load_config
-from sppctl.plan.run import Plan, execute
+from sppctl.plan.run import execute
 
 GIB = 2**30
 SPEED = 0.4 * 312e12  # operations per second that are assumed of an A100
-COMPUTED = ("model.compute_dtype=bfloat16",)  # as on such a GPU, wherever the page is written
+# as on one such GPU, wherever the page is written
+ON_GPU = ("model.compute_dtype=bfloat16", "launch.num_processes=1")
 MODELS = {"LLaMA-2-7B": "llama2-7b", "Llama-3-8B": "llama3-8b"}  # the configurations with the paper's settings
 LIGHT = "train.gradient_checkpointing=true"
 # what best-2of4 leaves small for a model of 135 million parameters; as many tokens as in the paper's settings
@@ -35,28 +38,20 @@ class Way:
     title: str
     settings: tuple[str, ...]
     best: bool = False  # best-2of4, not the configuration with the paper's settings
-    gpus: int = 1
-    packed: bool = False
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations are computed twice."""
-        return LIGHT in self.settings
 
 
 WAYS = (
     Way("the paper's", ()),
     Way("the paper's, gradient checkpointing", (LIGHT,)),
-    Way("the paper's, gradient checkpointing, packed weights", (LIGHT,), packed=True),
+    Way("the paper's, gradient checkpointing, packed weights", (LIGHT, "model.weights=packed")),
     Way("best, SPP", (*LARGER, *SPP), best=True),
-    Way("best, every kept weight, fsdp", (*LARGER, *FULL), best=True, gpus=8),
+    Way("best, every kept weight, fsdp", (*LARGER, *FULL), best=True),
 )
 
 
 def text() -> str:
     """The section, with a table of plans."""
     head = ["model", "recipe", "GPUs", "pruning", "training", "GPU", "disk", "steps", "tokens", "hours"]
-    table = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows()]
     return f"""## On GPUs
 
 The paper's settings for LLaMA-2-7B, and the same as a starting point for Llama-3-8B:
@@ -85,7 +80,7 @@ each GPU; "GPU" is the size in GB of the smallest one with room for training. Di
 `train.save_steps` and `train.save_total_limit` decide how many checkpoints are in it. Tokens are those of training, in
 millions, if every example were as long as `train.data.seq_len` allows; Alpaca's rows are far shorter.
 
-{chr(10).join(f"| {' | '.join(row)} |" for row in table)}
+{table(head, rows(), texts=2)}
 
 The hours are an estimate of training on that many A100, at most: 6 operations for each parameter and token (forward,
 gradient of the inputs, gradient of the effective weight), 2 more with gradient checkpointing and 2 more with a teacher,
@@ -104,26 +99,22 @@ def rows() -> Iterator[list[str]]:
             yield _row(title, name, way)
 
 
-def plan_of(name: str, way: Way) -> Plan:
-    """What is expected of a way with the model of a configuration."""
-    model = (f"model.path={path_of(name)}", "model.gguf_file=null")
-    settings = [*way.settings, *COMPUTED, *(model if way.best else ())]
-    return execute(load_config("best-2of4" if way.best else name, settings))
-
-
 def _row(title: str, name: str, way: Way) -> list[str]:
-    plan = plan_of(name, way)
-    memory = plan.packed if way.packed else plan.memory
+    model = (f"model.path={path_of(name)}", "model.gguf_file=null") if way.best else ()
+    config = load_config("best-2of4" if way.best else name, [*ON_GPU, *model, *way.settings])
+    plan, gpus, checkpointing = execute(config), config.launch.num_processes, config.train.gradient_checkpointing
+    memory = plan.packed if config.model.weights == "packed" else plan.memory
     tokens = plan.steps.tokens_at_most
     assert memory is not None
     assert tokens is not None
-    gpu = memory.on(way.gpus, "fsdp" if way.gpus > 1 else "ddp", way.checkpointing)
-    operations = 6 + 2 * way.checkpointing + 2 * (plan.memory.teacher > 0)
-    hours = operations * plan.model.parameters * tokens / SPEED / way.gpus / 3600
+    assert isinstance(gpus, int)
+    gpu = memory.on(gpus, config.launch.strategy if gpus > 1 else "ddp", checkpointing)
+    operations = 6 + 2 * checkpointing + 2 * (plan.memory.teacher > 0)
+    hours = operations * plan.model.parameters * tokens / SPEED / gpus / 3600
     sizes = [f"{size / GIB:.1f}" for size in (plan.pruning.peak, gpu.total)]
     smallest = str(min(gpu.fits_gb)) if gpu.fits_gb else "none"
     disk = f"{plan.disk['total'] / GIB:.1f}"
     return [
-        *(title, way.title, str(way.gpus), *sizes, smallest, disk),
+        *(title, way.title, str(gpus), *sizes, smallest, disk),
         *(f"{plan.steps.steps:,}", f"{tokens / 1e6:.1f}", f"{hours:.1f}"),
     ]

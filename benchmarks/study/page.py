@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cells
@@ -13,6 +13,7 @@ import gpus
 import recipes
 from cells import ABLATIONS, Record, Records, Scale
 from claims import TEXTS, TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
+from markdown_table import table
 
 HERE = Path(__file__).resolve().parent
 IDLE = 0.05  # share of the machine's CPU time that other processes may take where seconds are compared
@@ -86,7 +87,7 @@ def _grid(findings: Findings, folder: Path) -> str:
                 for pattern in findings.scale.patterns
             ]
             if any(any(row[1:]) for row in rows):
-                parts += [f"### {pruner}, perplexity on {title}", _table(["pattern", *TITLES.values()], rows)]
+                parts += [f"### {pruner}, perplexity on {title}", table(["pattern", *TITLES.values()], rows)]
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
@@ -119,7 +120,7 @@ Tuned for each method at 2:4 and 75 % after Wanda, seed 0, with the same number 
 of WikiText-2 and on 200 other rows of Alpaca: the lowest mean of both losses is used for all pruners, and 2:4's for
 50 %, 75 %'s for 2:8. Ablations use SPP's.
 
-{_table(names, rows)}"""
+{table(names, rows)}"""
 
 
 def _ablations(findings: Findings) -> str:
@@ -134,7 +135,7 @@ def _ablations(findings: Findings) -> str:
     if not any(row[1] in ABLATIONS for row in rows):
         return ""
     head = ["pattern", "SPP", "WikiText-2", "loss minus as published"]
-    return f"## Ablations of SPP, after Wanda\n\n{_table(head, rows, texts=2)}"
+    return f"## Ablations of SPP, after Wanda\n\n{table(head, rows, texts=2)}"
 
 
 def _difference(found: Interval | None) -> str:
@@ -148,7 +149,7 @@ def _recipes(records: Records, folder: Path) -> str:
         lines = [_recipe(pattern, row, records) for row in rows]
         if any(lines):
             head = ["row", "change", "seeds", "pruned", "WikiText-2", "gain", "instructions", "tokens", "time"]
-            parts += [f"### {percent(pattern)}", _table(head, [line for line in lines if line], texts=2)]
+            parts += [f"### {percent(pattern)}", table(head, [line for line in lines if line], texts=2)]
             gains = {row.name: _gain(pattern, row, records) for row in rows}
             useless = [name for name, gain in gains.items() if gain is not None and gain.high >= 0]
             parts += [f"No gain that can be told from chance: {', '.join(useless)}."] if useless else []
@@ -245,7 +246,7 @@ def _tasks(records: Records) -> str:
 
 Mean accuracy, with one standard error, on the first examples of each task ({sizes}).
 
-{_table(head, rows)}"""
+{table(head, rows)}"""
 
 
 def _accuracy(found: Sequence[Record]) -> str:
@@ -262,10 +263,4 @@ def _machines(records: Records) -> str:
     rows = [[hardware, versions, str(len(s)), f"{sum(s) / 3600:.1f}"] for (hardware, versions), s in used.items()]
     if not rows:
         return ""
-    return f"## Machines\n\n{_table(['hardware', 'versions', 'cells', 'hours'], rows, texts=2)}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A Markdown table; all columns but the first ``texts`` hold numbers."""
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * texts}{' ---: |' * (len(head) - texts)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    return f"## Machines\n\n{table(['hardware', 'versions', 'cells', 'hours'], rows, texts=2)}"
