@@ -100,6 +100,15 @@ def test_the_rate_with_the_lowest_mean_loss_is_chosen_and_one_that_diverged_neve
     assert cells.chosen_rate(FULL, trials, "lora", "0.5") == 1e-3
 
 
+def test_the_page_says_on_what_rates_were_tuned_and_which_choices_lie_at_the_edge() -> None:
+    trials = {name: trial(abs(math.log(rate / 1e-2))) for name, rate in TUNED.items()}
+    shown = page._rates(FULL, trials)
+    assert "20,480 tokens of WikiText-2's validation split and on 102 other rows" in shown  # 40,960 / 2, 20,480 / 200
+    assert shown.count("| LoRA* | 2:4 | 0.01 | 0.0000 | 0.0000 | 0.0000 | chosen, the largest tried |") == 1
+    assert shown.count("| SPP | 75 % | 0.01 | 0.0000 | 0.0000 | 0.0000 | chosen |") == 1
+    assert shown.count("chosen") == 4
+
+
 def test_a_record_of_other_settings_is_not_one_of_the_cell() -> None:
     cell = next(cells.all_cells(FULL, {}))
     records = {cell.name: measured(cell, [1.0])}

@@ -45,6 +45,11 @@ class Scale:
     tasks: tuple[int, int] | None  # first examples of each zero-shot task and of each subject of MMLU
     with_recipes: bool = True
 
+    @property
+    def validation_tokens(self) -> int:
+        """Of the text of prose on which rates are tuned."""
+        return self.max_tokens // 2
+
 
 FULL = Scale(
     steps=40,
@@ -52,7 +57,7 @@ FULL = Scale(
     pruners=PRUNERS,
     patterns=PATTERNS,
     seeds=(0, 1, 2),
-    rates={"lora": (3e-4, 1e-3, 3e-3), "spp": (3e-3, 1e-2, 3e-2)},
+    rates={"lora": (3e-4, 1e-3, 3e-3, 1e-2), "spp": (3e-3, 1e-2, 3e-2, 1e-1)},
     ablated=("2:4", "0.75"),
     tasks=(50, 2),
 )
@@ -169,7 +174,7 @@ def _trials(scale: Scale) -> Iterator[Cell]:
             for rate in rates if len(rates) > 1 else ():
                 training = (*TRAINED[method], *_steps(scale, rate))
                 name = trial_name(method, pattern, rate)
-                yield Cell(name, 0, pruning("wanda", pattern), (), training, VALIDATION, scale.max_tokens // 2)
+                yield Cell(name, 0, pruning("wanda", pattern), (), training, VALIDATION, scale.validation_tokens)
 
 
 def _compared(scale: Scale, records: Records, pruner: str, pattern: str, seed: int) -> Iterator[Cell]:

@@ -104,23 +104,32 @@ def _rates(scale: Scale, records: Records) -> str:
     for pattern in dict.fromkeys(cells.TUNED_AT[pattern] for pattern in scale.patterns):
         for method in scale.rates:
             chosen = cells.chosen_rate(scale, records, method, pattern)
-            for rate in scale.rates[method] if len(scale.rates[method]) > 1 else ():
+            tried = scale.rates[method]
+            for rate in tried if len(tried) > 1 else ():
                 record = records.get(cells.trial_name(method, pattern, rate))
                 if record is not None:
                     losses = [cells.loss_of(one) for one in record["texts"].values()]
                     values = [f"{loss:.4f}" for loss in (*losses, mean_of(losses))]
-                    mark = "chosen" if rate == chosen else ""
-                    rows.append([TITLES[method], percent(pattern), f"{rate:g}", *values, mark])
+                    rows.append([TITLES[method], percent(pattern), f"{rate:g}", *values, _mark(rate, chosen, tried)])
     if not rows:
         return ""
     names = ["method", "pattern", "rate", "WikiText-2 validation", "held-out instructions", "mean", ""]
+    num = cells.num_rows(scale.validation_tokens)
     return f"""## Learning rates
 
-Tuned for each method at 2:4 and 75 % after Wanda, seed 0, with the same number of trials each, on the validation split
-of WikiText-2 and on 200 other rows of Alpaca: the lowest mean of both losses is used for all pruners, and 2:4's for
-50 %, 75 %'s for 2:8. Ablations use SPP's.
+Tuned for each method at 2:4 and 75 % after Wanda, seed 0, with the same number of trials each, on
+{scale.validation_tokens:,} tokens of WikiText-2's validation split and on {num} other rows of Alpaca: the lowest mean
+of both losses is used for all pruners, and 2:4's for 50 %, 75 %'s for 2:8. Ablations use SPP's.
 
 {table(names, rows)}"""
+
+
+def _mark(rate: float, chosen: float | None, tried: Sequence[float]) -> str:
+    """Whether a rate is the chosen one, and whether a better one may lie beyond those that were tried."""
+    if rate != chosen:
+        return ""
+    edges = {min(tried): "chosen, the smallest tried", max(tried): "chosen, the largest tried"}
+    return edges.get(rate, "chosen")
 
 
 def _ablations(findings: Findings) -> str:
