@@ -50,7 +50,7 @@ def measured(cell: Cell, losses: list[float], method: str | None = None) -> Reco
     text["window_nll"] = [10 * loss for loss in losses]
     stages: Record = {"prune": {"seconds": 1.0}}
     if method:
-        stages["train"] = {"method": method, "seconds": 2.0, "tokens": 100}
+        stages["train"] = {"method": method, "seconds": 2.0, "tokens": 100, "peak_memory_mb": 1536.0}
         stages["merge"] = {"pattern_unchanged": True, "zeros": 7, "seconds": 1.0}
     return {
         "cell": cell.settings,
@@ -282,6 +282,7 @@ def test_the_page_is_the_same_bytes_for_the_same_records(tmp_path: Path) -> None
     assert "mathdefault" not in figures
     text = (tmp_path / "one/results.md").read_text()
     assert "All cells have been measured" in text
+    assert text.count("| 100 | 1.5 |") == sum(len(rows) for rows in recipes.ROWS.values())  # tokens, 1,536 MiB in GiB
     assert "not measured" not in text
 
 
@@ -307,7 +308,7 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
     for (pattern, name), command in shown.items():
         row = recipes.row_of(pattern, name)
         assert row
-        _, _, _, _, wikitext, _, instructions, _, time = page._recipe(pattern, row, records)
+        _, _, _, _, wikitext, _, instructions, *_, time = page._recipe(pattern, row, records)
         assert f"| {command} | {wikitext} | {instructions} | {time} |" in section
     sparser = recipes.row_of(*recipes.SHIPPED["best-75"])
     assert sparser

@@ -157,7 +157,18 @@ def _recipes(records: Records, folder: Path) -> str:
     for pattern, rows in recipes.ROWS.items():
         lines = [_recipe(pattern, row, records) for row in rows]
         if any(lines):
-            head = ["row", "change", "seeds", "pruned", "WikiText-2", "gain", "instructions", "tokens", "time"]
+            head = [
+                "row",
+                "change",
+                "seeds",
+                "pruned",
+                "WikiText-2",
+                "gain",
+                "instructions",
+                "tokens",
+                "memory",
+                "time",
+            ]
             parts += [f"### {percent(pattern)}", table(head, [line for line in lines if line], texts=2)]
             gains = {row.name: _gain(pattern, row, records) for row in rows}
             useless = [name for name, gain in gains.items() if gain is not None and gain.high >= 0]
@@ -170,10 +181,10 @@ def _recipes(records: Records, folder: Path) -> str:
 Each row changes one thing of an earlier row and trains for {recipes.STEPS} steps of 8 rows of Alpaca, unless it or an
 earlier one says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the seeds;
 "pruned" is that on WikiText-2 before training. The gain is the difference in loss on WikiText-2 from the row that is
-changed, with its 95 % interval. Tokens are those of the training. Time is that of pruning and training together, as a
-multiple of the first row's on the same machine, which did nothing else (at most {percent(str(IDLE))} of its CPU time);
-it is left out where the two were computed on different machines. `sppctl run NAME --model MODEL` runs the row behind
-which a name stands."""
+changed, with its 95 % interval. Tokens are those of the training, and memory is the peak of its process, in GiB. Time
+is that of pruning and training together, as a multiple of the first row's on the same machine, which did nothing else
+(at most {percent(str(IDLE))} of its CPU time); it is left out where the two were computed on different machines. A name
+in brackets is one for `sppctl run NAME --model MODEL`, which runs that row."""
     return "\n\n".join([about, "![Perplexity of each row](results-recipes.svg)", *parts])
 
 
@@ -184,6 +195,7 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in TEXTS]
     starts = [one for seed in row.seeds if (one := recipes.start_of(pattern, row, seed, records))]
     before = [cells.loss_of(one["texts"][WIKITEXT]) for one in starts]
+    trained = [one["stages"]["train"] for one in measured]
     shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
     return [
         "".join([row.name, *shipped]),
@@ -193,7 +205,8 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
         f"{math.exp(values[0]):.2f}",
         _difference(_gain(pattern, row, records)),
         f"{math.exp(values[1]):.2f}",
-        f"{mean_of(one['stages']['train']['tokens'] for one in measured):,.0f}",
+        f"{mean_of(stage['tokens'] for stage in trained):,.0f}",
+        f"{mean_of(stage['peak_memory_mb'] for stage in trained) / 1024:.1f}",
         _time(pattern, row, records),
     ]
 

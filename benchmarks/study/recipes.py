@@ -55,6 +55,7 @@ TEXT = {"train.data.dataset": "{alpaca: 1, c4: 4}", "train.max_steps": "115"}
 DISTILLED = {"train.distill.teacher": "base", "train.distill.weight": "0.5", "train.distill.tokens": "text"}
 SPP = {"train.method": "spp", "train.lr": "1e-2"}
 HIRA = {"train.method": "hira", "train.lr": "1e-2"}
+LORA = {"train.method": "lora", "train.rank": "8", "train.lr": "1e-3"}
 SMALLER = {
     "train.batch_size": "2",
     "train.micro_batch_size": "2",
@@ -79,10 +80,20 @@ PAPERS = (
     Row("paper", "the paper's: Wanda, then SPP on Alpaca", seeds=SEEDS),
     Row("paper-longer", "400 steps: about the time of the best rows", {"train.max_steps": "400"}, "paper"),
 )
+METHODS = (  # instead of the paper's SPP, at learning rates that are usual for each
+    Row("lora", "LoRA of rank 8, merged with the mask put back", {**LORA, "merge.mask": "reapply"}, "paper"),
+    Row("masked-lora", "LoRA of rank 8, masked in every step", {**LORA, "train.method": "masked_lora"}, "paper"),
+    Row("paper-hira", "HiRA", HIRA, "paper"),
+    Row("paper-full", "every kept weight is trained (masked_full)", FULL, "paper"),
+    Row(
+        "ste", "all weights are trained behind a mask that follows them (STE)", {**FULL, "train.method": "ste"}, "paper"
+    ),
+)
 SPARSEGPT = Row("sparsegpt", "SparseGPT instead of Wanda", {"prune.method": "sparsegpt"}, "paper")
 ROWS: dict[str, tuple[Row, ...]] = {
     "2:4": (
         *PAPERS,
+        *METHODS,
         SPARSEGPT,
         *(replace(row, after=row.after or "sparsegpt") for row in HEALED),
         Row("longer", "twice the steps", LONGER, "distilled"),
@@ -104,6 +115,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
             replace(row, after=row.after or "narrow", seeds=SEEDS if row.name == "distilled" else (0,))
             for row in HEALED
         ),
+        Row("windows", "twice the calibration windows, half the epochs of reconstruction", WINDOWS, "distilled"),
     ),
 }
 SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats
