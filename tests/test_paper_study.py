@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -48,6 +49,8 @@ def measured(cell: Cell, losses: list[float], method: str | None = None) -> Reco
     """The record of a cell with these losses per token in windows of ten tokens."""
     text = {"nll": float(np.mean(losses)), "tokens": 10 * len(losses), "windows": len(losses)}
     text["window_nll"] = [10 * loss for loss in losses]
+    unseen = ["wikitext2-validation", "instructions-validation"] if cell.also_unseen else []
+    names = ["wikitext2" if cell.texts == cells.TEST else "wikitext2-validation", "instructions", *unseen]
     stages: Record = {"prune": {"seconds": 1.0}}
     if method:
         stages["train"] = {"method": method, "seconds": 2.0, "tokens": 100, "peak_memory_mb": 1536.0}
@@ -55,7 +58,7 @@ def measured(cell: Cell, losses: list[float], method: str | None = None) -> Reco
     return {
         "cell": cell.settings,
         "stages": stages,
-        "texts": {"wikitext2": text, "instructions": text},
+        "texts": dict.fromkeys(names, text),
         "tasks": {},
         "versions": {"torch": "2"},
         "hardware": "a CPU",
@@ -98,6 +101,15 @@ def test_the_rate_with_the_lowest_mean_loss_is_chosen_and_one_that_diverged_neve
     trials[cells.trial_name("lora", "2:4", 3e-4)] = trial(math.inf)
     assert cells.chosen_rate(FULL, trials, "spp", "2:4") == 3e-3
     assert cells.chosen_rate(FULL, trials, "lora", "0.5") == 1e-3
+
+
+def test_a_trial_of_other_settings_decides_no_rate() -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    stale = records[cells.trial_name("spp", "0.75", 1e-2)]
+    stale["cell"] = stale["cell"] | {"max_tokens": 1}
+    names = {cell.name for cell in cells.missing(FULL, records)}
+    assert names == {cells.trial_name("spp", "0.75", 1e-2)}
+    assert "wanda-75-spp-0" not in cells.current(FULL, records)
 
 
 def test_the_page_says_on_what_rates_were_tuned_and_which_choices_lie_at_the_edge() -> None:
@@ -154,7 +166,8 @@ def test_rows_that_prune_alike_share_one_pruned_model(monkeypatch: pytest.Monkey
     third = recipes.Row("third", "", {"prune.damp": "0.1"}, after="second", seeds=(0, 1))
     fourth = recipes.Row("fourth", "", {"train.lr": "3"}, after="third")
     monkeypatch.setattr(recipes, "ROWS", {"2:4": (first, second, third, fourth)})
-    assert [cell.name for cell in recipes.all_cells()] == [  # the grid has the model that the first two train
+    assert [cell.name for cell in recipes.all_cells()] == [
+        recipes.UNSEEN,  # then no model for the first two, which train one of the grid
         *("recipe-2of4-first-0", "recipe-2of4-second-0"),
         *("recipe-2of4-third-pruned-0", "recipe-2of4-third-0", "recipe-2of4-fourth-0"),
         *("recipe-2of4-first-1", "recipe-2of4-third-pruned-1", "recipe-2of4-third-1"),
@@ -187,7 +200,8 @@ def test_an_interval_covers_what_its_windows_and_seeds_say() -> None:
     assert found.mean == pytest.approx(0.3)
     assert found.by_seed == pytest.approx((0.2, 0.4))
     assert (found.low, found.high) == pytest.approx((0.2, 0.4))  # of two windows only their own values are extreme
-    assert found.sign == 1
+    assert not found.is_below_zero
+    assert claims.interval([np.array([-0.1, -0.3]), np.array([-0.3, -0.5])]).is_below_zero
 
 
 def test_the_length_of_a_row_is_a_weight_and_no_loss() -> None:
@@ -203,7 +217,36 @@ def test_the_length_of_a_row_is_a_weight_and_no_loss() -> None:
 def test_a_difference_is_no_finding_if_one_seed_disagrees() -> None:
     found = claims.interval([np.array([-3.0, -3.0]), np.array([0.5, 0.5]), np.array([-3.0, -3.0])])
     assert found.high < 0
-    assert found.sign == 0
+    assert not found.is_below_zero
+
+
+def test_chance_counts_seeds_windows_and_the_number_of_comparisons() -> None:
+    """Two differences of three seeds: variances 0.01 and 0.04 pooled with 2 + 2 degrees; t(4) is 2.776 at 97.5 %."""
+    spread = claims.Spread.of([[0.1, 0.2, 0.3], [0.0, 0.2, 0.4], [7.0]])
+    assert spread
+    assert spread.degrees == 4
+    assert spread.deviation == pytest.approx(0.025**0.5)
+    exact = claims.Interval(0.2, 0.2, 0.2, (0.1, 0.2, 0.3))  # no window differs
+    assert spread.reach(exact, 3) == pytest.approx(2.776 * (0.025 / 3) ** 0.5, rel=1e-3)
+    wide = replace(exact, low=0.2 - 1.96 * 0.3, high=0.2 + 1.96 * 0.3)
+    assert spread.reach(wide, 3) == pytest.approx(2.776 * (0.025 / 3 + 0.09) ** 0.5, rel=1e-3)
+    assert spread.reach(exact, 3, comparisons=5) == pytest.approx(4.604 * (0.025 / 3) ** 0.5, rel=1e-3)  # at 99.5 %
+    assert claims.Spread.of([[0.1], [0.2]]) is None
+
+
+def test_seeds_that_agree_by_chance_do_not_refute_a_claim() -> None:
+    """One of eight differences is positive with all its seeds, by less than seeds differ elsewhere."""
+    noise = {0: 0.02, 1: 0.2, 2: 0.05}
+
+    def loss(name: str) -> list[float]:
+        if "-spp-" not in name or name.startswith("rate"):
+            return [2.0, 2.0]
+        shift = noise[int(name[-1])] if name.startswith("wanda-50") else -noise[int(name[-1])]
+        return [2.0 + shift, 2.0 + shift]
+
+    found = claims.Findings(FULL, filled(loss))
+    assert found.difference("wanda", "0.5", "pruned", "spp").low > 0  # type: ignore[union-attr]
+    assert found.lifts().verdict == claims.UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -227,7 +270,10 @@ def test_a_verdict_needs_every_seed() -> None:
 def test_one_changed_pattern_refutes_that_patterns_are_kept() -> None:
     records = filled(lambda _: [1.0, 2.0])
     assert claims.Findings(FULL, records).pattern_kept().verdict == claims.HOLDS
-    records["wanda-2of4-spp-0"]["stages"]["merge"]["pattern_unchanged"] = False
+    spp = records.pop("wanda-2of4-spp-0")
+    assert claims.Findings(FULL, records).pattern_kept().verdict == claims.OPEN
+    records["wanda-2of4-spp-0"] = spp
+    spp["stages"]["merge"]["pattern_unchanged"] = False
     assert claims.Findings(FULL, records).pattern_kept().verdict == claims.FAILS
 
 
@@ -253,7 +299,16 @@ def test_a_busy_process_is_no_other_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "expected"), [({}, "3.00"), ({"others": 0.1}, ""), ({"hardware": "b"}, ""), ({"boot": "2"}, "")]
+    ("where", "expected"),
+    [
+        ({}, "3.00"),
+        ({"others": 0.1}, ""),
+        ({"hardware": "b"}, ""),
+        ({"boot": "2"}, ""),
+        ({"pruning": {"hardware": "a", "boot": "1", "others": 0.0}}, "3.00"),
+        ({"pruning": {"hardware": "a", "boot": "1", "others": 0.1}}, ""),
+        ({"pruning": {"hardware": "a", "boot": "2", "others": 0.0}}, ""),
+    ],
 )
 def test_times_are_compared_on_one_idle_machine(
     monkeypatch: pytest.MonkeyPatch, where: dict[str, Any], expected: str
@@ -284,6 +339,46 @@ def test_the_page_is_the_same_bytes_for_the_same_records(tmp_path: Path) -> None
     assert "All cells have been measured" in text
     assert text.count("| 100 | 1.5 |") == sum(len(rows) for rows in recipes.ROWS.values())  # tokens, 1,536 MiB in GiB
     assert "not measured" not in text
+
+
+def test_the_page_names_trainings_that_diverged(tmp_path: Path) -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    rows = [recipes.cell_of("2:4", row, 0) for row in recipes.ROWS["2:4"] if row.name == "ste"]
+    for cell in [cell for cell in cells.all_cells(FULL, records) if cell.name == "wanda-2of8-spp-1"] + rows:
+        failed = records_of_cells.of_diverged(cell, "the training loss is nan")
+        failed["texts"] = {
+            name: one | {"windows": 2, "window_nll": [None] * 2} for name, one in failed["texts"].items()
+        }
+        records[cell.name] = failed | {"hardware": "a CPU", "seconds": 1.0}
+    page.write(FULL, records, tmp_path / "results.md")
+    shown = (tmp_path / "results.md").read_text()
+    assert "Training diverged: recipe-2of4-ste-0." in shown
+    assert "| ste |" not in shown
+    assert "wanda, 2:8: diverged" in shown
+    assert claims.Findings(FULL, records).lifts().verdict == claims.UNKNOWN
+
+
+def test_the_page_shows_the_last_seed_on_texts_by_which_no_row_was_chosen(tmp_path: Path) -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    for name, record in records.items():
+        if record["cell"].get("also_unseen") or name == recipes.UNSEEN:
+            record["texts"]["wikitext2-validation"] = {"nll": math.log(30)}
+            record["texts"]["instructions-validation"] = {"nll": math.log(5)}
+    page.write(FULL, records, tmp_path / "results.md")
+    shown = (tmp_path / "results.md").read_text().partition("### On other texts")[2].partition("##")[0]
+    lines = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert lines[2] == "| dense |  | 30.00 | 4.48 |"  # the dense model's rows are in "instructions": exp(1.5)
+    seeds = sum(recipes.SEEDS[-1] in row.seeds for rows in recipes.ROWS.values() for row in rows)
+    assert len(lines) == 3 + seeds
+    assert "| windows | 2:4 | 30.00 | 5.00 |" in lines
+
+
+def test_records_of_different_texts_are_not_compared(tmp_path: Path) -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    for name in ("dense", "wanda-2of4-pruned-0"):
+        records[name]["texts"] = {"wikitext2": records[name]["texts"]["wikitext2"] | {"documents_hash": name}}
+    with pytest.raises(ValueError, match="dense and wanda-2of4-pruned-0 have different texts for wikitext2"):
+        page.write(FULL, records, tmp_path / "results.md")
 
 
 def test_a_loss_that_is_not_finite_is_left_out_of_intervals_and_shown(tmp_path: Path) -> None:
@@ -369,16 +464,14 @@ def test_the_loss_on_held_out_rows_is_that_of_each_row_alone(llama: Path, monkey
 
 # --- the whole study --------------------------------------------------------------------------------------------------
 
+TRIALS = [cells.trial_name("spp", "2:4", rate) for rate in (1e-2, 1e30)]
 TINY = """
-import sys
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 import cells, page, record
 from runner import Study
-scale = replace(cells.QUICK, steps=2, max_tokens=256, patterns=("2:4",), rates={"spp": (1e-2,)})
+scale = replace(cells.QUICK, steps=2, max_tokens=256, patterns=("2:4",), rates={"spp": (1e-2, 1e30)})
 work = Path(sys.argv[1])
 study = Study(scale, work / "records", work, config=work / "tiny.yaml")
 print(study.remaining())
@@ -402,14 +495,18 @@ eval: {{seq_len: 64, divergence: null, prompts: []}}
     environment = os.environ | {"SPPCTL_HF_SCRATCH": str(tmp_path / "hf")}
     done = subprocess.run(["bash", "-c", command, *code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("4 of 4 cells remain")
+    assert done.stdout.startswith("6 of 6 cells remain")
     records = records_of_cells.load(tmp_path / "records")
-    assert records.keys() == {"dense", *(f"wanda-2of4-{kind}-0" for kind in ("pruned", "dsnot", "spp"))}
+    assert records.keys() == {"dense", *TRIALS, *(f"wanda-2of4-{kind}-0" for kind in ("pruned", "dsnot", "spp"))}
+    assert records["rate-spp-2of4-1e+30"]["diverged"].endswith("or check these examples")
+    assert math.isfinite(records["rate-spp-2of4-0.01"]["texts"]["wikitext2-validation"]["nll"])
     spp = records["wanda-2of4-spp-0"]
     assert spp["stages"]["merge"]["pattern_unchanged"]
     assert spp["stages"]["train"]["steps"] == 2
     assert spp["texts"].keys() == {"wikitext2", "instructions"}
     assert "All cells have been measured" in (tmp_path / "results.md").read_text()
+    assert "| SPP | 2:4 | 1e+30 | inf | inf | inf |  |" in (tmp_path / "results.md").read_text()
+    assert spp["pruning"]["others"] == json.loads((tmp_path / "pruned/wanda-2of4-0.json").read_text())["others"]
     assert not (tmp_path / "cell").exists()
 
 

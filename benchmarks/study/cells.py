@@ -86,6 +86,7 @@ class Cell:
     texts: str = TEST
     max_tokens: int = FULL.max_tokens
     tasks: tuple[int, int] | None = None
+    also_unseen: bool = False  # on the VALIDATION texts too, by which no recipe was chosen
 
     @property
     def settings(self) -> Record:
@@ -93,7 +94,7 @@ class Cell:
         used = {"model", "eval", *({"prune"} if self.pruning else ()), *({"train"} if self.training else ())}
         shared = {section: settings for section, settings in SHARED.items() if section in used}
         content: Record = json.loads(json.dumps(asdict(self) | {"shared": shared}))
-        return content
+        return content if self.also_unseen else {k: v for k, v in content.items() if k != "also_unseen"}
 
 
 def num_rows(max_tokens: int) -> int:
@@ -201,9 +202,19 @@ def _ablations(scale: Scale, records: Records, pattern: str, seed: int) -> Itera
         yield Cell(name, seed, pruning("wanda", pattern), (), training, TEST, scale.max_tokens)
 
 
+def current(scale: Scale, records: Records) -> dict[str, Record]:
+    """The records of the cells as they are now; rates are chosen by the trials among them."""
+    found: dict[str, Record] = {}
+    for cell in all_cells(scale, found):  # trials come before the cells whose rates they decide
+        if is_of(cell, records.get(cell.name)):
+            found[cell.name] = records[cell.name]
+    return found
+
+
 def missing(scale: Scale, records: Records) -> list[Cell]:
     """The cells without a record of their settings, as far as they are known."""
-    return [cell for cell in all_cells(scale, records) if not is_of(cell, records.get(cell.name))]
+    known = current(scale, records)
+    return [cell for cell in all_cells(scale, known) if cell.name not in known]
 
 
 def is_of(cell: Cell, record: Record | None) -> bool:

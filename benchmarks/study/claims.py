@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from cells import ABLATIONS, FULL, Record, Records, Scale, cell_name
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from sppctl.report.significance import resampled_means
 
@@ -15,6 +17,7 @@ WIKITEXT, INSTRUCTIONS = "wikitext2", "instructions"
 TEXTS = {WIKITEXT: "WikiText-2", INSTRUCTIONS: "held-out instructions"}
 TITLES = {"pruned": "pruned", "dsnot": "DSnoT", "lora": "LoRA*", "spp": "SPP"}  # of the kinds of the grid
 HOLDS, FAILS, UNKNOWN, OPEN = "holds", "does not hold", "cannot be told here", "not measured yet"
+DIVERGED = "diverged"  # instead of a number, if the training of one of the seeds did
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,42 @@ class Interval:
     by_seed: tuple[float, ...]  # the mean of each seed
 
     @property
-    def sign(self) -> int:
-        """-1 or 1 if the interval excludes zero and all seeds agree, else 0."""
-        if self.high < 0 and max(self.by_seed) < 0:
-            return -1
-        return int(self.low > 0 and min(self.by_seed) > 0)
+    def is_below_zero(self) -> bool:
+        """Whether the interval excludes zero and all seeds agree."""
+        return self.high < 0 and max(self.by_seed) < 0
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean over windows, as far as they explain it."""
+        return (self.high - self.low) / (2 * norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """By how much another seed changes a number: a standard deviation, pooled over several numbers."""
+
+    deviation: float
+    degrees: int  # of freedom
+
+    @classmethod
+    def of(cls, numbers: Iterable[Sequence[float]]) -> Spread | None:
+        """Of numbers by seed; None if none has more than one seed."""
+        several = [values for values in numbers if len(values) > 1]
+        degrees = sum(len(values) - 1 for values in several)
+        squares = sum(float(np.var(values)) * len(values) for values in several)
+        return cls(math.sqrt(squares / degrees), degrees) if degrees else None
+
+    def reach(self, one: Interval, seeds: float, comparisons: int = 1) -> float:
+        """How far from zero chance alone takes one of several differences with a probability of 5 % (Bonferroni).
+
+        Args:
+            one: the difference.
+            seeds: 1 / the share of a seed's variance in it: the number of seeds, or half of it if it is one of means
+                whose seeds are not paired.
+            comparisons: the number of differences.
+        """
+        quantile = student.ppf(1 - 0.025 / comparisons, self.degrees)
+        return float(quantile * math.hypot(one.error, self.deviation / math.sqrt(seeds)))
 
 
 @dataclass(frozen=True)
@@ -149,7 +183,7 @@ class Findings:
         return _verdict(claim, found)
 
     def pattern_kept(self) -> Verdict:
-        """SPP's merged weights have exactly the zeros of the pruned ones."""
+        """SPP's merged weights have exactly the zeros of the pruned ones; merging proves it or fails."""
         merges = [
             r["stages"]["merge"] for r in self.records.values() if r["stages"].get("train", {}).get("method") == "spp"
         ]
@@ -159,7 +193,11 @@ class Findings:
         if not merges:
             return Verdict(claim, OPEN, [])
         text = f"{kept} of {len(merges)} merged checkpoints; {zeros:,} zeros compared, position by position"
-        return Verdict(claim, HOLDS if kept == len(merges) else FAILS, [text])
+        grid = [
+            one for p in self.scale.pruners for pattern in self.scale.patterns for one in self.of(p, pattern, "spp")
+        ]
+        complete = HOLDS if all(one is not None for one in grid) else OPEN
+        return Verdict(claim, complete if kept == len(merges) else FAILS, [text])
 
 
 def percent(pattern: str) -> str:
@@ -168,9 +206,11 @@ def percent(pattern: str) -> str:
 
 
 def _verdict(claim: str, found: dict[str, Interval | None]) -> Verdict:
-    """Holds if every difference is negative beyond its uncertainty; does not if one is positive beyond it.
+    """Holds if every difference is negative beyond its uncertainty; does not if one is positive beyond chance.
 
-    A difference of fewer than three seeds can refute nothing and confirm nothing; it is shown.
+    The chance of one positive difference grows with their number, so that of refuting a claim is corrected for it, and
+    counts the seeds as drawn. A difference of fewer than three seeds can refute nothing and confirm nothing; it is
+    shown.
     """
     if not any(found.values()):
         return Verdict(claim, OPEN, [])
@@ -178,20 +218,29 @@ def _verdict(claim: str, found: dict[str, Interval | None]) -> Verdict:
     numbers += [f"{len(found) - len(numbers)} not measured"] if len(numbers) < len(found) else []
     measured = [one for one in found.values() if one is not None]
     enough = [one for one in measured if len(one.by_seed) >= len(FULL.seeds)]
-    if any(one.sign == 1 for one in enough):
+    spread = Spread.of(one.by_seed for one in enough)
+    if spread and any(one.mean > spread.reach(one, len(one.by_seed), len(found)) for one in enough):
         return Verdict(claim, FAILS, numbers)
-    if enough and len(enough) == len(found) and all(one.sign == -1 for one in enough):
+    if enough and len(enough) == len(found) and all(one.is_below_zero for one in enough):
         return Verdict(claim, HOLDS, numbers)
     return Verdict(claim, UNKNOWN, numbers)
 
 
 def _text(one: Interval) -> str:
-    seeds = f"{len(one.by_seed)} seed{'s' * (len(one.by_seed) > 1)}"
-    return f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}], {seeds}"
+    if math.isnan(one.mean):
+        return DIVERGED
+    return f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}], {of_seeds(one)}"
+
+
+def of_seeds(one: Interval) -> str:
+    """The number of seeds, in words."""
+    return f"{len(one.by_seed)} seed{'s' * (len(one.by_seed) > 1)}"
 
 
 def perplexity(one: Interval) -> str:
     """exp of a loss, with its interval."""
+    if math.isnan(one.mean):
+        return DIVERGED
     mean, low, high = (math.exp(value) for value in (one.mean, one.low, one.high))
     digits = 1 if mean < 1000 else 0
     return f"{mean:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"

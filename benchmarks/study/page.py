@@ -12,7 +12,21 @@ import figures
 import gpus
 import recipes
 from cells import ABLATIONS, Record, Records, Scale
-from claims import TEXTS, TITLES, UNKNOWN, WIKITEXT, Findings, Interval, interval, losses, mean_of, percent, perplexity
+from claims import (
+    TEXTS,
+    TITLES,
+    UNKNOWN,
+    WIKITEXT,
+    Findings,
+    Interval,
+    Spread,
+    interval,
+    losses,
+    mean_of,
+    of_seeds,
+    percent,
+    perplexity,
+)
 from markdown_table import table
 
 HERE = Path(__file__).resolve().parent
@@ -20,14 +34,27 @@ IDLE = 0.05  # share of the machine's CPU time that other processes may take whe
 
 
 def write(scale: Scale, records: Records, target: Path) -> None:
-    """Writes the page and its figures beside it."""
-    current = {cell.name: records[cell.name] for cell in cells.all_cells(scale, records) if _is_measured(cell, records)}
+    """Writes the page and its figures beside it.
+
+    Raises:
+        ValueError: records that would be compared were measured on different texts.
+    """
+    current = cells.current(scale, records)
+    _check_texts(current)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text(scale, current, target.parent))
 
 
-def _is_measured(cell: cells.Cell, records: Records) -> bool:
-    return cells.is_of(cell, records.get(cell.name))
+def _check_texts(records: Records) -> None:
+    found: dict[tuple[str, int, bool], dict[str, str]] = {}
+    for name, record in records.items():
+        for title, one in record["texts"].items():
+            if "documents_hash" in one:
+                place = (title, one["windows"], record["cell"]["texts"] == cells.TEST)
+                found.setdefault(place, {})[one["documents_hash"]] = name
+    for (title, windows, _), names in found.items():
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names.values())} have different texts for {title} in {windows} windows")
 
 
 def text(scale: Scale, records: Records, folder: Path) -> str:
@@ -51,9 +78,9 @@ SmolLM2-135M-Instruct, computed in float32. Calibration: 64 windows of 512 token
 of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the first {scale.max_tokens:,} tokens of
 WikiText-2's test split in windows of 2,048, and {rows} rows of Alpaca that no training reads, prompts included. Losses
 are in nats per token. Intervals are 95 % intervals of a bootstrap over windows or rows, paired where two checkpoints
-are compared, with the seeds averaged in each of them. A seed changes the calibration windows, the initialisation and
-the order of the data. N:M means that N weights are kept in every M; percentages are shares of zeros. LoRA* is LoRA
-merged with the mask put back."""
+are compared, with the seeds averaged in each of them. A seed changes the calibration windows, the initialisation, and
+which rows are read in which order. N:M means that N weights are kept in every M; percentages are shares of zeros. LoRA*
+is LoRA merged with the mask put back."""
 
 
 def _claims(findings: Findings) -> str:
@@ -64,8 +91,11 @@ def _claims(findings: Findings) -> str:
 
 The numbers are differences in loss on WikiText-2: SPP minus what it is compared with, so negative ones speak for SPP.
 A claim holds if every difference, over three seeds, excludes zero and all seeds agree. It does not hold if one of them
-excludes zero on the other side. Anything else that was measured is "{UNKNOWN}". A model of 135 million parameters and
-a few hundred training rows say little about 7 billion parameters and 50,000 rows.
+is positive beyond what windows and seeds explain (t test at 5 %, corrected for the number of differences). Anything
+else that was measured is "{UNKNOWN}". DSnoT moves the zeros of a pruner in the dense weights, so after SparseGPT it
+lacks SparseGPT's update of the kept ones. Merging refuses a changed pattern, so that claim is verified rather than
+tested. A model of 135 million parameters and a few hundred training rows say little about 7 billion parameters and
+50,000 rows.
 
 {chr(10).join(lines)}"""
 
@@ -94,8 +124,7 @@ def _grid(findings: Findings, folder: Path) -> str:
 def _perplexity(found: Interval | None) -> str:
     if found is None:
         return ""
-    seeds = len(found.by_seed)
-    return perplexity(found) + (f" ({seeds} seed{'s' * (seeds > 1)})" if seeds < len(cells.FULL.seeds) else "")
+    return perplexity(found) + (f" ({of_seeds(found)})" if len(found.by_seed) < len(cells.FULL.seeds) else "")
 
 
 def _rates(scale: Scale, records: Records) -> str:
@@ -170,22 +199,74 @@ def _recipes(records: Records, folder: Path) -> str:
                 "time",
             ]
             parts += [f"### {percent(pattern)}", table(head, [line for line in lines if line], texts=2)]
-            gains = {row.name: _gain(pattern, row, records) for row in rows}
-            useless = [name for name, gain in gains.items() if gain is not None and gain.high >= 0]
-            parts += [f"No gain that can be told from chance: {', '.join(useless)}."] if useless else []
+            parts += [_beyond_chance(pattern, records)]
     if not parts:
         return ""
     figures.steps(records, folder / "results-recipes.svg")
     about = f"""## Recipes
 
-Each row changes one thing of an earlier row and trains for {recipes.STEPS} steps of 8 rows of Alpaca, unless it or an
-earlier one says otherwise. WikiText-2 and held-out instructions are perplexities after training, means over the seeds;
-"pruned" is that on WikiText-2 before training. The gain is the difference in loss on WikiText-2 from the row that is
-changed, with its 95 % interval. Tokens are those of the training, and memory is the peak of its process, in GiB. Time
-is that of pruning and training together, as a multiple of the first row's on the same machine, which did nothing else
-(at most {percent(str(IDLE))} of its CPU time); it is left out where the two were computed on different machines. A name
-in brackets is one for `sppctl run NAME --model MODEL`, which runs that row."""
-    return "\n\n".join([about, "![Perplexity of each row](results-recipes.svg)", *parts])
+Each row changes an earlier row and trains for {recipes.STEPS} steps of 8 rows of Alpaca, unless it or an earlier one
+says otherwise; rates that no row is about are usual ones and not tuned. WikiText-2 and held-out instructions are
+perplexities after training, means over the seeds; "pruned" is that on WikiText-2 before training. The gain is the
+difference in loss on WikiText-2 from the row that is changed, over the seeds that both have, with its 95 % interval
+over windows. Tokens are those of the training, and memory is the peak of its process, in GiB. Time is that of pruning
+and training together, as a multiple of the first row's of the same seed on the same machine, which did nothing else (at
+most {percent(str(IDLE))} of its CPU time); it is left out where the two were computed on different machines. Rows of
+Alpaca differ in length, so the ratios of two seeds can differ by a tenth. A name in brackets is one for `sppctl run
+NAME --model MODEL`, which runs that row.
+
+The rows were chosen by these numbers, so those of the best row are a little too good; the last seed came after the
+choice."""
+    parts.append(_unseen(records))
+    if failed := recipes.diverged(records):
+        parts.append(f"Training diverged: {', '.join(failed)}.")
+    return "\n\n".join([about, "![Perplexity of each row](results-recipes.svg)", *filter(None, parts)])
+
+
+def _beyond_chance(pattern: str, records: Records) -> str:
+    """Which gains exceed what another seed and other windows change."""
+    rows = recipes.ROWS[pattern]
+    losses_of = [
+        [cells.loss_of(one["texts"][WIKITEXT]) for one in recipes.measured(pattern, row, records).values()]
+        for row in rows
+    ]
+    spread = Spread.of(losses_of)
+    if spread is None:
+        return ""
+    found: dict[str, list[str]] = {"Better": [], "Worse": [], "Undecided": []}
+    for row in rows:
+        gain = _gain(pattern, row, records)
+        if gain is not None:
+            is_large = abs(gain.mean) > spread.reach(gain, len(gain.by_seed) / 2)
+            found[("Better" if gain.mean < 0 else "Worse") if is_large else "Undecided"].append(row.name)
+    verdicts = "; ".join(f"{title.lower()}: {', '.join(names)}" for title, names in found.items() if names)
+    return f"""Another seed changes a row's loss on WikiText-2 by {spread.deviation:.3f} (standard deviation, with
+{spread.degrees} degrees of freedom). Gains beyond that and the windows (t test at 5 % each): {verdicts}."""
+
+
+def _unseen(records: Records) -> str:
+    """The last seed's rows on texts that had no part in their choice."""
+    lines = []
+    for pattern, rows in recipes.ROWS.items():
+        for row in rows:
+            record = recipes.measured(pattern, row, records).get(recipes.SEEDS[-1])
+            if record is not None:
+                names = [f"{name}-{cells.VALIDATION}" for name in TEXTS]
+                lines.append([row.name, percent(pattern), *_perplexities(record, names)])
+    dense = records.get(recipes.UNSEEN)
+    if not lines or dense is None:
+        return ""
+    lines.insert(0, ["dense", "", *_perplexities(dense, [f"{WIKITEXT}-{cells.VALIDATION}", "instructions"])])
+    return f"""### On other texts
+
+The last seed on the first {recipes.MAX_TOKENS:,} tokens of WikiText-2's validation split and on
+{cells.num_rows(recipes.MAX_TOKENS)} other rows of Alpaca, by which no row was chosen:
+
+{table(["row", "pattern", "WikiText-2 validation", "instructions"], lines, texts=2)}"""
+
+
+def _perplexities(record: Record, texts: Sequence[str]) -> list[str]:
+    return [f"{math.exp(cells.loss_of(record['texts'][name])):.2f}" for name in texts]
 
 
 def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
@@ -193,7 +274,8 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     if not measured:
         return []
     values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in TEXTS]
-    starts = [one for seed in row.seeds if (one := recipes.start_of(pattern, row, seed, records))]
+    seeds = recipes.measured(pattern, row, records)
+    starts = [one for seed in seeds if (one := recipes.start_of(pattern, row, seed, records))]
     before = [cells.loss_of(one["texts"][WIKITEXT]) for one in starts]
     trained = [one["stages"]["train"] for one in measured]
     shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
@@ -234,9 +316,12 @@ def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tup
     """Where a row was computed, and its seconds of pruning and training; None if the machine did anything else."""
     trained = records.get(recipes.cell_of(pattern, row, seed).name)
     pruning = recipes.start_of(pattern, row, seed, records)
-    if trained is None or pruning is None or max(trained["others"], pruning["others"]) > IDLE:
+    if trained is None or pruning is None:
         return None
-    places = {f"{one['hardware']} {one.get('boot')}" for one in (trained, pruning)}  # the first records have no boot
+    watched = [trained, trained.get("pruning") or pruning]  # a model need not be pruned for the cell that measures it
+    if max(one["others"] for one in watched) > IDLE:
+        return None
+    places = {f"{one['hardware']} {one.get('boot')}" for one in watched}  # the first records have no boot
     if len(places) > 1:
         return None
     return places.pop(), pruning["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import cells
-from cells import TEST, Cell, Record, Records, slug
+from cells import TEST, VALIDATION, Cell, Record, Records, slug
 
 Settings = dict[str, str]
+UNSEEN = "dense-validation"  # the dense model on the texts by which no row was chosen
+PREFIX = "recipe-"  # of the names of cells
 STEPS = 120
 SEEDS = (0, 1, 2)
 MAX_TOKENS = 40_960
@@ -139,9 +141,10 @@ def settings_of(pattern: str, row: Row) -> Settings:
 
 
 def cell_of(pattern: str, row: Row, seed: int) -> Cell:
-    """The trained cell of a row."""
+    """The trained cell of a row; the last seed's is also measured on texts by which no row was chosen."""
     pruning, training = _stages(pattern, row)
-    return Cell(f"recipe-{slug(pattern)}-{row.name}-{seed}", seed, pruning, (), training, TEST, MAX_TOKENS)
+    name, unseen = f"{PREFIX}{slug(pattern)}-{row.name}-{seed}", seed == SEEDS[-1]
+    return Cell(name, seed, pruning, (), training, TEST, MAX_TOKENS, also_unseen=unseen)
 
 
 def pruned_of(pattern: str, row: Row, seed: int) -> Cell | None:
@@ -150,7 +153,7 @@ def pruned_of(pattern: str, row: Row, seed: int) -> Cell | None:
     if pruning in (cells.pruning(pruner, pattern) for pruner in cells.PRUNERS):
         return None
     first = next(one for one in ROWS[pattern] if _stages(pattern, one)[0] == pruning)
-    return Cell(f"recipe-{slug(pattern)}-{first.name}-pruned-{seed}", seed, pruning, max_tokens=MAX_TOKENS)
+    return Cell(f"{PREFIX}{slug(pattern)}-{first.name}-pruned-{seed}", seed, pruning, max_tokens=MAX_TOKENS)
 
 
 def start_of(pattern: str, row: Row, seed: int, records: Records) -> Record | None:
@@ -167,13 +170,19 @@ def _stages(pattern: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def measured(pattern: str, row: Row, records: Records) -> dict[int, Record]:
-    """The records of a row by seed, as far as they exist."""
+    """The records of a row by seed, as far as they exist and have numbers."""
     found = {seed: records.get(cell_of(pattern, row, seed).name) for seed in row.seeds}
-    return {seed: record for seed, record in found.items() if record is not None}
+    return {seed: record for seed, record in found.items() if record is not None and "diverged" not in record}
+
+
+def diverged(records: Records) -> list[str]:
+    """The names of the cells of rows whose training diverged."""
+    return [name for name, record in records.items() if name.startswith(PREFIX) and "diverged" in record]
 
 
 def all_cells() -> Iterator[Cell]:
     """The cells of all rows, the first seed first; before them the pruned models that they train."""
+    yield Cell(UNSEEN, 0, texts=VALIDATION, max_tokens=MAX_TOKENS)
     for seed in SEEDS:
         for pattern, rows in ROWS.items():
             trained = [row for row in rows if seed in row.seeds]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from cells import Cell, Record
+from cells import SHARED, TEST, Cell, Record, num_rows
 
 from sppctl import machine
 from sppctl.evaluate.results import TaskResult, TextResult
@@ -33,9 +33,10 @@ class Watch:
     def __init__(self) -> None:
         self._start = self._now()
 
-    def seconds(self) -> float:
-        """The time until now."""
-        return self._now()[0] - self._start[0]
+    def seen(self) -> Record:
+        """The time until now, what others did in it, and where this was."""
+        others, seconds = round(self.others(), 3), round(self._now()[0] - self._start[0], 1)
+        return {"hardware": machine.describe(), "boot": boot(), "others": others, "seconds": seconds}
 
     def others(self) -> float:
         """The share of the machine's CPU time that processes other than this one and its children took until now."""
@@ -55,15 +56,13 @@ def load(folder: Path) -> dict[str, Record]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def of_run(cell: Cell, run: Path, label: str, instructions: Record, watch: Watch) -> Record:
-    """The record of a cell.
+def of_run(cell: Cell, run: Path, label: str) -> Record:
+    """What a run says about a cell: its stages, its texts of prose and its tasks.
 
     Args:
         cell: the cell.
         run: its run directory.
         label: the measured checkpoint: base, pruned or merged.
-        instructions: from :func:`rows.measure`.
-        watch: of its computation.
     """
     stages, checkpoints, _ = records.read(run)
     measured = checkpoints[label]
@@ -72,14 +71,23 @@ def of_run(cell: Cell, run: Path, label: str, instructions: Record, watch: Watch
         record["stages"][name] = _stage(stage)
     for text in measured.texts:
         record["texts"][Path(text.measure.text).stem] = _text(text)
-    record["texts"]["instructions"] = instructions
     for tasks in measured.tasks:
         record["tasks"] |= scores_of(tasks)
     found = measured.results[0].versions
     versions = {name: found[name] for name in VERSIONS if name in found}
-    record |= {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
-    record |= {"hardware": machine.describe(), "seconds": round(watch.seconds(), 1)}
-    return record | {"others": round(watch.others(), 3), "boot": boot()}
+    return record | {"versions": versions, "dtype": measured.results[0].dtype, "sparsity": measured.sparsity}
+
+
+def of_diverged(cell: Cell, problem: str) -> Record:
+    """The record of a cell whose training diverged: no loss on any window of its texts."""
+    prose = "wikitext2" if cell.texts == TEST else "wikitext2-validation"
+    windows = {prose: cell.max_tokens // SHARED["eval"]["seq_len"], "instructions": num_rows(cell.max_tokens)}
+    texts = {
+        name: {"nll": None, "tokens": number, "windows": number, "window_nll": [None] * number}
+        for name, number in windows.items()
+    }
+    content = {"cell": cell.settings, "diverged": problem, "stages": {}, "texts": texts, "tasks": {}}
+    return content | {"versions": machine.versions(*VERSIONS[:-1])}
 
 
 def boot() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,12 +19,18 @@ from sppctl.config.load import load_config
 from sppctl.data import texts
 from sppctl.files import strict_json
 from sppctl.model import find
+from sppctl.run.publish import exclusive
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
+DIVERGED = "lower train.lr"  # what `sppctl train` advises when a loss, a gradient or the adapter is not finite
 # seconds on two cores with AVX512: for a pruned model, a window in an epoch of its reconstruction, a step of training,
 # a token of prose that is measured, the tasks
 PRUNING, WINDOW, STEP, TOKEN, TASKS = 100.0, 3.5, 6.0, 0.005, 300.0
+
+
+class Diverged(Exception):  # noqa: N818
+    """A training whose loss or weights are not finite: a result, of a rate that is too high."""
 
 
 class Study:
@@ -49,15 +56,26 @@ class Study:
 
     def compute(self) -> None:
         """Computes the cells that are missing, one after the other."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.work):
+            self._compute()
+
+    def _compute(self) -> None:
         while todo := self.missing():
             cell, watch = todo[0], record.Watch()
             print(f"{cell.name} ({len(todo)} to do)", flush=True)
             run = self.work / "cell"
             shutil.rmtree(run, ignore_errors=True)
-            label = self.prepare(cell, run)
-            self.measure(cell, run, label)
-            instructions = rows.measure(self.base() if label == "base" else run / label, cell.texts, cell.max_tokens)
-            content = record.of_run(cell, run, label, instructions, watch)
+            try:
+                label = self.prepare(cell, run)
+                self.measure(cell, run, label)
+                content = record.of_run(cell, run, label)
+                content["texts"] |= self.instructions(cell, run, label)
+            except Diverged as error:
+                content = record.of_diverged(cell, str(error))
+            if cell.pruning:
+                content["pruning"] = json.loads(self.watched(cell).read_text()) if self.watched(cell).is_file() else {}
+            content |= watch.seen()
             strict_json.write(self.records / f"{cell.name}.json", content)  # a loss that is not finite becomes null
             shutil.rmtree(run)
 
@@ -78,14 +96,36 @@ class Study:
         if cell.mask_of:
             first = Cell("", cell.seed, cell.mask_of)
             mask = [f"prune.mask_from={self.pruned(first) / 'pruned'}"]
-        run = self.work / "pruned" / cells.run_name(cell)
+        run, watch = self.run_of(cell), record.Watch()
+        is_made = not (run / "pruned").exists()
         self.sppctl("prune", run, cell, *cell.pruning, *mask)
+        if is_made:
+            strict_json.write(self.watched(cell), watch.seen())
         return run
 
+    def run_of(self, cell: Cell) -> Path:
+        """The run directory of a cell's pruning."""
+        return self.work / "pruned" / cells.run_name(cell)
+
+    def watched(self, cell: Cell) -> Path:
+        """The file that says what else the machine did while the cell's model was pruned."""
+        return self.run_of(cell).with_suffix(".json")
+
+    def instructions(self, cell: Cell, run: Path, label: str) -> dict[str, cells.Record]:
+        """The losses on held-out rows, by the name of the text."""
+        directory = self.base() if label == "base" else run / label
+        found = {"instructions": rows.measure(directory, cell.texts, cell.max_tokens)}
+        if cell.also_unseen:
+            found["instructions-validation"] = rows.measure(directory, cells.VALIDATION, cell.max_tokens)
+        return found
+
     def measure(self, cell: Cell, run: Path, label: str) -> None:
-        """Measures a checkpoint on its text of prose and its tasks."""
+        """Measures a checkpoint on its texts of prose and its tasks."""
         settings = [*cell.pruning, *cell.training, f"--model={label}", f"eval.max_tokens={cell.max_tokens}"]
-        settings.append(f"eval.perplexity=[{'wikitext2' if cell.texts == cells.TEST else self.validation_text()}]")
+        texts_of_cell = ["wikitext2"] if cell.texts == cells.TEST else []
+        if cell.texts == cells.VALIDATION or cell.also_unseen:
+            texts_of_cell.append(str(self.validation_text()))
+        settings.append(f"eval.perplexity=[{','.join(texts_of_cell)}]")
         self.sppctl("eval", run, cell, *settings, "--tasks=ppl")
         for task, limit in zip(("zeroshot", "mmlu"), cell.tasks or (), strict=False):
             self.sppctl("eval", run, cell, *settings, f"--tasks={task}", f"--limit={limit}")
@@ -96,16 +136,22 @@ class Study:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             text = texts.load_text("wikitext2", "validation", "eval.perplexity")
-            path.write_text(text.joiner.join(text.documents))
+            partial = path.with_suffix(".partial")
+            partial.write_text(text.joiner.join(text.documents))
+            partial.replace(path)
         return path
 
     def sppctl(self, stage: str, run: Path, cell: Cell, *settings: str) -> None:
         """Runs a stage in a process of its own."""
         options = [setting for setting in settings if not (stage == "prune" and setting.startswith("train."))]
         command = [*SPPCTL, stage, str(self.config), f"run.dir={run}", f"run.seed={cell.seed}", *self.model()]
-        done = subprocess.run([*command, *options, "--quiet"], stdout=subprocess.DEVNULL, check=False)
+        command += [*options, "--quiet"]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        sys.stderr.write(done.stderr)
+        if done.returncode and stage == "train" and DIVERGED in done.stderr:
+            raise Diverged(done.stderr.strip().splitlines()[-1])
         if done.returncode:
-            sys.exit(f"{' '.join([*command, *options])} failed with exit code {done.returncode}")
+            sys.exit(f"{' '.join(command)} failed with exit code {done.returncode}")
 
     def base(self) -> Path:
         """The directory of the dense model."""
