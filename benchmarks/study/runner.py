@@ -16,6 +16,7 @@ import rows
 from cells import Cell, Scale
 
 from sppctl.config.load import load_config
+from sppctl.config.settings import ModelConfig
 from sppctl.data import texts
 from sppctl.files import strict_json
 from sppctl.model import find
@@ -155,8 +156,11 @@ class Study:
 
     def base(self) -> Path:
         """The directory of the dense model."""
-        model = load_config(str(self.config), []).model
+        model = self._dense()
         return find.locate(model.path or "") if model.gguf_file is None else self._converted()
+
+    def _dense(self) -> ModelConfig:
+        return load_config(str(self.config), []).model
 
     def _converted(self) -> Path:
         """The folder of the converted model; two studies that share one by a link share the models pruned from it."""
@@ -167,12 +171,17 @@ class Study:
         base = self.base()
         if base != self._converted():
             return []
+        model, source = self._dense(), base.with_suffix(".json")
+        wanted = {"path": model.path, "gguf_file": model.gguf_file}
         if not base.is_dir():
             run = self.work / "dense"
             command = [*SPPCTL, "prune", str(self.config), f"run.dir={run}", "prune.method=magnitude"]
             subprocess.run([*command, "--quiet"], stdout=subprocess.DEVNULL, check=True)
+            strict_json.write(source, wanted)
             (run / "base").replace(base)
             shutil.rmtree(run)
+        elif (found := json.loads(source.read_text()) if source.is_file() else None) != wanted:
+            sys.exit(f"{base} was made from {found}, not from {wanted}; delete it, or use another --work")
         return [f"model.path={base}", "model.gguf_file=null"]
 
 
