@@ -510,6 +510,12 @@ eval: {{seq_len: 64, divergence: null, prompts: []}}
     assert not (tmp_path / "cell").exists()
 
 
+def test_every_pruned_model_has_a_watch_of_its_own(tmp_path: Path) -> None:
+    study = runner.Study(FULL, tmp_path / "records", tmp_path)
+    pruned = [cell for cell in cells.all_cells(FULL, {}) if cell.pruning]
+    assert len({study.watched(cell) for cell in pruned}) == len({study.run_of(cell) for cell in pruned})
+
+
 def test_a_dense_model_made_from_another_file_is_refused(tmp_path: Path) -> None:
     study = runner.Study(FULL, tmp_path / "records", tmp_path)
     (tmp_path / "base").mkdir()

@@ -110,7 +110,8 @@ class Study:
 
     def watched(self, cell: Cell) -> Path:
         """The file that says what else the machine did while the cell's model was pruned."""
-        return self.run_of(cell).with_suffix(".json")
+        run = self.run_of(cell)
+        return run.with_name(f"{run.name}.json")
 
     def instructions(self, cell: Cell, run: Path, label: str) -> dict[str, cells.Record]:
         """The losses on held-out rows, by the name of the text."""
