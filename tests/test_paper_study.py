@@ -121,6 +121,16 @@ def test_the_page_says_on_what_rates_were_tuned_and_which_choices_lie_at_the_edg
     assert shown.count("chosen") == 4
 
 
+def test_the_rows_that_claim_the_best_rate_of_the_trials_have_it() -> None:
+    records = records_of_cells.load(ROOT / "benchmarks/study/records")
+    for pattern, name in (("2:4", "paper-rate"), ("2:4", "lora"), ("0.75", "paper-rate")):
+        row = recipes.row_of(pattern, name)
+        assert row
+        settings = recipes.settings_of(pattern, row)
+        chosen = cells.chosen_rate(FULL, records, settings["train.method"], pattern)
+        assert chosen in (None, float(settings["train.lr"]))
+
+
 def test_a_record_of_other_settings_is_not_one_of_the_cell() -> None:
     cell = next(cells.all_cells(FULL, {}))
     records = {cell.name: measured(cell, [1.0])}
