@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -287,6 +288,12 @@ def test_one_changed_pattern_refutes_that_patterns_are_kept() -> None:
     assert claims.Findings(FULL, records).pattern_kept().verdict == claims.FAILS
 
 
+def test_a_refreshed_mask_refutes_nothing_about_patterns() -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    records["recipe-2of4-refresh-0"]["stages"]["merge"]["pattern_unchanged"] = False
+    assert claims.Findings(FULL, records).pattern_kept().verdict == claims.HOLDS
+
+
 def test_nothing_is_said_about_a_claim_without_a_measurement() -> None:
     assert {one.verdict for one in claims.Findings(FULL, {}).verdicts()} == {claims.OPEN}
 
@@ -518,6 +525,17 @@ eval: {{seq_len: 64, divergence: null, prompts: []}}
     assert "| SPP | 2:4 | 1e+30 | inf | inf | inf |  |" in (tmp_path / "results.md").read_text()
     assert spp["pruning"]["others"] == json.loads((tmp_path / "pruned/wanda-2of4-0.json").read_text())["others"]
     assert not (tmp_path / "cell").exists()
+
+
+def test_a_name_that_no_cell_has_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/study"), "--work", str(tmp_path), "--dry-run", "--only"]
+    done = subprocess.run([*command, "paper-0", "--dry-run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[0-9] of 2 cells remain, about [0-9.]+ hours\n", done.stdout)  # at 2:4 and at 75 %
+    done = subprocess.run([*command, "paper-9"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--only paper-9: no cell has this in its name" in done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_every_pruned_model_has_a_watch_of_its_own(tmp_path: Path) -> None:

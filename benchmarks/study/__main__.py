@@ -32,6 +32,9 @@ def main() -> None:
     if arguments.subset == "quick":
         scale, records = cells.QUICK, arguments.work / "quick/records"
         target = arguments.work / "quick/results.md"
+    known = cells.current(scale, record.load(records))
+    if not any(arguments.only in cell.name for cell in cells.all_cells(scale, known)):
+        parser.error(f"--only {arguments.only}: no cell has this in its name, or its learning rate is not known yet")
     if not arguments.page:
         study = Study(scale, records, arguments.work.resolve(), arguments.only)
         print(study.remaining(), flush=True)

@@ -184,9 +184,7 @@ class Findings:
 
     def pattern_kept(self) -> Verdict:
         """SPP's merged weights have exactly the zeros of the pruned ones; merging proves it or fails."""
-        merges = [
-            r["stages"]["merge"] for r in self.records.values() if r["stages"].get("train", {}).get("method") == "spp"
-        ]
+        merges = [record["stages"]["merge"] for record in self.records.values() if _keeps_the_mask(record)]
         kept = sum(bool(merge["pattern_unchanged"]) for merge in merges)
         zeros = sum(merge["zeros"] for merge in merges)
         claim = "Pattern and ratio of zeros are identical after SPP"
@@ -198,6 +196,12 @@ class Findings:
         ]
         complete = HOLDS if all(one is not None for one in grid) else OPEN
         return Verdict(claim, complete if kept == len(merges) else FAILS, [text])
+
+
+def _keeps_the_mask(record: Record) -> bool:
+    """Whether a checkpoint was trained by SPP with the pruner's mask."""
+    is_refreshed = any(setting.startswith("train.refresh.") for setting in record["cell"]["training"])
+    return bool(record["stages"].get("train", {}).get("method") == "spp" and not is_refreshed)
 
 
 def percent(pattern: str) -> str:

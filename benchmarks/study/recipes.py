@@ -57,6 +57,7 @@ TEXT = {"train.data.dataset": "{alpaca: 1, c4: 4}", "train.max_steps": "115"}
 DISTILLED = {"train.distill.teacher": "base", "train.distill.weight": "0.5", "train.distill.tokens": "text"}
 TUNED = {"train.lr": "3e-2"}  # SPP's best rate in the trials
 SPP = {"train.method": "spp", **TUNED}
+REFRESH = {"train.refresh.steps": "20"}
 HIRA = {"train.method": "hira", "train.lr": "1e-2"}
 LORA = {"train.method": "lora", "train.rank": "8", "train.lr": "3e-3"}  # the best rate in the trials at 2:4
 SMALLER = {
@@ -85,6 +86,7 @@ PAPERS = (
     Row("paper-rate", "SPP's best learning rate of the trials", TUNED, "paper"),
 )
 METHODS = (
+    Row("refresh", "the mask is chosen again after every 20 steps of the first half", REFRESH, "paper-rate"),
     Row("lora", "LoRA of rank 8 instead, with the mask put back", {**LORA, "merge.mask": "reapply"}, "paper-rate"),
     Row("masked-lora", "the LoRA masked in every step", {"train.method": "masked_lora", "merge.mask": None}, "lora"),
     Row("paper-hira", "HiRA instead, at 1e-2", HIRA, "paper-rate"),

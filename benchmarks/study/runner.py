@@ -52,8 +52,8 @@ class Study:
         expected = sum(_expected(cell.settings) for cell in [*todo, *[usual] * unknown])
         slower = [content["seconds"] / _expected(content["cell"]) for content in done.values()] or [1.0]
         hours = expected * sum(slower) / len(slower) / 3600
-        count = len(todo) + unknown
-        return f"{count} of {count + len(done)} cells remain, about {hours:.1f} hours"
+        count, measured = len(todo) + unknown, sum(self.only in name for name in done)
+        return f"{count} of {count + measured} cells remain, about {hours:.1f} hours"
 
     def compute(self) -> None:
         """Computes the cells that are missing, one after the other."""
