@@ -375,6 +375,17 @@ def test_the_page_names_trainings_that_diverged(tmp_path: Path) -> None:
     assert claims.Findings(FULL, records).lifts().verdict == claims.UNKNOWN
 
 
+def test_the_page_compares_what_is_shipped_with_the_papers_recipe() -> None:
+    records = filled(lambda name: [2.5, 3.5] if "2of4-windows-" in name else [3.0, 4.0])
+    shown = page._against_the_paper("2:4", records)
+    change, none = (f"{value:+.4f} [{value:+.4f}, {value:+.4f}]" for value in (-0.5, 0.0))
+    best = f"`best-2of4` {change} on WikiText-2 and {change} on held-out instructions (3 seeds)"
+    fast = f"`fast-2of4` {none} on WikiText-2 and {none} on held-out instructions (3 seeds)"
+    assert shown == f"Loss minus that of the paper's recipe: {best}; {fast}."
+    del records["recipe-2of4-paper-1"]
+    assert "(2 seeds)" in page._against_the_paper("2:4", records)
+
+
 def test_the_page_shows_the_last_seed_on_texts_by_which_no_row_was_chosen(tmp_path: Path) -> None:
     records = filled(lambda _: [1.0, 2.0])
     for name, record in records.items():

@@ -199,7 +199,7 @@ def _recipes(records: Records, folder: Path) -> str:
                 "time",
             ]
             parts += [f"### {percent(pattern)}", table(head, [line for line in lines if line], texts=2)]
-            parts += [_beyond_chance(pattern, records)]
+            parts += [_beyond_chance(pattern, records), _against_the_paper(pattern, records)]
     if not parts:
         return ""
     figures.steps(records, folder / "results-recipes.svg")
@@ -296,10 +296,26 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
 def _gain(pattern: str, row: recipes.Row, records: Records) -> Interval | None:
     """The loss on WikiText-2 minus that of the row that is changed; None without a common seed."""
     before = recipes.row_of(pattern, row.after)
-    earlier = recipes.measured(pattern, before, records) if before else {}
-    both = [(one, earlier[seed]) for seed, one in recipes.measured(pattern, row, records).items() if seed in earlier]
-    pairs = [losses(one, WIKITEXT) - losses(other, WIKITEXT) for one, other in both]
+    return _between(pattern, before, row, records, WIKITEXT) if before else None
+
+
+def _between(pattern: str, first: recipes.Row, second: recipes.Row, records: Records, text: str) -> Interval | None:
+    """The loss of the second row minus that of the first, over their common seeds; None without one."""
+    earlier, later = (recipes.measured(pattern, row, records) for row in (first, second))
+    pairs = [losses(later[seed], text) - losses(earlier[seed], text) for seed in later if seed in earlier]
     return interval(pairs) if pairs else None
+
+
+def _against_the_paper(pattern: str, records: Records) -> str:
+    """The shipped rows against the first one."""
+    paper, found = recipes.ROWS[pattern][0], []
+    for name, (place, row_name) in recipes.SHIPPED.items():
+        row = recipes.row_of(pattern, row_name) if place == pattern else None
+        if row is not None and row is not paper:
+            differences = [(title, _between(pattern, paper, row, records, text)) for text, title in TEXTS.items()]
+            shown = [f"{_difference(one)} on {title}" for title, one in differences if one is not None]
+            found += [f"`{name}` {' and '.join(shown)} ({of_seeds(one)})" for _, one in differences[:1] if one]
+    return f"Loss minus that of the paper's recipe: {'; '.join(found)}." if found else ""
 
 
 def _time(pattern: str, row: recipes.Row, records: Records) -> str:
