@@ -41,7 +41,8 @@ def measure(directory: Path, kind: str, max_tokens: int) -> Record:
         batch = collate([examples[number] for number in order[start : start + BATCH_SIZE]])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]  # nothing predicts the first token of a row
-        found = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED).sum(dim=1)
+        each = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        found = each.view(labels.shape).sum(dim=1)
         counts = (labels != IGNORED).sum(dim=1)
         for number, loss, count in zip(batch["examples"], found.tolist(), counts.tolist(), strict=True):
             losses[number], tokens[number] = loss, count
