@@ -207,13 +207,13 @@ def _recipes(records: Records, folder: Path) -> str:
 
 Each row changes an earlier row and trains for {recipes.STEPS} steps of 8 rows of Alpaca, unless it or an earlier one
 says otherwise; rates that no row is about are usual ones and not tuned. WikiText-2 and held-out instructions are
-perplexities after training, means over the seeds; "pruned" is that on WikiText-2 before training. The gain is the
-difference in loss on WikiText-2 from the row that is changed, over the seeds that both have, with its 95 % interval
-over windows. Tokens are those of the training, and memory is the peak of its process, in GiB. Time is that of pruning
-and training together, as a multiple of the first row's of the same seed on the same machine, which did nothing else (at
-most {percent(str(IDLE))} of its CPU time); it is left out where the two were computed on different machines. Rows of
-Alpaca differ in length, so the ratios of two seeds can differ by a tenth. A name in brackets is one for `sppctl run
-NAME --model MODEL`, which runs that row.
+perplexities after training, of the mean loss over the seeds, with the range of the seeds; "pruned" is that on
+WikiText-2 before training. The gain is the difference in loss on WikiText-2 from the row that is changed, over the
+seeds that both have, with its 95 % interval over windows. Tokens are those of the training, and memory is the peak of
+its process, in GiB. Time is that of pruning and training together, as a multiple of the first row's of the same seed on
+the same machine, which did nothing else (at most {percent(str(IDLE))} of its CPU time); it is left out where the two
+were computed on different machines. Rows of Alpaca differ in length, so the ratios of two seeds can differ by a tenth.
+A name in brackets is one for `sppctl run NAME --model MODEL`, which runs that row.
 
 The rows were chosen by these numbers, so those of the best row are a little too good; the last seed came after the
 choice."""
@@ -273,7 +273,7 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     measured = list(recipes.measured(pattern, row, records).values())
     if not measured:
         return []
-    values = [mean_of(cells.loss_of(one["texts"][name]) for one in measured) for name in TEXTS]
+    values = [_over_seeds([cells.loss_of(one["texts"][name]) for one in measured]) for name in TEXTS]
     seeds = recipes.measured(pattern, row, records)
     starts = [one for seed in seeds if (one := recipes.start_of(pattern, row, seed, records))]
     before = [cells.loss_of(one["texts"][WIKITEXT]) for one in starts]
@@ -284,13 +284,19 @@ def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
         f"{row.title}, after {row.after}" if row.after else row.title,
         str(len(measured)),
         f"{math.exp(mean_of(before)):.2f}" if before else "",
-        f"{math.exp(values[0]):.2f}",
+        values[0],
         _difference(_gain(pattern, row, records)),
-        f"{math.exp(values[1]):.2f}",
+        values[1],
         f"{mean_of(stage['tokens'] for stage in trained):,.0f}",
         f"{mean_of(stage['peak_memory_mb'] for stage in trained) / 1024:.1f}",
         _time(pattern, row, records),
     ]
+
+
+def _over_seeds(found: Sequence[float]) -> str:
+    """The perplexity of the mean of several losses, and the lowest and the highest one."""
+    mean, low, high = (f"{math.exp(loss):.2f}" for loss in (mean_of(found), min(found), max(found)))
+    return f"{mean} ({low} to {high})" if len(found) > 1 else mean
 
 
 def _gain(pattern: str, row: recipes.Row, records: Records) -> Interval | None:
