@@ -270,12 +270,12 @@ def _perplexities(record: Record, texts: Sequence[str]) -> list[str]:
 
 
 def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
-    measured = list(recipes.measured(pattern, row, records).values())
+    by_seed = recipes.measured(pattern, row, records)
+    measured = list(by_seed.values())
     if not measured:
         return []
     values = [_over_seeds([cells.loss_of(one["texts"][name]) for one in measured]) for name in TEXTS]
-    seeds = recipes.measured(pattern, row, records)
-    starts = [one for seed in seeds if (one := recipes.start_of(pattern, row, seed, records))]
+    starts = [one for seed in by_seed if (one := recipes.start_of(pattern, row, seed, records))]
     before = [cells.loss_of(one["texts"][WIKITEXT]) for one in starts]
     trained = [one["stages"]["train"] for one in measured]
     shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
