@@ -13,6 +13,7 @@ import gpus
 import recipes
 from cells import ABLATIONS, Record, Records, Scale
 from claims import (
+    INSTRUCTIONS,
     TEXTS,
     TITLES,
     UNKNOWN,
@@ -30,6 +31,7 @@ from claims import (
 from markdown_table import table
 
 HERE = Path(__file__).resolve().parent
+ROW_HEAD = ["row", "change", "seeds", "pruned", "WikiText-2", "gain", "instructions", "tokens", "memory", "time"]
 IDLE = 0.05  # share of the machine's CPU time that other processes may take where seconds are compared
 
 
@@ -186,19 +188,7 @@ def _recipes(records: Records, folder: Path) -> str:
     for pattern, rows in recipes.ROWS.items():
         lines = [_recipe(pattern, row, records) for row in rows]
         if any(lines):
-            head = [
-                "row",
-                "change",
-                "seeds",
-                "pruned",
-                "WikiText-2",
-                "gain",
-                "instructions",
-                "tokens",
-                "memory",
-                "time",
-            ]
-            parts += [f"### {percent(pattern)}", table(head, [line for line in lines if line], texts=2)]
+            parts += [f"### {percent(pattern)}", table(ROW_HEAD, [line for line in lines if line], texts=2)]
             parts += [_beyond_chance(pattern, records), _against_the_paper(pattern, records)]
     if not parts:
         return ""
@@ -317,10 +307,12 @@ def _against_the_paper(pattern: str, records: Records) -> str:
     paper, found = recipes.ROWS[pattern][0], []
     for name, (place, row_name) in recipes.SHIPPED.items():
         row = recipes.row_of(pattern, row_name) if place == pattern else None
-        if row is not None and row is not paper:
-            differences = [(title, _between(pattern, paper, row, records, text)) for text, title in TEXTS.items()]
-            shown = [f"{_difference(one)} on {title}" for title, one in differences if one is not None]
-            found += [f"`{name}` {' and '.join(shown)} ({of_seeds(one)})" for _, one in differences[:1] if one]
+        if row is None or row is paper:
+            continue
+        prose, rows = (_between(pattern, paper, row, records, text) for text in TEXTS)
+        if prose is not None:
+            texts = f"{_difference(prose)} on {TEXTS[WIKITEXT]} and {_difference(rows)} on {TEXTS[INSTRUCTIONS]}"
+            found.append(f"`{name}` {texts} ({of_seeds(prose)})")
     return f"Loss minus that of the paper's recipe: {'; '.join(found)}." if found else ""
 
 
