@@ -536,6 +536,8 @@ def config(
     else:
         call = options.parse(arguments, imports=imports)
         options.begin(call)
+        if call.config.launch.num_processes != "auto":  # of a job that is planned here and runs elsewhere
+            launch.accumulation(call.config.train, launch.configured_processes(call.config))
         tree, text = to_dict(call.config), to_yaml(call.config)
     if json:
         console.show_json(tree)

@@ -120,6 +120,7 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
     for module in options.pop("imports", None) or []:
         plugins.import_module(module)
     name, overrides = split(arguments)
+    measures = "models" in options  # `sppctl eval`, with and without --model
     options = {option: value for option, value in options.items() if value is not None}
     for option in [option for option in KEYS if option in options]:
         value = options.pop(option)
@@ -130,7 +131,7 @@ def parse(arguments: Sequence[str] | None = None, tasks: str | None = None, **op
         overrides.append(f"eval.tasks={quoted([task for task in chosen if task != 'ppl'])}")
         if "ppl" not in chosen:
             overrides.append("eval.perplexity=[]")
-        if "models" in options and not any(override.startswith("eval.prompts=") for override in overrides):
+        if measures and not any(override.startswith("eval.prompts=") for override in overrides):
             overrides.append("eval.prompts=[]")  # the tasks alone are measured
     if "models" in options and uses_quickstart(name, overrides):
         name, overrides = _of_checkpoint(options["models"], overrides)

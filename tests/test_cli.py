@@ -122,7 +122,7 @@ def test_overrides_may_stand_anywhere(command: Command, config_file: Path, words
         ({"tasks": "ppl"}, ["eval.tasks=[]"]),
         ({"tasks": "zeroshot, mmlu"}, ["eval.tasks=[zeroshot, mmlu]", "eval.perplexity=[]"]),
         ({"tasks": "boolq,ppl"}, ["eval.tasks=[boolq]"]),
-        ({"tasks": "ppl", "models": []}, ["eval.tasks=[]", "eval.prompts=[]"]),
+        ({"tasks": "ppl", "models": None}, ["eval.tasks=[]", "eval.prompts=[]"]),  # `sppctl eval` without --model
     ],
     ids=str,
 )

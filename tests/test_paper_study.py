@@ -148,6 +148,14 @@ def test_a_row_of_a_recipe_has_the_settings_of_the_row_that_it_changes(monkeypat
     assert "prune.method=sparsegpt" in cell.pruning
 
 
+def test_the_rows_of_a_table_include_those_that_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    afters = {"first": None, "second": "first", "other": "first", "third": "second", "fourth": "third"}
+    rows = [recipes.Row(name, "", after=after) for name, after in afters.items()]
+    monkeypatch.setitem(recipes.ROWS, "2:4", tuple(rows))
+    assert [row.name for row in recipes.with_earlier("2:4", [rows[3]])] == ["first", "second", "third"]
+    assert recipes.with_earlier("2:4", []) == []
+
+
 def test_a_row_can_remove_a_setting_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
     first = recipes.Row("first", "", {"prune.damp": "0.1", "train.rank": "4"})
     second = recipes.Row("second", "", {"prune.damp": None}, after="first")
@@ -452,9 +460,9 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
     assert f"dense: {dense[0]} on WikiText-2, {dense[1]} on held-out instructions" in section
     assert f"pruned by Wanda and not trained: {pruned[0]}, {pruned[1]})" in section
     seconds = [found[1] for seed in paper.seeds if (found := page._seconds("2:4", paper, seed, records))]
-    assert f"the paper's recipe, {seconds[-1]:.0f} s on" in section
-    _, _, _, _, wikitext, _, instructions, *_ = page._recipe("2:4", longer, records)
-    assert f"in the time of the best one the paper's reaches {wikitext} and {instructions}" in section
+    assert f"the paper's method, {seconds[-1]:.0f} s on" in section
+    _, _, _, _, wikitext, _, instructions, *_, time = page._recipe("2:4", longer, records)
+    assert f"with 400 steps, {time} times as long, that reaches {wikitext} and {instructions}" in section
 
 
 def test_the_hours_on_gpus_are_those_of_a_hand_calculation() -> None:

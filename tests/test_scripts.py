@@ -62,6 +62,13 @@ def test_a_wrong_key_is_told_before_anything_is_submitted(cluster: Cluster) -> N
     assert cluster.calls("sbatch") == []
 
 
+def test_a_batch_that_the_gpus_cannot_divide_is_told_before_anything_is_submitted(cluster: Cluster) -> None:
+    done = cluster.run("scripts/slurm_pipeline.sh", "llama65b", NODES="4", SPPCTL_PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert "train.batch_size: 128 is not a multiple of micro_batch_size x processes (8 x 32)" in done.stderr
+    assert cluster.calls("sbatch") == []
+
+
 def test_settings_of_the_site_are_read_and_the_environment_wins(cluster: Cluster) -> None:
     shutil.copy(SCRIPTS / "cluster.env.example", cluster.checkout / "scripts" / "cluster.env")
     done = cluster.run("scripts/slurm_pipeline.sh", "llama7b", NODES="3")

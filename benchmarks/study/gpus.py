@@ -77,8 +77,8 @@ sppctl run best-2of4 --model $MODEL run.dir=runs/best-full "${{LARGER[@]}}" {FUL
 
 The figures are those of `sppctl plan`; nothing here was measured on a GPU. Memory is in GiB: pruning, and training on
 each GPU; "GPU" is the size in GB of the smallest one with room for training. Disk is that of the run directory, in GiB;
-`train.save_steps` and `train.save_total_limit` decide how many checkpoints are in it. Tokens are those of training, in
-millions, if every example were as long as `train.data.seq_len` allows; Alpaca's rows are far shorter.
+`train.keep_checkpoints` decides how many checkpoints are in it. Tokens are those of training, in millions, if every
+example were as long as `train.data.seq_len` allows; Alpaca's rows are far shorter.
 
 {table(head, rows(), texts=2)}
 

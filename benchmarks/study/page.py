@@ -91,7 +91,7 @@ def _claims(findings: Findings) -> str:
         lines.append(f"| {verdict.claim} | **{verdict.verdict}** | {'<br>'.join(verdict.numbers)} |")
     return f"""## The paper's claims
 
-The numbers are differences in loss on WikiText-2: SPP minus what it is compared with, so negative ones speak for SPP.
+The numbers are differences in loss on WikiText-2: SPP minus what it is compared with, so a negative one favours SPP.
 A claim holds if every difference, over three seeds, excludes zero and all seeds agree. It does not hold if one of them
 is positive beyond what windows and seeds explain (t test at 5 %, corrected for the number of differences). Anything
 else that was measured is "{UNKNOWN}". DSnoT moves the zeros of a pruner in the dense weights, so after SparseGPT it
@@ -186,9 +186,10 @@ def _recipes(records: Records, folder: Path) -> str:
     """A table per pattern; the gain of a row is measured from the row that it changes, over their common seeds."""
     parts = []
     for pattern, rows in recipes.ROWS.items():
-        lines = [_recipe(pattern, row, records) for row in rows]
-        if any(lines):
-            parts += [f"### {percent(pattern)}", table(ROW_HEAD, [line for line in lines if line], texts=2)]
+        measured = [row for row in rows if recipes.measured(pattern, row, records)]
+        lines = [_recipe(pattern, row, records) for row in recipes.with_earlier(pattern, measured)]
+        if lines:
+            parts += [f"### {percent(pattern)}", table(ROW_HEAD, lines, texts=2)]
             parts += [_beyond_chance(pattern, records), _against_the_paper(pattern, records)]
     if not parts:
         return ""
@@ -203,7 +204,8 @@ seeds that both have, with its 95 % interval over windows. Tokens are those of t
 its process, in GiB. Time is that of pruning and training together, as a multiple of the first row's of the same seed on
 the same machine, which did nothing else (at most {percent(str(IDLE))} of its CPU time); it is left out where the two
 were computed on different machines. Rows of Alpaca differ in length, so the ratios of two seeds can differ by a tenth.
-A name in brackets is one for `sppctl run NAME --model MODEL`, which runs that row.
+A name in brackets is one for `sppctl run NAME`, which runs that row, here with `model.compute_dtype=float32`;
+`configs/recipes/NAME.yaml` has all its settings.
 
 The rows were chosen by these numbers, so those of the best row are a little too good; the last seed came after the
 choice."""
@@ -262,16 +264,17 @@ def _perplexities(record: Record, texts: Sequence[str]) -> list[str]:
 def _recipe(pattern: str, row: recipes.Row, records: Records) -> list[str]:
     by_seed = recipes.measured(pattern, row, records)
     measured = list(by_seed.values())
+    shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
+    name, title = "".join([row.name, *shipped]), f"{row.title}, after {row.after}" if row.after else row.title
     if not measured:
-        return []
+        return [name, title, "0", *[""] * (len(ROW_HEAD) - 3)]
     values = [_over_seeds([cells.loss_of(one["texts"][name]) for one in measured]) for name in TEXTS]
     starts = [one for seed in by_seed if (one := recipes.start_of(pattern, row, seed, records))]
     before = [cells.loss_of(one["texts"][WIKITEXT]) for one in starts]
     trained = [one["stages"]["train"] for one in measured]
-    shipped = [f" (`{name}`)" for name, place in recipes.SHIPPED.items() if place == (pattern, row.name)]
     return [
-        "".join([row.name, *shipped]),
-        f"{row.title}, after {row.after}" if row.after else row.title,
+        name,
+        title,
         str(len(measured)),
         f"{math.exp(mean_of(before)):.2f}" if before else "",
         values[0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import cells
@@ -133,6 +133,15 @@ SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeat
 def row_of(pattern: str, name: str | None) -> Row | None:
     """The row of that name; None without one."""
     return next((row for row in ROWS[pattern] if row.name == name), None)
+
+
+def with_earlier(pattern: str, rows: Sequence[Row]) -> list[Row]:
+    """These rows and those that they change, directly or not, in the order of the table."""
+    names = {row.name for row in rows}
+    for row in reversed(ROWS[pattern]):  # a row follows the one that it changes
+        if row.name in names and row.after:
+            names.add(row.after)
+    return [row for row in ROWS[pattern] if row.name in names]
 
 
 def settings_of(pattern: str, row: Row) -> Settings:
