@@ -201,7 +201,10 @@ class PruneRecord:
 
 @dataclass(frozen=True)
 class DistillationRecord:
-    """The teacher, the KL divergence from it (last logged step, mean of logged steps), and its share of the time."""
+    """The teacher, the KL divergence from it, and its share of the time.
+
+    The divergence is per distilled token: over the last reporting interval that had any, and over the whole training.
+    """
 
     teacher: str
     weight: float

@@ -243,6 +243,8 @@ prune {config} prune.targets=[q_proj,query]
     prune.targets ... 'query' matches no linear layer ... q_proj ... down_proj
 run {config} train.targets=[query]
     train.targets ... 'query' matches no linear layer ... q_proj
+run {config} prune.targets=[k_proj] train.targets=[q_proj] train.refresh.steps=2
+    train.refresh.steps ... none of the layers that train.targets selects is pruned ... train.targets=pruned
 run {config} train.rank=33
     train.rank ... 33 ... output features
 run {config} train.method=lora

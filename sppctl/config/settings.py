@@ -429,3 +429,24 @@ class Config:
 def names_of(dataset: str | dict[str, float]) -> list[str]:
     """The data sets that ``train.data.dataset`` names."""
     return [dataset] if isinstance(dataset, str) else list(dataset)
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Keys of a section that have no effect."""
+
+    section: Any  # a configuration with defaults for all keys
+    name: str  # of the section
+    keys: set[str]
+    reason: str  # how that is set which makes them useless
+
+
+def changed_in_vain(unused: list[Unused]) -> list[str]:
+    """One line for each reason that makes keys useless which were changed."""
+    lines = []
+    for one in unused:
+        defaults = type(one.section)()
+        changed = sorted(key for key in one.keys if getattr(one.section, key) != getattr(defaults, key))
+        if changed:
+            lines.append(f"{', '.join(f'{one.name}.{key}' for key in changed)}: no effect {one.reason}")
+    return lines

@@ -253,14 +253,16 @@ class Example:
     truncated: bool
     number: int
     response: list[bool]  # whether a token belongs to the response, whether or not it is in the loss
+    is_plain: bool = False  # whether it is a window of plain text
 
 
 class Examples(Sequence[Example]):
-    """Tokenised rows, kept as five tensors.
+    """Tokenised rows, kept as six tensors.
 
     Args:
         tensors: ``tokens`` (all tokens, one example after the other) int32; for each token whether it is ``labelled``
-            and whether it belongs to a ``response``, bool; for each example ``lengths`` int64 and ``truncated`` bool.
+            and whether it belongs to a ``response``, bool; for each example ``lengths`` int64, and whether it is
+            ``truncated`` and whether it is ``plain`` text, bool.
         numbers: numbers of the examples; None: counted from 0.
     """
 
@@ -278,7 +280,8 @@ class Examples(Sequence[Example]):
         part = slice(self.ends[number] - self.lengths[number], self.ends[number])
         tokens, labelled, response = (self.tensors[name][part].tolist() for name in ("tokens", "labelled", "response"))
         labels = [token if is_label else IGNORED for token, is_label in zip(tokens, labelled, strict=True)]
-        return Example(tokens, labels, bool(self.tensors["truncated"][number]), self.numbers[number], response)
+        truncated, plain = (bool(self.tensors[name][number]) for name in ("truncated", "plain"))
+        return Example(tokens, labels, truncated, self.numbers[number], response, plain)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -299,7 +302,7 @@ class Examples(Sequence[Example]):
         if kept.all():
             return self
         kept_tokens = kept.repeat_interleave(lengths)
-        per_example = ("lengths", "truncated")
+        per_example = ("lengths", "truncated", "plain")
         tensors = {name: tensor[kept if name in per_example else kept_tokens] for name, tensor in self.tensors.items()}
         return Examples(tensors, [number for number, keep in zip(self.numbers, kept.tolist(), strict=True) if keep])
 
@@ -329,7 +332,8 @@ def _examples_of_windows(windows: list[array[int]]) -> Examples:
     lengths = torch.tensor([len(window) for window in windows], dtype=torch.int64)
     every = torch.ones_like(tokens, dtype=torch.bool)
     tensors = {"tokens": tokens, "labelled": every, "response": every, "lengths": lengths}
-    return Examples(tensors | {"truncated": torch.zeros_like(lengths, dtype=torch.bool)})
+    plain = torch.ones_like(lengths, dtype=torch.bool)
+    return Examples(tensors | {"truncated": ~plain, "plain": plain})
 
 
 def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int, train_on_inputs: bool) -> Examples:
@@ -373,7 +377,7 @@ def tokenize(tokenizer: Any, rows: Sequence[Row], style: Style, *, seq_len: int,
             "truncated": lengths > seq_len,
         }
         cache.write(path, tensors)
-    return Examples(tensors)
+    return Examples(tensors | {"plain": torch.zeros_like(tensors["truncated"])})
 
 
 def _tokenised(

@@ -16,6 +16,7 @@ from sppctl.merge.rules import MERGERS
 from sppctl.records import Settings
 
 PEFT_PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer."  # in the name of a parameter of an adapted module itself
 EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT stores these in full beside an adapter that changed them
 # fields of PEFT's own configurations that merging uses, or that cannot change the merged weights
 _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"}
@@ -48,6 +49,8 @@ class Adapter:
     modules: dict[str, dict[str, str]]  # names of the tensors of each adapted module, by part
     # names of tensors that replace one of the model, by the model's name: modules_to_save, biases, embeddings
     replaced: dict[str, str] = field(default_factory=dict)
+    # names of copies of base weights, by the model's name: PEFT stores them for an adapted output head
+    base: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: Path) -> Adapter:
@@ -64,15 +67,19 @@ class Adapter:
         files = TensorFile(adapter_file(directory))
         modules: dict[str, dict[str, str]] = {}
         replaced: dict[str, str] = {}
+        base: dict[str, str] = {}
         try:
             parts = MERGERS[kind].shapes(settings, 0, 0).keys()
         except KeyError as error:
             problem = f"adapter_config.json has no {error.args[0]}"
             raise UserError(f"{directory}: {problem}; download the adapter again, or correct it") from error
         for name in files.specs:
-            short = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+            short = name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, ".")
             # parts may have dots (lora_A.weight)
             part = next((part for part in parts if name.endswith(f".{part}")), None)
+            if part is None and BASE_LAYER in name and not _is_trained_bias(short, settings):
+                base[short] = name
+                continue
             if part is None and _replaces(short, settings):
                 replaced[short] = name
                 continue
@@ -85,7 +92,7 @@ class Adapter:
                 )
         if not modules:
             raise UserError(f"{directory} adapts no layer; sppctl merges adapters of linear layers")
-        return cls(kind, settings, files, modules, replaced)
+        return cls(kind, settings, files, modules, replaced, base)
 
     def settings_of(self, module: str) -> Settings:
         """The settings with the rank and alpha of one module (``rank_pattern``, ``alpha_pattern``)."""
@@ -118,8 +125,12 @@ def _check_settings(directory: Path, kind: str, settings: Settings) -> None:
 
 def _replaces(name: str, settings: Settings) -> bool:
     """Whether a tensor of an adapter is a parameter of the model that it stores in full."""
-    module, _, leaf = name.rpartition(".")
-    if leaf == "bias" and settings.get("bias", "none") != "none":
+    if _is_trained_bias(name, settings):
         return True
+    module, _, leaf = name.rpartition(".")
     full = (*(settings.get("modules_to_save") or ()), *EMBEDDINGS)
     return any(module.endswith(saved) for saved in full) and not leaf.startswith("lora_")
+
+
+def _is_trained_bias(name: str, settings: Settings) -> bool:
+    return name.endswith(".bias") and settings.get("bias", "none") != "none"

@@ -21,7 +21,7 @@ from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.machine import dtype_name
 from sppctl.merge.adapter import EMBEDDINGS, Adapter
 from sppctl.merge.rules import MERGERS, check_mask, merged_weight, prove
-from sppctl.model import checkpoint
+from sppctl.model import channels, checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.refreshed import REFRESHED, RefreshedFiles
 from sppctl.model.targets import stored_name
@@ -77,6 +77,7 @@ def prepare(
     skeleton = _skeleton(config, pruned)
     stored = _match(source, adapter, skeleton, pruned)
     replaced = _match_replaced(source, adapter, skeleton)
+    _check_base(source, adapter, skeleton, pruned)
     if source.refreshed:
         if prune_record is None:
             raise UserError(f"{trained} has weights of its own ({REFRESHED}), which need the record of {pruned}")
@@ -87,6 +88,8 @@ def prepare(
     refreshed = {} if train_record is None or train_record.refresh is None else train_record.refresh.masks
     masks = ({} if prune_record is None else prune_record.masks) | refreshed
     _check_digest(trained, adapter, source, stored)
+    if train_record is None:
+        _check_order(trained, adapter, pruned)
     return Prepared(pruned, source, adapter, stored, masks, replaced)
 
 
@@ -192,6 +195,18 @@ def _check_digest(trained: Path, adapter: Adapter, source: TensorFiles, stored: 
         )
 
 
+def _check_order(trained: Path, adapter: Adapter, pruned: Path) -> None:
+    """Raises UserError if channels were reordered in pruning, and an adapter is not known to be trained after it."""
+    order, base = channels.order_of(pruned), str(adapter.settings.get("base_model_name_or_path") or "")
+    if order is None or "mask_digest" in adapter.settings or channels.order_of(base) == order:
+        return
+    raise UserError(
+        f"{trained} was trained on {base or 'a model that it does not name'}, and {pruned} has its channels in another "
+        "order (prune.permute_channels); if it was trained on these weights, set base_model_name_or_path in its "
+        f"adapter_config.json to {pruned}; otherwise prune without that key"
+    )
+
+
 def _skeleton(config: Config, pruned: Path) -> Skeleton:
     """The pruned checkpoint's model without weights, after comparing the checkpoint with it."""
     trust = config.model.trust_remote_code
@@ -221,6 +236,18 @@ def _match_replaced(source: TensorFiles, adapter: Adapter, skeleton: Skeleton) -
             raise UserError(f"{where}, which was pruned: its zeros would be lost; train it without modules_to_save")
         replaced[stored] = key
     return replaced
+
+
+def _check_base(source: TensorFiles, adapter: Adapter, skeleton: Skeleton, pruned: Path) -> None:
+    """Raises UserError if a base weight that an adapter stores is not the checkpoint's in the adapter's dtype."""
+    for name, key in adapter.base.items():
+        trained_on = adapter.files.read(key)
+        weight = source.read(stored_name(source, name, skeleton.base_prefix))
+        if not torch.equal(weight.to(trained_on.dtype), trained_on):
+            raise UserError(
+                f"the adapter's {key} differs from {name} of {pruned}: it was trained on other base weights; merge it "
+                "into the checkpoint that it was trained on, or train it again on this one"
+            )
 
 
 def _match(source: TensorFiles, adapter: Adapter, skeleton: Skeleton, pruned: Path) -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class BlockCall:
             return hidden_of(block(hidden_states=hidden, **self.kwargs))
         return hidden_of(block(hidden, *self.args, **self.kwargs))
 
+    def widened(self) -> BlockCall:
+        """The same call with its floating-point tensors in float32."""
+        return replace(self, args=tree_map(_widened, self.args), kwargs=tree_map(_widened, self.kwargs))
+
     def differing_argument(self, other: BlockCall, block: nn.Module) -> str | None:
         """The name of an argument whose tensors differ between two calls of the same block, or None."""
         names = list(inspect.signature(block.forward).parameters)[1 : 1 + len(self.args)]
@@ -44,6 +49,10 @@ class BlockCall:
             if any(a is None or b is None or not torch.equal(a, b) for a, b in pairs):
                 return name
         return None
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def hidden_of(output: Any) -> Tensor:

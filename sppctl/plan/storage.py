@@ -43,7 +43,7 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
     - statistics of every distinct input (n features): wanda 4 n, dsnot 8 n, sparsegpt 4 n^2 and the inputs in float32
     - solving: the layers that share an input, before and after; their scores in float32 and mask; for sparsegpt the
       weights in float32 and four matrices (n, n) of the factorisation instead, and with act_order a reordered copy of
-      the weights and of the statistics
+      the weights and of the statistics; with permute_channels at least the largest block in float32
     """
     prune, d = config.prune, torch_dtype(dtype).itemsize
     statistics: Any = find_pruner(prune.method).statistics
@@ -68,11 +68,16 @@ def pruning(config: Config, skeleton: Skeleton, dtype: str) -> Pruning:
         running = inside_a_block(prune, samples, hidden)
         if statistics is Hessian:
             running += windows * seq_len * max(n for n, _ in groups) * FLOAT
-    if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments
-        tuning = 4 * FLOAT * _tuned_together(prune, first_block or targets)
+    if prune.reconstruct_epochs:  # float32 copies of the weights, their gradients and Adam's moments; the dense weights
+        matrices = first_block or targets
+        size = sum(target.out_features * target.in_features for target in matrices.values())
+        tuning = 4 * FLOAT * _tuned_together(prune, matrices) + size * d
+    largest = max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks)
+    if prune.permute_channels:  # a block in float32
+        solving = max(solving, largest * FLOAT)
     parts = {
         "embeddings": _outside(skeleton) * d,
-        "block": max(sum(p.numel() for p in block.parameters()) for block in skeleton.blocks) * d,
+        "block": largest * d,
         "statistics": max(counted) if prune.order == "module" else sum(counted),
         "solving": solving,
         "hidden_states": hidden_states,

@@ -106,12 +106,15 @@ class Activations:
 
         ``hidden``: other hidden states of all windows.
         """
+        inputs = self._hidden if hidden is None else hidden
+        return self.call(index, rows)(block or self.stack.blocks[index], inputs[rows].to(self.stack.device))
+
+    def call(self, index: int, rows: slice) -> BlockCall:
+        """How the model calls the block ``index`` for some windows."""
         size = rows.stop - rows.start
         if size not in self._calls:
             self._calls[size] = self.stack.record(self._windows[rows].to(self.stack.device))[1]
-        call = self._calls[size][index]
-        inputs = self._hidden if hidden is None else hidden
-        return call(block or self.stack.blocks[index], inputs[rows].to(self.stack.device))
+        return self._calls[size][index]
 
     def store(self, rows: slice, hidden: Tensor) -> None:
         """Makes some windows' hidden states the next block's input."""

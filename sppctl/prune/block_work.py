@@ -18,7 +18,7 @@ from sppctl.model.targets import Target, gated
 from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.in_step import in_step, wait_at
-from sppctl.prune.layers import LayerInputs, PrunePlan, measure
+from sppctl.prune.layers import LayerInputs, PrunePlan, measure, measure_again
 from sppctl.prune.reconstruct import Unit, reconstruct
 from sppctl.pruners import PRUNERS, InputNorms, Pruner, check_weight
 from sppctl.pruners.masks import shortfall
@@ -58,6 +58,7 @@ class BlockWork:
         self.inputs: dict[str, LayerInputs] = {}  # by the target's name
         self.all_tokens: dict[str, LayerInputs] = {}  # of all experts of a mixture together
         self.reconstruction: BlockErrors | None = None
+        self.dense: dict[str, tuple[Tensor, Tensor | None]] = {}  # weights to be tuned, and some of their inputs
         self._leaders: dict[str, str] = {}  # the first layer with the same input tensor
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._num_groups = 0  # pruned so far, by the processes in turn
@@ -77,11 +78,13 @@ class BlockWork:
         records = self._prune_all()
         self.inputs.clear()
         if units:
-            self.reconstruction = reconstruct(self.stack, self.index, units, activations, settings)
-            for target in self.targets.values():
-                weight = target.view(self.stack.model)
-                weight.copy_(self._as_stored(target, weight))
+            self.reconstruction = reconstruct(self.stack, self.index, units, activations, settings, self._as_stored)
+            records = [self._measure_tuned(record) for record in records]
         return records
+
+    def _measure_tuned(self, record: LayerRecord) -> LayerRecord:
+        before, sample = self.dense[record.name]
+        return measure_again(record, before, self.targets[record.name].view(self.stack.model), sample)
 
     def _units(self, activations: Activations) -> list[Unit]:
         """What is tuned together, in order; of the last unit, the dense outputs are yet to be computed."""
@@ -301,8 +304,11 @@ class BlockWork:
         seconds = round((time.perf_counter() - started) / len(targets), 4)
         result = {"damp": damp, "seconds": seconds, "fallback": fallback}
         kept = [int((old == 0).sum()) if self.plan.settings.keep_zeros else 0 for old in before]
+        sample = None if inputs is None else inputs.sample
+        if self.plan.settings.reconstruct_epochs:
+            self.dense |= {target.name: (old, sample) for target, old in zip(targets, before, strict=True)}
         return [
-            measure(old, new, inputs, target.name, self.plan.patterns[target.name], zeros_before=zeros, **result)
+            measure(old, new, sample, target.name, self.plan.patterns[target.name], zeros_before=zeros, **result)
             for target, old, new, zeros in zip(targets, before, weights, kept, strict=True)
         ]
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppctl import launch, machine
+from sppctl import console, launch, machine
 from sppctl.config.settings import Config, PruneConfig
 from sppctl.data import vocabulary
 from sppctl.errors import Problems, UserError
-from sppctl.files import sealed
 from sppctl.files.disk import demand_space
-from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model import checkpoint, find
+from sppctl.model import channels, checkpoint, find
 from sppctl.model.blocks import Decoder, Skeleton, refuse_quantised
 from sppctl.model.estimate import Work
 from sppctl.model.targets import Target
@@ -25,6 +23,7 @@ from sppctl.prune import calibrate, given_masks, permute
 from sppctl.prune.choose import (
     GPU_SHARE,
     check_prunes,
+    ignored,
     inside_a_block,
     is_overridden,
     measures_blocks,
@@ -91,7 +90,7 @@ def prepare(
     with problems:
         _check_processes(config, problems)
     with problems:
-        _check_mask(prune, targets, patterns, skeleton)
+        _check_mask(config, targets, patterns, skeleton)
     if not isinstance(skeleton, Decoder):
         with problems:
             _check_files(config, skeleton)
@@ -99,6 +98,8 @@ def prepare(
         with problems:
             drawn = _calibration(config, skeleton, tokenizer)
     problems.raise_all()
+    for line in ignored(prune):
+        console.warn(line)
     work = Work(f"{prune.method} {prune.pattern}, {len(targets)} matrices", 0)
     if drawn is not None:
         method = prune.method if prune.method in PASSES else "wanda"  # of a pruner from outside, only its inputs
@@ -206,35 +207,23 @@ def _check_processes(config: Config, problems: Problems) -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def _check_mask(
-    prune: PruneConfig, targets: dict[str, Target], patterns: dict[str, Pattern], skeleton: Skeleton
-) -> None:
+def _check_mask(config: Config, targets: dict[str, Target], patterns: dict[str, Pattern], skeleton: Skeleton) -> None:
     """Checks that the zeros of prune.mask_from have the pattern; reading them is fast compared with pruning."""
+    prune = config.prune
     if prune.mask_from is None:
         return
     try:
         files = TensorFiles(find.locate(prune.mask_from, key="prune.mask_from"))
     except UserError as error:
         raise error.under("prune.mask_from") from error
-    if _is_permuted(files.directory):
-        problem = f"{files.directory} has the channels of its blocks in another order (prune.permute_channels)"
+    if channels.order_of(files.directory) != channels.order_of(config.model.path):
+        problem = f"{files.directory} has its channels in another order than the model (prune.permute_channels)"
         raise UserError("prune.mask_from", problem, "prune it without, and take that mask")
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())
     for misfit in misfits(files, skeleton.model, parameters):
         raise UserError("prune.mask_from", f"{files.directory}: {misfit}")
     for name, pattern in patterns.items():
         given_masks.check(skeleton.matrix(targets[name], files) != 0, targets[name], pattern)
-
-
-def _is_permuted(directory: Path) -> bool:
-    """Whether a checkpoint has the channels of its blocks in another order, as far as it was made by sppctl."""
-    for folder in (directory, directory.parent / DIRECTORIES["prune"]):
-        if not (folder / RECORD).is_file():
-            return False
-        content = sealed.read(folder / RECORD, "check it, or take another checkpoint")
-        if content.get("stage") == "prune":
-            return bool(content["metrics"].get("permuted"))
-    return False
 
 
 def _check_files(config: Config, skeleton: Skeleton) -> None:

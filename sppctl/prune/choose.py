@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from sppctl.config.settings import PruneConfig
+from sppctl.config.settings import PruneConfig, Unused, changed_in_vain
 from sppctl.errors import UserError
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import Target, matches
 from sppctl.pattern import Pattern
+from sppctl.pruners import PRUNERS
+from sppctl.pruners.allocate import ALLOCATIONS
 from sppctl.pruners.registry import find_pruner
 
 CPU_TOKENS = 4096  # of a micro-batch on the CPU, where larger ones gain nothing
@@ -83,6 +85,19 @@ def planned_patterns(prune: PruneConfig, targets: dict[str, Target], skeleton: S
 def is_overridden(prune: PruneConfig, name: str) -> bool:
     """Whether a target has a pattern of its own (``prune.overrides``)."""
     return any(matches(name, override) for override in prune.overrides)
+
+
+def ignored(prune: PruneConfig) -> list[str]:
+    """Changed keys that have no effect, one line per reason."""
+    others = {key for pruner in PRUNERS.values() for key in pruner.options} - {"keep_zeros"}
+    unused = others - set(find_pruner(prune.method).options)
+    found = [Unused(prune, "prune", unused, f"with prune.method={prune.method}")]
+    if prune.allocation != "owl":
+        found.append(Unused(prune, "prune", set(ALLOCATIONS["owl"].options), "without prune.allocation=owl"))
+    if not prune.reconstruct_epochs:
+        keys = {f"reconstruct_{key}" for key in ("lr", "batch_size", "loss", "scheduler", "target", "unit")}
+        found.append(Unused(prune, "prune", keys, "without prune.reconstruct_epochs"))
+    return changed_in_vain(found)
 
 
 def check_prunes(prune: PruneConfig, target: Target, pattern: Pattern) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,23 +64,40 @@ class LayerInputs:
 
 
 def measure(
-    before: Tensor, after: Tensor, inputs: LayerInputs | None, name: str, pattern: Pattern, **result: Any
+    before: Tensor, after: Tensor, sample: Tensor | None, name: str, pattern: Pattern, **result: Any
 ) -> LayerRecord:
-    """The record of a matrix (out_features, in_features): ``result`` of its pruning, and its errors."""
-    # in the weights' dtype: three digits of a record are not worth float32 products of full matrices
-    difference = before - after
-    output_error = None
-    if inputs is not None and inputs.sample is not None:
-        output_error = _relative_norm(inputs.sample @ difference.t(), inputs.sample @ before.t())
+    """The record of a matrix (out_features, in_features): ``result`` of its pruning, and its errors.
+
+    ``sample``: some of its inputs (tokens, in_features).
+    """
+    output, weight = _errors(before, after, sample)
     return LayerRecord(
         name=name,
         shape=(before.shape[0], before.shape[1]),
         pattern=pattern,
-        sparsity=int((after == 0).sum()) / after.numel(),
-        relative_output_error=output_error,
-        relative_weight_error=_relative_norm(difference, before),
+        sparsity=_sparsity(after),
+        relative_output_error=output,
+        relative_weight_error=weight,
         **result,
     )
+
+
+def measure_again(record: LayerRecord, before: Tensor, after: Tensor, sample: Tensor | None) -> LayerRecord:
+    """The record of a matrix whose kept weights were changed after it was made; see :func:`measure`."""
+    output, weight = _errors(before, after, sample)
+    return replace(record, sparsity=_sparsity(after), relative_output_error=output, relative_weight_error=weight)
+
+
+def _errors(before: Tensor, after: Tensor, sample: Tensor | None) -> tuple[float | None, float]:
+    """The relative errors of the outputs, if there are inputs, and of the weights."""
+    # in the weights' dtype: three digits of a record are not worth float32 products of full matrices
+    difference = before - after
+    output = None if sample is None else _relative_norm(sample @ difference.t(), sample @ before.t())
+    return output, _relative_norm(difference, before)
+
+
+def _sparsity(weight: Tensor) -> float:
+    return int((weight == 0).sum()) / weight.numel()
 
 
 def _relative_norm(difference: Tensor, reference: Tensor) -> float:

@@ -8,7 +8,9 @@ model really computes the same is checked by running it.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from sppctl import distributed
 from sppctl.errors import StageError
-from sppctl.model.blocks import Decoder, Orders, Skeleton
+from sppctl.model.blocks import Decoder, Orders, Skeleton, reordered
 from sppctl.model.targets import Target
 from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
@@ -32,9 +34,13 @@ HIDDEN = "hidden states"
 FEEDING = {"down_proj": ("gate_proj", "up_proj"), "fc2": ("fc1",), "o_proj": ("v_proj",), "out_proj": ("v_proj",)}
 ATTENTION = ("o_proj", "out_proj")
 READING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # layers whose inputs are hidden states
+OF_ATTENTION = ("q_proj", "k_proj", "v_proj")
 OF_HEADS = ("q_norm", "k_norm")  # norms inside of attention
+OF_QUERIES = ("q_", "k_")  # names of other modules that queries or keys alone go through
 ROWS = 16_384  # of all layers that read the hidden states, by which their order is found
-SAME = 0.1  # relative error of hidden states: rounding is far below it, channels in different orders are far above
+# relative errors of what a block adds in float32, and of hidden states in the dtype of the model: rounding is far below
+# them, channels in different orders are above one of them
+SAME_BLOCK, SAME = 1e-3, 0.1
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ def _inside(skeleton: Skeleton, target: Target, pattern: Pattern) -> Channels | 
     if leaf not in FEEDING:
         return None
     parent = skeleton.model.get_submodule(owner)
+    if leaf in ATTENTION and not _is_plain_attention(parent, target):
+        return None
     layers: dict[str, Any] = {f"{owner}.{other}": getattr(parent, other, None) for other in FEEDING[leaf]}
     heads, shared = _heads(skeleton, target) if leaf in ATTENTION else (1, 1)
     width = target.in_features // (heads * shared) if heads else 0
@@ -97,6 +105,16 @@ def _inside(skeleton: Skeleton, target: Target, pattern: Pattern) -> Channels | 
         return None
     parts = {f"{name}.{part}": 0 for name, layer in layers.items() for part, _ in layer.named_parameters()}
     return Channels(target.name, [target], pattern, parts, {f"{target.name}.weight": 1}, heads, shared)
+
+
+def _is_plain_attention(attention: nn.Module, output: Target) -> bool:
+    """Whether only the output projection reads the values of the heads: no gate and no norm is between them."""
+    for name, child in attention.named_children():
+        is_known = isinstance(child, nn.Linear) and name in (*OF_ATTENTION, output.name.rpartition(".")[2])
+        if not (is_known or name in OF_HEADS or name.startswith(OF_QUERIES)) and any(True for _ in child.parameters()):
+            return False
+    queries = getattr(attention, "q_proj", None)  # a gate is in further rows of it
+    return isinstance(queries, nn.Linear) and queries.out_features == output.in_features
 
 
 def _heads(skeleton: Skeleton, target: Target) -> tuple[int, int]:
@@ -110,6 +128,8 @@ def _heads(skeleton: Skeleton, target: Target) -> tuple[int, int]:
 def _hidden(skeleton: Skeleton, readers: dict[str, Target], patterns: dict[str, Pattern]) -> Channels | None:
     """The hidden states, if every parameter of the model is known to read them, to write them, or to do neither."""
     width, parameters = skeleton.config.get_text_config().hidden_size, {}
+    if any(buffer.dim() > 1 and buffer.shape[-1] == width for buffer in _outside_the_blocks(skeleton)):
+        return None  # added to the hidden states, such as positions that are computed
     for name, parameter in skeleton.model.named_parameters():
         dim = _dim_of_hidden(skeleton, name, tuple(parameter.shape), width)
         if dim is None:
@@ -124,6 +144,13 @@ def _hidden(skeleton: Skeleton, readers: dict[str, Target], patterns: dict[str, 
         if name.rpartition(".")[2] in READING and patterns[name] == pattern and parameters.get(f"{name}.weight") == 1
     ]
     return Channels(HIDDEN, layers, pattern, parameters, {}) if layers and width % (pattern.group or 1) == 0 else None
+
+
+def _outside_the_blocks(skeleton: Skeleton) -> Iterator[Tensor]:
+    """The buffers that are in no block."""
+    for name, buffer in skeleton.model.named_buffers():
+        if not name.startswith(f"{skeleton.blocks_name}."):
+            yield buffer
 
 
 def _dim_of_hidden(skeleton: Skeleton, name: str, shape: tuple[int, ...], width: int) -> int | None:
@@ -202,15 +229,23 @@ def orders_of_parameters(found: list[Channels], orders: dict[str, list[Tensor]])
     return result
 
 
+def inverse(orders: Orders) -> Orders:
+    """The orders that undo these."""
+    return {name: {dim: order.argsort() for dim, order in of_one.items()} for name, of_one in orders.items()}
+
+
 @torch.no_grad()
-def check_same(stack: Decoder, num_blocks: int, first: Activations, expected: Tensor, hidden: Tensor | None) -> None:
-    """Runs the first blocks of the reordered model on the first window.
+def check_same(
+    stack: Decoder, num_blocks: int, first: Activations, expected: Tensor, orders: Orders, hidden: Tensor | None
+) -> None:
+    """Runs the first blocks of the reordered model on the first window, and each of them in both orders in float32.
 
     Args:
         stack: the model with its channels reordered.
         num_blocks: how many :func:`best_orders` ran.
         first: the embedded first window.
         expected: the hidden states (tokens, width) of the dense model behind these blocks.
+        orders: of the parameters, as they are now.
         hidden: the order of the hidden states now (width,); None: as they were.
 
     Raises:
@@ -218,14 +253,45 @@ def check_same(stack: Decoder, num_blocks: int, first: Activations, expected: Te
     """
     for index in range(num_blocks):
         stack.load_block(index)
+        _check_error(stack, _error_of_block(stack, index, first, orders, hidden), SAME_BLOCK)
         first.run(index)
         stack.release_block(index)
-    expected = (expected if hidden is None else expected[:, hidden.to(expected.device)]).float()
-    error = (
-        (first.hidden[0].float().to(expected.device) - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
-    ).median()
-    if not error <= SAME:
+    _check_error(stack, _error(first.hidden[0], _put(expected, hidden)), SAME)
+
+
+def _error_of_block(stack: Decoder, index: int, first: Activations, orders: Orders, hidden: Tensor | None) -> float:
+    """The error of what a loaded block adds to the hidden states, in float32: compared with the former order."""
+    block, call = copy.deepcopy(stack.blocks[index]).float(), first.call(index, slice(0, 1)).widened()
+    for module in block.modules():  # their configurations are copies, too; flash attention is not for float32
+        config: Any = getattr(module, "config", None)
+        if "flash" in str(getattr(config, "_attn_implementation", "")):
+            config._attn_implementation = "sdpa"
+    inputs = first.hidden[:1].to(stack.device).float()
+    added = call(block, inputs) - inputs
+    prefix = f"{stack.blocks_name}.{index}."
+    for name, of_parameter in inverse(orders).items():
+        if name.startswith(prefix):
+            parameter = block.get_parameter(name.removeprefix(prefix))
+            parameter.data = reordered(parameter.data, of_parameter)
+    before = _put(inputs, None if hidden is None else hidden.argsort())
+    return _error(added[0], _put(call(block, before) - before, hidden)[0])
+
+
+def _put(states: Tensor, order: Tensor | None) -> Tensor:
+    """States (..., width) in another order."""
+    return states if order is None else states[..., order.to(states.device)]
+
+
+def _error(states: Tensor, expected: Tensor) -> float:
+    """The relative error of states (tokens, width), the median over the tokens."""
+    expected = expected.float()
+    difference = (states.float().to(expected.device) - expected).norm(dim=-1)
+    return float((difference / expected.norm(dim=-1).clamp_min(1e-30)).median())
+
+
+def _check_error(stack: Decoder, error: float, allowed: float) -> None:
+    if not error <= allowed:
         raise StageError(
             f"prune.permute_channels: with its channels in another order {type(stack.model).__name__} computes "
-            f"something else (hidden states {error:.0%} away), so more depends on that order; leave it out"
+            f"something else (hidden states {error:.1%} away), so more depends on that order; leave it out"
         )

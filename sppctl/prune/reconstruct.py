@@ -19,6 +19,8 @@ from sppctl.model.targets import Target
 from sppctl.prune.activations import Activations
 from sppctl.records import BlockErrors
 
+AsStored = Callable[[Target, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -46,7 +48,7 @@ class Unit:
 
 
 def reconstruct(
-    stack: Decoder, index: int, units: list[Unit], activations: Activations, settings: PruneConfig
+    stack: Decoder, index: int, units: list[Unit], activations: Activations, settings: PruneConfig, as_stored: AsStored
 ) -> BlockErrors:
     """Tunes the units of a loaded and pruned block one after the other.
 
@@ -56,6 +58,7 @@ def reconstruct(
         units: the last one's output is the block's.
         activations: the block's inputs.
         settings: passes over the windows, learning rate and its schedule.
+        as_stored: a matrix of a target as it will be written; the tuned weights are rounded so, and then judged.
 
     Returns:
         Relative output error of the block before and after.
@@ -63,12 +66,14 @@ def reconstruct(
     *others, last = units
     before = _error(stack, index, last, activations, settings) if others else None
     for unit in others:
-        _tune(stack, index, unit, activations, settings)
-    errors = _tune(stack, index, last, activations, settings)
+        _tune(stack, index, unit, activations, settings, as_stored)
+    errors = _tune(stack, index, last, activations, settings, as_stored)
     return errors if before is None else BlockErrors(before, errors.after)
 
 
-def _tune(stack: Decoder, index: int, unit: Unit, activations: Activations, settings: PruneConfig) -> BlockErrors:
+def _tune(
+    stack: Decoder, index: int, unit: Unit, activations: Activations, settings: PruneConfig, as_stored: AsStored
+) -> BlockErrors:
     """Tunes the kept weights of a unit by Adam on the squared error of its output.
 
     Returns its relative error before and after; a tuning that did not lower it is undone.
@@ -106,6 +111,9 @@ def _tune(stack: Decoder, index: int, unit: Unit, activations: Activations, sett
         schedule.step()
     for name, weight in tuned().items():
         stored[name].data.copy_(weight.detach())
+    for target in unit.targets.values():
+        matrix = target.view(stack.model)
+        matrix.copy_(as_stored(target, matrix))
     after = _error(stack, index, unit, activations, settings)
     if after < before:
         return BlockErrors(before, after)

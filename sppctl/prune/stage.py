@@ -201,24 +201,29 @@ def _permuted(stack: Decoder, plan: PrunePlan, windows: Tensor, folder: Path, ou
         )
     if path.exists():
         content = sealed.read(path, start_again(folder))
-        orders = {name: [torch.tensor(head) for head in heads] for name, heads in content["orders"].items()}
-        stack.reorder(permute.orders_of_parameters(found, orders))
+        by_head = {name: [torch.tensor(head) for head in heads] for name, heads in content["orders"].items()}
+        stack.reorder(permute.orders_of_parameters(found, by_head))
         return [Permuted(name, *shares) for name, shares in content["shares"].items()]
     scored = _for_scores(plan, permute.readers(found).keys())
     dense = _embed(stack, windows, prune, folder)
     with console.working("finding the order of the channels"):
-        orders, permuted = permute.best_orders(stack, scored, found, dense)
+        by_head, permuted = permute.best_orders(stack, scored, found, dense)
     expected = dense.hidden[0].clone()  # the next ones may use the same file
     del dense
-    stack.reorder(permute.orders_of_parameters(found, orders))
+    orders = permute.orders_of_parameters(found, by_head)
+    stack.reorder(orders)
     first, num_blocks = _embed(stack, windows[:1], prune, folder), scored.last_block(stack) + 1
-    permute.check_same(stack, num_blocks, first, expected, orders.get(permute.HIDDEN, [None])[0])
+    try:
+        permute.check_same(stack, num_blocks, first, expected, orders, by_head.get(permute.HIDDEN, [None])[0])
+    except StageError:
+        stack.reorder(permute.inverse(orders))  # a model in memory is the caller's
+        raise
     if out is not None and distributed.is_main():
         assert isinstance(stack, BlockStack)
         stack.write_reordered(out, {f"{target.owner}.{target.parameter}" for target in plan.targets.values()})
         out.sync()
         shares = {one.name: [one.before, one.after] for one in permuted}
-        lists = {name: [head.tolist() for head in heads] for name, heads in orders.items()}
+        lists = {name: [head.tolist() for head in heads] for name, heads in by_head.items()}
         sealed.write(path, {"orders": lists, "shares": shares})
     distributed.barrier()
     return permuted

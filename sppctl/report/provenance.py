@@ -30,7 +30,14 @@ def _pruned(record: PruneRecord) -> str:
     error = record.mean_relative_output_error
     output = f", mean relative output error {error:.3f}" if error is not None else ""
     permuted = ", channels reordered" if record.permuted else ""
-    return f"{record.method} {record.pattern}, {record.matrices} matrices{permuted}{output}"
+    tuned = ""
+    if record.reconstruction:
+        blocks = record.reconstruction.values()
+        before, after = (
+            sum(errors) / len(blocks) for errors in zip(*((b.before, b.after) for b in blocks), strict=True)
+        )
+        tuned = f", blocks reconstructed (mean error {before:.3f}, then {after:.3f})"
+    return f"{record.method} {record.pattern}, {record.matrices} matrices{permuted}{output}{tuned}"
 
 
 def _trained(record: TrainRecord) -> str:

@@ -31,7 +31,7 @@ from sppctl import distributed
 from sppctl.config.settings import Config, DistillConfig
 from sppctl.errors import UserError
 from sppctl.files import integrity
-from sppctl.model import checkpoint, find, packed_model
+from sppctl.model import channels, checkpoint, find, packed_model
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
 from sppctl.records import DistillationRecord
@@ -66,6 +66,11 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     if config.train.distill.hidden and shapes[0] != shapes[1]:
         raise UserError(
             f"train.distill.hidden: {teacher} has {shapes[0]}, the model {shapes[1]}; set it to 0 for this teacher"
+        )
+    if config.train.distill.hidden and channels.order_of(directory) != channels.order_of(config.model.path):
+        raise UserError(
+            f"train.distill.hidden: {teacher} has its channels in another order than the model "
+            "(prune.permute_channels); set it to 0 for this teacher"
         )
     check_directory(directory, trust)
     integrity.check_record(directory)
@@ -117,9 +122,10 @@ class Distillation:
         self.watch = Stopwatch(next(teacher.parameters()).device)
         self._tokens = 1
         self.asked = {"output_hidden_states": True} if settings.hidden else {}  # of student and teacher
-        # summed in this process since the last report: divergence and difference of hidden states
+        # since the last report: divergence and difference of hidden states, summed in this process, and the number of
+        # distilled tokens of all processes
         self._sums = torch.zeros(2, device=next(teacher.parameters()).device)
-        self._steps = 0
+        self._reported_tokens = 0
 
     def start_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Counts the distilled tokens of an optimizer step, over its micro-batches and all processes."""
@@ -127,7 +133,7 @@ class Distillation:
         count = torch.tensor(sum(int(batch["distilled"][:, 1:].sum()) for batch in batches), device=device)
         distributed.all_reduce_sum(count)
         self._tokens = max(1, int(count))
-        self._steps += 1
+        self._reported_tokens += int(count)
 
     def mix(
         self,
@@ -159,7 +165,7 @@ class Distillation:
             scale = weight * temperature**2 * share
             divergence = kl_divergence(logits, predicted.to(logits.dtype), positions, temperature, scale)
             difference = relative_difference(hidden[1:], states, positions)
-        self._sums += torch.stack([divergence.detach() / scale, difference.detach()]) / self._tokens
+        self._sums += torch.stack([divergence.detach() / scale, difference.detach()])
         return (1 - weight) * loss + divergence + self.settings.hidden * share * difference
 
     @torch.no_grad()
@@ -175,12 +181,20 @@ class Distillation:
         hidden = outputs.hidden_states[1:] if self.asked else ()
         return outputs.logits[there], [states[there] for states in hidden]
 
-    def report(self) -> dict[str, float]:
-        """Mean divergence of a distilled token since the last report, and difference of its hidden states, if asked."""
+    def report(self, state: State) -> dict[str, float]:
+        """Mean divergence of a distilled token since the last report, and difference of its hidden states, if asked.
+
+        Empty if no token was distilled. Adds the divergence and the number of tokens to the state.
+        """
+        tokens = self._reported_tokens
+        if not tokens:
+            return {}
         distributed.all_reduce_sum(self._sums)
-        divergence, hidden = (self._sums / max(1, self._steps)).tolist()
-        self._sums, self._steps = torch.zeros_like(self._sums), 0
-        return {"kl": divergence} | ({"hidden": hidden} if self.asked else {})
+        divergence, hidden = self._sums.tolist()
+        self._sums, self._reported_tokens = torch.zeros_like(self._sums), 0
+        state.divergence += divergence
+        state.distilled_tokens += tokens
+        return {"kl": divergence / tokens} | ({"hidden": hidden / tokens} if self.asked else {})
 
     def record(self, state: State, seconds: float) -> DistillationRecord:
         """The record of a training whose last attempt took ``seconds``.
@@ -192,7 +206,7 @@ class Distillation:
             weight=self.settings.weight,
             temperature=self.settings.temperature,
             kl_last=next((line["kl"] for line in reversed(state.history) if "kl" in line), None),
-            kl_mean=state.mean("kl"),
+            kl_mean=state.divergence / state.distilled_tokens if state.distilled_tokens else None,
             seconds_share=self.watch.seconds() / seconds,
         )
 

@@ -224,7 +224,7 @@ class Loop:
         loss = self._loss.item() / distributed.world_size() / (self.state.step - self._reported_step)
         self._loss.zero_()
         self._reported_step = self.state.step
-        divergence = {} if self.distillation is None else self.distillation.report()
+        divergence = {} if self.distillation is None else self.distillation.report(self.state)
         metrics: Metrics = {"loss": loss, "grad_norm": figures.norm, "learning_rate": figures.rate, **divergence}
         self._log(metrics | {"seconds": round(self.before.seconds + self._seconds(), 2)})
 

@@ -15,7 +15,7 @@ from sppctl.adapters.masked_full import MaskedFullConfig, MaskedFullLinear
 from sppctl.adapters.masked_lora import MaskedLoraConfig
 from sppctl.adapters.spp import SppConfig
 from sppctl.adapters.ste import SteConfig, SteLinear
-from sppctl.config.settings import TrainConfig
+from sppctl.config.settings import TrainConfig, Unused, changed_in_vain
 from sppctl.files.integrity import masks_digest
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model.targets import stored_name
@@ -28,27 +28,20 @@ Patterns = Mapping[str, Pattern]
 def ignored(train: TrainConfig) -> list[str]:
     """Changed keys that have no effect, one line per reason."""
     unused = set().union(*(method.keys for method in METHODS.values())) - METHODS[train.method].keys
-    sections: list[tuple[str, Any, set[str], str]] = [("", train, unused, f"with train.method={train.method}")]
+    found = [Unused(train, "train", unused, f"with train.method={train.method}")]
     if train.scheduler == "constant":
         reason = "with train.scheduler=constant; constant_with_warmup uses it"
-        sections.append(("", train, {"warmup_ratio", "warmup_steps"}, reason))
+        found.append(Unused(train, "train", {"warmup_ratio", "warmup_steps"}, reason))
     elif train.warmup_steps is not None:
-        sections.append(("", train, {"warmup_ratio"}, "with train.warmup_steps"))
+        found.append(Unused(train, "train", {"warmup_ratio"}, "with train.warmup_steps"))
     if train.optimizer == "adafactor":
-        sections.append(("", train, {"adam_beta1", "adam_beta2"}, "with train.optimizer=adafactor"))
+        found.append(Unused(train, "train", {"adam_beta1", "adam_beta2"}, "with train.optimizer=adafactor"))
     if train.distill.teacher is None:
-        sections.append(
-            ("distill.", train.distill, {"weight", "temperature", "tokens", "hidden"}, "without train.distill.teacher")
-        )
+        keys = {"weight", "temperature", "tokens", "hidden"}
+        found.append(Unused(train.distill, "train.distill", keys, "without train.distill.teacher"))
     if train.refresh.steps is None:
-        sections.append(("refresh.", train.refresh, {"until", "cycles"}, "without train.refresh.steps"))
-    lines = []
-    for prefix, section, keys, reason in sections:
-        defaults = type(section)()
-        changed = sorted(f"train.{prefix}{key}" for key in keys if getattr(section, key) != getattr(defaults, key))
-        if changed:
-            lines.append(f"{', '.join(changed)}: no effect {reason}")
-    return lines
+        found.append(Unused(train.refresh, "train.refresh", {"until", "cycles"}, "without train.refresh.steps"))
+    return changed_in_vain(found)
 
 
 def adapter_config(

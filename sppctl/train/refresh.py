@@ -14,6 +14,7 @@ pruned checkpoint, whatever dtype the model is trained in, so that kept weights 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ ADAPTER = "default"
 SMALLEST_FACTOR = 0.1  # of |1 + s alpha beta| for a weight to be regrown: its base weight is divided by that
 
 
-def check(config: Config, problems: Problems) -> None:
-    """Adds what forbids the configured refresh of the mask to ``problems``."""
+def check(config: Config, skeleton: Skeleton, trained: Collection[str], problems: Problems) -> None:
+    """Adds what forbids the configured refresh of the mask of the ``trained`` layers to ``problems``."""
     train, strategy = config.train, config.launch.strategy
     if train.refresh.steps is None:
         return
@@ -56,6 +57,9 @@ def check(config: Config, problems: Problems) -> None:
     if strategy != "ddp" and launch.num_processes(config) > 1:
         problem = f"launch.strategy={strategy} shards the weights, but a refresh needs full matrices"
         problems.add("train.refresh.steps", problem, "set launch.strategy=ddp, or train.refresh.steps=null")
+    if skeleton.targets(config.prune.targets, config.prune.skip).keys().isdisjoint(trained):
+        problem = "none of the layers that train.targets selects is pruned, so no mask can be refreshed"
+        problems.add("train.refresh.steps", problem, "set train.targets=pruned, or train.refresh.steps=null")
 
 
 class MaskRefresh(Hook):
@@ -90,6 +94,7 @@ class MaskRefresh(Hook):
         base, trust = model.get_base_model(), config.model.trust_remote_code
         prefix = Skeleton(base.config, trust_remote_code=trust).base_prefix
         self.layers = {name: m for name, m in base.named_modules() if isinstance(m, SppLinear) and name in patterns}
+        assert self.layers, "check() refuses a training without pruned layers"
         self.stored = {name: stored_name(self.dense, f"{name}.weight", prefix) for name in self.layers}
         self.changed: set[str] = set()
         self._unrounded: dict[str, Tensor] = {}  # changed matrices as stored, on the CPU, if the model rounds them

@@ -64,8 +64,7 @@ def prepare(config: Config, skeleton: Skeleton, tokenizer: Any, sources: dict[st
     feed: Feed | None = None
     with problems:
         launch.accumulation(train, launch.num_processes(config))
-        scope.adapted(config, skeleton)
-        refresh.check(config, problems)
+        refresh.check(config, skeleton, scope.adapted(config, skeleton), problems)
     optimizers.check(config, problems)
     _check_keys(config, skeleton, problems)
     with problems:

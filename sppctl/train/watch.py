@@ -36,6 +36,8 @@ class State:
     step: int = 0  # completed optimizer steps
     tokens: int = 0  # seen so far, without padding
     seconds: float = 0.0  # of all attempts
+    distilled_tokens: int = 0  # up to the last report
+    divergence: float = 0.0  # from the teacher, summed over them
     history: list[dict[str, Any]] = field(default_factory=list)  # a line for each report, with its ``step``
     # of ``train.keep_best``: step, value and validation loss of the best adapter so far, measurements since
     best_step: int | None = None

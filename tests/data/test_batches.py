@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
+from conftest import FAMILIES, SMALL
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,9 @@ DEAF = {
     "bloom": lambda: transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4),  # ALiBi
     "mamba2": lambda: transformers.Mamba2Config(  # a state runs on
         vocab_size=260, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(  # a short convolution
+        **SMALL | {"num_key_value_heads": 2}, layer_types=["conv", "full_attention"]
     ),
 }
 
@@ -80,8 +84,11 @@ def test_distilled_tokens_are_those_of_the_responses_or_all_or_plain_text() -> N
     assert padded.int().tolist() == [[1] * length + [0] * (8 - length) for length in lengths]
     packed = PackCollator(distilled="all")(rows)["distilled"]
     assert packed.int().tolist() == [[place > 0 for length in lengths for place in range(length)]]
+    rows.append(replace(TWO[1], is_plain=True))  # the same tokens, but not a response without a prompt
     padded = PadCollator(pad_token_id=9, distilled="text")(rows)["distilled"]
-    assert padded.int().tolist() == [[0] * 8, [0] * 8, [1] * 5 + [0] * 3, [0] * 8]
+    assert padded.int().tolist() == [*[[0] * 8] * 4, [1] * 5 + [0] * 3]
+    packed = PackCollator(distilled="text")(rows)["distilled"]
+    assert packed.int().tolist() == [[0] * (4 + 3 + 5 + 2) + [0, 1, 1, 1, 1]]
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,7 +121,8 @@ def test_packed_batches_give_loss_and_gradient_of_padded_ones(family: str, atten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*HEEDING, *DEAF])
 def test_models_that_do_not_heed_borders_are_seen(family: str, dtype: torch.dtype) -> None:
-    error = packing_error(tiny(family, dtype), example(0, 16).input_ids, example(1, 16).input_ids)
+    pairs = [(example(place, 16).input_ids, example(place + 1, 16).input_ids) for place in range(0, 8, 2)]
+    error = packing_error(tiny(family, dtype), pairs)
     assert error > 10 * batches.EXACT if family in DEAF else error < batches.EXACT / 10
 
 

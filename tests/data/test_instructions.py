@@ -385,6 +385,25 @@ def test_windows_are_learned_whole_and_conversations_in_their_answers(tmp_path: 
     assert len(instructions.examples(chatting, [], {}, seq_len=8, train_on_inputs=True)) == 0
 
 
+@pytest.mark.usefixtures("cache")
+def test_only_windows_are_plain_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neither are responses without a prompt, in the cache or not; numbers and kinds stay together."""
+    rows: list[dict[str, Any]] = [
+        {"instruction": "a" * 40, "input": "", "output": "No response within 8 tokens."},
+        {"prompt": "", "completion": "Four."},
+        {"messages": [{"role": "assistant", "content": "Hello."}]},
+        *instructions.cut_windows(tokenizer, 8, "own", ["0123456789"]),
+    ]
+    kinds: list[Any] = ["instruction", "completion", "conversation"]
+    styles = {kind: style("{instruction}", tokenizer, kind=kind) for kind in kinds}
+    for _ in range(2):
+        found = instructions.examples(tokenizer, rows, styles, seq_len=8, train_on_inputs=False)
+        assert [all(example.response) for example in found] == [False, True, True, True, True]
+        assert [example.is_plain for example in found] == [False, False, False, True, True]
+        kept = [(example.number, example.is_plain) for example in found.having("response")]
+        assert kept == [(1, False), (2, False), (3, True), (4, True)]
+
+
 def test_without_a_chat_template_a_conversation_is_a_sequence_of_instructions(tokenizer: Any) -> None:
     def made(*contents: str, system: str = "") -> Example:
         messages = [{"role": "system", "content": system}] if system else []

@@ -13,6 +13,7 @@ import torch
 from checkpoints import weights_of
 from conftest import Command, pruned_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -53,7 +54,9 @@ EXACT: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "rank and alpha patterns": {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"layers.0.self_attn.q_proj": 5}},
     "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "output head": {"target_modules": ["q_proj", "down_proj", "lm_head"]},
 }
+ALSO_CHANGED = {"modules_to_save": NORMS | {"lm_head"}, "output head": {"lm_head"}}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -70,7 +73,28 @@ def test_merges_as_peft_does_under_the_mask(pruned: Path, save: Save, tmp_path: 
         assert torch.equal(after[key] == 0, before[key] == 0), key
         if not torch.equal(after[key], before[key]):
             changed.add(key.split(".")[-2])
-    assert changed == {"q_proj", "down_proj"} | (set() if name != "modules_to_save" else NORMS | {"lm_head"})
+    assert changed == {"q_proj", "down_proj"} | ALSO_CHANGED.get(name, set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_base_weight_must_be_the_checkpoint_s(
+    pruned: Path, save: Save, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """An adapter trained in another dtype stores it rounded."""
+    adapter = save(**EXACT["output head"])
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    record = merge_adapter(pruned, adapter, tmp_path / "merged", mask="reapply")
+    assert "lm_head" in {matrix.name.removesuffix(".weight") for matrix in record.records}
+    assert record.replaced_tensors == []
+    tensors["base_model.model.lm_head.base_layer.weight"][3, 5] += 1
+    save_file(tensors, path, {"format": "pt"})
+    message = r"lm_head\.base_layer\.weight differs from lm_head\.weight of .*: it was trained on other base weights; "
+    with pytest.raises(UserError, match=message) as refused:
+        merge_adapter(pruned, adapter, tmp_path / "wrong", mask="reapply")
+    assert len(refused.value.lines) == 1
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_all_biases_are_merged(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

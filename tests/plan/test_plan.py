@@ -180,10 +180,11 @@ def test_pruning_and_disk_by_hand(planned: Planned) -> None:
     assert planned("prune.method=magnitude").pruning.hidden_states == 0
     tuned = planned("prune.method=magnitude", "prune.reconstruct_epochs=1").pruning
     assert tuned.hidden_states == 2 * pruning.hidden_states  # and the dense block's outputs
-    assert tuned.tuning == 4 * 4 * 7_680
+    assert tuned.tuning == 4 * 4 * 7_680 + 4 * 7_680  # and the dense weights
     apart = planned("prune.reconstruct_epochs=1", "prune.reconstruct_unit=sublayer").pruning
     assert apart.hidden_states == 3 * pruning.hidden_states
-    assert apart.tuning == 4 * 4 * 3 * 48 * 32  # the MLP, which is larger than attention
+    assert apart.tuning == 4 * 4 * 3 * 48 * 32 + 4 * 7_680  # the MLP, which is larger than attention
+    assert planned("prune.method=wanda", "prune.permute_channels=true").pruning.solving == max(pruning.solving, 30_976)
     module = planned("prune.order=module", "prune.batch_size=1").pruning
     assert module.running == (1 * 40 + 4 * 12) * 64 * 32 * 4  # one window running, all of them waiting
     adapter, checkpoint = 4 * 2_368, 3 * 4 * 2_368

@@ -97,6 +97,28 @@ def test_what_is_found(overrides: list[str], message: str, configure: Callable[.
 
 
 @pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["prune.block_size=16"], "prune.block_size: no effect with prune.method=wanda"),
+        (["prune.method=sparsegpt", "prune.block_size=16"], None),
+        (["prune.owl_lambda=0.05"], "prune.owl_lambda: no effect without prune.allocation=owl"),
+        (
+            ["prune.reconstruct_lr=1e-3", "prune.reconstruct_loss=token"],
+            "prune.reconstruct_loss, prune.reconstruct_lr: no effect without prune.reconstruct_epochs",
+        ),
+        (["prune.reconstruct_lr=1e-3", "prune.reconstruct_epochs=1"], None),
+        (["prune.keep_zeros=true"], None),
+    ],
+)
+def test_keys_without_effect_are_named(
+    overrides: list[str], line: str | None, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert problems(configure(*overrides)) == []
+    warnings = [one for one in capsys.readouterr().err.splitlines() if one.startswith("warning")]
+    assert warnings == ([] if line is None else [f"warning: {line}"])
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         [],

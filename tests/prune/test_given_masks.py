@@ -84,7 +84,8 @@ def test_masks_of_all_methods_match_their_own_pattern(
         _, after, record = prune(f"prune.method={other}", pattern, f"prune.mask_from={mask.directory}")
         for name in (f"{layer.name}.weight" for layer in record.layers):
             assert (after[name] == 0).sum() == (mask.weights[name] == 0).sum()
-    assert "warning" not in capsys.readouterr().err
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert not [line for line in warnings if "no effect" not in line]
 
 
 def test_a_mask_with_more_zeros_than_the_pattern_is_reported(prune: Prune, capsys: pytest.CaptureFixture[str]) -> None:

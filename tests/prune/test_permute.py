@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,23 @@ import pytest
 import torch
 from checkpoints import kept_per_group, random_windows, shards, weights_of, write_weights
 from conftest import Command, Prune, stored_dtype
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3NextConfig,
+    XGLMConfig,
+)
 
 import sppctl
 from sppctl.errors import StageError, UserError
 from sppctl.files.safe_files import OwnFiles
+from sppctl.model import channels
+from sppctl.model.blocks import Skeleton
+from sppctl.pattern import Pattern
 from sppctl.prune import permute
 from sppctl.records import PruneRecord
 from sppctl.report import provenance
@@ -241,17 +253,49 @@ def test_in_memory(uneven: Callable[[str], Path], prune: Prune) -> None:
 class Weighted(nn.Module):
     """An activation that treats each channel differently."""
 
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.step = step
+
     def forward(self, x: Tensor) -> Tensor:
-        """Scales the channels by 1, 2, 3, ..."""
-        return nn.functional.silu(x) * torch.arange(1, x.shape[-1] + 1)
+        """Scales the channels by 1, 1 + step, 1 + 2 step, ..."""
+        return nn.functional.silu(x) * (1 + self.step * torch.arange(x.shape[-1])).to(x.dtype)
 
 
-def test_a_block_that_depends_on_the_order_is_refused(uneven: Callable[[str], Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(uneven("llama"), dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", [1.0, 3e-3])
+def test_a_block_that_depends_on_the_order_is_refused(
+    step: float, dtype: torch.dtype, uneven: Callable[[str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(uneven("llama"), dtype=dtype)
     for block in model.model.layers:
-        block.mlp.act_fn = Weighted()
+        block.mlp.act_fn = Weighted(step)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(StageError, match="with its channels in another order LlamaForCausalLM computes something else"):
         sppctl.prune_model(model, random_windows(4, 24), permute_channels=True)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_gated_values_of_attention_are_not_reordered() -> None:
+    """Qwen3-Next multiplies them by a gate that is in further rows of q_proj."""
+    common = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert found_in(Qwen3Config(**common, **heads)) == {"o_proj", "down_proj", "hidden states"}
+    gated = Qwen3NextConfig(**common, **heads, layer_types=["full_attention"] * 2, num_experts=0)
+    assert "o_proj" not in found_in(gated)
+
+
+def test_hidden_states_to_which_computed_positions_are_added_stay() -> None:
+    config = XGLMConfig(vocab_size=64, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4)
+    assert found_in(config) == {"out_proj", "fc2"}
+
+
+def found_in(config: PretrainedConfig) -> set[str]:
+    """The last names of the channels that can be reordered in a model."""
+    skeleton = Skeleton(config)
+    targets = skeleton.targets("all-linear")
+    found = permute.find(skeleton, targets, dict.fromkeys(targets, Pattern(keep=2, group=4)))
+    return {channels.name.rpartition(".")[2] for channels in found}
 
 
 @pytest.mark.parametrize(
@@ -276,14 +320,50 @@ def test_masks_in_another_order_are_refused(prune: Prune, llama: Path) -> None:
         prune(PERMUTED, f"prune.mask_from={other}")
 
 
-def test_masks_of_a_permuted_model_are_refused(config_file: Path, tmp_path: Path, command: Command) -> None:
-    first = ["prune", str(config_file), f"run.dir={tmp_path / 'first'}", PERMUTED]
-    assert command(*first).code == 0
+@pytest.fixture
+def permuted(config_file: Path, tmp_path: Path, command: Command) -> Path:
+    """A checkpoint of a run whose channels were reordered."""
+    assert command("prune", str(config_file), f"run.dir={tmp_path / 'first'}", PERMUTED).code == 0
+    return tmp_path / "first/pruned"
+
+
+def test_masks_of_a_permuted_model_are_for_that_model(
+    permuted: Path, config_file: Path, tmp_path: Path, command: Command
+) -> None:
     second = ["prune", str(config_file), f"run.dir={tmp_path / 'second'}", "prune.method=sparsegpt"]
-    refused = command(*second, f"prune.mask_from={tmp_path / 'first/pruned'}")
+    refused = command(*second, f"prune.mask_from={permuted}")
     assert refused.code == 2
-    assert "first/pruned has the channels of its blocks in another order (prune.permute_channels)" in refused.err
+    assert "first/pruned has its channels in another order than the model (prune.permute_channels)" in refused.err
     assert not (tmp_path / "second").exists()
+    assert command(*second, f"prune.mask_from={permuted}", f"model.path={permuted}").code == 0
+
+
+def test_a_model_pruned_further_has_the_order_of_the_first(
+    permuted: Path, config_file: Path, llama: Path, tmp_path: Path, command: Command
+) -> None:
+    further = [str(config_file), f"run.dir={tmp_path / 'further'}", f"model.path={permuted}", "prune.keep_zeros=true"]
+    assert command("prune", *further).code == 0
+    assert channels.order_of(tmp_path / "further/pruned") == channels.order_of(permuted)
+    assert channels.order_of(permuted) is not None
+    assert channels.order_of(llama) is None
+    refused = command("train", *further, f"train.distill.teacher={llama}", "train.distill.hidden=1")
+    assert refused.code == 2
+    assert "train.distill.hidden: " in refused.err
+    assert "has its channels in another order than the model (prune.permute_channels)" in refused.err
+
+
+def test_an_adapter_of_the_dense_model_is_not_merged_into_a_permuted_one(
+    permuted: Path, llama: Path, tmp_path: Path, command: Command
+) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora).save_pretrained(tmp_path / "adapter")
+    merge = ["merge", str(permuted.parent), f"merge.adapter={tmp_path / 'adapter'}", "merge.mask=reapply"]
+    refused = command(*merge)
+    assert refused.code == 2
+    assert f"was trained on {llama}, and {permuted} has its channels in another order" in refused.err
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(permuted)}))
+    assert command(*merge).code == 0
 
 
 def test_layers_with_their_own_ratio_stay_as_they_are(prune: Prune, uneven: Callable[[str], Path]) -> None:

@@ -239,6 +239,30 @@ def test_a_tuning_that_does_harm_is_undone(
     assert shards(plain.directory) == shards(tuned.directory)
 
 
+def test_the_records_are_those_of_the_tuned_weights(prune: Prune, llama: Path) -> None:
+    _, untuned, _ = prune()
+    _, tuned, record = prune("prune.reconstruct_epochs=8", "prune.reconstruct_lr=1e-3")
+    before, changed = weights_of(llama), 0
+    for layer in record.layers:
+        name = f"{layer.name}.weight"
+        error, without = (((one[name] - before[name]).norm() / before[name].norm()).item() for one in (tuned, untuned))
+        assert layer.relative_weight_error == pytest.approx(error, rel=1e-3)
+        changed += abs(error - without) > 0.01 * without
+        assert layer.relative_output_error is not None
+        assert layer.relative_output_error > 0
+    assert changed >= 7
+
+
+def test_a_tuning_that_rounding_to_the_files_dtype_undoes_lowers_no_error(prune: Prune, make_checkpoint: Make) -> None:
+    base = make_checkpoint("llama", torch.bfloat16)
+    common = ["model.compute_dtype=float32", "prune.reconstruct_epochs=2"]
+    _, untuned, _ = prune(*common[:1], base=base)
+    _, tuned, record = prune(*common, "prune.reconstruct_lr=1e-9", base=base)
+    assert all(torch.equal(tuned[name], weight) for name, weight in untuned.items())
+    assert record.reconstruction
+    assert all(errors.before == errors.after for errors in record.reconstruction.values())
+
+
 def test_the_error_is_the_distance_to_the_dense_model(prune: Prune, llama: Path) -> None:
     """The second block's error before its tuning counts what the first one has left."""
     windows, options = random_windows(4, 24), ("prune.reconstruct_epochs=1", "prune.batch_size=2")

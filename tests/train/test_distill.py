@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, cut_after
 from fitting import Configure, Fit, a_fit, figures, preflight  # noqa: F401  (the fixture fit)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -22,6 +24,7 @@ from sppctl.files import integrity, sealed
 from sppctl.model.checkpoint import load_tokenizer
 from sppctl.train import distill
 from sppctl.train.feed import Feed
+from sppctl.train.watch import State
 
 
 @pytest.fixture
@@ -38,6 +41,21 @@ def literal_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     p = torch.softmax(teacher.double() / temperature, -1)
     q = torch.softmax(student.double() / temperature, -1)
     return (p * (p / q).log()).sum()
+
+
+def compared(models: list[Any], ids: list[int], first: int, temperature: float) -> tuple[Tensor, Tensor, int]:
+    """Divergence and relative difference of hidden states of a student and its teacher, from a position on.
+
+    Both are sums over the positions, whose number comes last; the difference is a mean over the blocks.
+    """
+    with torch.no_grad():
+        outputs = [model(torch.tensor([ids]), output_hidden_states=True) for model in models]
+    ours, theirs = (output.logits[0, first:-1] for output in outputs)
+    difference = torch.zeros((), dtype=torch.float64)
+    for one, other in zip(*(output.hidden_states[1:] for output in outputs), strict=True):
+        moved = (one - other)[0, first:-1].double().norm(dim=-1) / other[0, first:-1].double().norm(dim=-1)
+        difference = difference + moved.square().sum() / SMALL["num_hidden_layers"]
+    return literal_kl(ours, theirs, temperature), difference, len(ours)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -102,32 +120,68 @@ def test_the_first_loss_equals_a_literal_computation(
     metrics = fit("adapter", *options)
     loss, kl = figures(metrics, "loss", "kl")
     tokenizer = load_tokenizer(fit.pruned[0])
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure))
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure)]
     entropy = divergence = difference = torch.zeros((), dtype=torch.float64)
     tokens = distilled = 0
     with torch.no_grad():
         for example in Feed(fit.configure(*options), tokenizer, SMALL["vocab_size"]).train:
             ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
-            outputs = [model(ids, output_hidden_states=True) for model in (student, teacher)]
-            ours, theirs = (output.logits[0, :-1].double() for output in outputs)
-            counted = labels != -100
-            entropy = entropy - ours.log_softmax(-1)[counted].gather(1, labels[counted].unsqueeze(1)).sum()
+            counted, logs = labels != -100, models[0](ids).logits[0, :-1].double().log_softmax(-1)
+            entropy = entropy - logs[counted].gather(1, labels[counted].unsqueeze(1)).sum()
             tokens += int(counted.sum())
-            is_plain = example.response[0]
-            if covered == "text" and not is_plain:
+            if covered == "text" and not example.is_plain:
                 continue
             # predicts the response's first token
-            first = 0 if covered == "all" or is_plain else example.response.index(True) - 1
-            divergence = divergence + literal_kl(ours[first:], theirs[first:], 2.0)
-            for one, other in zip(*(output.hidden_states[1:] for output in outputs), strict=True):
-                moved = (one - other)[0, first:-1].double().norm(dim=-1) / other[0, first:-1].double().norm(dim=-1)
-                difference = difference + moved.square().sum() / SMALL["num_hidden_layers"]
-            distilled += len(ours) - first
+            first = 0 if covered == "all" or example.is_plain else example.response.index(True) - 1
+            sums = compared(models, example.input_ids, first, 2.0)
+            divergence, difference, distilled = divergence + sums[0], difference + sums[1], distilled + sums[2]
     assert kl == pytest.approx((divergence / distilled).item(), rel=1e-5)
     wanted = 0.7 * entropy / tokens + 0.3 * 2.0**2 * divergence / distilled + hidden * difference / distilled
     if hidden:
         assert figures(metrics, "hidden") == [pytest.approx((difference / distilled).item(), rel=1e-5)]
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.fixture
+def mixed(sure: Path, alpaca_file: Path, tmp_path: Path) -> list[str]:
+    """Options of a training that leaves the weights as they are, on 6 instructions and 6 windows of plain text."""
+    (tmp_path / "plain.txt").write_text("The cat sat on the mat. " * 28)
+    datasets = f"train.data.dataset={{{alpaca_file}: 1, {tmp_path / 'plain.txt'}: 1}}"
+    common = [datasets, "train.data.val_size=0", "train.micro_batch_size=1", "train.lr=1e-12", "train.dropout=0.0"]
+    return [*FITTING, *common, f"train.distill.teacher={sure}", "train.distill.tokens=text", "train.distill.hidden=1"]
+
+
+@pytest.mark.parametrize(("batch_size", "log_steps"), [(1, 1), (1, 5), (8, 1)])
+def test_reported_means_run_over_distilled_tokens_however_steps_hold_them(
+    batch_size: int, log_steps: int, fit: Fit, sure: Path, mixed: list[str]
+) -> None:
+    """Many steps of one example have none."""
+    options = [*mixed, f"train.batch_size={batch_size}", f"train.log_steps={log_steps}"]
+    metrics = fit("adapter", *options)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (fit.pruned[0], sure)]
+    train = Feed(fit.configure(*options), load_tokenizer(fit.pruned[0]), SMALL["vocab_size"]).train
+    windows = [compared(models, example.input_ids, 0, 1.0) for example in train if example.is_plain]
+    assert (len(train), len(windows), metrics.steps) == (12, 6, math.ceil(12 / batch_size))
+    assert len({count for _, _, count in windows}) == 2  # the last window is shorter
+    divergence, _, count = map(sum, zip(*windows, strict=True))
+    assert metrics.distillation.kl_mean == pytest.approx(float(divergence) / count, rel=1e-5)
+    lines = [line for line in metrics.history if "kl" in line]
+    assert metrics.distillation.kl_last == lines[-1]["kl"]
+    assert len([line for line in metrics.history if "hidden" in line]) == len(lines)
+    if (batch_size, log_steps) == (1, 1):
+        for name, place in (("kl", 0), ("hidden", 1)):
+            wanted = sorted(float(sums[place]) / sums[2] for sums in windows)
+            assert sorted(line[name] for line in lines) == pytest.approx(wanted, rel=1e-5)
+    if batch_size == 8:  # both steps have text
+        assert len(lines) == 2
+
+
+def test_an_interruption_does_not_change_the_mean_divergence(fit: Fit, mixed: list[str]) -> None:
+    options = [*mixed, "train.batch_size=1", "train.log_steps=2", "train.save_steps=3"]
+    whole = fit("whole", *options)
+    with cut_after(5):
+        fit("cut", *options)
+    assert fit("cut", *options).distillation.kl_mean == whole.distillation.kl_mean > 0
 
 
 def test_only_plain_text_is_to_be_distilled_and_there_is_none(fit: Fit) -> None:
@@ -178,6 +232,7 @@ def test_without_distilled_tokens_the_cross_entropy_remains_and_the_teacher_is_n
     distillation = distill.Distillation(asked, distill.DistillConfig(teacher="base", weight=0.25))
     nothing = torch.zeros(2, 6, dtype=torch.bool)
     distillation.start_step([{"distilled": nothing}], torch.device("cpu"))
+    assert distillation.report(State()) == {}
     logits = torch.randn(2, 6, 11, requires_grad=True)
     loss = distillation.mix(torch.tensor(2.0) + 0 * logits.sum(), logits, {}, nothing)
     loss.backward()

@@ -183,6 +183,8 @@ def test_several_processes_train_what_one_does(
     if more:
         assert min(figures(expected, "kl")) > 0.1
         assert figures(metrics, "kl") == pytest.approx(figures(expected, "kl"), rel=1e-3)
+        means = [record.distillation.kl_mean for record in (metrics, expected) if record.distillation is not None]
+        assert means == [pytest.approx(means[-1], rel=1e-3)] * 2
     assert_same_adapter(directory, one)
     stored = {path.name for path in (directory / "adapter").iterdir()}
     assert stored == {path.name for path in (one / "adapter").iterdir()}

@@ -209,6 +209,9 @@ def test_nothing_but_the_examples_enters_the_statistics(
         (["train.method=hira"], "only spp can refresh its mask, not hira"),
         (["launch.strategy=fsdp", "launch.num_processes=2"], "launch.strategy=fsdp shards the weights"),
         (["launch.strategy=fsdp", "launch.num_processes=1"], ""),  # one process holds whole weights
+        (["prune.targets=[k_proj]", "train.targets=[q_proj]"], "none of the layers that train.targets selects is"),
+        (["prune.skip=[q_proj]", "train.targets=[self_attn.q_proj]"], "is pruned, so no mask can be refreshed"),
+        (["prune.targets=[k_proj]", "train.targets=[q_proj,k_proj]"], ""),
     ],
 )
 def test_what_forbids_it(config_file: Path, llama: Path, overrides: list[str], message: str) -> None:

@@ -361,7 +361,7 @@ def test_what_mixes_packed_examples_is_not_used_with_packing(
         options += ["train.targets=[q_proj]", "prune.targets=[q_proj]"]
     else:
         options += ["train.data.prompt='{instruction}'", f"train.distill.teacher={opt}"]
-    words = rf"^train\.data\.packing: packed examples attend to each other in this {who} \(leakage \d+%\); set"
+    words = rf"^train\.data\.packing: packed examples attend to each other in this {who} \(leakage \d+\.\d\d%\); set"
     with pytest.raises(UserError, match=words):
         fit("adapter", *options)
 

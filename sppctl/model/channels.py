@@ -1,0 +1,43 @@
+"""The order of a checkpoint's channels, which ``prune.permute_channels`` changes, as far as records tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sppctl.files import sealed
+from sppctl.files.names import DIRECTORIES, RECORD
+
+
+def order_of(checkpoint: str | Path | None) -> str | None:
+    """A name for the order of the channels of a checkpoint; None: the dense model's, or not made by sppctl.
+
+    Two checkpoints of a model with the same name have the same order.
+
+    Args:
+        checkpoint: a directory; anything else (a hub id, None) has no record.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    seen: set[str | Path] = set()
+    while checkpoint and checkpoint not in seen:
+        seen.add(checkpoint)
+        record = _pruning_of(Path(checkpoint))
+        if record is None:
+            return None
+        if record["metrics"].get("permuted"):
+            return str(record["fingerprint"])
+        checkpoint = record["settings"]["model"]["path"]  # what was pruned has that order, too
+    return None
+
+
+def _pruning_of(directory: Path) -> dict[str, Any] | None:
+    """The record of the pruning of a checkpoint: its own, or that beside it."""
+    for folder in (directory, directory.parent / DIRECTORIES["prune"]):
+        if not (folder / RECORD).is_file():
+            return None
+        content = sealed.read(folder / RECORD, "check it, or take another checkpoint")
+        if content.get("stage") == "prune":
+            return content
+    return None
