@@ -446,12 +446,13 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
             assert f"The best one's seeds have {wikitext.partition('(')[2].rstrip(')')} on WikiText-2" in section
     sparser = recipes.row_of(*recipes.SHIPPED["best-75"])
     assert sparser
-    _, _, _, _, wikitext, _, instructions, *_ = page._recipe("0.75", sparser, records)
-    assert f"`sppctl run best-75` reaches {wikitext} and {instructions}" in section
-    paper, longer = (recipes.row_of("2:4", name) for name in ("paper", "paper-longer"))
-    assert paper
+    best, paper = (page._recipe("0.75", row, records) for row in (sparser, recipes.ROWS["0.75"][0]))
+    shown = f"reaches {best[4]} and {best[6]}, the paper's method {paper[4]} and {paper[6]} (one seed)"
+    assert f"`sppctl run best-75` {shown}" in section
+    first, longer = (recipes.row_of("2:4", name) for name in ("paper", "paper-longer"))
+    assert first
     assert longer
-    starts = [recipes.start_of("2:4", paper, seed, records) for seed in recipes.measured("2:4", paper, records)]
+    starts = [recipes.start_of("2:4", first, seed, records) for seed in recipes.measured("2:4", first, records)]
     untrained = [[one["texts"][name] for one in starts if one] for name in claims.TEXTS]
     pruned, dense = (
         [f"{math.exp(claims.mean_of(cells.loss_of(one) for one in text)):.2f}" for text in found]
@@ -459,7 +460,7 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
     )
     assert f"dense: {dense[0]} on WikiText-2, {dense[1]} on held-out instructions" in section
     assert f"pruned by Wanda and not trained: {pruned[0]}, {pruned[1]})" in section
-    seconds = [found[1] for seed in paper.seeds if (found := page._seconds("2:4", paper, seed, records))]
+    seconds = [found[1] for seed in first.seeds if (found := page._seconds("2:4", first, seed, records))]
     assert f"the paper's method, {seconds[-1]:.0f} s on" in section
     _, _, _, _, wikitext, _, instructions, *_, time = page._recipe("2:4", longer, records)
     assert f"with 400 steps, {time} times as long, that reaches {wikitext} and {instructions}" in section
