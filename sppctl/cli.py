@@ -23,7 +23,7 @@ from sppctl.errors import StageError, UserError, did_you_mean, first_line, with_
 from sppctl.files.paths import expand, similar_directory
 from sppctl.model import find
 from sppctl.options import Call, Debug, Imports, Json, Quiet, Verbose
-from sppctl.records import to_json
+from sppctl.records import refuse_outdated, to_json
 from sppctl.run.directory import Run
 
 # configuration keys in errors -> arguments of the commands that take a checkpoint instead of a configuration
@@ -346,7 +346,7 @@ def inspect(
     matrices, summary = stage.measure(directory, expected)
     sparse = [matrix for matrix in matrices if matrix.is_sparse]
     summary |= {"packed_bytes": storage(TensorFiles(directory), sparse).bitmask_bytes}
-    wrong = stage.violations(matrices, expected, stage.recorded_patterns(directory)) if expected is not None else []
+    wrong = stage.violations(matrices, expected) if expected is not None else []
     show.matrices(checkpoint, matrices, summary, expected, wrong, json)
     if wrong:
         more = f"\n... and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -357,7 +357,10 @@ def inspect(
 def _newest(checkpoint: str) -> str:
     """The checkpoint of that name; of a run, the newest one."""
     path = expand(checkpoint)
-    return str(find.newest_checkpoint(Path(path)) or path)
+    newest = find.newest_checkpoint(Path(path))
+    if newest is not None:
+        refuse_outdated(Path(path))
+    return str(newest or path)
 
 
 @command

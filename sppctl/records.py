@@ -9,6 +9,7 @@ import json
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from sppctl import console
 from sppctl.errors import UserError
 from sppctl.files import sealed
+from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.pattern import Pattern
 
 Settings = dict[str, Any]  # sections of a configuration as plain data: compared and printed, never interpreted
@@ -333,6 +335,12 @@ class SamplesRecord:
     samples: list[Sample]
 
 
+# by the name of a stage's input: the problem if that input has since been replaced
+OUTDATED = {
+    "pruned": "was made from weights that differ from those in pruned/",
+    "base": "was made with a different dense model than pruned/",
+    "adapter": "was merged with an adapter that differs from adapter/",
+}
 METRICS: dict[str, type] = {"prune": PruneRecord, "train": TrainRecord, "merge": MergeRecord}
 
 
@@ -367,6 +375,32 @@ def read(path: Path, stage: str) -> StageRecord[Any]:
         return from_json(StageRecord, content, METRICS[stage])
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {fix}") from error
+
+
+def fingerprints(stages: Mapping[str, StageRecord[Any]]) -> dict[str, str | None]:
+    """Fingerprints of the dense model that was pruned and of the output of each stage; None if a stage is missing."""
+    found = {folder: stages[stage].output if stage in stages else None for stage, folder in DIRECTORIES.items()}
+    return found | {"base": stages["prune"].inputs.get("base") if "prune" in stages else None}
+
+
+def differ(used: str | None, current: str | None) -> bool:
+    """Whether two fingerprints are known and differ."""
+    return None not in (used, current) and used != current
+
+
+def outdated(stages: Mapping[str, StageRecord[Any]], stage: str) -> str | None:
+    """The problem of a stage that was made from other weights than its run holds now; None without one."""
+    used, current = stages[stage].inputs if stage in stages else {}, fingerprints(stages)
+    return next((text for name, text in OUTDATED.items() if differ(used.get(name), current[name])), None)
+
+
+def refuse_outdated(run_dir: Path) -> None:
+    """Raises UserError if the merged checkpoint of a run was made from other weights than the run holds now."""
+    paths = {stage: run_dir / folder / RECORD for stage, folder in DIRECTORIES.items()}
+    stages = {stage: read(path, stage) for stage, path in paths.items() if path.is_file()}
+    if problem := outdated(stages, "merge"):
+        merged, again = run_dir / DIRECTORIES["merge"], console.command("merge", "--force", run=run_dir)
+        raise UserError(f"{merged} {problem}; {again}, or name {merged} itself")
 
 
 def read_content(path: Path, stage: str, remedy: str) -> dict[str, Any]:

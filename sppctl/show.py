@@ -39,9 +39,9 @@ def matrices(
     """Prints the sparsity of every matrix of a checkpoint, and whether they have the expected pattern."""
     if as_json:
         return console.show_json({"summary": summary, "violations": violations, "matrices": to_json(records)})
-    from sppctl.inspect.inspect import sentence, verdict
+    from sppctl.inspect.inspect import patterns_text, sentence, verdict
 
-    rows = [(m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", " ".join(m.patterns) or "-") for m in records]
+    rows = [(m.name, "x".join(map(str, m.shape)), f"{m.sparsity:.4f}", patterns_text(m)) for m in records]
     header = ("matrix", "shape", "sparsity", "N:M that hold")
     verdicts = [] if expected is None or violations else [verdict(summary, expected)]
     return tables([(checkpoint, header, rows)], [sentence(summary), *verdicts])

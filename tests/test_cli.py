@@ -480,7 +480,8 @@ def test_inspect_json_is_whole_also_where_the_expectation_fails(command: Command
     assert found["violations"] == []
     assert (found["summary"]["sparsity"], found["summary"]["patterns"]) == (0.5, ["2:4"])
     assert len(found["matrices"]) == found["summary"]["matrices"] == 16
-    assert found["matrices"][0].keys() == {"name", "shape", "zeros", "sparsity", "patterns"}
+    keys = {"name", "shape", "zeros", "sparsity", "patterns", "along_outputs", "transposed", "listed"}
+    assert found["matrices"][0].keys() == keys
     refused = command("inspect", "run/merged", "--expect", "1:4", "--json")
     assert refused.code == 1
     assert len(refused.json["violations"]) == 14

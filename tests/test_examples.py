@@ -55,7 +55,7 @@ def test_own_data(monkeypatch: pytest.MonkeyPatch, llama: Path, text_file: Path,
     Path("my.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     run(monkeypatch, "own_data.py", "--model", str(llama), "--data", "my.jsonl", "--seq-len", "32")
     matrices, _ = inspect.measure(tmp_path / "pruned", Pattern.parse("2:4"))
-    assert not inspect.violations(matrices, Pattern.parse("2:4"), None)
+    assert not inspect.violations(matrices, Pattern.parse("2:4"))
 
 
 def test_paper_table(monkeypatch: pytest.MonkeyPatch, llama: Path, text_file: Path) -> None:

@@ -17,6 +17,7 @@ from sppctl.data.instructions import IGNORED, Example
 
 MULTIPLE = 8  # the width of a padded batch is that of its longest example, rounded up to this
 EXACT = 1e-5  # of packing_error: 0 in families that keep examples apart, 0.0003 to 1 in others
+FILLER = -1  # the number of examples of one token that are not from the data, see sppctl.train.feed
 POOL = 50  # batches in a pool, within which examples are sorted by length
 
 Batch = dict[str, Any]
@@ -82,6 +83,12 @@ class PackCollator:
             parts = ([False, *_distilled(example, self.distilled)[1:]] for example in examples)
             batch["distilled"] = torch.tensor([list(itertools.chain.from_iterable(parts))])
         return batch
+
+
+def num_tokens(batch: Batch) -> int:
+    """Tokens in the examples of a batch, without padding and fillers."""
+    tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return int(tokens.sum()) - batch["examples"].count(FILLER)
 
 
 def padded_width(lengths: Sequence[int]) -> int:

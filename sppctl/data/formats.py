@@ -4,7 +4,9 @@ A row is one of four kinds, which its columns show:
 
 - an instruction: ``instruction``, ``output`` and perhaps ``input``
 - a completion: ``prompt`` and ``completion``, used without any text around them (TRL's convention)
-- a conversation: ``messages``, each with ``role`` and ``content``, and with ``weight`` 0 if it is not learned from
+- a conversation: ``messages``, each with ``role`` and ``content``, perhaps with ``name`` and reasoning
+  (:data:`sppctl.data.prompts.REASONING`), and with ``weight`` 0 if it is not learned from. If there is reasoning,
+  ``where`` names the row, for the error of a chat template that does not write it
 - a window: ``tokens`` of plain text, see :mod:`sppctl.data.instructions`
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sppctl.data.prompts import Kind, Messages, Row
+from sppctl.data.prompts import REASONING, Kind, Messages, Row
 from sppctl.data.texts import INSTRUCTION_COLUMNS, check_characters, check_texts
 from sppctl.errors import UserError
 
@@ -140,7 +142,8 @@ def _instructions(rows: list[Row], name: str) -> list[Row]:
 def _conversations(rows: list[Row], name: str) -> list[Row]:
     column = "messages" if any("messages" in row for row in rows) else "conversations"
     return [
-        {"messages": _messages(row.get(column), f"{KEY}: {name}: row {number}")} for number, row in enumerate(rows, 1)
+        _conversation(_messages(row.get(column), where), where)
+        for row, where in zip(rows, _places(rows, name), strict=True)
     ]
 
 
@@ -150,11 +153,20 @@ def _completions(rows: list[Row], name: str) -> list[Row]:
         check_texts(rows, name, KEY, ("prompt", "completion"))
         return rows
     read = []
-    for number, row in enumerate(rows, start=1):
-        where = f"{KEY}: {name}: row {number}"
+    for row, where in zip(rows, _places(rows, name), strict=True):
         prompt, completion = (_messages(row.get(column), where) for column in ("prompt", "completion"))
-        read.append({"messages": [message | {"weight": 0} for message in prompt] + completion})
+        read.append(_conversation([message | {"weight": 0} for message in prompt] + completion, where))
     return read
+
+
+def _places(rows: list[Row], name: str) -> list[str]:
+    """What errors call the rows."""
+    return [f"{KEY}: {name}: row {number}" for number in range(1, len(rows) + 1)]
+
+
+def _conversation(messages: Messages, where: str) -> Row:
+    has_reasoning = any(name in message for message in messages for name in REASONING)
+    return {"messages": messages} | ({"where": where} if has_reasoning else {})
 
 
 def _documents(rows: list[Row], name: str) -> list[Row]:
@@ -188,7 +200,18 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise UserError(f"{where}, has no text as its content")
     check_characters(text, where)
-    return {"role": role, "content": text} | ({"weight": 0} if message.get("weight") == 0 else {})
+    weight = {"weight": 0} if message.get("weight") == 0 else {}
+    return {"role": role, "content": text} | _other_texts(message, where) | weight
+
+
+def _other_texts(message: dict[str, Any], where: str) -> dict[str, str]:
+    """The texts of a message besides its content, unless they are blank."""
+    texts = {name: message[name] for name in (*REASONING, "name") if message.get(name)}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise UserError(f"{where}, has a {name} that is not a text")
+        check_characters(text, where)
+    return {name: text for name, text in texts.items() if text.strip()}
 
 
 @dataclass(frozen=True)

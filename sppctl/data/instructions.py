@@ -24,7 +24,7 @@ from sppctl.errors import UserError
 from sppctl.files import cache, sources
 
 IGNORED = -100  # the label that the loss leaves out
-CACHE_FORMAT = 3  # raised when examples are made in another way, so that older cache files are not used
+CACHE_FORMAT = 4  # raised when examples are made in another way, so that older cache files are not used
 AT_ONCE = 1000  # documents tokenised in one call
 
 Part = tuple[list[Row], list[Row]]  # the training rows and the held-out rows of a data set
@@ -395,14 +395,16 @@ def _tokenised(
     full_texts = ids([text for text, _ in marked])
     beginnings = iter(ids([text[:border] for text, borders in marked for border in borders]))
     end = [tokenizer.eos_token_id]
-    if style.special_tokens:  # some tokenizers add the end-of-text token themselves
+    appended = 0  # end-of-text tokens that the tokenizer itself adds to a text
+    if style.special_tokens:
+        appended = int(ids(["x"])[0][-1:] == end)
         full_texts = [tokens if tokens[-1:] == end else tokens + end for tokens in full_texts]
     tokenised = []
     for tokens, (_, borders) in zip(full_texts, marked, strict=True):
         positions, response = torch.arange(len(tokens)), torch.zeros(len(tokens), dtype=torch.bool)
         for number, beginning in enumerate(itertools.islice(beginnings, len(borders))):
             if style.special_tokens and number % 2 == 0:  # a start
-                border = len(beginning) - int(beginning[-1:] == end)
+                border = len(beginning) - appended
             else:
                 border = shared_prefix(beginning, tokens)
             response ^= positions >= border

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import groupby
@@ -15,10 +16,11 @@ from sppctl.data.chat import try_template
 from sppctl.errors import UserError, first_line
 
 Row = dict[str, Any]  # a row of a data set: values by column
-Messages = list[dict[str, Any]]  # of a conversation: role, content, and weight 0 if it is not learned from
+Messages = list[dict[str, Any]]  # of a conversation, see sppctl.data.formats
 Kind = Literal["instruction", "completion", "conversation", "window"]  # of a row, see sppctl.data.formats
 
 KEY = "train.data.prompt"
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message whose text precedes its content
 
 # the two prompts of Stanford Alpaca, as every Alpaca-trained model expects them
 PROMPT_WITH_INPUT = (
@@ -111,6 +113,9 @@ def _exchanges(question: Callable[[Row], str], end: str, row: Row) -> tuple[str,
     """
     text, borders = "", []
     for message in row["messages"]:
+        for name in REASONING:
+            if name in message:
+                raise _unwritten(row, name, "cannot be written, because the tokenizer has no chat template")
         if message["role"] == "assistant":
             answer = message["content"] + end
             borders += [len(text), len(text + answer)] if message.get("weight") != 0 else []
@@ -124,6 +129,11 @@ def _exchanges(question: Callable[[Row], str], end: str, row: Row) -> tuple[str,
     if row["messages"][-1]["role"] == "assistant":
         text = text.removesuffix(end)
     return text, [border for border in borders if border <= len(text)]
+
+
+def _unwritten(row: Row, name: str, problem: str) -> UserError:
+    where = row.get("where", "train.data.dataset: a row")
+    return UserError(f"{where} has {name}, which {problem}; write it into the content, or remove the key")
 
 
 def _check_template(prompt: str) -> None:
@@ -158,28 +168,30 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
         try:
             dated = DATE.sub(lambda call: repr(today.strftime(call[2])), tokenizer.get_chat_template())
             options = {"tokenize": False, "chat_template": dated} | options
-            spoken = [{name: message[name] for name in ("role", "content")} for message in messages]
+            spoken = [{name: message[name] for name in message if name != "weight"} for message in messages]
             return tokenizer.apply_chat_template(spoken, **options)
         except Exception as error:  # a template is a program and can raise anything
             reason = f"{first_line(error)} ({_shown(messages)!r})"
             raise UserError(KEY, f"the tokenizer's chat template fails on a conversation: {reason}") from error
 
+    conversations = _Conversations(render)
+
     def text(row: Row) -> tuple[str, list[int]]:
-        return _borders(render, _messages(row))
+        return _borders(render, conversations.messages(row))
 
     def marked(row: Row) -> tuple[list[int], list[int]]:
-        messages = _messages(row)
+        messages = conversations.messages(row)
         encoding = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return encoding["input_ids"], _weighted(encoding["assistant_masks"], messages)
 
     def identified(row: Row) -> tuple[str, list[int]]:
         """The text that identifies the tokens of a marked row, with the messages that are not learned from."""
-        messages = _messages(row)
+        messages = conversations.messages(row)
         return render(messages), [0, *(i for i, message in enumerate(messages) if message.get("weight") == 0)]
 
     probe = _messages(PROBE)
     try_template(tokenizer, [probe, probe[:1]], KEY)
-    chat, other_answer = render(probe), render(_with_content(probe, 1, "x"))
+    chat, other_answer = render(probe), render(_with_text(probe, 1, "content", "x"))
     if chat == other_answer:
         raise UserError(f"{KEY}: the tokenizer's chat template leaves out the assistant's response; use another prompt")
     ends = bool(chat.rpartition(PROBE["output"])[2].strip())
@@ -187,6 +199,55 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
         return Style(identified, special_tokens=False, marked=marked, is_chat=True, ends=ends)
     text(PROBE)
     return Style(text, special_tokens=False, is_chat=True, ends=ends)
+
+
+@dataclass
+class _Conversations:
+    """Rows as messages that a chat template writes: some leave out roles and keys that they do not know."""
+
+    render: Callable[..., str]
+    written: set[tuple[str, str]] = field(default_factory=set)  # roles and keys that the template is known to write
+    developer: str | None = None  # the role that developers' messages are written in
+
+    def messages(self, row: Row) -> Messages:
+        """The messages of a row; UserError if the template leaves out those of a role, or their reasoning."""
+        messages = self._with_developers(_messages(row))
+        for number, message in enumerate(messages):
+            for name in ("content", *REASONING):
+                if name in message and (message["role"], name) not in self.written:
+                    self._check(row, messages, number, name)
+                    self.written.add((message["role"], name))
+        return messages
+
+    def _with_developers(self, messages: Messages) -> Messages:
+        """The messages with those of a developer as ``system`` if the template does not write ``developer``."""
+        first = next((number for number, message in enumerate(messages) if message["role"] == "developer"), None)
+        if first is None:
+            return messages
+        if self.developer is None:
+            self.developer = "system"
+            with contextlib.suppress(UserError):  # of a template that refuses unknown roles
+                self.developer = "developer" if self._is_written(messages, first) else "system"
+        role = {"role": self.developer}
+        return [message | role if message["role"] == "developer" else message for message in messages]
+
+    def _check(self, row: Row, messages: Messages, number: int, name: str) -> None:
+        if name != "content":
+            # without what follows: templates may leave out the reasoning of earlier answers
+            if not self._is_written(messages[: number + 1], number, name):
+                raise _unwritten(row, name, "the tokenizer's chat template does not write")
+        elif not self._is_written(messages, number):
+            role = _messages(row)[number]["role"]
+            raise UserError(
+                KEY,
+                f"the tokenizer's chat template does not write messages of the role {role} ({_shown(messages)!r})",
+                "leave them or their rows out, give them another role in the data set, or write them in the template "
+                "(tokenizer_config.json or chat_template.jinja)",
+            )
+
+    def _is_written(self, messages: Messages, number: int, name: str = "content") -> bool:
+        """Whether the chat changes with that text of a message."""
+        return self.render(messages) != self.render(_other(messages, number, name))
 
 
 def _borders(render: Callable[..., str], messages: Messages) -> tuple[str, list[int]]:
@@ -227,15 +288,15 @@ def _end(render: Callable[..., str], chat: str, messages: Messages, number: int)
     return end + shared_prefix(chat[end:], answered[len(answered) - after :])
 
 
-def _other(messages: Messages, number: int) -> Messages:
-    """The messages with another content of one of them, whose first and last characters differ."""
-    content = messages[number]["content"].strip()
-    first, last = ("y" if same else "x" for same in (content.startswith("x"), content.endswith("x")))
-    return _with_content(messages, number, first + last)
+def _other(messages: Messages, number: int, name: str = "content") -> Messages:
+    """The messages with another text of one of them, whose first and last characters differ."""
+    text = messages[number][name].strip()
+    first, last = ("y" if same else "x" for same in (text.startswith("x"), text.endswith("x")))
+    return _with_text(messages, number, name, first + last)
 
 
-def _with_content(messages: Messages, number: int, content: str) -> Messages:
-    return [*messages[:number], messages[number] | {"content": content}, *messages[number + 1 :]]
+def _with_text(messages: Messages, number: int, name: str, text: str) -> Messages:
+    return [*messages[:number], messages[number] | {name: text}, *messages[number + 1 :]]
 
 
 def _unclear(messages: Messages) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 import shutil
 from collections.abc import Iterable
@@ -45,6 +46,7 @@ class Windows:
     indices: Tensor
     batch_size: int  # windows at a time
     documents_hash: str  # of the text
+    tokens_hash: str  # of ``tokens``
 
 
 def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: torch.device) -> Windows:
@@ -56,7 +58,8 @@ def windows_of(config: Config, tokenizer: Any, measure: TextMeasure, device: tor
     batch_size = automatic if config.eval.batch_size == "auto" else config.eval.batch_size
     batches = torch.arange(len(tokens)).split(batch_size)[distributed.rank() :: distributed.world_size()]
     indices = torch.cat(batches) if batches else torch.arange(0)
-    return Windows(tokens, indices, batch_size, texts.content_hash(text.documents))
+    tokens_hash = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+    return Windows(tokens, indices, batch_size, texts.content_hash(text.documents), tokens_hash)
 
 
 class DenseModel:
@@ -157,4 +160,10 @@ def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dens
     # sums over thousands of tokens: precise enough to pair windows
     losses = [round(loss, 4) for loss in sums[:, 0].tolist()]
     numbers = perplexity.summarise(sums, windows.shape[1], measure.stride, reference is not None)
-    return replace(numbers, documents_hash=text.documents_hash, window_nll=losses, compared_with=compared_with)
+    return replace(
+        numbers,
+        documents_hash=text.documents_hash,
+        tokens_hash=text.tokens_hash,
+        window_nll=losses,
+        compared_with=compared_with,
+    )

@@ -96,6 +96,7 @@ class TextNumbers:
     kl_stderr: float | None = None  # over windows
     top1_agreement: float | None = None  # share of tokens for which both models predict the same one
     documents_hash: str | None = None  # of the text
+    tokens_hash: str | None = None  # of the windows; None: by an earlier version
     window_nll: list[float | None] = field(default_factory=list)  # summed loss of every window in nats, if finite
     compared_with: str | None = None  # the reference model, if it is not the run's dense model
 
@@ -137,6 +138,7 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     batch_size: int | str = "auto"  # as configured
     tokenizer: str | None = None
+    generation: str | None = None  # hash of how the model generates by default; None: by an earlier version
     command: str | None = None
     weights: str = "dense"  # how they were kept in memory: dense or packed
 

@@ -157,6 +157,7 @@ def valid_results(config: Config, subject: Subject, path: Path) -> list[AnyResul
     if recorded is None or recorded.fingerprint != subject.fingerprint:
         return []
     tokenizer = checkpoint.tokenizer_fingerprint(subject.directory)
+    generation = checkpoint.generation_fingerprint(subject.directory)
     dtype = config.model.compute_dtype
     configured = {measure.task for measure in tasks.configured(config)}
 
@@ -165,8 +166,9 @@ def valid_results(config: Config, subject: Subject, path: Path) -> list[AnyResul
             return False
         if isinstance(result, TextResult):
             return True
-        is_configured = result.measure.task in configured
-        return is_configured and tasks.has_samples(result, _samples(path)) and tasks.is_current(config, result)
+        if result.measure.task not in configured or result.generation not in (None, generation):
+            return False
+        return tasks.has_samples(result, _samples(path)) and tasks.is_current(config, result)
 
     return [result for result in recorded.results if is_valid(result)]
 
@@ -321,6 +323,7 @@ def _measured(config: Config, job: Job, measure: Measure, model: Any, tokenizer:
         versions=machine.versions("torch", "transformers", "lm_eval", "datasets"),
         batch_size=config.eval.batch_size,
         tokenizer=checkpoint.tokenizer_fingerprint(job.subject.directory),
+        generation=checkpoint.generation_fingerprint(job.subject.directory),
         command=console.command_line(),
         weights="packed" if job.packed else "dense",
     )

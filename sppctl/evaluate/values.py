@@ -2,15 +2,16 @@
 
 Two quantities are equal if their numbers may be compared: perplexities on the same windows, accuracies on the same task
 with the same number of examples. Settings that change a number but are rarely of interest (the seed of few-shot
-examples, the version of a text, the dense model of a divergence, the system prompt, the dtype) are kept apart as
-circumstances. They become a part of the quantity only where results of one run differ in them (:func:`distinguish`).
+examples, the version of a text, the tokens that a tokenizer makes of it, the dense model of a divergence, the system
+prompt, the dtype) are kept apart as circumstances. They become a part of the quantity only where results of one run
+differ in them (:func:`distinguish`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -21,12 +22,14 @@ SHOWN = 10  # largest group whose tasks tables list; of larger groups they list 
 # circumstances, and the text that is added to names where they differ
 CIRCUMSTANCES = {
     "text": "text {:.8}",
+    "tokens": "tokens {:.8}",
     "reference": "dense model {:.8}",
     "seed": "seed {}",
     "tasks": "task files {:.8}",
     "prompt": "system prompt {:.8}",
     "dtype": "computed in {}",
 }
+OF_TEXTS = ("text", "tokens")  # circumstances in which numbers are never compared
 SHARES = {"exact match", "quasi exact match", "prefix exact match", "quasi prefix exact match", "em", "f1"}
 
 
@@ -167,7 +170,7 @@ def text_quantity(result: TextResult) -> Quantity:
 
 def _of_text(result: TextResult) -> Iterator[Value]:
     numbers, quantity = result.numbers, text_quantity(result)
-    circumstances = {"text": numbers.documents_hash, "dtype": result.dtype}
+    circumstances = {"text": numbers.documents_hash, "tokens": numbers.tokens_hash, "dtype": result.dtype}
     finite = numbers.value if math.isfinite(numbers.value) else None
     yield Value(quantity, finite, numbers.stderr, circumstances=_without_none(circumstances))
     if numbers.kl is not None:
@@ -323,11 +326,11 @@ def group_mean(family: list[TaskResult], group: str) -> dict[str, float]:
 
 
 def distinguish(
-    values: Mapping[str, Iterable[Value]], seed: int | None
+    values: Mapping[str, Iterable[Value]], seed: int | None, keys: Collection[str] = CIRCUMSTANCES.keys()
 ) -> tuple[dict[str, dict[Quantity, Value]], list[str]]:
-    """The values of a run's checkpoints by quantity, so that equal quantities may be compared.
+    """The values of checkpoints by quantity, so that equal quantities may be compared.
 
-    Circumstances that differ become details of the quantity, except for the seed of the run.
+    Circumstances that differ become details of the quantity, except for the seed of the run; only those of ``keys``.
 
     Returns:
         The values by checkpoint and quantity; and a note for each quantity whose circumstances differ.
@@ -337,18 +340,18 @@ def distinguish(
     for _, value in listed:
         by_quantity.setdefault(value.quantity, []).append(value.circumstances)
     differing = {
-        quantity: [key for key in CIRCUMSTANCES if len({entry.get(key) for entry in circumstances}) > 1]
+        quantity: [key for key in keys if len({entry.get(key) for entry in circumstances}) > 1]
         for quantity, circumstances in by_quantity.items()
     }
     named: dict[str, dict[Quantity, Value]] = {checkpoint: {} for checkpoint in values}
     differences: dict[Quantity, list[str]] = {}
     for checkpoint, value in listed:
-        circumstances, keys = value.circumstances, differing[value.quantity]
-        details = {key: CIRCUMSTANCES[key].format(circumstances.get(key, "unknown")) for key in keys}
+        circumstances, apart = value.circumstances, differing[value.quantity]
+        details = {key: CIRCUMSTANCES[key].format(circumstances.get(key, "unknown")) for key in apart}
         if details:
             differences.setdefault(value.quantity, []).append(f"{checkpoint} {' '.join(details.values())}")
-        unusual = [key for key in keys if key in circumstances and (key, circumstances[key]) != ("seed", str(seed))]
-        quantity = replace(value.quantity, details=tuple(details[key] for key in unusual))
+        unusual = [key for key in apart if key in circumstances and (key, circumstances[key]) != ("seed", str(seed))]
+        quantity = replace(value.quantity, details=(*value.quantity.details, *(details[key] for key in unusual)))
         named[checkpoint][quantity] = replace(value, quantity=quantity)
     notes = [
         f"{quantity.label}: measured differently; only equal ones are compared ({', '.join(texts)})"

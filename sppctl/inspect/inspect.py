@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.files.safe_files import TensorFiles
+from sppctl.inspect.layout import layout
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import holds
 
@@ -28,22 +30,33 @@ class MatrixSparsity:
     shape: tuple[int, ...]  # as stored
     zeros: int
     sparsity: float  # share of zeros
-    # the N:M patterns that hold along the input features: at most N non-zero in every M. These are the last dimension,
-    # or the first where no pattern holds along the last (Conv1D is stored transposed)
-    patterns: tuple[str, ...]
+    patterns: tuple[str, ...]  # N:M that hold along the input features: at most N non-zero in every M
+    along_outputs: tuple[str, ...] = ()  # if none does: those that hold along the other dimension of a 2-D matrix
+    transposed: bool = False  # the input features are the first dimension (Conv1D), not the last
+    listed: bool | None = None  # in the record of pruning; None if there is none
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it was pruned."""
-        return self.sparsity >= DENSE_BELOW
+        """Whether it was pruned: the record says so, or without one, its share of zeros."""
+        return self.sparsity >= DENSE_BELOW if self.listed is None else self.listed
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features."""
+        return self.shape[0 if self.transposed else -1]
 
 
 def matrices(files: TensorFiles, *extra: Pattern | None) -> Iterator[MatrixSparsity]:
-    """Measures every matrix of a checkpoint, one in memory at a time; embeddings and the output head included."""
+    """Measures every matrix of a checkpoint, one in memory at a time.
+
+    Embeddings and the output head are included, biases of experts (2-D) are not.
+    """
     patterns = list(dict.fromkeys([*CERTIFIED, *(p for p in extra if p is not None and p.is_structured)]))
+    stored = layout(files, recorded_patterns(files.directory))
     for name in files:
         spec = files.spec(name)
-        if len(spec.shape) not in (2, 3) or 0 in spec.shape or not spec.dtype.is_floating_point:
+        is_matrix = len(spec.shape) in (2, 3) and 0 not in spec.shape and not name.endswith("bias")
+        if not is_matrix or not spec.dtype.is_floating_point:
             continue
         weight = files.read(name)
         if weight.dtype.itemsize == 1:
@@ -51,11 +64,17 @@ def matrices(files: TensorFiles, *extra: Pattern | None) -> Iterator[MatrixSpars
         zeros = int((weight == 0).sum())
         sparsity = zeros / weight.numel()
         candidates = [p for p in patterns if sparsity >= p.sparsity - 1e-9]
-        matching = [str(p) for p in candidates if holds(weight, p)]
-        if not matching and weight.dim() == 2:
-            # Conv1D of the GPT-2 family is stored (in, out)
-            matching = [str(p) for p in candidates if holds(weight.t(), p)]
-        yield MatrixSparsity(name, spec.shape, zeros, sparsity, tuple(matching))
+        transposed = name in stored.transposed
+        matching = _holding(weight.t() if transposed else weight, candidates)
+        others = () if matching or weight.dim() != 2 else _holding(weight if transposed else weight.t(), candidates)
+        listed = None if stored.listed is None else name in stored.listed
+        yield MatrixSparsity(name, spec.shape, zeros, sparsity, matching, others, transposed, listed)
+
+
+def _holding(weight: Tensor, candidates: list[Pattern]) -> tuple[str, ...]:
+    """The N:M patterns that hold along the last dimension of a weight."""
+    weight = weight.contiguous() if candidates else weight
+    return tuple(str(pattern) for pattern in candidates if holds(weight, pattern))
 
 
 def measure(directory: Path, *extra: Pattern | None) -> tuple[list[MatrixSparsity], dict[str, Any]]:
@@ -100,39 +119,39 @@ def _implies(a: Pattern, b: Pattern) -> bool:
     return a != b and b_group % a_group == 0 and a_keep * (b_group // a_group) <= b_keep
 
 
-def violations(measured: list[MatrixSparsity], expected: Pattern, layers: Iterable[str] | None = None) -> list[str]:
+def violations(measured: list[MatrixSparsity], expected: Pattern) -> list[str]:
     """One line for each matrix that does not have a pattern though it should.
 
-    A ratio is met by a matrix with at least that share of zeros, up to one weight per row. ``layers`` are the modules
-    that were pruned; if they are not known, a dense matrix should be sparse where those of its name in other blocks
-    are.
+    A ratio is met by a matrix with at least that share of zeros, up to one weight per output feature. If no record
+    lists the pruned matrices, a dense one should be sparse where those of its name in other blocks are.
     """
     sparse = [matrix for matrix in measured if matrix.is_sparse]
     if not sparse:
         return ["no matrix is sparse at all"]
-    problems = []
-    for matrix in sparse:
-        if expected.is_structured:
-            if str(expected) not in matrix.patterns:
-                problems.append(f"{matrix.name}: not {expected} (sparsity {matrix.sparsity:.4f})")
-        elif matrix.zeros < expected.num_pruned(matrix.shape[-1]) * math.prod(matrix.shape[:-1]):
-            problems.append(f"{matrix.name}: sparsity {matrix.sparsity:.4f} is below {expected}")
-    # a checkpoint of the bare model leaves out the prefix
-    pruned = None if layers is None else {name for layer in layers for name in _endings(layer)}
+    problems = [f"{matrix.name}: {_problem(matrix, expected)}" for matrix in sparse if not _meets(matrix, expected)]
     sparse_names = {_in_any_block(matrix.name): matrix.name for matrix in sparse}
-    for name in (matrix.name for matrix in measured if not matrix.is_sparse):
-        if pruned is not None:
-            if name.removesuffix(".weight") in pruned:
-                problems.append(f"{name}: dense, though its record says that it was pruned")
-        elif _in_any_block(name) in sparse_names:
+    for name in (matrix.name for matrix in measured if matrix.listed is None and not matrix.is_sparse):
+        if _in_any_block(name) in sparse_names:
             problems.append(f"{name}: dense, though {sparse_names[_in_any_block(name)]} is sparse")
     return problems
 
 
-def _endings(name: str) -> list[str]:
-    """``a.b.c``, ``b.c`` and ``c``."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+def _meets(matrix: MatrixSparsity, expected: Pattern) -> bool:
+    if expected.is_structured:
+        return str(expected) in matrix.patterns
+    rows = math.prod(matrix.shape) // matrix.in_features
+    return matrix.zeros >= expected.num_pruned(matrix.in_features) * rows
+
+
+def _problem(matrix: MatrixSparsity, expected: Pattern) -> str:
+    """Why a matrix that was pruned does not meet an expectation."""
+    if not matrix.zeros:
+        return "dense, though its record says that it was pruned"
+    if str(expected) in matrix.along_outputs:
+        return f"{expected} {_wrong_dimension(matrix)}, which no kernel uses"
+    if expected.is_structured:
+        return f"not {expected} (sparsity {matrix.sparsity:.4f})"
+    return f"sparsity {matrix.sparsity:.4f} is below {expected}"
 
 
 def _in_any_block(name: str) -> str:
@@ -141,14 +160,28 @@ def _in_any_block(name: str) -> str:
 
 def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
     """The pattern of each pruned module, from the record of a checkpoint or its run; None if there is no record."""
-    record = directory / RECORD
-    for path in (record, directory.parent / DIRECTORIES["prune"] / RECORD) if record.is_file() else ():
+    records = [directory / RECORD] if (directory / RECORD).is_file() else []
+    if records and directory.name == DIRECTORIES["merge"]:  # not the dense model that a run unpacks beside it
+        records.append(directory.parent / DIRECTORIES["prune"] / RECORD)
+    for path in records:
         try:
             layers = json.loads(path.read_text())["metrics"]["layers"]
             return {str(layer["name"]): Pattern.parse(layer["pattern"]) for layer in layers}
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue  # no record, or one of another stage
     return None
+
+
+def patterns_text(matrix: MatrixSparsity) -> str:
+    """The N:M patterns of a matrix; where only the outputs have some, the tightest ones, with their dimension."""
+    if matrix.patterns or not matrix.along_outputs:
+        return " ".join(matrix.patterns) or "-"
+    tightest = " ".join(_tightest([Pattern.parse(text) for text in matrix.along_outputs]))
+    return f"({tightest} {_wrong_dimension(matrix)})"
+
+
+def _wrong_dimension(matrix: MatrixSparsity) -> str:
+    return f"along the {'last' if matrix.transposed else 'first'} dimension"
 
 
 def verdict(summary: dict[str, Any], expected: Pattern) -> str:

@@ -36,10 +36,11 @@ from sppctl.files.safe_files import (
 from sppctl.model.find import SIDE_FILES, TERMS
 
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
-# the files that identify a model: weights, index and configuration
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json")
+# the files that identify a model: weights, index, configuration, and code of its own
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json", "*.py")
+GENERATION = "generation_config.json"
 MOST_BLOCKS = 10_000  # the largest models have about 100
-_NOT_TOKENIZER = {"config.json", "generation_config.json"}
+_NOT_TOKENIZER = {"config.json", GENERATION}
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
                 if isinstance(value, int) and value > MOST_BLOCKS:  # too many to build, even without weights
                     raise ValueError(f"{key} is {value}, more than {MOST_BLOCKS:,}")
         try:
-            _json(directory / "generation_config.json")  # it is copied into the output
+            _json(directory / GENERATION)  # it is copied into the output
         except (ValueError, RecursionError) as error:
             message = f"generation_config.json beside it is damaged ({error}); download it again, or remove it"
             raise ValueError(message) from error
@@ -171,6 +172,12 @@ def tokenizer_fingerprint(directory: Path) -> str:
         if path.name not in {*NOT_SIDE_FILES, *_NOT_TOKENIZER} and not path.name.endswith(".index.json"):
             digest.update(f"{path.relative_to(directory)} {path.stat().st_size} ".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def generation_fingerprint(directory: Path) -> str:
+    """A hash of how the model generates text by default (``generation_config.json``)."""
+    path = directory / GENERATION
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()[:16]
 
 
 def pick_device(name: str) -> torch.device:

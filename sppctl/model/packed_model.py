@@ -20,7 +20,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import Skeleton
 from sppctl.model.checkpoint import load_config, quiet_libraries
-from sppctl.model.targets import stored_name
+from sppctl.model.targets import tensor_names
 from sppctl.packed.format import PackedWeight, pack
 from sppctl.packed.linear import TENSORS, PackedLinear, packed_in
 
@@ -82,11 +82,9 @@ def is_quantised(config: Any) -> bool:
 
 def packable(files: TensorFiles, skeleton: Skeleton) -> dict[str, str]:
     """The linear layers of the blocks by name, and the tensor that holds each one's matrix."""
-    names = {}
-    for target in skeleton.targets("all-linear").values():
-        if target.is_linear:
-            with suppress(UserError):  # stored in another form, from which transformers makes it
-                names[target.name] = stored_name(files, f"{target.name}.weight", skeleton.base_prefix)
+    linears = (target for target in skeleton.targets("all-linear").values() if target.is_linear)
+    # without those that are stored in another form, from which transformers makes them
+    names = tensor_names(files, skeleton.model, linears)
     return {name: tensor for name, tensor in names.items() if files.spec(tensor).dtype.itemsize > 1}
 
 

@@ -6,7 +6,8 @@ mixture, which current transformers fuse into 3-D parameters while most checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -193,6 +194,27 @@ def stored_parts(files: TensorFiles, model: nn.Module, parameter: str) -> list[P
             if parts:
                 return [Part(stored_name(files, p.name, base_prefix), p.expert, p.first_row, p.rows) for p in parts]
     return [Part(stored_name(files, parameter, base_prefix))]
+
+
+def tensor_names(files: TensorFiles, model: nn.Module, targets: Iterable[Target]) -> dict[str, str]:
+    """The tensor that holds each target, by the target's name: its own, or the fused one of all experts.
+
+    Targets that the checkpoint does not have are left out.
+    """
+    names: dict[str, str] = {}
+    parameters: dict[str, dict[tuple[int | None, int], str]] = {}  # for all experts of a parameter at once
+    for target in targets:
+        parameter = f"{target.owner}.{target.parameter}"
+        if parameter not in parameters:
+            parameters[parameter] = {}
+            with suppress(UserError):
+                parts = stored_parts(files, model, parameter)
+                parameters[parameter] = {(part.expert, part.first_row): part.name for part in parts}
+        tensors = parameters[parameter]
+        name = tensors.get((target.expert, target.first_row), tensors.get((None, 0)))
+        if name is not None:
+            names[target.name] = name
+    return names
 
 
 def _spellings(name: str, base_prefix: str) -> Iterator[str]:

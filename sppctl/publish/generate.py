@@ -49,6 +49,7 @@ def subjects_of(name: str, model: ModelConfig) -> list[Subject]:
     found = [Subject.at(label, path) for label, path in own.items() if (path / RECORD).is_file()]
     if not found:
         return [Subject.at(name, find.locate(name, key="RUN", adapters=True))]
+    records.refuse_outdated(run_dir)
     base = _base(run_dir, model)
     return found if base is None else [Subject("base", base), *found]
 

@@ -100,6 +100,7 @@ def _stage_of(path: Path) -> tuple[Path, str]:
         if not (directory / RECORD).is_file():
             merge = console.command("merge", run=path)
             raise UserError(f"{path} holds no merged checkpoint; make it ({merge}), or name {path}/pruned")
+        records.refuse_outdated(path)
     unfinished = directory.resolve().name.endswith(".partial")
     if unfinished or not (directory / RECORD).is_file():
         raise UserError(

@@ -23,12 +23,6 @@ from sppctl.records import Sample, SamplesRecord, StageRecord
 STAGES = {folder: stage for stage, folder in DIRECTORIES.items()}
 ORDER = ("base", *STAGES)
 SPARSITY = ("sparsity", "patterns", "sparse_matrices", "bytes")
-# by the name of a stage's input: the problem if that input has since been replaced
-OUTDATED = {
-    "pruned": "was made from weights that differ from those in pruned/",
-    "base": "was made with a different dense model than pruned/",
-    "adapter": "was merged with an adapter that differs from adapter/",
-}
 
 Record = StageRecord[Any]  # the type of its metrics depends on the stage
 
@@ -74,7 +68,7 @@ def read_samples(run_dir: Path, stages: Mapping[str, Record]) -> tuple[list[Samp
     stored = stored_samples(run_dir)
     if stored is None:
         return [], []
-    current = _fingerprints(stages)
+    current = stage_records.fingerprints(stages)
     kept = {label for label, weights in stored.weights.items() if weights == current.get(label)}
     again = console.command("eval", run=run_dir)
     notes = [
@@ -99,10 +93,9 @@ def no_run(run_dir: Path) -> UserError:
 
 def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
     """Removes stages that were made from other weights than the run holds now; returns a note for each."""
-    current, notes = _fingerprints(stages), []
-    for stage in ("train", "merge"):
-        used = stages[stage].inputs if stage in stages else {}
-        problem = next((text for name, text in OUTDATED.items() if _differ(used.get(name), current[name])), None)
+    problems = {stage: stage_records.outdated(stages, stage) for stage in ("train", "merge")}
+    notes = []
+    for stage, problem in problems.items():
         if problem is not None:
             del stages[stage]
             notes.append(f"{run_dir / DIRECTORIES[stage]} {problem}; {console.command(stage, '--force', run=run_dir)}")
@@ -112,32 +105,21 @@ def _leave_out_stages(run_dir: Path, stages: dict[str, Record]) -> list[str]:
 
 
 def _leave_out_results(run_dir: Path, stages: dict[str, Record], results: dict[str, Results]) -> list[str]:
-    current, notes = _fingerprints(stages), []
+    current, notes = stage_records.fingerprints(stages), []
     again = partial(console.command, "eval", run=run_dir)
     if current["adapter"] is not None:  # an adapter is measured on the pruned weights
         current["adapter"] = current["pruned"] and f"{current['pruned']}+{current['adapter']}"
     for label, content in list(results.items()):
         compared = [result.measure.reference for result in content.texts if result.numbers.compared_with is None]
-        if _differ(content.fingerprint, current.get(label)):
+        if stage_records.differ(content.fingerprint, current.get(label)):
             weights = "from which pruned/ was made" if label == "base" else f"in {label}/"
             problem = f"measures weights that differ from those {weights}; {again(f'--model={label}')}"
         elif label in STAGES and STAGES[label] not in stages and (run_dir / label / RECORD).is_file():
             problem = "measures weights that are left out with their stage"
-        elif any(_differ(reference, current["base"]) for reference in compared):
+        elif any(stage_records.differ(reference, current["base"]) for reference in compared):
             problem = f"compares with a different dense model than pruned/; {again(f'--model={label}')}"
         else:
             continue
         del results[label]
         notes.append(f"{run_dir / 'eval' / label}.json {problem}")
     return notes
-
-
-def _fingerprints(stages: Mapping[str, Record]) -> dict[str, str | None]:
-    """Fingerprints of the dense model that was pruned and of the output of each stage; None if a stage is missing."""
-    fingerprints = {folder: stages[stage].output if stage in stages else None for folder, stage in STAGES.items()}
-    return fingerprints | {"base": stages["prune"].inputs.get("base") if "prune" in stages else None}
-
-
-def _differ(recorded: str | None, current: str | None) -> bool:
-    """Whether two fingerprints differ; one of a missing stage, None, differs from none."""
-    return None not in (recorded, current) and recorded != current

@@ -20,7 +20,7 @@ from sppctl.config.load import config_keys, flatten, result_keys
 from sppctl.config.settings import Config
 from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
 from sppctl.evaluate.results import Json, Results
-from sppctl.evaluate.values import Kind, Quantity, Value, distinguish, values_of
+from sppctl.evaluate.values import OF_TEXTS, Kind, Quantity, Value, distinguish, values_of
 from sppctl.files.names import RESOLVED
 from sppctl.records import LayerRecord, Sample, to_json
 from sppctl.report import records, significance
@@ -237,6 +237,19 @@ class OverSeeds:
     numbers: dict[Quantity, tuple[float, float]]  # mean and standard deviation (n - 1) of quantities that all have
 
 
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows of several runs; perplexities on other texts or other tokens have other names."""
+    values = {str(place): row.values.values() for place, row in enumerate(rows)}
+    named, _ = distinguish(values, None, OF_TEXTS)
+    result = []
+    for row, renamed in zip(rows, named.values(), strict=True):
+        names = dict(zip(row.values, renamed, strict=True))
+        difference = {names[quantity]: number for quantity, number in row.difference.items()}
+        recovered = {names[quantity]: share for quantity, share in row.recovered.items()}
+        result.append(replace(row, values=renamed, difference=difference, recovered=recovered))
+    return result
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """One or more runs; a single one has only its own rows and comparisons."""
@@ -277,6 +290,7 @@ class Study:
                 if row.fingerprint is None or row.checkpoint not in SHAREABLE or identity not in seen:
                     rows.append(replace(row, settings=settings))
                     seen.append(identity)
+        rows = _apart(rows)
         dtypes = [" and ".join(sorted({value.dtype or "unknown" for value in row.values.values()})) for row in rows]
         if len(set(dtypes)) == 1:  # if dtypes differ within a run, the names of quantities say so
             return rows

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sppctl import console, distributed
+from sppctl import console, distributed, records
 from sppctl.errors import UserError, WriteError, did_you_mean
 from sppctl.files import paths
 from sppctl.files.names import DIRECTORIES
@@ -92,6 +92,7 @@ def checkpoints_to_measure(run: Run, models: list[str]) -> dict[str, Path | None
     The base model has no directory yet, since it may have to be unpacked first.
     """
     if not models:
+        records.refuse_outdated(run.directory)
         models = [next((label for label in ("merged", "pruned") if run.record(STAGE_OF[label]) is not None), "base")]
     directories: dict[str, Path | None] = {}
     for model in models:

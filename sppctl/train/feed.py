@@ -87,7 +87,7 @@ class Feed:
         self.padded = batches.PadCollator(vocabulary.pad_token_id(tokenizer, vocab_size), distilled)
         self.packing = train.data.packing
         self.collator: Collator = batches.PackCollator(distilled) if self.packing else self.padded
-        self.filler = Example([tokenizer.eos_token_id], [instructions.IGNORED], False, -1, [False])
+        self.filler = Example([tokenizer.eos_token_id], [instructions.IGNORED], False, batches.FILLER, [False])
         shuffled = random.Random(self.seed).sample(range(len(self.train)), len(self.train))
         order = self.order(0) if train.data.group_by_length else shuffled
         self.padding_share = batches.padding_share(self.train.lengths, order, train.micro_batch_size)

@@ -28,7 +28,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sppctl import console, distributed
 from sppctl.config.settings import TrainConfig
-from sppctl.data.batches import Batch
+from sppctl.data.batches import Batch, num_tokens
 from sppctl.data.instructions import IGNORED
 from sppctl.errors import SharedError, Stopped
 from sppctl.files import strict_json
@@ -174,8 +174,7 @@ class Loop:
     def _count(self, batches: list[Batch]) -> Tensor:
         """Predicted tokens of a step over all micro-batches and processes; adds the tokens seen to the state."""
         predicted = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-        seen = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
-        counts = torch.tensor([predicted, seen], device=self.accelerator.device)
+        counts = torch.tensor([predicted, sum(map(num_tokens, batches))], device=self.accelerator.device)
         distributed.all_reduce_sum(counts)
         self.state.tokens += int(counts[1])
         if self.distillation is not None:

@@ -52,6 +52,13 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
 TWO = [Example([1, 2, 3], [IGNORED, 2, 3], False, 7, behind(1, 3)), Example([4] * 5, [4] * 5, False, 2, [True] * 5)]
 
 
+def test_padding_and_fillers_are_not_counted() -> None:
+    filler = Example([9], [IGNORED], False, batches.FILLER, [False])
+    for collator in (PadCollator(pad_token_id=9), PackCollator()):
+        assert batches.num_tokens(collator(TWO)) == batches.num_tokens(collator([*TWO, filler, filler])) == 8
+        assert batches.num_tokens(collator([filler])) == 0
+
+
 def test_padding_on_the_right_to_a_multiple_of_eight() -> None:
     batch = PadCollator(pad_token_id=9)(TWO)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 4, 4, 4, 4, 9, 9, 9]]

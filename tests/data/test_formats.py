@@ -53,6 +53,12 @@ def standard(*rows: dict[str, Any], **mapping: str) -> list[dict[str, Any]]:
             {},
             {"messages": [USER | {"weight": 0}, ANSWER | {"weight": 0}, USER | {"weight": 0}, ANSWER]},
         ),
+        # blank texts are left out
+        (
+            {"messages": [USER | {"name": "Ann", "thinking": None}, ANSWER | {"reasoning_content": "\n"}]},
+            {},
+            {"messages": [USER | {"name": "Ann"}, ANSWER]},
+        ),
         ({"text": "Prose.", "url": "x"}, {}, {"text": "Prose."}),
     ],
 )
@@ -62,6 +68,15 @@ def test_rows_of_all_formats(row: dict[str, Any], mapping: dict[str, str], expec
     elif isinstance(expected, tuple):
         expected = {name: row[name] for name in expected}
     assert standard(row, **mapping) == [expected]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_row_with_reasoning_has_a_place_for_errors(key: str) -> None:
+    answer = ANSWER | {key: "1 and 1 is 2."}
+    expected = {"messages": [USER, answer], "where": f"{KEY}: own: row 2"}
+    assert standard({"messages": [USER]}, {"messages": [USER, answer]}) == [{"messages": [USER]}, expected]
+    weightless = {"messages": [USER | {"weight": 0}, answer], "where": f"{KEY}: own: row 1"}
+    assert standard({"prompt": [USER], "completion": [answer]}) == [weightless]
 
 
 def test_blank_documents_are_left_out() -> None:
@@ -126,6 +141,8 @@ def test_a_mapping_is_for_those_data_sets_of_a_mixture_that_have_its_columns() -
         ),
         ({"messages": [{"content": "x"}]}, "message 1, has the role None"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "message 2, has tool_calls, which are not"),
+        ({"messages": [ANSWER | {"thinking": ["x"]}]}, "message 1, has a thinking that is not a text"),
+        ({"messages": [ANSWER | {"reasoning_content": "\ud83d"}]}, "message 1 has half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1, has no text as its content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1, has no text as its content"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, "message 1 has half of a surrogate pair"),

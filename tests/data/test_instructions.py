@@ -421,6 +421,22 @@ def test_without_a_chat_template_a_conversation_is_a_sequence_of_instructions(to
     assert tokenizer.decode([label for label in several.labels if label != IGNORED]) == "No.</s>So.</s>"
 
 
+def test_each_of_two_answers_in_a_row_ends_with_a_learned_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [
+        {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "A"), ("assistant", "B"))
+    ]
+    for own in (tokenizer, WithEnd(tokenizer)):
+        found = instructions.tokenize(
+            own,
+            [{"messages": messages}],
+            style("{instruction}:", tokenizer, kind="conversation"),
+            seq_len=512,
+            train_on_inputs=False,
+        )[0]
+        assert tokenizer.decode(found.input_ids) == "q:A</s>B</s>"
+        assert found.labels == [IGNORED] * 2 + found.input_ids[2:]
+
+
 def test_documents_are_tokenised_once(counting: Counting, cache: Path) -> None:
     first = instructions.cut_windows(counting, 8, "own", ["0123456789", "abc"])
     assert counting.texts == 2
@@ -578,13 +594,13 @@ def examples(tokenizer: Any, rows: list[dict[str, Any]] = ALPACA, prompt: str = 
 
 def test_the_second_time_nothing_is_tokenised(counting: Counting, cache: Path) -> None:
     first = examples(counting)
-    assert counting.texts == 48  # prompts and whole texts
+    assert counting.texts == 49  # prompts, whole texts, and one that shows whether the tokenizer adds the end
     assert examples(counting) == first
-    assert counting.texts == 48
+    assert counting.texts == 49
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:-8])
     assert examples(counting) == first
-    assert counting.texts == 2 * 48
+    assert counting.texts == 2 * 49
 
 
 def test_whatever_matters_is_tokenised_again(counting: Counting, cache: Path) -> None:

@@ -170,7 +170,7 @@ def said(found: Style, messages: list[dict[str, Any]]) -> list[str]:
 
 
 def talk(*contents: str, roles: str = "ua") -> list[dict[str, Any]]:
-    names = {"u": "user", "a": "assistant", "s": "system"}
+    names = {"u": "user", "a": "assistant", "s": "system", "d": "developer", "t": "tool"}
     return [{"role": names[role], "content": content} for role, content in zip(roles * 9, contents, strict=False)]
 
 
@@ -215,6 +215,95 @@ def test_marked_messages_of_weight_0_are_no_responses(weight: int) -> None:
     response = tokenizer.decode([token for token, mark in zip(tokens, marks, strict=True) if mark])
     assert response == "b<|end|>" * weight + "d<|end|>"
     assert len(chatty.text({"messages": messages})[1]) == 2 - weight
+
+
+# writes the reasoning of the last answer, as Qwen3's
+THINKING = CHAT.replace(
+    "{{ m['content'] }}",
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}",
+)
+MARKED_THINKING = TEMPLATES["marked"][0].replace(
+    "{% generation %}", "{% generation %}{% if loop.last %}{{ m.reasoning_content }}: {% endif %}"
+)
+
+
+def test_reasoning_is_learned_where_the_template_writes_it() -> None:
+    messages = talk("a?", "b", "c?", "d")
+    messages[1]["reasoning_content"] = "about b"  # which is not written in a later turn
+    messages[3]["reasoning_content"] = "about d"
+    chatty = style("alpaca", chatting(THINKING), kind="conversation")
+    assert said(chatty, messages) == ["b<|end|>\n", "<think>about d</think>d<|end|>\n"]
+    tokenizer = chatting(MARKED_THINKING)
+    marked = style("alpaca", tokenizer, kind="conversation").marked
+    assert marked is not None
+    tokens, marks = marked({"messages": messages})
+    learned = tokenizer.decode([token for token, mark in zip(tokens, marks, strict=True) if mark])
+    assert learned == "b<|end|>about d: d<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "problem"),
+    [
+        (CHAT, "reasoning_content", "which the tokenizer's chat template does not write"),
+        (CHAT, "reasoning", "which the tokenizer's chat template does not write"),
+        (TEMPLATES["marked"][0], "thinking", "which the tokenizer's chat template does not write"),
+        (None, "reasoning_content", "which cannot be written, because the tokenizer has no chat template"),
+    ],
+)
+def test_reasoning_that_is_not_written_is_refused(template: str | None, key: str, problem: str) -> None:
+    chatty = style("alpaca", chatting(template), kind="conversation")
+    messages = talk("a?", "b")
+    chatty.text({"messages": messages})
+    messages[1][key] = "why b"
+    with pytest.raises(UserError) as caught:
+        chatty.text({"messages": messages, "where": "train.data.dataset: own: row 2"})
+    expected = f"train.data.dataset: own: row 2 has {key}, {problem}; write it into the content, or remove the key"
+    assert str(caught.value) == expected
+
+
+def test_names_are_written_and_need_not_be() -> None:
+    messages = talk("a?", "b")
+    messages[0]["name"] = "Ann"
+    named = style("chat", chatting(CHAT.replace("|>\n{{", "|>\n{{ m.name }}{{")), kind="conversation")
+    assert named.text({"messages": messages})[0].startswith("<|user|>\nAnna?<|end|>")
+    assert said(style("chat", chatting(), kind="conversation"), messages) == ["b<|end|>\n"]
+
+
+# as those of Zephyr and Phi-3: messages of other roles are left out
+STRICT = CHAT.replace("%}<|{{", "%}{% if m.role in ('system', 'user', 'assistant') %}<|{{").replace(
+    "<|end|>\n", "<|end|>\n{% endif %}", 1
+)
+REFUSING = CHAT.replace(
+    "%}<|{{", "%}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}<|{{"
+)
+MARKED_STRICT = STRICT.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+
+
+@pytest.mark.parametrize("template", [STRICT, MARKED_STRICT])
+def test_messages_of_a_role_that_the_template_leaves_out_are_refused(template: str) -> None:
+    chatty = style("chat", chatting(template), kind="conversation")
+    chatty.text({"messages": talk("Be short.", "a?", "b", roles="sua")})
+    for write in filter(None, (chatty.text, chatty.marked)):
+        with pytest.raises(UserError, match=r"does not write messages of the role tool \('a\?'\); leave them"):
+            write({"messages": talk("a?", "call", "found", "b", roles="uata")})
+    written = style("chat", chatting(), kind="conversation").text({"messages": talk("a?", "found", "b", roles="uta")})
+    assert "<|tool|>\nfound<|end|>" in written[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "role"), [(CHAT, "developer"), (STRICT, "system"), (MARKED_STRICT, "system"), (REFUSING, "system")]
+)
+def test_developers_are_the_system_where_the_template_does_not_know_them(template: str, role: str) -> None:
+    chatty = style("chat", chatting(template), kind="conversation")
+    for _ in range(2):
+        text, _ = chatty.text({"messages": talk("Be short.", "a?", "b", roles="dua")})
+        assert text == f"<|{role}|>\nBe short.<|end|>\n<|user|>\na?<|end|>\n<|assistant|>\nb<|end|>\n"
+
+
+def test_developers_are_refused_where_the_template_knows_no_system_either() -> None:
+    chatty = style("chat", chatting(STRICT.replace("'system', ", "")), kind="conversation")
+    with pytest.raises(UserError, match="does not write messages of the role developer"):
+        chatty.text({"messages": talk("Be short.", "a?", "b", roles="dua")})
 
 
 def test_completions_follow_their_prompts_directly_unless_chat_is_chosen() -> None:

@@ -233,6 +233,13 @@ def test_another_tokenizer_makes_results_stale(measure: Measure, monkeypatch: py
     assert after.tokenizer == "another" != before.tokenizer
 
 
+def test_another_way_of_generating_makes_results_stale(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    (before,) = measure().tasks
+    monkeypatch.setattr(evaluate.checkpoint, "generation_fingerprint", lambda directory: "another")
+    (after,) = measure().tasks
+    assert after.generation == "another" != before.generation
+
+
 def test_the_mean_of_a_group_is_that_of_the_library(measure: Measure, llama: Path, own_tasks: Path) -> None:
     family = measure(names="sums").tasks
     model, tokenizer = load_model(llama, torch.device("cpu"), "float32"), load_tokenizer(llama)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import weights_of, write_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sppctl.inspect.inspect import MatrixSparsity, measure, recorded_patterns, sentence, verdict, violations
+from sppctl.inspect.inspect import (
+    MatrixSparsity,
+    measure,
+    patterns_text,
+    recorded_patterns,
+    sentence,
+    verdict,
+    violations,
+)
 from sppctl.pattern import Pattern
-from sppctl.pruners.masks import holds
+from sppctl.pruners.masks import holds, mask_by_row
 
 pattern = Pattern.parse
 
@@ -30,6 +40,25 @@ def saved(directory: Path, **tensors: Tensor) -> Path:
 
 def inspected(directory: Path, **tensors: Tensor) -> dict[str, MatrixSparsity]:
     return {matrix.name: matrix for matrix in measure(saved(directory, **tensors))[0]}
+
+
+def record(directory: Path, layers: list[str], text: str = "2:4") -> None:
+    """The record of pruning these layers."""
+    directory.mkdir(exist_ok=True)
+    content = {"metrics": {"layers": [{"name": name, "pattern": text} for name in layers]}}
+    (directory / "stage.json").write_text(json.dumps(content))
+
+
+def pruned(source: Path, directory: Path, text: str, *, along_first: bool) -> Path:
+    """A copy of a checkpoint, the matrices of its blocks pruned along the first or the last dimension."""
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    weights = weights_of(directory)
+    for name, weight in weights.items():
+        if weight.dim() == 2 and (".layers." in name or ".h." in name):
+            mask = mask_by_row((weight.t() if along_first else weight).abs().contiguous(), pattern(text))
+            weights[name] = (weight * (mask.t() if along_first else mask)).contiguous()
+    write_weights(weights, directory)
+    return directory
 
 
 TWO_OF_FOUR = rows("xx.. x..x ..xx .x.x", ".xx. x.x. .... x...")
@@ -131,6 +160,7 @@ def test_only_matrices_of_floating_point_are_measured(tmp_path: Path) -> None:
         experts=torch.zeros(2, 4, 8),
         packed=torch.zeros(4, 8, dtype=torch.int32),
         w=torch.ones(4, 8),
+        **{"experts.down_proj_bias": torch.zeros(4, 8), "experts.bias": torch.zeros(4, 8)},  # one row per expert
     )
     assert list(found) == ["experts", "w"]
 
@@ -140,6 +170,69 @@ def test_an_unusual_pattern_can_be_looked_for(text: str | None, found: tuple[str
     also = None if text is None else pattern(text)
     (matrix,), _ = measure(saved(tmp_path, w=rows("xx.xx.", "x..x..")), also)
     assert matrix.patterns == found
+
+
+# --- which dimension --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "along_first", "place"),
+    [("llama", False, None), ("llama", True, "first"), ("gpt2", True, None), ("gpt2", False, "last")],
+)
+def test_groups_run_along_the_input_features_of_the_model(
+    family: str, along_first: bool, place: str | None, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    measured, summary = measure(pruned(make_checkpoint(family), tmp_path, "2:4", along_first=along_first))
+    sparse = [matrix for matrix in measured if matrix.is_sparse]
+    assert len(sparse) == (14 if family == "llama" else 8)
+    assert {matrix.transposed for matrix in sparse} == {family == "gpt2"}
+    assert not any(matrix.transposed for matrix in measured if not matrix.is_sparse)  # embeddings
+    expected = f"2:4 along the {place} dimension, which no kernel uses"
+    lines = [] if place is None else [f"{matrix.name}: {expected}" for matrix in sparse]
+    assert violations(measured, pattern("2:4")) == lines
+    assert summary["patterns"] == (["2:4"] if place is None else [])
+    assert {patterns_text(matrix) for matrix in sparse} >= (
+        {"2:4 4:8 8:16"} if place is None else {f"(2:4 along the {place} dimension)"}
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "{",
+        "[]",
+        '{"model_type": "unheard_of"}',
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}',
+        '{"model_type": "gpt2", "n_head": 0}',
+        '{"model_type": "t5"}',
+    ],
+)
+def test_without_a_model_only_the_last_dimension_counts(
+    config: str | None, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    pruned(make_checkpoint("gpt2"), tmp_path, "2:4", along_first=True)
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    if config is None:
+        (tmp_path / "config.json").unlink()
+    else:
+        (tmp_path / "config.json").write_text(config)
+    problems = violations(measure(tmp_path)[0], pattern("2:4"))
+    assert problems[0].endswith("weight: 2:4 along the first dimension, which no kernel uses")
+    assert len(problems) == 8
+    pruned(make_checkpoint("llama"), tmp_path / "llama", "2:4", along_first=False)
+    (tmp_path / "llama/config.json").unlink()
+    assert violations(measure(tmp_path / "llama")[0], pattern("2:4")) == []
+
+
+def test_a_ratio_is_rounded_down_for_the_inputs_of_a_transposed_matrix(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    measured, _ = measure(pruned(make_checkpoint("gpt2"), tmp_path, "0.3", along_first=True))
+    widths = {matrix.name: (matrix.in_features, matrix.zeros) for matrix in measured}
+    assert widths["transformer.h.0.attn.c_attn.weight"] == (32, 9 * 96)  # of 96 stored columns, 28 * 32 would be more
+    assert violations(measured, pattern("0.3")) == []
+    assert len(violations(measured, pattern("0.32"))) == 8
 
 
 # --- a checkpoint -----------------------------------------------------------------------------------------------------
@@ -235,17 +328,50 @@ def test_a_model_that_is_half_dense_meets_no_expectation(tmp_path: Path) -> None
     tensors = dict.fromkeys(("model.layers.0.mlp.gate.weight", "lm_head.weight"), torch.ones(4, 16))
     tensors |= {"model.layers.0.self_attn.q_proj.weight": TWO_OF_FOUR}
     tensors |= {"model.layers.1.self_attn.q_proj.weight": torch.ones(2, 16)}
-    measured = list(inspected(tmp_path, **tensors).values())
-    assert violations(measured, pattern("2:4")) == [
+    cross_block = [
         "model.layers.1.self_attn.q_proj.weight: dense, though model.layers.0.self_attn.q_proj.weight is sparse"
     ]
-    assert violations(measured, pattern("2:4"), ["model.layers.0.self_attn.q_proj"]) == []  # pruned as it was asked
+    assert violations(list(inspected(tmp_path, **tensors).values()), pattern("2:4")) == cross_block
+    record(tmp_path, ["model.layers.0.self_attn.q_proj"])
+    assert violations(measure(tmp_path)[0], pattern("2:4")) == []  # pruned as it was asked
     # a checkpoint of the bare model leaves out the prefix
     listed = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "base.model.layers.0.mlp.gate"]
-    assert violations(measured, pattern("0.5"), listed) == [
+    record(tmp_path, listed)
+    assert sorted(violations(measure(tmp_path)[0], pattern("0.5"))) == [
         "model.layers.0.mlp.gate.weight: dense, though its record says that it was pruned",
         "model.layers.1.self_attn.q_proj.weight: dense, though its record says that it was pruned",
     ]
+    record(tmp_path, ["model.layers.0.self_attn.q_proj", "of.another.model"])
+    assert violations(measure(tmp_path)[0], pattern("2:4")) == cross_block, "a record that does not match is not used"
+
+
+def test_what_the_record_lists_is_sparse_however_few_its_zeros(llama: Path, tmp_path: Path) -> None:
+    directory = pruned(llama, tmp_path, "0.04", along_first=False)
+    assert violations(measure(directory)[0], pattern("0.04")) == ["no matrix is sparse at all"]
+    names = [name.removesuffix(".weight") for name in weights_of(directory) if "_proj" in name]
+    record(directory, names, "0.04")
+    measured, summary = measure(directory)
+    assert violations(measured, pattern("0.04")) == []
+    assert verdict(summary, pattern("0.04")) == "14 of 14 sparse matrices match 0.04"
+    record(directory, names[:-1], "0.04")
+    assert measure(directory)[1]["sparse_matrices"] == 13
+    assert violations(measured, pattern("0.1"))[0].endswith("is below 0.1")
+
+
+@pytest.mark.parametrize("build", [True, False])
+def test_listed_experts_are_found_under_the_names_of_the_checkpoint(
+    build: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = pruned(make_checkpoint("mixtral"), tmp_path, "2:4", along_first=False)
+    if not build:
+        (directory / "config.json").unlink()
+    record(directory, ["model.layers.0.mlp.experts.3.gate_proj", "model.layers.1.self_attn.q_proj"])
+    listed = {matrix.name for matrix in measure(directory)[0] if matrix.listed}
+    assert listed == (
+        {"model.layers.0.block_sparse_moe.experts.3.w1.weight", "model.layers.1.self_attn.q_proj.weight"}
+        if build
+        else set()
+    )
 
 
 def test_what_was_pruned_is_known_from_the_record_of_the_run(tmp_path: Path) -> None:
@@ -255,6 +381,9 @@ def test_what_was_pruned_is_known_from_the_record_of_the_run(tmp_path: Path) -> 
         (tmp_path / name / "stage.json").write_text(json.dumps({"metrics": metrics}))
     found = {"model.layers.0.fc": pattern("2:6")}
     assert recorded_patterns(tmp_path / "pruned") == recorded_patterns(tmp_path / "merged") == found
+    record(tmp_path / "base", [])
+    (tmp_path / "base/stage.json").write_text(json.dumps({"metrics": {"seconds": 1}}))
+    assert recorded_patterns(tmp_path / "base") is None, "a dense model that a run has unpacked"
     (tmp_path / "other").mkdir()
     assert recorded_patterns(tmp_path / "other") is None
     (tmp_path / "merged/stage.json").write_text("{")

@@ -22,6 +22,7 @@ from sppctl.model.checkpoint import (
     copy_for_rewriting,
     copy_side_files,
     fingerprint,
+    generation_fingerprint,
     load_config,
     load_gguf_config,
     load_model,
@@ -55,6 +56,16 @@ def test_further_files_lie_beside_their_configuration(names: object, llama: Path
         (other / file).write_text(before)
 
 
+def test_how_a_model_generates_has_a_hash_of_its_own(llama: Path, tmp_path: Path) -> None:
+    other = copy(llama, tmp_path / "copy")
+    before, weights = generation_fingerprint(other), fingerprint(other)
+    (other / "generation_config.json").write_text('{"suppress_tokens": [5]}')
+    assert generation_fingerprint(other) != before
+    assert fingerprint(other) == weights
+    (other / "generation_config.json").unlink()
+    assert generation_fingerprint(other) not in ("", before)
+
+
 def test_a_fingerprint_is_of_all_weights_and_the_configuration(
     llama: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -71,6 +82,11 @@ def test_a_fingerprint_is_of_all_weights_and_the_configuration(
     content = json.loads((configured / "config.json").read_text())
     (configured / "config.json").write_text(json.dumps(content | {"rope_theta": 5.0}))
     assert fingerprint(configured) != fingerprint(llama)
+    coded = copy(llama, tmp_path / "coded")
+    (coded / "modeling_own.py").write_text("SCALE = 1")
+    assert (first := fingerprint(coded)) != fingerprint(llama)
+    (coded / "modeling_own.py").write_text("SCALE = 2")
+    assert fingerprint(coded) != first
     shards = copy(source := make_checkpoint("llama", max_shard_size="20KB"), tmp_path / "shards")
     assert fingerprint(shards) == fingerprint(source)
     last = sorted(shards.glob("*.safetensors"))[-1]

@@ -26,6 +26,7 @@ from sppctl.model.targets import (
     select,
     stored_name,
     stored_parts,
+    tensor_names,
     unsupported_experts,
 )
 
@@ -282,6 +283,24 @@ def test_an_expert_that_is_missing(mixture: nn.Module, tmp_path: Path) -> None:
     files = files_with(tmp_path, f"{EXPERTS}.0.down_proj.weight", f"{EXPERTS}.2.down_proj.weight")
     with pytest.raises(UserError, match=rf"holds no tensor {EXPERTS}\.1\.down_proj\.weight"):
         stored_parts(files, mixture, f"{EXPERTS}.down_proj")
+
+
+def test_the_tensor_that_holds_each_target(mixture: nn.Module, tmp_path: Path) -> None:
+    mixture.get_submodule("model.layers.0.mlp").up = nn.Linear(6, 8)
+    targets = find_targets(mixture.get_submodule("model.layers"), "model.layers").values()
+    assert len(targets) == 3 * 3 + 1
+    one = [f"{EXPERTS}.{expert}.{part}_proj" for expert in range(3) for part in ("gate", "up")]
+    stored = [
+        f"{EXPERTS}.{expert}.{part}.weight".replace("mlp", "block_sparse_moe")
+        for expert in range(3)
+        for part in ("w1", "w3")
+    ]
+    files = files_with(tmp_path, *stored, f"{EXPERTS}.down_proj", "layers.0.mlp.up.weight")
+    expected = dict(zip(one, stored, strict=True))
+    expected |= {f"{EXPERTS}.{expert}.down_proj": f"{EXPERTS}.down_proj" for expert in range(3)}  # fused
+    assert tensor_names(files, mixture, targets) == expected | {"model.layers.0.mlp.up": "layers.0.mlp.up.weight"}
+    files = files_with(tmp_path, *stored)
+    assert tensor_names(files, mixture, targets) == dict(zip(one, stored, strict=True)), "the others are not there"
 
 
 def test_the_place_of_a_part() -> None:

@@ -198,6 +198,16 @@ def test_runs_computed_in_several_dtypes_say_so() -> None:
     assert [row.settings for row in rows] == [{"model.compute_dtype": dtype} for dtype in dtypes]
 
 
+def test_perplexities_of_other_tokens_have_other_names() -> None:
+    same, other = (study_of(base=[text(4.0, tokens_hash=h)], merged=[text(5.0, tokens_hash=h)]) for h in ("a" * 8, "b"))
+    rows = Study([same, other]).rows
+    names = [[quantity.label for quantity in row.values] for row in rows]
+    assert names == [["ppl prose @64, tokens aaaaaaaa"]] * 2 + [["ppl prose @64, tokens b"]] * 2
+    assert [list(row.difference.values()) for row in rows] == [[], [1.0], [], [1.0]]
+    assert all(row.difference.keys() <= row.values.keys() for row in rows)
+    assert [quantity.label for row in Study([same, same]).rows for quantity in row.values] == ["ppl prose @64"] * 4
+
+
 def test_a_checkpoint_that_runs_share_is_there_once(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("one", "two")]
     fingerprint = load(runs[0], "pruned").fingerprint
@@ -294,5 +304,5 @@ def test_everything_is_computed_once(folder: Path, monkeypatch: pytest.MonkeyPat
     # three checkpoints in each run; a text and seven tasks of three pairs in each, and of three pairs of runs; pruned
     # checkpoints over four runs, merged ones over two ranks
     assert calls.pop("resampled_means") == 8 * (4 * 3 + 3)
-    assert calls == {"Row": 4 * 3, "distinguish": 4, "read_samples": 4 * 3, "OverSeeds": 1 + 2}
+    assert calls == {"Row": 4 * 3, "distinguish": 4 + 1, "read_samples": 4 * 3, "OverSeeds": 1 + 2}
     assert np.isfinite([entry.paired.p for entry in found.comparisons[0].entries if entry.paired]).all()

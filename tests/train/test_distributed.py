@@ -177,6 +177,7 @@ def test_several_processes_train_what_one_does(
     one, expected = alone(dtype, *more)
     metrics = from_json(TrainRecord, json.loads(done.stdout)["metrics"])
     assert len(figures(metrics, "loss")) == 3 * 3
+    assert metrics.tokens == expected.tokens
     assert figures(metrics, "loss") == pytest.approx(figures(expected, "loss"), abs=1e-4)
     assert figures(metrics, "grad_norm") == pytest.approx(figures(expected, "grad_norm"), rel=1e-2)
     assert metrics.validation_loss == pytest.approx(expected.validation_loss, abs=1e-4)

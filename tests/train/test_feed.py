@@ -10,6 +10,7 @@ import pytest
 from fitting import Configure
 
 from sppctl.config.load import load_config
+from sppctl.data.batches import num_tokens
 from sppctl.data.instructions import IGNORED
 from sppctl.model import checkpoint
 from sppctl.train.feed import Feed
@@ -49,6 +50,8 @@ def test_each_step_has_the_same_examples_in_all_processes(
             assert sorted(number for number in seen if number >= 0) == sorted(whole[step])
             fillers = [batch for part in parts for batch in part if set(batch["examples"]) == {-1}]
             assert all((batch["labels"] == IGNORED).all() for batch in fillers)
+            tokens = sum(num_tokens(batch) for part in parts for batch in part)
+            assert tokens == sum(feed.train.lengths[number] for number in whole[step])
         held_out = [number for rank in range(processes) for number in share_of_validation(feed, rank, monkeypatch)]
         assert sorted(number for number in held_out if number >= 0) == [0, 1, 2]
 
