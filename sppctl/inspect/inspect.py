@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl.files.names import DIRECTORIES, RECORD
 from sppctl.files.safe_files import TensorFiles
 from sppctl.inspect.layout import layout
+from sppctl.model import find
 from sppctl.pattern import Pattern
 from sppctl.pruners.masks import holds
 
@@ -160,10 +160,7 @@ def _in_any_block(name: str) -> str:
 
 def recorded_patterns(directory: Path) -> dict[str, Pattern] | None:
     """The pattern of each pruned module, from the record of a checkpoint or its run; None if there is no record."""
-    records = [directory / RECORD] if (directory / RECORD).is_file() else []
-    if records and directory.name == DIRECTORIES["merge"]:  # not the dense model that a run unpacks beside it
-        records.append(directory.parent / DIRECTORIES["prune"] / RECORD)
-    for path in records:
+    for path in find.pruning_records(directory):
         try:
             layers = json.loads(path.read_text())["metrics"]["layers"]
             return {str(layer["name"]): Pattern.parse(layer["pattern"]) for layer in layers}

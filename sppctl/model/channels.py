@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sppctl.files import sealed
-from sppctl.files.names import DIRECTORIES, RECORD
+from sppctl.model import find
 
 
 def order_of(checkpoint: str | Path | None) -> str | None:
@@ -33,11 +33,8 @@ def order_of(checkpoint: str | Path | None) -> str | None:
 
 
 def _pruning_of(directory: Path) -> dict[str, Any] | None:
-    """The record of the pruning of a checkpoint: its own, or that beside it."""
-    for folder in (directory, directory.parent / DIRECTORIES["prune"]):
-        if not (folder / RECORD).is_file():
-            return None
-        content = sealed.read(folder / RECORD, "check it, or take another checkpoint")
+    for path in find.pruning_records(directory):
+        content = sealed.read(path, "check it, or take another checkpoint")
         if content.get("stage") == "prune":
             return content
     return None

@@ -81,6 +81,18 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return next((directory for directory in checkpoints if (directory / RECORD).is_file()), None)
 
 
+def pruning_records(checkpoint: Path) -> list[Path]:
+    """The records among which that of a checkpoint's pruning is, if it has one: its own, and of a merged one its run's.
+
+    The dense model that a run unpacks beside them was not pruned.
+    """
+    if not (checkpoint / RECORD).is_file():
+        return []
+    of_run = checkpoint.parent / DIRECTORIES["prune"] / RECORD
+    is_merged = checkpoint.name == DIRECTORIES["merge"] and of_run.is_file()
+    return [checkpoint / RECORD, *([of_run] if is_merged else [])]
+
+
 def directory_of(path: str, gguf_file: str | None = None, revision: str | None = None, *, key: str) -> Path:
     """Like :func:`locate`, but of any directory, whatever it holds."""
     if path.startswith("package:"):
