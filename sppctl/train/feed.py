@@ -196,10 +196,7 @@ class Feed:
         # leakage can be rounded away
         last = len(self.train) - 1
         pairs = [
-            (
-                self.train[place].input_ids[:CHECKED_TOKENS],
-                self.train[last - place].input_ids[-CHECKED_TOKENS:],
-            )
+            (self.train[place].input_ids[:CHECKED_TOKENS], self.train[last - place].input_ids[-CHECKED_TOKENS:])
             for place in range(min(CHECKED_PAIRS, len(self.train)))
         ]
         for role, module in {"model": model, "teacher": teacher}.items():
