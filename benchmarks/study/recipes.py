@@ -115,16 +115,13 @@ ROWS: dict[str, tuple[Row, ...]] = {
         SPARSEGPT,
         Row("owl", "blocks with fewer outliers lose more (OWL)", {"prune.allocation": "owl"}, "sparsegpt"),
         Row("narrow", "zeros chosen in 16 columns at a time, not 128", {"prune.block_size": "16"}, "owl"),
-        *(
-            replace(row, after=row.after or "narrow", seeds=SEEDS if row.name == "distilled" else (0,))
-            for row in HEALED
-        ),
-        Row("windows", "twice the calibration windows, half the epochs of reconstruction", WINDOWS, "distilled"),
+        *(replace(row, after=row.after or "narrow") for row in HEALED),
+        Row("windows", "twice the calibration windows, half the epochs of reconstruction", WINDOWS, "distilled", SEEDS),
     ),
 }
 SHIPPED = {  # configs/recipes/NAME.yaml: the pattern and the row that it repeats
     "best-2of4": ("2:4", "windows"),
-    "best-75": ("0.75", "distilled"),
+    "best-75": ("0.75", "windows"),
     "fast-2of4": ("2:4", "permuted-fast"),
     "paper-2of4": ("2:4", "paper"),
 }
