@@ -21,7 +21,7 @@ from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.machine import dtype_name
 from sppctl.merge.adapter import EMBEDDINGS, Adapter
 from sppctl.merge.rules import MERGERS, check_mask, merged_weight, prove
-from sppctl.model import channels, checkpoint
+from sppctl.model import channel_order, checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.refreshed import REFRESHED, RefreshedFiles
 from sppctl.model.targets import stored_name
@@ -197,8 +197,8 @@ def _check_digest(trained: Path, adapter: Adapter, source: TensorFiles, stored: 
 
 def _check_order(trained: Path, adapter: Adapter, pruned: Path) -> None:
     """Raises UserError if channels were reordered in pruning, and an adapter is not known to be trained after it."""
-    order, base = channels.order_of(pruned), str(adapter.settings.get("base_model_name_or_path") or "")
-    if order is None or "mask_digest" in adapter.settings or channels.order_of(base) == order:
+    order, base = channel_order.order_of(pruned), str(adapter.settings.get("base_model_name_or_path") or "")
+    if order is None or "mask_digest" in adapter.settings or channel_order.order_of(base) == order:
         return
     raise UserError(
         f"{trained} was trained on {base or 'a model that it does not name'}, and {pruned} has its channels in another "

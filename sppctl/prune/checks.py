@@ -13,7 +13,7 @@ from sppctl.data import vocabulary
 from sppctl.errors import Problems, UserError
 from sppctl.files.disk import demand_space
 from sppctl.files.safe_files import TensorFiles
-from sppctl.model import channels, checkpoint, find
+from sppctl.model import channel_order, checkpoint, find
 from sppctl.model.blocks import Decoder, Skeleton, refuse_quantised
 from sppctl.model.estimate import Work
 from sppctl.model.targets import Target
@@ -216,7 +216,7 @@ def _check_mask(config: Config, targets: dict[str, Target], patterns: dict[str, 
         files = TensorFiles(find.locate(prune.mask_from, key="prune.mask_from"))
     except UserError as error:
         raise error.under("prune.mask_from") from error
-    if channels.order_of(files.directory) != channels.order_of(config.model.path):
+    if channel_order.order_of(files.directory) != channel_order.order_of(config.model.path):
         problem = f"{files.directory} has its channels in another order than the model (prune.permute_channels)"
         raise UserError("prune.mask_from", problem, "prune it without, and take that mask")
     parameters = dict.fromkeys(f"{target.owner}.{target.parameter}" for target in targets.values())

@@ -269,10 +269,10 @@ def _error_of_block(stack: Decoder, index: int, first: Activations, orders: Orde
     inputs = first.hidden[:1].to(stack.device).float()
     added = call(block, inputs) - inputs
     prefix = f"{stack.blocks_name}.{index}."
-    for name, of_parameter in inverse(orders).items():
-        if name.startswith(prefix):
-            parameter = block.get_parameter(name.removeprefix(prefix))
-            parameter.data = reordered(parameter.data, of_parameter)
+    own = {name.removeprefix(prefix): order for name, order in orders.items() if name.startswith(prefix)}
+    for name, former in inverse(own).items():
+        parameter = block.get_parameter(name)
+        parameter.data = reordered(parameter.data, former)
     before = _put(inputs, None if hidden is None else hidden.argsort())
     return _error(added[0], _put(call(block, before) - before, hidden)[0])
 

@@ -31,7 +31,7 @@ from sppctl import distributed
 from sppctl.config.settings import Config, DistillConfig
 from sppctl.errors import UserError
 from sppctl.files import integrity
-from sppctl.model import channels, checkpoint, find, packed_model
+from sppctl.model import channel_order, checkpoint, find, packed_model
 from sppctl.model.blocks import Skeleton
 from sppctl.model.weights import check_directory
 from sppctl.records import DistillationRecord
@@ -67,7 +67,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
         raise UserError(
             f"train.distill.hidden: {teacher} has {shapes[0]}, the model {shapes[1]}; set it to 0 for this teacher"
         )
-    if config.train.distill.hidden and channels.order_of(directory) != channels.order_of(config.model.path):
+    if config.train.distill.hidden and channel_order.order_of(directory) != channel_order.order_of(config.model.path):
         raise UserError(
             f"train.distill.hidden: {teacher} has its channels in another order than the model "
             "(prune.permute_channels); set it to 0 for this teacher"

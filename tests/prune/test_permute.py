@@ -26,7 +26,7 @@ import sppctl
 from sppctl.errors import StageError, UserError
 from sppctl.files import sealed
 from sppctl.files.safe_files import OwnFiles
-from sppctl.model import channels
+from sppctl.model import channel_order
 from sppctl.model.blocks import Skeleton
 from sppctl.pattern import Pattern
 from sppctl.prune import permute
@@ -344,12 +344,12 @@ def test_a_model_pruned_further_has_the_order_of_the_first(
 ) -> None:
     further = [str(config_file), f"run.dir={tmp_path / 'further'}", f"model.path={permuted}", "prune.keep_zeros=true"]
     assert command("prune", *further).code == 0
-    assert channels.order_of(tmp_path / "further/pruned") == channels.order_of(permuted)
-    assert channels.order_of(permuted) is not None
+    assert channel_order.order_of(tmp_path / "further/pruned") == channel_order.order_of(permuted)
+    assert channel_order.order_of(permuted) is not None
     unpacked = Path(shutil.copytree(llama, permuted.parent / "base"))  # as of a GGUF file, with a record of its own
     sealed.write(unpacked / "stage.json", {"stage": "base"})
-    assert channels.order_of(unpacked) is None
-    assert channels.order_of(llama) is None
+    assert channel_order.order_of(unpacked) is None
+    assert channel_order.order_of(llama) is None
     refused = command("train", *further, f"train.distill.teacher={llama}", "train.distill.hidden=1")
     assert refused.code == 2
     assert "train.distill.hidden: " in refused.err
