@@ -86,6 +86,17 @@ def test_every_cell_has_a_name_of_its_own_and_the_number_of_cells_is_known_befor
     assert len(names) == len(set(names)) == cells.count(FULL)
 
 
+def test_what_a_claim_compares_has_every_seed() -> None:
+    """DSnoT and LoRA are claimed to be worse at 75 % zeros only; SPP is compared with the pruned model everywhere."""
+    found = claims.Findings(FULL, filled(lambda _: [1.0, 2.0]))
+    assert all(verdict.verdict not in (claims.OPEN, claims.HOLDS) for verdict in found.verdicts()[:-1])
+    assert not any("not measured" in number for verdict in found.verdicts() for number in verdict.numbers)
+    assert not any("1 seed" in number for verdict in found.verdicts() for number in verdict.numbers)
+    for kind, seeds in (("spp", 3), ("pruned", 3), ("lora", 1), ("dsnot", 1)):
+        assert sum(one is not None for one in found.of("wanda", "2:4", kind)) == seeds
+        assert sum(one is not None for one in found.of("sparsegpt", "2:8", kind)) == 3
+
+
 def test_nothing_is_trained_at_a_rate_before_all_its_trials_are_measured() -> None:
     trials = {name: trial(1.0) for name in TUNED}
     assert cells.chosen_rate(FULL, trials, "spp", "2:8") is not None

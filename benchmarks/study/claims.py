@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from cells import ABLATIONS, FULL, Record, Records, Scale, cell_name
+from cells import ABLATIONS, CLAIMED_AT, FULL, Record, Records, Scale, cell_name
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -164,7 +164,7 @@ class Findings:
 
     def beats(self, other: str, title: str) -> Verdict:
         """SPP is better than a baseline at 75 %, in both patterns."""
-        patterns = [pattern for pattern in ("0.75", "2:8") if pattern in self.scale.patterns]
+        patterns = [pattern for pattern in CLAIMED_AT if pattern in self.scale.patterns]
         found = {
             f"{pruner}, {percent(pattern)}": self.difference(pruner, pattern, other, "spp")
             for pruner in self.scale.pruners

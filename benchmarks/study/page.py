@@ -81,8 +81,8 @@ of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the fir
 WikiText-2's test split in windows of 2,048, and {rows} rows of Alpaca that no training reads, prompts included. Losses
 are in nats per token. Intervals are 95 % intervals of a bootstrap over windows or rows, paired where two checkpoints
 are compared, with the seeds averaged in each of them. A seed changes the calibration windows, the initialisation, and
-which rows are read in which order. N:M means that N weights are kept in every M; percentages are shares of zeros. LoRA*
-is LoRA merged with the mask put back."""
+which rows are read in which order; what no claim is about has one seed. N:M means that N weights are kept in every M;
+percentages are shares of zeros. LoRA* is LoRA merged with the mask put back."""
 
 
 def _claims(findings: Findings) -> str:
