@@ -57,6 +57,8 @@ def test_a_model_in_memory_is_measured(llama: Path, text_file: Path) -> None:
     [
         ({"seq_len": 10**6}, "eval.seq_len: 1000000 exceeds"),
         ({"perplexity": ["nothing.txt"]}, "nothing.txt"),
+        ({"perplexity": ["alpaca"]}, "eval.perplexity: alpaca has only rows for training; use instructions"),
+        ({"stride": 65, "seq_len": 64}, "eval.stride: 65 would skip tokens between windows of 64; set at most 64"),
         ({"windows": 2}, "eval.windows: unknown key"),
         ({"divergence": "base"}, "eval.divergence: needs the checkpoints"),
     ],
@@ -65,3 +67,12 @@ def test_wrong_measures_are_refused(llama: Path, options: dict[str, object], mes
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     with pytest.raises(UserError, match=message):
         evaluate_model(model, tokenizer, **options)
+
+
+def test_tokens_beyond_the_embedding_are_refused(llama: Path, text_file: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
+    model.resize_token_embeddings(8)
+    with pytest.raises(
+        UserError, match=f"^eval.perplexity: {text_file}: token id .* is beyond the model's 8 embeddings"
+    ):
+        evaluate_model(model, tokenizer, perplexity=[str(text_file)], seq_len=32)

@@ -200,7 +200,7 @@ class _Reader:
                 self.problems.add("command line", f"{key.strip():.60}...: unknown key{SEE_SCHEMA}")
             else:
                 with self.problems:
-                    value, node = parse_yaml(text, f"command line: {key.strip()}"), tree
+                    value, node = _value(key.strip(), text), tree
                     for parent in parents:
                         if not isinstance(node.get(parent), dict):
                             node[parent] = {}
@@ -223,6 +223,8 @@ class _Reader:
                 values[name] = self.build(hints[name], value, f"{key}.")
             else:
                 try:
+                    if fields[name].metadata["sentences"] and isinstance(value, str):
+                        value = [value]
                     converted = _known_or_converted(value, hints[name], fields[name].metadata["plugins"])
                     if fields[name].metadata["path"]:
                         converted = _expanded(converted)
@@ -236,6 +238,15 @@ class _Reader:
         """Adds a problem; its source is the command line if it set this key, a part of it, or its section."""
         related = [name for name in self.overridden if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
         self.problems.add("command line" if related else self.file, f"{key}: {problem}")
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of ``key=text``; UserError if YAML ends or changes an unquoted text, as at `` #``, without an error."""
+    value, bare = parse_yaml(text, f"command line: {key}"), text.strip(" ")
+    is_changed = value != bare if isinstance(value, str) else value is None and bare.startswith("#")
+    if is_changed and bare[0] not in "\"'|>!&":
+        raise UserError(f"command line: {key}", f"YAML reads only {shown(value)}", f"quote it: '{key}=\"...\"'")
+    return value
 
 
 def _suggestion(key: str) -> str:

@@ -34,6 +34,7 @@ def _key(
     path: bool = False,
     plugins: str | None = None,
     later: bool = False,
+    sentences: bool = False,
     **bounds: float,
 ) -> Any:
     """A key of the configuration.
@@ -46,18 +47,21 @@ def _key(
         plugins: the group of :mod:`sppctl.plugins` whose names are valid, too.
         later: whether there are records from before it existed: they have no such key, and neither have newer ones
             where it has its default, so that their fingerprints are the same.
+        sentences: whether it is a list of texts with commas: a single text is one of them.
         bounds: its :data:`BOUNDS`.
     """
     metadata = {"meaning": meaning, "affects_result": affects_result, "path": path, "plugins": plugins}
-    metadata |= {"later": later, "bounds": bounds}
+    metadata |= {"later": later, "sentences": sentences, "bounds": bounds}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _runtime(default: Any, meaning: str, *, path: bool = False, **bounds: float) -> Any:
+def _runtime(default: Any, meaning: str, *, path: bool = False, sentences: bool = False, **bounds: float) -> Any:
     """A key that cannot change a result: how or where something is computed."""
-    return _key(default, meaning, affects_result=False, path=path, plugins=None, later=False, **bounds)
+    return _key(
+        default, meaning, affects_result=False, path=path, plugins=None, later=False, sentences=sentences, **bounds
+    )
 
 
 @dataclass(frozen=True)
@@ -374,7 +378,7 @@ class EvalConfig:
 
     perplexity: list[str] = _key(
         ["wikitext2"],
-        "texts: wikitext2, c4 (validation), instructions, prose, alpaca, or a local file or folder of texts",
+        "texts: wikitext2, c4 (validation), instructions, prose, a hub id (its split test), or a local file or folder",
         path=True,
     )
     seq_len: int | None = _key(None, "perplexity window in tokens; null: min(2048, limit of the model)", low=2)
@@ -410,6 +414,7 @@ class EvalConfig:
             "Write a short story about a lighthouse keeper.",
         ],
         "base, pruned and merged continue each of these for the report; []: no samples",
+        sentences=True,
     )
 
 

@@ -149,3 +149,8 @@ def dump_yaml(value: Any, *, flow: bool = False) -> str:
     width = math.inf if flow else 120
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=width)
     return text.removesuffix("...\n")  # after a scalar
+
+
+def inline(value: Any) -> Any:
+    """A value for a line of text: a mapping as YAML, anything else as it is."""
+    return dump_yaml(value, flow=True).strip() if isinstance(value, dict) else value

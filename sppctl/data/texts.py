@@ -66,6 +66,8 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     Raises:
         UserError: the source or column does not exist, or holds no text.
     """
+    if name == "alpaca" and split == "test":
+        raise UserError(key, "alpaca has only rows for training", "use instructions, or a file of rows")
     path = None if name in _TEXTS else local_file(name, key)
     has_no_columns = name in _TEXTS or (path is not None and path.is_file() and _form(path) not in READERS)
     if column is not None and has_no_columns:
@@ -362,10 +364,10 @@ def _loading(dataset: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # the second line lists the available configurations
         reason = " ".join(lines[:2]) + "; write NAME:CONFIG" if "Config name is missing" in lines[0] else lines[0]
-        raise UserError(
-            f"dataset {dataset} could not be loaded: {reason}; check the name and the network, download it first on a "
-            "machine with network access, or give a local file"
-        ) from error
+        fix = "check the name and the network, download it first on a machine with network access, or give a local file"
+        if "Unknown split" in reason:
+            fix = "name a split that it has, or give a local file"
+        raise UserError(f"dataset {dataset} could not be loaded: {reason}; {fix}") from error
 
 
 def _first(rows: Iterable[Row]) -> Iterator[Row]:

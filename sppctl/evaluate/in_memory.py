@@ -13,6 +13,7 @@ from peft import PeftModel
 from sppctl import distributed
 from sppctl.config.load import config_of
 from sppctl.config.settings import Config
+from sppctl.data import vocabulary
 from sppctl.errors import UserError
 from sppctl.evaluate import perplexities, stage
 from sppctl.evaluate import tasks as benchmarks
@@ -37,7 +38,7 @@ def evaluate_model(
     Args:
         model: in memory, on one device or spread over several.
         tokenizer: of the model.
-        perplexity: texts: wikitext2, c4, instructions, prose, alpaca, or a local text file.
+        perplexity: texts: wikitext2, c4, instructions, prose, a hub id, or a local text file.
         tasks: zeroshot, mmlu, wikitext, or any lm-eval task or group.
         seed: of few-shot examples.
         label: name of the model in messages.
@@ -62,6 +63,7 @@ def evaluate_model(
     limit = checkpoint.max_window(model.config)
     window = config.eval.seq_len or min(stage.DEFAULT_WINDOW, limit or stage.DEFAULT_WINDOW)
     checkpoint.check_window("eval.seq_len", window, model.config)
+    stage.check_stride(config.eval.stride, window)
     was_training = model.training
     model.eval()
     try:
@@ -86,6 +88,7 @@ def _results(config: Config, model: Any, tokenizer: Any, window: int, label: str
     for text in config.eval.perplexity:
         measure = TextMeasure(text, window, config.eval.stride, config.eval.max_tokens)
         windows = perplexities.windows_of(config, tokenizer, measure, model.device)
+        vocabulary.check(windows.tokens, tokenizer, vocabulary.embeddings(model), f"eval.perplexity: {text}")
         numbers = perplexities.measure(model, windows, measure, label=label, dense=None)
         results.append(TextResult(measure, numbers))
     with tempfile.TemporaryDirectory(prefix="sppctl-") as folder:

@@ -61,11 +61,18 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
         _check_chat(config, tokenizer, vocabulary.embeddings(skeleton.model))
     with problems:
         harness.check_tasks(settings.tasks, settings.include_path, tokenizer)
-    if settings.stride is not None and settings.stride > window:
-        problem = f"{settings.stride} would skip tokens between windows of {window}"
-        problems.add("eval.stride", problem, f"set at most {window}")
+    with problems:
+        check_stride(settings.stride, window)
     problems.raise_all()
     return Work(", ".join([*settings.perplexity, *(f"{name} (not counted)" for name in settings.tasks)]), tokens)
+
+
+def check_stride(stride: int | None, window: int) -> None:
+    """Raises UserError if windows so far apart leave out tokens."""
+    if stride is not None and stride > window:
+        raise UserError(
+            "eval.stride", f"{stride} would skip tokens between windows of {window}", f"set at most {window}"
+        )
 
 
 def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) -> float:

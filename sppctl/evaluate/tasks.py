@@ -50,7 +50,8 @@ def is_current(config: Config, result: TaskResult) -> bool:
 def has_samples(result: TaskResult, folder: Path) -> bool:
     """Whether the files of samples are those of a result, and not of the same task with other settings."""
     return all(
-        (path := folder / _samples_name(result.numbers, task)).is_file() and _content_hash(path.read_bytes()) == digest
+        (path := folder / _samples_name(result.measure, result.numbers, task)).is_file()
+        and _content_hash(path.read_bytes()) == digest
         for task, digest in result.numbers.samples_hash.items()
     )
 
@@ -64,7 +65,7 @@ def measure(
 ) -> TaskNumbers:
     """Runs one task; all processes take part.
 
-    ``samples``: directory for the records of samples, ``TASK.jsonl`` or with examples ``TASK.5-shot.jsonl``.
+    ``samples``: directory for the records of samples, ``TASK.jsonl``, or for example ``TASK.5-shot.limit-20.jsonl``.
     """
     name = measure.task
     console.note(f"{label}: {title_of(replace(measure, group=None))}")
@@ -78,7 +79,7 @@ def measure(
     for task, rows in logged.items():
         lines = "".join(strict_json.dumps(row) + "\n" for row in rows)
         if distributed.is_main():
-            disk.write(samples / _samples_name(numbers, task), lines)
+            disk.write(samples / _samples_name(measure, numbers, task), lines)
         hashes[task] = _content_hash(lines.encode())
     groups, members = _groups_and_size(config, measure)
     return replace(numbers, groups=groups, members=members, samples_hash=hashes)
@@ -105,7 +106,12 @@ def reused(config: Config, measure: TaskMeasure, results: Iterable[TaskResult]) 
     return None
 
 
-def _samples_name(numbers: TaskNumbers, task: str) -> str:
-    """The file of a task's samples, one per number of examples: groups may use the task with different numbers."""
+def _samples_name(measure: TaskMeasure, numbers: TaskNumbers, task: str) -> str:
+    """The file of a task's samples; those of a quick trial do not take the place of those of a long evaluation."""
     count = numbers.tasks[task].num_fewshot if task in numbers.tasks else None
-    return paths.file_stem(re.sub(r"[^\w.:-]+", "-", task)) + (f".{count}-shot" if count else "") + ".jsonl"
+    marks = [f".{count}-shot"] if count else []
+    marks += [f".limit-{measure.limit}"] if measure.limit is not None else []
+    marks += [".chat"] if measure.chat_template else []
+    if measure.system_prompt is not None:
+        marks.append(f".prompt-{_content_hash(measure.system_prompt.encode())[:8]}")
+    return paths.file_stem(re.sub(r"[^\w.:-]+", "-", task)) + "".join(marks) + ".jsonl"

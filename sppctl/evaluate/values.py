@@ -27,9 +27,10 @@ CIRCUMSTANCES = {
     "seed": "seed {}",
     "tasks": "task files {:.8}",
     "prompt": "system prompt {:.8}",
+    "batch": "batch size {}",
     "dtype": "computed in {}",
 }
-OF_TEXTS = ("text", "tokens")  # circumstances in which numbers are never compared
+OF_CONTENT = ("text", "tokens", "tasks", "prompt")  # what is measured: numbers of different contents are never compared
 SHARES = {"exact match", "quasi exact match", "prefix exact match", "quasi prefix exact match", "em", "f1"}
 
 
@@ -226,10 +227,13 @@ def _of_family(family: list[TaskResult]) -> Iterator[Value]:
     else:
         members, mean = numbers.members, group_mean(family, measure.group)
         mean_name = "mean" if len(family) == members else f"mean of {len(family)} of {members} tasks"
-    yield _mean(Quantity(ACC, title, mean=mean_name), mean, family)
+    if mean:  # the tasks have a metric in common
+        yield _mean(Quantity(ACC, title, mean=mean_name), mean, family)
     if members <= SHOWN:
         for task, result in tasks:
             yield _of_task(title, task, task, result)
+        return
+    if measure.group is not None and len(family) < members:  # nothing says how many tasks a part should have
         return
     for part in dict.fromkeys(part for result in family for part in list(result.numbers.groups)[1:]):
         members_of_part = [result for result in family if part in result.numbers.groups]
@@ -268,6 +272,7 @@ def _circumstances(results: list[TaskResult]) -> dict[str, str]:
             "seed": str(measure.seed) if any(draws_examples(result) for result in results) else None,
             "prompt": None if prompt is None else hashlib.sha256(prompt.encode()).hexdigest(),
             "tasks": files[0] if files else None,
+            "batch": None if measure.batch_size is None else str(measure.batch_size),
             "dtype": " and ".join(sorted(dtypes)) or None,
         }
     )

@@ -28,7 +28,8 @@ ROUNDING = 1e-12  # two means of the same numbers may differ by this
 
 Floats = NDArray[np.float64]
 Sample = dict[str, Any]  # one line of eval/LABEL.samples/TASK.jsonl
-Measured = tuple[TaskMeasure, str | None]  # must be equal for samples to be compared: task, settings and dtype
+# must be equal for samples to be compared: the task with its settings, the dtype, and the content of the task's files
+Measured = tuple[TaskMeasure, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _comparable(result: TaskResult, task: str) -> Measured:
     count = result.numbers.tasks[task].num_fewshot if task in result.numbers.tasks else None
     seed = measure.seed if draws_examples(result) else None
     shots = measure.num_fewshot if count is None else count
-    return replace(measure, task=task, group=None, num_fewshot=shots, seed=seed), result.dtype
+    files = (result.numbers.sources or {}).get("digest")
+    return replace(measure, task=task, group=None, num_fewshot=shots, seed=seed), result.dtype, files
 
 
 def _groups(result: TaskResult, results: list[TaskResult]) -> dict[str, Group]:
@@ -267,6 +269,6 @@ def compare_texts(first: list[TextResult], second: list[TextResult]) -> list[Ent
     return entries
 
 
-def _comparable_text(result: TextResult) -> tuple[TextMeasure, str | None, str | None]:
-    """What must be equal for windows to be compared: text, settings and dtype."""
-    return result.measure.windows, result.numbers.documents_hash, result.dtype
+def _comparable_text(result: TextResult) -> tuple[TextMeasure, *tuple[str | None, ...]]:
+    """What must be equal for windows to be compared: text, settings, tokens and dtype."""
+    return result.measure.windows, result.numbers.documents_hash, result.numbers.tokens_hash, result.dtype

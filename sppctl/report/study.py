@@ -18,9 +18,9 @@ from pathlib import Path
 from sppctl.config import recorded
 from sppctl.config.load import config_keys, flatten, result_keys
 from sppctl.config.settings import Config
-from sppctl.config.yaml12 import dump_yaml, parse_yaml, read_text
+from sppctl.config.yaml12 import dump_yaml, inline, parse_yaml, read_text
 from sppctl.evaluate.results import Json, Results
-from sppctl.evaluate.values import OF_TEXTS, Kind, Quantity, Value, distinguish, values_of
+from sppctl.evaluate.values import OF_CONTENT, Kind, Quantity, Value, distinguish, values_of
 from sppctl.files.names import RESOLVED
 from sppctl.records import LayerRecord, Sample, to_json
 from sppctl.report import records, significance
@@ -240,7 +240,7 @@ class OverSeeds:
 def _apart(rows: Sequence[Row]) -> list[Row]:
     """The rows of several runs; perplexities on other texts or other tokens have other names."""
     values = {str(place): row.values.values() for place, row in enumerate(rows)}
-    named, _ = distinguish(values, None, OF_TEXTS)
+    named, _ = distinguish(values, None, OF_CONTENT)
     result = []
     for row, renamed in zip(rows, named.values(), strict=True):
         names = dict(zip(row.values, renamed, strict=True))
@@ -271,7 +271,9 @@ class Study:
         if len(self.runs) == 1:
             return self.runs[0].rows
         trees = [parse_yaml(run.config or "", f"{run.directory}/{RESOLVED}") for run in self.runs]
-        configs = [flatten(recorded.completed(tree)) if isinstance(tree, dict) else {} for tree in trees]
+        configs = [
+            flatten(recorded.completed(tree), keys=config_keys()) if isinstance(tree, dict) else {} for tree in trees
+        ]
         # only keys that can change weights: results record their dtype and their settings
         relevant = {*flatten(result_keys(Config()))} - {*IN_ROWS, COMPUTED}
         settings_of = {k: [config[k] for config in configs if k in config] for k in config_keys() if k in relevant}
@@ -285,7 +287,7 @@ class Study:
         for run, config in zip(self.runs, configs, strict=True):
             for row in run.rows:
                 depends = DEPENDS.get(row.checkpoint, "")
-                settings = {key: config[key] for key in keys if key in config and key.startswith(depends)}
+                settings = {key: inline(config[key]) for key in keys if key in config and key.startswith(depends)}
                 identity = (row.checkpoint, row.fingerprint, row.method, row.pattern, settings, row.values)
                 if row.fingerprint is None or row.checkpoint not in SHAREABLE or identity not in seen:
                     rows.append(replace(row, settings=settings))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from sppctl.config.load import config_keys, flatten, result_keys, to_dict
 from sppctl.config.recorded import completed
 from sppctl.config.settings import Config
-from sppctl.config.yaml12 import dump_yaml
+from sppctl.config.yaml12 import inline
 from sppctl.files import sealed
 from sppctl.files.names import CHECKPOINTS, JOURNAL, NOTE, WORKING
 from sppctl.records import Attempt, Settings, from_json, to_json
@@ -72,7 +71,7 @@ def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | No
     keys = config_keys()
     old, new = (flatten(completed(attempt.settings), keys=keys) for attempt in (before, current))
     changed = [
-        f"{key} = {_shown(old.get(key))}, now {_shown(new.get(key))}"
+        f"{key} = {inline(old.get(key))}, now {inline(new.get(key))}"
         for key in old | new
         if old.get(key) != new.get(key)
     ]
@@ -81,7 +80,3 @@ def differences(before: Attempt, settings: Settings, inputs: dict[str, str] | No
         names = {name: before.inputs[name] for name in before.inputs.keys() & current.inputs.keys()}
     changed += [f"other {name} content" for name in names if before.inputs.get(name) != current.inputs.get(name)]
     return "; ".join(changed) or "an older version of sppctl"
-
-
-def _shown(value: Any) -> Any:
-    return dump_yaml(value, flow=True).strip() if isinstance(value, dict) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -452,6 +453,28 @@ def test_what_is_wrong_with_an_override_is_blamed_on_the_command_line(load: Load
     (found,) = problems_of(load, "run: {seed: 3}", override)
     assert problem in found
     assert len(found) < 500
+
+
+@pytest.mark.parametrize(
+    "text", ["Use style #2 only", "# be brief", "Task\nAnswer\n", "A task.\n\nAn answer", "Be brief #"], ids=range(5)
+)
+def test_a_text_that_yaml_would_change_without_an_error_must_be_quoted(load: Load, text: str) -> None:
+    key = "eval.system_prompt"
+    (problem,) = problems_of(load, "", f"{key}={text}")
+    assert problem.startswith(f"command line: {key}: YAML reads only ")
+    assert problem.endswith(f"""; quote it: '{key}="..."'""")
+    assert load("", f"{key}={json.dumps(text)}").eval.system_prompt == text
+
+
+@pytest.mark.parametrize("text", ["null", "~", "", " null ", "null  # none"])
+def test_null_stays_null(load: Load, text: str) -> None:
+    assert load("", f"eval.system_prompt={text}").eval.system_prompt is None
+
+
+def test_a_single_prompt_may_have_commas(load: Load) -> None:
+    assert load("", "eval.prompts=Name three fruits, then stop.").eval.prompts == ["Name three fruits, then stop."]
+    assert load("eval: {prompts: One.}").eval.prompts == ["One."]
+    assert load("", "eval.prompts=[One., 'Two, too.']").eval.prompts == ["One.", "Two, too."]
 
 
 def test_hints_for_names_of_other_programs_point_to_keys() -> None:

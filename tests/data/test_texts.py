@@ -230,6 +230,7 @@ def test_offline_and_of_slices_a_part_is_taken_from_the_cache(
     ("error", "message"),
     [
         (ConnectionError("no network\nmore words"), "no network; check the name"),
+        (ValueError('Unknown split "test". Should be one of ["train"].'), r'.*"train"\].; name a split that it has'),
         (
             ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"),
             r".*available configs: \['a', 'b'\]; write NAME:CONFIG",

@@ -106,7 +106,10 @@ def test_every_task_is_written_with_all_that_one_must_know(measure: Measure, tmp
     assert scores.scores["acc_stderr"] >= 0
     assert (small.numbers.truncated_prompts, small.numbers.members, len(small.tokenizer or "")) == (0, 2, 16)
     assert small.versions["lm_eval"]
-    rows = [json.loads(line) for line in (tmp_path / "run/eval/base.samples/small_sums.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/eval/base.samples/small_sums.limit-3.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 3
     assert set(rows[0]) == {"doc", "hash", "chosen", "target", "acc", "acc_norm"}
     assert scores.scores["acc"] == pytest.approx(sum(row["acc"] for row in rows) / 3)
@@ -175,14 +178,20 @@ def test_samples_of_other_numbers_of_examples_do_not_take_turns(measure: Measure
     assert [tasks.has_samples(result, samples) for result in both.tasks] == [False, True]
 
 
-def test_a_full_result_is_measured_again_once_a_limit_took_its_samples(measure: Measure, tmp_path: Path) -> None:
-    full, samples = measure(), tmp_path / "run/eval/base.samples/small_sums.jsonl"
-    before = samples.read_text()
-    assert measure() == full
+def test_a_full_result_keeps_its_samples_through_trials(measure: Measure, asked: Asked, tmp_path: Path) -> None:
+    full, samples = measure(), tmp_path / "run/eval/base.samples"
+    before = (samples / "small_sums.jsonl").read_text()
     assert names(measure("eval.limit=2"))[-1] == "small_sums, limit 2"
-    assert len(samples.read_text().splitlines()) == 2
-    assert [result.measure.limit for result in measure().tasks] == [2, None]
-    assert samples.read_text() == before
+    assert len((samples / "small_sums.limit-2.jsonl").read_text().splitlines()) == 2
+    measure("eval.system_prompt=Add.")
+    (of_prompt,) = samples.glob("small_sums.prompt-*.jsonl")
+    assert len(asked) == 3
+    assert measure().tasks[0] == full.tasks[0]
+    assert len(asked) == 3
+    assert (samples / "small_sums.jsonl").read_text() == before
+    of_prompt.unlink()
+    measure("eval.system_prompt=Add.")
+    assert len(asked) == 4
 
 
 @pytest.fixture

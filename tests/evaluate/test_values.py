@@ -105,6 +105,19 @@ def test_a_large_group_is_shown_by_its_parts() -> None:
     }
 
 
+def test_a_part_of_an_unfinished_group_is_not_shown() -> None:
+    """Nothing says whether the part itself is complete."""
+    rules = {"acc": True}
+    some = family(*[0.5] * 11, group="mmlu", members=12, groups={"mmlu": rules, "mmlu_stem": rules})
+    assert [*numbers(*some)] == ["mmlu mean of 11 of 12 tasks"]
+
+
+def test_a_group_without_a_common_metric_has_no_mean() -> None:
+    place: dict[str, Any] = {"group": "glue", "members": 2}
+    found = numbers(task(0.5, "rte", **place), task(None, "cola", scores={"mcc": 0.1}, metric="mcc", **place))
+    assert found == {"rte (glue)": 0.5, "cola (glue) mcc": 0.1}
+
+
 def test_a_group_without_acc_shows_what_it_averages() -> None:
     place: dict[str, Any] = {"metric": "exact_match", "group": "math", "members": 2}
     place["groups"] = {"math": {"exact_match": True, "math_verify": True}}
@@ -171,6 +184,7 @@ def test_the_error_of_a_mean_is_lm_evals_or_that_of_independent_means(rules: dic
         (task, {"shots": 5, "seed": 0}, {"shots": 5, "seed": 1}, [" 5-shot", " 5-shot, seed 1"]),  # 0 is the run's
         (task, FILES_C, FILES_D, [", task files cccccccc", ", task files dddddddd"]),
         (task, {"dtype": "bfloat16"}, {"dtype": "float32"}, [", computed in bfloat16", ", computed in float32"]),
+        (task, {}, {"batch_size": 1}, ["", ", batch size 1"]),
         (
             task,
             {"system_prompt": "Be good."},

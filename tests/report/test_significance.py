@@ -228,11 +228,11 @@ def test_a_group_with_other_examples_or_prompts_is_another_mean(tmp_path: Path) 
 
 
 def test_only_what_was_measured_in_the_same_way_is_compared(tmp_path: Path) -> None:
-    options = ({"shots": 0}, {"shots": 5}, {"group": None}, {"dtype": "float32"})
-    zero, five, alone, wide = (
+    options = ({"shots": 0}, {"shots": 5}, {"group": None}, {"dtype": "float32"}, {"sources": {"digest": "d"}})
+    zero, five, alone, wide, files = (
         significance.read_samples(tmp_path, [result(tmp_path, "rte", **own)])[0] for own in options
     )
-    assert compare_tasks(zero, five) == compare_tasks(zero, wide) == []
+    assert compare_tasks(zero, five) == compare_tasks(zero, wide) == compare_tasks(zero, files) == []
     assert len(compare_tasks(zero, alone)) == 1
 
 
@@ -254,7 +254,8 @@ def test_windows_are_compared_per_predicted_token() -> None:
 
 
 def test_other_texts_are_not_compared() -> None:
-    for other in (losses(1.0, documents_hash="y"), losses(1.0, 2.0), losses(1.0, dtype="float32"), losses()):
+    different = ({"documents_hash": "y"}, {"tokens_hash": "z"}, {"dtype": "float32"})
+    for other in (*(losses(1.0, **own) for own in different), losses(1.0, 2.0), losses()):
         assert compare_texts(losses(1.0), other) == compare_texts(other, losses(1.0)) == []
 
 

@@ -14,7 +14,18 @@ from typing import Any
 import made_up_runs
 import numpy as np
 import pytest
-from made_up_runs import change_record, change_results, load, save, stage_of, study_of, text, with_numbers, write_run
+from made_up_runs import (
+    change_record,
+    change_results,
+    load,
+    save,
+    stage_of,
+    study_of,
+    task,
+    text,
+    with_numbers,
+    write_run,
+)
 
 from sppctl import show
 from sppctl.config.yaml12 import parse_yaml
@@ -184,6 +195,9 @@ SAME_LEAF = ("prune.calibration.seq_len", "train.data.seq_len")
             ["prune: {damp: 1}", "prune: {damp: 1, reconstruct_target: dense}"],
             {"prune.reconstruct_target": "reconstruct_target"},
         ),
+        # a mapping is one value, whatever its names
+        (["train: {data: {dataset: {a: 1, b: 3}}}", "train: {data: {dataset: a}}"], {"train.data.dataset": "dataset"}),
+        (["prune: {overrides: {}}", "prune: {overrides: {down_proj: 0.4}}"], {"prune.overrides": "overrides"}),
         ([None, None], {}),
     ],
 )
@@ -236,6 +250,28 @@ def test_mean_and_deviation_over_seeds(grid: list[RunStudy]) -> None:
     spread = {quantity.label: numbers for quantity, numbers in merged[0].numbers.items()}
     assert spread[NAME] == (statistics.fmean(own), statistics.stdev(own))
     assert Study(grid[:1]).seeds == []
+
+
+def test_runs_of_other_data_are_no_seeds_of_each_other(grid: list[RunStudy]) -> None:
+    mixtures = ("{alpaca: 3, c4: 1}", "{alpaca: 1, c4: 3}")
+    config = "run: {{seed: {0}}}\ntrain: {{data: {{dataset: {1}}}}}".format
+    runs = [
+        replace(run, config=config(seed, data)) for seed, (run, data) in enumerate(zip(grid, mixtures, strict=False))
+    ]
+    study = Study(runs)
+    assert [group for group in study.seeds if group.row.checkpoint == "merged"] == []
+    merged = [row.settings["train.data.dataset"] for row in study.rows if row.checkpoint == "merged"]
+    assert merged == list(mixtures)
+
+
+def test_tasks_of_other_prompts_or_files_are_no_seeds_of_each_other() -> None:
+    for first, second in (
+        ({"system_prompt": "Be good."}, {"system_prompt": "Be bad."}),
+        ({"sources": {"digest": "c"}}, {"sources": {"digest": "d"}}),
+    ):
+        runs = [study_of(seed, merged=[task(0.5, **own)]) for seed, own in enumerate((first, second))]
+        names = [quantity.label for row in Study(runs).rows for quantity in row.values]
+        assert len(set(names)) == 2
 
 
 # --- several runs: the same samples -----------------------------------------------------------------------------------
