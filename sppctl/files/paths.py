@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from sppctl.errors import UserError
@@ -18,7 +19,8 @@ def expand(path: str) -> str:
     """A path with the home directory in place of ``~`` or ``~user``.
 
     Raises:
-        UserError: the home directory is unknown, or the path is too long or contains a control character.
+        UserError: the home directory is unknown, the path is too long or contains a control character, or it names a
+            variable that shells would replace: a configuration must not read the environment.
     """
     if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
         raise UserError(
@@ -26,6 +28,9 @@ def expand(path: str) -> str:
         )
     if any(ord(character) < ord(" ") for character in path):
         raise UserError(f"the path {path!r} contains a control character")
+    variable = re.search(r"\$\{?(\w+)", path)
+    if variable and variable[1] in os.environ:
+        raise UserError(f"{path}: ${variable[1]} is not replaced; write the full path, or let your shell replace it")
     if not path.startswith("~"):
         return path
     current_user = path.partition("/")[0] == "~"

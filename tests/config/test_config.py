@@ -320,6 +320,16 @@ def test_a_home_that_is_not_known(load: Load, monkeypatch: pytest.MonkeyPatch, p
     assert f"model.path: {path}: the home directory is not known ({reason})" in problem
 
 
+@pytest.mark.parametrize("path", ["$SCRATCH/runs", "/data/${SCRATCH}"])
+def test_a_variable_in_a_path_is_no_name_of_a_folder(load: Load, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.delenv("SCRATCH", raising=False)
+    assert load("", f"run.dir={path}").run.dir == path
+    monkeypatch.setenv("SCRATCH", "secret")
+    (problem,) = problems_of(load, f"run: {{dir: '{path}'}}")
+    assert f"run.dir: {path}: $SCRATCH is not replaced; write the full path" in problem
+    assert "secret" not in problem
+
+
 @pytest.mark.parametrize(
     ("overrides", "path", "gguf_file"),
     [
