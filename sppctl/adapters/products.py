@@ -82,7 +82,8 @@ class _Product(torch.autograd.Function):
             return F.linear(x, rule.weight(weight, factors, x.dtype, rule.base), bias)
         dropped = zeroed(x.reshape(-1, x.shape[-1]), dropped_places(x, rule.dropout, ctx.seed))
         if not rule.base:
-            return F.linear(dropped, rule.weight(weight, factors, x.dtype, base=False)).view(*x.shape[:-1], -1)
+            y = F.linear(dropped, rule.weight(weight, factors, x.dtype, base=False))
+            return y.view(*x.shape[:-1], weight.shape[0])  # not -1, which is ambiguous without tokens
         whole = weight.to(x.dtype)
         y, out = F.linear(x, whole, bias), None
         if ctx.packed is not None and weight.dtype == x.dtype:  # unpacked without rounding, and not needed any more
@@ -93,6 +94,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_output.device.type, enabled=False):  # on where backward is called in its region
+            return _Product._gradients(ctx, grad_output)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         rule, (x, *factors) = ctx.rule, ctx.saved_tensors
         weight = factors.pop() if ctx.packed is None else ctx.packed
         m, n = weight.shape

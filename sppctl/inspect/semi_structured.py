@@ -74,4 +74,4 @@ class TwoWeights:
 def _of_rows(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer on (..., in_features): PyTorch's 2:4 formats multiply matrices only."""
     rows = nn.functional.linear(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
-    return rows.view(*x.shape[:-1], -1)
+    return rows.view(*x.shape[:-1], rows.shape[-1])

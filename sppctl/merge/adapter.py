@@ -105,7 +105,10 @@ class Adapter:
 
 
 def _check_settings(directory: Path, kind: str, settings: Settings) -> None:
-    """Raises UserError for an option of a PEFT method that would make the merged weights differ from the model's."""
+    """Raises UserError for a wrong number, or an option of PEFT that would make the merged weights differ."""
+    scale = settings.get("scale")
+    if kind in ("SPP", "MASKED_LORA") and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise UserError(f"{directory}: scale {scale!r} is not a positive, finite number; correct adapter_config.json")
     if kind not in ("LORA", "HIRA"):
         return
     for key, value in settings.items():

@@ -201,6 +201,8 @@ class Decoder(Skeleton):
         finally:
             for handle in handles:
                 handle.remove()
+        # a block may have put something into its arguments for later blocks, which then is this window's for all
+        self._check_calls(calls, self.record(input_ids)[1])
 
     def _check_calls(self, calls: list[BlockCall], others: list[BlockCall]) -> None:
         """Raises StageError if a call depends on the tokens: one window's calls are replayed for all windows."""

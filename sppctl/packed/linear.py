@@ -120,7 +120,8 @@ class _Linear(torch.autograd.Function):
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ ctx.weight.to(rows.dtype)).view(*grad_output.shape[:-1], -1)
+            # the last dimension by its size: -1 is ambiguous without tokens
+            grad_x = (rows @ ctx.weight.to(rows.dtype)).view(*grad_output.shape[:-1], ctx.weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, None, grad_bias

@@ -18,7 +18,7 @@ from sppctl.model.targets import Target, gated
 from sppctl.pattern import Pattern
 from sppctl.prune.activations import Activations
 from sppctl.prune.in_step import in_step, wait_at
-from sppctl.prune.layers import LayerInputs, PrunePlan, measure, measure_again
+from sppctl.prune.layers import LayerInputs, PrunePlan, measure, measure_again, no_inputs
 from sppctl.prune.reconstruct import Unit, reconstruct
 from sppctl.pruners import PRUNERS, InputNorms, Pruner, check_weight
 from sppctl.pruners.masks import shortfall
@@ -143,6 +143,11 @@ class BlockWork:
                 [partial(activations.advance, self.index, rows) for rows in activations.batches],
                 lambda place, calls: records.extend(prune[place](calls)),
             )
+        # the groups may be those of an earlier block, whose layers were all reached
+        pruned = {record.name for record in records}
+        for name in self.targets:
+            if name not in pruned:
+                raise no_inputs(name)
         return records
 
     def _find_groups(self, activations: Activations) -> None:
@@ -210,8 +215,7 @@ class BlockWork:
     def _set_groups(self) -> None:
         for name, target in self.plain.items():
             if name not in self._leaders:
-                problem = "received no calibration input; leave it out (prune.skip) or use magnitude"
-                raise StageError(f"{target.name} {problem}")
+                raise no_inputs(target.name)
         groups: dict[str, list[str]] = {}
         for name in sorted(self.plain, key=lambda name: self._leaders[name] != name):
             groups.setdefault(self._leaders[name], []).append(name)
@@ -223,7 +227,8 @@ class BlockWork:
         for name, inputs in [*self.inputs.items(), *self.all_tokens.items()]:
             distinct.setdefault(id(inputs), (name, inputs))
         for name, inputs in distinct.values():
-            inputs.reduce(name, self.stack.dtype)
+            target = self.targets.get(name)  # None: all experts of a mixture, by which one without tokens is pruned
+            inputs.reduce(name, self.stack.dtype, may_be_empty=target is not None and target.expert is not None)
 
     def _collect(self, name: str, inputs: Tensor) -> None:
         if self._is_leader(name, inputs):

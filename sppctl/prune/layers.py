@@ -56,11 +56,22 @@ class LayerInputs:
         if self.sample is None:
             self.sample = rows[:ERROR_ROWS].clone()
 
-    def reduce(self, name: str, dtype: torch.dtype) -> None:
-        """Adds up the statistics of all processes; StageError if they are not finite, naming the layer."""
+    def reduce(self, name: str, dtype: torch.dtype, may_be_empty: bool = False) -> None:
+        """Adds up the statistics of all processes.
+
+        Raises:
+            StageError: naming the layer, they are not finite or, unless they ``may_be_empty``, of no token.
+        """
         distributed.all_reduce_counted(self.statistics)
+        if not self.statistics.num_tokens and not may_be_empty:
+            raise no_inputs(name)
         if not all(torch.isfinite(total).all() for total in self.statistics.totals()):
             raise StageError(f"{name}: its calibration inputs are not finite: {overflow_advice(dtype)}")
+
+
+def no_inputs(name: str) -> StageError:
+    """The error about a layer that no calibration window reaches."""
+    return StageError(f"{name} received no calibration input; leave it out (prune.skip) or use magnitude")
 
 
 def measure(

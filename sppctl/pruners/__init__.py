@@ -93,7 +93,8 @@ def prune_linear(
         The pruned weight, a new tensor of the same shape and dtype.
 
     Raises:
-        ValueError: unknown method, bad pattern, inputs that are missing, empty, of another width or not finite.
+        ValueError: unknown method, bad pattern or option, inputs that are missing, empty, of another width or not
+            finite.
     """
     if method not in PRUNERS and not plugins.has(plugins.PRUNERS, method):
         raise ValueError(f"unknown pruning method {method!r}; choose one of {', '.join(PRUNERS)}")

@@ -61,7 +61,9 @@ def keep_largest_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
 
 def _ranks_in_pairs(planes: Tensor) -> Tensor:
     """The number of scores of its group below each of (group, columns), one pair of planes after the other."""
-    ranks = torch.zeros(planes.shape, dtype=torch.uint8, device=planes.device)
+    # the smallest dtype that holds every rank: each pass reads and writes as few bytes as possible
+    dtype = torch.uint8 if len(planes) <= 1 << 8 else torch.int16 if len(planes) <= 1 << 15 else torch.int32
+    ranks = torch.zeros(planes.shape, dtype=dtype, device=planes.device)
     for place in range(len(planes)):
         for later in range(place + 1, len(planes)):
             below = planes[later] < planes[place]

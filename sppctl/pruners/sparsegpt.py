@@ -42,7 +42,7 @@ def prune_sparsegpt(
         statistics: second moment of their shared inputs.
         patterns: of each layer; a ratio is that of zeros in every block of columns.
         masks: of each layer, True = kept; None chooses them.
-        damp: share of the mean Hessian diagonal added to the diagonal.
+        damp: share of the mean Hessian diagonal added to the diagonal; inputs that never fired are not in the mean.
         block_size: columns updated lazily together; rounded up to a multiple of every M.
         keep_zeros: zeros are pruned first and never kept, so rows and groups that have more of them stay sparser.
         act_order: the columns are solved in the order of :func:`act_order_of`; the result has the given one.
@@ -51,7 +51,7 @@ def prune_sparsegpt(
         The pruned weights (same shapes and dtypes), and the damping that the factorisation needed.
 
     Raises:
-        ValueError: the Hessian cannot be factorised.
+        ValueError: the Hessian cannot be factorised, or ``damp`` is not positive and finite.
     """
     if act_order:
         order = act_order_of(weights, statistics, math.lcm(*(pattern.group or 1 for pattern in patterns)))

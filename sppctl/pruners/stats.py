@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,21 +125,26 @@ class Hessian:
         """Upper Cholesky factor of the inverse of the damped Hessian; computed once for layers that share inputs.
 
         ``damp``, the share of the mean diagonal added to the diagonal, grows tenfold up to ``MAX_DAMP`` as long as the
-        factorisation fails.
+        factorisation fails. Features that never fired have no part in the mean, and the mean as their diagonal.
 
         Returns:
             The factor U (in_features, in_features) with H^-1 = U^T U, the features that never fired (in_features,)
             boolean, and the damping that was needed.
 
         Raises:
-            ValueError: even ``MAX_DAMP`` does not make it positive definite (for example, inputs are not finite).
+            ValueError: ``damp`` is not a positive, finite number, or even ``MAX_DAMP`` does not make the Hessian
+                positive definite (for example, inputs are not finite).
         """
         if damp in self._factors:
             return self._factors[damp]
+        if not 0 < damp < math.inf:  # neither of zero nor of NaN would ten times be more
+            raise ValueError(f"damp {damp} is not a positive, finite share of the Hessian's mean diagonal")
         dead = self.moment.diagonal() == 0
+        live = len(dead) - int(dead.sum())
         hessian = self.moment * (2 / max(1, self.num_tokens))
-        hessian.diagonal()[dead] = 1
-        mean = hessian.diagonal().mean()
+        # the dead are zeros in the mean of all; without them the factor is exactly 1
+        mean = hessian.diagonal().mean() * (len(dead) / live) if live else hessian.new_ones(())
+        hessian.diagonal()[dead] = mean
         used = damp
         while True:
             damped = hessian.clone()

@@ -190,6 +190,35 @@ def test_autocast_computes_in_bfloat16_and_returns_float32_gradients(method: str
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
 
+@in_all_ways
+def test_backward_inside_the_autocast_region_is_that_outside(method: str, dropout: float) -> None:
+    layer = Layer.of(method)
+    trained = (layer.x, layer.bias.requires_grad_(), *layer.factors)
+    results = []
+    for inside in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(dropout, layer.bias)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            results.append(torch.autograd.grad(y, trained, random(y.shape, 7).bfloat16()))
+    for outside, inside in zip(*results, strict=True):
+        assert outside.dtype == inside.dtype == torch.float32
+        assert torch.equal(outside, inside)
+
+
+@in_all_ways
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_tokens_give_no_outputs_and_zero_gradients(method: str, dropout: float, shape: tuple[int, ...]) -> None:
+    layer = Layer.of(method)
+    layer.x = torch.empty(*shape, 8, requires_grad=True)
+    y = layer(dropout, layer.bias.requires_grad_())
+    assert y.shape == (*shape, 12)
+    trained = (layer.x, layer.bias, *layer.factors)
+    for tensor, gradient in zip(trained, torch.autograd.grad(y.sum(), trained), strict=True):
+        assert gradient.shape == tensor.shape
+        assert not gradient.count_nonzero()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_mismatched_dtypes_are_refused(method: str) -> None:
     layer = Layer.of(method)

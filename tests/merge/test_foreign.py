@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sppctl import SppConfig, merge_adapter
+from sppctl import MaskedLoraConfig, SppConfig, merge_adapter
 from sppctl.errors import UserError
 
 Save = Callable[..., Path]
@@ -162,6 +163,22 @@ def test_wrong_settings_are_named(
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=message):
         merge_adapter(pruned, adapter, tmp_path / "merged", mask="reapply")
+
+
+@pytest.mark.parametrize("make", [SppConfig, MaskedLoraConfig])
+@pytest.mark.parametrize("scale", [..., "2", None, math.nan, math.inf, 0, -2.0], ids=str)
+def test_a_wrong_scale_is_named_before_anything_is_written(
+    pruned: Path, tmp_path: Path, make: Callable[..., Any], scale: Any
+) -> None:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(pruned), make(r=2)).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"scale": scale}
+    if scale is ...:
+        scale = settings.pop("scale") and None
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"scale {scale!r} is not a positive, finite number"):
+        merge_adapter(pruned, tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "pruned"]
 
 
 def test_an_adapter_of_other_zeros_is_refused(pruned: Path, tmp_path: Path) -> None:

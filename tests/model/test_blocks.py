@@ -143,18 +143,28 @@ def test_buffers_of_a_checkpoint_are_loaded_and_missed(family: str, dtype: torch
         BlockStack(rewritten(directory, tmp_path / "other", lambda tensors: tensors.pop(name)), CPU, "float32")
 
 
-def test_blocks_that_are_given_more_of_the_tokens_are_refused(tmp_path: Path) -> None:
-    config = Gemma4TextConfig(
-        **GROUPED,
-        global_head_dim=8,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCAB,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=16,
-    )
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        (
+            "per_layer_input",
+            {"hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        ),
+        # empty until the first block puts its keys and values in, which the second uses
+        (
+            "shared_kv_states",
+            # without per-layer inputs, transformers 5.23 fails unless hidden states are asked for
+            {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2, "output_hidden_states": True},
+        ),
+    ],
+)
+def test_blocks_that_are_given_more_of_the_tokens_are_refused(
+    argument: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    common = GROUPED | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 16}
+    config = Gemma4TextConfig(**common | options, global_head_dim=8, vocab_size_per_layer_input=VOCAB)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(StageError, match=r"block 0 of Gemma4ForCausalLM is given per_layer_input, .*magnitude"):
+    with pytest.raises(StageError, match=rf"block 0 of Gemma4ForCausalLM is given {argument}, .*magnitude"):
         open_stack(tmp_path).check_replay(ids(1), lambda _: None)
 
 

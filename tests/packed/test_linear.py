@@ -28,7 +28,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)])
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24), (2, 0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_forward_and_backward_equal_the_dense_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
     results = []

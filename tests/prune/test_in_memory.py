@@ -132,6 +132,39 @@ def test_refusals_leave_the_model_alone(llama: Path, name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+def skipping(module: Any) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: hidden
+
+
+def without_tokens(module: Any) -> Callable[[Tensor], Tensor]:
+    forward = module.forward
+    return lambda hidden: hidden + forward(hidden[:, :0]).sum()
+
+
+@pytest.mark.parametrize("order", ["block", "module"])
+@pytest.mark.parametrize("changed", [skipping, without_tokens])
+def test_a_layer_of_a_later_block_that_no_token_reaches_is_named(
+    changed: Callable[[Any], Callable[[Tensor], Tensor]], order: str, llama: Path
+) -> None:
+    model = load(llama)
+    mlp = model.model.layers[1].mlp
+    mlp.forward = changed(mlp)
+    message = r"layers\.1\.mlp\.gate_proj received no calibration input; leave it out \(prune\.skip\)"
+    with pytest.raises(StageError, match=message):
+        prune_model(model, WINDOWS, order=order)
+    model = load(llama)
+    model.model.layers[1].mlp.forward = changed(model.model.layers[1].mlp)
+    prune_model(model, WINDOWS, order=order, skip=["*.1.mlp.*"])
+
+
+@pytest.mark.parametrize("order", ["block", "module"])
+def test_a_mixture_that_no_token_reaches_is_named(order: str, make_checkpoint: Callable[..., Path]) -> None:
+    model = load(make_checkpoint("mixtral"))
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
+    with pytest.raises(StageError, match=r"layers\.1\.mlp\.experts.* received no calibration input"):
+        prune_model(model, WINDOWS, order=order, targets="all-linear")
+
+
 def test_a_broken_model_is_not_pruned(llama: Path) -> None:
     with pytest.raises(StageError, match=r"lm_head.weight holds NaN"):
         prune_model(with_nan(load(llama)), WINDOWS)

@@ -27,7 +27,7 @@ def test_ties_keep_the_exact_count_and_the_later_of_equals() -> None:
     assert torch.equal(keep_largest(scores, 2), expected)
 
 
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "2:8", "4:8", "3:5", "1:2", "8:16"])
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "2:8", "4:8", "3:5", "1:2", "8:16", "1:256", "200:300", "256:512"])
 @pytest.mark.parametrize("levels", [3, 1000])
 @pytest.mark.parametrize("ranks", [masks._ranks_in_pairs, masks._ranks_at_once])
 def test_groups_against_sorting_each_group(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def brute_force_obs(weight: Tensor, inputs: Tensor, mask: Tensor, damp: float) -
     """Optimal brain surgeon for a given mask, column by column, inverting the remaining Hessian anew each time."""
     solved = weight.double().clone()
     hessian = 2 / len(inputs) * inputs.double().t() @ inputs.double()
-    hessian += damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    fired = [entry for entry in hessian.diagonal().tolist() if entry]
+    hessian += damp * sum(fired) / len(fired) * torch.eye(len(hessian), dtype=torch.float64)
     for column in range(solved.shape[1]):
         inverse = torch.linalg.inv(hessian[column:, column:])
         for row in range(solved.shape[0]):
@@ -145,6 +147,29 @@ def test_inputs_that_never_fire_are_pruned_first(
         assert not kept.any()
 
 
+@pytest.mark.parametrize("pattern", ["1:4", 0.75])
+@pytest.mark.parametrize("unit", [1.0, 100.0, 0.01])
+def test_the_damping_is_a_share_of_the_inputs_that_fire(unit: float, pattern: str | float) -> None:
+    """Whatever their unit, although half of them never do."""
+    weight, inputs = made(10, 6, 16, 200, correlated=True)
+    inputs[:, ::2] = 0
+    pruned, scaled = (
+        prune_linear(weight, given, method="sparsegpt", pattern=pattern, damp=0.2) for given in (inputs, inputs * unit)
+    )
+    expected = brute_force_obs(weight, inputs, pruned != 0, 0.2) * (pruned != 0)
+    assert torch.equal(scaled != 0, pruned != 0)
+    for ours in (pruned, scaled):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sparsegpt_only_removes_weights_if_no_input_fires() -> None:
+    weight, inputs = made(11, 8, 16, 64)
+    pruned = prune_linear(weight, 0 * inputs, method="sparsegpt", pattern="2:4")
+    assert holds(pruned, Pattern.parse("2:4"))
+    assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
+    assert (pruned == 0).sum() == 4 * 16
+
+
 def test_sparsegpt_keeps_a_given_mask_where_inputs_never_fire(dead: tuple[Tensor, Tensor]) -> None:
     mask = torch.rand(8, 16, generator=torch.Generator().manual_seed(6)) < 0.5
     assert torch.equal(prune_linear(*dead, method="sparsegpt", pattern=0.5, mask=mask) != 0, mask)
@@ -206,6 +231,10 @@ def test_sparsegpt_solves_layers_together_as_each_alone(
         ({"pattern": "2:5"}, "not a multiple of 5"),
         ({"pattern": 1.5}, "between 0 and 1"),
         ({"mask": torch.ones(4, 7, dtype=torch.bool)}, r"expected bool \(4, 8\)"),
+        *(
+            ({"method": "sparsegpt", "damp": damp}, f"damp {damp} is not a positive, finite")
+            for damp in (0.0, -0.01, math.nan, math.inf)
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, object], message: str) -> None:
