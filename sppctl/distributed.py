@@ -74,7 +74,8 @@ def leave() -> bool:
     _torch().destroy_process_group()
     if not is_main():
         return False
-    del os.environ["WORLD_SIZE"], os.environ["RANK"]
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):  # libraries would join the others by any
+        os.environ.pop(name, None)
     return True
 
 

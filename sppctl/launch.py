@@ -33,6 +33,11 @@ _is_started = False  # by another sppctl command
 _PR_SET_PDEATHSIG = 1
 # errors of gloo, NCCL and their store when another process is gone
 _LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|store|DistBackendError", re.IGNORECASE)
+# variables of `accelerate launch`, which accelerate also sets itself: how to shard the model and scale its gradients
+_SHARDING = re.compile(
+    r"ACCELERATE_(USE_(FSDP|DEEPSPEED|MEGATRON_LM|PARALLELISM_CONFIG)|CONFIG_DS_FIELDS|(DEEPSPEED|GRADIENT)_\w+)"
+    r"|(FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_\w+"
+)
 
 
 # --- joining ----------------------------------------------------------------------------------------------------------
@@ -47,6 +52,9 @@ def adopt() -> None:
     global _is_started
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(128 + signal.SIGTERM))
     os.environ.update(from_slurm(os.environ))
+    if dropped := drop_sharding():
+        more = ", ..." * (len(dropped) > 2)
+        console.warn(f"{', '.join(dropped[:2])}{more} of accelerate are ignored; launch.strategy shards the model")
     parent = os.environ.pop(_PARENT, None)
     _is_started = parent is not None
     if parent is not None and sys.platform == "linux":
@@ -54,6 +62,14 @@ def adopt() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(parent):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def drop_sharding() -> list[str]:
+    """Removes the variables by which accelerate would shard the model differently from ``launch.strategy``."""
+    names = sorted(filter(_SHARDING.fullmatch, os.environ))
+    for name in names:
+        del os.environ[name]
+    return names
 
 
 def is_started_by_sppctl() -> bool:
@@ -76,7 +92,8 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20000 + job % 20000),  # the same in all tasks, different for other jobs
+        # the same in all tasks, different for other jobs, below the ports that Linux gives to outgoing connections
+        "MASTER_PORT": str(20000 + job % 12000),
     }
     return {name: value for name, value in variables.items() if name not in environment}
 
@@ -107,7 +124,7 @@ def num_processes(config: Config) -> int:
             f"{machines} machines need a launcher",
             f"on each of them: torchrun --nnodes {machines} --nproc-per-node GPUS --rdzv-backend c10d "
             f"--rdzv-endpoint FIRST_HOST:29500 -m sppctl {again}, or in a Slurm job: "
-            f"srun --nodes {machines} --ntasks-per-node GPUS sppctl {again}",
+            f"srun --kill-on-bad-exit=1 --nodes {machines} --ntasks-per-node GPUS sppctl {again}",
         )
     return configured_processes(config)
 

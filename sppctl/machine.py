@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import platform
@@ -151,6 +152,14 @@ def peak_memory_mb() -> dict[str, float]:
     if torch.cuda.is_available():
         peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
+
+
+def release_memory() -> None:
+    """Frees the memory of models that are no longer referenced, on GPUs also what PyTorch keeps for itself."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:

@@ -276,7 +276,7 @@ def test_any_other_end_is_one_line(
 
 
 def test_quiet_prints_warnings_alone_and_the_log_has_everything(command: Command, here: Path) -> None:
-    options = ["tiny.yaml", "train.max_steps=1", "--method", "ste", "train.rank=3"]
+    options = ["tiny.yaml", "train.max_steps=2", "--method", "ste", "train.rank=3"]
     shutil.rmtree(here / "run" / "adapter")
     outcome = command("train", *options, "--quiet")
     assert outcome.code == 0, outcome.err
@@ -284,7 +284,7 @@ def test_quiet_prints_warnings_alone_and_the_log_has_everything(command: Command
     log = (here / "run" / "sppctl.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log)
     messages = [line[20:] for line in log]
-    for message in (outcome.err.strip(), "training: 0/1", r"train: done in .* s \(run/adapter\)"):
+    for message in (outcome.err.strip(), "training: 0/2", r"train: done in .* s \(run/adapter\)"):
         assert any(re.fullmatch(message, line) or message == line for line in messages), (message, log)
     assert [line for line in messages if line.startswith("$ sppctl train tiny.yaml ")]
     refused = command("train", "tiny.yaml", "train.lr=7")
@@ -384,10 +384,10 @@ def test_stages_one_by_one_make_what_run_makes(command: Command, here: Path) -> 
 
 
 def test_a_training_that_changes_no_weight_is_no_silent_success(command: Command, here: Path) -> None:
-    weak = ("run", "--force", "train.lr=1e-12", "train.max_steps=1")
+    weak = ("run", "--force", "train.lr=1e-12", "train.max_steps=2")
     assert command("train", *weak).code == 0
     outcome = command("merge", *weak)
-    text = "none of the kept weights moved: merged equals pruned (train.lr=1e-12, steps: 1, dtype: float32)"
+    text = "none of the kept weights moved: merged equals pruned (train.lr=1e-12, steps: 2, dtype: float32)"
     assert outcome.code == 0
     assert f"warning: merge: {text}; use a higher train.lr or more steps" in outcome.err
     assert "merged equals pruned" in (here / "run/merged/README.md").read_text()

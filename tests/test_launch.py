@@ -138,8 +138,22 @@ def test_a_second_ctrl_c_kills_the_processes(
 
 def test_several_machines_need_a_launcher(config_file: Path) -> None:
     config = load_config(str(config_file), ["launch.num_machines=2"])
-    with pytest.raises(UserError, match=r"launch\.num_machines: .*torchrun --nnodes 2 .*srun --nodes 2"):
+    with pytest.raises(UserError, match=r"launch\.num_machines: .*torchrun --nnodes 2 .*srun --kill.* --nodes 2"):
         launch.num_processes(config)
+
+
+def test_the_sharding_of_accelerate_launch_is_ignored() -> None:
+    given = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true"}
+    kept = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+    shown = "from sppctl import cli, launch\ncli.app = lambda: print(launch.drop_sharding(), len(os.environ))"
+    done = Process([], f"import os\n{shown}", given | kept).wait()
+    plain = Process([], f"import os\n{shown}", kept).wait()
+    assert done.stdout == plain.stdout
+    assert done.stderr == (
+        "warning: ACCELERATE_USE_FSDP, FSDP_OFFLOAD_PARAMS, ... of accelerate are ignored; launch.strategy shards the "
+        "model\n"
+    )
+    assert plain.stderr == ""
 
 
 # --- srun -------------------------------------------------------------------------------------------------------------
@@ -153,7 +167,7 @@ TASK = {
 }
 
 
-PLACE = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "32345"}
+PLACE = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu03", "MASTER_PORT": "20345"}
 SET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 

@@ -130,7 +130,28 @@ def test_the_page_says_on_what_rates_were_tuned_and_which_choices_lie_at_the_edg
     assert "20,480 tokens of WikiText-2's validation split and on 102 other rows" in shown  # 40,960 / 2, 20,480 / 200
     assert shown.count("| LoRA* | 2:4 | 0.01 | 0.0000 | 0.0000 | 0.0000 | chosen, the largest tried |") == 1
     assert shown.count("| SPP | 75 % | 0.01 | 0.0000 | 0.0000 | 0.0000 | chosen |") == 1
-    assert shown.count("chosen") == 4
+    assert shown.count("| SPP, no beta | 2:4 | 0.01 | 0.0000 | 0.0000 | 0.0000 | chosen, the largest tried |") == 1
+    assert shown.count("chosen") == 2 * len(FULL.rates)
+
+
+def test_an_ablation_whose_steps_are_larger_has_a_rate_of_its_own() -> None:
+    """The others are trained at SPP's."""
+    best = {"lora": 1e-3, "spp": 3e-2} | dict.fromkeys(cells.OF_OTHER_STEPS, 3e-3)
+    trials = {
+        cells.trial_name(kind, pattern, rate): trial(0.5 if rate == best[kind] else 1.0)
+        for kind, rates in FULL.rates.items()
+        for pattern in ("2:4", "0.75")
+        for rate in rates
+    }
+    found = {cell.name: cell.training for cell in cells.all_cells(FULL, trials)}
+    for kind, rate in (("no-beta", 3e-3), ("init-random", 3e-3), ("init-ones", 3e-3), ("r8", 3e-2), ("spp", 3e-2)):
+        assert found[f"wanda-2of4-{kind}-1"][-1] == f"train.lr={rate:g}"
+    assert found["rate-init-ones-75-0.01"] == (
+        "train.method=spp",
+        "train.init=ones",
+        "train.max_steps=40",
+        "train.lr=0.01",
+    )
 
 
 def test_the_rows_that_claim_the_best_rate_of_the_trials_have_it() -> None:
@@ -262,6 +283,32 @@ def test_chance_counts_seeds_windows_and_the_number_of_comparisons() -> None:
     assert spread.reach(wide, 3) == pytest.approx(2.776 * (0.025 / 3 + 0.09) ** 0.5, rel=1e-3)
     assert spread.reach(exact, 3, comparisons=5) == pytest.approx(4.604 * (0.025 / 3) ** 0.5, rel=1e-3)  # at 99.5 %
     assert claims.Spread.of([[0.1], [0.2]]) is None
+
+
+def test_a_difference_is_judged_by_its_own_seeds_if_they_vary_more_than_all() -> None:
+    """One of eight differences has seeds far apart, and is positive by 1.3 of their deviations."""
+    noise = {0: 0.02, 1: 0.7, 2: 0.6}
+
+    def loss(name: str) -> list[float]:
+        is_trained = "-spp-" in name and not name.startswith("rate")
+        change = noise[int(name[-1])] if is_trained and name.startswith("wanda-50") else -1.0 if is_trained else 0.0
+        return [2.0 + change, 2.0 + change]
+
+    findings = claims.Findings(FULL, filled(loss))
+    found = findings.difference("wanda", "0.5", "pruned", "spp")
+    assert found
+    pooled = claims.Spread.of([found.by_seed, *[(-1.0,) * 3] * 7])
+    assert pooled
+    assert pooled.reach(found, 3, 8) < found.mean < pooled.at_least(found.by_seed).reach(found, 3, 8)
+    assert findings.lifts().verdict == claims.UNKNOWN
+
+
+def test_a_training_that_diverged_hides_no_other_finding() -> None:
+    records = filled(lambda name: [3.0, 3.0] if "-spp-" in name else [2.0, 2.0])
+    text = records["wanda-50-spp-0"]["texts"]["wikitext2"]
+    records["wanda-50-spp-0"]["texts"] = {"wikitext2": text | {"nll": None, "window_nll": [None, None]}}
+    found = claims.Findings(FULL, records).lifts()
+    assert (found.verdict, found.numbers[0]) == (claims.FAILS, "wanda, 50 %: diverged")
 
 
 def test_seeds_that_agree_by_chance_do_not_refute_a_claim() -> None:
@@ -400,7 +447,9 @@ def test_the_page_compares_what_is_shipped_with_the_papers_recipe() -> None:
     change, none = (f"{value:+.4f} [{value:+.4f}, {value:+.4f}]" for value in (-0.5, 0.0))
     best = f"`best-2of4` {change} on WikiText-2 and {change} on held-out instructions (3 seeds)"
     fast = f"`fast-2of4` {none} on WikiText-2 and {none} on held-out instructions (3 seeds)"
-    assert shown == f"Loss minus that of the paper's recipe: {best}; {fast}."
+    first, _, third = shown.splitlines()
+    assert first == f"Loss minus that of row paper: {best}; {fast}."
+    assert third == first.replace("row paper", "row paper-rate").replace("3 seeds", "1 seed")
     del records["recipe-2of4-paper-1"]
     assert "(2 seeds)" in page._against_the_paper("2:4", records)
 
@@ -457,8 +506,11 @@ def test_the_readme_has_the_numbers_of_the_records() -> None:
             assert f"The best one's seeds have {wikitext.partition('(')[2].rstrip(')')} on WikiText-2" in section
     sparser = recipes.row_of(*recipes.SHIPPED["best-75"])
     assert sparser
-    best, paper = (page._recipe("0.75", row, records) for row in (sparser, recipes.ROWS["0.75"][0]))
-    shown = f"reaches {best[4]} and {best[6]}, the paper's method {paper[4]} and {paper[6]} (one seed)"
+    tuned = recipes.row_of("0.75", "paper-rate")
+    assert tuned
+    best, paper, other = (page._recipe("0.75", row, records) for row in (sparser, recipes.ROWS["0.75"][0], tuned))
+    shown = f"reaches {best[4]} and {best[6]}, the paper's method {paper[4]} and {paper[6]}"
+    shown += f", at its best of four learning rates {other[4]} and {other[6]} (one seed)"
     assert f"`sppctl run best-75` {shown}" in section
     first, longer = (recipes.row_of("2:4", name) for name in ("paper", "paper-longer"))
     assert first

@@ -28,6 +28,7 @@ ABLATIONS = {
     "init ones": ("train.init=ones",),
 }
 SHARED: dict[str, Any] = read_yaml(Path(__file__).resolve().parent / "study.yaml")  # settings of all cells
+OF_OTHER_STEPS = ("no beta", "init random", "init ones")  # where a step moves a weight much further: with own rates
 VALIDATION = "validation"  # the texts on which rates are tuned; all others are measured on TEST
 TEST = "test"
 
@@ -41,7 +42,7 @@ class Scale:
     pruners: tuple[str, ...]
     patterns: tuple[str, ...]
     seeds: tuple[int, ...]
-    rates: dict[str, tuple[float, ...]]  # trials of the learning rate by method
+    rates: dict[str, tuple[float, ...]]  # trials of the learning rate by method or ablation
     ablated: tuple[str, ...]  # patterns of the ablations
     tasks: tuple[int, int] | None  # first examples of each zero-shot task and of each subject of MMLU
     with_recipes: bool = True
@@ -58,7 +59,11 @@ FULL = Scale(
     pruners=PRUNERS,
     patterns=PATTERNS,
     seeds=(0, 1, 2),
-    rates={"lora": (3e-4, 1e-3, 3e-3, 1e-2), "spp": (3e-3, 1e-2, 3e-2, 1e-1)},
+    rates={
+        "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+        "spp": (3e-3, 1e-2, 3e-2, 1e-1),
+        **dict.fromkeys(OF_OTHER_STEPS, (3e-4, 1e-3, 3e-3, 1e-2)),
+    },
     ablated=("2:4", "0.75"),
     tasks=(50, 2),
 )
@@ -126,7 +131,7 @@ def all_cells(scale: Scale, records: Records) -> Iterator[Cell]:
 
 def trial_name(method: str, pattern: str, rate: float) -> str:
     """The cell in which a learning rate is tried."""
-    return f"rate-{method}-{slug(pattern)}-{rate:g}"
+    return f"rate-{method.replace(' ', '-')}-{slug(pattern)}-{rate:g}"
 
 
 def cell_name(pruner: str, pattern: str, kind: str, seed: int) -> str:
@@ -166,6 +171,11 @@ def run_name(cell: Cell) -> str:
     return "-".join(value.replace(":", "of") for value in (*values, str(cell.seed)))
 
 
+def _training(kind: str) -> tuple[str, ...]:
+    """The settings of a method, or of SPP with an ablation."""
+    return TRAINED[kind] if kind in TRAINED else (*TRAINED["spp"], *ABLATIONS[kind])
+
+
 def _steps(scale: Scale, rate: float) -> tuple[str, ...]:
     return (f"train.max_steps={scale.steps}", f"train.lr={rate:g}")
 
@@ -174,7 +184,7 @@ def _trials(scale: Scale) -> Iterator[Cell]:
     for pattern in dict.fromkeys(TUNED_AT[pattern] for pattern in scale.patterns):
         for method, rates in scale.rates.items():
             for rate in rates if len(rates) > 1 else ():
-                training = (*TRAINED[method], *_steps(scale, rate))
+                training = (*_training(method), *_steps(scale, rate))
                 name = trial_name(method, pattern, rate)
                 yield Cell(name, 0, pruning("wanda", pattern), (), training, VALIDATION, scale.validation_tokens)
 
@@ -188,21 +198,22 @@ def _compared(scale: Scale, records: Records, pruner: str, pattern: str, seed: i
     if is_compared:
         dsnot = pruning("dsnot", pattern)
         yield Cell(cell_name(pruner, pattern, "dsnot", seed), seed, dsnot, first, max_tokens=scale.max_tokens)
-    for method in scale.rates:
+    for method in TRAINED:
         rate = chosen_rate(scale, records, method, pattern)
         if rate is not None and (is_compared or method == "spp"):
-            training = (*TRAINED[method], *_steps(scale, rate))
+            training = (*_training(method), *_steps(scale, rate))
             name = cell_name(pruner, pattern, method, seed)
             yield Cell(name, seed, first, (), training, TEST, scale.max_tokens, tasks)
 
 
 def _ablations(scale: Scale, records: Records, pattern: str, seed: int) -> Iterator[Cell]:
-    """SPP with one setting changed, at SPP's learning rate."""
-    rate = chosen_rate(scale, records, "spp", pattern)
-    for kind, settings in ABLATIONS.items() if rate is not None else ():
-        training = (*TRAINED["spp"], *settings, *_steps(scale, rate))
-        name = cell_name("wanda", pattern, kind, seed)
-        yield Cell(name, seed, pruning("wanda", pattern), (), training, TEST, scale.max_tokens)
+    """SPP with one setting changed, at SPP's learning rate unless it has trials of its own."""
+    for kind in ABLATIONS:
+        rate = chosen_rate(scale, records, kind if kind in scale.rates else "spp", pattern)
+        if rate is not None:
+            training = (*_training(kind), *_steps(scale, rate))
+            name = cell_name("wanda", pattern, kind, seed)
+            yield Cell(name, seed, pruning("wanda", pattern), (), training, TEST, scale.max_tokens)
 
 
 def current(scale: Scale, records: Records) -> dict[str, Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from cells import ABLATIONS, CLAIMED_AT, FULL, Record, Records, Scale, cell_name
@@ -54,6 +54,11 @@ class Spread:
         degrees = sum(len(values) - 1 for values in several)
         squares = sum(float(np.var(values)) * len(values) for values in several)
         return cls(math.sqrt(squares / degrees), degrees) if degrees else None
+
+    def at_least(self, values: Sequence[float]) -> Spread:
+        """This spread; with the deviation of these seeds instead if they differ more."""
+        own = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return replace(self, deviation=max(self.deviation, own))
 
     def reach(self, one: Interval, seeds: float, comparisons: int = 1) -> float:
         """How far from zero chance alone takes one of several differences with a probability of 5 % (Bonferroni).
@@ -213,8 +218,8 @@ def _verdict(claim: str, found: dict[str, Interval | None]) -> Verdict:
     """Holds if every difference is negative beyond its uncertainty; does not if one is positive beyond chance.
 
     The chance of one positive difference grows with their number, so that of refuting a claim is corrected for it, and
-    counts the seeds as drawn. A difference of fewer than three seeds can refute nothing and confirm nothing; it is
-    shown.
+    counts the seeds as drawn; a difference whose own seeds vary more than those of all is judged by its own. One of
+    fewer than three seeds can refute nothing and confirm nothing; it is shown.
     """
     if not any(found.values()):
         return Verdict(claim, OPEN, [])
@@ -222,8 +227,9 @@ def _verdict(claim: str, found: dict[str, Interval | None]) -> Verdict:
     numbers += [f"{len(found) - len(numbers)} not measured"] if len(numbers) < len(found) else []
     measured = [one for one in found.values() if one is not None]
     enough = [one for one in measured if len(one.by_seed) >= len(FULL.seeds)]
-    spread = Spread.of(one.by_seed for one in enough)
-    if spread and any(one.mean > spread.reach(one, len(one.by_seed), len(found)) for one in enough):
+    spread = Spread.of(one.by_seed for one in enough if not math.isnan(one.mean))
+    reach = lambda one: spread.at_least(one.by_seed).reach(one, len(one.by_seed), len(found))  # noqa: E731
+    if spread and any(one.mean > reach(one) for one in enough):
         return Verdict(claim, FAILS, numbers)
     if enough and len(enough) == len(found) and all(one.is_below_zero for one in enough):
         return Verdict(claim, HOLDS, numbers)

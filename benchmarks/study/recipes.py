@@ -59,7 +59,7 @@ TUNED = {"train.lr": "3e-2"}  # SPP's best rate in the trials
 SPP = {"train.method": "spp", **TUNED}
 REFRESH = {"train.refresh.steps": "20"}
 HIRA = {"train.method": "hira", "train.lr": "1e-2"}
-LORA = {"train.method": "lora", "train.rank": "8", "train.lr": "3e-3"}  # the best rate in the trials at 2:4
+LORA = {"train.method": "lora", "train.rank": "8", "train.lr": "3e-3"}  # the best rate of the trials at 2:4, of rank 16
 SMALLER = {
     "train.batch_size": "2",
     "train.micro_batch_size": "2",

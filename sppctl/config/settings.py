@@ -185,7 +185,7 @@ class PruneConfig:
         later=True,
     )
     reconstruct_scheduler: Literal["constant", "linear", "cosine"] = _key(
-        "constant", "its schedule; linear, cosine: down to 0 at the last step of each block", later=True
+        "constant", "its schedule; linear, cosine: down to 0 after the last step of each block", later=True
     )
     reconstruct_target: Literal["pruned", "dense"] = _key(
         "pruned",
@@ -326,7 +326,7 @@ class TrainConfig:
         "constant_with_warmup",
         "inverse_sqrt",
         "warmup_stable_decay",
-    ] = _key("linear", "transformers' learning-rate schedule; linear: down to 0 at the last step")
+    ] = _key("linear", "transformers' learning-rate schedule; linear: down to 0 after the last step")
     scheduler_kwargs: dict[str, float | str] = _key(
         {}, "further arguments of the schedule: {min_lr_rate: 0.1}, {num_cycles: 3}, {num_decay_steps: 100}"
     )

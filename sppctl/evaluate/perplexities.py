@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sppctl import console, distributed
+from sppctl import console, distributed, machine
 from sppctl.config.settings import Config
 from sppctl.data import texts
 from sppctl.errors import StageError, UserError
@@ -91,7 +90,7 @@ class DenseModel:
                     windows, advance = text.tokens[text.indices], partial(bar.advance, "")
                     self._references[dtype, text] = Reference(model, windows, text.batch_size, file, advance)
             del model
-            release()
+            machine.release_memory()
 
     def reference_for(self, text: Windows, model: Any) -> Reference | None:
         """Its predictions on the windows of this process, in the dtype of another model, if they have been computed.
@@ -112,12 +111,6 @@ class DenseModel:
         """Removes the predictions."""
         self._references.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def release() -> None:
-    """Frees the memory of models that are no longer referenced."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def measure(model: Any, text: Windows, measure: TextMeasure, *, label: str, dense: DenseModel | None) -> TextNumbers:

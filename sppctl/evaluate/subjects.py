@@ -153,13 +153,15 @@ class Subject:
 
 def shortage(model: ModelConfig, directory: Path, dtype: str) -> str | None:
     """What a checkpoint's dense weights need and what is free for them, for a message; None if they fit."""
-    device = checkpoint.pick_device(model.device)
-    if device.type == "cuda" and distributed.world_size() == 1:  # a model may be spread over all GPUs
-        room = sum(machine.free_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
-    else:
-        room = machine.free_memory(device)
-    needed = checkpoint.weight_bytes(directory, dtype)
-    return None if needed <= room else f"needs {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free"
+    device, where = checkpoint.pick_device(model.device), ""
+    devices = [device]
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        if distributed.world_size() == 1:
+            devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        else:
+            where = " on a GPU (launch.num_processes=1 spreads it over all GPUs)"
+    room, needed = sum(map(machine.free_memory, devices)), checkpoint.weight_bytes(directory, dtype)
+    return None if needed <= room else f"needs {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free{where}"
 
 
 def fingerprint(directory: Path) -> str:

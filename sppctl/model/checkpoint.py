@@ -181,7 +181,7 @@ def generation_fingerprint(directory: Path) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, or UserError; ``auto``: the GPU if there is one, a different one for each process."""
+    """The device of that name, or UserError; ``auto`` and ``cuda``: a GPU, a different one for each process."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         # modulo, because Slurm may show each process only its own GPU
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -194,6 +194,8 @@ def pick_device(name: str) -> torch.device:
         # only the first sentence of torch's message is about the device
         reason = first_line(error).split(". ")[0]
         raise UserError("model.device", f"{name} is not usable here ({reason})", "try auto") from error
+    if device.type == "cuda" and distributed.world_size() > 1 and torch.cuda.device_count() > 1:
+        raise UserError("model.device", f"all {distributed.world_size()} processes would use {name}", "set it to cuda")
     return device
 
 
@@ -261,7 +263,7 @@ def load_model(
         weights.refuse_random(str(directory), info)
         model.name_or_path = model.config._name_or_path = str(directory)
         return model
-    placed = {"device_map": "auto"} if spread and exceeds(directory, device, dtype) else {}
+    placed = {"device_map": "auto"} if spread and must_be_spread(directory, device, dtype) else {}
     with quiet_libraries(), console.working(f"loading {directory}"), _without_adapter(directory) as folder:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -301,17 +303,22 @@ def _dtype_in(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def exceeds(directory: Path, device: torch.device, dtype: str) -> bool:
+    """Whether the weights in a dtype exceed what is free on a GPU, and there are several."""
+    is_one_of_several = device.type == "cuda" and torch.cuda.device_count() > 1
+    return is_one_of_several and weight_bytes(directory, dtype) > machine.free_memory(device)
+
+
+def must_be_spread(directory: Path, device: torch.device, dtype: str) -> bool:
     """Whether the weights in a dtype need more than one GPU; raises UserError if they do and each GPU has a process."""
-    if device.type != "cuda" or torch.cuda.device_count() < 2:
+    if not exceeds(directory, device, dtype):
         return False
-    size = weight_bytes(directory, dtype)
-    free = torch.cuda.mem_get_info(device)[0]
-    if size > free and distributed.world_size() > 1:
+    if distributed.world_size() > 1:
+        size, free = (each / 2**30 for each in (weight_bytes(directory, dtype), machine.free_memory(device)))
         raise UserError(
-            f"{directory} has {size / 2**30:.1f} GiB of weights, more than the {free / 2**30:.1f} GiB that are free on "
-            "a GPU; launch.num_processes=1 spreads it over all GPUs"
+            f"{directory} has {size:.1f} GiB of weights, more than the {free:.1f} GiB that are free on a GPU; "
+            "launch.num_processes=1 spreads it over all GPUs"
         )
-    return size > free
+    return True
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:

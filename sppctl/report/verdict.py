@@ -145,6 +145,9 @@ def _warnings(run: RunStudy) -> Iterator[str]:
     if "merge" in run.stages and not run.stages["merge"].metrics.pattern_unchanged:
         yield "merging changed the pattern: the merged weights are less sparse than the pruned ones"
     yield from provenance.unmoved(run)
+    if "train" in run.stages and run.stages["train"].settings.get("train", {}).get("keep_best") == "perplexity":
+        (name,) = run.stages["train"].settings["eval"]["perplexity"]
+        yield f"the adapter was chosen by its perplexity on {name} (train.keep_best), which is a little too good"
     if "prune" in run.stages and (count := run.stages["prune"].metrics.fallbacks):
         yield f"{count:,} matrices of experts received too few tokens, and were pruned by their weights alone"
     yield from _small_texts([text for content in run.checkpoints.values() for text in content.texts])

@@ -170,6 +170,7 @@ class Run(RunDirectory):
             disk.writing(out, reasons=disk.FULL),
         ):
             metrics = stage.do(self, prepared, out, dtype)
+        machine.release_memory()  # what the next stage finds free decides how it loads its model
         distributed.barrier()
         record = self._publish_with_record(name, attempt, dtype, round(time.perf_counter() - started, 2), metrics)
         console.note(f"{name}: done in {record.wall_time_s:.0f} s ({self.path(name)})")

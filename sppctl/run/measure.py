@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sppctl import console, distributed, records
+from sppctl import console, distributed, machine, records
 from sppctl.errors import UserError, WriteError, did_you_mean
 from sppctl.files import paths
 from sppctl.files.names import DIRECTORIES
@@ -63,7 +63,7 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, Json]:
             else:
                 console.note(f"eval {job.subject.label}: up to date ({job.path})")
             contents[job.subject.label] = content.to_json()
-            perplexities.release()
+            machine.release_memory()
     except WriteError as error:
         raise WriteError(f"{error}; free some space: earlier results are kept, the same command continues") from error
     finally:
@@ -72,15 +72,36 @@ def evaluate(run: Run, checkpoints: dict[str, Path]) -> dict[str, Json]:
     return contents
 
 
-def _dense_model(run: Run, checkpoints: dict[str, Path]) -> DenseModel | None:
-    """The checkpoint whose predictions the others are compared with, if the configuration names one.
+def needs_all_gpus(run: Run, checkpoints: dict[str, Path]) -> bool:
+    """Whether the dense model is to be run and exceeds one of several GPUs. All processes must call it."""
+    from sppctl.model import checkpoint
+
+    directories = [checkpoints[dense.BASE]] if dense.BASE in checkpoints else []
+    if (name := _reference(run, checkpoints)) is not None:
+        directories.append(dense.base(run) if name == "base" else find.locate(name, key="eval.divergence"))
+    device = checkpoint.pick_device(run.config.model.device)
+
+    def exceed() -> bool:
+        return any(checkpoint.exceeds(path, device, choose_dtype(run.config, path).dtype) for path in directories)
+
+    return distributed.decide(exceed)
+
+
+def _reference(run: Run, checkpoints: dict[str, Path]) -> str | None:
+    """The name of the checkpoint that the others are compared with, if the configuration has one.
 
     The run's dense model is the reference only for the run's own checkpoints; others need an explicit reference.
     """
+    name = run.config.eval.divergence
+    is_for_none = name == "base" and not checkpoints.keys() & STAGE_OF.keys()
+    return None if is_for_none or not run.config.eval.perplexity else name
+
+
+def _dense_model(run: Run, checkpoints: dict[str, Path]) -> DenseModel | None:
+    """The checkpoint of :func:`_reference`, to be run."""
     from sppctl.evaluate.perplexities import DenseModel
 
-    name = run.config.eval.divergence
-    if name is None or not run.config.eval.perplexity or (name == "base" and not checkpoints.keys() & STAGE_OF.keys()):
+    if (name := _reference(run, checkpoints)) is None:
         return None
     directory = dense.same_base(run) if name == "base" else find.locate(name, key="eval.divergence")
     return DenseModel(name, directory, run.config.model.trust_remote_code, run.directory)

@@ -221,6 +221,10 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
     with run.lock(only_measures=True):
         checkpoints = {label: path or dense.same_base(run) for label, path in directories.items()}
         console.note("eval: " + "; ".join(f"{label}, {path}" for label, path in checkpoints.items()))
+        if distributed.world_size() > 1 and measure.needs_all_gpus(run, checkpoints):
+            console.note("eval: the dense model exceeds one GPU, so one process spreads it over all")
+            if not distributed.leave():
+                return {}
         results = measure.evaluate(run, checkpoints)
         if distributed.leave():
             _update_cards(run.directory)

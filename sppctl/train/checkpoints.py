@@ -211,13 +211,19 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def demand_files(checkpoint: Path, strategy: str | None) -> None:
-    """Raises UserError if a checkpoint lacks files that are needed to resume under a strategy."""
-    is_deepspeed = any(checkpoint.glob("global_step*"))
+    """Raises UserError if a checkpoint cannot be resumed from under a strategy, by as many processes as there are."""
+    is_deepspeed, processes = any(checkpoint.glob("global_step*")), len(list(checkpoint.glob(RANDOM.format("*"))))
     needed = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
     missing = [name for name in [*needed, STATE] if not (checkpoint / name).is_file()]
     if not missing and (strategy != "zero3" or is_deepspeed):
+        if strategy == "zero3" and processes != distributed.world_size():
+            raise UserError(
+                f"{checkpoint} was written by {processes} processes under launch.strategy=zero3, and "
+                f"{distributed.world_size()} cannot read it; resume with {processes} (launch.num_processes), or start "
+                "again (--no-resume)"
+            )
         return
-    writer = "launch.strategy=zero3" if is_deepspeed else "ddp or fsdp"
+    writer = f"launch.strategy=zero3 (processes: {processes})" if is_deepspeed else "ddp or fsdp"
     reason = f": it was written under {writer}" if is_deepspeed != (strategy == "zero3") else ""
     raise UserError(
         f"{checkpoint} lacks {', '.join(missing) or 'global_step*'}, which training under {strategy or 'one process'} "

@@ -153,7 +153,8 @@ class Loop:
         losses = []
         for number, batch in enumerate(batches, 1):
             self.accelerator.sync_gradients = number == len(batches)  # DeepSpeed updates in the last backward
-            synced = self.accelerator.sync_gradients or self.is_deepspeed
+            # FSDP would keep whole gradients until then
+            synced = self.accelerator.sync_gradients or self.is_deepspeed or self.is_fsdp
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.model):
                 loss = self._loss_of(batch, tokens)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed else {}))
@@ -326,7 +327,7 @@ class Loop:
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            return {name: safe_get_full_fp32_param(p).cpu() for name, p in self._trainable_parameters().items()}
+            return shards.gathered(self._trainable_parameters(), safe_get_full_fp32_param)
         return shards.gathered(self._trainable_parameters()) if self.is_fsdp else None
 
     def _trainable_parameters(self) -> dict[str, Tensor]:

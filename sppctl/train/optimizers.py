@@ -89,7 +89,7 @@ def check_schedule(train: TrainConfig, max_steps: int) -> None:
         if not 0 <= share <= 1 + 1e-9:  # NaN is neither
             problem = f"the learning rate of {train.scheduler} at step {step} is {share * train.lr:.3g}"
             raise UserError(key, problem, f"it must be between 0 and train.lr ({train.lr:.3g})")
-    if max_steps > 1 and max(factors) < 1 - 1e-9:
+    if max(factors) < 1 - 1e-9:
         warmup = scope.num_warmup_steps(train, max_steps)
         console.warn(
             f"train.lr ({train.lr:.3g}) is never reached: the highest learning rate of {train.scheduler} with "

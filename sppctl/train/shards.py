@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sppctl import distributed, launch
 from sppctl.config.settings import Config
 from sppctl.model.blocks import Skeleton
-from sppctl.packed.linear import TENSORS, packed_layers
 
-LOAD_ONCE = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # read by transformers
 DEEPSPEED = Path(__file__).parents[1] / "assets" / "deepspeed-zero3.json"
 
 
@@ -33,7 +31,7 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
 
     Only the kind of ``device`` matters; with several GPUs, each process uses its own.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one (a sweep, the tests)
+    forget_accelerator()  # a caller of the library may have had one
     state = PartialState(cpu=device.type == "cpu")  # not left to Accelerator: with cpu=True it does not shard
     strategy = config.launch.strategy if distributed.world_size() > 1 else None
     plugins: dict[str, Any] = {}
@@ -54,9 +52,28 @@ def make_accelerator(config: Config, device: torch.device, model: Any) -> Accele
         plugins["deepspeed_plugin"] = _deepspeed(config, model.dtype)
     # no autocast, whatever `accelerate launch` sets; DeepSpeed has a dtype setting of its own
     accelerator = Accelerator(mixed_precision="no", **plugins)
-    sharded = {"fsdp": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
-    assert sharded.get(strategy or "") in (None, accelerator.distributed_type), "not sharded"
+    sharding = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "zero3"}.get(accelerator.distributed_type)
+    assert sharding == (None if strategy == "ddp" else strategy), f"sharded by {sharding}, not by {strategy}"
     return accelerator
+
+
+def forget_accelerator() -> None:
+    """Makes this process what it was before :func:`make_accelerator`.
+
+    Otherwise transformers would shard every model that is made after a training with ZeRO-3.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
+    launch.drop_sharding()
+
+
+@contextmanager
+def forgetting_accelerator() -> Iterator[None]:
+    """Calls :func:`forget_accelerator` at the end of the body, also after an error."""
+    try:
+        yield
+    finally:
+        forget_accelerator()
 
 
 def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
@@ -78,33 +95,22 @@ def _deepspeed(config: Config, dtype: torch.dtype) -> DeepSpeedPlugin:
     return DeepSpeedPlugin(hf_ds_config=settings)
 
 
-@contextmanager
-def load_in_one_process() -> Iterator[None]:
-    """``from_pretrained`` reads weights in the first process of a machine only.
-
-    The others get tensors of the right shapes whose memory is never touched; accelerate sends them their shards.
-    """
-    os.environ |= dict.fromkeys(LOAD_ONCE, "true")
-    try:
-        yield
-    finally:
-        for name in LOAD_ONCE:
-            del os.environ[name]
-
-
 def keep_frozen_weights(model: nn.Module) -> None:
-    """Keeps DDP from broadcasting frozen weights, packed ones too, which are the same in all processes.
+    """Keeps DDP from broadcasting frozen weights and, before each forward pass, buffers: packed weights, masks of STE.
 
-    Writing to a memory-mapped weight would give each process a copy of its own.
+    All are the same in all processes. Writing to a memory-mapped weight would give each process a copy of its own.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    frozen += [f"{name}.{tensor}" for name, _ in packed_layers(model) for tensor in TENSORS]
+    frozen += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
-def gathered(parameters: dict[str, Tensor]) -> dict[str, Any] | None:
-    """Full parameters on the CPU of the first process; None in the others. All processes must call it."""
-    full = {name: _full(parameter.detach()) for name, parameter in parameters.items()}
+def gathered(parameters: dict[str, Tensor], gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any] | None:
+    """Full parameters on the CPU of the first process; None in the others. All processes must call it.
+
+    ``gather`` returns one of them in full; None: they are whole, or sharded as DTensors.
+    """
+    full = {name: _full(gather(p) if gather else p.detach()) for name, p in parameters.items()}
     return full if distributed.is_main() else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 import warnings
@@ -146,7 +145,7 @@ def execute(
         StageError: a loss or gradient is not finite, or memory ran out; ``Stopped``: a signal ended it.
     """
     train, folder = config.train, out / CHECKPOINTS
-    with out_of_memory.explained(config, folder, planned, packed=packed):
+    with out_of_memory.explained(config, folder, planned, packed=packed), shards.forgetting_accelerator():
         device = checkpoint.pick_device(config.model.device)
         strategy = config.launch.strategy if distributed.world_size() > 1 else None
         tokenizer = checkpoint.load_tokenizer(pruned, config.model.trust_remote_code)
@@ -200,8 +199,7 @@ def _adapted(
 ) -> PeftModel:
     """The pruned model with a new adapter, on the CPU."""
     train, patterns = config.train, record.patterns
-    with shards.load_in_one_process() if strategy == "fsdp" else contextlib.nullcontext():
-        model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code, packed=packed)
+    model = checkpoint.load_model(pruned, torch.device("cpu"), dtype, config.model.trust_remote_code, packed=packed)
     model.config.use_cache = False
     set_seed(config.run.seed)  # the same initial adapter in all processes, however many there are
     layers = list(patterns if train.targets == "pruned" else train.targets)

@@ -98,11 +98,11 @@ class PerplexityEvery(Hook):
         self.windows = windows_of_text(tokenizer, text, window, config.eval.max_tokens)
 
     def after_step(self, model: PeftModel, step: int) -> Metrics:
-        """Measures on all processes alike: under FSDP each forward needs all of them."""
+        """Measures on all processes alike: each forward of a sharded model needs all of them."""
         if step != self.last and (self.steps is None or step % self.steps):
             return {}
         model.eval()
-        sharded = isinstance(model, FSDPModule)
+        sharded = isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3
         measured = model if sharded else model.get_base_model()
         losses = torch.cat(list(window_losses(measured, self.windows, self.batch_size, whole_windows=sharded)))
         value = summarise(losses, self.windows.shape[1]).value

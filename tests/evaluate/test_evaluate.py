@@ -24,6 +24,7 @@ from sppctl.errors import StageError, UserError
 from sppctl.evaluate import perplexities
 from sppctl.evaluate import stage as evaluate
 from sppctl.evaluate.results import Results, TextMeasure, TextNumbers
+from sppctl.evaluate.subjects import shortage
 from sppctl.model import checkpoint
 from sppctl.run import measure as measuring
 from sppctl.run import pipeline
@@ -335,7 +336,25 @@ def test_a_model_that_exceeds_a_gpu_is_spread_over_several(
     monkeypatch.setenv("WORLD_SIZE", "2")
     if spread:
         with pytest.raises(UserError, match=r"launch\.num_processes=1 spreads it over all GPUs"):
-            checkpoint.exceeds(llama, gpu, "float32")
+            checkpoint.load_model(llama, gpu, "float32", spread=True)
+
+
+@pytest.mark.parametrize(("gpus", "free", "exceeds"), [(2, 1 << 30, False), (2, 10, True), (1, 10, False)])
+def test_a_dense_model_that_exceeds_a_gpu_needs_all(
+    gpus: int, free: int, exceeds: bool, llama: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, run = torch.device("cuda", 0), work("model.compute_dtype=float32")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+    monkeypatch.setattr(checkpoint, "pick_device", lambda _: gpu)
+    assert measuring.needs_all_gpus(run, {"base": llama}) is exceeds
+    assert measuring.needs_all_gpus(run, {"merged": llama}) is exceeds, "it is compared with the dense model"
+    assert not measuring.needs_all_gpus(work("eval.divergence=null"), {"merged": llama})
+    config = run.config.model
+    assert (shortage(config, llama, "float32") is None) is (free > 10)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    advice = " on a GPU (launch.num_processes=1 spreads it over all GPUs)"
+    assert (shortage(config, llama, "float32") or "").endswith(advice) is exceeds
 
 
 def test_a_model_with_a_device_map_is_measured_like_any_other(

@@ -186,6 +186,19 @@ def test_a_device_that_is_not_there(name: str) -> None:
     assert name != "mps" or len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize(("gpus", "processes"), [(1, 2), (2, 1), (2, 2)])
+def test_processes_do_not_share_a_gpu(gpus: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one visible GPU, as under srun, it is another one in each process."""
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.tensor(0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if gpus == processes:
+        with pytest.raises(UserError, match=r"^model\.device: all 2 processes would use cuda:0; set it to cuda$"):
+            pick_device("cuda:0")
+    else:
+        assert pick_device("cuda:0") == torch.device("cuda", 0)
+
+
 def test_the_model_is_plain_transformers(llama: Path) -> None:
     model = load_model(llama, torch.device("cpu"), "bfloat16")
     assert type(model).__module__.startswith("transformers.")

@@ -80,6 +80,14 @@ def test_what_makes_the_numbers_doubtful() -> None:
     assert found.is_good is False
 
 
+def test_a_number_by_which_the_adapter_was_chosen_is_marked() -> None:
+    settings = {"train": {"keep_best": "perplexity"}, "eval": {"perplexity": ["prose"]}}
+    (warning,) = verdict.of_run(study_of(stages={"train": stage_of("train", settings=settings)})).warnings
+    assert warning.startswith("the adapter was chosen by its perplexity on prose (train.keep_best)")
+    settings["train"]["keep_best"] = "eval_loss"
+    assert not verdict.of_run(study_of(stages={"train": stage_of("train", settings=settings)})).warnings
+
+
 def test_a_difference_within_chance_is_no_success(tmp_path: Path) -> None:
     run = RunStudy.of(write_run(tmp_path / "one"))
     unclear = [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ALPACA
 
 from sppctl.config.settings import Config
@@ -75,6 +77,22 @@ def test_training_takes_over_the_rows_of_its_checks(
     other = run.do(TRAIN).metrics
     assert loaded == [str(rows)] * 3
     assert (first.examples, other.examples) == (20, 8)
+
+
+def test_a_stage_leaves_no_memory_to_the_next(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prune(*arguments: Any) -> Any:
+        record = original(*arguments)
+        events.append("done")
+        return record
+
+    events: list[str] = []
+    original = PRUNE.do
+    monkeypatch.setattr(PRUNE, "do", prune)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+    Run(configure("prune.method=magnitude")).do(PRUNE)
+    assert events[-2:] == ["done", "emptied"]
 
 
 def test_another_tokenizer_makes_other_windows(

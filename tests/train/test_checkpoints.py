@@ -71,7 +71,7 @@ def test_the_newest_by_its_number(tmp_path: Path) -> None:
         ("state.json", "trainer_state.json", None, r"lacks state\.json, which training under one process continues"),
         ("scheduler.pt", None, "ddp", r"lacks scheduler\.pt, which training under ddp continues from; resume with"),
         (None, None, "zero3", r"lacks latest, which training under zero3 .* it was written under ddp or fsdp; resume"),
-        ("optimizer.pt", "global_step3/", "ddp", r"under ddp .*: it was written under launch\.strategy=zero3; resume"),
+        ("optimizer.pt", "global_step3/", "ddp", r"ddp .*: .* under .*zero3 \(processes: 1\); resume"),
     ],
     ids=["older", "no schedule", "for DeepSpeed", "of DeepSpeed"],
 )
@@ -85,6 +85,21 @@ def test_nothing_is_continued_without_what_belongs_to_it(
         (saved / more).mkdir() if more.endswith("/") else (saved / more).touch()
     with pytest.raises(UserError, match=words):
         demand_files(saved, strategy)
+
+
+def test_zero3_continues_with_as_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = made(tmp_path, 3) / "checkpoint-3"
+    for name in ("latest", "rng_state_1.pth"):
+        (saved / name).touch()
+    (saved / "global_step3").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    demand_files(saved, "zero3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"by 2 processes under .*zero3, and 4 cannot read it; resume with 2 \(launch"):
+        demand_files(saved, "zero3")
+    (saved / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match=r"one process .* was written under launch\.strategy=zero3 \(processes: 2\)"):
+        demand_files(saved, None)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

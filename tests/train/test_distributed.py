@@ -14,15 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from conftest import GROUPED, byte_tokenizer
 from fitting import figures
 from peft import PeftModel
 from processes import environment, in_ranks, sppctl_in_ranks
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sppctl
@@ -35,6 +39,8 @@ from sppctl.report.records import stored_samples
 from sppctl.run import pipeline
 from sppctl.run.directory import Run
 from sppctl.run.stages import PRUNE, TRAIN
+from sppctl.train import shards, watch
+from sppctl.train.loop import Loop
 
 # responses and prompts of many lengths: no two micro-batches hold the same number of tokens
 ROWS = [
@@ -211,6 +217,63 @@ def test_several_processes_publish_the_best_adapter_that_one_finds(
     assert_same_adapter(directory, one)
 
 
+SHARDED_GRADIENTS = """
+from torch.distributed.fsdp import FSDPModule
+def refuse(*_, **__):
+    raise AssertionError("whole gradients")
+FSDPModule.set_requires_gradient_sync = refuse
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_shards_the_gradient_of_each_micro_batch(several: Several) -> None:
+    arguments, _ = several(2, "fsdp", "float32", "train.max_steps=1")
+    done = sppctl_in_ranks(arguments, 2, SHARDED_GRADIENTS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_strategy_of_accelerate_launch_is_ignored(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    config = load_config(str(work / "tiny.yaml"), [f"model.path={work / 'float32'}"])
+    model = AutoModelForCausalLM.from_pretrained(work / "float32")
+    accelerator = shards.make_accelerator(config, torch.device("cpu"), model)
+    assert accelerator.distributed_type == DistributedType.NO
+    shards.forget_accelerator()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_zero3_keeps_the_whole_adapter_in_the_first_process_only(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(parameter: Tensor) -> Tensor:
+        gathered.append(parameter)
+        return parameter.detach()
+
+    gathered: list[Tensor] = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", SimpleNamespace(safe_get_full_fp32_param=gather))
+    training = Loop.__new__(Loop)
+    training.is_deepspeed, training.peft = True, torch.nn.Linear(2, 3)
+    adapter = training._adapter()
+    assert len(gathered) == 2, "all processes take part"
+    assert (None if adapter is None else list(adapter)) == (None if rank else ["weight", "bias"])
+
+
+def test_the_processes_of_zero3_measure_perplexity_by_the_same_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(measured: object, windows: Tensor, size: int, whole_windows: bool) -> list[Tensor]:
+        calls.append((measured, whole_windows))
+        return [torch.ones(len(windows), dtype=torch.float64)]
+
+    calls: list[tuple[object, bool]] = []
+    monkeypatch.setattr(watch, "window_losses", losses)
+    hook = watch.PerplexityEvery.__new__(watch.PerplexityEvery)
+    hook.steps, hook.last, hook.batch_size, hook.name, hook.windows = 1, None, 1, "x", torch.zeros(2, 8)
+    model: Any = torch.nn.Linear(2, 3)
+    model.get_base_model = lambda: "base"
+    hook.after_step(model, 1)
+    model.weight.ds_id = 0
+    hook.after_step(model, 2)
+    assert calls == [("base", False), (model, True)]
+
+
 @pytest.mark.slow
 def test_deepspeed_is_silent(several: Several) -> None:
     arguments, directory = several(2, "zero3", "float32", "train.max_steps=1")
@@ -360,9 +423,11 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_told_once(sev
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torchrun", [0, 2], ids=["launch", "torchrun"])
-def test_run_uses_the_processes_where_it_can(torchrun: int, work: Path, tmp_path: Path) -> None:
-    overrides = [f"model.path={work / 'float32'}", "launch.num_processes=2", "launch.strategy=fsdp", "--json"]
+@pytest.mark.parametrize(
+    ("torchrun", "strategy"), [(0, "fsdp"), (2, "fsdp"), (2, "zero3")], ids=["launch", "torchrun", "torchrun-zero3"]
+)
+def test_run_uses_the_processes_where_it_can(torchrun: int, strategy: str, work: Path, tmp_path: Path) -> None:
+    overrides = [f"model.path={work / 'float32'}", "launch.num_processes=2", f"launch.strategy={strategy}", "--json"]
     extra = ["train.perplexity_steps=3", f"run.dir={tmp_path / 'run'}"]
     done = call(["run", str(work / "tiny.yaml"), *overrides, *extra], torchrun)
     assert done.returncode == 0, done.stderr
@@ -378,6 +443,24 @@ def test_run_uses_the_processes_where_it_can(torchrun: int, work: Path, tmp_path
     subjects = generate.subjects_of(str(tmp_path / "run"), model)
     assert samples.samples == generate.generate(subjects, generate.PROMPTS, generate.Settings(model=model))
     assert "no samples" not in done.stderr
+
+
+ONE_FOR_ALL = """
+from sppctl.run import measure
+measure.needs_all_gpus = lambda *_: True
+"""
+
+
+@pytest.mark.slow
+def test_one_process_measures_a_dense_model_that_exceeds_a_gpu(several: Several) -> None:
+    arguments, directory = several(2, "ddp", "float32", "--json", "eval.divergence=null")
+    first, second = in_ranks(["eval", *arguments[1:], "--model=base"], 2, ONE_FOR_ALL)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "the dense model exceeds one GPU, so one process spreads it over all" in first.stderr
+    assert second.stdout == ""
+    found = json.loads((directory / "eval/base.json").read_text())["results"]
+    assert json.loads(first.stdout)["results"] == found
+    assert len(found) == 1
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

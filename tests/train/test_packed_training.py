@@ -9,7 +9,9 @@ import stage_calls
 import torch
 from conftest import Prune, cut_after, trained_dtype
 from fitting import Configure, problems
+from peft import get_peft_model
 
+from sppctl.adapters.ste import SteConfig
 from sppctl.model.checkpoint import load_model
 from sppctl.packed.linear import packed_layers
 from sppctl.records import PruneRecord, TrainRecord
@@ -86,6 +88,15 @@ def test_ddp_does_not_send_packed_weights(prune: Prune) -> None:
     packed = {name for name, _ in model.named_buffers() if name.endswith((".mask", ".values", ".offsets"))}
     assert len(packed) == 3 * 14
     assert packed <= set(model._ddp_params_and_buffers_to_ignore)
+
+
+def test_ddp_does_not_send_masks(llama: Path) -> None:
+    config = SteConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(llama, torch.device("cpu"), "float32"), config)
+    shards.keep_frozen_weights(model)
+    masks = {name for name, _ in model.named_buffers() if "ste_mask" in name}
+    assert len(masks) == 2
+    assert masks <= set(model._ddp_params_and_buffers_to_ignore)
 
 
 def test_a_teacher_is_packed_if_it_is_sparse(configure: Configure, prune: Prune, llama: Path, tmp_path: Path) -> None:
