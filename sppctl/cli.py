@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from sppctl import __version__, console, distributed, launch, options, plugins, show
 from sppctl.config.load import schema, schema_yaml, shipped_configs, to_dict, to_yaml
+from sppctl.config.recorded import trusts_code
 from sppctl.config.settings import ModelConfig
 from sppctl.console import Verbosity
 from sppctl.errors import StageError, UserError, did_you_mean, first_line, with_argument_names
@@ -410,13 +411,14 @@ def bench(
     except ValueError as error:
         raise UserError("--batch", f"{batch} is not a list of numbers", "write --batch 1,8,32") from error
     with with_argument_names(ARGUMENT_NAMES):
+        trust = trusts_code(Path(expand(checkpoint)))
         checkpoint = _newest(checkpoint)
         find.directory_of(checkpoint, key="CHECKPOINT")  # before torch is imported
         from sppctl.inspect import speed, speed_text
 
         speeds = speed.execute(
             checkpoint,
-            speed.Settings(batches, 512 if prompt is None else prompt, new, repeats, device, shorten=prompt is None),
+            speed.Settings(batches, 512 if prompt is None else prompt, new, repeats, device, prompt is None, trust),
         )
     if json:
         console.show_json(asdict(speeds))
@@ -480,7 +482,7 @@ def generate(
     find.directory_of(name, key="RUN")  # before torch is imported
     from sppctl.publish import generate as generating
 
-    model = ModelConfig(device=device)
+    model = ModelConfig(device=device, trust_remote_code=trusts_code(Path(name)))
     settings = generating.Settings(max_new_tokens, temperature, seed, chat, model)
     with with_argument_names(ARGUMENT_NAMES):
         subjects = generating.subjects_of(name, model)

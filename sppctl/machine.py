@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -148,7 +149,8 @@ def peak_memory_mb() -> dict[str, float]:
     import torch
 
     kib = _entry(PROCESS / "status", "VmHWM").split()
-    peak = {"process": round((float(kib[0]) if kib else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024, 1)}
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    peak = {"process": round((float(kib[0]) if kib else of_process) / 1024, 1)}
     if torch.cuda.is_available():
         peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak

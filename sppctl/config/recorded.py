@@ -49,6 +49,12 @@ def tree_of(directory: Path) -> dict[Any, Any]:
     return _joined(_joined(tree, stages, Config()), {"run": {"dir": str(directory)}}, Config())
 
 
+def trusts_code(directory: Path) -> bool:
+    """Whether a directory is that of a run whose configuration allows code that comes with the model."""
+    model = tree_of(directory).get("model") if is_run(directory) else None
+    return isinstance(model, dict) and model.get("trust_remote_code") is True
+
+
 def merged(settings: Iterable[Mapping[str, Any]]) -> Tree:
     """The settings of stages (see :class:`sppctl.records.Attempt`), the first one first, as one configuration."""
     tree: Tree = {}

@@ -15,6 +15,7 @@ from sppctl.errors import UserError
 SECONDS = 5
 MEMORY = 1 << 30  # bytes in addition to this process's own
 LONGEST = 1 << 20  # characters of a rendered chat of short messages
+STATM = Path("/proc/self/statm")  # Linux only; elsewhere the memory is not limited
 
 Chat = Sequence[dict[str, str]]
 _tried: set[str] = set()
@@ -26,7 +27,8 @@ def try_template(tokenizer: Any, chats: Sequence[Chat], key: str) -> None:
     Errors that the template raises are ignored: they are raised again when it is used.
 
     Raises:
-        UserError: the template takes longer than 5 s or 1 GiB of additional memory, or writes over 1 Mi characters.
+        UserError: the template takes longer than 5 s or (on Linux) 1 GiB of additional memory, or writes over 1 Mi
+            characters.
     """
     identity = repr((tokenizer.chat_template, chats))
     if identity in _tried:
@@ -56,9 +58,11 @@ def _render(tokenizer: Any, chats: Sequence[Chat], writing: int) -> NoReturn:
     problem = ""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit, hard = pages * resource.getpagesize() + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        if STATM.exists():
+            pages, hard = int(STATM.read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)[1]
+            limit = pages * resource.getpagesize() + MEMORY
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         try:
             lengths = [
                 len(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=prompt))

@@ -37,6 +37,7 @@ class Settings:
     repeats: int = 5  # rounds that count; one more before them warms up
     device: str = "auto"  # or cpu, cuda
     shorten: bool = False  # prompts that are too long for the model
+    trust_remote_code: bool = False  # run code that comes with the model
 
     def __post_init__(self) -> None:
         """Raises UserError for what cannot be measured."""
@@ -53,8 +54,8 @@ def execute(path: str, settings: Settings) -> Bench:
     Raises:
         UserError: no checkpoint, no such device, or windows longer than the model allows.
     """
-    directory = find.locate(path)
-    limit = checkpoint.max_window(checkpoint.load_config(directory))
+    directory, trust = find.locate(path), settings.trust_remote_code
+    limit = checkpoint.max_window(checkpoint.load_config(directory, trust))
     if limit is not None and settings.prompt + settings.new > limit:
         if not settings.shorten or settings.new >= limit:
             raise UserError(
@@ -67,9 +68,9 @@ def execute(path: str, settings: Settings) -> Bench:
     fingerprint = checkpoint.fingerprint(directory)  # finds damage before anything is measured
     measured, summary = measure(directory)
     sparse = [matrix for matrix in measured if matrix.is_sparse]
-    compute = checkpoint.choose_dtype(directory, device, "auto")
+    compute = checkpoint.choose_dtype(directory, device, "auto", trust)
     console.note(f"bench: {compute.text}")
-    model = checkpoint.load_model(directory, device, compute.dtype)
+    model = checkpoint.load_model(directory, device, compute.dtype, trust)
     weights, kernel = two_weights(model)
     rows = speed(model, weights, settings)
     return Bench(

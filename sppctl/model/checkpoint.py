@@ -349,13 +349,26 @@ def _tokenizer_problem(error: Exception) -> str:
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copies configuration, tokenizer, chat templates and licence: not weights, cards and sppctl's own records."""
+    """Copies configuration, tokenizer, chat templates and licence: not weights, cards and sppctl's own records.
+
+    Raises:
+        UserError: a file is a link to another directory, whose files might be published with the copy.
+    """
     for pattern in (*SIDE_FILES, *TERMS, "*.py"):
         for path in source.glob(pattern):
             if path.name not in NOT_SIDE_FILES and not path.name.endswith(".index.json"):
+                _check_inside(path, source.resolve())
                 target = out / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+
+
+def _check_inside(path: Path, directory: Path) -> None:
+    """Raises UserError if a file is outside of a directory and is no blob of a hub cache, which snapshots link to."""
+    file = path.resolve()
+    is_blob = file.parent.name == "blobs" and file.parents[1].name.startswith("models--")
+    if not is_blob and not file.is_relative_to(directory):
+        raise UserError(f"{path} is a link to a file elsewhere ({file}); replace it by the file, or remove it")
 
 
 def copy_for_rewriting(

@@ -37,6 +37,7 @@ def locate(
     *,
     key: str = "model.path",
     adapters: bool = False,
+    download: bool = True,
 ) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded (or taken from the cache).
 
@@ -46,6 +47,7 @@ def locate(
         revision: of a hub id.
         key: the configuration key of the path, for errors.
         adapters: whether a PEFT adapter is accepted.
+        download: whether a hub id that is not in the cache is downloaded.
 
     Raises:
         UserError: the checkpoint does not exist, or could not be downloaded.
@@ -54,7 +56,7 @@ def locate(
         raise UserError(
             "model.revision", f"{path} is a local directory, which has no revision {revision}", "leave it out"
         )
-    directory = directory_of(path, gguf_file, revision, key=key)
+    directory = directory_of(path, gguf_file, revision, key=key, download=download)
     from sppctl.files.safe_files import is_adapter, is_plain
 
     gguf_files = sorted(file.name for file in directory.glob("*.gguf"))
@@ -93,7 +95,9 @@ def pruning_records(checkpoint: Path) -> list[Path]:
     return [checkpoint / RECORD, *([of_run] if is_merged else [])]
 
 
-def directory_of(path: str, gguf_file: str | None = None, revision: str | None = None, *, key: str) -> Path:
+def directory_of(
+    path: str, gguf_file: str | None = None, revision: str | None = None, *, key: str, download: bool = True
+) -> Path:
     """Like :func:`locate`, but of any directory, whatever it holds."""
     if path.startswith("package:"):
         name = path.removeprefix("package:")
@@ -112,7 +116,7 @@ def directory_of(path: str, gguf_file: str | None = None, revision: str | None =
         kind = "a file" if Path(path).is_file() else "neither a directory nor a link to one"
         raise UserError(key, f"{path} is {kind}, not a checkpoint directory", fix)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
-        return _download(path, gguf_file, revision, key)
+        return _download(path, gguf_file, revision, key) if download else _cached(path, gguf_file, revision, key)
     similar = similar_directory(path)
     fix = "give a hub id, a directory or package:NAME" if similar is None else f"did you mean {similar}?"
     raise UserError(key, f"{path} does not exist", fix)
@@ -198,13 +202,19 @@ def _hub_config(repository: str, revision: str | None) -> tuple[Path, str]:
 
 
 @functools.cache  # so that a command asks the hub once, and has the same files whenever it asks
-def _snapshot(repository: str, gguf_file: str | None, revision: str | None) -> Path:
+def _snapshot(repository: str, gguf_file: str | None, revision: str | None, cached: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str, folders: bool = gguf_file is not None and "/" in gguf_file) -> Path:
         ignored = None if folders else "*/*"  # folders hold other formats and intermediate checkpoints
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
+            snapshot_download(
+                repository,
+                revision=revision,
+                local_files_only=cached,
+                allow_patterns=[*patterns],
+                ignore_patterns=ignored,
+            )
         )
 
     directory = fetch(*SIDE_FILES, *TERMS, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
@@ -234,3 +244,12 @@ def _download(repository: str, gguf_file: str | None, revision: str | None, key:
             f"{repository} is not a local directory and could not be downloaded from the hub ({first_line(error)})",
             fix if similar is None else f"did you mean {similar}?",
         ) from error
+
+
+def _cached(repository: str, gguf_file: str | None, revision: str | None, key: str) -> Path:
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(repository, gguf_file, revision, cached=True)
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise UserError(key, f"{repository} is neither a local directory nor in the hub's cache") from error

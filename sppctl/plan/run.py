@@ -180,14 +180,17 @@ def execute(config: Config) -> Plan:
         as_stored = AsStored(narrow, memory(narrow).per_gpu, memory(compute.dtype).per_gpu)
     on_gpus = narrow if no_gpu else compute.dtype
     needed = memory(on_gpus)
+    without_training = _computed_in(config, stored).dtype
+    pruning = plan_storage.pruning(config, skeleton, without_training)
+    scratch = plan_storage.scratch(config, skeleton, pruning.hidden_states, without_training)
     computing = compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}"
     return Plan(
         model=Model(model.path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
         trainable=trainable,
         memory=replace(needed, as_stored=as_stored),
         steps=steps,
-        pruning=plan_storage.pruning(config, skeleton, _computed_in(config, stored).dtype),
-        disk=plan_storage.disk(config, parameters, stored, needed.adapter, needed.optimizer),
+        pruning=pruning,
+        disk=plan_storage.disk(config, parameters, stored, needed.adapter, needed.optimizer, scratch),
         packed=None if scope.cannot_pack(config, processes).lines else memory(on_gpus, packed=True),
     )
 

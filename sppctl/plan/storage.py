@@ -103,10 +103,26 @@ def _outside(skeleton: Skeleton) -> int:
     return sum(parameter.numel() for parameter in skeleton.model.parameters() if id(parameter) not in left_out)
 
 
-def disk(config: Config, parameters: int, stored: str, adapter: int, optimizer: int) -> dict[str, int]:
+def scratch(config: Config, skeleton: Skeleton, hidden_states: int, dtype: str) -> int:
+    """Bytes of the hidden states that pruning (with ``prune.memory=disk``) or the evaluation keeps on disk for a while.
+
+    Args:
+        config: of the run.
+        skeleton: of its model.
+        hidden_states: bytes of those that pruning keeps.
+        dtype: of the evaluation, which keeps the dense model's; only texts cut by ``eval.max_tokens`` have a known
+            length.
+    """
+    measure, hidden = config.eval, skeleton.config.get_text_config().hidden_size * torch_dtype(dtype).itemsize
+    tokens = 0 if measure.divergence is None else len(measure.perplexity) * (measure.max_tokens or 0)
+    return max(hidden_states if config.prune.memory == "disk" else 0, tokens * hidden)
+
+
+def disk(config: Config, parameters: int, stored: str, adapter: int, optimizer: int, temporary: int) -> dict[str, int]:
     """Bytes of the run directory, from those of the adapter and of the optimizer's state, which a checkpoint holds.
 
-    One checkpoint more exists while saving, and another with the best adapter (``train.keep_best``).
+    One checkpoint more exists while saving, and another with the best adapter (``train.keep_best``). ``temporary``: the
+    bytes of :func:`scratch`.
     """
     checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best is not None)
     weights = parameters * torch_dtype(stored).itemsize
@@ -117,5 +133,6 @@ def disk(config: Config, parameters: int, stored: str, adapter: int, optimizer: 
         "adapter": adapter,
         "checkpoints": checkpoints * (adapter + optimizer),
         "merged": parameters * torch_dtype(merged).itemsize,
+        "scratch": temporary,
     }
     return parts | {"total": sum(parts.values())}

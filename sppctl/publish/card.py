@@ -33,7 +33,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARK = "<!-- Written by sppctl from the records of its run. Delete this line to keep a text of your own. -->"
 TITLES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "dsnot": "DSnoT"}
 TITLES |= {"spp": "SPP", "lora": "LoRA", "hira": "HiRA", "masked_lora": "masked LoRA", "ste": "STE"}
-PATHS = {"path", "dataset", "mask_from", "teacher"}  # keys whose values may be places on the machine that made it
+PATHS = {"path", "dataset", "mask_from", "teacher", "perplexity"}  # keys whose values may be places on one machine
 OWN_METHODS = {"SPP", "MASKED_LORA", "MASKED_FULL", "STE"}  # types of adapters that PEFT has from sppctl
 
 
@@ -255,8 +255,8 @@ def _without_places(run: RunStudy, rows: Sequence[Row]) -> list[Row]:
     names = [name for text in texts for name in (text.measure.text, text.numbers.compared_with) if name is not None]
     shown: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        same = list(map(_place, shown)).count(_place(name))
-        shown[name] = _place(name) + (f" ({same + 1})" if same else "")
+        same = list(map(place, shown)).count(place(name))
+        shown[name] = place(name) + (f" ({same + 1})" if same else "")
 
     def renamed(quantity: Quantity) -> Quantity:
         title = quantity.title
@@ -284,10 +284,12 @@ def _public(run: RunStudy) -> Json:
 
 def _shortened(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {_place(name) if key in PATHS else name: _shortened(inner, name) for name, inner in value.items()}
-    return _place(value) if key in PATHS and isinstance(value, str) else value
+        return {place(name) if key in PATHS else name: _shortened(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_shortened(inner, key) for inner in value]
+    return place(value) if key in PATHS and isinstance(value, str) else value
 
 
-def _place(name: str) -> str:
+def place(name: str) -> str:
     """The last part of a path; a name or a hub id as it is."""
     return name if is_hub_id(name) or "/" not in name else Path(name).name

@@ -63,7 +63,8 @@ def _base(run_dir: Path, how: ModelConfig) -> Path | None:
     model = pruned.settings.get("model", {})
     try:
         unpacked = run_dir / "base"
-        directory = unpacked if model.get("gguf_file") else find.locate(model["path"], None, model["revision"])
+        of_hub = (model["path"], None, model["revision"])
+        directory = unpacked if model.get("gguf_file") else find.locate(*of_hub, download=False)
         lacking = None if how.weights == "dense" else shortage(how, directory, _dtype(directory, how))
         if lacking is None and checkpoint.fingerprint(directory) == pruned.inputs["base"]:
             return directory
@@ -111,9 +112,10 @@ def _completions(subject: Subject, prompts: Sequence[str], settings: Settings) -
     dtype = _dtype(subject.directory, how)
     packed = subject.is_packed(how, dtype)
     model = subject.load(checkpoint.pick_device(how.device), dtype, trust, packed=packed)
+    model.generation_config = _neutral(model.generation_config)
     options: dict[str, Any] = {"do_sample": settings.temperature > 0, "max_new_tokens": settings.max_new_tokens}
     if settings.temperature > 0:
-        options["temperature"] = settings.temperature
+        options |= {"temperature": settings.temperature, "top_k": 0}  # 0: any; transformers has 50
     limit = checkpoint.max_window(model.config)
     for number, (prompt, (tokens, is_chat)) in enumerate(zip(prompts, encoded, strict=True), 1):
         length = tokens["input_ids"].shape[1]
@@ -131,6 +133,14 @@ def _completions(subject: Subject, prompts: Sequence[str], settings: Settings) -
         ends = _ends(model)
         text = tokenizer.decode(new, skip_special_tokens=True)
         yield Completion(subject.label, text, len(new), bool(new) and new[-1] in ends), is_chat
+
+
+def _neutral(own: Any) -> Any:
+    """A checkpoint's generation settings with its special tokens alone: no beams, penalties or nuclei of its own."""
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(own, name) for name in names})
 
 
 def _dtype(directory: Path, how: ModelConfig) -> str:

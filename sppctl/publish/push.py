@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,9 @@ from sppctl.records import METRICS
 from sppctl.report.study import RunStudy
 
 BASE_NAME = "base_model_name_or_path"
+# files in which libraries note where a model was loaded from, and the keys
+NOTED = ("config.json", "tokenizer_config.json")
+ORIGINS = {"_name_or_path", "name_or_path"}
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_*")  # what would be loaded beside those uploaded
 TOKENS = "set HF_TOKEN or run hf auth login; a token with write access: https://huggingface.co/settings/tokens"
 
@@ -116,13 +120,17 @@ def _stage_of(path: Path) -> tuple[Path, str]:
 def _contents(directory: Path, stage: str, repository: str, pruned: str | None) -> dict[str, Path | bytes]:
     """What to upload by its path in the repository: recorded files as they are, the card as it is now.
 
-    The record itself stays behind: it holds commands and paths of the machine that it was made on, and an adapter's
-    configuration goes without the path of the pruned weights.
+    The record itself stays behind: it holds commands and paths of the machine that it was made on. Configurations go
+    without the paths of the dense model and of the pruned weights.
     """
     record = records.read(directory / RECORD, stage)
     with console.working(f"checking the files of {directory}"):
         integrity.check(directory, record.files, records.remedy(stage, directory))
     contents: dict[str, Path | bytes] = {name: directory / name for name in sorted(record.files)}
+    for name in contents.keys() & set(NOTED):
+        settings = json.loads((directory / name).read_text(encoding="utf-8"))
+        if (public := _without_paths(settings)) != settings:
+            contents[name] = strict_json.dumps(public, indent=2).encode()
     if stage == "train":
         if pruned is None:
             base = f"{directory.parent}/{DIRECTORIES['prune']}"
@@ -139,6 +147,14 @@ def _contents(directory: Path, stage: str, repository: str, pruned: str | None) 
     else:
         contents[card_data.CARD] = directory / card_data.CARD
     return contents
+
+
+def _without_paths(value: Any) -> Any:
+    """A configuration without the local paths that models were loaded from."""
+    if not isinstance(value, dict):
+        return value
+    origins = {key for key in ORIGINS & value.keys() if card.place(str(value[key])) != value[key]}
+    return {key: _without_paths(inner) for key, inner in value.items() if key not in origins}
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

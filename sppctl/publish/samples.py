@@ -59,6 +59,7 @@ def _written_by(subject: Subject, prompts: Sequence[str], settings: Settings) ->
         "files": integrity.identity(integrity.hashes(directory, integrity.listing(directory))),
         "tokenizer": checkpoint.tokenizer_fingerprint(directory),
         "prompts": list(prompts),
+        "decoding": "the likeliest token, whatever the checkpoint's own generation settings",
         "settings": asdict(settings) | {"model": _loading(settings.model)},
         "hardware": machine.describe(),
         "versions": machine.versions("torch", "transformers"),

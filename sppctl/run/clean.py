@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from sppctl import console
+from sppctl import console, records
 from sppctl.errors import UserError
-from sppctl.files import cache
+from sppctl.files import cache, sealed
 from sppctl.files.names import CHECKPOINTS, DIRECTORIES, RECORD
 from sppctl.report.records import no_run
-from sppctl.run.publish import PUBLISHED, RESUMABLE, exclusive
+from sppctl.run import attempts
+from sppctl.run.dense import BASE
+from sppctl.run.publish import PUBLISHED, RESUMABLE, exclusive, remove
 
 
 class Kind(StrEnum):
@@ -56,14 +58,14 @@ def free(run_dir: Path, kinds: Sequence[Kind]) -> list[Piece]:
     Raises:
         UserError: there is no run, or another command works in it.
     """
-    _pieces(run_dir)
+    _demand_run(run_dir)
     with exclusive(run_dir):
         removed = [(piece, files) for piece, files in _pieces(run_dir) if piece.kind in kinds]
         for piece, files in removed:
             for file in files:
                 file.unlink()
             if piece.kind not in (Kind.WEIGHTS, Kind.CACHE):  # whose folders hold other things too
-                shutil.rmtree(piece.path)
+                remove(Path(piece.path))
     return [piece for piece, _ in removed]
 
 
@@ -84,13 +86,20 @@ def kinds_of(text: str | None, caches: bool) -> tuple[Kind, ...]:
     return (*map(Kind, names), *shared)
 
 
-def _pieces(run_dir: Path) -> list[tuple[Piece, list[Path]]]:
-    """Every piece with its files."""
+def _demand_run(run_dir: Path) -> None:
     names = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     if not names & {*PUBLISHED, *(f".{name}.partial" for name in PUBLISHED)}:
         raise no_run(run_dir)
+
+
+def _pieces(run_dir: Path) -> list[tuple[Piece, list[Path]]]:
+    """Every piece with its files; what links lead to may belong to others."""
+    _demand_run(run_dir)
     pieces = []
     for kind, path, pattern, cost in _candidates(run_dir):
+        if path.is_symlink():
+            console.note(f"clean: {path} is a link, and is left alone")
+            continue
         files = [file for file in path.rglob(pattern) if file.is_symlink() or file.is_file()]
         if files:
             pieces.append((Piece(kind, str(path), sum(file.lstat().st_size for file in files), cost), files))
@@ -114,8 +123,9 @@ def _candidates(run_dir: Path) -> Iterator[tuple[Kind, Path, str, str]]:
             yield Kind.LEFTOVERS, partial, "*", "nothing"
     for path in run_dir.glob(".reference-*"):
         yield Kind.LEFTOVERS, path, "*", "nothing"
-    yield Kind.BASE, run_dir / "base", "*", "the dense model is unpacked again when it is needed"
-    if (run_dir / DIRECTORIES["merge"] / RECORD).is_file():
+    if _is_unpacked(run_dir / BASE):
+        yield Kind.BASE, run_dir / BASE, "*", "the dense model is unpacked again when it is needed"
+    if _is_merged(run_dir):
         pruned = run_dir / DIRECTORIES["prune"]  # its record stays, which reports read
         cost = f"{console.command('prune', '--force', run=run_dir)} before pruned/ is used again"
         yield Kind.WEIGHTS, pruned, "*.safetensors", cost
@@ -123,3 +133,21 @@ def _candidates(run_dir: Path) -> Iterator[tuple[Kind, Path, str, str]]:
     for folder in [root / name for name in cache.FOLDERS] if root is not None else []:
         done = "generated" if folder.name == "samples" else "tokenised"
         yield Kind.CACHE, folder, "*.safetensors", f"texts are {done} again, for all runs"
+
+
+def _is_unpacked(base: Path) -> bool:
+    """Whether a directory is sppctl's: a GGUF file that was unpacked."""
+    with contextlib.suppress(OSError, ValueError):  # no record, or a damaged one
+        return sealed.parse((base / RECORD).read_bytes()).get("stage") == BASE
+    return False
+
+
+def _is_merged(run_dir: Path) -> bool:
+    """Whether the pruned weights have been merged, and no training with finished work is to continue on them."""
+    if not (run_dir / DIRECTORIES["merge"] / RECORD).is_file():
+        return False
+    try:
+        records.refuse_outdated(run_dir)
+    except UserError:  # merged/ is of other weights, or nobody knows
+        return False
+    return not attempts.holds_work(run_dir / f".{DIRECTORIES['train']}.partial")

@@ -7,6 +7,7 @@ last: if a command is killed between that and the rename, the next command publi
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -25,6 +26,7 @@ from sppctl.run import attempts
 
 RESUMABLE = ("prune", "train")  # stages that continue an interrupted attempt; the others start again
 LOCK = ".lock"
+OWN_FILES = {LOCK, LOG, RESOLVED, f".{RESOLVED}.partial"}
 PUBLISHED = ("base", *DIRECTORIES.values())
 
 
@@ -35,8 +37,20 @@ def exclusive(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{directory}: another sppctl command is working in this directory; wait for it") from error
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # over NFS it is either
+                problem = "another sppctl command is working in this directory; wait for it"
+            else:
+                problem = f"cannot be locked ({error.strerror}); use a directory on a file system with locks"
+            raise UserError(f"{directory}: {problem}") from error
         yield
+
+
+def remove(path: Path) -> None:
+    """Deletes a directory; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass
@@ -67,7 +81,7 @@ class RunDirectory:
     def fresh_partial(self, name: str) -> Path:
         """The same, empty."""
         path = self.partial(name)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         path.mkdir(parents=True)
         return path
 
@@ -95,12 +109,12 @@ class RunDirectory:
     def _publish(self, name: str) -> None:
         partial, target, old = self.partial(name), self.directory / name, self._old(name)
         attempts.clean(partial)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         if target.exists():
             target.rename(old)
         partial.rename(target)
         disk.sync(self.directory)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
     def _old(self, name: str) -> Path:
         return self.directory / f".{name}.old"
@@ -125,12 +139,12 @@ class RunDirectory:
                 self._publish(name)
                 self.finished.add(name)
             elif name not in resumable:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             if old.is_dir() and not target.exists():
                 old.rename(target)  # killed before the new directory was in place
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         for predictions in self.directory.glob(".reference-*"):  # of the dense model, from a killed evaluation
-            shutil.rmtree(predictions)
+            remove(predictions)
 
     @contextlib.contextmanager
     def lock(self, *, only_measures: bool = False) -> Iterator[None]:
@@ -143,7 +157,9 @@ class RunDirectory:
             yield
             return
         self.check_directory()
-        new_parents = [parent for parent in self.directory.absolute().parents if not parent.exists()]
+        path = self.directory.absolute()
+        new_folders = [folder for folder in [path, *path.parents] if not folder.exists()]
+        before = set() if new_folders else {file.name for file in path.iterdir()}
         self.directory.mkdir(parents=True, exist_ok=True)
         resolved = self.directory / RESOLVED
         with exclusive(self.directory):
@@ -160,22 +176,23 @@ class RunDirectory:
                 if writes_config:
                     disk.write(resolved, to_yaml(self.config))  # at the end: a refused command must not change it
             finally:
-                # a run that failed before it made anything leaves no directory; a killed one may leave the partial file
-                if {path.name for path in self.directory.iterdir()} <= {LOCK, LOG, RESOLVED, f".{RESOLVED}.partial"}:
-                    shutil.rmtree(self.directory)
-                    with contextlib.suppress(OSError):  # another process has written to a parent
-                        for parent in new_parents:
-                            parent.rmdir()
+                with contextlib.suppress(OSError):  # another process has written to a directory
+                    # a run that failed before it made anything leaves nothing; a killed one may leave the partial file
+                    if (names := {file.name for file in path.iterdir()}) <= OWN_FILES:
+                        for name in names - before:
+                            (path / name).unlink()
+                        for folder in new_folders:
+                            folder.rmdir()
 
     def check_directory(self) -> None:
         """Raises UserError if the run directory is not writable, or if an input of the run is one of its outputs."""
         path, config = self.directory, self.config
-        for key, name, stages in (
-            ("model.path", config.model.path, ("prune", "train", "merge")),
-            ("prune.mask_from", config.prune.mask_from, ("prune", "train", "merge")),
-            ("train.distill.teacher", config.train.distill.teacher, ("train", "merge")),
+        for key, name, own in (
+            ("model.path", config.model.path, PUBLISHED),
+            ("prune.mask_from", config.prune.mask_from, ("pruned", "adapter", "merged")),
+            ("train.distill.teacher", config.train.distill.teacher, ("adapter", "merged")),
         ):
-            outputs = {self.path(stage).resolve() for stage in stages}
+            outputs = {(path / output).resolve() for output in own}
             if name is not None and outputs & {Path(name).resolve(), *Path(name).resolve().parents}:
                 fix = "use another checkpoint, or another run.dir"
                 raise UserError(key, f"{name} is an output of this run", fix)

@@ -91,7 +91,9 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     grid = {key: values for key, values in tree["grid"].items() if key not in override_of}
     if math.prod(map(len, grid.values())) > MOST_RUNS:
         raise UserError(f"{path}: grid: more than {MOST_RUNS:,} combinations; split it into several sweeps")
-    points = expand(grid, tree.get("exclude") or [])
+    texts = {key: override_of[key].partition("=")[2] for key in tree["grid"] if key in override_of}
+    fixed = {key: parse_yaml(text, f"command line: {key}") for key, text in texts.items()}
+    points = expand(grid, tree.get("exclude") or [], fixed)
     if not points:
         raise UserError(f"{path}: exclude: leaves no run")
     sweep = Sweep(path, directory)
@@ -104,11 +106,16 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     return sweep
 
 
-def expand(grid: Mapping[str, Sequence[Any]], exclude: Sequence[Point] = ()) -> list[Point]:
-    """All combinations of the grid's values, the last key varying fastest, without those that match an exclusion."""
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    # a key fixed on the command line is no longer in the grid, so rules must not depend on it
-    rules = [{key: value for key, value in rule.items() if key in grid} for rule in exclude]
+def expand(
+    grid: Mapping[str, Sequence[Any]], exclude: Sequence[Point] = (), fixed: Mapping[str, Any] | None = None
+) -> list[Point]:
+    """All combinations of the grid's values, the last key varying fastest, without those that match an exclusion.
+
+    ``fixed``: values of keys that the command line has removed from the grid.
+    """
+    points, fixed = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())], fixed or {}
+    possible = [rule for rule in exclude if all(rule[key] == fixed[key] for key in rule.keys() & fixed.keys())]
+    rules = [{key: value for key, value in rule.items() if key not in fixed} for rule in possible]
     return [point for point in points if not any(rule and rule.items() <= point.items() for rule in rules)]
 
 

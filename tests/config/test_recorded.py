@@ -9,6 +9,7 @@ import pytest
 
 from sppctl.config import recorded
 from sppctl.config.load import load_config, to_dict, to_yaml
+from sppctl.config.recorded import trusts_code
 from sppctl.config.yaml12 import dump_yaml
 from sppctl.errors import UserError
 from sppctl.files import sealed
@@ -55,6 +56,13 @@ def test_keys_that_records_leave_out_at_their_default_win_over_resolved_yaml(run
 def test_the_command_line_wins_over_records(run: Path) -> None:
     config = load_config(str(run), ["prune.method=wanda", "train.rank=4", "run.dir=copy"])
     assert (config.prune.method, config.train.rank, config.run.dir) == ("wanda", 4, "copy")
+
+
+def test_code_of_a_model_is_trusted_where_its_run_did(run: Path, tmp_path: Path) -> None:
+    assert not trusts_code(run)
+    assert not trusts_code(tmp_path)
+    record(tmp_path / "other/pruned", {"model": {"path": "a/b", "trust_remote_code": True}})
+    assert trusts_code(tmp_path / "other")
 
 
 def test_an_unfinished_stage_counts_unless_it_was_finished_before(run: Path) -> None:

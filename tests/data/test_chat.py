@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,13 @@ def test_a_template_that_crashes_is_refused() -> None:
 
     with pytest.raises(UserError, match="chat template crashes on a short message"):
         chat.try_template(SimpleNamespace(chat_template="x", apply_chat_template=crash), CHATS, "some.key")
+
+
+def test_without_proc_the_memory_alone_is_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "STATM", tmp_path / "absent")
+    chat.try_template(templated("{{ messages[0].content }} on macOS"), CHATS, "some.key")
+    with pytest.raises(UserError, match="makes 4,000,000 characters"):
+        chat.try_template(templated("{{ 'long' * 1000000 }}"), CHATS, "some.key")
 
 
 def test_what_a_template_raises_is_left_to_who_uses_it() -> None:

@@ -328,3 +328,36 @@ def test_a_sentencepiece_model_is_read_without_a_tokenizer_json(tmp_path: Path) 
     for line in (*text[:5], "Déjà vu: {}"):
         assert tokenizer(line, add_special_tokens=False).input_ids == own.encode(line)
     assert tokenizer.eos_token_id == own.eos_id()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "additional_chat_templates"])
+def test_links_out_of_a_checkpoint_are_not_copied(name: str, tmp_path: Path) -> None:
+    secret, source, out = tmp_path / "secret", tmp_path / "model", tmp_path / "out"
+    for folder in (secret, source, out):
+        folder.mkdir()
+    (secret / "key.jinja").write_text("private")
+    (source / name).symlink_to("../secret" if name == "additional_chat_templates" else "../secret/key.jinja")
+    with pytest.raises(UserError, match=rf"{name}.* is a link to a file elsewhere \(.*key\.jinja\); replace it"):
+        copy_side_files(source, out)
+    assert not list(out.rglob("*.*"))
+
+
+def test_links_inside_a_checkpoint_and_those_of_the_hubs_cache_are_copied(tmp_path: Path) -> None:
+    source, blobs, out = tmp_path / "models--a--b/snapshots/v1", tmp_path / "models--a--b/blobs", tmp_path / "out"
+    for folder in (source, blobs, out):
+        folder.mkdir(parents=True)
+    (blobs / "hash").write_text("{}")
+    (source / "config.json").symlink_to("../../blobs/hash")
+    (source / "LICENSE").write_text("terms")
+    (source / "NOTICE").symlink_to("LICENSE")
+    copy_side_files(source, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "config.json": "{}",
+        "LICENSE": "terms",
+        "NOTICE": "terms",
+    }
+    (blobs / "other").symlink_to(tmp_path / "secret.json")
+    (tmp_path / "secret.json").write_text("{}")
+    (source / "vocab.json").symlink_to("../../blobs/other")
+    with pytest.raises(UserError, match=r"vocab\.json is a link to a file elsewhere"):
+        copy_side_files(source, out)

@@ -94,6 +94,16 @@ def test_a_hub_id_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
         locate("owner/name")
 
 
+def test_a_hub_id_that_is_not_cached_is_not_downloaded_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, local_files_only: bool, **__: object) -> str:
+        assert local_files_only
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="owner/name is neither a local directory nor in the hub's cache"):
+        locate("owner/name", download=False)
+
+
 COPIES = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
@@ -118,8 +128,8 @@ def test_a_hub_id_downloads_only_what_is_needed(
             {"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
         )
 
-    def download(name: str, revision: str | None, **patterns: Any) -> str:
-        assert (name, revision) == ("owner/name", "v2")
+    def download(name: str, revision: str | None, local_files_only: bool, **patterns: Any) -> str:
+        assert (name, revision, local_files_only) == ("owner/name", "v2", False)
         for path in huggingface_hub.utils.filter_repo_objects(repository, **patterns):
             (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).write_text(repository[path])

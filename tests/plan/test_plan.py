@@ -189,7 +189,12 @@ def test_pruning_and_disk_by_hand(planned: Planned) -> None:
     assert module.running == (1 * 40 + 4 * 12) * 64 * 32 * 4  # one window running, all of them waiting
     adapter, checkpoint = 4 * 2_368, 3 * 4 * 2_368
     whole = {"base": 0, "pruned": 128_640, "adapter": adapter, "checkpoints": 3 * checkpoint, "merged": 128_640}
+    whole["scratch"] = 512 * 32 * 4  # the text's hidden states in the dense model
     assert result.disk == whole | {"total": sum(whole.values())}
+    assert planned("eval.divergence=null").disk["scratch"] == 0
+    assert planned("prune.memory=disk", "eval.max_tokens=null", "prune.reconstruct_epochs=1").disk["scratch"] == (
+        2 * pruning.hidden_states
+    )
 
 
 def test_steps_of_a_local_file(planned: Planned) -> None:

@@ -92,8 +92,36 @@ def test_finished_blocks_are_not_thrown_away(
     assert refused.code == 2
     assert "now 4:8; " in refused.err.partition("attempt with prune.pattern = ")[2]
     assert shlex.join(["sppctl", *arguments, "prune.pattern=4:8", "--force"]) in refused.err
-    assert "prune: 1 of 4 blocks are done" in command(*arguments, "--force").err
+    assert "prune: 1 of 4 blocks are done" in command(*arguments).err
     assert "done" not in command(*arguments).err
+
+
+@pytest.mark.parametrize("damage", ["the journal", "a block"])
+def test_force_starts_a_damaged_attempt_again(
+    damage: str, config_file: Path, deep: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prune", str(config_file), f"model.path={deep}", f"run.dir={tmp_path / 'other'}"]
+    append = walk.Journal.append
+
+    def then_stop(self: walk.Journal, entry: BlockRecord) -> None:
+        append(self, entry)
+        raise OSError("the machine goes down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk.Journal, "append", then_stop)
+        command(*arguments)
+    partial = tmp_path / "other/.pruned.partial"
+    if damage == "the journal":
+        (partial / JOURNAL).write_text("{}\n")
+    else:
+        name = "model.layers.0.mlp.down_proj.weight"
+        OwnFiles(partial).write(name, TensorFiles(partial).read(name) * 2)
+    refused = command(*arguments)
+    assert refused.code == 2
+    fix = refused.err.rpartition("; ")[2].partition(" starts the stage again")[0]
+    again = command(*shlex.split(fix)[1:])
+    assert again.code == 0, again.err
+    assert "continuing" not in again.err
 
 
 @pytest.mark.parametrize("torn", ['{"block": 2, "lay', '{"block": 2, "layers": [], "reconstruction": null}'])

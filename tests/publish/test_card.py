@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,10 +183,7 @@ def test_a_card_of_ones_own_stays(command: Command, run: Path) -> None:
 
 
 def test_the_card_of_the_base_does_not_travel(command: Command, config_file: Path, llama: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for path in llama.iterdir():
-        (base / path.name).symlink_to(path)
+    base = shutil.copytree(llama, tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# The original\n")
     outcome = command("prune", str(config_file), f"model.path={base}", "prune.method=magnitude")
     assert outcome.code == 0, outcome.err
@@ -285,10 +283,12 @@ def test_settings_on_a_card_leave_out_where_files_were(run: Path) -> None:
     mixture = {"/secret/rows.jsonl": 1.0, "tatsu-lab/alpaca": 2.0, "own/corpus": 1.0}  # the last one is a folder
     data = record.settings["train"]["data"] | {"dataset": mixture}
     settings = record.settings | {"train": record.settings["train"] | {"data": data}}
+    settings["eval"] = {"perplexity": ["/secret/held-out.txt"]}  # with train.keep_best=perplexity
     stages = study.stages | {
         "train": dataclasses.replace(record, settings=settings, inputs={"data own/corpus": "hash"})
     }
     text = card.render(dataclasses.replace(study, stages=stages), "merge")
     assert "/secret" not in text
     assert "rows.jsonl: 1.0" in text
+    assert "held-out.txt" in text
     assert ModelCard(text).data.to_dict()["datasets"] == ["tatsu-lab/alpaca"]

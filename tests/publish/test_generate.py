@@ -4,13 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import Command
+from huggingface_hub.errors import LocalEntryNotFoundError
+from made_up_runs import change_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sppctl.config.settings import ModelConfig
-from sppctl.errors import UserError
+from sppctl.errors import StageError, UserError
+from sppctl.inspect import speed
 from sppctl.publish import generate
 from sppctl.publish.generate import Settings
 from sppctl.records import Sample, from_json, to_json
@@ -87,6 +91,22 @@ def test_drawn_tokens_follow_the_seed(run: Path) -> None:
     assert drawn("A", seed=1) != drawn("A", seed=2)
 
 
+def test_a_checkpoints_own_generation_settings_change_nothing(run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(run / "merged", tmp_path / "own"))
+    (own / "stage.json").unlink()
+    settings = json.loads((own / "generation_config.json").read_text())
+    changed = {"do_sample": True, "top_k": 1, "top_p": 0.1, "num_beams": 3, "repetition_penalty": 9.0}
+    (own / "generation_config.json").write_text(json.dumps(settings | changed))
+    subjects = [
+        *generate.subjects_of(str(run / "merged"), ModelConfig()),
+        *generate.subjects_of(str(own), ModelConfig()),
+    ]
+    for temperature in (0.0, 5.0):
+        (sample,) = generate.generate(subjects, ["A"], Settings(max_new_tokens=12, temperature=temperature))
+        assert len({one.text for one in sample.completions}) == 1
+    assert sample.completions[0].text != greedy(run / "merged", "A", 12)
+
+
 def test_a_token_that_ends_the_text_is_noticed(run: Path, tmp_path: Path) -> None:
     """Of equal logits the first token is the likeliest, which ends the text here."""
     ending = Path(shutil.copytree(run / "merged", tmp_path / "ending"))
@@ -112,6 +132,36 @@ def test_a_base_that_has_changed_is_left_out(command: Command, run: Path, tmp_pa
     assert outcome.code == 0, outcome.err
     assert [one["checkpoint"] for one in outcome.json[0]["completions"]] == ["pruned", "merged"]
     assert "without the base" in outcome.err
+
+
+def test_a_base_that_has_left_the_cache_is_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def download(*_: object, **options: object) -> str:
+        assert options["local_files_only"]
+        raise LocalEntryNotFoundError("not cached")
+
+    settings = generate.records.read(run / "pruned/stage.json", "prune").settings
+    change_record(run, "prune", settings=settings | {"model": settings["model"] | {"path": "owner/gone"}})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert [one.label for one in generate.subjects_of(str(run), ModelConfig())] == ["pruned", "merged"]
+    assert "without the base (model.path: owner/gone is neither a local" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_models_own_code_runs_if_the_run_trusts_it(
+    trust: bool, command: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = generate.records.read(run / "pruned/stage.json", "prune").settings
+    change_record(run, "prune", settings=settings | {"model": settings["model"] | {"trust_remote_code": trust}})
+
+    def stop(_: str, settings: ModelConfig | speed.Settings) -> None:
+        raise StageError(f"trust: {settings.trust_remote_code}")
+
+    monkeypatch.setattr(generate, "subjects_of", stop)
+    monkeypatch.setattr(speed, "execute", stop)
+    for name in ("generate", "bench"):
+        assert f"trust: {trust}" in command(name, str(run)).err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hub
@@ -12,9 +13,12 @@ import pytest
 from conftest import Command
 from hub import Hub
 from huggingface_hub import ModelCard, constants
+from made_up_runs import write_record
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sppctl import records
+from sppctl.files import integrity
 from sppctl.files.names import NOTE, RECORD
 
 
@@ -83,6 +87,19 @@ def test_an_adapter_goes_without_paths_and_loads_on_the_pruned_weights(
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     model = AutoModelForCausalLM.from_pretrained(run / "pruned")
     assert PeftModel.from_pretrained(model, folder).peft_type == "SPP"
+
+
+def test_a_checkpoint_goes_without_paths(command: Command, run: Path, online: Hub) -> None:
+    path = run / "merged/config.json"
+    config = json.loads(path.read_text())
+    noted = config | {"_name_or_path": "/home/me/secret", "text_config": {"_name_or_path": "owner/public"}}
+    path.write_text(json.dumps(noted))
+    record = records.read(run / "merged" / RECORD, "merge")
+    files = record.files | integrity.hashes(run / "merged", ["config.json"])
+    write_record(run, "merge", replace(record, files=files))
+    assert command("push", str(run), "me/sparse").code == 0
+    there = json.loads(online.repositories["me/sparse"]["main"]["config.json"])
+    assert there == config | {"text_config": {"_name_or_path": "owner/public"}}
 
 
 def test_a_dry_run_lists_files_without_a_token_or_a_network(command: Command, run: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from made_up_runs import change_record, stage_of, write_record
 
 from sppctl import cli
+from sppctl.files import sealed
 from sppctl.files.names import RECORD
+from sppctl.records import UnpackedRecord, to_json
 from sppctl.run.publish import LOCK
 
 FILES = {
@@ -18,6 +22,7 @@ FILES = {
     "adapter/adapter_model.safetensors": 100,
     "merged/model.safetensors": 1000,
     f"merged/{RECORD}": 10,
+    f"base/{RECORD}": 10,
     ".adapter.partial/checkpoints/checkpoint-12/state.safetensors": 50,
     ".adapter.partial/checkpoints/checkpoint-8/state.safetensors": 50,
     ".merged.old/model.safetensors": 7,
@@ -36,7 +41,11 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, size in ({f"run/{name}": size for name, size in FILES.items()} | mine).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
-    return tmp_path / "run"
+    run = tmp_path / "run"
+    sealed.write(run / "base" / RECORD, to_json(UnpackedRecord("base", {}, 1.0, "base", {})))
+    write_record(run, "prune", stage_of("prune", output="first"))
+    write_record(run, "merge", stage_of("merge", inputs={"pruned": "first"}))
+    return run
 
 
 def clean(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -61,8 +70,7 @@ def test_it_lists_with_sizes_and_deletes_nothing(
         ".adapter.partial": ("unfinished", 100),
         ".merged.old": ("leftovers", 7),
         ".merged.partial": ("leftovers", 5),
-        "base": ("base", 2000),
-        "pruned": ("weights", 1000),
+        "base": ("base", 2000 + (run_dir / "base" / RECORD).stat().st_size),
         "windows": ("cache", 30),
     }
     assert clean(monkeypatch, str(run_dir)) == 0
@@ -77,7 +85,7 @@ def test_it_lists_with_sizes_and_deletes_nothing(
         ((), {".merged.old", ".merged.partial", "base"}),
         (("--caches",), {".merged.old", ".merged.partial", "base"}),
         (("--kinds", "unfinished"), {".adapter.partial"}),
-        (("--kinds", "weights"), {"pruned/model.safetensors"}),
+        (("--kinds", "weights"), set()),  # the unfinished training needs them
     ],
 )
 def test_yes_deletes_what_is_named_and_no_more(
@@ -96,6 +104,43 @@ def test_yes_deletes_what_is_named_and_no_more(
         }
         - cached
     )
+
+
+def test_weights_are_deleted_once_they_are_merged(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(run_dir / ".adapter.partial")
+    change_record(run_dir, "prune", output="second")
+    assert clean(monkeypatch, str(run_dir), "--kinds", "weights", "--yes") == 0
+    assert "pruned/model.safetensors" in files(run_dir)
+    (run_dir / "merged" / RECORD).write_text("{}")
+    assert clean(monkeypatch, str(run_dir), "--kinds", "weights", "--yes") == 0
+    assert "pruned/model.safetensors" in files(run_dir)
+    write_record(run_dir, "merge", stage_of("merge", inputs={"pruned": "second"}))
+    assert clean(monkeypatch, str(run_dir), "--kinds", "weights", "--yes") == 0
+    assert {"pruned/model.safetensors", f"pruned/{RECORD}"} & files(run_dir) == {f"pruned/{RECORD}"}
+
+
+@pytest.mark.parametrize("name", ["pruned", "base", ".merged.old", ".adapter.partial"])
+def test_links_are_left_alone(
+    name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "pruned":
+        shutil.rmtree(run_dir / ".adapter.partial")
+    (run_dir / name).rename(run_dir.parent / "elsewhere")
+    (run_dir / name).symlink_to("../elsewhere")
+    before = files(run_dir.parent / "elsewhere")
+    assert clean(monkeypatch, str(run_dir), "--kinds", "leftovers,base,unfinished,weights", "--yes") == 0
+    assert f"clean: {run_dir / name} is a link, and is left alone" in capsys.readouterr().err
+    assert files(run_dir.parent / "elsewhere") == before
+
+
+def test_a_base_of_the_user_is_kept(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_dir / "base" / RECORD).unlink()
+    assert clean(monkeypatch, str(run_dir), "--yes") == 0
+    assert "base/model.safetensors" in files(run_dir)
+    write_record(run_dir, "prune", stage_of("prune"))
+    shutil.copy(run_dir / "pruned" / RECORD, run_dir / "base" / RECORD)  # a pruned model of another run
+    assert clean(monkeypatch, str(run_dir), "--yes") == 0
+    assert "base/model.safetensors" in files(run_dir)
 
 
 def test_a_complete_stage_that_is_not_published_yet_is_kept(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,14 @@ def test_the_command_line_wins_over_grid_and_overrides(sweep_file: Path, tmp_pat
     assert (run.prune.method, run.train.max_steps, run.run.dir) == ("sparsegpt", 7, str(tmp_path / "b" / "2of4-spp"))
 
 
+def test_an_exclusion_with_another_value_than_the_command_line_excludes_nothing() -> None:
+    assert {run.config.train.method for run in load_sweep("sweep-example", ["train.rank=16"]).runs.values()} == {
+        "spp",
+        "masked_lora",
+    }
+    assert {run.config.train.method for run in load_sweep("sweep-example", ["train.rank=8"]).runs.values()} == {"spp"}
+
+
 def test_the_shipped_sweep_is_no_configuration_of_a_run() -> None:
     assert "sweep-example" in shipped_configs(sweeps=True)
     assert "sweep-example" not in shipped_configs()
