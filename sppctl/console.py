@@ -46,10 +46,24 @@ def note(message: str, stream: TextIO | None = None) -> None:
             print(plain_lines(message), file=stream or sys.stderr, flush=True)
 
 
+_is_warned = False  # by another command, of what is checked now
+
+
 def warn(message: str) -> None:
     """Prints a warning on stderr."""
-    if distributed.is_main():
+    if distributed.is_main() and not _is_warned:
         print_error(f"warning: {message}")
+
+
+@contextmanager
+def warned_before(is_warned: bool) -> Iterator[None]:
+    """In its body no warning is printed if a command that makes the same checks has printed them."""
+    global _is_warned
+    before, _is_warned = _is_warned, is_warned
+    try:
+        yield
+    finally:
+        _is_warned = before
 
 
 def print_error(message: str) -> None:

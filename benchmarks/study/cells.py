@@ -198,7 +198,7 @@ def _compared(scale: Scale, records: Records, pruner: str, pattern: str, seed: i
     if is_compared:
         dsnot = pruning("dsnot", pattern)
         yield Cell(cell_name(pruner, pattern, "dsnot", seed), seed, dsnot, first, max_tokens=scale.max_tokens)
-    for method in TRAINED:
+    for method in [one for one in TRAINED if one in scale.rates]:
         rate = chosen_rate(scale, records, method, pattern)
         if rate is not None and (is_compared or method == "spp"):
             training = (*_training(method), *_steps(scale, rate))

@@ -67,6 +67,18 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
     Raises:
         UserError: every problem, one per line.
     """
+    with console.warned_before(launch.is_started_by_sppctl()):
+        work, skeleton = _checked(run, stages, directory)
+    if announce:
+        if not measure.results_of(run, "merged").is_file():
+            from sppctl.evaluate import stage as evaluation
+
+            evaluation.load_data(run.config)
+        _announce(run, skeleton, work)
+
+
+def _checked(run: Run, stages: tuple[str, ...], directory: Path | None) -> tuple[dict[str, Work], Skeleton]:
+    """The work of each stage, and the model; UserError with every problem."""
     run.check_directory()
     outline = run.outline() if directory is None else dense.outline(run, directory)
     from sppctl.merge.rules import check_mask
@@ -93,12 +105,7 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
                 else:
                     work[stage] = run.prepare(BY_NAME[stage]).work
     problems.raise_all()
-    if announce:
-        if not measure.results_of(run, "merged").is_file():
-            from sppctl.evaluate import stage as evaluation
-
-            evaluation.load_data(run.config)
-        _announce(run, outline.skeleton, work)
+    return work, outline.skeleton
 
 
 def _check_windows(run: Run, stages: Iterable[str], model: Any, problems: Problems) -> None:

@@ -275,8 +275,16 @@ def test_the_processes_of_zero3_measure_perplexity_by_the_same_calls(monkeypatch
 
 
 @pytest.mark.slow
+def test_several_processes_warn_once(several: Several) -> None:
+    arguments, _ = several(2, "ddp", "float32", "train.max_steps=1")
+    done = call(arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: train.lr (0.02) is never reached") == 1
+
+
+@pytest.mark.slow
 def test_deepspeed_is_silent(several: Several) -> None:
-    arguments, directory = several(2, "zero3", "float32", "train.max_steps=1")
+    arguments, directory = several(2, "zero3", "float32", "train.max_steps=2")
     done = call(arguments)
     assert done.returncode == 0, done.stderr
     printed = done.stdout + done.stderr.replace(str(directory), "RUN")
