@@ -391,6 +391,8 @@ def test_a_busy_process_is_no_other_one() -> None:
         ({"pruning": {"hardware": "a", "boot": "1", "others": 0.0}}, "3.00"),
         ({"pruning": {"hardware": "a", "boot": "1", "others": 0.1}}, ""),
         ({"pruning": {"hardware": "a", "boot": "2", "others": 0.0}}, ""),
+        ({"pruning": {"hardware": "a", "boot": "1", "others": 0.0, "interrupted": True}}, ""),
+        ({"pruning": {"interrupted": True}}, ""),
     ],
 )
 def test_times_are_compared_on_one_idle_machine(
@@ -477,7 +479,31 @@ def test_records_of_different_texts_are_not_compared(tmp_path: Path) -> None:
         page.write(FULL, records, tmp_path / "results.md")
 
 
-def test_a_loss_that_is_not_finite_is_left_out_of_intervals_and_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "change", "title"),
+    [
+        ("prune", {"calibration": {"samples": 64, "seq_len": 512, "windows_hash": "other"}}, "calibration windows"),
+        ("train", {"data_hash": "other"}, "training data"),
+    ],
+)
+def test_records_of_other_calibration_or_training_data_are_not_compared(
+    stage: str, change: Record, title: str, tmp_path: Path
+) -> None:
+    records = filled(lambda _: [1.0, 2.0])
+    for record in records.values():
+        seed, settings = record["cell"]["seed"], record["cell"]["training"]
+        calibration = {"samples": 64, "seq_len": 512, "windows_hash": f"of {seed}"}
+        data = str((seed, [setting for setting in settings if setting.startswith("train.data.")]))
+        for name, own in (("prune", {"calibration": calibration}), ("train", {"data_hash": data})):
+            if name in record["stages"]:
+                record["stages"][name] = record["stages"][name] | own
+    page.write(FULL, records, tmp_path / "results.md")
+    records["wanda-2of8-spp-2"]["stages"][stage] |= change
+    with pytest.raises(ValueError, match=f"have different {title}"):
+        page.write(FULL, records, tmp_path / "results.md")
+
+
+def test_a_loss_that_is_not_finite_makes_the_mean_so(tmp_path: Path) -> None:
     assert np.isnan(claims.losses({"texts": {"t": {"tokens": 4, "windows": 2, "window_nll": [None, 2.0]}}}, "t")[0])
 
 

@@ -9,6 +9,8 @@ recorded, except the pruned checkpoints, which several cells share. Everything c
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 import cells
@@ -21,6 +23,7 @@ ROOT = HERE.parents[1]
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the running stage, too
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subset", choices=["quick"], help="a few small cells, with a page of their own in --work")
     parser.add_argument("--page", action="store_true", help="only write the page, from the records that exist")

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cells
 import figures
@@ -39,24 +40,32 @@ def write(scale: Scale, records: Records, target: Path) -> None:
     """Writes the page and its figures beside it.
 
     Raises:
-        ValueError: records that would be compared were measured on different texts.
+        ValueError: records that would be compared were measured, calibrated or trained on different texts.
     """
     current = cells.current(scale, records)
-    _check_texts(current)
+    _check_sources(current)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text(scale, current, target.parent))
 
 
-def _check_texts(records: Records) -> None:
-    found: dict[tuple[str, int, bool], dict[str, str]] = {}
+def _check_sources(records: Records) -> None:
+    """C4, for one, is the first documents of its hub repository for some users, and a part of them for others."""
+    found: dict[tuple[str, tuple[Any, ...]], dict[str, str]] = {}
     for name, record in records.items():
+        cell = record["cell"]
         for title, one in record["texts"].items():
             if "documents_hash" in one:
-                place = (title, one["windows"], record["cell"]["texts"] == cells.TEST)
+                place = (f"texts for {title}", (one["windows"], cell["texts"] == cells.TEST))
                 found.setdefault(place, {})[one["documents_hash"]] = name
-    for (title, windows, _), names in found.items():
+        if calibration := record["stages"].get("prune", {}).get("calibration"):
+            place = ("calibration windows", (cell["seed"], calibration["samples"], calibration["seq_len"]))
+            found.setdefault(place, {})[calibration["windows_hash"]] = name
+        if digest := record["stages"].get("train", {}).get("data_hash"):
+            settings = [setting for setting in cell["training"] if setting.startswith("train.data.")]
+            found.setdefault(("training data", (cell["seed"], *settings)), {})[digest] = name
+    for (title, _), names in found.items():
         if len(names) > 1:
-            raise ValueError(f"{' and '.join(names.values())} have different texts for {title} in {windows} windows")
+            raise ValueError(f"{' and '.join(names.values())} have different {title}")
 
 
 def text(scale: Scale, records: Records, folder: Path) -> str:
@@ -71,10 +80,13 @@ def text(scale: Scale, records: Records, folder: Path) -> str:
 def _introduction(scale: Scale, records: Records) -> str:
     total, rows = cells.count(scale), cells.num_rows(scale.max_tokens)
     state = "All" if len(records) == total else f"{len(records)} of {total}"
+    source = """`bash scripts/study.sh --page` from the records in `benchmarks/study/records/`.
+`bash scripts/study.sh` computes the cells without a record."""
+    if scale is cells.QUICK:
+        source = "`bash scripts/study.sh --subset quick` from the records beside it, a few small cells of the study."
     return f"""# Results
 
-This page is written by `bash scripts/study.sh --page` from the records in `benchmarks/study/records/`.
-`bash scripts/study.sh` computes the cells without a record. {state} cells have been measured.
+This page is written by {source} {state} cells have been measured.
 
 SmolLM2-135M-Instruct, computed in float32. Calibration: 64 windows of 512 tokens of C4. Training: {scale.steps} steps
 of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the first {scale.max_tokens:,} tokens of
@@ -349,7 +361,8 @@ def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tup
     if trained is None or pruning is None:
         return None
     watched = [trained, trained.get("pruning") or pruning]  # a model need not be pruned for the cell that measures it
-    if max(one["others"] for one in watched) > IDLE:
+    # the time of a stage is that of its last attempt
+    if any(one.get("interrupted") for one in watched) or max(one["others"] for one in watched) > IDLE:
         return None
     places = {f"{one['hardware']} {one.get('boot')}" for one in watched}  # the first records have no boot
     if len(places) > 1:

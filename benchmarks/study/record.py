@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ TRAIN = ("method", "trainable_parameters", "steps", "tokens", "examples", "data_
 MERGE = ("mask", "matrices", "zeros", "filled_zeros", "lost_weights", "pattern_unchanged")
 TEXT = ("nll", "tokens", "windows", "seq_len", "documents_hash", "window_nll")
 KEPT = {"prune": PRUNE, "train": TRAIN, "merge": MERGE}
-VERSIONS = ("torch", "transformers", "peft", "sppctl")
+VERSIONS = ("torch", "transformers", "sppctl")
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # of Linux
 
 
@@ -87,7 +88,14 @@ def of_diverged(cell: Cell, problem: str) -> Record:
         for name, number in windows.items()
     }
     content = {"cell": cell.settings, "diverged": problem, "stages": {}, "texts": texts, "tasks": {}}
-    return content | {"versions": machine.versions(*VERSIONS[:-1])}
+    return content | {"versions": machine.versions(*VERSIONS)}
+
+
+def commit() -> str:
+    """The commit of the project's code, with a mark if files were changed since; empty outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def boot() -> str:

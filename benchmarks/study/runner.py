@@ -75,8 +75,9 @@ class Study:
             except Diverged as error:
                 content = record.of_diverged(cell, str(error))
             if cell.pruning:
-                content["pruning"] = json.loads(self.watched(cell).read_text()) if self.watched(cell).is_file() else {}
-            content |= watch.seen()
+                watched = self.watched(cell)
+                content["pruning"] = json.loads(watched.read_text()) if watched.is_file() else {"interrupted": True}
+            content |= watch.seen() | {"commit": record.commit()}
             strict_json.write(self.records / f"{cell.name}.json", content)  # a loss that is not finite becomes null
             shutil.rmtree(run)
 
@@ -98,10 +99,10 @@ class Study:
             first = Cell("", cell.seed, cell.mask_of)
             mask = [f"prune.mask_from={self.pruned(first) / 'pruned'}"]
         run, watch = self.run_of(cell), record.Watch()
-        is_made = not (run / "pruned").exists()
+        is_made, is_continued = not (run / "pruned").exists(), (run / ".pruned.partial").exists()
         self.sppctl("prune", run, cell, *cell.pruning, *mask)
         if is_made:
-            strict_json.write(self.watched(cell), watch.seen())
+            strict_json.write(self.watched(cell), watch.seen() | {"interrupted": is_continued})
         return run
 
     def run_of(self, cell: Cell) -> Path:

@@ -23,7 +23,7 @@ from sppctl.model.checkpoint import load_config
 from sppctl.model.heap import Heap
 from sppctl.model.sublayers import Border, finding_borders
 from sppctl.model.targets import Part, Target, find_targets, select, stored_parts, unsupported_experts
-from sppctl.model.weights import check_weights, empty_model
+from sppctl.model.weights import check_weights, empty_model, is_old_mask
 
 Orders = dict[str, dict[int, Tensor]]  # of the rows (0) and columns (1) of parameters, by their full names
 
@@ -167,16 +167,23 @@ class Decoder(Skeleton):
             on_block: called with the index of each block that passed.
 
         Raises:
-            StageError: a replayed block differs from the model's own in any bit, another argument than the hidden
-                states depends on the tokens, or a weight or a hidden state is not finite.
+            StageError: a replayed block differs from the model's own in any bit, a block is not given what the one
+                before it returned, another argument than the hidden states depends on the tokens, or a weight or a
+                hidden state is not finite.
         """
         self._learn_return_type(input_ids[:, :1])
         _, calls = self.record(input_ids)
         self._check_calls(calls, self.record(input_ids.roll(1, dims=1))[1])
         kind = type(self.model).__name__
+        returned: list[Tensor] = []  # by the block before
 
         def compare(index: int, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             _, hidden = BlockCall.of(args, kwargs)
+            if returned and not torch.equal(returned.pop(), hidden):
+                raise StageError(
+                    f"block {index} of {kind} is not given the hidden states that block {index - 1} returns, "
+                    "so it would be pruned on wrong inputs; please report this architecture"
+                )
             if not torch.isfinite(hidden_of(output)).all():
                 raise StageError(
                     f"block {index} of {kind} gives hidden states that are not finite: {overflow_advice(self.dtype)}"
@@ -187,6 +194,7 @@ class Decoder(Skeleton):
                     f"replaying block {index} of {kind} does not give the model's own hidden "
                     "states, so it would be pruned on wrong inputs; please report this architecture"
                 )
+            returned.append(hidden_of(output).clone())  # the model might change them in place
             self.release_block(index)
             on_block(index)
 
@@ -325,7 +333,7 @@ class BlockStack(Decoder):
         module = self.model.get_submodule(owner)
         expected = getattr(module, leaf)
         # the dtype that transformers would load it in: some models keep single modules in float32
-        in_float32 = any(part in name for part in getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        in_float32 = any(part in name for part in self._float32_parts())
         dtype = torch.float32 if in_float32 and expected.dtype.is_floating_point else expected.dtype
         loaded = torch.empty(expected.shape, dtype=dtype, device=self.device)
         for part in stored_parts(self.files, self.model, name):
@@ -343,11 +351,19 @@ class BlockStack(Decoder):
         else:
             module._buffers[leaf] = loaded
 
+    def _float32_parts(self) -> set[str]:
+        """Parts of the names of parameters that transformers keeps in float32, whatever the model computes in."""
+        attributes = ["_keep_in_fp32_modules_strict"]
+        if self.dtype == torch.float16:
+            attributes.append("_keep_in_fp32_modules")
+        return {part for attribute in attributes for part in getattr(self.model, attribute, None) or ()}
+
     def check_rest(self, targets: Iterable[Target]) -> None:
         """Raises StageError if a tensor outside the targets, which pruning may never load, is not finite."""
         loaded = {part.name for target in targets for part in self._parts_of(target, self.files)}
         for name in sorted(set(self.files) - loaded):
-            self._check_finite(name, self.files.read(name))
+            if not is_old_mask(name, self.files.spec(name)):
+                self._check_finite(name, self.files.read(name))
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():

@@ -33,7 +33,7 @@ from sppctl.files.safe_files import (
     TensorSpec,
     is_plain,
 )
-from sppctl.model.find import SIDE_FILES, TERMS
+from sppctl.model.find import POSITIONS, SIDE_FILES, TERMS
 
 NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
 # the files that identify a model: weights, index, configuration, and code of its own
@@ -104,7 +104,8 @@ def _check_names(settings: dict[str, Any], key: str, file: str) -> None:
 
 def max_window(config: Any) -> int | None:
     """The longest input of a model in tokens; None if its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    return next((limit for key in POSITIONS if (limit := getattr(text, key, None)) is not None), None)
 
 
 def check_window(key: str, tokens: int | None, config: Any) -> None:

@@ -22,7 +22,8 @@ from sppctl.files.paths import similar_directory
 TEMPLATES = "additional_chat_templates/*.jinja"  # named templates of a tokenizer: its only folder
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", TEMPLATES)
 TERMS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # most must go with the weights
-POSITIONS = ("max_position_embeddings", "n_positions")  # names of a model's longest input in config.json
+# names of a model's longest input in config.json
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # architectures that come with sppctl, by hub id
 SHIPPED = {
     file.stem.replace("--", "/"): file
@@ -144,7 +145,7 @@ def config_source(path: str, gguf_file: str | None = None, revision: str | None 
 
     It is the ``gguf_file`` if there is one, else config.json, or one of :data:`SHIPPED`. A local directory or an
     installed package comes first, then the hub's cache, then the architectures shipped with sppctl, and the hub last,
-    because an unreachable hub costs half a minute. Only config.json of a hub id is downloaded.
+    because an unreachable hub costs half a minute. Of a hub id only config.json and Python code are downloaded.
 
     Raises:
         UserError: there is none.
@@ -187,7 +188,10 @@ def _hub_config(repository: str, revision: str | None) -> tuple[Path, str]:
     if revision is None and repository in SHIPPED:
         return SHIPPED[repository], "the architecture shipped with sppctl"
     try:  # unlike hf_hub_download, it asks an unreachable hub once, and silently
-        directory = Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"]))
+        patterns = ["config.json", "*.py"]  # code is only run with model.trust_remote_code
+        directory = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+        )
         if not (directory / "config.json").is_file():
             raise FileNotFoundError("the repository has none")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -217,7 +221,8 @@ def _snapshot(repository: str, gguf_file: str | None, revision: str | None, cach
             )
         )
 
-    directory = fetch(*SIDE_FILES, *TERMS, "README.md", gguf_file or SINGLE_NAME)  # its card has its licence
+    # its card has its licence; its code is only run with model.trust_remote_code
+    directory = fetch(*SIDE_FILES, *TERMS, "README.md", "*.py", gguf_file or SINGLE_NAME)
     fetch(TEMPLATES, folders=True)
     if gguf_file is None and not (directory / SINGLE_NAME).is_file():
         from sppctl.files.safe_files import read_index

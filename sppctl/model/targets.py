@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -82,13 +83,24 @@ def gated(module: nn.Module, gate_up: Tensor) -> Tensor:
     return module.act_fn(gate) * up  # type: ignore[operator, no-any-return]
 
 
+def is_in_router(blocks: nn.ModuleList, path: str) -> bool:
+    """Whether a module of the blocks is the router of a mixture of experts, or inside of one."""
+    parts = path.split(".")
+    return "router" in parts or any(
+        part == "gate" and hasattr(blocks.get_submodule(".".join(parts[:index])), "experts")
+        for index, part in enumerate(parts)
+    )
+
+
 def find_targets(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Target]:
     """Every matrix of the blocks that can be pruned, by name, in the model's order, without routers and norms."""
     targets: list[Target] = []
     for relative, module in blocks.named_modules():
         name = f"{blocks_name}.{relative}"
-        # a single output is the gate of a shared expert, which weights it like a router
-        if isinstance(module, nn.Linear) and module.out_features > 1:
+        if isinstance(module, nn.Linear):
+            # a single output is the gate of a shared expert, which weights it like a router
+            if module.out_features == 1 or is_in_router(blocks, relative):
+                continue
             targets.append(Target(name, name, "weight", module.out_features, module.in_features))
         elif isinstance(module, Conv1D):
             in_features, out_features = module.weight.shape
@@ -114,8 +126,17 @@ def unsupported_experts(blocks: nn.ModuleList, blocks_name: str) -> tuple[list[s
         for leaf, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() >= 2
     }
-    names = [name for name, matrix in matrices.items() if matrix.dim() >= 3 and name not in supported]
+    names = [
+        name
+        for name, matrix in matrices.items()
+        if name not in supported and (matrix.dim() >= 3 or _is_flat_expert(blocks, name[len(blocks_name) + 1 :]))
+    ]
     return names, sum(matrices[name].numel() for name in names) / sum(matrix.numel() for matrix in matrices.values())
+
+
+def _is_flat_expert(blocks: nn.ModuleList, path: str) -> bool:
+    """Whether a 2-D parameter of the blocks has matrices of experts, as in DBRX: not their biases, not a router."""
+    return ".experts." in path and not path.endswith("bias") and not is_in_router(blocks, path)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -177,7 +198,8 @@ def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
 def stored_parts(files: TensorFiles, model: nn.Module, parameter: str) -> list[Part]:
     """The tensors that make up a parameter or buffer of a model: itself, or one for each matrix of each expert.
 
-    Raises UserError if the checkpoint does not have them.
+    A tied embedding that is only stored as the output's has the output's name. Raises UserError if the checkpoint does
+    not have them.
     """
     owner, _, leaf = parameter.rpartition(".")
     shape, base_prefix = getattr(model.get_submodule(owner), leaf).shape, str(model.base_model_prefix)
@@ -193,7 +215,20 @@ def stored_parts(files: TensorFiles, model: nn.Module, parameter: str) -> list[P
             ]
             if parts:
                 return [Part(stored_name(files, p.name, base_prefix), p.expert, p.first_row, p.rows) for p in parts]
+    if not any(name in files for name in _spellings(parameter, base_prefix)) and (head := _tied_head(model, owner)):
+        parameter = f"{head}.{leaf}"
     return [Part(stored_name(files, parameter, base_prefix))]
+
+
+def _tied_head(model: nn.Module, owner: str) -> str | None:
+    """The name of the output embedding, if a module is the input embedding that the model ties to it."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not isinstance(model.get_submodule(owner), nn.Embedding):
+        return None
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if model.get_submodule(owner) is not inputs:
+        return None
+    return next((name for name, module in model.named_modules() if module is outputs), None)
 
 
 def tensor_names(files: TensorFiles, model: nn.Module, targets: Iterable[Target]) -> dict[str, str]:

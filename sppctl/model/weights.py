@@ -12,13 +12,18 @@ from torch import Tensor
 
 from sppctl.errors import UserError, first_line
 from sppctl.files.names import INDEX_NAME, SINGLE_NAME
-from sppctl.files.safe_files import TensorFiles
+from sppctl.files.safe_files import TensorFiles, TensorSpec
 from sppctl.machine import dtype_name
 from sppctl.model.checkpoint import load_config, quiet_libraries
 from sppctl.model.targets import EXPERT_PARTS, stored_parts
 
 # causal masks, (1, 1, n, n) and a scalar, in old files of the GPT families, which no model reads
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.((masked_)?bias|causal_mask)$")
+
+
+def is_old_mask(name: str, spec: TensorSpec) -> bool:
+    """Whether a stored tensor is a constant mask, which no model reads, and which is -inf in some float16 files."""
+    return _OLD_MASK.search(name) is not None and len(spec.shape) in (0, 4)
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
@@ -134,7 +139,7 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
     for name in sorted(info["missing_keys"]):
         yield f"holds no tensor {name}, which config.json implies"
     for name in sorted(info["unexpected_keys"]):
-        if not (_OLD_MASK.search(name) and name in files and len(files.spec(name).shape) in (0, 4)):
+        if not (name in files and is_old_mask(name, files.spec(name))):
             yield _surplus(files, name)
     first = _sources(loaded, state)
     rest = {name: tensor for name, tensor in state.items() if name not in first.values()}

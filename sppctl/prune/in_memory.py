@@ -19,6 +19,7 @@ from sppctl.config.settings import Config
 from sppctl.data import vocabulary
 from sppctl.errors import StageError, UserError
 from sppctl.model.blocks import Decoder
+from sppctl.model.checkpoint import max_window
 from sppctl.pattern import Pattern
 from sppctl.prune import checks
 from sppctl.prune.calibrate import Drawn
@@ -111,7 +112,7 @@ def _prepared(config: Config, stack: Decoder, tokenizer_or_batches: Any, draws: 
 def _given(batches: Any, stack: Decoder) -> Drawn:
     """Windows that the caller has made, checked against the model."""
     tokens = _windows(batches)
-    limit = getattr(stack.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_window(stack.config)
     if limit is not None and tokens.shape[1] > limit:
         raise UserError(f"prune_model: windows of {tokens.shape[1]} tokens exceed the model's {limit} positions")
     rows = vocabulary.embeddings(stack.model)

@@ -20,7 +20,7 @@ SUBMIT = "submit.sh"
 HEADER = """#!/usr/bin/env bash
 # Submits the jobs of SWEEP, each after those it depends on, and prints their ids.
 # DRY_RUN=1 prints the sbatch commands instead. NODES, GPUS_PER_NODE and the rest: scripts/cluster.env.example.
-# shellcheck disable=SC2154  # job and the options come from scripts/cluster.sh
+# shellcheck disable=SC2154,SC2016  # job and the options come from scripts/cluster.sh, and a prompt may hold a $
 set -euo pipefail
 jobs=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd CHECKOUT
@@ -77,7 +77,7 @@ def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
     for job in all_jobs:
         _save(folder / f"{job.name}.sh", _script(job, checkout))
     header = HEADER.replace("SWEEP", shlex.quote(str(sweep.file))).replace("CHECKOUT", shlex.quote(str(checkout)))
-    _save(folder / SUBMIT, header + "".join(_submission(job) for job in all_jobs))
+    _save(folder / SUBMIT, header + "".join([*map(_check, all_jobs), *map(_submission, all_jobs)]))
     return folder / SUBMIT
 
 
@@ -91,12 +91,23 @@ def _script(job: Job, checkout: Path) -> str:
     return "\n".join(["#!/usr/bin/env bash", header, "set -euo pipefail", literal, f"exec {call}", ""])
 
 
+def _check(job: Job) -> str:
+    """The line that reports a training that its processes cannot divide now, rather than later in the job."""
+    if job.script != "slurm_train.sh":
+        return ""
+    processes = 'launch.num_machines="${NODES:-1}" launch.num_processes="${GPUS_PER_NODE:-8}"'
+    return f'"${{sppctl[@]}}" config {shlex.join(job.arguments)} {processes} > /dev/null\n'
+
+
 def _submission(job: Job) -> str:
     if job.name == REPORT:
         dependency = '"afterany$ends"'  # completed runs are reported even if others failed
     else:
         dependency = f'"afterok:${{id[{job.after}]}}"' if job.after is not None else "''"
-    call = f'"${{{job.options}_options[@]}}" "$jobs/{job.name}.sh"'
+    options = f'"${{{job.options}_options[@]}}"'
+    if job.script == "slurm_sweep.sh":  # one task, which starts the processes of each stage itself
+        options += " --ntasks-per-node=1"
+    call = f'{options} "$jobs/{job.name}.sh"'
     lines = f'submit {job.name} "$jobs/logs" {dependency} {call}\nid[{job.name}]=$job\n'
     return lines + ("ends+=:$job\n" if job.name.endswith(".eval") else "")
 

@@ -16,6 +16,8 @@ from transformers import (
     DeepseekV3Config,
     Gemma4TextConfig,
     Glm4MoeConfig,
+    GptOssConfig,
+    LlamaModel,
     T5Config,
 )
 
@@ -364,6 +366,45 @@ def test_float16_computed_in_float32_is_exact(make_checkpoint: Callable[..., Pat
     passed: list[int] = []
     stack.check_replay(ids(1), passed.append)
     assert passed == [0, 1]
+
+
+def test_modules_that_stay_in_float32_are_those_of_transformers(tmp_path: Path) -> None:
+    """GPT-OSS keeps its norms in float32 if all else is float16, but not if it is bfloat16."""
+    config = GptOssConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for dtype, of_norms in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        stack = BlockStack(tmp_path, CPU, str(dtype).removeprefix("torch."))
+        stack.load_embeddings()
+        loaded = {name: parameter.dtype for name, parameter in stack.load_block(0).named_parameters()}
+        assert loaded == {name: parameter.dtype for name, parameter in own.model.layers[0].named_parameters()}
+        assert loaded["input_layernorm.weight"] == stack.base.norm.weight.dtype == of_norms
+        assert loaded["self_attn.q_proj.weight"] == dtype
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hidden_states_that_change_between_blocks_are_noticed(
+    in_place: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model may do that adds something to them after some blocks."""
+    stack = open_stack(llama)
+    passed: list[int] = []
+    own = LlamaModel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def between(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0].add_(1) if in_place else args[0] + 1, *args[1:])
+
+        handle = self.layers[1].register_forward_pre_hook(between, prepend=True)
+        try:
+            return own(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(StageError, match=r"block 1 of LlamaForCausalLM is not given .* that block 0 returns"):
+        stack.check_replay(ids(1), passed.append)
+    assert passed == [0]
 
 
 def test_kept_weights_are_written_as_they_are_stored(llama: Path, tmp_path: Path) -> None:

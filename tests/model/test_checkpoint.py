@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, MptConfig
 
 from sppctl.errors import UserError
 from sppctl.files.names import INDEX_NAME
@@ -206,6 +206,8 @@ def test_the_model_is_plain_transformers(llama: Path) -> None:
     assert not model.training
     assert load_model(llama, torch.device("cpu"), "float32").dtype == torch.float32
     assert max_window(model.config) == 128
+    assert max_window(MptConfig(max_seq_len=64)) == 64
+    assert max_window(BloomConfig()) is None
 
 
 @pytest.mark.parametrize(

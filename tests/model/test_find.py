@@ -121,8 +121,8 @@ SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 def test_a_hub_id_downloads_only_what_is_needed(
     weights: list[str], gguf_file: str | None, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    templates = "additional_chat_templates/tool_use.jinja"
-    repository = dict.fromkeys(["config.json", "tokenizer.json", templates, *COPIES, *weights], "")
+    always = ["config.json", "tokenizer.json", "modeling_own.py", "additional_chat_templates/tool_use.jinja"]
+    repository = dict.fromkeys([*always, *COPIES, *weights], "")
     if "model.safetensors.index.json" in repository:
         repository["model.safetensors.index.json"] = json.dumps(
             {"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[0]}}
@@ -138,7 +138,28 @@ def test_a_hub_id_downloads_only_what_is_needed(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate("owner/name", gguf_file, revision="v2") == tmp_path
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"config.json", "tokenizer.json", templates, *wanted}
+    assert found == {*always, *wanted}
+
+
+def test_the_code_of_a_configuration_comes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = ["config.json", "configuration_own.py", "tools/convert.py", "onnx/config.json", "model.safetensors"]
+    asked: list[str] = []
+
+    def download(name: str, revision: str | None, **patterns: Any) -> str:
+        asked.extend(huggingface_hub.utils.filter_repo_objects(repository, **patterns))
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert config_source("owner/name") == (tmp_path / "config.json", "config.json from the hub")
+    assert asked == ["config.json", "configuration_own.py"]
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "max_seq_len"])
+def test_the_longest_input_has_several_names(key: str, tmp_path: Path) -> None:
+    for config in ({key: 64}, {"text_config": {key: 64}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert find.max_window(str(tmp_path)) == 64
 
 
 def test_a_command_asks_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

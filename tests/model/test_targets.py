@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, GROUPED
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AfmoeConfig, AutoModelForCausalLM, HunYuanMoEV1Config
 from transformers.pytorch_utils import Conv1D
 
 from sppctl.errors import UserError
@@ -42,6 +42,15 @@ KINDS = {  # matrices in a block, and what they are called
     "gpt2": (4, "c_attn c_fc c_proj"),
     "mixtral": (4 + 4 * 3, GATED),
     "qwen3_moe": (4 + 4 * 3, GATED),
+    "hunyuan_v1_moe": (4 + 3 + 4 * 3, GATED),  # a shared expert too
+    "afmoe": (5 + 3 + 4 * 3, GATED),
+}
+ROUTED = GROUPED | {"num_experts": 4, "moe_intermediate_size": 16}
+MIXTURES = {  # whose routers are linear layers
+    "hunyuan_v1_moe": lambda: HunYuanMoEV1Config(**ROUTED, moe_topk=2),
+    "afmoe": lambda: AfmoeConfig(
+        **ROUTED, num_experts_per_tok=2, num_dense_layers=0, layer_types=["full_attention"] * 2
+    ),
 }
 
 
@@ -119,6 +128,43 @@ def test_experts_of_another_form_are_told_of(model: nn.Module) -> None:
     assert share == 216 / (2 * (24 + 48 + 216))  # of lin, conv and experts, twice
 
 
+def test_experts_of_two_dimensions_are_told_of_too(model: nn.Module) -> None:
+    """As DBRX stores them, all in one matrix; its biases and routers are none."""
+    made = nn.Module()
+    made.w1, made.w1_bias = nn.Parameter(torch.zeros(3 * 4, 6)), nn.Parameter(torch.zeros(3, 4))
+    made.router, made.single = nn.Linear(6, 3), nn.Linear(6, 4)  # the latter is one that can be pruned
+    model.h[0].experts = made
+    names, share = unsupported_experts(model.h, "h")
+    assert names == ["h.0.experts.w1"]
+    assert share == 72 / (2 * (24 + 48) + 216 + 72 + 12 + 18 + 24)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_router"),
+    [
+        ("mlp.router", True),
+        ("mlp.router.gate", True),
+        ("mlp.gate.wg", True),
+        ("mlp.gate", True),
+        ("gate", False),  # of a dense block
+        ("mlp.gate_proj", False),
+        ("mlp.shared_expert_gate", False),
+    ],
+)
+def test_linear_layers_of_routers_are_no_targets(path: str, is_router: bool, model: nn.Module) -> None:
+    model.h[0].mlp = nn.Module()
+    model.h[0].mlp.experts = model.h[0].experts
+    del model.h[0].experts
+    owner, (*above, leaf) = model.h[0], path.split(".")
+    for part in above:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    owner.add_module(leaf, nn.Linear(6, 3))
+    assert (f"h.0.{path}" not in find_targets(model.h, "h")) == is_router
+    assert "h.0.mlp.experts.2.up_proj" in find_targets(model.h, "h")
+
+
 def test_every_form_is_found_in_the_models_order(found: dict[str, Target]) -> None:
     experts = [f"experts.{expert}.{part}" for expert in range(3) for part in ("gate_proj", "up_proj", "down_proj")]
     assert list(found) == [f"h.{index}.{name}" for index in (0, 1) for name in ("lin", "conv", *experts)]
@@ -140,7 +186,7 @@ def test_what_is_known_of_each_form(found: dict[str, Target]) -> None:
 def test_all_linear_means_the_matrices_of_the_blocks(family: str) -> None:
     """Not the output head, and no routers: in two blocks each."""
     count, kinds = KINDS[family]
-    skeleton = Skeleton(FAMILIES[family]())
+    skeleton = Skeleton((FAMILIES | MIXTURES)[family]())
     targets = skeleton.targets("all-linear")
     assert sorted({name.rpartition(".")[2] for name in targets}) == kinds.split()
     assert len(targets) == 2 * count

@@ -89,6 +89,32 @@ def hidden_in_order(name: str, weight: Tensor, order: list[int]) -> Tensor:
     return weight[order] if layer in WRITING or ("norm" in layer and layer not in ("q_norm", "k_norm")) else weight
 
 
+@pytest.mark.parametrize("stored", [("model.embed_tokens",), ("lm_head",), ("model.embed_tokens", "lm_head")], ids=str)
+@pytest.mark.parametrize("permuted", ["true", "false"])
+def test_tied_embeddings_are_stored_under_either_name(
+    permuted: str, stored: tuple[str, ...], prune: Prune, uneven: Callable[[str], Path]
+) -> None:
+    base = uneven("llama")
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": True})
+    )
+    weights = weights_of(base)
+    embedding = weights.pop("model.embed_tokens.weight")
+    del weights["lm_head.weight"]
+    write_weights(weights | {"model.embed_tokens.weight": embedding}, base)
+    options = ("prune.calibration.samples=2", f"prune.permute_channels={permuted}")
+    expected = prune(*options, base=base)
+    write_weights(weights | {f"{name}.weight": embedding.clone() for name in stored}, base)
+    pruned = prune(*options, base=base)
+    wanted = expected.weights.pop("model.embed_tokens.weight")
+    assert torch.equal(wanted, embedding) == (permuted == "false")
+    for name in stored:
+        assert torch.equal(pruned.weights.pop(f"{name}.weight"), wanted)
+    assert pruned.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(pruned.weights[name], weight) for name, weight in expected.weights.items())
+    assert torch.equal(logits(pruned.directory), logits(expected.directory))
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("family", FEEDING)
 def test_prunes_the_model_in_another_order(

@@ -22,6 +22,20 @@ from sppctl.records import to_json
 from sppctl.run import attempts
 
 
+def test_old_masks_may_be_infinite(prune: Prune, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """-1e9 is -inf in the float16 files of GPT-NeoX; any other tensor must be finite."""
+    base = shutil.copytree(make_checkpoint("gpt_neox", torch.float16), tmp_path / "old")
+    options = ("prune.method=magnitude", "prune.targets=all-linear")
+    infinite = torch.full((2,), float("-inf"), dtype=torch.float16)
+    masks = {f"gpt_neox.layers.{index}.attention.masked_bias": infinite[index].clone() for index in range(2)}
+    write_weights(weights_of(base) | masks, base)
+    after = prune(*options, base=base).weights
+    assert all(torch.equal(after[mask], masks[mask]) for mask in masks)
+    write_weights(weights_of(base) | {"gpt_neox.final_layer_norm.bias": torch.full((32,), float("-inf"))}, base)
+    with pytest.raises(StageError, match=r"final_layer_norm\.bias holds NaN or infinite values"):
+        prune(*options, base=base)
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_layers_see_the_inputs_of_blocks_pruned_before_them(method: str, prune: Prune, llama: Path) -> None:
     """Against a literal walk: hooks on a plain model, block by block, one window at a time."""

@@ -424,6 +424,9 @@ def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monke
         kind, *numbers = dependency.split(":")
         waits[name] = (kind, [ids[number] for number in numbers])
         assert ("--nodes=2" in call) == name.endswith(".train")
+        # what is shared is computed by one task, whatever the site's options say
+        own = [option for option in call if option.startswith("--ntasks-per-node")]
+        assert (own[-1:] == ["--ntasks-per-node=1"]) == (Path(name).suffix not in (".train", ".eval"))
     assert waits.keys() == jobs
     assert waits["dense"] == ("", [])
     assert waits["pruned-0.5"] == ("afterok", ["dense"])
@@ -442,6 +445,18 @@ def test_jobs_wait_for_what_they_rest_on(sweep_file: Path, tmp_path: Path, monke
     if shellcheck:
         checked = cluster.run(shellcheck, *map(str, submit.parent.glob("*.sh")))
         assert checked.returncode == 0, checked.stdout
+
+
+def test_a_batch_that_the_gpus_cannot_divide_is_refused_before_any_job(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(tmp_path / "a cluster")
+    monkeypatch.chdir(cluster.checkout)
+    submit = slurm.write(load_sweep(str(sweep_file)), tmp_path / "jobs")
+    done = cluster.run(str(submit), SPPCTL_PYTHON=sys.executable, GPUS_PER_NODE="7")
+    assert done.returncode == 2
+    assert "train.batch_size" in done.stderr
+    assert cluster.calls("sbatch") == []
 
 
 def test_jobs_are_written_in_a_checkout_only(sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
