@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sppctl import console, distributed
+from sppctl import distributed
 from sppctl.errors import UserError
 from sppctl.files import integrity, sealed, strict_json
 from sppctl.files.safe_files import OwnFiles
@@ -26,7 +27,8 @@ from sppctl.records import BlockRecord, from_json, to_json
 
 def start_again(partial: Path) -> str:
     """The fix, for an error, of a damaged attempt in a directory."""
-    return f"{console.command('prune', '--force', run=partial.parent)} starts the stage again"
+    discard = shlex.join(["sppctl", "clean", str(partial.parent), "--kinds", "unfinished", "--yes"])
+    return f"{discard} discards the attempt, so that the same command starts again"
 
 
 class Journal:

@@ -1,8 +1,7 @@
 """A run: skips stages that are up to date, continues unfinished ones, and does the others.
 
 A stage is up to date if its record has the same settings and inputs; with others it is refused until ``--force``. An
-unfinished attempt with the same settings and inputs is continued, except by ``prune --force``; one with others is
-refused if it holds work.
+unfinished attempt with the same settings and inputs is continued; one with others is refused if it holds work.
 """
 
 from __future__ import annotations
@@ -185,8 +184,7 @@ class Run(RunDirectory):
         if record is not None and not changed:
             self.verify(record)
             return record, None
-        continues = stage in RESUMABLE and self.resume and not (stage == "prune" and self.force)
-        unfinished = attempts.read(self.partial(directory)) if continues else None
+        unfinished = attempts.read(self.partial(directory)) if stage in RESUMABLE and self.resume else None
         if unfinished is not None and not differences(unfinished, attempt.settings, attempt.inputs):
             return None, unfinished
         if record is not None and not self.force:

@@ -92,12 +92,12 @@ def test_finished_blocks_are_not_thrown_away(
     assert refused.code == 2
     assert "now 4:8; " in refused.err.partition("attempt with prune.pattern = ")[2]
     assert shlex.join(["sppctl", *arguments, "prune.pattern=4:8", "--force"]) in refused.err
-    assert "prune: 1 of 4 blocks are done" in command(*arguments).err
+    assert "prune: 1 of 4 blocks are done" in command(*arguments, "--force").err
     assert "done" not in command(*arguments).err
 
 
 @pytest.mark.parametrize("damage", ["the journal", "a block"])
-def test_force_starts_a_damaged_attempt_again(
+def test_a_damaged_attempt_is_discarded_by_the_command_that_is_proposed(
     damage: str, config_file: Path, deep: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["prune", str(config_file), f"model.path={deep}", f"run.dir={tmp_path / 'other'}"]
@@ -118,8 +118,9 @@ def test_force_starts_a_damaged_attempt_again(
         OwnFiles(partial).write(name, TensorFiles(partial).read(name) * 2)
     refused = command(*arguments)
     assert refused.code == 2
-    fix = refused.err.rpartition("; ")[2].partition(" starts the stage again")[0]
-    again = command(*shlex.split(fix)[1:])
+    fix = refused.err.rpartition("; ")[2].partition(" discards the attempt")[0]
+    assert command(*shlex.split(fix)[1:]).code == 0
+    again = command(*arguments)
     assert again.code == 0, again.err
     assert "continuing" not in again.err
 
@@ -187,7 +188,8 @@ def test_a_damaged_line_of_the_journal_is_named(change: Callable[..., list[str]]
     with pytest.raises(UserError) as caught:
         walk.Journal(path)
     assert str(caught.value).startswith(f"{path}: {message}")
-    assert str(caught.value).endswith(f"; sppctl prune {tmp_path.parent} --force starts the stage again")
+    fix = f"sppctl clean {tmp_path.parent} --kinds unfinished --yes discards the attempt"
+    assert str(caught.value).endswith(f"; {fix}, so that the same command starts again")
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -198,7 +200,8 @@ def test_a_finished_block_that_was_changed_since_is_not_continued_from(
     name = "model.layers.1.mlp.down_proj"
     OwnFiles(out).write(f"{name}.weight", TensorFiles(out).read(f"{name}.weight") * 2)  # under the same mask
     with pytest.raises(
-        UserError, match=rf"{out.name}: {name} does not match the journal; sppctl prune .* --force starts"
+        UserError,
+        match=rf"{out.name}: {name} does not match the journal; sppctl clean .* --kinds unfinished --yes discards",
     ):
         prune(f"prune.method={method}", base=deep, out=out)
 
