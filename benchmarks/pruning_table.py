@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,10 @@ def main() -> None:
     arguments = parser.parse_args()
     store = arguments.out.with_suffix(".json")
     cells = json.loads(store.read_text()) if store.is_file() else {}
+    settings = {"checkpoint": str(arguments.checkpoint.resolve()), "max_tokens": arguments.max_tokens}
+    settings |= {"samples": arguments.samples, "seq_len": arguments.seq_len}
+    if cells.setdefault("settings", settings) != settings:
+        parser.error(f"{store} has cells of {cells['settings']}, not of {settings}; write to another OUT.md")
     if "dense" not in cells:
         cells["dense"] = {"perplexity": measured(arguments.checkpoint, arguments.max_tokens)}
         store.write_text(json.dumps(cells, indent=1))
@@ -93,7 +98,7 @@ def measured(directory: Path, max_tokens: int | None) -> float:
     return perplexity.summarise(losses, 2048).value
 
 
-def table(cells: dict[str, dict[str, float]]) -> str:
+def table(cells: dict[str, Any]) -> str:
     lines = [f"| method | {' | '.join(PATTERNS)} | seconds |", "| --- |" + " ---: |" * (len(PATTERNS) + 1)]
     for name in METHODS:
         found = [cells.get(f"{name} {pattern}") for pattern in PATTERNS]

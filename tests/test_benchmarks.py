@@ -1,7 +1,11 @@
-"""Every benchmark runs, on models that are too small for its figures to mean anything, and prints what it promises."""
+"""Benchmarks run, on models that are too small for their figures to mean anything, and print what they promise.
+
+Those on real data (``*_table.py``) and ``prune_scaling.py`` are not run here.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -55,6 +59,16 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(subprocess, "run", answer)
     return asked
+
+
+def test_a_table_of_other_settings_is_not_continued(
+    bench: Callable[..., str], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.json").write_text(json.dumps({"settings": {"samples": 8}}))
+    with pytest.raises(SystemExit):
+        bench("pruning_table.py", llama, tmp_path / "table.md", "--samples", 4)
+    assert "has cells of {'samples': 8}, not of " in capsys.readouterr().err
+    assert not (tmp_path / "table.md").exists()
 
 
 def ratios(table: str, row: str) -> list[float]:
