@@ -62,7 +62,7 @@ FULL = Scale(
     rates={
         "lora": (3e-4, 1e-3, 3e-3, 1e-2),
         "spp": (3e-3, 1e-2, 3e-2, 1e-1),
-        **dict.fromkeys(OF_OTHER_STEPS, (3e-4, 1e-3, 3e-3, 1e-2)),
+        **dict.fromkeys(OF_OTHER_STEPS, (1e-3, 3e-3, 1e-2, 3e-2)),
     },
     ablated=("2:4", "0.75"),
     tasks=(50, 2),
