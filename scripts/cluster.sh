@@ -38,6 +38,12 @@ in_job() {
     exit "$code"
 }
 
+# check_config ARGUMENTS: reports an invalid configuration, or a batch that the processes of the training cannot divide,
+# now rather than later in a job
+check_config() {
+    "${sppctl[@]}" config "$@" launch.num_machines="${NODES:-1}" launch.num_processes="${GPUS_PER_NODE:-8}" > /dev/null
+}
+
 # job_options: sets `prune_options`, `train_options` and `eval_options` to the site's sbatch options
 # shellcheck disable=SC2034
 job_options() {

@@ -8,8 +8,7 @@ source scripts/cluster.sh
 
 logs=runs/logs
 job_options
-# reports an invalid configuration now rather than later in a job
-"${sppctl[@]}" config "$@" launch.num_machines="${NODES:-1}" launch.num_processes="${GPUS_PER_NODE:-8}" > /dev/null
+check_config "$@"
 submit prune "$logs" "" "${prune_options[@]}" scripts/slurm_prune.sh "$@"
 submit train "$logs" "afterok:$job" "${train_options[@]}" scripts/slurm_train.sh "$@"
 submit eval "$logs" "afterok:$job" "${eval_options[@]}" scripts/slurm_eval.sh "$@"

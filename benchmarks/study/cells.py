@@ -131,12 +131,17 @@ def all_cells(scale: Scale, records: Records) -> Iterator[Cell]:
 
 def trial_name(method: str, pattern: str, rate: float) -> str:
     """The cell in which a learning rate is tried."""
-    return f"rate-{method.replace(' ', '-')}-{slug(pattern)}-{rate:g}"
+    return f"rate-{_in_a_name(method)}-{slug(pattern)}-{rate:g}"
 
 
 def cell_name(pruner: str, pattern: str, kind: str, seed: int) -> str:
     """The cell of a pruner, a pattern and what followed: pruned, dsnot, a method or an ablation."""
-    return f"{pruner}-{slug(pattern)}-{kind.replace(' = ', '').replace(' ', '-')}-{seed}"
+    return f"{pruner}-{slug(pattern)}-{_in_a_name(kind)}-{seed}"
+
+
+def _in_a_name(kind: str) -> str:
+    """A method or an ablation in the name of a file."""
+    return kind.replace(" = ", "").replace(" ", "-")
 
 
 def chosen_rate(scale: Scale, records: Records, method: str, pattern: str) -> float | None:

@@ -228,8 +228,9 @@ def _verdict(claim: str, found: dict[str, Interval | None]) -> Verdict:
     measured = [one for one in found.values() if one is not None]
     enough = [one for one in measured if len(one.by_seed) >= len(FULL.seeds)]
     spread = Spread.of(one.by_seed for one in enough if not math.isnan(one.mean))
-    reach = lambda one: spread.at_least(one.by_seed).reach(one, len(one.by_seed), len(found))  # noqa: E731
-    if spread and any(one.mean > reach(one) for one in enough):
+    if spread and any(
+        one.mean > spread.at_least(one.by_seed).reach(one, len(one.by_seed), len(found)) for one in enough
+    ):
         return Verdict(claim, FAILS, numbers)
     if enough and len(enough) == len(found) and all(one.is_below_zero for one in enough):
         return Verdict(claim, HOLDS, numbers)

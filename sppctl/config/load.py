@@ -200,7 +200,7 @@ class _Reader:
                 self.problems.add("command line", f"{key.strip():.60}...: unknown key{SEE_SCHEMA}")
             else:
                 with self.problems:
-                    value, node = _value(key.strip(), text), tree
+                    value, node = override_value(key.strip(), text), tree
                     for parent in parents:
                         if not isinstance(node.get(parent), dict):
                             node[parent] = {}
@@ -240,7 +240,7 @@ class _Reader:
         self.problems.add("command line" if related else self.file, f"{key}: {problem}")
 
 
-def _value(key: str, text: str) -> Any:
+def override_value(key: str, text: str) -> Any:
     """The value of ``key=text``; UserError if YAML ends or changes an unquoted text, as at `` #``, without an error."""
     value, bare = parse_yaml(text, f"command line: {key}"), text.strip(" ")
     is_changed = value != bare if isinstance(value, str) else value is None and bare.startswith("#")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppctl.config.load import config_keys, find_file, load_config, quoted, shipped_configs, shown
+from sppctl.config.load import config_keys, find_file, load_config, override_value, quoted, shipped_configs, shown
 from sppctl.config.settings import Config
-from sppctl.config.yaml12 import parse_yaml, read_yaml
+from sppctl.config.yaml12 import read_yaml
 from sppctl.errors import UserError, did_you_mean
 from sppctl.files import paths
 
@@ -84,7 +84,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     override_of = {text.partition("=")[0].strip(): text for text in overrides}
-    run_dir = parse_yaml(override_of.pop("run.dir", "").partition("=")[2], "command line: run.dir")
+    run_dir = override_value("run.dir", override_of.pop("run.dir", "").partition("=")[2])
     if not isinstance(run_dir, str | None):
         raise UserError(f"command line: run.dir: expected text, found {shown(run_dir)}")
     directory = Path(paths.expand(run_dir or tree.get("dir") or f"runs/{path.stem}"))
@@ -92,7 +92,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     if math.prod(map(len, grid.values())) > MOST_RUNS:
         raise UserError(f"{path}: grid: more than {MOST_RUNS:,} combinations; split it into several sweeps")
     texts = {key: override_of[key].partition("=")[2] for key in tree["grid"] if key in override_of}
-    fixed = {key: parse_yaml(text, f"command line: {key}") for key, text in texts.items()}
+    fixed = {key: override_value(key, text) for key, text in texts.items()}
     points = expand(grid, tree.get("exclude") or [], fixed)
     if not points:
         raise UserError(f"{path}: exclude: leaves no run")

@@ -92,11 +92,8 @@ def _script(job: Job, checkout: Path) -> str:
 
 
 def _check(job: Job) -> str:
-    """The line that reports a training that its processes cannot divide now, rather than later in the job."""
-    if job.script != "slurm_train.sh":
-        return ""
-    processes = 'launch.num_machines="${NODES:-1}" launch.num_processes="${GPUS_PER_NODE:-8}"'
-    return f'"${{sppctl[@]}}" config {shlex.join(job.arguments)} {processes} > /dev/null\n'
+    """The line that checks a training before any job is submitted; empty for other jobs."""
+    return f"check_config {shlex.join(job.arguments)}\n" if job.script == "slurm_train.sh" else ""
 
 
 def _submission(job: Job) -> str:

@@ -74,20 +74,30 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert records[0] == records[1]
 
 
+@pytest.fixture
+def stopped(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """stopped(error, *arguments) -> what a command prints in which the error is raised after the first block."""
+
+    def stop(error: type[Exception], *arguments: str) -> str:
+        append = walk.Journal.append
+
+        def then_stop(self: walk.Journal, entry: BlockRecord) -> None:
+            append(self, entry)
+            raise error("the machine goes down")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(walk.Journal, "append", then_stop)
+            return command(*arguments).err
+
+    return stop
+
+
 @pytest.mark.parametrize("error", [OSError, StageError])
 def test_finished_blocks_are_not_thrown_away(
-    error: type[Exception], config_file: Path, deep: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], config_file: Path, deep: Path, command: Command, stopped: Callable[..., str]
 ) -> None:
     arguments = ["prune", str(config_file), f"model.path={deep}", "prune.method=wanda"]
-    append = walk.Journal.append
-
-    def then_stop(self: walk.Journal, entry: BlockRecord) -> None:
-        append(self, entry)
-        raise error("the machine goes down")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(walk.Journal, "append", then_stop)
-        assert "the machine goes down" in command(*arguments).err
+    assert "the machine goes down" in stopped(error, *arguments)
     refused = command(*arguments, "prune.pattern=4:8")
     assert refused.code == 2
     assert "now 4:8; " in refused.err.partition("attempt with prune.pattern = ")[2]
@@ -98,18 +108,10 @@ def test_finished_blocks_are_not_thrown_away(
 
 @pytest.mark.parametrize("damage", ["the journal", "a block"])
 def test_a_damaged_attempt_is_discarded_by_the_command_that_is_proposed(
-    damage: str, config_file: Path, deep: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    damage: str, config_file: Path, deep: Path, tmp_path: Path, command: Command, stopped: Callable[..., str]
 ) -> None:
     arguments = ["prune", str(config_file), f"model.path={deep}", f"run.dir={tmp_path / 'other'}"]
-    append = walk.Journal.append
-
-    def then_stop(self: walk.Journal, entry: BlockRecord) -> None:
-        append(self, entry)
-        raise OSError("the machine goes down")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(walk.Journal, "append", then_stop)
-        command(*arguments)
+    stopped(OSError, *arguments)
     partial = tmp_path / "other/.pruned.partial"
     if damage == "the journal":
         (partial / JOURNAL).write_text("{}\n")
