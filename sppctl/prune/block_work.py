@@ -121,7 +121,9 @@ class BlockWork:
                     dense[rows] = output.to(dense.device)
         self._set_groups()
         for name, target in self.plain.items():
-            self.inputs[target.name] = self.inputs[self.plain[self._leaders[name]].name]
+            leader = self.plain[self._leaders[name]]
+            shared = self.inputs.pop(leader.name, None) or self._new_inputs(leader.in_features)
+            self.inputs |= {leader.name: shared, target.name: shared}  # in this order in every process
         self._reduce()
 
     def _prune_in_module_order(self, activations: Activations) -> list[LayerRecord]:
@@ -213,6 +215,8 @@ class BlockWork:
         return self._leaders[name] == name
 
     def _set_groups(self) -> None:
+        of_all = distributed.gather_objects(self._leaders)  # some layers may be reached in other processes only
+        self._leaders = {name: leader for leaders in reversed(of_all) for name, leader in leaders.items()}
         for name, target in self.plain.items():
             if name not in self._leaders:
                 raise no_inputs(target.name)

@@ -1,5 +1,7 @@
 """Micro-batches that go through a block in step: each waits at a layer until the others have reached it.
 
+Those of other processes, too: what serves a layer adds up their sums.
+
 A forward cannot be suspended, so each runs on its own stack (a greenlet). All run in one thread: with a thread each,
 their pools of OpenMP workers and memory arenas would cost a fifth of a forward.
 """
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
+from sppctl import distributed
+
 
 @torch.no_grad()
 def in_step(forwards: list[Callable[[], None]], serve: Callable[[int, list[Any]], None]) -> None:
@@ -21,6 +25,7 @@ def in_step(forwards: list[Callable[[], None]], serve: Callable[[int, list[Any]]
         forwards: of the micro-batches, without gradients.
         serve: called when every unfinished forward waits, with the first place where some do (the smallest number) and
             the arguments that each of those passed there (a tuple), in the order of ``forwards``; then they continue.
+            Called in every process for that place, if need be without arguments.
 
     Raises:
         Exception: the first that a forward or ``serve`` raises; all other forwards are ended where they wait.
@@ -28,8 +33,12 @@ def in_step(forwards: list[Callable[[], None]], serve: Callable[[int, list[Any]]
     greenlets = [greenlet(forward) for forward in forwards]
     try:
         stops = {waiter: waiter.switch() for waiter in greenlets}
-        while stops := {waiter: stop for waiter, stop in stops.items() if not waiter.dead}:
-            first = min(place for place, _ in stops.values())
+        while True:
+            stops = {waiter: stop for waiter, stop in stops.items() if not waiter.dead}
+            places = distributed.gather_objects(min((place for place, _ in stops.values()), default=None))
+            first = min((place for place in places if place is not None), default=None)
+            if first is None:
+                break
             waiting = [waiter for waiter, (place, _) in stops.items() if place == first]
             serve(first, [stops[waiter][1] for waiter in waiting])
             for waiter in waiting:

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import agreement, shards, stored, weights_of
 from conftest import Command
 from deaths import DEATHS, START
-from processes import Ended, environment, sppctl_in_ranks
+from processes import Ended, environment, sppctl, sppctl_in_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,32 @@ def test_several_processes_do_not_tune_each_on_its_own_windows(config_file: Path
     done = in_processes([str(config_file), "prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3"], 2)
     assert done.returncode == 2
     assert "prune.reconstruct_epochs" in done.stderr
+
+
+OF_EVEN_WINDOWS = """
+import os
+from transformers.models.llama.modeling_llama import LlamaMLP
+forward = LlamaMLP.forward
+def forward_even(self, hidden):
+    if "RANK" in os.environ:  # the first of two processes has them
+        return forward(self, hidden) if os.environ["RANK"] == "0" else hidden
+    result = hidden.clone()
+    result[::2] = forward(self, hidden[::2])
+    return result
+LlamaMLP.forward = forward_even
+"""
+
+
+@pytest.mark.parametrize("order", ["block", "module"])
+def test_layers_that_only_the_windows_of_one_process_reach(order: str, config_file: Path, tmp_path: Path) -> None:
+    common = ["prune", str(config_file), f"prune.order={order}", "prune.calibration.samples=4", "prune.batch_size=4"]
+    one, two = ([*common, f"run.dir={tmp_path / name}"] for name in ("one", "two"))
+    ended = sppctl(one, OF_EVEN_WINDOWS)
+    assert ended.returncode == 0, ended.stderr
+    ended = sppctl_in_ranks(two, 2, OF_EVEN_WINDOWS)
+    assert ended.returncode == 0, ended.stderr
+    alone, shared = (weights_of(tmp_path / name / "pruned") for name in ("one", "two"))
+    assert agreement(alone, shared, [name for name in alone if name.endswith("_proj.weight")]) >= 0.999
 
 
 REFUSES = """
