@@ -172,8 +172,8 @@ def _do(name: str, call: Call) -> None:
     if name != "merge":  # merging needs one process, and checks its inputs itself
         pipeline.join_processes(call.config)
         pipeline.preflight(run, (name,))
-    if name != "merge" and launch.needed(call.config):  # each process runs this same command
-        if code := launch.start(sys.argv[1:], launch.num_processes(call.config), run.log):
+    if name != "merge" and launch.needed(call.config, name):  # each process runs this same command
+        if code := launch.start(sys.argv[1:], launch.num_processes(call.config, name), run.log):
             raise typer.Exit(code)
     else:
         with run.lock():
@@ -211,7 +211,7 @@ def _starter(call: Call) -> Callable[..., None] | None:
 
     def do(stage: str, *options: str) -> None:
         arguments = [stage, *call.arguments, *options, *["--force"] * call.force, *["--debug"] * call.debug]
-        code = launch.start(arguments, launch.num_processes(call.config), Run(call.config).log, silent=True)
+        code = launch.start(arguments, launch.num_processes(call.config, stage), Run(call.config).log, silent=True)
         if code:
             raise typer.Exit(code)
 

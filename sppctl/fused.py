@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from sppctl.errors import first_line
+
 
 @dataclass(frozen=True)
 class FusedKernels:
@@ -46,7 +48,6 @@ def _checked(kernels: FusedKernels, device: torch.device) -> ModuleType | None:
         module = importlib.import_module(kernels.module)
         kernels.check(module, device)
     except Exception as error:  # whatever the reason, there is another way
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"{kernels.without}: {reason}", stacklevel=4)
+        warnings.warn(f"{kernels.without}: {first_line(error)}", stacklevel=4)
         return None
     return module

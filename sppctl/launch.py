@@ -108,14 +108,18 @@ def first_host(nodes: str) -> str:
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
-def num_processes(config: Config) -> int:
+def num_processes(config: Config, stage: str | None = None) -> int:
     """The number of processes that share the work: the existing ones, else those that :func:`start` would start.
+
+    Pruning with reconstruction, which tunes all weights of a block on all windows, is done by one.
 
     Raises:
         UserError: the configuration wants several machines, which only a launcher can start.
     """
     if "WORLD_SIZE" in os.environ:
         return distributed.world_size()
+    if stage == "prune" and config.prune.reconstruct_epochs:
+        return 1
     machines = config.launch.num_machines
     if machines > 1:
         again = shlex.join(sys.argv[1:])
@@ -158,9 +162,9 @@ def accumulation(train: TrainConfig, processes: int) -> int:
     return train.batch_size // step
 
 
-def needed(config: Config) -> bool:
+def needed(config: Config, stage: str | None = None) -> bool:
     """Whether this process has to start others to do the work."""
-    return "WORLD_SIZE" not in os.environ and num_processes(config) > 1
+    return "WORLD_SIZE" not in os.environ and num_processes(config, stage) > 1
 
 
 def start(arguments: list[str], number: int, log: Path | None = None, silent: bool = False) -> int:
@@ -180,7 +184,7 @@ def start(arguments: list[str], number: int, log: Path | None = None, silent: bo
     switch = f"--{console.verbosity.value}"
     if console.verbosity is not Verbosity.NORMAL and switch not in arguments:
         arguments = [*arguments, switch]
-    command = [sys.executable, "-m", "sppctl", *arguments, *plugins.flags()]
+    command = [sys.executable, "-P", "-m", "sppctl", *arguments, *plugins.flags()]
     with contextlib.ExitStack() as stack:
         shared["MASTER_PORT"] = str(stack.enter_context(held_port()))
         # stderr of the other ranks is shown only for one that fails first

@@ -55,17 +55,21 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
+def training_dtype(stored: str) -> str:
+    """The dtype to train weights of a stored dtype in: never float16, where gradients overflow without loss scaling."""
+    return "bfloat16" if stored == "float16" else stored
+
+
 def choose_dtype(configured: str, stored: str, device: torch.device, *, training: bool = False) -> Compute:
     """The dtype to compute in, for everything that loads a model.
 
     ``configured`` is model.compute_dtype: a name, or auto for the ``stored`` dtype of the weights if the device
-    multiplies it natively, else float32. Training never uses float16, where gradients overflow without loss scaling.
+    multiplies it natively, else float32.
     """
     if configured != "auto":
         return Compute(configured, f"computing in {configured} as configured")
-    dtype, reason = stored, ""
-    if training and stored == "float16":
-        dtype, reason = "bfloat16", " (float16 gradients overflow)"
+    dtype = training_dtype(stored) if training else stored
+    reason = "" if dtype == stored else f" ({stored} gradients overflow)"
     lacking = _lacking(dtype, device)
     if lacking is not None:
         dtype, reason = "float32", f" ({lacking})"

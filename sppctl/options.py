@@ -154,7 +154,8 @@ def _of_checkpoint(models: Sequence[str], overrides: list[str]) -> tuple[str | N
         return None, overrides
     path = Path(expand(models[0]))
     if recorded.is_run(path.parent):
-        return str(path.parent), overrides
+        # a checkpoint's folder may come from anybody, who does not decide whether its code is run
+        return str(path.parent), ["model.trust_remote_code=false", *overrides]
     return None, [f"run.dir={quoted(f'runs/{short_name(models[0])}')}", f"model.path={quoted(models[0])}", *overrides]
 
 

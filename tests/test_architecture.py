@@ -49,7 +49,7 @@ distributed  errors
 plugins      errors
 packed       fused
 machine
-fused
+fused        errors
 pattern
 errors
 """

@@ -101,6 +101,18 @@ def test_weights_that_no_stage_wrote_are_refused(run_dir: Path) -> None:
         pipeline.evaluate_some(run(), ["merged"])
 
 
+LOADED = ["chat_template.json", "processor_config.json", "spiece.model", "modeling_own.py", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_other_files_that_a_library_would_load_are_refused(name: str, run_dir: Path) -> None:
+    (run_dir / "merged" / name).write_text("{}")
+    (run_dir / "merged/notes.txt").write_text("no library loads this")
+    with pytest.raises(UserError, match=rf"merged/{name} is not in the record .*remove it"):
+        pipeline.evaluate_some(run(), ["merged"])
+    assert [file.file for file in verify.execute(Path("run")) if file.state == "surplus"] == [name]
+
+
 def test_a_run_that_was_moved_or_copied_is_whole(run_dir: Path) -> None:
     shutil.copytree(run_dir, run_dir.parent / "copy")
     run_dir.rename(run_dir.parent / "moved")

@@ -38,6 +38,16 @@ def test_the_exit_code_and_the_words_of_the_processes_come_through(capfd: pytest
     assert capfd.readouterr().err.count("nosuch.yaml") == 1
 
 
+def test_modules_in_the_current_directory_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "statistics.py").write_text("raise SystemExit(7)")  # torch imports that module of Python's
+    (tmp_path / "yaml.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    assert launch.start(["config", "nosuch.yaml"], 2) == 2
+    assert capfd.readouterr().err.count("nosuch.yaml") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

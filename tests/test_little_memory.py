@@ -99,3 +99,18 @@ def test_a_model_is_trained_merged_and_measured_where_its_dense_weights_do_not_f
     merged = {name: weight for name, weight in weights_of(directory / "merged").items() if "_proj" in name}
     assert len(merged) == 42
     assert all(int(kept_per_group(weight, 8).max()) == 2 for weight in merged.values())
+
+
+def test_a_whole_run_leaves_out_a_dense_model_that_does_not_fit(run: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """And is refused before it begins if the other checkpoints are to be compared with that model."""
+    directory, settings = run
+    for stage in ("prune", "train", "merge"):
+        done = sppctl([stage, *settings])
+        assert done.returncode == 0, done.stderr
+    compared = [*settings, f"run.dir={tmp_path / 'refused'}", "eval.divergence=base"]
+    codes, said = outcomes(["run", *compared], ["run", *settings])
+    assert codes == [2, 0], said
+    assert "error: eval.divergence: the dense model" in said
+    assert not (tmp_path / "refused").exists()
+    assert "so it is not measured" in said
+    assert {path.name for path in (directory / "eval").glob("*.json")} == {"pruned.json", "merged.json"}

@@ -21,7 +21,12 @@ Tree = dict[str, Any]  # sections of a configuration as plain data
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a directory is that of a run: it has its configuration, or the record of a stage."""
+    """Whether a directory is that of a run: it has its configuration, or the record of a stage.
+
+    A checkpoint is none, whatever else is in it: it may come from anybody.
+    """
+    if (directory / "config.json").is_file():
+        return False
     files = (directory / RESOLVED, *(directory / name / RECORD for name in DIRECTORIES.values()))
     return any(file.is_file() for file in files)
 

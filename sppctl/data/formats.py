@@ -6,7 +6,8 @@ A row is one of four kinds, which its columns show:
 - a completion: ``prompt`` and ``completion``, used without any text around them (TRL's convention)
 - a conversation: ``messages``, each with ``role`` and ``content``, perhaps with ``name`` and reasoning
   (:data:`sppctl.data.prompts.REASONING`), and with ``weight`` 0 if it is not learned from. If there is reasoning,
-  ``where`` names the row, for the error of a chat template that does not write it
+  ``where`` names the row, for the error of a chat template that does not write it. The columns ``system`` and
+  ``history`` of a data set become messages
 - a window: ``tokens`` of plain text, see :mod:`sppctl.data.instructions`
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sppctl.data.prompts import REASONING, Kind, Messages, Row
+from sppctl.data.prompts import REASONING, Kind, Messages, Row, as_messages
 from sppctl.data.texts import INSTRUCTION_COLUMNS, check_characters, check_texts
 from sppctl.errors import UserError
 
@@ -37,12 +38,17 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # names of roles in ShareGPT data
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 OTHER_ROLES |= {"model": "assistant", "ai": "assistant", "bot": "assistant"}
+# columns that change the prompt of a row: a format that does not have them refuses them
+PROMPTING = ("system", "history", "tools", "chat_template_kwargs")
+EMPTY: tuple[object, ...] = (None, "", "[]", "{}", [], {})
+FLAGS = ("weight", "train", "training")  # keys of a message that is not learned from: 0 or false (OpenAI, axolotl)
 # common names of columns, for hints
 OTHER_NAMES = {
     "instruction": ("question", "query", "problem", "user"),
     "input": ("context",),
     "output": ("answer", "response", "solution", "target", "assistant"),
     "messages": ("conversation", "dialogue", "dialog", "chat"),
+    "system": ("system_prompt",),
     "text": ("content", "document", "story", "body"),
 }
 
@@ -90,13 +96,33 @@ def standard_rows(rows: list[Row], columns: Sequence[str], mapping: Mapping[str,
         name: its name, for errors.
 
     Raises:
-        UserError: the columns are those of no format, or a row is not of the format.
+        UserError: the columns are those of no format, or a row is not of the format or has another of PROMPTING.
     """
     theirs = mapping if set(mapping.values()) <= set(columns) else {}
     format_ = _format(columns, theirs, name)
     own = {column: theirs.get(column, column) for column in format_.columns}
+    if format_.needed != ("text",):
+        others = set(columns) - {*own, *own.values()}
+        _refuse(rows, [column for column in PROMPTING if column in others], name)
     renamed = [{column: row[other] for column, other in own.items() if other in row} for row in rows]
     return format_.read(renamed, name)
+
+
+def _refuse(rows: list[Row], columns: Sequence[str], name: str) -> None:
+    """Raises UserError if a row has anything in columns that would change its prompt, but are not read."""
+    for row, where in zip(rows, _places(rows, name), strict=True):
+        for column in columns:
+            if not _is_empty(row.get(column)):
+                raise UserError(
+                    f"{where} has {column}, which is not supported in this format; remove the column, or such rows"
+                )
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a row has nothing in a column; files of one schema fill up objects with nulls."""
+    if isinstance(value, dict):
+        return all(_is_empty(part) for part in value.values())
+    return (value.strip() if isinstance(value, str) else value) in EMPTY
 
 
 def is_text(columns: Sequence[str], mapping: Mapping[str, str], name: str) -> bool:
@@ -135,14 +161,20 @@ def _hint(columns: Sequence[str]) -> str:
 
 
 def _instructions(rows: list[Row], name: str) -> list[Row]:
+    """Instructions; in data with ``system`` or ``history`` (LLaMA-Factory) every row is a conversation."""
     check_texts(rows, name, KEY, ("instruction", "output"), ("input",))
-    return rows
+    if all(_is_empty(row.get(column)) for row in rows for column in ("system", "history")):
+        return [{column: row[column] for column in INSTRUCTION_COLUMNS if column in row} for row in rows]
+    return [
+        _conversation(_with_system(row, _history(row, where) + as_messages(row), where), where)
+        for row, where in zip(rows, _places(rows, name), strict=True)
+    ]
 
 
 def _conversations(rows: list[Row], name: str) -> list[Row]:
     column = "messages" if any("messages" in row for row in rows) else "conversations"
     return [
-        _conversation(_messages(row.get(column), where), where)
+        _conversation(_with_system(row, _messages(row.get(column), where), where), where)
         for row, where in zip(rows, _places(rows, name), strict=True)
     ]
 
@@ -167,6 +199,24 @@ def _places(rows: list[Row], name: str) -> list[str]:
 def _conversation(messages: Messages, where: str) -> Row:
     has_reasoning = any(name in message for message in messages for name in REASONING)
     return {"messages": messages} | ({"where": where} if has_reasoning else {})
+
+
+def _with_system(row: Row, messages: Messages, where: str) -> Messages:
+    """The messages of a row, after its column ``system``."""
+    if _is_empty(row.get("system")):
+        return messages
+    if messages[0]["role"] in ("system", "developer"):
+        raise UserError(f"{where} has system, but its messages start with a system message, too; remove one of them")
+    return [_message({"role": "system", "content": row["system"]}, f"{where}, system"), *messages]
+
+
+def _history(row: Row, where: str) -> Messages:
+    """The earlier turns of an instruction: pairs of an instruction and its answer."""
+    history = [] if _is_empty(row.get("history")) else row["history"]
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"{where} has a history that is not a list of pairs [instruction, answer]; remove the column")
+    turns = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [_message({"role": role, "content": text}, f"{where}, history") for role, text in turns]
 
 
 def _documents(rows: list[Row], name: str) -> list[Row]:
@@ -200,8 +250,16 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(text, str):
         raise UserError(f"{where}, has no text as its content")
     check_characters(text, where)
-    weight = {"weight": 0} if message.get("weight") == 0 else {}
-    return {"role": role, "content": text} | _other_texts(message, where) | weight
+    return {"role": role, "content": text} | _other_texts(message, where) | _weight(message, where)
+
+
+def _weight(message: Row, where: str) -> dict[str, int]:
+    """Weight 0 of a message that is not learned from, by any of FLAGS."""
+    flags = {name: message[name] for name in FLAGS if message.get(name) is not None}
+    for name, flag in flags.items():
+        if flag not in (0, 1):
+            raise UserError(f"{where}, has the {name} {flag!r}; write 0, 1, false or true, without quotes")
+    return {} if all(flags.values()) else {"weight": 0}
 
 
 def _other_texts(message: dict[str, Any], where: str) -> dict[str, str]:
@@ -230,9 +288,9 @@ class Format:
 
 # in the order in which they are tried: Alpaca on the hub has a column text as well, UltraChat a column prompt
 FORMATS = (
-    Format(("instruction", "output"), _instructions, ("input",)),
-    Format(("messages",), _conversations),
-    Format(("conversations",), _conversations),
+    Format(("instruction", "output"), _instructions, ("input", "system", "history")),
+    Format(("messages",), _conversations, ("system",)),
+    Format(("conversations",), _conversations, ("system",)),
     Format(("prompt", "completion"), _completions),
     Format(("text",), _documents),
 )

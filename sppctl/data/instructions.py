@@ -168,7 +168,7 @@ def _load(name: str, file: Path | None, split: str, mapping: Mapping[str, str]) 
         text = texts.load_text(name, "train", KEY)  # train.data.split is of hub data sets and folders
         documents = [text.joiner.join(text.documents)] if text.running else text.documents
         return [{"text": document} for document in documents], ["text"]
-    columns = (*formats.READ, *mapping.values())
+    columns = (*formats.READ, *formats.PROMPTING, *mapping.values())
     return texts.load_rows(HUB_ROWS.get(name, name), file, split, KEY, columns=columns, short_names=texts.ROWS)
 
 

@@ -153,7 +153,7 @@ def _check_template(prompt: str) -> None:
 
 
 def _chat(tokenizer: Any, today: datetime) -> Style:
-    """The tokenizer's own chat template: it writes the messages of a row, see :func:`_messages`.
+    """The tokenizer's own chat template: it writes the messages of a row, see :func:`as_messages`.
 
     A response starts where the template's generation prompt ends. Templates that prompt for reasoning, but leave it
     out of a finished chat, differ from the generation prompt earlier; then the response starts at the difference. The
@@ -189,7 +189,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
         messages = conversations.messages(row)
         return render(messages), [0, *(i for i, message in enumerate(messages) if message.get("weight") == 0)]
 
-    probe = _messages(PROBE)
+    probe = as_messages(PROBE)
     try_template(tokenizer, [probe, probe[:1]], KEY)
     chat, other_answer = render(probe), render(_with_text(probe, 1, "content", "x"))
     if chat == other_answer:
@@ -211,7 +211,7 @@ class _Conversations:
 
     def messages(self, row: Row) -> Messages:
         """The messages of a row; UserError if the template leaves out those of a role, or their reasoning."""
-        messages = self._with_developers(_messages(row))
+        messages = self._with_developers(as_messages(row))
         for number, message in enumerate(messages):
             for name in ("content", *REASONING):
                 if name in message and (message["role"], name) not in self.written:
@@ -237,7 +237,7 @@ class _Conversations:
             if not self._is_written(messages[: number + 1], number, name):
                 raise _unwritten(row, name, "the tokenizer's chat template does not write")
         elif not self._is_written(messages, number):
-            role = _messages(row)[number]["role"]
+            role = as_messages(row)[number]["role"]
             raise UserError(
                 KEY,
                 f"the tokenizer's chat template does not write messages of the role {role} ({_shown(messages)!r})",
@@ -339,7 +339,7 @@ def _shared_suffix(first: str, second: str) -> int:
     return shared_prefix(first[::-1], second[::-1])
 
 
-def _messages(row: Row) -> Messages:
+def as_messages(row: Row) -> Messages:
     """A row as a conversation: the user gives instruction and input, the assistant the response."""
     if "messages" in row:
         return list(row["messages"])

@@ -477,9 +477,10 @@ def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Ro
     try:
         all_columns = list(pyarrow.parquet.read_schema(path).names)
         table = pyarrow.parquet.read_table(path, columns=_readable(all_columns, columns), partitioning=None)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{key}: {path} cannot be read as parquet: {error}") from error
-    return table.to_pylist(), all_columns
+        return table.to_pylist(), all_columns
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        fix = "; save its texts as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"{key}: {path} cannot be read as parquet: {first_line(error)}{fix}") from error
 
 
 # readers of files of rows by suffix: path, key and columns to read -> rows, and the names of all columns (None if only

@@ -17,6 +17,7 @@ from sppctl.data import vocabulary
 from sppctl.errors import UserError
 from sppctl.evaluate import perplexities, stage
 from sppctl.evaluate import tasks as benchmarks
+from sppctl.evaluate.perplexity import window_length
 from sppctl.evaluate.results import AnyResult, TaskResult, TextMeasure, TextResult
 from sppctl.evaluate.values import values_of
 from sppctl.model import checkpoint
@@ -61,7 +62,7 @@ def evaluate_model(
     tree = {"eval": settings, "run": {"seed": seed}, "model": {"path": name}}
     config = config_of(tree, "evaluate_model")
     limit = checkpoint.max_window(model.config)
-    window = config.eval.seq_len or min(stage.DEFAULT_WINDOW, limit or stage.DEFAULT_WINDOW)
+    window = window_length(config.eval.seq_len, limit)
     checkpoint.check_window("eval.seq_len", window, model.config)
     stage.check_stride(config.eval.stride, window)
     was_training = model.training

@@ -20,12 +20,18 @@ from sppctl.evaluate.results import TextNumbers
 if TYPE_CHECKING:
     from sppctl.evaluate.divergence import Reference
 
+DEFAULT_WINDOW = 2048  # tokens
 LOGIT_ROWS = 512  # logits are computed for this many positions at a time, never for a whole batch of windows
 # fewer on a CPU: malloc reuses blocks of up to 16 MiB, but maps and clears larger ones anew every time, which costs
 # more than the loss; and the loss is computed on 4 MiB at a time, which stay in the cache
 CPU_LOGITS = 1 << 24  # bytes in the model's dtype
 CPU_LOSS = 1 << 20  # elements in float32
 MEMORY_SHARE = 0.5  # of the free memory, for the logits of whole windows
+
+
+def window_length(configured: int | None, limit: int | None) -> int:
+    """Tokens in a window: as configured, else DEFAULT_WINDOW or the model's ``limit``, whichever is less."""
+    return configured or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
 
 
 def text_windows(
@@ -179,13 +185,15 @@ def _summed_loss(logits: Tensor, following: Tensor, finish: Callable[[Tensor], T
 
 
 def capped(logits: Tensor, config: Any) -> Tensor:
-    """The output of the head in float32, with the scale (Cohere, Granite) and soft cap (Gemma 2) of the model."""
+    """The output of the head in float32, scaled (Cohere, Falcon-H1, Granite) and capped (Gemma 2) as by the model."""
     logits, text_config = logits.float(), config.get_text_config()
-    factor, divisor = getattr(text_config, "logit_scale", None), getattr(text_config, "logits_scaling", None)
-    if isinstance(factor, float):
-        logits = logits * factor
-    if isinstance(divisor, float | int):
-        logits = logits / divisor
+    for name in ("logit_scale", "lm_head_multiplier", "logits_scaling"):
+        factor = getattr(text_config, name, None)
+        if not isinstance(factor, float | int):
+            continue
+        # HyperCLOVA X multiplies by the key by which Granite divides
+        divides = name == "logits_scaling" and not str(text_config.model_type).startswith("hyperclovax")
+        logits = logits / factor if divides else logits * factor
     cap = getattr(text_config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

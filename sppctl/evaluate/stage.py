@@ -32,7 +32,6 @@ from sppctl.model.blocks import Skeleton
 from sppctl.model.estimate import CHARACTERS, Work
 from sppctl.model.weights import check_directory
 
-DEFAULT_WINDOW = 2048
 LOADED_AT_ONCE = 20  # tasks whose data is loaded before a run starts; more would take too long
 
 
@@ -49,7 +48,7 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> Work:
         UserError: with all problems.
     """
     problems, settings, tokens = Problems(), config.eval, 0.0
-    window = _window(config, checkpoint.max_window(skeleton.config))
+    window = perplexity.window_length(settings.seq_len, checkpoint.max_window(skeleton.config))
     with problems:
         checkpoint.check_window("eval.seq_len", settings.seq_len, skeleton.config)
     for name in settings.perplexity:
@@ -82,7 +81,8 @@ def check_text(config: Config, name: str, skeleton: Skeleton, tokenizer: Any) ->
         UserError: it is missing, shorter than a window, or has tokens that the model does not embed.
     """
     text = texts.load_text(name, "test", "eval.perplexity")
-    window, rows = _window(config, checkpoint.max_window(skeleton.config)), vocabulary.embeddings(skeleton.model)
+    window = perplexity.window_length(config.eval.seq_len, checkpoint.max_window(skeleton.config))
+    rows = vocabulary.embeddings(skeleton.model)
     content = text.joiner.join(text.documents)
     # its start shows whether it is long enough; all tokens are checked only where the model may not embed some
     start = content if vocabulary.may_exceed(tokenizer, rows) else content[: 64 * window]
@@ -147,12 +147,9 @@ def _check_chat(config: Config, tokenizer: Any, rows: int) -> None:
 
 
 def window_of(config: Config, directory: Path) -> int:
-    """Tokens in a perplexity window: as configured, else min(2048, the model's limit)."""
-    return _window(config, checkpoint.max_window(checkpoint.load_config(directory, config.model.trust_remote_code)))
-
-
-def _window(config: Config, limit: int | None) -> int:
-    return config.eval.seq_len or min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+    """Tokens in a perplexity window of a checkpoint, see :func:`sppctl.evaluate.perplexity.window_length`."""
+    model = checkpoint.load_config(directory, config.model.trust_remote_code)
+    return perplexity.window_length(config.eval.seq_len, checkpoint.max_window(model))
 
 
 def valid_results(config: Config, subject: Subject, path: Path) -> list[AnyResult]:
@@ -230,14 +227,20 @@ def check_memory(config: Config, jobs: Iterable[Job]) -> None:
     """Raises UserError if a model would be loaded dense that does not fit into memory; to be called by one process."""
     for job in jobs:
         is_compared = any(isinstance(measure, TextMeasure) and measure.reference for measure in job.measures)
-        if is_compared and job.dense and (lacking := shortage(config.model, job.dense.directory, job.dtype)):
-            raise UserError("eval.divergence", f"the dense model {job.dense.directory} {lacking}", "set it to null")
+        if is_compared and job.dense:
+            check_dense(config, str(job.dense.directory), checkpoint.weight_bytes(job.dense.directory, job.dtype))
         if not job.measures or job.packed or config.model.weights == "dense":
             continue
-        if lacking := shortage(config.model, job.subject.directory, job.dtype):
+        if lacking := shortage(config.model, checkpoint.weight_bytes(job.subject.directory, job.dtype)):
             fix = "measure others without it (--model merged eval.divergence=null)"
             fix += ", or set model.weights=dense to load it all the same"
             raise UserError("--model", f"{job.subject.label}: {job.subject.place} {lacking}", fix)
+
+
+def check_dense(config: Config, place: str, needed: int) -> None:
+    """Raises UserError if the model that others are compared with, of so many bytes, does not fit into memory."""
+    if lacking := shortage(config.model, needed):
+        raise UserError("eval.divergence", f"the dense model {place} {lacking}", "set it to null")
 
 
 def prepare(config: Config, jobs: Iterable[Job]) -> None:

@@ -77,7 +77,7 @@ class Subject:
             return False
         if model.weights == "packed":
             return True
-        lacking = shortage(model, self.directory, dtype)
+        lacking = shortage(model, checkpoint.weight_bytes(self.directory, dtype))
         if lacking is None or not self.can_be_packed:
             return False
         if is_quantised(checkpoint.load_config(self.directory, model.trust_remote_code)):
@@ -151,8 +151,8 @@ class Subject:
         return PeftModel.from_pretrained(model, str(self.adapter)).get_base_model().eval()
 
 
-def shortage(model: ModelConfig, directory: Path, dtype: str) -> str | None:
-    """What a checkpoint's dense weights need and what is free for them, for a message; None if they fit."""
+def shortage(model: ModelConfig, needed: int) -> str | None:
+    """What dense weights of so many bytes need and what is free for them, for a message; None if they fit."""
     device, where = checkpoint.pick_device(model.device), ""
     devices = [device]
     if device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -160,7 +160,7 @@ def shortage(model: ModelConfig, directory: Path, dtype: str) -> str | None:
             devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         else:
             where = " on a GPU (launch.num_processes=1 spreads it over all GPUs)"
-    room, needed = sum(map(machine.free_memory, devices)), checkpoint.weight_bytes(directory, dtype)
+    room = sum(map(machine.free_memory, devices))
     return None if needed <= room else f"needs {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free{where}"
 
 

@@ -30,7 +30,9 @@ REMEMBERED = 1 << 20  # bytes; smaller files are read each time
 SETTLED_NS = 2_000_000_000  # a file changed more recently could change again with the same times
 _IGNORED_FOLDERS = {"logs", "checkpoints", "__pycache__"}  # no part of what a stage publishes
 # files that a library would load even if they are not in the record
-_LOADED = ("*.safetensors", "*.index.json", "*.gguf", "adapter_*", "*.jinja", "*token*", "vocab.*", "merges.txt")
+_WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "adapter_*", "pytorch_model*.bin")
+_SETTINGS = ("*config.json", "chat_template.json", "*.jinja", "*token*", "*.model", "vocab.*", "merges.txt", "*.py")
+_LOADED = (*_WEIGHTS, *_SETTINGS)
 OK, DAMAGED, MISSING, SURPLUS = "ok", "damaged", "missing", "surplus"
 
 

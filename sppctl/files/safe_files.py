@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sppctl.errors import UserError
+from sppctl.errors import UserError, first_line
 from sppctl.files.disk import FULL, sync, writing
 from sppctl.files.names import INDEX_NAME, SINGLE_NAME
 
@@ -61,7 +61,7 @@ def saving(path: Path) -> Iterator[None]:
         except (RuntimeError, SafetensorError) as error:
             if not hides_full_disk(error):
                 raise
-            raise OSError(errno.ENOSPC, f"{str(error).strip().splitlines()[0]} (is the disk full?)") from error
+            raise OSError(errno.ENOSPC, f"{first_line(error)} (is the disk full?)") from error
 
 
 def hides_full_disk(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from sppctl.files.disk import demand_space
 from sppctl.files.names import RECORD
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.machine import dtype_name
-from sppctl.merge.adapter import EMBEDDINGS, Adapter
+from sppctl.merge.adapter import Adapter
 from sppctl.merge.rules import MERGERS, check_mask, merged_weight, prove
 from sppctl.model import channel_order, checkpoint
 from sppctl.model.blocks import Skeleton
@@ -28,6 +28,8 @@ from sppctl.model.targets import stored_name
 from sppctl.model.weights import check_weights
 from sppctl.pattern import Pattern
 from sppctl.records import MatrixRecord, MergeRecord, PruneRecord, StageRecord, TrainRecord
+
+TIED = "which the model ties to another matrix; untie them before pruning"
 
 
 @dataclass(frozen=True)
@@ -221,13 +223,11 @@ def _match_replaced(source: TensorFiles, adapter: Adapter, skeleton: Skeleton) -
     Raises:
         UserError: one has no place in the checkpoint, is a pruned matrix, or would change what is tied to it.
     """
-    replaced = {}
-    embeddings = {f"{name}.weight" for name in EMBEDDINGS}
+    replaced, tied = {}, _tied(skeleton)
     for name, key in adapter.replaced.items():
         where = f"the adapter stores {name} in full (modules_to_save, bias or embeddings)"
-        tied = getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False)
-        if tied and any(name.endswith(end) for end in embeddings):
-            raise UserError(f"{where}, which the model ties to another matrix; untie them before pruning")
+        if name.removesuffix(".weight") in tied:
+            raise UserError(f"{where}, {TIED}")
         stored = stored_name(source, name, skeleton.base_prefix)
         shapes = [tuple(specs.shape) for specs in (adapter.files.specs[key], source.spec(stored))]
         if shapes[0] != shapes[1]:
@@ -236,6 +236,16 @@ def _match_replaced(source: TensorFiles, adapter: Adapter, skeleton: Skeleton) -
             raise UserError(f"{where}, which was pruned: its zeros would be lost; train it without modules_to_save")
         replaced[stored] = key
     return replaced
+
+
+def _tied(skeleton: Skeleton) -> set[str]:
+    """The names of the embeddings and of the output head, with and without the model's prefix, if they are tied."""
+    model, prefix = skeleton.model, f"{skeleton.base_prefix}."
+    if not getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False):
+        return set()
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    return {*names, *(name.removeprefix(prefix) for name in names)}
 
 
 def _check_base(source: TensorFiles, adapter: Adapter, skeleton: Skeleton, pruned: Path) -> None:
@@ -252,10 +262,12 @@ def _check_base(source: TensorFiles, adapter: Adapter, skeleton: Skeleton, prune
 
 def _match(source: TensorFiles, adapter: Adapter, skeleton: Skeleton, pruned: Path) -> dict[str, str]:
     """The checkpoint's tensor for each adapted module, with matching shapes."""
-    prefix = skeleton.base_prefix
+    prefix, tied = skeleton.base_prefix, _tied(skeleton)
     layers = dict(skeleton.model.named_modules())
     stored = {}
     for module, parts in adapter.modules.items():
+        if module in tied:
+            raise UserError(f"the adapter adapts {module}, {TIED}")
         if module in layers and not isinstance(layers[module], nn.Linear):
             kind = type(layers[module]).__name__
             raise UserError(f"the adapter adapts {module}, a {kind}; sppctl merges adapters of nn.Linear layers")

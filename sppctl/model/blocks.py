@@ -7,7 +7,7 @@ whatever an architecture passes (rotary embeddings, sliding-window masks, a diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,14 @@ class Skeleton:
     def _find_blocks(self, model: Any) -> None:
         self.model, self.config = model, model.config
         self.base_prefix: str = self.model.base_model_prefix
-        depth = self.config.get_text_config().num_hidden_layers
-        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
-        names = [name for name in lists if name.startswith(self.base_prefix)]
-        if not names:
-            kind = type(self.model).__name__
-            raise UserError("model.path", f"{kind} has no list of {depth} decoder blocks", "sppctl prunes decoders")
-        self.blocks_name: str = names[0]
-        self.blocks: nn.ModuleList = lists[names[0]]
+        depth = getattr(self.config.get_text_config(), "num_hidden_layers", None)
+        lists = {n: m for n, m in _lists_of_decoder(model) if len(m) == depth and n.startswith(self.base_prefix)}
+        if not lists:
+            problem = f"{type(model).__name__} has no list of {depth or 'its'} decoder blocks"
+            raise UserError("model.path", problem, "sppctl prunes decoders")
+        # norms or projections of the blocks may be in a list beside them
+        self.blocks_name: str = max(lists, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()))
+        self.blocks: nn.ModuleList = lists[self.blocks_name]
 
     def targets(
         self, names: list[str] | str, skip: list[str] | None = None, key: str = "prune.targets"
@@ -108,7 +108,7 @@ class Decoder(Skeleton):
 
     def _prepare_to_run(self) -> None:
         self.width: int = self.config.get_text_config().hidden_size
-        self._blocks_return_tuples = False
+        self._returned_beside: tuple[None, ...] | None = None  # in a tuple with the hidden states; None: no tuple
         self.borders: dict[int, Border] = {}  # of the blocks that have one, once :meth:`check_replay` has run them
         self.base = getattr(self.model, self.base_prefix)
 
@@ -147,7 +147,7 @@ class Decoder(Skeleton):
             call, hidden = BlockCall.of(args, kwargs)
             calls.append(call)
             inputs.append(hidden)
-            return (hidden,) if self._blocks_return_tuples else hidden
+            return hidden if self._returned_beside is None else (hidden, *self._returned_beside)
 
         for block in self.blocks:
             block.forward = hand_on
@@ -226,10 +226,10 @@ class Decoder(Skeleton):
         self.load_block(index)
 
     def _learn_return_type(self, input_ids: Tensor) -> None:
-        """Runs the first block alone: some families return a tensor, some a tuple."""
+        """Runs the first block alone: some families return a tensor, some a tuple, which the model may unpack."""
 
         def stop(_: nn.Module, __: Any, output: Any) -> None:
-            self._blocks_return_tuples = not isinstance(output, Tensor)
+            self._returned_beside = None if isinstance(output, Tensor) else (None,) * (len(output) - 1)
             raise _FirstBlockDoneError
 
         self.load_block(0)
@@ -368,6 +368,17 @@ class BlockStack(Decoder):
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
             raise StageError(f"{self.files.directory}: {name} holds NaN or infinite values; the checkpoint is broken")
+
+
+def _lists_of_decoder(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules in a model's text decoder, by full name, but those inside of another list."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    inside = {id(module) for module in model.get_decoder().modules()}  # not in the towers of a multimodal model
+    # without a list in it, what transformers takes for the decoder is another module of that name, as in ModernBERT
+    of_decoder = {name: module for name, module in lists.items() if id(module) in inside} or lists
+    for name, module in of_decoder.items():
+        if not any(name.startswith(f"{outer}.") for outer in lists):
+            yield name, module
 
 
 def _stored_tensors(module: nn.Module) -> list[str]:

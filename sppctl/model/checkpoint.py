@@ -24,7 +24,7 @@ from sppctl import console, distributed, machine
 from sppctl.errors import UserError, first_line
 from sppctl.files import integrity
 from sppctl.files.disk import FULL, writing
-from sppctl.files.names import INDEX_NAME
+from sppctl.files.names import INDEX_NAME, RECORD, WORKING
 from sppctl.files.safe_files import (
     ADAPTER_CONFIG,
     OwnFile,
@@ -35,7 +35,7 @@ from sppctl.files.safe_files import (
 )
 from sppctl.model.find import POSITIONS, SIDE_FILES, TERMS
 
-NOT_SIDE_FILES = {INDEX_NAME, "stage.json", "adapter_config.json", "trainer_state.json"}
+NOT_SIDE_FILES = {INDEX_NAME, RECORD, "adapter_config.json", "trainer_state.json", *WORKING}
 # the files that identify a model: weights, index, configuration, and code of its own
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "adapter_config.json", "*.py")
 GENERATION = "generation_config.json"
@@ -252,8 +252,6 @@ def load_model(
         spread: spread a model that is too large for one GPU over all; its device is that of its embedding.
         packed: pack its sparse matrices, see :mod:`sppctl.model.packed_model`; it is on one device.
     """
-    from transformers import AutoModelForCausalLM
-
     from sppctl.model import packed_model, weights
 
     weights.check_directory(directory, trust_remote_code)
@@ -265,18 +263,31 @@ def load_model(
         model.name_or_path = model.config._name_or_path = str(directory)
         return model
     placed = {"device_map": "auto"} if spread and must_be_spread(directory, device, dtype) else {}
-    with quiet_libraries(), console.working(f"loading {directory}"), _without_adapter(directory) as folder:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=machine.torch_dtype(dtype),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **placed,
-        )
+    with console.working(f"loading {directory}"):
+        model, info = _from_pretrained(directory, machine.torch_dtype(dtype), trust_remote_code, placed)
     weights.refuse_random(str(directory), info)
     model.name_or_path = model.config._name_or_path = str(directory)
     return (model if placed else model.to(device)).eval()
+
+
+def _from_pretrained(directory: Path, dtype: torch.dtype, trust: bool, placed: Mapping[str, str]) -> Any:
+    """The model and transformers' loading info; raises UserError if a library that the model needs is missing."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_libraries(), _without_adapter(directory) as folder:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placed,
+            )
+    except ImportError as error:  # most often the library of a quantisation
+        problem = f"{directory} cannot be loaded by what is installed here ({first_line(error)})"
+        fix = "install what is missing, or use a checkpoint that is not quantised"
+        raise UserError("model.path", problem, fix) from error
 
 
 @contextlib.contextmanager
@@ -365,9 +376,10 @@ def copy_side_files(source: Path, out: Path) -> None:
 
 
 def _check_inside(path: Path, directory: Path) -> None:
-    """Raises UserError if a file is outside of a directory and is no blob of a hub cache, which snapshots link to."""
+    """Raises UserError if a file is outside of a directory and is no blob to which this snapshot of the hub links."""
     file = path.resolve()
-    is_blob = file.parent.name == "blobs" and file.parents[1].name.startswith("models--")
+    repository = file.parents[1] if file.parent.name == "blobs" else None
+    is_blob = repository is not None and directory.is_relative_to(repository / "snapshots")
     if not is_blob and not file.is_relative_to(directory):
         raise UserError(f"{path} is a link to a file elsewhere ({file}); replace it by the file, or remove it")
 

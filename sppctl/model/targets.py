@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -180,18 +180,26 @@ class Part:
         return parameter if self.expert is None else parameter[self.expert, self.first_row : self.first_row + self.rows]
 
 
-def stored_name(files: TensorFiles, parameter: str, base_prefix: str) -> str:
+def stored_name(files: TensorFiles, parameter: str, base_prefix: str, model: nn.Module | None = None) -> str:
     """The name under which a checkpoint stores a model's parameter; raises UserError if there is none.
 
     A checkpoint of the model without a head lacks the base prefix (``h.0...`` for ``transformer.h.0...``); one of a
-    model with another head may have it where this model does not.
+    model with another head may have it where this model does not. Other names are those that transformers renames when
+    it loads the checkpoint into the ``model`` (None: that of its config.json).
     """
-    for name in _spellings(parameter, base_prefix):
+    from sppctl.model.weights import renamed  # that module uses this one
+
+    names = list(_spellings(parameter, base_prefix))
+    for name in names:
         if name in files:
             return name
+    sources = renamed(files, model)
+    for name in names:
+        if name in sources:
+            return sources[name]
     raise UserError(
         f"{files.directory} holds no tensor {parameter}, which its config.json implies: these are the weights of "
-        "another model, or of an architecture that sppctl does not support (families: docs/pruning.md)"
+        "another model, or stored in a form that sppctl does not support (families: docs/pruning.md)"
     )
 
 
@@ -214,10 +222,10 @@ def stored_parts(files: TensorFiles, model: nn.Module, parameter: str) -> list[P
                 for index, part in enumerate(names)
             ]
             if parts:
-                return [Part(stored_name(files, p.name, base_prefix), p.expert, p.first_row, p.rows) for p in parts]
+                return [replace(part, name=stored_name(files, part.name, base_prefix, model)) for part in parts]
     if not any(name in files for name in _spellings(parameter, base_prefix)) and (head := _tied_head(model, owner)):
         parameter = f"{head}.{leaf}"
-    return [Part(stored_name(files, parameter, base_prefix))]
+    return [Part(stored_name(files, parameter, base_prefix, model))]
 
 
 def _tied_head(model: nn.Module, owner: str) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from sppctl.model.targets import EXPERT_PARTS, stored_parts
 
 # causal masks, (1, 1, n, n) and a scalar, in old files of the GPT families, which no model reads
 _OLD_MASK = re.compile(r"(^|\.)(attn|attention)\.((masked_)?bias|causal_mask)$")
+
+_RENAMED: WeakKeyDictionary[TensorFiles, dict[str, str]] = WeakKeyDictionary()  # :func:`renamed`, of open checkpoints
 
 
 def is_old_mask(name: str, spec: TensorSpec) -> bool:
@@ -118,15 +122,11 @@ def _problems_of_experts(files: TensorFiles, model: Any, names: list[str], fused
 
 
 def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
-    state, expected = {}, model.state_dict()
-    for name in files:
-        spec = files.spec(name)
-        is_number = spec.dtype.is_floating_point and spec.dtype.itemsize > 1
-        state[name] = torch.empty(spec.shape, dtype=torch.float32 if is_number else spec.dtype, device="meta")
+    state, expected = _empty_tensors(files), model.state_dict()
+    for name, dtype in ((name, files.spec(name).dtype) for name in files):
         tensor = expected.get(name, expected.get(f"{model.base_model_prefix}.{name}"))
-        if tensor is not None and tensor.dtype.is_floating_point and not is_number:
-            dtype = dtype_name(spec.dtype)
-            yield f"{name} is stored as {dtype}, and config.json does not say how it is quantised"
+        if tensor is not None and tensor.dtype.is_floating_point and not _is_number(dtype):
+            yield f"{name} is stored as {dtype_name(dtype)}, and config.json does not say how it is quantised"
     fused = [name for name, p in model.named_parameters() if p.dim() == 3 and name.rpartition(".")[2] in EXPERT_PARTS]
     try:
         loaded, info = _load(state, model)
@@ -148,6 +148,33 @@ def _problems(files: TensorFiles, model: Any) -> Iterator[str]:
         yield f"the same tensor is stored twice, as {first[key]} and {second[key]}"
 
 
+def renamed(files: TensorFiles, model: Any = None) -> dict[str, str]:
+    """The stored tensor of each of the model's that transformers takes from the files as it is, whatever its name.
+
+    Empty if transformers cannot load the files, or they are quantised. ``model``: as in :func:`check_weights`; None:
+    that of the config.json beside the files.
+    """
+    if files not in _RENAMED:
+        _RENAMED[files] = {}
+        with suppress(Exception):  # the caller raises the error: it names the tensor that it does not find
+            model = model or empty_model(load_config(files.directory))
+            if getattr(model.config, "quantization_config", None) is None:
+                state = _empty_tensors(files)
+                _RENAMED[files] = _sources(_load(state, model)[0], state, unchanged=True)
+    return _RENAMED[files]
+
+
+def _is_number(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _empty_tensors(files: TensorFiles) -> dict[str, Tensor]:
+    """The stored tensors without memory, by name; in float32, in which they are not converted when they are loaded."""
+    specs = {name: files.spec(name) for name in files}
+    dtypes = {name: torch.float32 if _is_number(spec.dtype) else spec.dtype for name, spec in specs.items()}
+    return {name: torch.empty(spec.shape, dtype=dtypes[name], device="meta") for name, spec in specs.items()}
+
+
 def _load(state: dict[str, Tensor], model: Any) -> Any:
     """The model with empty tensors, and transformers' loading info."""
     options = {"dtype": torch.float32, "device_map": "meta", "ignore_mismatched_sizes": True}
@@ -157,8 +184,20 @@ def _load(state: dict[str, Tensor], model: Any) -> Any:
         )
 
 
-def _sources(loaded: Any, state: dict[str, Tensor]) -> dict[str, str]:
-    """For each tensor of the loaded model that shares its storage with one in ``state``: the name of the latter."""
+def _sources(loaded: Any, state: dict[str, Tensor], unchanged: bool = False) -> dict[str, str]:
+    """For each tensor of the loaded model that shares its storage with one in ``state``: the name of the latter.
+
+    ``unchanged``: only those that are the latter, not a part of it or its transpose.
+    """
     names = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
-    storages = {key: tensor.untyped_storage()._cdata for key, tensor in loaded.state_dict().items()}
-    return {key: names[storage] for key, storage in storages.items() if storage in names}
+    tensors = {key: (tensor, names.get(tensor.untyped_storage()._cdata)) for key, tensor in loaded.state_dict().items()}
+    return {
+        key: name
+        for key, (tensor, name) in tensors.items()
+        if name is not None and (not unchanged or _place(tensor) == _place(state[name]))
+    }
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Which elements of its storage a tensor has, and in what order."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -173,7 +173,7 @@ def execute(config: Config) -> Plan:
     compute = _computed_in(config, stored, training=True)
     memory = partial(_memory, config, skeleton, targets, trainable, processes, stored)
     # the dtype of a machine with native support, which GPUs are assumed to have if this machine has none to ask
-    narrow = "bfloat16" if stored == "float16" else stored
+    narrow = machine.training_dtype(stored)
     no_gpu = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
     as_stored = None
     if narrow != compute.dtype:
@@ -244,9 +244,9 @@ def _computed_in(config: Config, stored: str, *, training: bool = False) -> mach
     try:
         device = checkpoint.pick_device(config.model.device)
     except UserError:
-        dtype = stored if configured == "auto" else configured
-        if training and (configured, stored) == ("auto", "float16"):
-            dtype = "bfloat16"
+        dtype = machine.training_dtype(stored) if training else stored
+        if configured != "auto":
+            dtype = configured
         return machine.Compute(dtype, f"computing in {dtype}, if {config.model.device} supports it")
     return machine.choose_dtype(configured, stored, device, training=training)
 

@@ -197,11 +197,11 @@ def _check_owl(spread: float, ratio: float, sizes: list[int]) -> None:
 def _check_processes(config: Config, problems: Problems) -> None:
     if not needs_inputs(config.prune):
         return
-    samples, processes = config.prune.calibration.samples, launch.num_processes(config)
+    samples, processes = config.prune.calibration.samples, launch.num_processes(config, "prune")
     if samples < processes:
         problems.add("prune.calibration.samples", f"{samples} windows are too few for {processes} processes")
     if config.prune.reconstruct_epochs and processes > 1:
-        problems.add("prune.reconstruct_epochs", "needs a single process", "set launch.num_processes=1")
+        problems.add("prune.reconstruct_epochs", "needs a single process", "prune before, without a launcher")
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def _check_files(config: Config, skeleton: Skeleton) -> None:
 def _check_memory(config: Config, skeleton: Skeleton, files: TensorFiles | None) -> None:
     """Module order needs memory for all windows at once: they wait at each layer for the others."""
     prune, device = config.prune, checkpoint.pick_device(config.model.device)
-    samples = -(-prune.calibration.samples // launch.num_processes(config))
+    samples = -(-prune.calibration.samples // launch.num_processes(config, "prune"))
     free = machine.free_memory(device)
     stored = checkpoint.dtype_of(config.model.dtype, None if files is None else checkpoint.stored_dtype(files, None))
     compute = machine.choose_dtype(config.model.compute_dtype, stored, device)

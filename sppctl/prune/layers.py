@@ -112,5 +112,6 @@ def _sparsity(weight: Tensor) -> float:
 
 
 def _relative_norm(difference: Tensor, reference: Tensor) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in (difference, reference)]
+    dtype = torch.promote_types(reference.dtype, torch.float32)  # vector_norm does not narrow float64
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in (difference, reference)]
     return (norms[0] / norms[1].clamp_min(1e-30)).item()

@@ -151,6 +151,8 @@ def _contents(directory: Path, stage: str, repository: str, pruned: str | None) 
 
 def _without_paths(value: Any) -> Any:
     """A configuration without the local paths that models were loaded from."""
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     origins = {key for key in ORIGINS & value.keys() if card.place(str(value[key])) != value[key]}

@@ -13,7 +13,7 @@ from sppctl.config.settings import Config, names_of
 from sppctl.errors import Problems, StageError, UserError, first_line
 from sppctl.run import dense, measure
 from sppctl.run.directory import Run
-from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN
+from sppctl.run.stages import BY_NAME, MERGE, PRUNE, TRAIN, choose_dtype
 
 if TYPE_CHECKING:
     from sppctl.evaluate.results import Json
@@ -94,6 +94,8 @@ def _checked(run: Run, stages: tuple[str, ...], directory: Path | None) -> tuple
                 from sppctl.evaluate import stage as evaluation
 
                 work[stage] = evaluation.preflight(run.config, outline.skeleton, outline.tokenizer)
+                if "prune" in stages and any(run.will_do(one) for one in ("prune", "train")):
+                    _check_dense(run, outline.skeleton)
             elif stage in BY_NAME and run.will_do(stage):
                 with problems:
                     run.check_attempt(stage)
@@ -106,6 +108,34 @@ def _checked(run: Run, stages: tuple[str, ...], directory: Path | None) -> tuple
                     work[stage] = run.prepare(BY_NAME[stage]).work
     problems.raise_all()
     return work, outline.skeleton
+
+
+def _check_dense(run: Run, skeleton: Skeleton) -> None:
+    """Raises UserError if the others are to be compared with the dense model, which does not fit into memory."""
+    if run.config.eval.divergence != dense.BASE or not run.config.eval.perplexity:
+        return
+    if launch.needed(run.config) or distributed.world_size() > 1:
+        return  # a process that only starts others must not use the GPU; one of several has only its own
+    from sppctl.evaluate import stage as evaluation
+    from sppctl.machine import torch_dtype
+    from sppctl.plan import run as plan
+
+    needed = plan.num_parameters(skeleton) * torch_dtype(_dense_dtype(run)).itemsize
+    evaluation.check_dense(run.config, f"{run.config.model.path}", needed)
+
+
+def _measurable(run: Run, base: Path) -> dict[str, Path]:
+    """The checkpoints to measure by label; a dense model that does not fit into memory is left out, with a warning."""
+    from sppctl.evaluate.subjects import shortage
+    from sppctl.model import checkpoint
+
+    own = {"pruned": run.path("prune"), "merged": run.path("merge")}
+    needed = checkpoint.weight_bytes(base, choose_dtype(run.config, base).dtype)
+    lacking = None if run.config.model.weights == "dense" else shortage(run.config.model, needed)
+    if lacking is None or measure.results_of(run, dense.BASE).is_file():
+        return {dense.BASE: base, **own}
+    console.warn(f"the dense model {base} {lacking}, so it is not measured")
+    return own
 
 
 def _check_windows(run: Run, stages: Iterable[str], model: Any, problems: Problems) -> None:
@@ -145,13 +175,19 @@ def _seconds_per_token(run: Run, skeleton: Skeleton) -> float:
     from sppctl.model import checkpoint, estimate
     from sppctl.plan import run as plan
 
-    model = run.config.model
-    directory, device = dense.locate(run.config), checkpoint.pick_device(model.device)
-    stored = checkpoint.dtype_of(model.dtype, None) if model.gguf_file is not None else model.dtype
-    choices = device, model.compute_dtype, model.trust_remote_code
-    compute = checkpoint.choose_dtype(directory, *choices, stored=stored, training=True)
+    dtype, device = _dense_dtype(run, training=True), checkpoint.pick_device(run.config.model.device)
     width = skeleton.config.get_text_config().hidden_size
-    return estimate.seconds_per_token(plan.num_parameters(skeleton), width, compute.dtype, device)
+    return estimate.seconds_per_token(plan.num_parameters(skeleton), width, dtype, device)
+
+
+def _dense_dtype(run: Run, training: bool = False) -> str:
+    """The dtype that the dense model is computed in, which need not be unpacked yet."""
+    from sppctl.model import checkpoint
+
+    model, directory = run.config.model, dense.locate(run.config)
+    stored = checkpoint.dtype_of(model.dtype, None) if model.gguf_file is not None else model.dtype
+    choices = checkpoint.pick_device(model.device), model.compute_dtype, model.trust_remote_code
+    return checkpoint.choose_dtype(directory, *choices, stored=stored, training=training).dtype
 
 
 def report(run_dirs: list[Path], output: Path | None = None, latex: Path | None = None) -> Study:
@@ -186,7 +222,7 @@ def run_all(run: Run, start_stage: Starter | None = None) -> Study | None:
             return None
         run.do(MERGE)
         if start_stage is None:
-            measure.evaluate(run, {"base": base, "pruned": run.path("prune"), "merged": run.path("merge")})
+            measure.evaluate(run, _measurable(run, base))
             _write_samples(run)
     if start_stage is not None:
         start_stage("eval", *(f"--model={label}" for label in MEASURED))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sppctl import plugins
 from sppctl.errors import UserError
+from sppctl.files import disk
 from sppctl.sweep.grid import REPORT, Sweep
 
 SUBMIT = "submit.sh"
@@ -110,5 +111,5 @@ def _submission(job: Job) -> str:
 
 
 def _save(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    disk.write(path, text)
     path.chmod(0o755)

@@ -186,7 +186,7 @@ def _work(sweep: Sweep, member: Member) -> None:
 
 def _start_stage(member: Member, stage: str, *options: str) -> None:
     """Does a stage in separate processes, one per GPU."""
-    number, log = launch.num_processes(member.config), Run(member.config).log
+    number, log = launch.num_processes(member.config, stage), Run(member.config).log
     code = launch.start([stage, *member.arguments, *options], number, log, silent=True)
     if code - 128 in launch.SIGNALS:  # SIGKILL, which the system sends when memory runs out, is a failure
         raise Stopped(f"{stage} of {member.name} was stopped by a signal; the same command continues", code - 128)

@@ -18,13 +18,23 @@ from sppctl import console, distributed, launch
 from sppctl.config.settings import Config
 from sppctl.data import batches, formats, instructions, prompts, vocabulary
 from sppctl.data.batches import Batch
-from sppctl.data.instructions import Example
+from sppctl.data.instructions import Example, Examples
 from sppctl.errors import UserError
 from sppctl.train import scope
 
 Collator = Callable[[list[Example]], Batch]
 
 CHECKED_TOKENS, CHECKED_PAIRS = 16, 4  # of packed examples, which must not attend to each other
+
+
+def _unanswered(examples: Examples, seq_len: int) -> UserError:
+    """The error for examples without any label."""
+    count = len(examples)
+    if examples.truncated:
+        problem = f"{seq_len} leaves no response token to learn from in any of the {count} examples"
+        return UserError("train.data.seq_len", problem, "raise it")
+    problem = f"none of the {count} examples has an answer of the assistant to learn from"
+    return UserError(formats.KEY, problem, "add answers, or use other data")
 
 
 class Feed:
@@ -77,10 +87,7 @@ class Feed:
         self.held_out = examples[1].having("labelled")
         self.unlabelled = len(examples[0]) - len(self.train), len(examples[1]) - len(self.held_out)
         if not self.train:
-            raise UserError(
-                f"train.data.seq_len: {train.data.seq_len} leaves no response token to learn from in any of the "
-                f"{len(examples[0])} examples; raise it"
-            )
+            raise _unanswered(examples[0], train.data.seq_len)
         for part in (self.train, self.held_out):
             vocabulary.check(part.tensors["tokens"], tokenizer, vocab_size, "train.data")
         self.is_dated = prompts.is_dated(tokenizer) and any(style.is_chat for style in self.styles.values())

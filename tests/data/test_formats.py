@@ -12,6 +12,7 @@ from sppctl.errors import UserError
 
 USER = {"role": "user", "content": "1 + 1?"}
 ANSWER = {"role": "assistant", "content": "2"}
+SYSTEM = {"role": "system", "content": "Be short."}
 SHAREGPT = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
 
 
@@ -38,10 +39,35 @@ def standard(*rows: dict[str, Any], **mapping: str) -> list[dict[str, Any]]:
         ({"chat": [USER, ANSWER], "id": 1}, {"messages": "chat"}, {"messages": [USER, ANSWER]}),
         ({"conversations": SHAREGPT}, {}, {"messages": [USER, ANSWER]}),
         ({"conversations": [USER, ANSWER]}, {}, {"messages": [USER, ANSWER]}),
+        # the system message of a row, under its own or another name
+        *(
+            ({name: talk, column: "Be short."}, mapping, {"messages": [SYSTEM, USER, ANSWER]})
+            for name, talk in (("messages", [USER, ANSWER]), ("conversations", SHAREGPT))
+            for column, mapping in (("system", {}), ("system_prompt", {"system": "system_prompt"}))
+        ),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": " "}, {}, ("messages",)),
+        # LLaMA-Factory's columns make a conversation of an instruction
+        (
+            {"instruction": "Add.", "input": "1", "output": "2", "system": "Be short.", "history": [["1 + 1?", "2"]]},
+            {},
+            {"messages": [SYSTEM, USER, ANSWER, {"role": "user", "content": "Add.\n\n1"}, ANSWER]},
+        ),
+        (
+            {"instruction": "Add.", "output": "2", "system": "", "history": [], "tools": "[]"},
+            {},
+            ("instruction", "output"),
+        ),
+        ({"messages": [USER, ANSWER], "tools": None, "chat_template_kwargs": {"x": None}}, {}, ("messages",)),
+        ({"text": "Prose.", "system": "x"}, {}, ("text",)),
         # columns that a hub data set has for other rows are null
         ({"messages": [USER | {"tool_calls": None, "from": None}, ANSWER]}, {}, {"messages": [USER, ANSWER]}),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, {}, {"messages": [USER, ANSWER | {"weight": 0}]}),
         ({"messages": [USER, ANSWER | {"weight": 1}]}, {}, {"messages": [USER, ANSWER]}),
+        *(
+            ({"messages": [USER, ANSWER | {flag: False}]}, {}, {"messages": [USER, ANSWER | {"weight": 0}]})
+            for flag in ("train", "training")
+        ),
+        ({"messages": [USER | {"train": None}, ANSWER | {"train": True}]}, {}, {"messages": [USER, ANSWER]}),
         (
             {"messages": [USER | {"content": [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]}]},
             {},
@@ -96,6 +122,10 @@ def test_blank_documents_are_left_out() -> None:
         (("a", "b", "c"), "instruction: a, output: b"),
         (("a",), "text: a"),
         (("prompt", "answer"), "instruction: prompt, output: answer"),
+        (
+            ("system_prompt", "question", "response"),
+            "instruction: question, output: response, system: system_prompt",
+        ),
     ],
 )
 def test_unknown_columns_are_named_with_a_way_to_map_them(columns: tuple[str, ...], hint: str) -> None:
@@ -103,7 +133,8 @@ def test_unknown_columns_are_named_with_a_way_to_map_them(columns: tuple[str, ..
         standard(dict.fromkeys(columns, "x"))
     text = str(caught.value)
     assert text.startswith(
-        f"{KEY}: the columns of own are {', '.join(columns)}; needed are instruction, output, (input) |"
+        f"{KEY}: the columns of own are {', '.join(columns)}; needed are instruction, output, (input), (system), "
+        "(history) | messages, (system) |"
     )
     assert text.endswith(f"map them, such as train.data.columns={{{hint}}}")
     assert "\n" not in text
@@ -114,7 +145,7 @@ def test_unknown_columns_are_named_with_a_way_to_map_them(columns: tuple[str, ..
     [
         ({"instruction": "question"}, "no data set has the columns question: own has instruction, output$"),
         ({"answer": "output"}, r"answer is not one of instruction, .*; write \{output: answer\}$"),
-        ({"system": "x"}, "system is not one of instruction, output, input, messages, .*, text$"),
+        ({"tools": "x"}, "tools is not one of instruction, output, input, system, history, messages, .*, text$"),
     ],
 )
 def test_mappings_that_do_not_match_the_data(mapping: dict[str, str], message: str) -> None:
@@ -141,6 +172,11 @@ def test_a_mapping_is_for_those_data_sets_of_a_mixture_that_have_its_columns() -
         ),
         ({"messages": [{"content": "x"}]}, "message 1, has the role None"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "message 2, has tool_calls, which are not"),
+        ({"messages": [ANSWER | {"weight": "0"}]}, "message 1, has the weight '0'; write 0, 1, false or true, without"),
+        ({"messages": [ANSWER | {"weight": 0.5}]}, r"message 1, has the weight 0\.5; write 0, 1, false"),
+        ({"messages": [ANSWER | {"train": "false"}]}, "message 1, has the train 'false'; write 0, 1, false"),
+        ({"messages": [SYSTEM, USER], "system": "x"}, "row 2 has system, but its messages start with a system message"),
+        ({"messages": [USER], "system": ["x"]}, "row 2, system, has no text as its content"),
         ({"messages": [ANSWER | {"thinking": ["x"]}]}, "message 1, has a thinking that is not a text"),
         ({"messages": [ANSWER | {"reasoning_content": "\ud83d"}]}, "message 1 has half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1, has no text as its content"),
@@ -151,3 +187,38 @@ def test_a_mapping_is_for_those_data_sets_of_a_mixture_that_have_its_columns() -
 def test_a_bad_message_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"^train\.data\.dataset: own: .*{message}"):
         standard({"messages": [USER, ANSWER]}, row)
+
+
+@pytest.mark.parametrize("history", ["1 + 1? 2", [["1 + 1?"]], ["1 + 1?", "2"]])
+def test_a_history_is_pairs(history: object) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: own: row 1 has a history that is not a list of pairs \[instruction, "
+    ):
+        standard({"instruction": "Add.", "output": "2", "history": history})
+
+
+def test_all_rows_of_data_with_a_system_message_are_conversations() -> None:
+    row = {"instruction": "1 + 1?", "output": "2"}
+    assert standard(row | {"system": "Be short."}, row) == [
+        {"messages": [SYSTEM, USER, ANSWER]},
+        {"messages": [USER, ANSWER]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"),
+    [
+        ({"messages": [USER, ANSWER]}, "tools", [{"type": "function"}]),
+        ({"messages": [USER, ANSWER]}, "history", [["1 + 1?", "2"]]),
+        ({"conversations": SHAREGPT}, "tools", '[{"name": "search"}]'),
+        ({"prompt": [USER], "completion": [ANSWER]}, "chat_template_kwargs", {"enable_thinking": False}),
+        ({"prompt": "1 + 1 =", "completion": " 2"}, "system", "Be short."),
+        ({"instruction": "Add.", "output": "2"}, "tools", [{"type": "function"}]),
+    ],
+)
+def test_columns_that_would_change_the_prompt_are_not_dropped(row: dict[str, Any], column: str, value: object) -> None:
+    with pytest.raises(UserError) as caught:
+        standard(row, row | {column: value})
+    problem = f"row 2 has {column}, which is not supported in this format; remove the column, or such rows"
+    assert str(caught.value) == f"{KEY}: own: {problem}"
+    assert standard(row | {"id": 1}, row | {column: None}) == standard(row, row)

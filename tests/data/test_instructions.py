@@ -129,6 +129,16 @@ def test_columns_of_a_hub_data_set_are_listed() -> None:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_columns_that_change_the_prompt_are_read(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"rows.{form}"
+    write_as(form, path, [ROW | {"system": "Be short."}])
+    assert load(path).train[0]["messages"][0] == {"role": "system", "content": "Be short."}
+    write_as(form, path, [ROW | {"tools": ["search"]}])
+    with pytest.raises(UserError, match=rf"^train\.data\.dataset: {path}: row 1 has tools, which is not supported"):
+        load(path)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("row", [{"question": "1 + 1?", "answer": "2"}, {"speech": ["Hello"], "id": 1}])
 def test_columns_of_a_file_are_listed(tmp_path: Path, form: str, row: dict[str, Any]) -> None:
     path = tmp_path / f"rows.{form}"

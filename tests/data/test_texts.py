@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import pytest
 from conftest import ALPACA
 
@@ -109,6 +110,22 @@ def test_a_file_that_cannot_be_used(
 ) -> None:
     with pytest.raises(UserError, match=rf"^{KEY}: .*{name}\b.*{message}"):
         documents(write(tmp_path / name, content), column)
+
+
+def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    buffers = pyarrow.array([b"One.", b"Zw\xf6lf"], pyarrow.binary()).buffers()
+    table = pyarrow.table({"text": pyarrow.StringArray.from_buffers(2, *buffers[1:])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: .*a\.parquet cannot be read as parquet: .*; save its texts as UTF-8$"
+    ):
+        documents(tmp_path / "a.parquet")
+
+
+def test_parquet_with_two_columns_of_the_same_name_is_an_error_of_one_line(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table([["One."], ["Two."]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"^{KEY}: .*a\.parquet cannot be read as parquet: [^\n]*\Z"):
+        documents(tmp_path / "a.parquet")
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES, SMALL
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
+from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, GraniteConfig, HyperCLOVAXConfig
 
 from sppctl.errors import StageError, UserError
 from sppctl.evaluate import perplexity
@@ -20,9 +20,12 @@ from sppctl.evaluate.perplexity import scored_tokens, summarise, window_sums
 from sppctl.evaluate.results import TextNumbers
 
 WINDOWS = torch.randint(0, 250, (5, 24), generator=torch.Generator().manual_seed(3))
-CONFIGS: dict[str, Callable[[], Any]] = FAMILIES | {  # and two that scale their logits
+FALCON_H1 = {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+CONFIGS: dict[str, Callable[[], Any]] = FAMILIES | {  # and others that scale their logits
     "granite": lambda: GraniteConfig(**SMALL, logits_scaling=8.0),
     "cohere": lambda: CohereConfig(**SMALL, logit_scale=0.25),
+    "hyperclovax": lambda: HyperCLOVAXConfig(**SMALL, logits_scaling=0.25),
+    "falcon_h1": lambda: FalconH1Config(**SMALL, **FALCON_H1, num_key_value_heads=4),
 }
 Models = tuple[Any, Any]
 

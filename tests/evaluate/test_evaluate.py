@@ -350,11 +350,11 @@ def test_a_dense_model_that_exceeds_a_gpu_needs_all(
     assert measuring.needs_all_gpus(run, {"base": llama}) is exceeds
     assert measuring.needs_all_gpus(run, {"merged": llama}) is exceeds, "it is compared with the dense model"
     assert not measuring.needs_all_gpus(work("eval.divergence=null"), {"merged": llama})
-    config = run.config.model
-    assert (shortage(config, llama, "float32") is None) is (free > 10)
+    config, needed = run.config.model, checkpoint.weight_bytes(llama, "float32")
+    assert (shortage(config, needed) is None) is (free > 10)
     monkeypatch.setenv("WORLD_SIZE", "2")
     advice = " on a GPU (launch.num_processes=1 spreads it over all GPUs)"
-    assert (shortage(config, llama, "float32") or "").endswith(advice) is exceeds
+    assert (shortage(config, needed) or "").endswith(advice) is exceeds
 
 
 def test_a_model_with_a_device_map_is_measured_like_any_other(

@@ -16,7 +16,7 @@ from conftest import Command, pruned_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from sppctl import MaskedLoraConfig, SppConfig, merge_adapter
 from sppctl.errors import UserError
@@ -112,6 +112,22 @@ def test_all_biases_are_merged(make_checkpoint: Callable[..., Path], tmp_path: P
     after = weights_of(tmp_path / "merged")
     assert all(torch.equal(after[name].float(), expected[name].float()) for name in record.replaced_tensors)
     assert record.replaced_tensors == sorted(name for name in expected if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["word_embeddings"]}])
+def test_what_would_also_change_a_tied_matrix_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    """Bloom ties its embeddings, here stored under the name of the output head."""
+    config = BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/model.safetensors"
+    stored = {name.replace("transformer.word_embeddings.", "lm_head."): w for name, w in load_file(path).items()}
+    if "target_modules" in options:
+        save_file(stored, path, {"format": "pt"})
+    settings = {"r": 2, "target_modules": ["query_key_value"], "init_lora_weights": False} | options
+    get_peft_model(model, LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="which the model ties to another matrix; untie them before pruning"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", mask="dense")
 
 
 def test_keep_is_refused_with_the_reason(pruned: Path, save: Save, tmp_path: Path) -> None:

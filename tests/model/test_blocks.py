@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, GROUPED, VOCAB, stored_dtype
+from conftest import FAMILIES, GROUPED, SMALL, VOCAB, stored_dtype
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     BertConfig,
     DeepseekV3Config,
     Gemma4TextConfig,
     Glm4MoeConfig,
     GptOssConfig,
     LlamaModel,
+    LongcatFlashConfig,
+    ModernBertDecoderConfig,
     T5Config,
 )
 
@@ -143,6 +146,15 @@ def test_buffers_of_a_checkpoint_are_loaded_and_missed(family: str, dtype: torch
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     with pytest.raises(UserError, match=f"holds no tensor {name}"):
         BlockStack(rewritten(directory, tmp_path / "other", lambda tensors: tensors.pop(name)), CPU, "float32")
+
+
+def test_blocks_return_as_many_things_as_their_model_unpacks(tmp_path: Path) -> None:
+    """Bamba's return their attention weights too."""
+    heads = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    AutoModelForCausalLM.from_config(BambaConfig(**GROUPED, **heads, attn_layer_indices=[1])).save_pretrained(tmp_path)
+    passed: list[int] = []
+    open_stack(tmp_path).check_replay(ids(1), passed.append)
+    assert passed == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -342,6 +354,24 @@ def test_a_model_without_a_list_of_blocks_is_refused(llama: Path, monkeypatch: p
     monkeypatch.setattr(blocks, "empty_model", of_another_depth)
     with pytest.raises(UserError, match="LlamaForCausalLM has no list of 3 decoder blocks"):
         Skeleton(load_config(llama))
+
+
+def test_the_blocks_are_in_no_list_of_other_modules(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_norms(config: Any, *_: Any) -> Any:
+        model = empty_model(config)
+        layers, model.model.layers = model.model.layers, nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+        model.model.blocks = layers
+        return model
+
+    longcat = LongcatFlashConfig(hidden_size=32, ffn_hidden_size=48, num_layers=1, num_attention_heads=4)
+    with pytest.raises(UserError, match="LongcatFlashForCausalLM has no list of 2 decoder blocks"):
+        Skeleton(longcat)  # each block has two of each sublayer
+    monkeypatch.setattr(blocks, "empty_model", with_norms)
+    assert Skeleton(load_config(llama)).blocks_name == "model.blocks"
+
+
+def test_a_head_that_is_called_decoder_does_not_hide_the_blocks() -> None:
+    assert Skeleton(ModernBertDecoderConfig(**SMALL)).blocks_name == "model.layers"
 
 
 def test_another_head_does_not_hide_the_blocks() -> None:

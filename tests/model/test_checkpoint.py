@@ -358,6 +358,11 @@ def test_links_inside_a_checkpoint_and_those_of_the_hubs_cache_are_copied(tmp_pa
         "LICENSE": "terms",
         "NOTICE": "terms",
     }
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "vocab.json").symlink_to(blobs / "hash")
+    with pytest.raises(UserError, match=r"vocab\.json is a link to a file elsewhere"):
+        copy_side_files(plain, out)
     (blobs / "other").symlink_to(tmp_path / "secret.json")
     (tmp_path / "secret.json").write_text("{}")
     (source / "vocab.json").symlink_to("../../blobs/other")

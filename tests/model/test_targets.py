@@ -10,7 +10,14 @@ import torch
 from conftest import FAMILIES, GROUPED
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AfmoeConfig, AutoModelForCausalLM, HunYuanMoEV1Config
+from transformers import (
+    AfmoeConfig,
+    AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
+    Gemma3Config,
+    GraniteMoeConfig,
+    HunYuanMoEV1Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 from sppctl.errors import UserError
@@ -50,6 +57,26 @@ MIXTURES = {  # whose routers are linear layers
     "hunyuan_v1_moe": lambda: HunYuanMoEV1Config(**ROUTED, moe_topk=2),
     "afmoe": lambda: AfmoeConfig(
         **ROUTED, num_experts_per_tok=2, num_dense_layers=0, layer_types=["full_attention"] * 2
+    ),
+}
+WITHOUT_HEAD_DIM = {key: value for key, value in GROUPED.items() if key != "head_dim"}
+RENAMED = {  # whose checkpoints have other names than the models: of routers, of buffers, of everything
+    "granitemoe": lambda: GraniteMoeConfig(**WITHOUT_HEAD_DIM, num_local_experts=4, num_experts_per_tok=2),
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(
+        **GROUPED, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1
+    ),
+    "gemma3": lambda: Gemma3Config(
+        text_config=GROUPED | {"sliding_window": 16},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=3,
     ),
 }
 
@@ -391,3 +418,23 @@ def test_what_is_written_is_read_again(family: str, make_checkpoint: Callable[..
         assert stack.homes(target) == {"model.safetensors"}
     after = load_file(tmp_path / "model.safetensors")
     assert sum(not torch.equal(after[name], before[name]) for name in before) == len(targets)
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_tensors_that_transformers_renames_are_found(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(RENAMED[family]()).save_pretrained(tmp_path)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stack = BlockStack(tmp_path, CPU, "float32")
+    assert not own.state_dict().keys() <= set(stack.files)
+    stack.load_embeddings()
+    for index in range(len(stack)):
+        stack.load_block(index)
+    loaded = stack.base.state_dict()
+    different = [name for name, tensor in own.model.state_dict().items() if not torch.equal(tensor, loaded[name])]
+    assert different == []
+    for name, target in stack.targets("all-linear").items():
+        assert torch.equal(stack.matrix(target, stack.files), target.view(own)), name
+        if target.is_linear:  # for those who have no model at hand
+            stored = stored_name(TensorFiles(tmp_path), f"{name}.weight", stack.base_prefix)
+            assert torch.equal(stack.files.read(stored), target.view(own)), name

@@ -6,20 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sppctl.errors import UserError
 from sppctl.files.names import INDEX_NAME, SINGLE_NAME
+from sppctl.files.safe_files import TensorFiles
 from sppctl.model.blocks import BlockStack
 from sppctl.model.checkpoint import load_model
-from sppctl.model.weights import check_directory, refuse_random
+from sppctl.model.weights import check_directory, refuse_random, renamed
 
 CPU = torch.device("cpu")
 UP, THIRD = "model.layers.1.mlp.up_proj.weight", "model.layers.2.input_layernorm.weight"
@@ -189,6 +191,33 @@ def test_a_quantised_checkpoint_is_left_to_its_library(changed: Callable[..., Pa
     check_directory(
         changed(lambda tensors: tensors.update(scale=torch.ones(1)), quantization_config={"quant_method": "fp8"})
     )
+
+
+def test_a_library_that_is_missing_is_named(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("Quantisation needs bits: `pip install bits`\nand a GPU")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(UserError, match=r"^model\.path: .*\(Quantisation needs bits: `pip install bits`\); install "):
+        load_model(llama, CPU, "float32")
+
+
+class Loaded(nn.Module):
+    """A model whose weights are a stored tensor, half of it, and its transpose."""
+
+    config = SimpleNamespace()
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, state_dict: Tensors, **__: Any) -> tuple[nn.Module, None]:
+        made, stored = cls(), state_dict["stored"]
+        for name, tensor in {"same": stored, "first": stored[:2], "turned": stored.t()}.items():
+            made.register_parameter(name, nn.Parameter(tensor))
+        return made, None
+
+
+def test_a_changed_tensor_is_not_only_renamed(tmp_path: Path) -> None:
+    save_file({"stored": torch.zeros(4, 4)}, tmp_path / SINGLE_NAME)
+    assert renamed(TensorFiles(tmp_path), Loaded()) == {"same": "stored"}
 
 
 def test_an_adapter_beside_the_weights_is_not_attached(changed: Callable[..., Path]) -> None:

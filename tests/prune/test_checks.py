@@ -88,7 +88,6 @@ def other_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], N
         (["prune.calibration.split=test"], "prune.calibration.split: "),
         (["prune.act_order=true"], "prune.act_order: wanda does not go column by column; use sparsegpt"),
         (["launch.num_processes=5"], "prune.calibration.samples: 4 windows are too few for 5 processes"),
-        (["launch.num_processes=2", "prune.reconstruct_epochs=1"], "prune.reconstruct_epochs: needs a single process"),
     ],
 )
 def test_what_is_found(overrides: list[str], message: str, configure: Callable[..., Config]) -> None:

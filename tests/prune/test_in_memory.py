@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROJECTIONS, Prune
+from conftest import GROUPED, PROJECTIONS, SMALL, Prune
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from sppctl import prune_model
 from sppctl.errors import StageError, UserError
@@ -95,6 +95,25 @@ def test_a_pruned_model_is_pruned_further(llama: Path) -> None:
 def test_a_model_with_a_merged_adapter_is_pruned(llama: Path) -> None:
     merged = with_adapter(load(llama)).merge_and_unload()
     assert prune_model(merged, method="magnitude").masks == prune_model(load(llama), method="magnitude").masks
+
+
+def test_float64_is_pruned_too(llama: Path) -> None:
+    assert prune_model(load(llama).double(), WINDOWS).masks == prune_model(load(llama), WINDOWS).masks
+
+
+def test_only_the_text_model_of_a_multimodal_model_is_pruned() -> None:
+    """Although its vision tower is as deep."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = {key: SMALL[key] for key in sizes}
+    config = Gemma3Config(
+        text_config=GROUPED | {"sliding_window": 16},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=259,
+    )
+    record = prune_model(AutoModelForCausalLM.from_config(config), WINDOWS, targets="all-linear")
+    assert record.matrices == 2 * len(PROJECTIONS)
+    assert all(layer.name.startswith("model.language_model.layers.") for layer in record.layers)
 
 
 def with_nan(model: Any) -> Any:

@@ -88,10 +88,15 @@ def test_two_killed_processes_continue_to_the_same_bytes(config_file: Path, deep
     assert killed == whole
 
 
-def test_several_processes_do_not_tune_each_on_its_own_windows(config_file: Path) -> None:
-    done = in_processes([str(config_file), "prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3"], 2)
-    assert done.returncode == 2
-    assert "prune.reconstruct_epochs" in done.stderr
+def test_one_process_tunes_on_all_windows(config_file: Path) -> None:
+    """The only one that is started; several that exist already are refused."""
+    arguments = [str(config_file), "prune.reconstruct_epochs=2", "prune.reconstruct_lr=1e-3", "--json"]
+    refused = in_processes(arguments, 2)
+    assert refused.returncode == 2
+    assert "prune.reconstruct_epochs: needs a single process; prune before, without a launcher" in refused.stderr
+    done = in_processes(arguments, 2, "launch")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["processes"] == 1
 
 
 OF_EVEN_WINDOWS = """

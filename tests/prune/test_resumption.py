@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from stage_calls import blank
 
 from sppctl.errors import StageError, UserError
 from sppctl.files import sealed
-from sppctl.files.names import ALLOCATION, JOURNAL
+from sppctl.files.names import ALLOCATION, CHANNELS, JOURNAL, NOTE
 from sppctl.files.safe_files import OwnFiles, TensorFiles
 from sppctl.prune import walk
 from sppctl.records import BlockRecord, LayerRecord, to_json
@@ -104,6 +105,22 @@ def test_finished_blocks_are_not_thrown_away(
     assert shlex.join(["sppctl", *arguments, "prune.pattern=4:8", "--force"]) in refused.err
     assert "prune: 1 of 4 blocks are done" in command(*arguments, "--force").err
     assert "done" not in command(*arguments).err
+
+
+def test_a_checkpoint_s_own_files_are_not_taken_for_notes_of_the_attempt(
+    config_file: Path, deep: Path, command: Command, stopped: Callable[..., str], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(deep, base)
+    for name in (NOTE, CHANNELS, ALLOCATION):
+        (base / name).write_text('{"of": "somebody else"}')
+    arguments = ["prune", str(config_file), f"model.path={base}", *OWL]
+    assert "the machine goes down" in stopped(OSError, *arguments)
+    outcome = command(*arguments)
+    assert "prune: 1 of 4 blocks are done" in outcome.err
+    assert outcome.code == 0
+    permuted = command(*arguments[:3], "prune.permute_channels=true", f"run.dir={tmp_path / 'permuted'}")
+    assert permuted.code == 0, permuted.err
 
 
 @pytest.mark.parametrize("damage", ["the journal", "a block"])

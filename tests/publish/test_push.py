@@ -92,14 +92,16 @@ def test_an_adapter_goes_without_paths_and_loads_on_the_pruned_weights(
 def test_a_checkpoint_goes_without_paths(command: Command, run: Path, online: Hub) -> None:
     path = run / "merged/config.json"
     config = json.loads(path.read_text())
-    noted = config | {"_name_or_path": "/home/me/secret", "text_config": {"_name_or_path": "owner/public"}}
+    public = {"text_config": {"_name_or_path": "owner/public"}, "experts": [{"width": 8}]}
+    noted = config | public | {"_name_or_path": "/home/me/secret"}
+    noted["experts"] = [{"width": 8, "_name_or_path": "/home/me/expert"}]
     path.write_text(json.dumps(noted))
     record = records.read(run / "merged" / RECORD, "merge")
     files = record.files | integrity.hashes(run / "merged", ["config.json"])
     write_record(run, "merge", replace(record, files=files))
     assert command("push", str(run), "me/sparse").code == 0
     there = json.loads(online.repositories["me/sparse"]["main"]["config.json"])
-    assert there == config | {"text_config": {"_name_or_path": "owner/public"}}
+    assert there == config | public
 
 
 def test_a_dry_run_lists_files_without_a_token_or_a_network(command: Command, run: Path) -> None:

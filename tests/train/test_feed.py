@@ -12,6 +12,7 @@ from fitting import Configure
 from sppctl.config.load import load_config
 from sppctl.data.batches import num_tokens
 from sppctl.data.instructions import IGNORED
+from sppctl.errors import UserError
 from sppctl.model import checkpoint
 from sppctl.train.feed import Feed
 
@@ -102,3 +103,14 @@ def test_conversations_without_a_chat_template_are_reported(
     feed.report()
     printed = "".join(capsys.readouterr())
     assert "no chat template: each message of a user is written in train.data.prompt" in " ".join(printed.split())
+
+
+def test_conversations_without_an_answer_are_refused_as_such(configure: Configure, llama: Path, tmp_path: Path) -> None:
+    """Even if all of them are short enough for train.data.seq_len."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(f'{{"messages": [{{"role": "user", "content": "{n}?"}}]}}\n' for n in range(8)))
+    tokenizer = checkpoint.load_tokenizer(llama)
+    whole = r"^train\.data\.dataset: none of the 5 examples has an answer of the assistant to learn from; add answers"
+    for seq_len, message in ((256, whole), (8, r"^train\.data\.seq_len: 8 leaves no response token .*; raise it$")):
+        with pytest.raises(UserError, match=message):
+            Feed(configure(f"train.data.dataset={path}", f"train.data.seq_len={seq_len}"), tokenizer, 260)
