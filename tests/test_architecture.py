@@ -178,6 +178,20 @@ def test_the_command_line_starts_without_heavy_libraries(module: str) -> None:
     assert not {f.name for f in early if f.top in HEAVY or (f.room not in light and f.file not in LIGHT_FILES)}
 
 
+UNPICKLING = ("pickle", "dill", "joblib", "cloudpickle")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_unpickled(module: str) -> None:
+    """``torch.load`` reads only tensors and plain values if it is told to; ``numpy.load`` unpickles only if told to."""
+    tree = tree_of(module)
+    assert not [one.name for one in imports_of(tree) if one.name.partition(".")[0] in UNPICKLING]
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        words = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert ast.unparse(call.func) != "torch.load" or words.get("weights_only") == "True", call.lineno
+        assert "allow_pickle" not in words, call.lineno
+
+
 def test_walking_the_syntax_tree_sees_imports_wherever_they_are() -> None:
     assert any(f.room == "config" and not f.lazy for f in IMPORTS["cli.py"])
     assert any(f.name == "sppctl.run.pipeline" and f.lazy for f in IMPORTS["cli.py"])

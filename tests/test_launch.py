@@ -97,7 +97,7 @@ def test_the_process_that_knows_why_tells_it(
     ends: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "python"
-    script.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:3] = []\n{ENDS}")
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:4] = []\n{ENDS}")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     log = tmp_path / "sppctl.log"

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from sppctl.config.load import load_config
 from sppctl.data import texts
 from sppctl.errors import StageError, UserError
-from sppctl.evaluate import perplexities
-from sppctl.evaluate import stage as evaluate
+from sppctl.evaluate import perplexities, perplexity
 from sppctl.evaluate.results import Results, TextMeasure, TextNumbers
 from sppctl.evaluate.subjects import shortage
 from sppctl.model import checkpoint
@@ -112,7 +111,7 @@ def test_every_process_has_a_batch(
 
 def test_a_stride_is_at_most_the_window(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline.preflight(work("eval.stride=64"), ("eval",))
-    monkeypatch.setattr(evaluate, "DEFAULT_WINDOW", 64)  # of 128 positions
+    monkeypatch.setattr(perplexity, "DEFAULT_WINDOW", 64)  # of 128 positions
     for overrides in (["eval.stride=65"], ["eval.stride=65", "eval.seq_len=null"]):
         with pytest.raises(UserError, match=r"eval\.stride: 65 would skip tokens between windows of 64"):
             pipeline.preflight(work(*overrides), ("eval",))
