@@ -58,6 +58,21 @@ def agreement(first: dict[str, Tensor], second: dict[str, Tensor], names: Iterab
     return sum(int((one == other).sum()) for one, other in pairs) / sum(one.numel() for one, _ in pairs)
 
 
+def assert_repaired_alike(first: dict[str, Tensor], second: dict[str, Tensor], names: Iterable[str]) -> None:
+    """Equal values of matrices (out_features, in_features), given in the order in which they were pruned.
+
+    What is removed from a row changes the rest of it, and the inputs of later layers: rows whose masks differ are left
+    out, and all layers after the first that has one.
+    """
+    for name in names:
+        one, other = first[name], second[name]
+        same = ((one != 0) == (other != 0)).all(dim=1)
+        assert same.any()
+        torch.testing.assert_close(one[same], other[same], rtol=1e-3, atol=1e-5)
+        if not same.all():
+            return
+
+
 def random_windows(samples: int, length: int) -> Tensor:
     """Tokens that every tiny model knows, always the same."""
     return torch.randint(0, 250, (samples, length), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random_windows, shards, weights_of, write_weights
+from checkpoints import assert_repaired_alike, in_first_block, random_windows, shards, weights_of, write_weights
 from conftest import Prune
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from sppctl.config.settings import Config
 from sppctl.errors import StageError
 from sppctl.prune import calibrate
+from sppctl.prune.layers import ERROR_ROWS
 from sppctl.pruners import prune_linear
 from sppctl.records import to_json
 from sppctl.run import attempts
@@ -42,6 +43,7 @@ def test_layers_see_the_inputs_of_blocks_pruned_before_them(method: str, prune: 
     windows = random_windows(4, 24)
     _, after, _ = prune(f"prune.method={method}", windows=windows)
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    expected: dict[str, Tensor] = {}
     for index, block in enumerate(model.model.layers):
         linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
         inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
@@ -55,12 +57,14 @@ def test_layers_see_the_inputs_of_blocks_pruned_before_them(method: str, prune: 
         for handle in handles:
             handle.remove()
         for name, linear in linears.items():
-            expected = prune_linear(linear.weight.data, torch.cat(inputs[name]), method=method, pattern="2:4")
-            linear.weight.data = expected
-            written = after[f"model.layers.{index}.{name}.weight"]
-            same = ((written != 0) == (expected != 0)).float().mean().item()
+            weight = prune_linear(linear.weight.data, torch.cat(inputs[name]), method=method, pattern="2:4")
+            linear.weight.data = weight
+            stored = f"model.layers.{index}.{name}.weight"
+            expected[stored], written = weight, after[stored]
+            same = ((written != 0) == (weight != 0)).float().mean().item()
             assert same > 0.995, name  # batching the windows rounds differently, a tie may fall the other way
-            assert method != "wanda" or same < 1 or torch.equal(written, expected)
+            assert method != "wanda" or same < 1 or torch.equal(written, weight)
+    assert_repaired_alike(after, expected, expected)
 
 
 def test_magnitude_needs_no_calibration(prune: Prune) -> None:
@@ -105,13 +109,28 @@ def test_another_dtype_is_written_and_recorded(prune: Prune) -> None:
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
 
 
-def test_the_recorded_error_is_that_of_the_layers_output(prune: Prune, llama: Path) -> None:
-    _, after, record = prune("prune.calibration.samples=1")
-    layer = record.layers[0]
-    old, new = (weights[f"{layer.name}.weight"] for weights in (weights_of(llama), after))
-    assert layer.relative_weight_error == pytest.approx(((old - new).norm() / old.norm()).item(), rel=1e-5)
-    assert layer.relative_output_error is not None
-    assert 0 < layer.relative_output_error < 1
+def test_the_recorded_errors_are_those_of_weights_and_of_outputs(prune: Prune, llama: Path) -> None:
+    """Of outputs for the first inputs of the layer: the windows have more."""
+    windows = random_windows(3, 100)
+    _, after, record = prune("prune.batch_size=3", windows=windows)
+    model, before = AutoModelForCausalLM.from_pretrained(llama).eval(), weights_of(llama)
+    inputs: dict[str, Tensor] = {}
+    layers = [layer for layer in record.layers if in_first_block(layer.name)]
+    for name in (layer.name for layer in layers):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)})
+        )
+    with torch.no_grad():
+        model(windows)
+    for layer in layers:
+        old, new = (weights[f"{layer.name}.weight"] for weights in (before, after))
+        assert layer.relative_weight_error == pytest.approx(((old - new).norm() / old.norm()).item(), rel=1e-5)
+        rows = inputs[layer.name][:ERROR_ROWS]
+        output_error = (rows @ (old - new).t()).norm() / (rows @ old.t()).norm()
+        assert layer.relative_output_error == pytest.approx(output_error.item(), rel=1e-4)
+    errors = [layer.relative_output_error for layer in record.layers if layer.relative_output_error is not None]
+    assert len(errors) == 14
+    assert record.mean_relative_output_error == pytest.approx(sum(errors) / 14)
 
 
 def test_nan_weights_stop_it(prune: Prune, llama: Path, tmp_path: Path) -> None:

@@ -89,11 +89,19 @@ def bits(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors]).view(torch.int32)
 
 
-def literal(weight: Tensor, statistics: Hessian, pattern: Pattern | None, mask: Tensor) -> Tensor:
+def literal(
+    weight: Tensor, statistics: Hessian, pattern: Pattern | None, mask: Tensor, block_size: int = 128
+) -> Tensor:
     """Algorithm 1 of the paper, one operation after the other; the mask is chosen where there is a pattern."""
     factor, _, _ = statistics.inverse_factor(0.01)
     work, mask = weight.clone(), mask.clone()
     for column in range(work.shape[1]):
+        if pattern is not None and pattern.ratio and column % block_size == 0:
+            scores = (work / factor.diagonal()).square()
+            entries = [(row, place) for row in range(len(work)) for place in range(column, column + block_size)]
+            order = sorted((entry for entry in entries if entry[1] < work.shape[1]), key=lambda entry: scores[entry])
+            for number, entry in enumerate(order):
+                mask[entry] = number >= int(pattern.ratio * len(order))
         if pattern is not None and pattern.group and pattern.keep and column % pattern.group == 0:
             places = range(column, column + pattern.group)
             for row, score in enumerate((work / factor.diagonal()).square().tolist()):
@@ -116,6 +124,18 @@ def test_it_does_the_algorithm_to_the_bit(pattern: str | None, by_kernel: Solve)
     expected = literal(weight, hessian, None if pattern is None else Pattern.parse(pattern), mask)
     pruned = by_kernel([weight], hessian, [pattern or 0.5], masks=None if pattern else [mask.to(DEVICE)])
     assert torch.equal(bits(pruned), bits([expected]))
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_a_ratio_is_that_of_each_block_of_columns_over_all_rows_of_a_layer(block_size: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    hessian, _ = correlated(200)
+    weights = [torch.randn(rows, 200, generator=generator) for rows in (12, 9)]
+    pruned = by_operations(weights, hessian, [0.5, 0.75], block_size=block_size)
+    for weight, ratio, result in zip(weights, (0.5, 0.75), pruned, strict=True):
+        expected = literal(weight, hessian, Pattern(ratio=ratio), weight != 0, block_size)
+        assert torch.equal(result == 0, expected == 0)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block_size", [1, 20, 128])

@@ -74,7 +74,15 @@ def test_every_checkpoint_of_a_run_says_what_it_is(run: Path) -> None:
     assert "2405.16057" in text
     assert "2306.11695" in text
     assert "base: its licence is unknown" in text
-    assert str(run.parent) not in text + (run / "adapter/README.md").read_text()
+
+
+def test_no_card_says_where_files_were(run: Path, finished: Path, text_file: Path, alpaca_file: Path) -> None:
+    """Where the run was when its cards were written, where its data is, and where it is now."""
+    for name in ("merged", "pruned", "adapter"):
+        text = (run / name / "README.md").read_text()
+        assert text_file.name in text
+        for folder in (finished, text_file.parent, alpaca_file.parent, run.parent):
+            assert str(folder) not in text
 
 
 def test_a_model_of_the_hub_and_its_data_are_linked(tmp_path: Path) -> None:

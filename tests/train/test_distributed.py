@@ -185,7 +185,8 @@ def test_several_processes_train_what_one_does(
     assert len(figures(metrics, "loss")) == 3 * 3
     assert metrics.tokens == expected.tokens
     assert figures(metrics, "loss") == pytest.approx(figures(expected, "loss"), abs=1e-4)
-    assert figures(metrics, "grad_norm") == pytest.approx(figures(expected, "grad_norm"), rel=1e-2)
+    tolerance = 1e-4 if dtype == "float32" else 1e-2
+    assert figures(metrics, "grad_norm") == pytest.approx(figures(expected, "grad_norm"), rel=tolerance)
     assert metrics.validation_loss == pytest.approx(expected.validation_loss, abs=1e-4)
     if more:
         assert min(figures(expected, "kl")) > 0.1
