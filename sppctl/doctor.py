@@ -144,7 +144,7 @@ def _places() -> Iterator[Finding]:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
         text = f"{path}, {free / GIB:.1f} GiB free"
-        if not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             yield Finding(subject, State.PROBLEM, f"{text}, not writable", f"{fixes[subject]} to a writable directory")
         elif free < LITTLE_DISK:
             yield Finding(subject, State.NOTE, text, f"make room, or {fixes[subject]} to a larger disk")

@@ -85,3 +85,9 @@ def test_a_cache_that_cannot_be_written_is_a_problem(monkeypatch: pytest.MonkeyP
     assert (cache.state, cache.advice) == (State.PROBLEM, "set SPPCTL_CACHE to a writable directory")
     assert cache.text.endswith("not writable")
     assert State.PROBLEM not in {findings[place].state for place in ("run directory", "hub cache")}
+
+
+def test_a_cache_within_a_file_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPPCTL_CACHE", str(tmp_path / "file/cache"))
+    assert found()["cache"].state is State.PROBLEM
