@@ -183,7 +183,7 @@ UNPICKLING = ("pickle", "dill", "joblib", "cloudpickle")
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_unpickled(module: str) -> None:
-    """``torch.load`` reads only tensors and plain values if it is told to; ``numpy.load`` unpickles only if told to."""
+    """Pickles run code: ``torch.load`` has to be limited to tensors and plain values; ``numpy.load`` is by default."""
     tree = tree_of(module)
     assert not [one.name for one in imports_of(tree) if one.name.partition(".")[0] in UNPICKLING]
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

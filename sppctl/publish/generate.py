@@ -65,11 +65,8 @@ def _base(run_dir: Path, how: ModelConfig) -> Path | None:
         unpacked = run_dir / "base"
         of_hub = (model["path"], None, model["revision"])
         directory = unpacked if model.get("gguf_file") else find.locate(*of_hub, download=False)
-        lacking = (
-            None
-            if how.weights == "dense"
-            else shortage(how, checkpoint.weight_bytes(directory, _dtype(directory, how)))
-        )
+        needed = checkpoint.weight_bytes(directory, _dtype(directory, how))
+        lacking = None if how.weights == "dense" else shortage(how, needed)
         if lacking is None and checkpoint.fingerprint(directory) == pruned.inputs["base"]:
             return directory
         reason = f"{directory} {lacking or 'holds other weights than were pruned'}"
