@@ -24,6 +24,7 @@ from sppctl.run.publish import exclusive
 
 CONFIG = Path(__file__).resolve().parent / "study.yaml"
 SPPCTL = [sys.executable, "-m", "sppctl"]
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # saves 8 % of a step; glibc reads it when a process starts
 DIVERGED = "lower train.lr"  # what `sppctl train` advises when a loss, a gradient or the adapter is not finite
 # seconds on two cores with AVX512: for a pruned model, a window in an epoch of its reconstruction, a step of training,
 # a token of prose that is measured, the tasks
@@ -149,7 +150,14 @@ class Study:
         options = [setting for setting in settings if not (stage == "prune" and setting.startswith("train."))]
         command = [*SPPCTL, stage, str(self.config), f"run.dir={run}", f"run.seed={cell.seed}", *self.model()]
         command += [*options, "--quiet"]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | HUGE_PAGES,
+        )
         sys.stderr.write(done.stderr)
         if done.returncode and stage == "train" and DIVERGED in done.stderr:
             raise Diverged(done.stderr.strip().splitlines()[-1])
