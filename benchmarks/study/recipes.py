@@ -40,6 +40,7 @@ RECONSTRUCTED = {
     "prune.reconstruct_scheduler": "cosine",
     "prune.reconstruct_loss": "token",
 }
+DENSE_TARGET = {"prune.reconstruct_target": "dense"}
 FULL = {"train.method": "masked_full", "train.lr": "5e-4"}
 # 144 steps of 4 rows have about as many tokens as 120 steps of 8 rows of Alpaca, of which few have more than 256
 MIXED = {
@@ -100,6 +101,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         *METHODS,
         SPARSEGPT,
         *(replace(row, after=row.after or "sparsegpt") for row in HEALED),
+        Row("sublayers", "attention and MLP reconstructed apart", {"prune.reconstruct_unit": "sublayer"}, "distilled"),
+        Row("dense-target", "reconstruction towards the dense model's own stream", DENSE_TARGET, "distilled"),
         Row("longer", "twice the steps", LONGER, "distilled"),
         Row("smaller", "twice the steps of half the rows, learning rate 3.5e-4", SMALLER, "distilled"),
         Row("text", "four rows of plain text for each instruction", TEXT, "distilled"),
