@@ -334,7 +334,7 @@ def inspect(
     try:
         expected = Pattern.parse(expect) if expect is not None else None
     except ValueError as error:
-        raise UserError(f"--expect: {error}") from error
+        raise UserError("--expect", str(error)) from error
     with with_argument_names(ARGUMENT_NAMES):
         checkpoint = _newest(checkpoint)
         directory = find.locate_weights(checkpoint)

@@ -132,7 +132,7 @@ def _source_and_tree(name: str | None, overrides: Sequence[str]) -> tuple[str, d
     path = find_file(QUICKSTART if name is None else name)
     tree = read_yaml(path)
     if not isinstance(tree, dict | None):
-        raise UserError(f"{path}: expected sections such as 'model:' and 'prune:', found {shown(tree)}")
+        raise UserError(str(path), f"expected sections such as 'model:' and 'prune:', found {shown(tree)}")
     if tree and "grid" in tree:
         raise UserError(f"{path} is a sweep, not the configuration of one run: sppctl sweep {path}")
     return str(path), tree or {}
@@ -408,7 +408,7 @@ def _entries_of(section: str) -> list[dict[str, Any]]:
     """The entries of a section or key, and of the sections that it is in; empty: all."""
     entries = {entry["key"]: entry for entry in _entries(Config(), "")}
     if section and section not in entries:
-        raise UserError(f"--schema: {section} is not a section or key{_suggestion(section)}")
+        raise UserError("--schema", f"{section} is not a section or key{_suggestion(section)}")
     return [
         entry
         for key, entry in entries.items()

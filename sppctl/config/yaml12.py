@@ -141,7 +141,7 @@ def parse_yaml(text: str, source: str) -> Any:
             raise yaml.YAMLError(f"more than {MOST_BYTES:,} characters")
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError, LookupError) as error:  # LookupError: a value that does not match its tag
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(source, f"not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def dump_yaml(value: Any, *, flow: bool = False) -> str:

@@ -85,9 +85,9 @@ def draw_windows(
             return Windows(torch.tensor(pieces), "random-document")
         if windows == "random-document":
             raise UserError(
-                f"prune.calibration.windows: {text.name} has {len(pieces)} documents longer than {seq_len} tokens, "
-                f"random-document needs {samples}: "
-                "use concatenate or auto, fewer samples, a shorter seq_len or more text"
+                "prune.calibration.windows",
+                f"{text.name} has {len(pieces)} documents longer than {seq_len} tokens, random-document needs "
+                f"{samples}: use concatenate or auto, fewer samples, a shorter seq_len or more text",
             )
     needed, tokens = samples * seq_len, _tokens(tokenizer, text.joiner.join(documents)) if in_order else []
     for document in filter(str.strip, () if in_order else documents):
@@ -95,8 +95,9 @@ def draw_windows(
             tokens += _tokens(tokenizer, document + text.joiner)
     if len(tokens) < needed:
         raise UserError(
-            f"prune.calibration: {text.name} has {len(tokens)} tokens, {samples} windows of {seq_len} need {needed}; "
-            f"{needed - len(tokens)} are missing: use fewer samples, a shorter seq_len or more text"
+            "prune.calibration",
+            f"{text.name} has {len(tokens)} tokens, {samples} windows of {seq_len} need {needed}; "
+            f"{needed - len(tokens)} are missing: use fewer samples, a shorter seq_len or more text",
         )
     if in_order:
         starts = [generator.randint(0, len(tokens) - seq_len) for _ in range(samples)]

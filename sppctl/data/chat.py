@@ -47,8 +47,9 @@ def try_template(tokenizer: Any, chats: Sequence[Chat], key: str) -> None:
         os.waitpid(child, 0)
     if problem != "fine":
         raise UserError(
-            f"{key}: the tokenizer's chat template {problem or 'crashes'} on a short message; fix the template in "
-            "tokenizer_config.json or chat_template.jinja, or do not use it"
+            key,
+            f"the tokenizer's chat template {problem or 'crashes'} on a short message",
+            "fix the template in tokenizer_config.json or chat_template.jinja, or do not use it",
         )
     _tried.add(identity)
 

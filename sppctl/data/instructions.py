@@ -85,10 +85,10 @@ def load_instructions(
             train on; or a weight is impossible.
     """
     if not weights:
-        raise UserError(f"{KEY}: names no data set; write a name, or {{name: weight, ...}}")
+        raise UserError(KEY, "names no data set", "write a name, or {name: weight, ...}")
     for name, weight in weights.items():
         if not 0 < weight < math.inf:
-            raise UserError(f"{KEY}: the weight of {name} is {weight:g}; it must be a number above 0")
+            raise UserError(KEY, f"the weight of {name} is {weight:g}", "it must be a number above 0")
     files = find(weights, split)
     shares = _proportional(val_size, {name: weight for name, weight in weights.items() if name != "instructions"})
     with sources.noting() as recorded:
@@ -115,7 +115,7 @@ def _mix(
     for name, (train, held_out) in parts.items():
         count = math.floor(rows_per_weight * weights[name] + 1e-6)  # rounding may put the product just below an integer
         if not count:
-            raise UserError(f"{KEY}: the weight {weights[name]:g} of {name} gives none of its rows; raise it")
+            raise UserError(KEY, f"the weight {weights[name]:g} of {name} gives none of its rows", "raise it")
         if count < len(train):
             random.Random(seed).shuffle(train)
         mixed.train.extend(train[:count])
@@ -144,7 +144,7 @@ def _remove_duplicates_of_held_out(parts: dict[str, Part]) -> int:
     for name, (train, held_out) in parts.items():
         kept = [row for row in train if stripped(row) not in held_out_contents]
         if not kept:
-            raise UserError(f"{KEY}: every row of {name} is held out too; hold out fewer (train.data.val_size)")
+            raise UserError(KEY, f"every row of {name} is held out too", "hold out fewer (train.data.val_size)")
         left_out += len(train) - len(kept)
         parts[name] = kept, held_out
     return left_out
@@ -175,7 +175,7 @@ def _load(name: str, file: Path | None, split: str, mapping: Mapping[str, str]) 
 def _standard(name: str, rows: list[Row], columns: list[str], mapping: Mapping[str, str], cut: Cut) -> list[Row]:
     """The rows of a data set in the columns of their format, documents as windows."""
     if not rows:
-        raise UserError(f"{KEY}: {name} holds no rows")
+        raise UserError(KEY, f"{name} holds no rows")
     if name == "instructions":
         return rows
     rows = formats.standard_rows(rows, columns, mapping, name)
@@ -183,7 +183,7 @@ def _standard(name: str, rows: list[Row], columns: list[str], mapping: Mapping[s
         return rows
     windows = cut(name, [row["text"] for row in rows])
     if not windows:
-        raise UserError(f"{KEY}: {name} holds no text")
+        raise UserError(KEY, f"{name} holds no text")
     return windows
 
 
@@ -195,8 +195,9 @@ def _split_rows(name: str, rows: list[Row], val_size: int, seed: int) -> Part:
     if val_size >= len(rows):
         what = "windows" if kind_of(rows[0]) == "window" else "rows"
         raise UserError(
-            f"train.data.val_size: {val_size} leaves nothing of the {len(rows)} {what} of {name} to train on; "
-            "hold out fewer"
+            "train.data.val_size",
+            f"{val_size} leaves nothing of the {len(rows)} {what} of {name} to train on",
+            "hold out fewer",
         )
     return rows[val_size:], rows[:val_size]
 

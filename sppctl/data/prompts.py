@@ -140,16 +140,17 @@ def _check_template(prompt: str) -> None:
     try:
         fields = [field[1:] for field in string.Formatter().parse(prompt) if field[1] is not None]
     except ValueError as error:
-        raise UserError(f"{KEY}: {error} in {prompt!r}; escape literal braces as {{{{ and }}}}") from error
+        raise UserError(KEY, f"{error} in {prompt!r}", "escape literal braces as {{ and }}") from error
     for name, specification, conversion in fields:
         if name not in ("instruction", "input") or specification or conversion:
             shown = f"{name}{'!' + conversion if conversion else ''}{':' + specification if specification else ''}"
             raise UserError(
-                f"{KEY}: {{{shown}}} in {prompt!r} is neither {{instruction}} nor {{input}}; escape literal braces "
-                "as {{ and }}"
+                KEY,
+                f"{{{shown}}} in {prompt!r} is neither {{instruction}} nor {{input}}",
+                "escape literal braces as {{ and }}",
             )
     if "instruction" not in (name for name, _, _ in fields):
-        raise UserError(f"{KEY}: {prompt!r} is neither alpaca nor chat, and as a text it lacks {{instruction}}")
+        raise UserError(KEY, f"{prompt!r} is neither alpaca nor chat, and as a text it lacks {{instruction}}")
 
 
 def _chat(tokenizer: Any, today: datetime) -> Style:
@@ -160,9 +161,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
     last response ends with the text, others with what the template writes after them at the end of a chat.
     """
     if not has_template(tokenizer):
-        raise UserError(
-            f"{KEY}: chat, but the tokenizer has no chat template; use alpaca or a text with {{instruction}}"
-        )
+        raise UserError(KEY, "chat, but the tokenizer has no chat template", "use alpaca or a text with {instruction}")
 
     def render(messages: Messages, **options: Any) -> Any:
         try:
@@ -193,7 +192,7 @@ def _chat(tokenizer: Any, today: datetime) -> Style:
     try_template(tokenizer, [probe, probe[:1]], KEY)
     chat, other_answer = render(probe), render(_with_text(probe, 1, "content", "x"))
     if chat == other_answer:
-        raise UserError(f"{KEY}: the tokenizer's chat template leaves out the assistant's response; use another prompt")
+        raise UserError(KEY, "the tokenizer's chat template leaves out the assistant's response", "use another prompt")
     ends = bool(chat.rpartition(PROBE["output"])[2].strip())
     if MARK.search(tokenizer.get_chat_template()) and getattr(tokenizer, "is_fast", False):
         return Style(identified, special_tokens=False, marked=marked, is_chat=True, ends=ends)
@@ -301,9 +300,10 @@ def _with_text(messages: Messages, number: int, name: str, text: str) -> Message
 
 def _unclear(messages: Messages) -> UserError:
     return UserError(
-        f"{KEY}: the tokenizer's chat template writes a question differently once it is answered, so where the "
-        f"response starts cannot be determined ({_shown(messages)!r}); mark the responses in the template with "
-        "{% generation %} and {% endgeneration %}, or use another prompt"
+        KEY,
+        "the tokenizer's chat template writes a question differently once it is answered, so where the response "
+        f"starts cannot be determined ({_shown(messages)!r})",
+        "mark the responses in the template with {% generation %} and {% endgeneration %}, or use another prompt",
     )
 
 

@@ -71,7 +71,7 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
     path = None if name in _TEXTS else local_file(name, key)
     has_no_columns = name in _TEXTS or (path is not None and path.is_file() and _form(path) not in READERS)
     if column is not None and has_no_columns:
-        raise UserError(f"{key}: {name} has no columns to choose from; leave out column {column}")
+        raise UserError(key, f"{name} has no columns to choose from", f"leave out column {column}")
     if name in _TEXTS:
         text = _TEXTS[name](split)
     elif path is not None and has_no_columns:
@@ -84,7 +84,7 @@ def load_text(name: str, split: str, key: str, column: str | None = None, part: 
         rows, all_columns = load_rows(name, path, split, key, columns=columns, short_names=_TEXTS, part=part)
         text = Text(name if path is None else path.name, _documents(rows, column, name, key, all_columns))
     if not any(document.strip() for document in text.documents):
-        raise UserError(f"{key}: {name} holds no text")
+        raise UserError(key, f"{name} holds no text")
     return text
 
 
@@ -99,7 +99,7 @@ def _documents(rows: list[Row], column: str | None, name: str, key: str, columns
         return [formatted(row) for row in rows]
     expected = f"a column {column}" if column else "a column text (or instruction and output)"
     hint = "; prune.calibration.column selects another" if key.startswith("prune.calibration") else ""
-    raise UserError(f"{key}: {name} lacks {expected} in some row{hint}; its columns: {', '.join(columns) or 'none'}")
+    raise UserError(key, f"{name} lacks {expected} in some row{hint}", f"its columns: {', '.join(columns) or 'none'}")
 
 
 def check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
@@ -112,7 +112,7 @@ def check_texts(rows: list[Row], name: str, key: str, needed: Sequence[str] = ()
         wrong = [column for column in needed if not isinstance(row.get(column), str)]
         wrong += [column for column in optional if not isinstance(row.get(column), str | None)]
         if wrong:
-            raise UserError(f"{key}: {name}: row {number} has no text in {' and '.join(wrong)}")
+            raise UserError(key, f"{name}: row {number} has no text in {' and '.join(wrong)}")
         for column in (*needed, *optional):
             check_characters(row.get(column) or "", f"{key}: {name}: row {number}: {column}")
 
@@ -212,9 +212,9 @@ def local_file(name: str, key: str) -> Path | None:
         splits_of(path, key)
         return path
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(f"{key}: {name} is neither a file nor a link to one")
+        raise UserError(key, f"{name} is neither a file nor a link to one")
     if path.is_file() and _form(path) in PACKED_FILES:
-        raise UserError(f"{key}: {path} is packed in a format that is not supported; unpack it, or use gzip")
+        raise UserError(key, f"{path} is packed in a format that is not supported", "unpack it, or use gzip")
     return path if path.is_file() else None
 
 
@@ -227,8 +227,8 @@ def check_name(name: str, key: str, *, rows: bool = False) -> None:
 
 def _unknown(name: str, key: str, short_names: Iterable[str]) -> UserError:
     names = ", ".join(short_names)
-    problem = f"{key}: {name} is not a file, not one of {names}, and not a hub id (OWNER/NAME)"
-    return UserError(problem + did_you_mean(name, short_names))
+    problem = f"{name} is not a file, not one of {names}, and not a hub id (OWNER/NAME)"
+    return UserError(key, problem + did_you_mean(name, short_names))
 
 
 def is_hub_id(name: str) -> bool:
@@ -241,7 +241,7 @@ def check_split(key: str, split: str, *names: str) -> None:
     """Raises UserError if a split is chosen though no data set is on the hub or in a folder: only those have splits."""
     have_splits = any(Path(name).is_dir() or (is_hub_id(name) and not os.path.lexists(name)) for name in names)
     if split != "train" and not have_splits:
-        raise UserError(f"{key}: {names[0]} has no split {split}; only hub data sets (OWNER/NAME) have splits")
+        raise UserError(key, f"{names[0]} has no split {split}", "only hub data sets (OWNER/NAME) have splits")
 
 
 def splits_of(folder: Path, key: str) -> dict[str, list[Path]]:
@@ -267,9 +267,9 @@ def splits_of(folder: Path, key: str) -> dict[str, list[Path]]:
     except FileNotFoundError:  # no file at all
         pass
     except ValueError as error:  # what looks like a part of a split has no split's name
-        raise UserError(f"{key}: {folder}: {first_line(error)}") from error
+        raise UserError(key, f"{folder}: {first_line(error)}") from error
     if not splits:
-        raise UserError(f"{key}: {folder} holds no data file ({', '.join(FORMS)}, plain or .gz)")
+        raise UserError(key, f"{folder} holds no data file ({', '.join(FORMS)}, plain or .gz)")
     return splits
 
 
@@ -328,7 +328,7 @@ def _union(columns: Iterable[Iterable[str]]) -> list[str]:
 def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
     splits = splits_of(folder, key)
     if split not in splits:
-        raise UserError(f"{key}: {folder} has no split {split}; its splits: {', '.join(splits)}")
+        raise UserError(key, f"{folder} has no split {split}", f"its splits: {', '.join(splits)}")
     return splits[split]
 
 
@@ -404,9 +404,9 @@ def _plain_text(path: Path, key: str) -> str:
         with _opened(path) as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path} is not UTF-8 text ({error})") from error
+        raise UserError(key, f"{path} is not UTF-8 text ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{key}: {path} cannot be read: {error}") from error
+        raise UserError(key, f"{path} cannot be read: {error}") from error
 
 
 def json_rows(path: Path, key: str) -> Iterator[Row]:
@@ -428,14 +428,14 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
                     rows = [json.loads(line)]
                 where, first = "", False
                 if not all(isinstance(row, dict) for row in rows):
-                    raise UserError(f"{key}: {path} must hold one JSON object per row")
+                    raise UserError(key, f"{path} must hold one JSON object per row")
                 yield from rows
     except UserError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
-        known = "" if _form(path) in FORMS else f"; files may be {', '.join(FORMS)}"
-        raise UserError(f"{key}: {path}{where} cannot be read as JSON or JSON lines: {reason}{known}") from error
+        known = None if _form(path) in FORMS else f"files may be {', '.join(FORMS)}"
+        raise UserError(key, f"{path}{where} cannot be read as JSON or JSON lines: {reason}", known) from error
 
 
 def csv_rows(path: Path, key: str) -> Iterator[Row]:
@@ -455,19 +455,18 @@ def csv_rows(path: Path, key: str) -> Iterator[Row]:
             reader = csv.DictReader(file, delimiter="\t" if _form(path) == ".tsv" else in_csv, strict=True)
             names = reader.fieldnames or []
             if len(set(names)) < len(names):
-                raise UserError(f"{key}: {path} has two columns of the same name: {', '.join(names)}")
+                raise UserError(key, f"{path} has two columns of the same name: {', '.join(names)}")
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(
-                        f"{key}: {path}, line {reader.line_num}, has {'more' if None in row else 'fewer'} values than "
-                        "the header; put values that contain the separator in quotes"
-                    )
+                    count = "more" if None in row else "fewer"
+                    problem = f"{path}, line {reader.line_num}, has {count} values than the header"
+                    raise UserError(key, problem, "put values that contain the separator in quotes")
                 yield row
     except UserError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
-        fix = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise UserError(f"{key}: {path} cannot be read as {_form(path)[1:].upper()}: {error}{fix}") from error
+        fix = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else None
+        raise UserError(key, f"{path} cannot be read as {_form(path)[1:].upper()}: {error}", fix) from error
 
 
 def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Row], list[str]]:
@@ -479,8 +478,8 @@ def _parquet_file(path: Path, key: str, columns: Sequence[str]) -> tuple[list[Ro
         table = pyarrow.parquet.read_table(path, columns=_readable(all_columns, columns), partitioning=None)
         return table.to_pylist(), all_columns
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        fix = "; save its texts as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise UserError(f"{key}: {path} cannot be read as parquet: {first_line(error)}{fix}") from error
+        fix = "save its texts as UTF-8" if isinstance(error, UnicodeDecodeError) else None
+        raise UserError(key, f"{path} cannot be read as parquet: {first_line(error)}", fix) from error
 
 
 # readers of files of rows by suffix: path, key and columns to read -> rows, and the names of all columns (None if only

@@ -31,9 +31,10 @@ def check(tokens: Tensor | Iterable[int], tokenizer: Any, rows: int, where: str)
     largest = int(tokens.max()) if isinstance(tokens, Tensor) and tokens.numel() else max(tokens, default=-1)
     if largest >= rows:
         raise UserError(
-            f"{where}: token id {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}) of the tokenizer is beyond "
-            f"the model's {rows:,} embeddings; use the tokenizer that the model was trained with, or resize the "
-            "model's embeddings"
+            where,
+            f"token id {largest:,} ({tokenizer.convert_ids_to_tokens(largest)!r}) of the tokenizer is beyond the "
+            f"model's {rows:,} embeddings",
+            "use the tokenizer that the model was trained with, or resize the model's embeddings",
         )
 
 

@@ -96,16 +96,18 @@ def check_tasks(names: list[str], include_path: str | None = None, tokenizer: An
             definition = _definition(task, include_path) or {}
             if definition.get("unsafe_code"):
                 raise UserError(
-                    f"eval.tasks: {name} executes model-generated code, which sppctl refuses; use lm_eval itself "
-                    "(--confirm_run_unsafe_code), in a sandbox"
+                    "eval.tasks",
+                    f"{name} executes model-generated code, which sppctl refuses",
+                    "use lm_eval itself (--confirm_run_unsafe_code), in a sandbox",
                 )
             kind = definition.get("output_type")
             if without_end and (
                 kind == "generate_until" or (kind == "loglikelihood_rolling" and tokenizer.bos_token_id is None)
             ):
                 raise UserError(
-                    f"eval.tasks: {task} ({kind}) needs an end-of-text token, but the tokenizer has none; "
-                    "set eos_token in the model's tokenizer_config.json"
+                    "eval.tasks",
+                    f"{task} ({kind}) needs an end-of-text token, but the tokenizer has none",
+                    "set eos_token in the model's tokenizer_config.json",
                 )
 
 

@@ -102,8 +102,9 @@ class DenseModel:
         size = model.get_output_embeddings().weight.shape[0]
         if reference is not None and reference.vocab_size != size:
             raise UserError(
-                f"eval.divergence: {self.directory} has {reference.vocab_size} logits, this model {size}; "
-                "compare models of the same family, or set it to null"
+                "eval.divergence",
+                f"{self.directory} has {reference.vocab_size} logits, this model {size}",
+                "compare models of the same family, or set it to null",
             )
         return reference
 

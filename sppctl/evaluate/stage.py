@@ -110,8 +110,9 @@ def _check_reference(config: Config, skeleton: Any) -> None:
     sizes = [int(model.get_text_config().vocab_size) for model in (reference, skeleton.config)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"eval.divergence: {name} has a vocabulary of {sizes[0]}, this model of {sizes[1]}; compare models of the "
-            "same family, or set it to null"
+            "eval.divergence",
+            f"{name} has a vocabulary of {sizes[0]}, this model of {sizes[1]}",
+            "compare models of the same family, or set it to null",
         )
     check_directory(directory, config.model.trust_remote_code)
 

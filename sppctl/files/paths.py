@@ -30,7 +30,7 @@ def expand(path: str) -> str:
         raise UserError(f"the path {path!r} contains a control character")
     variable = re.search(r"\$\{?(\w+)", path)
     if variable and variable[1] in os.environ:
-        raise UserError(f"{path}: ${variable[1]} is not replaced; write the full path, or let your shell replace it")
+        raise UserError(path, f"${variable[1]} is not replaced", "write the full path, or let your shell replace it")
     if not path.startswith("~"):
         return path
     current_user = path.partition("/")[0] == "~"
@@ -38,7 +38,7 @@ def expand(path: str) -> str:
     # an empty HOME would mean the root directory
     if expanded.startswith("~") or (current_user and os.environ.get("HOME") == ""):
         reason = "HOME is not set" if current_user else "there is no such user"
-        raise UserError(f"{path}: the home directory is not known ({reason}); write the full path")
+        raise UserError(path, f"the home directory is not known ({reason})", "write the full path")
     return expanded
 
 

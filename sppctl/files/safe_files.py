@@ -227,7 +227,7 @@ def adapter_file(directory: Path) -> Path:
     """The weights file of a PEFT adapter; raises UserError if there is none, or only a pickled one (never loaded)."""
     path = directory / ADAPTER_NAME
     if not path.is_file():
-        raise UserError(f"{directory}: this PEFT adapter has no {ADAPTER_NAME}{_pickled(directory)}")
+        raise UserError(str(directory), f"this PEFT adapter has no {ADAPTER_NAME}{_pickled(directory)}")
     return path
 
 

@@ -43,9 +43,9 @@ class Settings:
         """Raises UserError for what cannot be measured."""
         for name, value in (("batch", min(self.batches, default=0)), ("prompt", self.prompt), ("new", self.new)):
             if value < 1:
-                raise UserError(f"--{name}: {value} is not a positive number; try the default (--help)")
+                raise UserError(f"--{name}", f"{value} is not a positive number", "try the default (--help)")
         if self.repeats < 1:
-            raise UserError(f"--repeats: {self.repeats} is not a positive number; medians need 3 or more")
+            raise UserError("--repeats", f"{self.repeats} is not a positive number", "medians need 3 or more")
 
 
 def execute(path: str, settings: Settings) -> Bench:
@@ -59,8 +59,9 @@ def execute(path: str, settings: Settings) -> Bench:
     if limit is not None and settings.prompt + settings.new > limit:
         if not settings.shorten or settings.new >= limit:
             raise UserError(
-                f"--prompt {settings.prompt} and --new {settings.new}: together longer than the model's limit of "
-                f"{limit} tokens; give shorter ones"
+                f"--prompt {settings.prompt} and --new {settings.new}",
+                f"together longer than the model's limit of {limit} tokens",
+                "give shorter ones",
             )
         settings = replace(settings, prompt=limit - settings.new)
         console.note(f"bench: prompts of {settings.prompt} tokens, as the model has {limit} positions (--prompt)")

@@ -72,7 +72,7 @@ class Adapter:
             parts = MERGERS[kind].shapes(settings, 0, 0).keys()
         except KeyError as error:
             problem = f"adapter_config.json has no {error.args[0]}"
-            raise UserError(f"{directory}: {problem}; download the adapter again, or correct it") from error
+            raise UserError(str(directory), problem, "download the adapter again, or correct it") from error
         for name in files.specs:
             short = name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, ".")
             # parts may have dots (lora_A.weight)
@@ -88,7 +88,7 @@ class Adapter:
         for module, names in modules.items():
             if names.keys() != parts:
                 raise UserError(
-                    f"{directory}: {module} has {', '.join(sorted(names))}, expected {', '.join(sorted(parts))}"
+                    str(directory), f"{module} has {', '.join(sorted(names))}, expected {', '.join(sorted(parts))}"
                 )
         if not modules:
             raise UserError(f"{directory} adapts no layer; sppctl merges adapters of linear layers")
@@ -108,22 +108,26 @@ def _check_settings(directory: Path, kind: str, settings: Settings) -> None:
     """Raises UserError for a wrong number, or an option of PEFT that would make the merged weights differ."""
     scale = settings.get("scale")
     if kind in ("SPP", "MASKED_LORA") and not (isinstance(scale, int | float) and 0 < scale < math.inf):
-        raise UserError(f"{directory}: scale {scale!r} is not a positive, finite number; correct adapter_config.json")
+        raise UserError(
+            str(directory), f"scale {scale!r} is not a positive, finite number", "correct adapter_config.json"
+        )
     if kind not in ("LORA", "HIRA"):
         return
     for key, value in settings.items():
         if key in _USED | _WITHOUT_EFFECT or not value or value in _NEUTRAL.get(key, ()):
             continue
         fix = _FIXES.get(key, "merge it with PEFT (merge_and_unload) and prune the result")
-        raise UserError(f"{directory}: {key}={value!r} cannot be merged exactly under a mask; {fix}")
+        raise UserError(str(directory), f"{key}={value!r} cannot be merged exactly under a mask", fix)
     numbers = {"r": "rank_pattern"} | ({"lora_alpha": "alpha_pattern"} if kind == "LORA" else {})
     for key, patterns in numbers.items():
         values = settings.get(patterns) or {}
         if not isinstance(values, dict) or not all(map(_NAME.fullmatch, values)):
-            raise UserError(f"{directory}: {patterns}={values!r} cannot be merged; its keys must be names of modules")
+            raise UserError(
+                str(directory), f"{patterns}={values!r} cannot be merged", "its keys must be names of modules"
+            )
         for value in (settings.get(key), *values.values()):
             if not isinstance(value, int | float) or not math.isfinite(value) or (key == "r" and value <= 0):
-                raise UserError(f"{directory}: {key} {value!r} is not a valid number; correct adapter_config.json")
+                raise UserError(str(directory), f"{key} {value!r} is not a valid number", "correct adapter_config.json")
 
 
 def _replaces(name: str, settings: Settings) -> bool:

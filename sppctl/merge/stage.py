@@ -296,8 +296,9 @@ def _merge_matrix(prepared: Prepared, module: str, out: OwnFiles, mask: str) -> 
     weight = source.read(name)
     if prepared.masks.get(module, digest := integrity.mask_digest(weight)) != digest:
         raise UserError(
-            f"{source.files[source.home[name]].path}: {name} does not have the zeros that were recorded; nothing "
-            f"was published; prune again ({console.command('prune', '--force', run=prepared.pruned.parent)})"
+            str(source.files[source.home[name]].path),
+            f"{name} does not have the zeros that were recorded; nothing was published",
+            f"prune again ({console.command('prune', '--force', run=prepared.pruned.parent)})",
         )
     tensors = {part: adapter.files.read(key) for part, key in adapter.modules[module].items()}
     settings = adapter.settings_of(module)

@@ -340,8 +340,9 @@ class BlockStack(Decoder):
             tensor, view = (files or self.files).read(part.name), part.of(loaded)
             if tensor.shape != view.shape:
                 raise UserError(
-                    f"{self.files.directory}: {part.name} has shape {tuple(tensor.shape)}, "
-                    f"the model's is {tuple(view.shape)}; the files do not belong together"
+                    str(self.files.directory),
+                    f"{part.name} has shape {tuple(tensor.shape)}, the model's is {tuple(view.shape)}",
+                    "the files do not belong together",
                 )
             self._check_finite(part.name, tensor)
             view.copy_(tensor)
@@ -401,8 +402,9 @@ def refuse_quantised(files: TensorFiles) -> None:
         if dtype.itemsize == 1:
             short = dtype_name(dtype)
             raise UserError(
-                f"{files.directory}: {name} is stored as {short}; quantised checkpoints cannot be pruned, "
-                "use one in bfloat16, float16 or float32"
+                str(files.directory),
+                f"{name} is stored as {short}",
+                "quantised checkpoints cannot be pruned, use one in bfloat16, float16 or float32",
             )
 
 

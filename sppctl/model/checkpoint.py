@@ -84,7 +84,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a wrong value raises wherever transformers first uses it
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
-        raise UserError(f"{directory}: config.json cannot be used: {reason}") from error
+        raise UserError(str(directory), f"config.json cannot be used: {reason}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def select(targets: dict[str, Target], names: list[str] | str, skip: list[str], 
     patterns = [] if isinstance(names, str) else names
     for pattern, where in [*((n, key) for n in patterns), *((n, "prune.skip") for n in skip)]:
         if not any(matches(name, pattern) for name in targets):
-            raise UserError(f"{where}: {pattern!r} matches no linear layer; this model has {kinds} (or all-linear)")
+            raise UserError(where, f"{pattern!r} matches no linear layer", f"this model has {kinds} (or all-linear)")
     chosen = {
         name: target
         for name, target in targets.items()
@@ -162,7 +162,7 @@ def select(targets: dict[str, Target], names: list[str] | str, skip: list[str], 
         and not any(matches(name, pattern) for pattern in skip)
     }
     if not chosen:
-        raise UserError(f"{key}: nothing is left to prune; prune.skip leaves out everything that {names} matches")
+        raise UserError(key, "nothing is left to prune", f"prune.skip leaves out everything that {names} matches")
     return chosen
 
 

@@ -69,7 +69,9 @@ def check_weights(files: TensorFiles, model: Any) -> None:
         )
     file = getattr(config, "transformers_weights", None)
     if file not in (None, SINGLE_NAME, INDEX_NAME):
-        raise UserError(f"{directory}: config.json names {file!r} as transformers_weights; sppctl reads {SINGLE_NAME}")
+        raise UserError(
+            str(directory), f"config.json names {file!r} as transformers_weights", f"sppctl reads {SINGLE_NAME}"
+        )
     if getattr(config, "quantization_config", None) is not None:
         return
     if not any(files.spec(name).dtype.is_floating_point for name in files):
@@ -77,7 +79,7 @@ def check_weights(files: TensorFiles, model: Any) -> None:
     problems = list(dict.fromkeys(_problems(files, model)))
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        raise UserError(f"{directory}: {problems[0]}{more}; download it again, or correct its config.json")
+        raise UserError(str(directory), f"{problems[0]}{more}", "download it again, or correct its config.json")
 
 
 def refuse_random(place: str, info: dict[str, Any]) -> None:

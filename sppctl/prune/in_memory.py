@@ -97,7 +97,7 @@ def _prepared(config: Config, stack: Decoder, tokenizer_or_batches: Any, draws: 
     if needs_inputs(config.prune):
         if tokenizer_or_batches is None:
             method = config.prune.method
-            raise UserError(f"prune_model: {method} needs inputs; pass a tokenizer, or batches of token ids")
+            raise UserError("prune_model", f"{method} needs inputs", "pass a tokenizer, or batches of token ids")
         if not is_tokenizer:
             if draws:
                 raise UserError("prune_model", "calibration needs a tokenizer", "pass batches or calibration")
@@ -114,11 +114,11 @@ def _given(batches: Any, stack: Decoder) -> Drawn:
     tokens = _windows(batches)
     limit = max_window(stack.config)
     if limit is not None and tokens.shape[1] > limit:
-        raise UserError(f"prune_model: windows of {tokens.shape[1]} tokens exceed the model's {limit} positions")
+        raise UserError("prune_model", f"windows of {tokens.shape[1]} tokens exceed the model's {limit} positions")
     rows = vocabulary.embeddings(stack.model)
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
         raise UserError(
-            f"prune_model: token ids from {tokens.min()} to {tokens.max()}; the model has {rows} embeddings"
+            "prune_model", f"token ids from {tokens.min()} to {tokens.max()}", f"the model has {rows} embeddings"
         )
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
     sizes = {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
@@ -131,19 +131,21 @@ def _windows(batches: Any) -> Tensor:
         batches = [batches]
     if not isinstance(batches, Iterable) or isinstance(batches, str):
         kind = type(batches).__name__
-        raise UserError(f"prune_model: expected a tokenizer or batches of token ids, found a {kind}")
+        raise UserError("prune_model", f"expected a tokenizer or batches of token ids, found a {kind}")
     parts = []
     for batch in batches:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if mask is not None and not torch.as_tensor(mask).all():
-            raise UserError("prune_model: a batch is padded; calibrate on windows of equal length, without padding")
+            raise UserError("prune_model", "a batch is padded", "calibrate on windows of equal length, without padding")
         if isinstance(batch, Mapping) and "input_ids" not in batch:
-            raise UserError(f"prune_model: a batch has {', '.join(map(str, batch))}, but no input_ids")
+            raise UserError("prune_model", f"a batch has {', '.join(map(str, batch))}, but no input_ids")
         ids = torch.as_tensor(batch["input_ids"] if isinstance(batch, Mapping) else batch)
         if ids.dim() not in (1, 2) or ids.is_floating_point() or not ids.numel():
-            raise UserError(f"prune_model: a batch is {ids.dtype} {tuple(ids.shape)}, not token ids (samples, seq_len)")
+            raise UserError(
+                "prune_model", f"a batch is {ids.dtype} {tuple(ids.shape)}, not token ids (samples, seq_len)"
+            )
         parts.append(ids.reshape(-1, ids.shape[-1]).to("cpu", torch.int64))
     lengths = sorted({part.shape[1] for part in parts})
     if len(lengths) != 1:
-        raise UserError(f"prune_model: windows of {lengths or 'no'} tokens; all must have the same length")
+        raise UserError("prune_model", f"windows of {lengths or 'no'} tokens", "all must have the same length")
     return torch.cat(parts)

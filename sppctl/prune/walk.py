@@ -53,7 +53,7 @@ class Journal:
                         raise ValueError(f"it records block {entry.block}, not {number}")
                 except ValueError as error:
                     fix = start_again(path.parent)
-                    raise UserError(f"{path}: line {number + 1} is damaged ({error}); {fix}") from error
+                    raise UserError(str(path), f"line {number + 1} is damaged ({error})", fix) from error
                 self.blocks.append(entry)
             # an incomplete line would corrupt the next one
             if lines[-1]:
@@ -131,7 +131,7 @@ def _replay(
     for name, target in targets.items():
         weight = stack.matrix(target, out)
         if integrity.tensor_digest(weight) != entry.weights[name]:
-            raise UserError(f"{out.directory}: {name} does not match the journal; {start_again(out.directory)}")
+            raise UserError(str(out.directory), f"{name} does not match the journal", start_again(out.directory))
         if feeding is not None:
             target.view(stack.model).copy_(weight)
     if feeding is not None:

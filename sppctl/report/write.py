@@ -48,7 +48,7 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, latex: Path | N
     study = Study.of(run_dirs)
     if latex is not None and not study.rows:
         measure = console.command("eval", run=run_dirs[0])
-        raise UserError(f"--latex {latex}: nothing has been measured yet; run {measure} first")
+        raise UserError(f"--latex {latex}", "nothing has been measured yet", f"run {measure} first")
     chapters = [chapter(run) for run in study.runs]
     if len(run_dirs) > 1:
         for path, run, sections in zip(run_dirs, study.runs, chapters, strict=True):

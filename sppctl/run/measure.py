@@ -139,7 +139,7 @@ def _checkpoint_to_measure(run: Run, model: str) -> tuple[str, Path | None]:
             problem = f"{run.path(STAGE_OF[model])} does not exist yet"
             raise UserError("--model", problem, f"make it: {run.command(STAGE_OF[model])}") from error
         if "/" not in model and not Path(model).exists() and (hint := did_you_mean(model, (dense.BASE, *STAGE_OF))):
-            raise UserError(f"--model: {model} is not a checkpoint{hint}") from error
+            raise UserError("--model", f"{model} is not a checkpoint{hint}") from error
         raise
     labels = {(run.directory / name).resolve(): name for name in (dense.BASE, *STAGE_OF)}
     return labels.get(directory.resolve()) or _label(model, directory.resolve()), directory

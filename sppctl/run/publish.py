@@ -41,7 +41,7 @@ def exclusive(directory: Path) -> Iterator[None]:
                 problem = "another sppctl command is working in this directory; wait for it"
             else:
                 problem = f"cannot be locked ({error.strerror}); use a directory on a file system with locks"
-            raise UserError(f"{directory}: {problem}") from error
+            raise UserError(str(directory), problem) from error
         yield
 
 

@@ -86,23 +86,23 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     override_of = {text.partition("=")[0].strip(): text for text in overrides}
     run_dir = override_value("run.dir", override_of.pop("run.dir", "").partition("=")[2])
     if not isinstance(run_dir, str | None):
-        raise UserError(f"command line: run.dir: expected text, found {shown(run_dir)}")
+        raise UserError("command line: run.dir", f"expected text, found {shown(run_dir)}")
     directory = Path(paths.expand(run_dir or tree.get("dir") or f"runs/{path.stem}"))
     grid = {key: values for key, values in tree["grid"].items() if key not in override_of}
     if math.prod(map(len, grid.values())) > MOST_RUNS:
-        raise UserError(f"{path}: grid: more than {MOST_RUNS:,} combinations; split it into several sweeps")
+        raise UserError(f"{path}: grid", f"more than {MOST_RUNS:,} combinations", "split it into several sweeps")
     texts = {key: override_of[key].partition("=")[2] for key in tree["grid"] if key in override_of}
     fixed = {key: override_value(key, text) for key, text in texts.items()}
     points = expand(grid, tree.get("exclude") or [], fixed)
     if not points:
-        raise UserError(f"{path}: exclude: leaves no run")
+        raise UserError(f"{path}: exclude", "leaves no run")
     sweep = Sweep(path, directory)
     resolver = _Resolver(sweep, tree, override_of, [key for key, values in grid.items() if len(values) > 1])
     for point in points:
         resolver.add(point)
     raise_problems(resolver.problems, len(points))
     if len(sweep.runs) < len(points):
-        raise UserError(f"{path}: grid: two combinations would have the same directory; write values that differ")
+        raise UserError(f"{path}: grid", "two combinations would have the same directory", "write values that differ")
     return sweep
 
 

@@ -72,8 +72,8 @@ def write(sweep: Sweep, folder: Path, overrides: Sequence[str] = ()) -> Path:
     checkout, all_jobs = Path.cwd(), jobs(sweep, overrides)
     missing = {job.script for job in all_jobs if not (checkout / "scripts" / job.script).is_file()}
     if missing:
-        reason = f"--slurm: scripts/{min(missing)} does not exist; run sppctl from the root of its checkout"
-        raise UserError(reason)
+        problem = f"scripts/{min(missing)} does not exist"
+        raise UserError("--slurm", problem, "run sppctl from the root of its checkout")
     folder.mkdir(parents=True, exist_ok=True)
     for job in all_jobs:
         _save(folder / f"{job.name}.sh", _script(job, checkout))

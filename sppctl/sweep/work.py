@@ -137,7 +137,7 @@ def execute(sweep: Sweep, only: str | None = None, debug: bool = False) -> tuple
     """
     members = {member.name: member for member in sweep.members()}
     if only not in (None, REPORT, *members):
-        raise UserError(f"--only {only}: not one of {', '.join([*members, REPORT])}")
+        raise UserError(f"--only {only}", f"not one of {', '.join([*members, REPORT])}")
     if distributed.world_size() > 1:
         raise UserError("sppctl sweep starts the processes of its stages itself; call it without torchrun")
     if only is None:

@@ -59,33 +59,38 @@ def preflight(config: Config, skeleton: Skeleton, tokenizer: Any) -> None:
     theirs, ours = (c.get_text_config() for c in (checkpoint.load_config(directory, trust), skeleton.config))
     if theirs.vocab_size != ours.vocab_size:
         raise UserError(
-            f"train.distill.teacher: {teacher} has a vocabulary of {theirs.vocab_size} tokens, the model "
-            f"{ours.vocab_size}; the teacher must be of the same family"
+            "train.distill.teacher",
+            f"{teacher} has a vocabulary of {theirs.vocab_size} tokens, the model {ours.vocab_size}",
+            "the teacher must be of the same family",
         )
     shapes = [f"{c.num_hidden_layers} blocks of width {c.hidden_size}" for c in (theirs, ours)]
     if config.train.distill.hidden and shapes[0] != shapes[1]:
         raise UserError(
-            f"train.distill.hidden: {teacher} has {shapes[0]}, the model {shapes[1]}; set it to 0 for this teacher"
+            "train.distill.hidden", f"{teacher} has {shapes[0]}, the model {shapes[1]}", "set it to 0 for this teacher"
         )
     if config.train.distill.hidden and channel_order.order_of(directory) != channel_order.order_of(config.model.path):
         raise UserError(
-            f"train.distill.hidden: {teacher} has its channels in another order than the model "
-            "(prune.permute_channels); set it to 0 for this teacher"
+            "train.distill.hidden",
+            f"{teacher} has its channels in another order than the model (prune.permute_channels)",
+            "set it to 0 for this teacher",
         )
     check_directory(directory, trust)
     integrity.check_record(directory)
     try:
         teacher_tokenizer = checkpoint.load_tokenizer(directory, trust)
     except UserError as error:
-        raise UserError(f"train.distill.teacher: {error}; copy the model's tokenizer there if they share it") from error
+        raise UserError(
+            "train.distill.teacher", str(error), "copy the model's tokenizer there if they share it"
+        ) from error
     ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     # added tokens (special ones, mostly) may be missing: instruction-tuned models rename reserved ones
     added = tokenizer.get_added_vocab().keys() | teacher_tokenizer.get_added_vocab().keys()
     different = {token for token, _ in ids.items() ^ teacher_ids.items()} - (added & (ids.keys() ^ teacher_ids.keys()))
     if different:
         raise UserError(
-            f"train.distill.teacher: {teacher} assigns different ids to {len(different)} tokens than the model, "
-            f"{min(different)!r} among them; the teacher must have the model's tokenizer"
+            "train.distill.teacher",
+            f"{teacher} assigns different ids to {len(different)} tokens than the model, {min(different)!r} among them",
+            "the teacher must have the model's tokenizer",
         )
 
 

@@ -59,8 +59,9 @@ class Feed:
         self.settings = train
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "train: the tokenizer has no end-of-text token, which every response needs; "
-                "set eos_token in the model's tokenizer_config.json"
+                "train",
+                "the tokenizer has no end-of-text token, which every response needs",
+                "set eos_token in the model's tokenizer_config.json",
             )
         with distributed.first_process_first():
             self.rows = self._load(tokenizer)
@@ -79,8 +80,9 @@ class Feed:
         distilled = None if train.distill.teacher is None else train.distill.tokens
         if distilled == "text" and "window" not in kinds:
             raise UserError(
-                "train.distill.tokens: text, but train.data.dataset has no plain text; add some, such as c4, or set "
-                "responses"
+                "train.distill.tokens",
+                "text, but train.data.dataset has no plain text",
+                "add some, such as c4, or set responses",
             )
         # a step or a validation without any such example would divide 0 by 0
         self.train = examples[0].having("response" if distilled == "responses" else "labelled")
@@ -210,6 +212,7 @@ class Feed:
             error = 0.0 if module is None else batches.packing_error(module, pairs)
             if not error <= batches.EXACT:  # NaN is no proof
                 raise UserError(
-                    f"train.data.packing: packed examples attend to each other in this {role} (leakage {error:.2%}); "
-                    "set train.data.packing to false, and train.data.group_by_length to true to reduce padding"
+                    "train.data.packing",
+                    f"packed examples attend to each other in this {role} (leakage {error:.2%})",
+                    "set train.data.packing to false, and train.data.group_by_length to true to reduce padding",
                 )
