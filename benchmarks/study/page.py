@@ -88,14 +88,15 @@ def _introduction(scale: Scale, records: Records) -> str:
 
 This page is written by {source} {state} cells have been measured.
 
-SmolLM2-135M-Instruct, computed in float32. Calibration: 64 windows of 512 tokens of C4. Training: {scale.steps} steps
-of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the first {scale.max_tokens:,} tokens of
-WikiText-2's test split in windows of 2,048, and {rows} rows of Alpaca that no training reads, prompts included. Losses
-are in nats per token. Intervals are 95 % intervals of a bootstrap over windows or rows, paired where two checkpoints
-are compared, with the seeds averaged in each of them. A seed changes the calibration windows, the initialisation, and
-which rows are read in which order; what no claim is about has one seed. N:M means that N weights are kept in every M;
-percentages are shares of zeros. LoRA* is LoRA merged with the mask put back, of SPP's rank, 16, and so with nearly
-twice as many parameters."""
+SmolLM2-135M-Instruct, computed in float32, from `{cells.SHARED["model"]["gguf_file"]}`: weights that were once
+quantised to 4 bits, so the dense model is not quite the published one. Calibration: 64 windows of 512 tokens of C4.
+Training: {scale.steps} steps of 8 rows of Alpaca, of at most 512 tokens, without dropout. Perplexity: the first
+{scale.max_tokens:,} tokens of WikiText-2's test split in windows of 2,048, and {rows} rows of Alpaca that no training
+reads, prompts included. Losses are in nats per token. Intervals are 95 % intervals of a bootstrap over windows or rows,
+paired where two checkpoints are compared, with the seeds averaged in each of them. A seed changes the calibration
+windows, the initialisation, and which rows are read in which order; what no claim is about has one seed. N:M means that
+N weights are kept in every M; percentages are shares of zeros. LoRA* is LoRA merged with the mask put back, of SPP's
+rank, 16, and so with nearly twice as many parameters."""
 
 
 def _claims(findings: Findings) -> str:
@@ -357,17 +358,20 @@ def _time(pattern: str, row: recipes.Row, records: Records) -> str:
 def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tuple[str, float] | None:
     """Where a row was computed, and its seconds of pruning and training; None if the machine did anything else."""
     trained = records.get(recipes.cell_of(pattern, row, seed).name)
-    pruning = recipes.start_of(pattern, row, seed, records)
-    if trained is None or pruning is None:
+    if trained is None:
         return None
-    watched = [trained, trained.get("pruning") or pruning]  # a model need not be pruned for the cell that measures it
+    # a model need not be pruned for the cell that measures it; the first records watched the pruning only there
+    pruned = trained if trained.get("pruning") else recipes.start_of(pattern, row, seed, records)
+    if pruned is None:
+        return None
+    watched = [trained, pruned.get("pruning") or pruned]
     # the time of a stage is that of its last attempt
     if any(one.get("interrupted") for one in watched) or max(one["others"] for one in watched) > IDLE:
         return None
     places = {f"{one['hardware']} {one.get('boot')}" for one in watched}  # the first records have no boot
     if len(places) > 1:
         return None
-    return places.pop(), pruning["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
+    return places.pop(), pruned["stages"]["prune"]["seconds"] + trained["stages"]["train"]["seconds"]
 
 
 def _tasks(records: Records) -> str:

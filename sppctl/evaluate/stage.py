@@ -287,9 +287,7 @@ def execute(config: Config, job: Job) -> Results:
         if distributed.is_main():
             shutil.rmtree(_samples(job.path), ignore_errors=True)
         content = _empty_results(job.subject)
-    # otherwise the mean of a group would mix results from before and after its files changed
-    pending = {measure.task for measure in job.measures if isinstance(measure, TaskMeasure)}
-    outdated = [old for old in content.tasks if old.measure.task in pending and not tasks.is_current(config, old)]
+    outdated = _outdated(config, job, content.tasks)
     content.results = [result for result in content.results if result not in outdated]
     model = tokenizer = None
     shareable = [result for result in job.valid if isinstance(result, TaskResult)]
@@ -308,6 +306,22 @@ def execute(config: Config, job: Job) -> Results:
         if distributed.is_main():
             content.save(job.path)
     return content
+
+
+def _outdated(config: Config, job: Job, recorded: list[TaskResult]) -> list[TaskResult]:
+    """Results with which the mean of a group would mix what was measured before and after something changed."""
+    pending = [measure for measure in job.measures if isinstance(measure, TaskMeasure)]
+    names = {measure.task for measure in pending}
+    tokenizer = checkpoint.tokenizer_fingerprint(job.subject.directory)
+    generation = checkpoint.generation_fingerprint(job.subject.directory)
+
+    def is_outdated(result: TaskResult) -> bool:
+        if not tasks.is_member(config, result, pending):
+            return True
+        is_same_model = result.tokenizer == tokenizer and result.generation in (None, generation)
+        return result.measure.task in names and not (is_same_model and tasks.is_current(config, result))
+
+    return [result for result in recorded if is_outdated(result)]
 
 
 def _empty_results(subject: Subject) -> Results:

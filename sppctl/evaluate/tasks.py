@@ -41,6 +41,14 @@ def has_current_groups(config: Config, result: TaskResult) -> bool:
     return (result.numbers.groups, result.numbers.members) == _groups_and_size(config, result.measure)
 
 
+def is_member(config: Config, result: TaskResult, measures: Iterable[TaskMeasure]) -> bool:
+    """Whether the group of a result still has its task, if one of the measures is for that group."""
+    group = result.measure.group
+    if group is None or all(measure.group != group for measure in measures):
+        return True
+    return result.measure.task in harness.members(group, config.eval.include_path)
+
+
 def is_current(config: Config, result: TaskResult) -> bool:
     """Whether the files and data of a configured task are still those that its result recorded."""
     sources = result.numbers.sources

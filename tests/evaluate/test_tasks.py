@@ -235,6 +235,25 @@ def test_another_rule_of_a_group_needs_no_measuring(measure: Measure, folder: Pa
     assert len(asked) == 2
 
 
+def test_a_task_that_leaves_its_group_leaves_its_mean(measure: Measure, folder: Path, asked: Asked) -> None:
+    measure("eval.limit=3", names="sums", folder=folder)
+    (folder / "sums.yaml").write_text((folder / "sums.yaml").read_text().replace("large_sums", "read"))
+    after = measure("eval.limit=3", names="sums", folder=folder)
+    assert asked == ["small_sums", "large_sums", "read"]
+    assert [result.measure.task for result in after.tasks] == ["small_sums", "read"]
+
+
+def test_an_interrupted_measuring_with_another_tokenizer_mixes_nothing(
+    measure: Measure, recorded: Callable[[], Results], asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(names="sums")
+    monkeypatch.setattr(evaluate.checkpoint, "tokenizer_fingerprint", lambda directory: "another")
+    asked.fails_at = len(asked) + 2
+    with pytest.raises(StageError):
+        measure(names="sums")
+    assert names(recorded()) == ["sums mean of 1 of 2 tasks", "small_sums (sums)"]
+
+
 def test_another_tokenizer_makes_results_stale(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     (before,) = measure().tasks
     monkeypatch.setattr(evaluate.checkpoint, "tokenizer_fingerprint", lambda directory: "another")

@@ -345,6 +345,15 @@ def test_a_model_that_is_half_dense_meets_no_expectation(tmp_path: Path) -> None
     assert violations(measure(tmp_path)[0], pattern("2:4")) == cross_block, "a record that does not match is not used"
 
 
+def test_a_ratio_rounded_down_in_every_block_of_columns_is_met(tmp_path: Path) -> None:
+    # SparseGPT, blocks of 128 columns: 64 x 128 x 0.6 = 4,915.2, so 5 x 4,915 zeros of 24,576
+    for zeros, problems in ((24_575, []), (24_535, ["w: sparsity 0.5990 is below 0.6"])):
+        (tmp_path / str(zeros)).mkdir()
+        weight = torch.ones(64, 640)
+        weight.view(-1)[:zeros] = 0
+        assert violations(measure(saved(tmp_path / str(zeros), w=weight))[0], pattern("0.6")) == problems
+
+
 def test_what_the_record_lists_is_sparse_however_few_its_zeros(llama: Path, tmp_path: Path) -> None:
     directory = pruned(llama, tmp_path, "0.04", along_first=False)
     assert violations(measure(directory)[0], pattern("0.04")) == ["no matrix is sparse at all"]
