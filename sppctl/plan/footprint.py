@@ -69,6 +69,21 @@ class Activations:
         return max(in_loss, in_block)
 
 
+def num_parameters(skeleton: Skeleton) -> int:
+    """Parameters of a model; on the meta device, an output head tied to the embeddings is a separate parameter."""
+    total = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    head = skeleton.model.get_output_embeddings()
+    tied = skeleton.config.get_text_config().tie_word_embeddings
+    if tied and head is not None and head.weight is not skeleton.model.get_input_embeddings().weight:
+        total -= head.weight.numel()
+    return total
+
+
+def mask_bytes(method: str, trainable: int) -> int:
+    """Bytes of the masks that an adapter with so many trainable parameters holds: those of ste, a byte per weight."""
+    return trainable if method == "ste" else 0
+
+
 def projections(linears: Iterable[str]) -> list[tuple[list[str], str]]:
     """Linear layers by module, in the model's order: those that share the module's input, and its output projection."""
     modules: dict[str, list[str]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,19 @@ from sppctl.errors import UserError
 from sppctl.model import architecture, checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import Target
-from sppctl.plan import footprint
+from sppctl.plan import footprint, strategies
 from sppctl.plan import storage as plan_storage
+from sppctl.plan import teacher as teachers
 from sppctl.plan.footprint import FLOAT, Batch
+from sppctl.plan.footprint import num_parameters as num_parameters
+from sppctl.plan.strategies import OnGpu
+from sppctl.plan.teacher import Teacher
 from sppctl.prune.choose import planned_patterns
 from sppctl.train import scope
+from sppctl.train.distill import BASE
 
 GPUS = (1, 2, 4, 8)
 LITTLE = 20  # times the weights: with more memory than that, how they are kept does not matter
-STRATEGIES = ("ddp", "fsdp", "zero3")
 METHODS = ("spp", "spp without beta", "lora", "hira", "masked_lora", "masked_full", "ste")
 ALPACA_ROWS = 52_002
 KNOWN_ROWS = dict.fromkeys(("alpaca", "tatsu-lab/alpaca", "alpaca-gpt4", "vicgalle/alpaca-gpt4"), ALPACA_ROWS)
@@ -68,20 +71,6 @@ class Trainable:
     by_method: dict[str, int]
     optimizer: str
     optimizer_by_method: dict[str, int]  # bytes of its state
-
-
-@dataclass(frozen=True)
-class OnGpu:
-    """Bytes on each of several GPUs, and the sizes of GPU (in GB) that have room for the total."""
-
-    gpus: int
-    strategy: str
-    gradient_checkpointing: bool
-    weights: int
-    training_state: int
-    activations_peak: int
-    total: int
-    fits_gb: list[int]
 
 
 @dataclass(frozen=True)
@@ -146,6 +135,20 @@ class Plan:
     pruning: plan_storage.Pruning
     disk: dict[str, int]
     packed: Memory | None  # on packed weights; None if the method or the strategy needs dense ones
+    teacher: Teacher | None
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What the memory of a training depends on, besides the dtype that is computed in."""
+
+    config: Config
+    skeleton: Skeleton
+    targets: dict[str, Target]  # that are trained
+    trainable: Trainable
+    teacher: Teacher | None
+    processes: int
+    stored: str  # dtype of the pruned checkpoint
 
 
 def execute(config: Config) -> Plan:
@@ -153,25 +156,25 @@ def execute(config: Config) -> Plan:
 
     Raises:
         UserError: an unknown model, no such targets, a rank that is too large, an impossible batch size, a strategy
-            that cannot divide the training.
+            that training refuses.
     """
     model = config.model
     assert model.path is not None
     shapes, source = architecture.load(model.path, model.gguf_file, model.revision, model.trust_remote_code)
     scope.check_dtype(config)
-    scope.check_optimizer(config)
-    scope.check_teacher(config)
     # of the pruned checkpoint; known before the model is built, which overwrites the configuration's
     dtype = getattr(shapes, "dtype", None) or torch.float32
     stored = checkpoint.dtype_of(model.dtype, None if model.gguf_file is not None else dtype)
     skeleton = Skeleton(shapes, trust_remote_code=model.trust_remote_code)
     targets = scope.adapted(config, skeleton)
     processes = launch.configured_processes(config)
+    strategies.check(config, skeleton, targets, processes)
     steps = _steps(config, processes)
     parameters = num_parameters(skeleton)
     trainable = _trainable(config.train, targets, parameters)
     compute = _computed_in(config, stored, training=True)
-    memory = partial(_memory, config, skeleton, targets, trainable, processes, stored)
+    teacher = teachers.find(config, skeleton)
+    memory = partial(_memory, _Training(config, skeleton, targets, trainable, teacher, processes, stored))
     # the dtype of a machine with native support, which GPUs are assumed to have if this machine has none to ask
     narrow = machine.training_dtype(stored)
     no_gpu = model.device == model.compute_dtype == "auto" and not torch.cuda.is_available()
@@ -182,7 +185,9 @@ def execute(config: Config) -> Plan:
     needed = memory(on_gpus)
     without_training = _computed_in(config, stored).dtype
     pruning = plan_storage.pruning(config, skeleton, without_training)
-    scratch = plan_storage.scratch(config, skeleton, pruning.hidden_states, without_training)
+    evaluated = {without_training, _computed_in(config, plan_storage.merged_dtype(config, stored)).dtype}
+    scratch = plan_storage.scratch(config, skeleton, pruning.hidden_states, evaluated)
+    adapter = plan_storage.adapter(config, skeleton, targets, trainable.parameters, stored)
     computing = compute.text if on_gpus == compute.dtype else f"{compute.text}, on GPUs in {on_gpus}"
     return Plan(
         model=Model(model.path, source, stored, compute.dtype, computing, parameters, len(skeleton.blocks)),
@@ -190,8 +195,9 @@ def execute(config: Config) -> Plan:
         memory=replace(needed, as_stored=as_stored),
         steps=steps,
         pruning=pruning,
-        disk=plan_storage.disk(config, parameters, stored, needed.adapter, needed.optimizer, scratch),
+        disk=plan_storage.disk(config, parameters, stored, adapter, needed.optimizer, scratch),
         packed=None if scope.cannot_pack(config, processes).lines else memory(on_gpus, packed=True),
+        teacher=teacher,
     )
 
 
@@ -217,20 +223,21 @@ def trains_packed(config: Config, pruned: Path, dtype: str) -> bool:
         return config.model.weights == "packed"
     if scope.cannot_pack(config, distributed.world_size()).lines:
         return False
-    device = checkpoint.pick_device(config.model.device)
+    device, teacher = checkpoint.pick_device(config.model.device), config.train.distill.teacher
     # processes on the CPU of a machine share its memory
     sharing = distributed.local_world_size() if device.type == "cpu" else 1
     room = int(machine.free_memory(device) * footprint.USABLE / sharing)
-    if LITTLE * checkpoint.weight_bytes(pruned, dtype) < room:  # packing would not matter
+    # packing would not matter; a teacher other than the dense model may be far larger than the weights
+    if teacher in (None, BASE) and LITTLE * checkpoint.weight_bytes(pruned, dtype) < room:
         return False
     dense, packed = bytes_on_each_device(config), bytes_on_each_device(config, packed=True)
     if dense is None or packed is None or dense <= room or packed >= dense:
         return False
     sizes = [f"{size / 2**30:.1f} GiB" for size in (dense, packed, room)]
-    teacher = "" if config.train.distill.teacher is None else "; the teacher stays dense unless it is sparse"
+    stays = "" if teacher is None else "; the teacher stays dense unless it is sparse"
     console.note(
         f"model.weights: training needs {sizes[0]} with dense weights and {sizes[1]} with packed ones by plan; "
-        f"{sizes[2]} are free, so they are packed{teacher}"
+        f"{sizes[2]} are free, so they are packed{stays}"
     )
     return True
 
@@ -249,16 +256,6 @@ def _computed_in(config: Config, stored: str, *, training: bool = False) -> mach
             dtype = configured
         return machine.Compute(dtype, f"computing in {dtype}, if {config.model.device} supports it")
     return machine.choose_dtype(configured, stored, device, training=training)
-
-
-def num_parameters(skeleton: Skeleton) -> int:
-    """Parameters of a model; on the meta device, an output head tied to the embeddings is a separate parameter."""
-    total = sum(parameter.numel() for parameter in skeleton.model.parameters())
-    head = skeleton.model.get_output_embeddings()
-    tied = skeleton.config.get_text_config().tie_word_embeddings
-    if tied and head is not None and head.weight is not skeleton.model.get_input_embeddings().weight:
-        total -= head.weight.numel()
-    return total
 
 
 def trainable_shapes(method: str, rank: int, target: Target) -> list[tuple[int, int]]:
@@ -299,20 +296,12 @@ def _trainable(train: TrainConfig, targets: dict[str, Target], parameters: int) 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _memory(
-    config: Config,
-    skeleton: Skeleton,
-    targets: dict[str, Target],
-    trainable: Trainable,
-    processes: int,
-    stored: str,
-    dtype: str,
-    packed: bool = False,
-) -> Memory:
+def _memory(training: _Training, dtype: str, packed: bool = False) -> Memory:
     """Bytes of a training, in total and per GPU.
 
     Adapter and gradients are float32; weights and activations have the dtype that is computed in.
     """
+    config, skeleton, targets, trainable = training.config, training.skeleton, training.targets, training.trainable
     train, d = config.train, machine.torch_dtype(dtype).itemsize
     batch = _batch(train, d)
     activations = footprint.activations(skeleton, targets, batch, train.method, train.dropout)
@@ -320,23 +309,21 @@ def _memory(
     widest = batch.tokens * max(max(t.out_features, t.in_features) for t in targets.values()) * d
     weights, adapter = num_parameters(skeleton) * d, FLOAT * trainable.parameters
     optimizer = trainable.optimizer_by_method[trainable.method]
-    # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks, a byte for each weight
-    masks = trainable.parameters if train.method == "ste" else 0
-    # the teacher's weights, and its and the student's distributions over the vocabulary
-    teacher = weights + 2 * activations.logits if train.distill.teacher is not None else 0
-    if teacher and train.distill.hidden:  # its hidden states, and in float32 the student's difference from them
-        text = skeleton.config.get_text_config()
-        teacher += (d + FLOAT) * batch.tokens * text.hidden_size * text.num_hidden_layers
+    # full tuning trains a float32 copy beside the frozen weight; ste also holds its masks
+    masks, teacher = footprint.mask_bytes(train.method, trainable.parameters), 0
+    if training.teacher is not None:
+        teacher = training.teacher.memory(skeleton.config.get_text_config(), batch, train.distill.hidden > 0)
     blocks = [d * sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
-    weights -= _saved_by_packing(config, skeleton, d, stored) if packed else 0
+    weights -= _saved_by_packing(config, skeleton, d, training.stored) if packed else 0
     peaks = {
         checkpointing: activations.peak(checkpointing, kernel, widest) + teacher for checkpointing in (False, True)
     }
     per_gpu: list[OnGpu] = []
-    for gpus in sorted({*GPUS, processes}):
-        for strategy in _strategies(train, gpus, packed):
-            share, state = _shares(weights, weights - sum(blocks), max(blocks), adapter, optimizer, gpus, strategy)
-            per_gpu += _on_gpus(gpus, strategy, share, state + masks, peaks)
+    for gpus in sorted({*GPUS, training.processes}):
+        for strategy in strategies.possible(config, skeleton, targets, gpus, packed):
+            sizes = weights, weights - sum(blocks), max(blocks), adapter, optimizer
+            share, state = strategies.shares(*sizes, gpus, strategy)
+            per_gpu += strategies.on_gpus(gpus, strategy, share, state + masks, peaks)
     return Memory(
         weights=weights,
         adapter=adapter,
@@ -366,33 +353,6 @@ def _batch(train: TrainConfig, itemsize: int) -> Batch:
     """The rows on a device, as long as ``train.data.seq_len``; batches of shorter examples need less. Packed: one."""
     batch = Batch(train.micro_batch_size, train.data.seq_len, itemsize)
     return Batch(1, batch.tokens, itemsize) if train.data.packing else batch
-
-
-def _strategies(train: TrainConfig, gpus: int, packed: bool) -> Sequence[str]:
-    """Those that divide a training: other optimizers and packed weights cannot be sharded, a teacher not by zero3."""
-    if gpus == 1 or train.optimizer != "adamw" or packed:
-        return ("ddp",)
-    return STRATEGIES if train.distill.teacher is None else ("ddp", "fsdp")
-
-
-def _on_gpus(gpus: int, strategy: str, share: int, state: int, peaks: Mapping[bool, int]) -> Iterator[OnGpu]:
-    """What each GPU holds, by gradient checkpointing; ``peaks``: of all that a step adds to weights and state."""
-    for checkpointing, peak in peaks.items():
-        total = share + state + peak
-        yield OnGpu(gpus, strategy, checkpointing, share, state, peak, total, footprint.fits(total))
-
-
-def _shares(
-    weights: int, outside: int, block: int, adapter: int, optimizer: int, gpus: int, strategy: str
-) -> tuple[int, int]:
-    """Bytes of weights, and of adapter, gradients and optimizer, on each of several GPUs.
-
-    ddp: all of them, and the gradients again in the buckets that are reduced. fsdp and zero3: a share of everything,
-    and unsharded what is in use: embeddings and head (``outside``), the running block and the next.
-    """
-    if strategy == "ddp":
-        return weights, (2 if gpus == 1 else 3) * adapter + optimizer
-    return weights // gpus + outside + 2 * block, (2 * adapter + optimizer) // gpus
 
 
 def _steps(config: Config, processes: int) -> Steps:

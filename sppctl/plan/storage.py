@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sppctl.config.settings import Config, PruneConfig
+from sppctl.config.settings import Config, EvalConfig, PruneConfig
+from sppctl.data import texts
 from sppctl.machine import torch_dtype
+from sppctl.model import checkpoint
 from sppctl.model.blocks import Skeleton
 from sppctl.model.targets import Target
 from sppctl.plan import footprint
@@ -14,6 +17,8 @@ from sppctl.plan.footprint import FLOAT
 from sppctl.prune.choose import hidden_states_per_token, inside_a_block, needs_inputs, windows_at_a_time
 from sppctl.pruners import Hessian, InputMoments
 from sppctl.pruners.registry import find_pruner
+
+DEFAULT_WINDOW = 2048  # tokens; that of sppctl.evaluate.perplexity, which the plan does not import
 
 
 @dataclass(frozen=True)
@@ -103,36 +108,67 @@ def _outside(skeleton: Skeleton) -> int:
     return sum(parameter.numel() for parameter in skeleton.model.parameters() if id(parameter) not in left_out)
 
 
-def scratch(config: Config, skeleton: Skeleton, hidden_states: int, dtype: str) -> int:
+def scratch(config: Config, skeleton: Skeleton, hidden_states: int, dtypes: Iterable[str]) -> int:
     """Bytes of the hidden states that pruning (with ``prune.memory=disk``) or the evaluation keeps on disk for a while.
 
     Args:
         config: of the run.
         skeleton: of its model.
         hidden_states: bytes of those that pruning keeps.
-        dtype: of the evaluation, which keeps the dense model's; only texts cut by ``eval.max_tokens`` have a known
-            length.
+        dtypes: different ones that checkpoints are evaluated in; the dense model's hidden states are kept in each.
     """
-    measure, hidden = config.eval, skeleton.config.get_text_config().hidden_size * torch_dtype(dtype).itemsize
-    tokens = 0 if measure.divergence is None else len(measure.perplexity) * (measure.max_tokens or 0)
-    return max(hidden_states if config.prune.memory == "disk" else 0, tokens * hidden)
+    measure, width = config.eval, skeleton.config.get_text_config().hidden_size
+    window = measure.seq_len or min(DEFAULT_WINDOW, checkpoint.max_window(skeleton.config) or DEFAULT_WINDOW)
+    rows = 0 if measure.divergence is None else sum(_rows(measure, text, window) for text in measure.perplexity)
+    kept = rows * width * sum(torch_dtype(dtype).itemsize for dtype in dtypes)
+    return max(hidden_states if config.prune.memory == "disk" else 0, kept)
+
+
+def _rows(measure: EvalConfig, text: str, window: int) -> int:
+    """Tokens in all windows of a text, which overlap if ``eval.stride`` is shorter; 0 if its length is unknown.
+
+    It is known, at most, if ``eval.max_tokens`` or the text's protocol limits it.
+    """
+    limits = [measure.max_tokens, texts.C4_WINDOWS * window if text == "c4" else None]
+    tokens = min((limit for limit in limits if limit is not None), default=0)
+    # the last window that is not full is left out
+    return max(0, (tokens - window) // (measure.stride or window) + 1) * window
+
+
+def adapter(config: Config, skeleton: Skeleton, targets: Mapping[str, Target], trainable: int, stored: str) -> int:
+    """Bytes of a saved adapter of the trained ``targets``, with the files that belong to it.
+
+    Parameters in float32 and the masks of ste. A refresh of the mask adds the pruned matrices that it changes, all of
+    them at most, in the dtype ``stored`` of the pruned checkpoint.
+    """
+    size = FLOAT * trainable + footprint.mask_bytes(config.train.method, trainable)
+    if config.train.refresh.steps is None:
+        return size
+    pruned = skeleton.targets(config.prune.targets, config.prune.skip)
+    refreshed = [target for name, target in targets.items() if name in pruned]
+    weights = sum(target.out_features * target.in_features for target in refreshed)
+    return size + weights * torch_dtype(stored).itemsize
+
+
+def merged_dtype(config: Config, stored: str) -> str:
+    """The dtype of the merged checkpoint."""
+    return stored if config.merge.dtype == "auto" else config.merge.dtype
 
 
 def disk(config: Config, parameters: int, stored: str, adapter: int, optimizer: int, temporary: int) -> dict[str, int]:
-    """Bytes of the run directory, from those of the adapter and of the optimizer's state, which a checkpoint holds.
+    """Bytes of the run directory, from those of a saved :func:`adapter` and of the optimizer's state.
 
-    One checkpoint more exists while saving, and another with the best adapter (``train.keep_best``). ``temporary``: the
-    bytes of :func:`scratch`.
+    A checkpoint holds both. One more exists while saving, and another with the best adapter (``train.keep_best``).
+    ``temporary``: the bytes of :func:`scratch`.
     """
     checkpoints = config.train.keep_checkpoints + 1 + (config.train.keep_best is not None)
     weights = parameters * torch_dtype(stored).itemsize
-    merged = stored if config.merge.dtype == "auto" else config.merge.dtype
     parts = {
         "base": weights if config.model.gguf_file is not None else 0,
         "pruned": weights,
         "adapter": adapter,
         "checkpoints": checkpoints * (adapter + optimizer),
-        "merged": parameters * torch_dtype(merged).itemsize,
+        "merged": parameters * torch_dtype(merged_dtype(config, stored)).itemsize,
         "scratch": temporary,
     }
     return parts | {"total": sum(parts.values())}

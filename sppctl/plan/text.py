@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sppctl.config.settings import Config
-from sppctl.plan.footprint import GPU_SIZES
-from sppctl.plan.run import Memory, OnGpu, Plan, Steps, Trainable
+from sppctl.plan.footprint import FLOAT, GPU_SIZES, mask_bytes
+from sppctl.plan.run import Memory, Plan, Steps, Trainable
+from sppctl.plan.strategies import OnGpu
+from sppctl.plan.teacher import Teacher
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
@@ -44,8 +46,8 @@ def _parameters(trainable: Trainable) -> Iterator[Table]:
             (
                 f"{name} (chosen)" if name == trainable.method else name,
                 f"{count:,}",
-                gib(4 * count),
-                gib(4 * count + trainable.optimizer_by_method[name]),
+                gib(FLOAT * count + mask_bytes(name, count)),
+                gib(FLOAT * count + trainable.optimizer_by_method[name]),
             )
             for name, count in trainable.by_method.items()
         ],
@@ -126,6 +128,7 @@ def sentences(plan: Plan, config: Config) -> Iterator[str]:
         f"({model.source}); {model.computing}."
     )
     yield f"{trainable.method} trains {trainable.parameters:,} parameters, {trainable.share:.2%} of the model."
+    yield from _teacher(plan.teacher)
     yield _steps(plan.steps, config)
     processes, configured = plan.steps.processes, config.train.gradient_checkpointing
     possible = [entry.strategy for entry in plan.memory.per_gpu if entry.gpus == processes]
@@ -140,6 +143,17 @@ def sentences(plan: Plan, config: Config) -> Iterator[str]:
         f"Pruning needs {gib(pruning.peak)} GiB, {gib(pruning.peak - pruning.hidden_states)} if the hidden "
         f"states are kept off the device (prune.memory); the run directory needs {gib(plan.disk['total'])} GiB."
     )
+
+
+def _teacher(teacher: Teacher | None) -> Iterator[str]:
+    """Whose sizes are counted for a teacher that is another checkpoint."""
+    if teacher is None:
+        return
+    if teacher.problem is not None:
+        counted = f"The teacher {teacher.path} is counted as large as the model, because its sizes are unknown"
+        yield f"{counted}: {teacher.problem}."
+    elif teacher.source is not None:
+        yield f"The teacher {teacher.path} has {teacher.parameters:,} parameters ({teacher.source})."
 
 
 def _as_stored(memory: Memory, entry: OnGpu) -> Iterator[str]:
