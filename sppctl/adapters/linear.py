@@ -87,7 +87,7 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        source = self.weight.data if self._weight_before_merge is None else self._weight_before_merge
+        source = self._unmerged_weight()
         merged = self.effective_weight(source, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(names)} gives values that are not finite; the adapter is broken")
@@ -100,10 +100,14 @@ class SparseLinear(nn.Module, BaseTunerLayer, Generic[C]):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._weight_before_merge is not None
-        self.weight.data = self._weight_before_merge
+        self.weight.data = self._unmerged_weight()
         self._weight_before_merge = None
         self.merged_adapters.clear()
+
+    def _unmerged_weight(self) -> Tensor:
+        """The weight as it was before the first merge, on the device and in the dtype that the model has by now."""
+        weight, before = self.weight.data, self._weight_before_merge
+        return weight if before is None else before.to(weight.device, weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features), under the active adapters."""

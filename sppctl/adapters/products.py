@@ -134,7 +134,7 @@ def autocast_inputs(
     Raises:
         ValueError: without autocast, x and the weight differ in dtype.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves as it is
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = bias if bias is None else bias.to(x.dtype)
     elif x.dtype != weight.dtype:

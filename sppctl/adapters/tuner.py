@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ class SparseTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's method, which wraps the target layers; warns if their zeros are not what the adapter is for."""
+        # a copy, because what is set in it below belongs to this model, and the caller may adapt another one with his
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         result = super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, SparseConfig)

@@ -149,7 +149,7 @@ def _merge_lora(weight: Tensor, tensors: Tensors, settings: Settings, dtype: tor
 
 
 def _merge_hira(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
-    return round_under_mask(torch.addcmul(weight.float(), weight.float(), b @ a), weight, dtype)
+    return round_under_mask(torch.addcmul(weight.float(), weight.float(), b.float() @ a.float()), weight, dtype)
 
 
 def _merge_masked_lora(weight: Tensor, a: Tensor, b: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:

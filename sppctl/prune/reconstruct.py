@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +96,7 @@ def _tune(
     schedule = get_scheduler(
         settings.reconstruct_scheduler, optimizer, num_warmup_steps=0, num_training_steps=len(steps)
     )
+    scaler = _scaler(unit.dense, settings.reconstruct_batch_size, next(iter(pruned.values())).dtype)
     for step in steps:
         first, count = step[0].start, step[-1].stop - step[0].start
         sizes = _squares(unit.dense[first : first + count].to(stack.device))
@@ -105,8 +107,9 @@ def _tune(
                 output = unit.output(stack, index, activations, rows, tuned()).float()
                 errors = _squares(output - unit.dense[rows].to(output.device))
                 relative = errors / sizes[rows.start - first : rows.stop - first]
-                (relative.mean() * len(relative) / count).backward()
-        optimizer.step()
+                scaler.scale(relative.mean() * len(relative) / count).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         schedule.step()
     for name, weight in tuned().items():
@@ -120,6 +123,14 @@ def _tune(
     for name, parameter in stored.items():
         parameter.data.copy_(pruned[name])
     return BlockErrors(before, before)
+
+
+def _scaler(dense: Tensor, batch_size: int, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Scales the loss up where gradients of a mean over so many outputs would be too small for float16."""
+    outputs = batch_size * dense[0].numel()
+    return torch.amp.GradScaler(
+        dense.device.type, init_scale=2.0 ** int(math.log2(outputs)), enabled=dtype == torch.float16
+    )
 
 
 def _functional(block: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -69,6 +69,7 @@ def check_weight(weight: Tensor, pattern: Pattern, name: str = "weight") -> None
         raise ValueError(f"{name} holds values that are not finite (NaN or infinity); the checkpoint is broken")
 
 
+@torch.no_grad()
 def prune_linear(
     weight: Tensor,
     inputs: Tensor | None = None,
@@ -103,6 +104,9 @@ def prune_linear(
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"the mask is {mask.dtype} {tuple(mask.shape)}; expected bool {tuple(weight.shape)}")
     pruner, statistics = PRUNERS.get(method) or plugins.find(plugins.PRUNERS, method), None
+    if unknown := options.keys() - set(pruner.options):
+        known = ", ".join(pruner.options) or "none"
+        raise ValueError(f"method {method} has no option {min(unknown)}; its options: {known}")
     if pruner.statistics is not None:
         if inputs is None or inputs.numel() == 0:
             raise ValueError(f"method {method} needs the layer's inputs, (tokens, in_features)")

@@ -53,6 +53,8 @@ def prune_sparsegpt(
     Raises:
         ValueError: the Hessian cannot be factorised, or ``damp`` is not positive and finite.
     """
+    if block_size < 1:
+        raise ValueError(f"block_size = {block_size} is not a positive number of columns")
     if act_order:
         order = act_order_of(weights, statistics, math.lcm(*(pattern.group or 1 for pattern in patterns)))
         pruned, damp = prune_sparsegpt(

@@ -423,3 +423,12 @@ def test_the_moment_equals_the_literal_sum(
         for dy, x in zip(grad_output.double(), inputs.double(), strict=True):
             expected += dy[:, None] * x
         assert torch.equal(products.moment_of(grad_output, inputs), expected.to(dtype))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    layer = Layer.of("spp")
+    x, weight, alpha, beta = doubles(layer.x, layer.weight, *layer.factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = spp_linear(x, weight, None, [(alpha, beta, SCALE, 0.0)])
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, F.linear(x, weight + spp_delta(weight, alpha, beta)), rtol=1e-6, atol=1e-6)

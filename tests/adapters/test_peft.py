@@ -164,6 +164,19 @@ def test_safe_merge_refuses_a_broken_adapter(pruned: nn.Module) -> None:
         model.merge_and_unload(safe_merge=True)
 
 
+def test_a_merged_model_may_be_converted(llama: Path, ids: Tensor) -> None:
+    model = get_peft_model(pruned_llama(llama), random_spp(), adapter_name="first").eval()
+    model.add_adapter("second", random_spp(r=2))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if "base_layer" in name}
+    model.merge_adapter(["first"])
+    model.bfloat16()
+    model.merge_adapter(["second"])
+    assert model(ids).logits.dtype == torch.bfloat16
+    model.unmerge_adapter()
+    after = {name: parameter for name, parameter in model.named_parameters() if "base_layer" in name}
+    assert all(torch.equal(parameter, before[name].bfloat16()) for name, parameter in after.items())
+
+
 def test_two_adapters_switch_and_disable(pruned: nn.Module, ids: Tensor) -> None:
     plain = pruned(ids).logits
     torch.manual_seed(0)
@@ -303,6 +316,8 @@ def test_without_beta_nothing_is_made_anew_in_a_forward_pass() -> None:
 def test_the_start_is_named_as_in_the_configuration() -> None:
     starts = {name: SppConfig(init_weights=name).init_weights for name in ("zero_beta", "random", "ones")}
     assert starts == {"zero_beta": True, "random": False, "ones": "ones"}
+    numbers: Any = (1, 0)  # equal to True and False
+    assert [SppConfig(init_weights=number).init_weights is bool(number) for number in numbers] == [True, True]
     with pytest.raises(ValueError, match="init_weights = 'gaussian' is not one of"):
         SppConfig(init_weights="gaussian")
 

@@ -48,6 +48,20 @@ def test_other_zeros_are_named(llama: Path, tmp_path: Path) -> None:
         PeftModel.from_pretrained(other, tmp_path)
 
 
+def test_a_configuration_serves_several_models(llama: Path) -> None:
+    other = pruned_llama(llama)
+    weight = other.model.layers[1].mlp.up_proj.weight.data
+    weight.copy_(weight.roll(1, 1))
+    config = SppConfig(r=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SppConfig")
+        digests = {
+            get_peft_model(model, config).peft_config["default"].mask_digest for model in (pruned_llama(llama), other)
+        }
+    assert len(digests) == 2
+    assert config.mask_digest is None
+
+
 def test_an_adapter_without_a_digest_still_loads(llama: Path, tmp_path: Path) -> None:
     model = pruned_llama(llama)
     get_peft_model(model, SppConfig(r=2, init_weights=False)).save_pretrained(tmp_path)

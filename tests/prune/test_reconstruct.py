@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stage_calls
 import torch
 from checkpoints import as_matrix, in_first_block, kept_per_group, random_windows, shards, stored, weights_of
 from conftest import PROJECTIONS, Prune
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from sppctl.config.load import load_config
+from sppctl.config.settings import Config
 from sppctl.errors import UserError
 from sppctl.records import Attempt
 from sppctl.run.attempts import differences, settings_of
@@ -237,6 +241,24 @@ def test_a_tuning_that_does_harm_is_undone(
     assert tuned.record.reconstruction is not None
     assert all(errors.after == errors.before for errors in tuned.record.reconstruction.values())
     assert shards(plain.directory) == shards(tuned.directory)
+
+
+def test_gradients_too_small_for_float16_tune(
+    configure: Callable[..., Config], make_checkpoint: Make, tmp_path: Path
+) -> None:
+    base = shutil.copytree(make_checkpoint("llama", dtype=torch.float16), tmp_path / "base")
+    weights = weights_of(base)
+    weights["model.embed_tokens.weight"] *= 400  # hidden states as large as those of large models
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    config = configure("prune.reconstruct_epochs=3", "prune.reconstruct_lr=1e-3", "prune.reconstruct_batch_size=16")
+    full, half = (
+        stage_calls.prune(config, base, tmp_path / dtype, dtype=dtype, windows=random_windows(16, 256)).reconstruction
+        for dtype in ("float32", "float16")
+    )
+    assert full is not None
+    assert half is not None
+    gains = [[(errors.before - errors.after) / errors.before for errors in one.values()] for one in (full, half)]
+    assert gains[1] == pytest.approx(gains[0], rel=0.5)
 
 
 def test_the_records_are_those_of_the_tuned_weights(prune: Prune, llama: Path) -> None:

@@ -218,6 +218,14 @@ def test_sparsegpt_solves_layers_together_as_each_alone(
         torch.testing.assert_close(together[index], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_a_layers_own_parameter_is_pruned_without_a_graph(method: str) -> None:
+    weight = torch.nn.Linear(8, 4).weight
+    pruned = prune_linear(weight, torch.randn(20, 8), method=method, pattern="2:4")
+    assert not pruned.requires_grad
+    assert weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -235,6 +243,9 @@ def test_sparsegpt_solves_layers_together_as_each_alone(
             ({"method": "sparsegpt", "damp": damp}, f"damp {damp} is not a positive, finite")
             for damp in (0.0, -0.01, math.nan, math.inf)
         ),
+        *(({"method": "sparsegpt", "block_size": size}, f"block_size = {size} is not a positive") for size in (0, -1)),
+        ({"method": "magnitude", "damp": 0.1}, "method magnitude has no option damp; its options: none"),
+        ({"method": "sparsegpt", "dump": 0.1}, "has no option dump; its options: damp, block_size, keep_zeros"),
     ],
 )
 def test_bad_arguments(change: dict[str, object], message: str) -> None:

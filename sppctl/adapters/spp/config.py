@@ -29,7 +29,9 @@ class SppConfig(BranchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.init_weights = {"zero_beta": True, "random": False}.get(str(self.init_weights), self.init_weights)
-        if self.init_weights not in (True, False, "ones"):
+        if self.init_weights in (True, False):
+            self.init_weights = bool(self.init_weights)  # 1 and 0 are equal to them
+        elif self.init_weights != "ones":
             raise ValueError(
                 f"SppConfig: init_weights = {self.init_weights!r} is not one of True or 'zero_beta', 'ones', "
                 "False or 'random'"
