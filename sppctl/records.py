@@ -34,6 +34,8 @@ class Attempt:
 
     settings: Settings  # the part of the configuration that its result depends on
     inputs: dict[str, str]  # fingerprints of everything it reads, by name
+    # time of earlier, interrupted attempts whose work is kept; not compared, because no result depends on it
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +66,7 @@ class StageRecord(Generic[M]):
     compute_dtype: str | None  # name of the dtype; None: the stage loads no model
     seed: int  # ``run.seed``
     created: str  # time in ISO 8601
-    wall_time_s: float  # of the last attempt, without interrupted ones
+    wall_time_s: float  # of all attempts; of an interrupted one until its last work that was kept
     peak_memory_mb: dict[str, float]  # of the process, and on the GPU
     hardware: str  # GPU or CPU
     versions: dict[str, str]  # of sppctl, Python and libraries

@@ -365,7 +365,7 @@ def _seconds(pattern: str, row: recipes.Row, seed: int, records: Records) -> tup
     if pruned is None:
         return None
     watched = [trained, pruned.get("pruning") or pruned]
-    # the time of a stage is that of its last attempt
+    # of an interrupted stage, only the time until the last work that was kept is known
     if any(one.get("interrupted") for one in watched) or max(one["others"] for one in watched) > IDLE:
         return None
     places = {f"{one['hardware']} {one.get('boot')}" for one in watched}  # the first records have no boot

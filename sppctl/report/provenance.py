@@ -9,6 +9,7 @@ from sppctl.evaluate.results import Result, TaskResult, TextNumbers
 from sppctl.evaluate.values import SHOWN, families, family_title, text_quantity
 from sppctl.files.names import DIRECTORIES, FOREIGN
 from sppctl.records import Calibration, MergeRecord, PruneRecord, StageRecord, TrainRecord
+from sppctl.report import records
 from sppctl.report.study import RunStudy
 from sppctl.report.tables import NOTHING, Column, Table, columns_of
 
@@ -23,7 +24,7 @@ def facts(run: RunStudy) -> list[str]:
 def fact(record: StageRecord[Any]) -> str:
     """A summary of a stage in one line."""
     describe: dict[str, Callable[[Any], str]] = {"prune": _pruned, "train": _trained, "merge": _merged}
-    return f"{record.stage}: {describe[record.stage](record.metrics)}, {record.wall_time_s:.0f} s"
+    return f"{record.stage}: {describe[record.stage](record.metrics)}, {records.seconds(record):.0f} s"
 
 
 def _pruned(record: PruneRecord) -> str:
@@ -86,13 +87,18 @@ def commands(run: RunStudy) -> list[str]:
 
 def stage_table(run: RunStudy) -> Table:
     """Finish time, duration, peak memory, seed and hardware of every stage."""
-    columns = columns_of("<stage", "<finished", "seconds", "peak memory, MB", "seed", "<hardware")
+    columns = columns_of("<stage", "<finished", "seconds", "peak memory, GB", "seed", "<hardware")
     lines = []
     for stage, record in run.stages.items():
-        memory = ", ".join(f"{size:.0f} {name}" for name, size in record.peak_memory_mb.items()) or NOTHING
-        numbers = (f"{record.wall_time_s:.0f}", memory, str(record.seed))
+        memory = ", ".join(f"{gigabytes(size):.2f} {name}" for name, size in record.peak_memory_mb.items()) or NOTHING
+        numbers = (f"{records.seconds(record):.0f}", memory, str(record.seed))
         lines.append([stage, record.created, *numbers, record.hardware])
     return Table(columns, lines, "Stages")
+
+
+def gigabytes(size: float) -> float:
+    """A recorded peak of memory, which is in MiB, in GB (10^9 bytes)."""
+    return size * 2**20 / 1e9
 
 
 def version_table(run: RunStudy) -> Table:

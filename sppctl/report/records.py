@@ -51,6 +51,15 @@ def read(run_dir: Path) -> tuple[dict[str, Record], dict[str, Results], list[str
     return stages, results, notes + _leave_out_results(run_dir, stages, results)
 
 
+def seconds(record: Record) -> float:
+    """The time of a stage, interrupted attempts included.
+
+    Earlier versions recorded that of the last attempt alone, but of training also the time of all steps.
+    """
+    trained: float = record.metrics.seconds if record.stage == "train" else 0.0
+    return max(record.wall_time_s, trained)
+
+
 def stored_samples(run_dir: Path) -> SamplesRecord | None:
     """The file of samples of a run; None without one, UserError if it is damaged."""
     path = run_dir / SAMPLES

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppctl.evaluate.results import TaskMeasure, TaskResult, TextMeasure, TextResult
-from sppctl.evaluate.values import SHOWN, draws_examples, title_of
+from sppctl.evaluate.results import TaskMeasure, TaskNumbers, TaskResult, TextMeasure, TextResult
+from sppctl.evaluate.values import SHOWN, draws_examples, text_quantity, title_of
 
 RESAMPLES = 10_000
 SEED = 0
@@ -116,7 +117,7 @@ def resampled_means(differences: Floats, weights: Floats | None = None, seed: in
 class Group:
     """How a task is averaged with others."""
 
-    by_samples: bool  # else by tasks
+    by_samples: frozenset[bool]  # whether its mean is over samples, or over tasks; several if both give the same mean
     size: int  # its number of tasks; 0 if unknown: a subgroup of a group of which not all tasks are measured
 
 
@@ -169,12 +170,31 @@ def _groups(result: TaskResult, results: list[TaskResult]) -> dict[str, Group]:
     """The groups of a result's tasks, the configured one first."""
     numbers = result.numbers
     if not numbers.groups:  # a single task, or a group that lm-eval ran as one
-        return {result.measure.task: Group(False, len(numbers.tasks))} if len(numbers.tasks) > 1 else {}
+        size = len(numbers.tasks)
+        return {result.measure.task: Group(_weightings(numbers), size)} if size > 1 else {}
     family = [member.numbers.groups for member in results if member.measure.family == result.measure.family]
     is_complete = len(family) == numbers.members
     sizes = {part: sum(part in groups for groups in family) if is_complete else 0 for part in numbers.groups}
     sizes[next(iter(numbers.groups))] = numbers.members
-    return {name: Group(bool(rules.get("acc")), sizes[name]) for name, rules in numbers.groups.items()}
+    return {name: Group(frozenset({bool(rules.get("acc"))}), sizes[name]) for name, rules in numbers.groups.items()}
+
+
+def _weightings(numbers: TaskNumbers) -> frozenset[bool]:
+    """The ways to average the tasks, over samples (True) or over tasks, that give the recorded mean accuracy.
+
+    lm-eval's definition of a group that it ran as one is not recorded. It may also weight subgroups, or average the
+    answers of another filter than those of the samples; then there is none.
+    """
+    recorded, tasks = numbers.mean.get("acc"), numbers.tasks.values()
+    accuracies = [scores.scores["acc"] for scores in tasks if "acc" in scores.scores]
+    if recorded is None or len(accuracies) < len(tasks):
+        return frozenset()
+    weights = {False: [1] * len(tasks), True: [scores.samples or 0 for scores in tasks]}
+    return frozenset(
+        by_samples
+        for by_samples, own in weights.items()
+        if sum(own) and math.isclose(np.average(accuracies, weights=own), recorded, abs_tol=ROUNDING)
+    )
 
 
 def by_document(samples: Iterable[Sample]) -> dict[tuple[str, int], Sample]:
@@ -199,7 +219,7 @@ def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSam
     """Accuracies of two checkpoints on the samples of every task that both were measured on, by comparable measure.
 
     One entry per group, then per task. Each task is resampled separately; the mean of a group is over tasks or samples
-    as in lm-eval.
+    as in lm-eval. A group whose mean is neither has no entry.
     """
     entries: dict[Any, Entry] = {}
     draws: dict[Any, Floats] = {}
@@ -219,11 +239,13 @@ def compare_tasks(first: Mapping[Any, TaskSamples], second: Mapping[Any, TaskSam
     means_of_groups = []
     for measure, group in {key: group for task in first.values() for key, group in task.groups.items()}.items():
         keys = [key for key, task in first.items() if measure in task.groups]
-        if len(keys) > 1 and group.size and all(key in draws for key in keys):
+        same = [task.groups[measure] for task in (*first.values(), *second.values()) if measure in task.groups]
+        weightings = frozenset.intersection(*(group.by_samples for group in same))
+        if len(keys) > 1 and group.size and weightings and all(key in draws for key in keys):
             extent = "" if len(keys) == group.size else f" of {len(keys)} of {group.size} tasks"
             name = f"{title_of(measure)} mean{extent}"
             tasks = [(entries[key], draws[key]) for key in keys]
-            means_of_groups.append(_mean(name, tasks, group.by_samples))
+            means_of_groups.append(_mean(name, tasks, by_samples=True in weightings))
     return means_of_groups + [e for key, e in entries.items() if first[key].has_row or second[key].has_row or e.note]
 
 
@@ -261,7 +283,7 @@ def compare_texts(first: list[TextResult], second: list[TextResult]) -> list[Ent
         tokens, sums = tokens[finite], sums[:, finite]
         count = int((~finite).sum())
         note = f"{count} windows have no finite loss and are left out" if count else None
-        entry = Entry(result.measure.text, "nll", len(tokens), note=note)
+        entry = Entry(text_quantity(result).scope, "nll", len(tokens), note=note)
         if len(tokens):
             means = [float(losses.sum() / tokens.sum()) for losses in sums]
             entry = entry.compared(means[0], means[1], resampled_means(sums[1] - sums[0], tokens))

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ DEPENDS = {"base": ("model.",), "pruned": ("model.", "prune.", "run.seed")}
 MADE_BY = {"prune": ("pruned", "adapter", "merged"), "train": ("adapter", "merged"), "merge": ("merged",)}
 SHAREABLE = ("base", "pruned")  # checkpoints that runs may share
 SEED, COMPUTED = "run.seed", "model.compute_dtype"
+APART = (*OF_CONTENT, "batch", "seed")  # circumstances in which numbers of several runs have other names
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class RunStudy:
     @property
     def seconds(self) -> dict[str, float]:
         """The time of every stage and evaluation that took any."""
-        seconds = {stage: record.wall_time_s for stage, record in self.stages.items()}
+        seconds = {stage: records.seconds(record) for stage, record in self.stages.items()}
         for label, content in self.checkpoints.items():
             seconds[f"eval {label}"] = sum(result.seconds for result in content.results)
         return {name: value for name, value in seconds.items() if value}
@@ -237,17 +238,40 @@ class OverSeeds:
     numbers: dict[Quantity, tuple[float, float]]  # mean and standard deviation (n - 1) of quantities that all have
 
 
-def _apart(rows: Sequence[Row]) -> list[Row]:
-    """The rows of several runs; perplexities on other texts or other tokens have other names."""
-    values = {str(place): row.values.values() for place, row in enumerate(rows)}
-    named, _ = distinguish(values, None, OF_CONTENT)
+def _apart(rows: Sequence[Row], keys: Iterable[str]) -> list[Row]:
+    """The rows of several runs; numbers that differ in one of these circumstances have other names."""
+    values = {str(place): own for place, own in enumerate(_with_odd_seeds(rows))}
+    named, _ = distinguish(values, None, list(keys))
     result = []
     for row, renamed in zip(rows, named.values(), strict=True):
         names = dict(zip(row.values, renamed, strict=True))
+        own = {names[quantity]: replace(value, quantity=names[quantity]) for quantity, value in row.values.items()}
         difference = {names[quantity]: number for quantity, number in row.difference.items()}
         recovered = {names[quantity]: share for quantity, share in row.recovered.items()}
-        result.append(replace(row, values=renamed, difference=difference, recovered=recovered))
+        result.append(replace(row, values=own, difference=difference, recovered=recovered))
     return result
+
+
+def _with_odd_seeds(rows: Sequence[Row]) -> Iterator[list[Value]]:
+    """The values of rows; where seeds of few-shot examples differ, without those that are the seed of the run.
+
+    Runs that differ in their seed have the same quantities, so that these can be averaged.
+    """
+    seeds: dict[Quantity, set[str | None]] = {}
+    for quantity, value in (item for row in rows for item in row.values.items()):
+        seeds.setdefault(quantity, set()).add(value.circumstances.get("seed"))
+    for row in rows:
+        usual = {str(row.seed), str(row.settings.get(SEED))}
+        yield [
+            replace(value, circumstances={key: text for key, text in value.circumstances.items() if key != "seed"})
+            if len(seeds[quantity]) > 1 and value.circumstances.get("seed") in usual
+            else value
+            for quantity, value in row.values.items()
+        ]
+
+
+def _dtypes(row: Row) -> list[str]:
+    return sorted({value.dtype or "unknown" for value in row.values.values()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +290,8 @@ class Study:
         """The rows of all runs, with the settings in which the runs differ.
 
         A dense or pruned checkpoint that runs share has one row if its numbers are the same; trained checkpoints have
-        one per run. If rows were computed in different dtypes, the settings include the dtype.
+        one per run. If rows were computed in different dtypes, the settings include the dtype; if a row has several,
+        the names of quantities say in which they differ.
         """
         if len(self.runs) == 1:
             return self.runs[0].rows
@@ -292,11 +317,14 @@ class Study:
                 if row.fingerprint is None or row.checkpoint not in SHAREABLE or identity not in seen:
                     rows.append(replace(row, settings=settings))
                     seen.append(identity)
-        rows = _apart(rows)
-        dtypes = [" and ".join(sorted({value.dtype or "unknown" for value in row.values.values()})) for row in rows]
-        if len(set(dtypes)) == 1:  # if dtypes differ within a run, the names of quantities say so
-            return rows
-        return [replace(row, settings=row.settings | {COMPUTED: name}) for row, name in zip(rows, dtypes, strict=True)]
+        if any(len(_dtypes(row)) > 1 for row in rows):
+            return _apart(rows, [*APART, "dtype"])
+        dtypes = ["".join(_dtypes(row)) for row in rows]
+        if len(set(dtypes)) > 1:
+            rows = [
+                replace(row, settings=row.settings | {COMPUTED: dtype}) for row, dtype in zip(rows, dtypes, strict=True)
+            ]
+        return _apart(rows, APART)
 
     @cached_property
     def seeds(self) -> list[OverSeeds]:

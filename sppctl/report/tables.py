@@ -230,8 +230,8 @@ def seed_table(groups: Sequence[OverSeeds]) -> Table:
     for group, line in zip(groups, lines, strict=True):
         line.append(str(group.seeds))
         for quantity in measured:
-            numbers = [written(quantity, number) for number in group.numbers.get(quantity, ())]
-            line.append(" ± ".join(numbers) or NOTHING)
+            numbers = group.numbers.get(quantity, ())  # the deviation with as many decimals as the mean
+            line.append(" ± ".join(format(number, _format(quantity, numbers[0])) for number in numbers) or NOTHING)
     return Table([*columns, Column("seeds"), *map(_column, measured)], lines, is_wide=True)
 
 
@@ -266,19 +266,27 @@ def _value(row: Row, quantity: Quantity, with_norm: bool = False) -> str:
 
 def written(quantity: Quantity, number: float | None) -> str:
     """A number as tables show it."""
-    kind = quantity.metric.kind
-    if number is None:
-        return NOTHING
-    if kind == Kind.PERPLEXITY:
-        return f"{number:.2f}" if number < 1e5 else f"{number:.3g}"
-    formats = {Kind.DIVERGENCE: ".4f", Kind.OTHER: ".2f"}
-    return format(number, formats.get(kind, ".2%"))
+    return NOTHING if number is None else format(number, _format(quantity, number))
+
+
+def _format(quantity: Quantity, number: float) -> str:
+    metric = quantity.metric
+    if metric.is_share:
+        return ".2%"
+    if metric.kind == Kind.PERPLEXITY:
+        return ".2f" if number < 1e5 else ".3g"
+    # correlations and bits per byte differ in the third decimal
+    has_few_digits = metric.kind == Kind.OTHER and (abs(number) >= 10 or metric.name.endswith("perplexity"))
+    return ".2f" if has_few_digits else ".4f"
 
 
 def _difference(row: Row, quantity: Quantity) -> str:
     if quantity not in row.difference:
         return NOTHING
-    return f"{row.difference[quantity] * (100 if quantity.metric.is_share else 1):+.2f}"
+    difference, number = row.difference[quantity], row.values[quantity].number
+    if quantity.metric.kind != Kind.OTHER or number is None:
+        return f"{difference * (100 if quantity.metric.is_share else 1):+.2f}"
+    return format(difference, f"+{_format(quantity, number)}")
 
 
 def _recovered(row: Row, quantity: Quantity) -> str:

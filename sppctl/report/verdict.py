@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sppctl.evaluate.results import TaskResult, TextResult
-from sppctl.evaluate.values import Kind, Quantity, family_title, text_quantity
+from sppctl.evaluate.values import Kind, Quantity, Value, family_title, text_quantity
 from sppctl.records import MergeRecord, PruneRecord
 from sppctl.report import provenance
-from sppctl.report.study import Row, RunStudy, Study, headlines, pattern_text, relative_paths
+from sppctl.report.study import MADE_BY, Row, RunStudy, Study, headlines, pattern_text, relative_paths
 from sppctl.report.tables import written
 
 SHOWN = 4  # headline quantities
@@ -123,7 +123,7 @@ def _cost(runs: Sequence[RunStudy]) -> Iterator[Finding]:
     detail = ", ".join(f"{stage} {duration(own)}" for stage, own in seconds.items()) if len(seconds) > 1 else ""
     for kind in dict.fromkeys(kind for _, kind, _ in peaks):
         size, _, stage = max(peak for peak in peaks if peak[1] == kind)
-        value += f", {size * 2**20 / 1e9:.1f} GB" + (" on the GPU" if kind == "cuda" else "")
+        value += f", {provenance.gigabytes(size):.1f} GB" + (" on the GPU" if kind == "cuda" else "")
         detail += f"; most memory: {stage}" if kind == "process" else f"; on the GPU: {stage}"
     yield Finding("Time and memory", value, detail.removeprefix("; "))
 
@@ -152,16 +152,33 @@ def _warnings(run: RunStudy) -> Iterator[str]:
         yield f"{count:,} matrices of experts received too few tokens, and were pruned by their weights alone"
     yield from _small_texts([text for content in run.checkpoints.values() for text in content.texts])
     yield from _small_tasks([task for content in run.checkpoints.values() for task in content.tasks])
+    pruned = next((row.values for row in run.rows if row.checkpoint == "pruned"), {})
     for row in run.rows:
         missing = [value.quantity.label for value in row.values.values() if value.number is None]
         if missing:
             yield f"{row.checkpoint}: {_listed(missing)}: not a finite number"
-        worse = [quantity.label for quantity in headlines([row]) if row.recovered.get(quantity, 1.0) < 0]
+        worse = [quantity.label for quantity in headlines([row]) if _is_worse(row, quantity, pruned)]
         if worse:
             yield f"{row.checkpoint} is worse than pruned on {_listed(worse)}"
     yield from _perhaps_chance(run)
     if run.left_out:
         yield f"read the notes below on records that are left out or come from elsewhere ({len(run.left_out)})"
+
+
+def _is_worse(row: Row, quantity: Quantity, pruned: Mapping[Quantity, Value]) -> bool:
+    """Whether a trained checkpoint is worse than the pruned one, even where pruning did no harm and there is no gap."""
+    if row.checkpoint not in MADE_BY["train"] or quantity not in pruned:
+        return False
+    before, after, is_higher_better = pruned[quantity].number, row.values[quantity].number, _is_higher_better(quantity)
+    if before is None or after is None or is_higher_better is None:
+        return False
+    return after < before if is_higher_better else after > before
+
+
+def _is_higher_better(quantity: Quantity) -> bool | None:
+    """The direction of a metric; None if it is unknown. Means of groups do not record that of their accuracies."""
+    direction = quantity.metric.higher_is_better
+    return True if direction is None and quantity.metric.is_share else direction
 
 
 def _small_texts(texts: Sequence[TextResult]) -> Iterator[str]:
@@ -228,8 +245,8 @@ def _best(rows: Iterable[Row], names: dict[str, str]) -> Iterator[Finding]:
     for quantity in headlines(merged)[:SHOWN]:
         numbers = [(row.values[quantity].number, row) for row in merged if quantity in row.values]
         known = [(number, row) for number, row in numbers if number is not None]
-        is_higher_better = quantity.metric.higher_is_better or quantity.metric.is_share
-        if len(known) < 2 or (quantity.metric.higher_is_better is None and not is_higher_better):
+        is_higher_better = _is_higher_better(quantity)
+        if len(known) < 2 or is_higher_better is None:
             continue
         known.sort(key=lambda pair: pair[0], reverse=is_higher_better)
         (best, row), (worst, _) = known[0], known[-1]

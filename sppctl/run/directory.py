@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sppctl import console, distributed, machine, records
 from sppctl.errors import StageError, UserError, WriteError
 from sppctl.files import disk
-from sppctl.files.names import DIRECTORIES, NOTE, RECORD
+from sppctl.files.names import DIRECTORIES, NOTE, RECORD, WORKING
 from sppctl.records import Attempt, StageRecord
 from sppctl.run import attempts, dense
 from sppctl.run.attempts import differences, settings_of
@@ -159,8 +159,8 @@ class Run(RunDirectory):
             prepared = stage.prepare(self)
         if unfinished:
             console.note(f"{name}: continuing an interrupted attempt")
-        elif distributed.is_main():
-            attempts.write(self.fresh_partial(DIRECTORIES[name]), attempt)
+        if distributed.is_main():  # also of a continued one: its time counts from this note
+            attempts.write(out if unfinished else self.fresh_partial(DIRECTORIES[name]), unfinished or attempt)
         distributed.barrier()
         machine.reset_peak_memory()
         started = time.perf_counter()
@@ -172,8 +172,10 @@ class Run(RunDirectory):
             metrics = stage.do(self, prepared, out, dtype)
         machine.release_memory()  # what the next stage finds free decides how it loads its model
         distributed.barrier()
-        record = self._publish_with_record(name, attempt, dtype, round(time.perf_counter() - started, 2), metrics)
-        console.note(f"{name}: done in {record.wall_time_s:.0f} s ({self.path(name)})")
+        seconds = time.perf_counter() - started + (unfinished.seconds if unfinished else 0.0)
+        record = self._publish_with_record(name, attempt, dtype, round(seconds, 2), metrics)
+        attempted = " over all attempts" if unfinished else ""
+        console.note(f"{name}: done in {seconds:.0f} s{attempted} ({self.path(name)})")
         return record
 
     def _existing_work(self, stage: str, attempt: Attempt) -> tuple[StageRecord[Any] | None, Attempt | None]:
@@ -186,7 +188,7 @@ class Run(RunDirectory):
             return record, None
         unfinished = attempts.read(self.partial(directory)) if stage in RESUMABLE and self.resume else None
         if unfinished is not None and not differences(unfinished, attempt.settings, attempt.inputs):
-            return None, unfinished
+            return None, replace(unfinished, seconds=unfinished.seconds + _seconds_kept(self.partial(directory)))
         if record is not None and not self.force:
             fix = f"{self.command(stage, '--force')} redoes it, {keeping(stage)}"
             raise UserError(f"{self.path(stage)} was made with {changed}; {fix}")
@@ -214,13 +216,21 @@ class Run(RunDirectory):
         )
         if not (distributed.is_main() or distributed.is_connected()):
             return make_record(output="", files={})
-        return distributed.decide(partial(self.complete, DIRECTORIES[stage], make_record))
+        record = distributed.decide(partial(self.complete, DIRECTORIES[stage], make_record))
+        distributed.barrier()  # the first process may end next, but must not before all have its record
+        return record
 
 
 def keeping(stage: str) -> str:
     """How to keep an existing stage, for errors: another run directory lacks what the stage reads."""
     needed = [f"{folder}/" for folder in list(DIRECTORIES.values())[: list(DIRECTORIES).index(stage)]]
     return "another run.dir keeps it" + (f", and needs {' and '.join(needed)} of its own" if needed else "")
+
+
+def _seconds_kept(partial: Path) -> float:
+    """The time from the note of an interrupted attempt to its last work that was kept, however the process ended."""
+    times = [(partial / name).stat().st_mtime for name in WORKING if name != NOTE and (partial / name).exists()]
+    return max([0.0, *(time - (partial / NOTE).stat().st_mtime for time in times)])  # a copy may have other times
 
 
 def _compute_of(unfinished: Attempt, attempt: Attempt) -> machine.Compute:

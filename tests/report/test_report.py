@@ -60,6 +60,9 @@ def test_what_was_done_in_the_order_it_was_done() -> None:
         "merge: 14 matrices, 7,000 zeros filled, 2 other weights zero, sparsity now 4.43% (mask dense), "
         "98.8% of the kept weights moved, 3 s",
     ]
+    # training records the time of all attempts, earlier versions of sppctl only that of the last one for the stage
+    (resumed,) = facts(study_of(stages={"train": with_metrics(TRAIN, seconds=36000.0)}))
+    assert resumed.endswith(", 36000 s")
     (trained,) = facts(study_of(stages={"train": with_metrics(TRAIN, best_step=250)}))
     assert "300 steps (best adapter: step 250), 1,234,567 tokens, validation loss 1.234" in trained
 
@@ -111,7 +114,7 @@ sppctl prune
 
 **Stages**
 
-| stage | finished | seconds | peak memory, MB | seed | hardware |
+| stage | finished | seconds | peak memory, GB | seed | hardware |
 | --- | --- | ---: | ---: | ---: | --- |
 | prune | today | 12 | - | 0 | a CPU |
 

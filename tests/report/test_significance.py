@@ -10,9 +10,10 @@ from made_up_runs import sample, task, text, with_measure, write_samples
 
 from sppctl.evaluate.results import TaskMeasure, TaskResult, TaskScores, TextResult
 from sppctl.report import significance
-from sppctl.report.significance import RESAMPLES, Entry, Flips, Group, Paired, TaskSamples
+from sppctl.report.significance import RESAMPLES, Entry, Flips, Group, Measured, Paired, TaskSamples
 
 compare_tasks, compare_texts = significance.compare_tasks, significance.compare_texts
+OVER_TASKS, OVER_SAMPLES = frozenset({False}), frozenset({True})
 
 
 def every_mean(differences: list[float], weights: list[float] | None = None) -> np.ndarray:
@@ -101,7 +102,7 @@ def compared(first: dict[str, TaskSamples], second: dict[str, TaskSamples]) -> t
 
 def test_accuracies_of_a_task_and_their_difference() -> None:
     first, second = ([sample(str(n), int(n % step > 0)) for n in range(100)] for step in (2, 4))
-    group = Group(by_samples=False, size=1)
+    group = Group(OVER_TASKS, size=1)
     unmatched = {"rte": TaskSamples("another", {TaskMeasure("", group="mean"): group}, True, {})}
     entry, difference, flips = compared(samples_of(*first, mean=group) | unmatched, samples_of(*reversed(second)))
     assert (entry.name, entry.samples, entry.first, entry.second, entry.note) == ("a task", 100, 0.5, 0.75, None)
@@ -135,7 +136,7 @@ def test_samples_are_matched_by_their_hash_and_noted_where_they_have_no_partner(
 
 @pytest.mark.parametrize(("by_samples", "mean"), [(False, 0.5), (True, 0.1)])
 def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, mean: float) -> None:
-    group = {TaskMeasure("", group="both"): Group(by_samples, size=2)}
+    group = {TaskMeasure("", group="both"): Group(frozenset({by_samples}), size=2)}
     tasks: list[dict[str, TaskSamples]] = [{}, {}]
     for name, count, accs in (("a", 10, (0, 1)), ("b", 90, (0, 0))):
         for own, acc in zip(tasks, accs, strict=True):
@@ -152,7 +153,7 @@ def test_a_group_is_the_mean_over_its_tasks_or_their_samples(by_samples: bool, m
 
 
 def test_the_tasks_of_a_large_group_have_no_rows_unless_something_is_missing() -> None:
-    group = Group(by_samples=True, size=3)
+    group = Group(OVER_SAMPLES, size=3)
     (task,) = samples_of(sample("x", 0), sample("y", 1), alone=False, mmlu=group).values()
     first = dict.fromkeys("012", task)
     assert [entry.name for entry in compare_tasks(first, first)] == ["mmlu mean"]
@@ -184,8 +185,8 @@ def test_samples_belong_to_the_results_that_know_their_hash(tmp_path: Path) -> N
     grouped, alone = samples.values()
     assert (grouped.name, grouped.has_row, len(grouped.samples)) == ("rte, limit 5", False, 1)
     assert {(whole.group, whole.limit): group for whole, group in grouped.groups.items()} == {
-        ("all", 5): Group(True, 57),
-        ("part", 5): Group(False, 0),
+        ("all", 5): Group(OVER_SAMPLES, 57),
+        ("part", 5): Group(OVER_TASKS, 0),
     }
     assert (alone.name, alone.has_row, len(alone.samples), alone.groups) == ("own-task, limit 5", True, 2, {})
     assert significance.read_samples(tmp_path / "nowhere", results) == ({}, [])
@@ -206,6 +207,46 @@ def test_the_tasks_of_a_group_that_lm_eval_ran_as_one_are_all_there(tmp_path: Pa
     scores = {name: TaskScores({"acc": 0.5}, "acc", samples=1) for name in hashes}
     whole = task(None, "odd", tasks=scores, mean={"acc": 0.5}, samples_hash=hashes)
     assert names_of(tmp_path, [whole]) == ["odd mean", "one", "two"]
+
+
+def run_as_one(folder: Path, mean: dict[str, float], **correct: tuple[int, int]) -> dict[Measured, TaskSamples]:
+    """The samples of a group that lm-eval ran as one; of each task, how many of how many answers are correct."""
+    hashes, scores = {}, {}
+    for name, (right, count) in correct.items():
+        rows = [sample(f"{name}{at}", int(at < right)) for at in range(count)]
+        hashes[name] = write_samples(folder / f"{name}.jsonl", rows)
+        scores[name] = TaskScores({"acc": right / count}, "acc", samples=count)
+    whole = task(None, "odd", tasks=scores, mean=mean, samples_hash=hashes)
+    return significance.read_samples(folder, [whole])[0]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "means"),
+    [
+        ((0.3, 0.4), (0.3, 0.4)),  # over samples: 3 and 4 of 10
+        ((0.375, 0.25), (0.375, 0.25)),  # over tasks: (2/8 + 1/2) / 2, (4/8 + 0/2) / 2
+        ((0.3, 0.25), None),  # not averaged alike
+        ((0.31, 0.41), None),  # of subgroups, or of another filter
+        ((None, None), None),  # of another metric
+    ],
+)
+def test_the_mean_of_a_group_that_ran_as_one_is_that_of_the_table(
+    recorded: tuple[float | None, ...], means: tuple[float, float] | None, tmp_path: Path
+) -> None:
+    first_mean, second_mean = ({"exact_match": 0.5} if mean is None else {"acc": mean} for mean in recorded)
+    first = run_as_one(tmp_path / "pruned", first_mean, large=(2, 8), small=(1, 2))
+    second = run_as_one(tmp_path / "merged", second_mean, large=(4, 8), small=(0, 2))
+    entries = {entry.name: entry for entry in compare_tasks(first, second)}
+    assert entries.keys() - {"odd mean"} == {"large", "small"}
+    whole = entries.get("odd mean")
+    assert (whole and (whole.first, whole.second)) == (means and pytest.approx(means))
+
+
+@pytest.mark.parametrize("mean", [0.3, 0.5])  # (6/10 + 0/2) / 2, and 6 of 12
+def test_a_mean_of_equal_accuracies_is_made_as_that_of_the_other_checkpoint(mean: float, tmp_path: Path) -> None:
+    first = run_as_one(tmp_path / "pruned", {"acc": 0.5}, large=(5, 10), small=(1, 2))
+    second = run_as_one(tmp_path / "merged", {"acc": mean}, large=(6, 10), small=(0, 2))
+    assert [(entry.first, entry.second) for entry in compare_tasks(first, second) if entry.is_mean] == [(0.5, mean)]
 
 
 def test_a_task_alone_and_in_a_group_is_one_task(tmp_path: Path) -> None:
@@ -246,11 +287,21 @@ def losses(*own: float | None, stride: int = 5, **options: Any) -> list[TextResu
 def test_windows_are_compared_per_predicted_token() -> None:
     # a reference does not change the loss
     (entry,) = compare_texts(losses(8.0, 4.0, 6.0, reference="a"), losses(12.0, 8.0, 10.0, reference="b"))
-    assert (entry.name, entry.samples, entry.first, entry.second) == ("prose", 3, 1.5, 2.5)
+    assert (entry.name, entry.samples, entry.first, entry.second) == ("prose @5 stride 5", 3, 1.5, 2.5)
     assert entry.paired is not None
     assert (entry.paired.difference, entry.paired.low, entry.paired.high) == (1, 1, 1)
     (entry,) = compare_texts(losses(4.0, 2.0, stride=2), losses(8.0, 4.0, stride=2))
     assert (entry.first, entry.second) == (1, 2)  # overlapping windows count what they add: 4 + 2 tokens
+
+
+def test_windows_of_one_text_that_differ_have_the_names_of_tables() -> None:
+    every = [
+        *losses(4.0, 4.0),
+        *(text(9.0, 5, stride=2, window_nll=[4.0, 4.0]), text(9.0, 9, window_nll=[4.0, 4.0])),
+        text(9.0, 5, max_tokens=12, windows=2, window_nll=[4.0, 4.0]),
+    ]
+    names = [entry.name for entry in compare_texts(every, every)]
+    assert names == ["prose @5 stride 5", "prose @5 stride 2", "prose @9", "prose @5, first 10 tokens"]
 
 
 def test_other_texts_are_not_compared() -> None:

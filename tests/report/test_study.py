@@ -157,7 +157,7 @@ def test_windows_without_a_finite_loss_are_noted_and_have_no_share_of_the_gap(tm
 
     change_results(run, "pruned", spoil)
     study = RunStudy.of(run)
-    assert "base and pruned, wikitext2: 1 windows have no finite loss and are left out" in study.notes
+    assert "base and pruned, wikitext2 @512: 1 windows have no finite loss and are left out" in study.notes
     assert NAME not in study.rows[2].to_json()["recovered"]
 
 
@@ -210,6 +210,35 @@ def test_runs_computed_in_several_dtypes_say_so() -> None:
     dtypes = ["bfloat16", "float32"]
     rows = Study([study_of(merged=[text(5.0, dtype=dtype)]) for dtype in dtypes]).rows
     assert [row.settings for row in rows] == [{"model.compute_dtype": dtype} for dtype in dtypes]
+
+
+def names_of(*runs: RunStudy) -> list[list[str]]:
+    return [[quantity.label for quantity in row.values] for row in Study(runs).rows]
+
+
+def test_runs_computed_in_the_same_dtypes_for_other_quantities_share_no_columns() -> None:
+    narrow, wide = "bfloat16", "float32"
+    runs = [study_of(merged=[text(5.0, dtype=a), task(0.5, dtype=b)]) for a, b in ((wide, narrow), (narrow, wide))]
+    assert names_of(*runs) == [
+        ["ppl prose @64, computed in float32", "rte, computed in bfloat16"],
+        ["ppl prose @64, computed in bfloat16", "rte, computed in float32"],
+    ]
+    assert names_of(runs[0], runs[0]) == [["ppl prose @64", "rte"]] * 2
+
+
+def test_other_batch_sizes_have_other_names() -> None:
+    fixed, automatic = (study_of(merged=[task(0.5, "arc_easy", batch_size=size)]) for size in (1, None))
+    assert names_of(fixed, automatic) == [["arc_easy, batch size 1"], ["arc_easy"]]
+    assert names_of(fixed, fixed) == [["arc_easy"]] * 2
+
+
+def test_examples_of_another_seed_than_the_runs_have_other_names() -> None:
+    def measured(seed: int, drawn: int) -> RunStudy:
+        return study_of(seed, merged=[task(0.5, "rte", 2, seed=drawn)])
+
+    assert names_of(measured(0, 0), measured(1, 1)) == [["rte 2-shot"]] * 2
+    assert names_of(measured(0, 0), measured(1, 1), measured(0, 5)) == [*[["rte 2-shot"]] * 2, ["rte 2-shot, seed 5"]]
+    assert names_of(measured(0, 5), measured(1, 5)) == [["rte 2-shot"]] * 2  # the same examples
 
 
 def test_perplexities_of_other_tokens_have_other_names() -> None:
@@ -288,7 +317,7 @@ def test_merged_checkpoints_of_runs_on_the_same_samples(tmp_path: Path) -> None:
     (pair,) = Study.of(runs).comparisons
     assert (pair.first, pair.second) == ("spp", "lora")
     entry, mean = pair.entries
-    assert (entry.name, mean.name, mean.samples) == ("wikitext2", "zeroshot, limit 200 mean", 1400)
+    assert (entry.name, mean.name, mean.samples) == ("wikitext2 @512", "zeroshot, limit 200 mean", 1400)
     assert entry.paired is not None
     assert mean.paired is not None
     assert (entry.paired.difference, mean.paired.difference) == (pytest.approx(-0.1), 0)

@@ -6,8 +6,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from made_up_runs import layer, study_of, task, text, write_run
+from made_up_runs import layer, stage_of, study_of, task, text, write_run
 
+from sppctl.evaluate.results import TaskResult
 from sppctl.report import latex, provenance, tables
 from sppctl.report.significance import Comparison, Entry, Flips
 from sppctl.report.study import RunStudy, Study
@@ -56,6 +57,36 @@ def test_shares_are_percentages_and_tasks_of_a_group_are_marked() -> None:
     assert [made.rows[at][0] for at in sorted(made.parts)] == ["a (g)", "b (g)"]
 
 
+def scored(name: str, metric: str, value: float) -> TaskResult:
+    return task(None, name, scores={metric: value}, metric=metric)
+
+
+def test_small_metrics_that_are_no_shares_have_four_decimals() -> None:
+    measured = {"base": (0.124, 0.85, 31.0), "merged": (0.116, 0.8541, 9.5)}
+    results = {
+        label: [scored("cola", "mcc", mcc), scored("pile", "bits_per_byte", bits), scored("wmt", "bleu", bleu)]
+        for label, (mcc, bits, bleu) in measured.items()
+    }
+    rows = study_of(**results).rows
+    assert by_first_cell(tables.table(rows)) | {
+        "cola mcc": ["0.1240", "0.1160"],
+        "pile bits per byte": ["0.8500", "0.8541"],
+        "wmt bleu": ["31.00", "9.5000"],
+    } == by_first_cell(tables.table(rows))
+    assert by_first_cell(tables.comparison_table(rows)) == {
+        "cola mcc": ["-0.0080"],
+        "pile bits per byte": ["+0.0041"],
+        "wmt bleu": ["-21.5000"],
+    }
+
+
+def test_memory_has_the_unit_of_its_head() -> None:
+    """1,907.35 MiB are 2.00 GB, in the table as in the verdict."""
+    run = study_of(stages={"merge": stage_of("merge", peak_memory_mb={"process": 1907.35})})
+    (line,) = records(provenance.stage_table(run))
+    assert line["peak memory, GB"] == "2.00 process"
+
+
 def test_differences_with_their_intervals_and_flips(study: Study) -> None:
     comparisons = study.runs[0].comparisons
     lines = {(line["comparison"], line["measure"]): line for line in records(tables.significance_table(comparisons))}
@@ -63,7 +94,7 @@ def test_differences_with_their_intervals_and_flips(study: Study) -> None:
     assert mean["samples"] == "1400"
     low, high = (float(bound) for bound in mean["95 % interval"].split(" to "))
     assert low < float(mean["difference"]) < high
-    assert lines["pruned to merged", "wikitext2 loss, nats"]["samples"] == "40"
+    assert lines["pruned to merged", "wikitext2 @512 loss, nats"]["samples"] == "40"
     assert {pair for pair, _ in lines} == {"base to pruned", "base to merged", "pruned to merged"}
     flips = records(tables.flip_table(comparisons))
     assert len(flips) == 3 * 8
@@ -155,11 +186,12 @@ def test_columns_of_a_text_or_group_stand_together() -> None:
 def test_mean_and_deviation_over_seeds_in_a_table() -> None:
     runs = []
     for seed in (0, 1):
-        own = study_of(merged=[text(5.0 + seed), task(0.5 + seed / 4)])
+        own = study_of(merged=[text(5.0 + seed), task(0.5 + seed / 4), scored("wmt", "bleu", 20.0 + seed)])
         runs.append(replace(own, directory=f"runs/{seed}", config=f"run: {{seed: {seed}}}", stages={}))
     (line,) = records(tables.seed_table(Study(runs).seeds))
     assert (line["checkpoint"], line["seeds"]) == ("merged", "2")
     assert (line["ppl prose @64"], line["rte"]) == ("5.50 ± 0.71", "62.50% ± 17.68%")
+    assert line["wmt bleu"] == "20.50 ± 0.71"  # as many decimals as the mean
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------

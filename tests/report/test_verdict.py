@@ -80,6 +80,26 @@ def test_what_makes_the_numbers_doubtful() -> None:
     assert found.is_good is False
 
 
+def test_a_checkpoint_is_worse_than_pruned_whether_or_not_there_is_a_gap() -> None:
+    """By its accuracy, which pruning raised, and by its perplexity, of which there is no dense one."""
+    run = study_of(
+        base=[task(0.38, samples=200)],
+        pruned=[task(0.40, samples=200), text(7.0, windows=40)],
+        merged=[task(0.20, samples=200), text(7.5, windows=40)],
+        other=[task(0.10, samples=200)],  # not trained in this run
+    )
+    assert verdict.of_run(run).warnings == ["merged is worse than pruned on ppl prose @64 and rte"]
+    better = study_of(pruned=[task(0.4, samples=200), text(7.0, windows=40)], merged=[text(6.5, windows=40)])
+    assert verdict.of_run(better).warnings == []
+
+
+def test_the_time_of_a_resumed_training_is_that_of_all_attempts() -> None:
+    """9 h and 1 h."""
+    train = stage_of("train", {"seconds": 36000.0}, wall_time_s=3600.0)
+    (cost,) = verdict.of_run(study_of(stages={"train": train})).findings
+    assert str(cost) == "Time and memory: 10 h 0 min"
+
+
 def test_a_number_by_which_the_adapter_was_chosen_is_marked() -> None:
     settings = {"train": {"keep_best": "perplexity"}, "eval": {"perplexity": ["prose"]}}
     (warning,) = verdict.of_run(study_of(stages={"train": stage_of("train", settings=settings)})).warnings
@@ -97,7 +117,10 @@ def test_a_difference_within_chance_is_no_success(tmp_path: Path) -> None:
         for pair in run.comparisons
     ]
     (warning,) = verdict.of_run(replace(run, comparisons=unclear)).warnings
-    assert warning == "pruned and merged may differ by chance (95 % interval) on wikitext2 and zeroshot, limit 200 mean"
+    assert (
+        warning
+        == "pruned and merged may differ by chance (95 % interval) on wikitext2 @512 and zeroshot, limit 200 mean"
+    )
 
 
 def test_several_runs_name_the_best_and_share_warnings(tmp_path: Path) -> None:

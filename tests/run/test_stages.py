@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from conftest import ALPACA
 
 from sppctl.config.settings import Config
 from sppctl.data import instructions, texts
-from sppctl.files import cache
-from sppctl.records import Attempt
+from sppctl.files import cache, sealed
+from sppctl.files.names import JOURNAL, NOTE
+from sppctl.prune import walk
+from sppctl.records import Attempt, BlockRecord
 from sppctl.run import pipeline
 from sppctl.run.attempts import differences, settings_of
 from sppctl.run.directory import Run
@@ -103,6 +106,37 @@ def test_another_tokenizer_makes_other_windows(
     monkeypatch.setattr(cache, "same_tokenizer", lambda *_: False)
     run.do(PRUNE)
     assert len(loaded) == 2
+
+
+def test_the_time_of_a_stage_is_that_of_all_attempts(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of interrupted ones until their last finished block, without the time between attempts."""
+    run = Run(configure("prune.method=magnitude"))
+    partial, append = run.partial("pruned"), walk.Journal.append
+
+    def interrupted(seconds: int) -> float:
+        """The seconds in the note of an attempt that finishes a block after so many seconds."""
+
+        def stop(self: walk.Journal, entry: BlockRecord) -> None:
+            append(self, entry)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(walk.Journal, "append", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run.do(PRUNE)
+        began = os.stat(partial / NOTE).st_mtime
+        for file in partial.rglob("*"):
+            os.utime(file, (began + seconds, began + seconds if file.name == JOURNAL else began))
+        noted: float = sealed.read(partial / NOTE, "")["seconds"]
+        return noted
+
+    assert (interrupted(20_000), interrupted(4_000)) == (0, pytest.approx(20_000))
+    record = run.do(PRUNE)
+    assert 24_000 < record.wall_time_s < 30_000
+    assert f"prune: done in {record.wall_time_s:.0f} s over all attempts" in capsys.readouterr().err
+    assert Run(configure("prune.method=magnitude"), force=True).do(PRUNE).wall_time_s < 20_000
 
 
 def test_what_changed_is_named_once(configure: Callable[..., Config]) -> None:
