@@ -13,4 +13,4 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 source scripts/cluster.sh
-in_job "${sppctl[@]}" run "$@" launch.num_processes=1
+in_job "${sppctl[@]}" run "$@" launch.num_machines=1 launch.num_processes=1

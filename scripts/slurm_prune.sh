@@ -13,4 +13,5 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 source scripts/cluster.sh
-in_job "${sppctl[@]}" prune "$@"
+# the tasks share the work; a single one starts a process for each of its GPUs
+in_job "${sppctl[@]}" prune "$@" launch.num_machines=1 launch.num_processes=auto

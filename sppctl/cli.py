@@ -30,6 +30,7 @@ from sppctl.run.directory import Run
 # configuration keys in errors -> arguments of the commands that take a checkpoint instead of a configuration
 ARGUMENT_NAMES = {"model.path": "CHECKPOINT", "model.device": "--device"}
 Checkpoint = Annotated[str, typer.Argument(help="Directory, hub id, package:NAME, or a run (its newest checkpoint).")]
+IN_SEVERAL_PROCESSES = {"run", "prune", "train", "eval", "sweep"}  # sweep refuses them itself
 NEXT = {"prune": "train", "train": "merge", "merge": "eval"}
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 F = TypeVar("F", bound=Callable[..., None])
@@ -87,8 +88,12 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    pass
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    if context.invoked_subcommand not in IN_SEVERAL_PROCESSES and not distributed.leave():
+        raise typer.Exit  # the first process does the work
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
@@ -660,11 +665,13 @@ def _run() -> None:
             _silence_libraries(debug)
         app()
     except (UserError, StageError) as error:
-        if debug:
-            raise
-        if distributed.is_main() or (distributed.is_connected() and not error.shared):
+        if not debug and (distributed.is_main() or (distributed.is_connected() and not error.shared)):
             for line in str(error).splitlines():
                 console.print_error(f"error: {process}{line}")
+        if error.shared:
+            distributed.await_others()
+        if debug:
+            raise
         sys.exit(error.exit_code)
     except SystemExit as stop:
         # Typer turns Ctrl-C into an Exit; that of started processes, which have reported it, has no such cause

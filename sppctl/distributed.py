@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
@@ -44,6 +44,8 @@ def connect(device: torch.device) -> None:
             import torch
 
             torch.cuda.set_device(device)
+            if device.index is not None:  # accelerate and DeepSpeed take it for the number of a visible GPU
+                os.environ["LOCAL_RANK"] = str(device.index)
         # a long timeout: one process may unpack, tokenise or write while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         _torch().init_process_group(backend, timeout=timedelta(hours=2))
@@ -67,11 +69,16 @@ def exit_now(code: int) -> NoReturn:
 
 
 def leave() -> bool:
-    """Ends the work in several processes; the first continues alone. Returns whether this is the first."""
+    """Ends the work in several processes, or before they are connected prevents it; the first continues alone.
+
+    Returns:
+        Whether this is the first.
+    """
     if world_size() == 1:
         return True
-    _torch().barrier()
-    _torch().destroy_process_group()
+    if is_connected():
+        _torch().barrier()
+        _torch().destroy_process_group()
     if not is_main():
         return False
     for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):  # libraries would join the others by any
@@ -83,6 +90,15 @@ def barrier() -> None:
     """Waits for the other processes."""
     if is_connected():
         _torch().barrier()
+
+
+def await_others() -> None:
+    """Waits at the end of a process for that of the others, after an error that all of them raise.
+
+    A launcher ends all processes a few seconds after the first one, but another may still send its metrics to W&B.
+    """
+    with suppress(RuntimeError):  # one of them is gone
+        barrier()
 
 
 @contextmanager
@@ -189,6 +205,20 @@ def decide(choose: Callable[[], T], source: int = 0) -> T:
         outcome.shared = True
         raise outcome
     return outcome  # type: ignore[return-value]
+
+
+@contextmanager
+def sharing_errors() -> Iterator[None]:
+    """Marks an error of the body as shared if all processes raise the same one. All processes must run the body."""
+    error: UserError | StageError | None = None
+    try:
+        yield
+    except (UserError, StageError) as raised:
+        error = raised
+    texts = gather_objects(None if error is None else str(error)) if is_connected() else []
+    if error is not None:
+        error.shared = bool(texts) and set(texts) == {str(error)}
+        raise error
 
 
 def _torch() -> Any:

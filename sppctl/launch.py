@@ -28,11 +28,14 @@ from sppctl.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 5  # after one process has failed, until the others are killed
+STEP_PORTS = 997  # between the ports of two steps of a Slurm job, so that they rarely are those of the next jobs
 _PARENT = "SPPCTL_LAUNCHER"  # process id of the command that started this one
 _is_started = False  # by another sppctl command
 _PR_SET_PDEATHSIG = 1
 # errors of gloo, NCCL and their store when another process is gone
-_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|store|DistBackendError", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|TCPStore|Dist(Backend|Network|Store)Error", re.IGNORECASE
+)
 # variables of `accelerate launch`, which accelerate also sets itself: how to shard the model and scale its gradients
 _SHARDING = re.compile(
     r"ACCELERATE_(USE_(FSDP|DEEPSPEED|MEGATRON_LM|PARALLELISM_CONFIG)|CONFIG_DS_FIELDS|(DEEPSPEED|GRADIENT)_\w+)"
@@ -86,14 +89,15 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or "SLURM_PROCID" not in environment or "WORLD_SIZE" in environment:
         return {}
-    job = int(environment.get("SLURM_JOB_ID", "0"))
+    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
     variables = {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-        # the same in all tasks, different for other jobs, below the ports that Linux gives to outgoing connections
-        "MASTER_PORT": str(20000 + job % 12000),
+        # the same in all tasks, different for other jobs and for the steps of one job, which may run at the same time;
+        # below the ports that Linux gives to outgoing connections
+        "MASTER_PORT": str(20000 + (job + STEP_PORTS * step) % 12000),
     }
     return {name: value for name, value in variables.items() if name not in environment}
 
@@ -228,7 +232,10 @@ def _content(file: IO[bytes] | None) -> str:
 
 @contextlib.contextmanager
 def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forwards signals to the processes instead of ending this one; yields the list of those received."""
+    """Forwards signals to the processes instead of ending this one; yields the list of those received.
+
+    A signal that this process ignores is not forwarded.
+    """
     received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
@@ -238,7 +245,9 @@ def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[li
         for process in processes:
             process.send_signal(signal.SIGKILL if is_second else number)
 
-    previous = {number: signal.signal(number, forward) for number in SIGNALS}
+    # one that is ignored, as SIGHUP is under nohup, stays ignored, here and in the processes, which inherit that
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in handled}
     try:
         yield received
     finally:

@@ -7,15 +7,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import Command
 from processes import Process
 
 from sppctl import cli, distributed, launch
 from sppctl.config.load import load_config
-from sppctl.errors import SharedError, UserError
+from sppctl.errors import SharedError, Stopped, UserError
+from sppctl.run import pipeline
+from sppctl.run.directory import Run
 
 STILL_BUSY = """
 import atexit, threading, time
@@ -53,21 +59,88 @@ def test_modules_in_the_current_directory_are_not_imported(
     [
         (UserError("no memory\nnor disk"), "error: process 1: no memory\nerror: process 1: nor disk\n"),
         (SharedError("the loss is nan"), ""),
+        (Stopped("stopped by SIGTERM"), ""),
     ],
 )
-def test_what_one_process_alone_has_met_it_says(
+def test_what_one_process_alone_has_met_it_says_and_after_a_common_end_it_waits(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
         raise error
 
+    def wait() -> None:
+        waited.append(True)
+        raise RuntimeError("Connection closed by peer")
+
+    waited: list[bool] = []
+    monkeypatch.setattr(distributed, "barrier", wait)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(distributed, "is_connected", lambda: True)
     monkeypatch.setattr(distributed, "exit_now", sys.exit)  # the test's own process goes on
     monkeypatch.setattr(cli, "app", fail)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         cli.main()
     assert capsys.readouterr().err == said
+    assert ended.value.code == error.exit_code  # type: ignore[attr-defined]
+    assert waited == [True] * (not said)
+
+
+@pytest.mark.parametrize("theirs", ["the same", "run.dir: is read-only", None])
+@pytest.mark.parametrize(
+    "check",
+    [partial(pipeline.preflight, stages=("prune",)), partial(pipeline.evaluate_some, models=[])],
+    ids=["prune", "eval"],
+)
+def test_a_problem_that_all_processes_find_is_a_common_one(
+    check: Callable[[Run], object],
+    theirs: str | None,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(text: str | None) -> list[str | None]:
+        return [text, text if theirs == "the same" else theirs]
+
+    config = load_config(str(config_file), [f"run.dir={tmp_path / 'model'}"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    monkeypatch.setattr(distributed, "is_connected", lambda: True)
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    with pytest.raises(UserError, match="holds a checkpoint") as raised:
+        check(Run(config))
+    assert raised.value.shared == (theirs == "the same")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("arguments", [("merge", "{config}"), ("clean", "{run}"), ("config", "{config}")], ids=str)
+def test_work_for_one_process_is_done_by_the_first_alone(
+    arguments: tuple[str, ...],
+    rank: int,
+    command: Command,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    outcome = command(*[argument.format(config=config_file, run=tmp_path) for argument in arguments])
+    assert bool(outcome.out + outcome.err) == (rank == 0)
+    if rank == 0:
+        assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & os.environ.keys()
+    else:
+        assert outcome.code == 0
+
+
+def test_a_process_that_sees_one_gpu_calls_it_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[str] = []
+    fake = SimpleNamespace(is_initialized=lambda: False, init_process_group=lambda kind, **_: joined.append(kind))
+    monkeypatch.setattr(distributed, "_torch", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    distributed.connect(torch.device("cuda", 0))
+    assert joined == [torch.device("cuda", 0), "nccl"]
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 ENDS = """
@@ -89,6 +162,7 @@ for part in sys.argv[1].split(";"):
         ("0,0,1,Connection closed by peer;1,0,2,process 1: no memory", 2, "process 1: no memory"),
         ("0,0,1,;1,0.3,1,process 1: half a shard", 1, "process 1: half a shard"),
         ("0,0.3,1,broken loss;1,0,1,process 1: Connection reset by peer", 1, "broken loss"),
+        ("0,0.3,1,[c10d] TCPStore closed;1,0,1,process 1: cannot be restored", 1, "process 1: cannot be restored"),
         ("0,0.3,1,Connection closed by peer;1,0,-9,", 137, "process 1 of 2 was killed by SIGKILL"),
         ("0,0,-10,;1,0,-10,", 143, ""),
     ],
@@ -146,6 +220,24 @@ def test_a_second_ctrl_c_kills_the_processes(
     assert capfd.readouterr().err.strip() == "interrupted; the same command continues or starts the stage again"
 
 
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    ignores = "signal.getsignal(signal.SIGHUP) is signal.SIG_IGN"
+    script.write_text(f"#!{sys.executable}\nimport os, signal\nos._exit(0 if {ignores} else 3)\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch._forwarding_signals([]) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+        assert launch.start([], 2) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_several_machines_need_a_launcher(config_file: Path) -> None:
     config = load_config(str(config_file), ["launch.num_machines=2"])
     with pytest.raises(UserError, match=r"launch\.num_machines: .*torchrun --nnodes 2 .*srun --kill.* --nodes 2"):
@@ -185,13 +277,14 @@ SET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     ("environment", "variables"),
     [
         (TASK, PLACE),
+        (TASK | {"SLURM_STEP_ID": "2"}, PLACE | {"MASTER_PORT": "22339"}),
         (TASK | SET, {name: value for name, value in PLACE.items() if name not in SET}),
         ({}, {}),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {}),
         (TASK | {"SLURM_STEP_NUM_TASKS": "1"}, {}),
         (TASK | {"WORLD_SIZE": "16", "RANK": "9"}, {}),
     ],
-    ids=["task", "address set by the job script", "outside", "batch script", "one task", "torchrun in srun"],
+    ids=["task", "second step", "address of the job script", "outside", "batch script", "one task", "torchrun in srun"],
 )
 def test_a_task_of_srun_knows_its_place(environment: dict[str, str], variables: dict[str, str]) -> None:
     assert launch.from_slurm(environment) == variables

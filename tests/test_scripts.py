@@ -81,12 +81,19 @@ def test_settings_of_the_site_are_read_and_the_environment_wins(cluster: Cluster
 # --- in the job -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "command"), [("prune", "prune"), ("train", "train"), ("eval", "run")])
-def test_a_job_runs_its_stage_in_the_tasks_of_srun(cluster: Cluster, stage: str, command: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "command", "processes"),
+    [("prune", "prune", "auto"), ("train", "train", None), ("eval", "run", "1"), ("sweep", "sweep", "auto")],
+)
+def test_a_job_runs_its_stage_in_the_tasks_of_srun(
+    cluster: Cluster, stage: str, command: str, processes: str | None
+) -> None:
+    """On its one machine, with the processes that it has: the configuration's are those of the training."""
     done = cluster.run("bash", f"scripts/slurm_{stage}.sh", "llama7b", "run.dir=runs/a name", SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
     (call,) = cluster.calls("fake-python")
-    assert call[:5] == ["-m", "sppctl", command, "llama7b", "run.dir=runs/a name"]
+    own = [] if processes is None else ["launch.num_machines=1", f"launch.num_processes={processes}"]
+    assert call == ["-m", "sppctl", command, "llama7b", "run.dir=runs/a name", *own]
     assert len(cluster.calls("srun")) == 1
     assert cluster.calls("scontrol") == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +89,20 @@ def num_tokens(batch: Batch) -> int:
     """Tokens in the examples of a batch, without padding and fillers."""
     tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     return int(tokens.sum()) - batch["examples"].count(FILLER)
+
+
+def of_examples(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which positions of a batch hold tokens of the data: (rows x width,) bool, False for padding and fillers.
+
+    A filler is a single token, padded or packed; an example to learn from has at least two. None: all positions.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None:
+        return (mask.bool() & (mask.sum(-1, keepdim=True) > 1)).flatten()
+    if positions is None:
+        return None
+    starts = torch.nn.functional.pad(positions.flatten() == 0, (0, 1), value=True)
+    return ~(starts[:-1] & starts[1:])
 
 
 def padded_width(lengths: Sequence[int]) -> int:

@@ -65,16 +65,17 @@ def preflight(run: Run, stages: tuple[str, ...], directory: Path | None = None, 
         announce: print what will be done, and about how long it takes.
 
     Raises:
-        UserError: every problem, one per line.
+        UserError: every problem, one per line; shared if all processes find the same.
     """
-    with console.warned_before(launch.is_started_by_sppctl()):
-        work, skeleton = _checked(run, stages, directory)
-    if announce:
-        if not measure.results_of(run, "merged").is_file():
-            from sppctl.evaluate import stage as evaluation
+    with distributed.sharing_errors():
+        with console.warned_before(launch.is_started_by_sppctl()):
+            work, skeleton = _checked(run, stages, directory)
+        if announce:
+            if not measure.results_of(run, "merged").is_file():
+                from sppctl.evaluate import stage as evaluation
 
-            evaluation.load_data(run.config)
-        _announce(run, skeleton, work)
+                evaluation.load_data(run.config)
+            _announce(run, skeleton, work)
 
 
 def _checked(run: Run, stages: tuple[str, ...], directory: Path | None) -> tuple[dict[str, Work], Skeleton]:
@@ -242,19 +243,11 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
     Returns:
         The content of each results file, by label.
     """
-    run.check_directory()
-    if not (run.config.eval.perplexity or run.config.eval.tasks):
-        raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; add a text or a task")
-    directories = measure.checkpoints_to_measure(run, models)
+    with distributed.sharing_errors():
+        directories = _checked_directories(run, models)
     from sppctl.evaluate import stage
     from sppctl.evaluate.results import Results
-    from sppctl.evaluate.subjects import Subject
 
-    for label, path in directories.items():
-        subject = Subject.at(label, path) if path is not None else None
-        preflight(run, ("eval",), subject.directory if subject is not None else None)
-        if subject is not None:
-            subject.check(run.config.model.trust_remote_code)
     files = {label: measure.results_of(run, label) for label in directories}
     if distributed.world_size() == 1 and not all(path.is_file() for path in files.values()):
         stage.load_data(run.config)
@@ -274,6 +267,22 @@ def evaluate_some(run: Run, models: list[str], start_stage: Starter | None = Non
             if "merged" in checkpoints:
                 _write_samples(run)
         return results
+
+
+def _checked_directories(run: Run, models: list[str]) -> dict[str, Path | None]:
+    """The checkpoints to measure by label, as :func:`sppctl.run.measure.checkpoints_to_measure`, checked."""
+    run.check_directory()
+    if not (run.config.eval.perplexity or run.config.eval.tasks):
+        raise UserError("eval.perplexity and eval.tasks are both empty, nothing to measure; add a text or a task")
+    directories = measure.checkpoints_to_measure(run, models)
+    from sppctl.evaluate.subjects import Subject
+
+    for label, path in directories.items():
+        subject = Subject.at(label, path) if path is not None else None
+        preflight(run, ("eval",), subject.directory if subject is not None else None)
+        if subject is not None:
+            subject.check(run.config.model.trust_remote_code)
+    return directories
 
 
 def _update_cards(run_dir: Path) -> None:

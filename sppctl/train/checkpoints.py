@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ SAVING, BEGAN = "saving", "began"
 # in a checkpoint, with the adapter: optimizer, schedule, progress, random state of each process, hashes of all files
 OPTIMIZER, SCHEDULER, STATE, RANDOM = "optimizer.pt", "scheduler.pt", "state.json", "rng_state_{}.pth"
 HASHES = "files.json"
+LATEST = "latest"  # of DeepSpeed: the name of the directory with its part
 PREFIX = "checkpoint-"  # of the directories' names, before the step
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")  # as PEFT writes them
 
@@ -93,6 +95,32 @@ def _problem(write: Callable[[], None]) -> str | None:
         if hides_full_disk(error) and not isinstance(error, OSError):
             problem += " (is the disk full?)"
     return distributed.first_known(problem)
+
+
+def save_engine(engine: Any, directory: Path) -> None:
+    """Writes this process's part of DeepSpeed's checkpoint into a directory. All processes must call it.
+
+    An error in writing is raised only after ``save_checkpoint``, which ends with a barrier: a process that left it
+    early would exchange its problem with others that still wait there.
+    """
+    writer, tag, errors = engine.checkpoint_engine, f"global_step{engine.global_steps}", list[Exception]()
+    original = writer.save
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+
+    writer.save = save
+    try:
+        engine.save_checkpoint(str(directory), tag, save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        writer.save = original
+    if errors:
+        raise errors[0]
+    if distributed.is_main():
+        (directory / LATEST).write_text(tag)  # which DeepSpeed would write before that barrier
 
 
 def save_random_state(directory: Path) -> None:
@@ -213,7 +241,7 @@ def _damage(checkpoint: Path) -> str | None:
 def demand_files(checkpoint: Path, strategy: str | None) -> None:
     """Raises UserError if a checkpoint cannot be resumed from under a strategy, by as many processes as there are."""
     is_deepspeed, processes = any(checkpoint.glob("global_step*")), len(list(checkpoint.glob(RANDOM.format("*"))))
-    needed = ["latest"] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
+    needed = [LATEST] if strategy == "zero3" else [OPTIMIZER, SCHEDULER, "adapter_model.safetensors"]
     missing = [name for name in [*needed, STATE] if not (checkpoint / name).is_file()]
     if not missing and (strategy != "zero3" or is_deepspeed):
         if strategy == "zero3" and processes != distributed.world_size():

@@ -64,11 +64,12 @@ class Loop:
     def __post_init__(self) -> None:
         train, max_steps = self.train, self.feed.max_steps
         optimizer = optimizers.make_optimizer(train, self._trainable_parameters().values())
-        self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
-        self.peft = self.accelerator.unwrap_model(self.model)
-        self.scheduler = optimizers.make_schedule(train, self.optimizer, max_steps)
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        with shards.own_buffers(self.peft) if self.is_fsdp else contextlib.nullcontext():
+            self.model, self.optimizer = self.accelerator.prepare(self.peft, optimizer)
+        self.peft = self.accelerator.unwrap_model(self.model)
+        self.scheduler = optimizers.make_schedule(train, self.optimizer, max_steps)
         self.state = State() if self.resumed is None else self._load(self.resumed)
         self.bar = console.Progress("training", max_steps, self.state.step)
         self._started, self.before = time.perf_counter(), replace(self.state)  # this attempt, and the state before it
@@ -244,8 +245,7 @@ class Loop:
             loss = float(cross_entropy(model(**self._inputs(batch)).logits, batch))
             if count:  # a batch of fillers has no mean
                 total += torch.tensor([loss * count, count], dtype=torch.float64)
-        total = total.to(self.accelerator.device)
-        distributed.all_reduce_sum(total)
+        total = distributed.summed(total, self.accelerator.device)
         mean = float(total[0] / total[1])
         if not math.isfinite(mean):
             raise SharedError(f"the validation loss is {mean} at step {self.state.step}; lower train.lr")
@@ -275,7 +275,7 @@ class Loop:
 
         def write(directory: Path) -> None:
             if self.is_deepspeed:
-                self.model.save_checkpoint(str(directory), exclude_frozen_parameters=True)
+                checkpoints.save_engine(self.model, directory)
             checkpoints.save_random_state(directory)
             if not distributed.is_main():
                 return

@@ -29,6 +29,7 @@ from sppctl.adapters.masked import round_under_mask
 from sppctl.adapters.spp import SppLinear
 from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.config.settings import Config
+from sppctl.data.batches import of_examples
 from sppctl.errors import Problems
 from sppctl.files import integrity
 from sppctl.files.safe_files import OwnFile, TensorFile, TensorFiles
@@ -131,8 +132,7 @@ class MaskRefresh(Hook):
             self._hooks.append(self.model.register_forward_hook(self._stop_collecting))
 
     def _start_collecting(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")  # absent without padding
-        self._attended = None if mask is None else mask.bool().flatten()
+        self._attended = of_examples(kwargs)
         self._collecting = True
 
     def _stop_collecting(self, *_: Any) -> None:

@@ -105,6 +105,23 @@ def keep_frozen_weights(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
+@contextmanager
+def own_buffers(model: nn.Module) -> Iterator[None]:
+    """Keeps accelerate from sharding and sending the model's buffers under FSDP: each process keeps its own values.
+
+    It expects every tensor of the state_dict to be a sharded parameter, which persistent buffers are not (corrections
+    of routers, scalars of layers). So in the body no buffer is in the state_dict.
+    """
+    before = [(module, module._non_persistent_buffers_set) for module in model.modules()]
+    for module, names in before:
+        module._non_persistent_buffers_set = names | set(module._buffers)
+    try:
+        yield
+    finally:
+        for module, names in before:
+            module._non_persistent_buffers_set = names
+
+
 def gathered(parameters: dict[str, Tensor], gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any] | None:
     """Full parameters on the CPU of the first process; None in the others. All processes must call it.
 

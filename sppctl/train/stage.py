@@ -161,13 +161,17 @@ def execute(
         if train.perplexity_steps is not None:
             hooks.append(PerplexityEvery(config, pruned, tokenizer, feed.max_steps))
         accelerator = shards.make_accelerator(config, device, model.get_base_model())
-        # dropout differs between processes; the first one draws as a single process would
-        set_seed(config.run.seed + distributed.rank())
+        set_seed(_own_seed(config.run.seed))
         with reporting_to(train, out) as trackers:
             loop = Loop(train, accelerator, model, feed, folder, newest, distillation, hooks, trackers)
             loop.run()
             validation = loop.finish(out)
         return replace(_record(loop, dtype, counts, validation), weights="packed" if packed else "dense")
+
+
+def _own_seed(seed: int) -> int:
+    """The seed of this process's dropout, which differs between processes; the first draws as a single one would."""
+    return (seed + distributed.rank()) % 2**32  # NumPy takes no greater one
 
 
 def _share(trained: int, total: int) -> str:

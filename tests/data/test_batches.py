@@ -57,6 +57,12 @@ def test_padding_and_fillers_are_not_counted() -> None:
     for collator in (PadCollator(pad_token_id=9), PackCollator()):
         assert batches.num_tokens(collator(TWO)) == batches.num_tokens(collator([*TWO, filler, filler])) == 8
         assert batches.num_tokens(collator([filler])) == 0
+        for examples, places in (([*TWO, filler, filler], 8), ([filler, *TWO], 8), ([filler, filler], 0)):
+            inputs = {name: value for name, value in collator(examples).items() if name != "examples"}
+            of_data = batches.of_examples(inputs)
+            assert of_data is not None
+            assert int(of_data.sum()) == places
+            assert 9 not in inputs["input_ids"].flatten()[of_data]
 
 
 def test_padding_on_the_right_to_a_multiple_of_eight() -> None:

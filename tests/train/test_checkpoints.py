@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from conftest import cut_after
 from fitting import Fit, a_fit  # noqa: F401  (the fixture fit)
 
 from sppctl.errors import StageError, UserError
-from sppctl.train.checkpoints import HASHES, demand_files, newest, save
+from sppctl.train.checkpoints import HASHES, demand_files, newest, save, save_engine
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state_0.pth", "scheduler.pt", "state.json")
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
@@ -58,6 +59,43 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     with pytest.raises(StageError, match=words):
         save(made(tmp_path, 3), 6, fail, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+class Engine:
+    """As DeepSpeed's: it writes two files and waits for the other processes at the end of its save_checkpoint."""
+
+    def __init__(self, problem: Exception | None) -> None:
+        self.checkpoint_engine, self.global_steps, self.problem = self, 3, problem
+        self.written: list[str] = []
+        self.waited = False
+
+    def save(self, state_dict: object, path: str) -> None:
+        self.written.append(path)
+        if self.problem is not None:
+            raise self.problem
+
+    def save_checkpoint(self, folder: str, tag: str, *, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+        assert not save_latest, "rank 0 could fail in it"
+        assert exclude_frozen_parameters
+        for part in ("model", "optimizer"):
+            self.checkpoint_engine.save({}, path=f"{folder}/{tag}/{part}")
+        self.waited = True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("problem", [None, OSError(28, "No space left on device")], ids=["written", "full"])
+def test_a_process_that_cannot_write_its_shard_still_waits_for_the_others(
+    problem: Exception | None, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    engine = Engine(problem)
+    with pytest.raises(OSError, match="No space left") if problem else contextlib.nullcontext():
+        save_engine(engine, tmp_path)
+    assert engine.waited
+    assert engine.written == [f"{tmp_path}/global_step3/{part}" for part in ("model", "optimizer")]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["global_step3"] * (problem is None and rank == 0)
+    with pytest.raises(OSError, match="No space left") if problem else contextlib.nullcontext():
+        engine.checkpoint_engine.save({}, "as before")
 
 
 def test_the_newest_by_its_number(tmp_path: Path) -> None:

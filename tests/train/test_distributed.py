@@ -233,6 +233,56 @@ def test_fsdp_shards_the_gradient_of_each_micro_batch(several: Several) -> None:
     assert done.returncode == 0, done.stderr
 
 
+PERSISTENT_BUFFERS = """
+import torch
+from sppctl.train import loop, stage
+original, prepare = stage._adapted, loop.Loop.__post_init__
+def adapted(*args):
+    model = original(*args)
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.register_buffer("e_score_correction_bias", torch.arange(3.0))
+    return model
+def prepared(self):
+    prepare(self)
+    stored = [name for name in self.model.state_dict() if name.endswith("e_score_correction_bias")]
+    layers = self.peft.get_base_model().model.layers
+    assert len(stored) == len(layers), stored
+    assert all(layer.mlp.e_score_correction_bias.tolist() == [0, 1, 2] for layer in layers)
+stage._adapted, loop.Loop.__post_init__ = adapted, prepared
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_trains_models_with_persistent_buffers(several: Several) -> None:
+    """As the routers of DeepSeek-V3 have: accelerate sends every tensor of the state_dict as a sharded one."""
+    arguments, _ = several(2, "fsdp", "float32", "train.max_steps=1")
+    done = sppctl_in_ranks(arguments, 2, PERSISTENT_BUFFERS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_accelerate_sees_no_buffer_in_a_sharded_state(sharded: bool) -> None:
+    def prepare(model: torch.nn.Module, optimizer: object) -> tuple[torch.nn.Module, object]:
+        seen.append(list(model.state_dict()))
+        return model, optimizer
+
+    seen: list[list[str]] = []
+    kind = DistributedType.FSDP if sharded else DistributedType.NO
+    model: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    model[0].register_buffer("temporary", torch.ones(1), persistent=False)
+    training = Loop.__new__(Loop)
+    training.train, training.peft, training.resumed = load_config(None, []).train, model, None
+    training.feed, training.accelerator = (
+        SimpleNamespace(max_steps=1),  # type: ignore[assignment]
+        SimpleNamespace(distributed_type=kind, prepare=prepare, unwrap_model=lambda model: model, device="cpu"),
+    )
+    before = list(model.state_dict())
+    training.__post_init__()
+    assert len(before) == 5
+    assert seen == [["0.weight", "0.bias"] if sharded else before]
+    assert list(model.state_dict()) == before
+
+
 def test_the_strategy_of_accelerate_launch_is_ignored(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     config = load_config(str(work / "tiny.yaml"), [f"model.path={work / 'float32'}"])
@@ -285,7 +335,7 @@ def test_several_processes_warn_once(several: Several) -> None:
 
 @pytest.mark.slow
 def test_deepspeed_is_silent(several: Several) -> None:
-    arguments, directory = several(2, "zero3", "float32", "train.max_steps=2")
+    arguments, directory = several(2, "zero3", "bfloat16", "train.max_steps=2")
     done = call(arguments)
     assert done.returncode == 0, done.stderr
     printed = done.stdout + done.stderr.replace(str(directory), "RUN")
@@ -428,6 +478,27 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_told_once(sev
     assert not (directory / "adapter").exists()
 
 
+FULL_DISK_OF_ONE = """
+import os
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+def save(self, state_dict, path):
+    raise OSError(28, "No space left on device", path)
+if os.environ["RANK"] == "1":
+    TorchCheckpointEngine.save = save
+"""
+
+
+@pytest.mark.slow
+def test_zero3_ends_when_one_process_cannot_write_its_shard(several: Several) -> None:
+    """The others would wait for it in DeepSpeed's barrier, for the two hours of the process group's timeout."""
+    arguments, directory = several(2, "zero3", "float32", "train.max_steps=1")
+    first, second = in_ranks(arguments, 2, FULL_DISK_OF_ONE, **SPARE)
+    assert (first.returncode, second.returncode) == (1, 1), second.stderr
+    assert "the checkpoint of step 1 cannot be written to" in first.stderr
+    assert "No space left on device" in first.stderr
+    assert not (directory / "adapter").exists()
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +547,15 @@ def test_one_process_measures_a_dense_model_that_exceeds_a_gpu(several: Several)
 
 
 @pytest.mark.slow
+def test_processes_of_a_launcher_report_a_common_problem_once(several: Several) -> None:
+    arguments, _ = several(2, "ddp", "float32", "train.data.seq_len=9999")
+    first, second = in_ranks(arguments, 2)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr.count("error: train.data.seq_len: ") == 1, first.stderr
+    assert "error" not in second.stderr
+
+
+@pytest.mark.slow
 def test_an_impossible_batch_is_refused_before_anything_starts(several: Several) -> None:
     arguments, directory = several(3, "ddp", "float32")
     done = call(arguments)
@@ -484,6 +564,18 @@ def test_an_impossible_batch_is_refused_before_anything_starts(several: Several)
         "error: train.batch_size: 8 is not a multiple of micro_batch_size x processes (2 x 3); change one of them"
     ]
     assert {path.name for path in directory.iterdir()} == {"pruned"}
+
+
+def test_zero3_sums_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the other strategies do; in a bfloat16 model DeepSpeed would add them up in bfloat16."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    settings = json.loads(shards.DEEPSPEED.read_text()) | {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    settings |= {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "bf16": {"enabled": True}}
+    settings["zero_optimization"] = {"stage": 3}  # without "auto", which accelerate replaces
+    read = DeepSpeedConfig(settings)
+    assert (read.grad_accum_dtype, read.communication_data_type) == ("fp32", torch.float32)
 
 
 def test_zero3_needs_deepspeed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from sppctl import SppConfig
 from sppctl.adapters.spp.kernel import effective_weight
 from sppctl.config.load import load_config, to_yaml
+from sppctl.data.batches import FILLER, PackCollator, PadCollator
+from sppctl.data.instructions import IGNORED, Example
 from sppctl.errors import StageError
 from sppctl.evaluate.subjects import Subject
 from sppctl.model.refreshed import REFRESHED
@@ -29,7 +31,7 @@ from sppctl.pruners import dsnot
 from sppctl.run.directory import Run
 from sppctl.run.stages import PRUNE
 from sppctl.train import stage as train
-from sppctl.train.feed import Feed
+from sppctl.train.feed import Collator, Feed
 from sppctl.train.refresh import MaskRefresh
 
 pytestmark = pytest.mark.slow
@@ -201,6 +203,29 @@ def test_nothing_but_the_examples_enters_the_statistics(
     feed = Feed(fit.configure(*options), stage_calls.outline(fit.pruned[0])[1], 260)
     examples = [number for batch in next(feed.steps(0)) for number in batch["examples"]]
     assert counted == {sum(feed.train.lengths[number] for number in examples)}
+
+
+@pytest.mark.parametrize("collator", [PadCollator(pad_token_id=9), PackCollator()], ids=["padded", "packed"])
+def test_fillers_do_not_enter_the_statistics(collator: Collator, fit: Fit) -> None:
+    """They level the micro-batches of several processes, whose masks should be those of one."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(fit.pruned[0]), SppConfig(r=4, scale=2.0))
+    model.config.use_cache = False  # with a cache, packed examples would attend to each other
+    config = fit.configure("train.refresh.steps=2")
+    examples = [Example([number] * 5, [number] * 5, False, number, [True] * 5) for number in (1, 2)]
+    filler = Example([9], [IGNORED], False, FILLER, [False])
+    means = []
+    for given in ([examples], [[examples[0], filler], [examples[1], filler], [filler, filler]]):
+        refreshing = MaskRefresh(config, model, fit.pruned[0], fit.dense, fit.pruned[1].patterns, 10, None)
+        refreshing.before_step(2)
+        for part in given:
+            names = ("input_ids", "attention_mask", "position_ids")
+            model(**{name: value for name, value in collator(part).items() if name in names})
+        assert {statistics.num_tokens for statistics in refreshing._statistics.values()} == {10}
+        means.append([statistics.mean() for statistics in refreshing._statistics.values()])
+        for hook in refreshing._hooks:
+            hook.remove()
+    for alone, shared in zip(*means, strict=True):
+        torch.testing.assert_close(shared, alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

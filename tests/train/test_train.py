@@ -6,10 +6,12 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from accelerate import Accelerator
 from conftest import FAMILIES, cut_after
 from fitting import Configure, Fit, a_fit, figures, preflight  # noqa: F401  (the fixture fit)
 from stage_calls import blank
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, set_seed
 
 from sppctl import console
 from sppctl.data.instructions import IGNORED
@@ -26,8 +28,9 @@ from sppctl.errors import StageError, UserError
 from sppctl.model import checkpoint
 from sppctl.plan import run as plan
 from sppctl.records import LayerRecord, PruneRecord, to_json
-from sppctl.train import checkpoints
+from sppctl.train import checkpoints, stage
 from sppctl.train.loop import Loop, cross_entropy
+from sppctl.train.watch import State
 
 Said = pytest.CaptureFixture[str]
 
@@ -52,6 +55,28 @@ def test_the_loss_falls_and_the_record_says_so(fit: Fit) -> None:
     names = json.loads((fit.root / "adapter/adapter_config.json").read_text())["target_modules"]
     assert names == sorted(names)  # so that the same training writes the same file
     assert len(names) > 5
+
+
+@pytest.mark.parametrize(("seed", "rank", "own"), [(3, 0, 3), (3, 1, 4), (2**32 - 1, 1, 0)])
+def test_each_process_has_a_seed_that_numpy_takes(
+    seed: int, rank: int, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    assert stage._own_seed(seed) == own
+    set_seed(own)
+
+
+def test_the_validation_loss_is_summed_where_float64_exists() -> None:
+    """Not on the device: MPS has no float64, and the meta device of this test no values."""
+    batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[IGNORED, 2]])}
+    training = Loop.__new__(Loop)
+    training.accelerator = SimpleNamespace(device=torch.device("meta"))  # type: ignore[assignment]
+    training.is_deepspeed = training.is_fsdp = False
+    training.peft = torch.nn.Identity()
+    training.peft.forward = lambda **_: SimpleNamespace(logits=torch.zeros(1, 2, 8))
+    training.feed = SimpleNamespace(validation=lambda: [batch], max_steps=1, epochs=float)  # type: ignore[assignment]
+    training.state, training.trackers = State(step=1), []
+    assert training.validate() == pytest.approx(math.log(8))
 
 
 def test_figures_go_to_tensorboard_and_to_the_record(fit: Fit) -> None:
