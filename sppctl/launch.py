@@ -234,7 +234,7 @@ def _content(file: IO[bytes] | None) -> str:
 def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """Forwards signals to the processes instead of ending this one; yields the list of those received.
 
-    A signal that this process ignores is not forwarded.
+    SIGHUP is not forwarded if this process ignores it.
     """
     received: list[int] = []
 
@@ -245,8 +245,9 @@ def _forwarding_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[li
         for process in processes:
             process.send_signal(signal.SIGKILL if is_second else number)
 
-    # one that is ignored, as SIGHUP is under nohup, stays ignored, here and in the processes, which inherit that
-    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    # ignored under nohup, it stays ignored, here and in the processes, which inherit that
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = [number for number in SIGNALS if not (number == signal.SIGHUP and is_ignored)]
     previous = {number: signal.signal(number, forward) for number in handled}
     try:
         yield received
